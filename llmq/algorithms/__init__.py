@@ -1,0 +1,1 @@
+"""Algorithms: solvers (floats to codes) and transforms (floats to floats), one file each."""

@@ -1,0 +1,114 @@
+"""AWQ: scale up the input channels that carry large activations before rounding, and undo it in their producer.
+
+s_j = mean|x_j|^r / sqrt(max s * min s), r searched on a grid of 20; the loss is the squared error of the parent
+module's output with the site's linears rounded to nearest (for a lone linear, whose output that is, it equals
+tr(E H E^T) over all calibration tokens; for attention and MLP the parent runs on a sample of tokens).
+Lin et al. 2024, arXiv:2306.00978, section 3.2. The paper's clip search is the range `output`, which a recipe with awq
+uses unless it names another, on all linears but q and k. A transform: rtn or gptq rounds afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from llmq.algorithms._fold import fold, shares, tie
+from llmq.stats import AbsMean, Hessian
+from llmq.types import Site, SiteView
+
+
+@dataclass(frozen=True)
+class Awq:
+    """Activation-aware scaling.
+
+    steps: exponents tried, evenly from 0 (no scaling, always a candidate) to below 1.
+    call_tokens: tokens on which a parent module's output is compared.
+    """
+
+    steps: int = 20
+    call_tokens: int = 4096
+
+    preferred_range: ClassVar[str | None] = "output"
+
+    def __post_init__(self) -> None:
+        if self.steps < 2 or self.call_tokens < 1:
+            raise ValueError("steps is at least 2 and call_tokens at least 1")
+
+    def needs(self, site: Site) -> tuple[type, ...]:
+        """Return the mean magnitudes, and the Hessian where the loss is a lone linear's."""
+        if site.producer is None:
+            return ()
+        return (AbsMean, Hessian) if site.parent in site.linears else (AbsMean,)
+
+    def search(self, view: SiteView) -> Callable[[], dict[str, Any]] | None:
+        """Return the fold of the best scale, or None where no exponent beats r = 0."""
+        share = shares(view)
+        if share is None or all(g is None for g in view.grids):
+            return None
+        head_dim = view.head_dim
+        mean_K = tie(view.stats[AbsMean].mean(), share, head_dim).clamp(min=1e-4)
+        loss = self._lone_loss(view) if Hessian in view.stats else self._parent_loss(view)
+        best_scale, best_ratio, best, first = None, 0.0, float("inf"), float("inf")
+        for i in range(self.steps):
+            ratio = i / self.steps
+            scale_K = mean_K**ratio
+            scale_K = scale_K / (scale_K.max() * scale_K.min()).sqrt()
+            value = loss(scale_K)
+            first = value if i == 0 else first
+            if value < best:
+                best_scale, best_ratio, best = scale_K, ratio, value
+        if best_scale is None or best_ratio == 0:
+            return None
+        chosen: Tensor = best_scale
+
+        def apply() -> dict[str, Any]:
+            fold(view, chosen, share, head_dim)
+            return {"awq": {"ratio": best_ratio, "loss_over_unscaled": best / first if first else 1.0}}
+
+        return apply
+
+    def _lone_loss(self, view: SiteView) -> Callable[[Tensor], float]:
+        W_NK = view.modules[view.site.linears[0]].weight.detach().clone()
+        H_KK = view.stats[Hessian].mean()
+
+        def loss(scale_K: Tensor) -> float:
+            E_NK = _rounded(W_NK, scale_K, view.grids[0]) - W_NK
+            return ((E_NK @ H_KK) * E_NK).sum().item()
+
+        return loss
+
+    def _parent_loss(self, view: SiteView) -> Callable[[Tensor], float]:
+        parent = view.modules[view.site.parent]
+        linears = [view.modules[n] for n in view.site.linears]
+        weights = [m.weight.detach().clone() for m in linears]
+        wanted = [_output(parent(*args, **kwargs)) for args, kwargs in view.calls]
+
+        def loss(scale_K: Tensor) -> float:
+            for m, W_NK, grid in zip(linears, weights, view.grids, strict=True):
+                if grid is not None:
+                    m.weight.copy_(_rounded(W_NK, scale_K, grid))
+            total = 0.0
+            for (args, kwargs), want in zip(view.calls, wanted, strict=True):
+                total += (_output(parent(*args, **kwargs)) - want).float().square().sum().item()
+            for m, W_NK in zip(linears, weights, strict=True):
+                m.weight.copy_(W_NK)
+            return total
+
+        return loss
+
+
+def _rounded(W_NK: Tensor, scale_K: Tensor, grid: Any) -> Tensor:
+    """Return the weight that scaling, rounding to nearest (min-max range) and unscaling give."""
+    plain = dataclasses.replace(grid, range=None)
+    W_NK = W_NK.float() * scale_K
+    params = plain.fit(W_NK)
+    codes = plain.nearest(W_NK, params.columns(W_NK.shape[1]))
+    return plain.decode(codes, params.columns(W_NK.shape[1])).div_(scale_K)
+
+
+def _output(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out

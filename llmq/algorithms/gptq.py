@@ -1,0 +1,156 @@
+"""GPTQ: round column by column, pushing each error onto the columns not yet rounded.
+
+min |(W - Q) X^T|^2;  H = X^T X / T + damp * mean(diag H) * I;  H^-1 = U^T U with U upper triangular.
+For each column j:  q = nearest(w_j);  e = (w_j - q) / U_jj;  W[:, j+1:] -= e U[j, j+1:].
+Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Columns run in descending diag H (act order). Grids are fitted and
+frozen before the loop, on the original column groups (static groups: no g_idx on disk) or, with `desc_act`, on the
+groups of the permuted order (g_idx on disk).
+
+The paper's lazy batches become a recursion: round the left half, apply its errors to the right half by one product,
+round the right half. The linears of a site share H and U, so those on equal grids are stacked along their rows.
+Not here: activations (stream), clipping (ranges/), bits on disk (formats/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.stats import Hessian
+from llmq.types import Params, QTensor, Solved, Stats, Target
+
+_RETRIES = 6  # each multiplies the damping by 10
+_LEAF = 16  # columns rounded one by one; their rank-1 updates stay in the L2 cache
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Second-order rounding with error feedback.
+
+    damp: added to the diagonal of H, as a fraction of its mean; raised tenfold until H factors.
+    act_order: round the columns with the largest activations first.
+    desc_act: with act_order, groups follow that order (needs g_idx in the format); else groups stay as they lie.
+    """
+
+    damp: float = 0.01
+    act_order: bool = True
+    desc_act: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damp < 1:
+            raise ValueError(f"damp lies between 0 and 1, not {self.damp}")
+        if self.desc_act and not self.act_order:
+            raise ValueError("desc_act needs act_order")
+
+    def needs(self, grids: Sequence[Any]) -> tuple[type, ...]:
+        """Return the Hessian, always."""
+        return (Hessian,)
+
+    def solve(self, targets: Sequence[Target], stats: Stats) -> list[Solved]:
+        """Round the linears of a site; those on equal grids in one column loop."""
+        H_KK = stats[Hessian].mean()
+        dead = H_KK.diagonal() == 0
+        if dead.any():  # a column that no token excites has no feedback: with H_jj = 1 it is rounded to nearest
+            H_KK = H_KK + torch.diag(dead.to(H_KK.dtype))
+        order = torch.argsort(H_KK.diagonal(), descending=True, stable=True) if self.act_order else None
+        U_KK, damping = factor(H_KK if order is None else H_KK[order][:, order], self.damp)
+        report = {"damp": damping, "dead_columns": int(dead.sum()), "tokens": stats[Hessian].count}
+        if U_KK is None:
+            report["fallback"] = f"rtn: H does not factor with damping up to {damping:g}"
+        solved: dict[str, Solved] = {}
+        for stack in _stacks(targets):
+            W_NK = torch.cat([t.W_NK for t in stack])
+            q = self._solve_stack(W_NK, stack[0].grid, H_KK, U_KK, order)
+            for t, part in zip(stack, _split(q, [t.W_NK.shape[0] for t in stack]), strict=True):
+                solved[t.name] = Solved(part, dict(report))
+        return [solved[t.name] for t in targets]
+
+    def _solve_stack(self, W_NK: Tensor, grid: Any, H_KK: Tensor, U_KK: Tensor | None, order: Tensor | None) -> QTensor:
+        K = W_NK.shape[1]
+        group_K = torch.arange(K, device=W_NK.device) // (grid.group_size or K)
+        if order is not None and self.desc_act:
+            params = grid.fit(W_NK[:, order], H_KK[order][:, order])
+            g_idx = torch.empty_like(group_K)
+            g_idx[order] = group_K
+        else:
+            params, g_idx = grid.fit(W_NK, H_KK), group_K
+        if U_KK is None:
+            codes = grid.nearest(W_NK, params.columns(K, g_idx))
+        else:
+            W_KN, group = W_NK.T, g_idx
+            if order is not None:
+                W_KN, group = W_KN[order], g_idx[order]
+            codes_KN = feedback(W_KN.contiguous().clone(), U_KK, grid, params, group.tolist())
+            if order is not None:
+                codes_KN = codes_KN[torch.argsort(order)]
+            codes = codes_KN.T.contiguous()
+        real_g_idx = g_idx.to(torch.int32) if self.desc_act and order is not None else None
+        return QTensor(codes.to(torch.uint8), params, grid, real_g_idx)
+
+
+def factor(H_KK: Tensor, damp: float) -> tuple[Tensor | None, float]:
+    """Return U, upper triangular with `H^-1 = U^T U` for the damped H, and the damping used; None where H resists.
+
+    Reversing both axes turns the lower Cholesky factor into R, upper with H = R R^T, so U = R^-1: one factorisation in
+    place of the usual three steps (factor, invert, factor).
+    """
+    K = H_KK.shape[0]
+    mean = H_KK.diagonal().mean()
+    for _ in range(_RETRIES):
+        damped = H_KK.clone()
+        damped.diagonal().add_(damp * mean)
+        L, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if info == 0 and torch.isfinite(L.diagonal()).all():
+            eye = torch.eye(K, dtype=H_KK.dtype, device=H_KK.device)
+            return torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True), damp
+        damp *= 10
+    return None, damp / 10
+
+
+def feedback(W_KN: Tensor, U_KK: Tensor, grid: Any, params: Params, group: list[int]) -> Tensor:
+    """Round the rows of `W_KN` in order, feeding errors forward; return the codes, uint8 `[K, N]`.
+
+    W_KN: float32, contiguous, overwritten by the scaled errors. params: `[N, G]`. group: the group of each row.
+    """
+    codes_KN = torch.empty(W_KN.shape, dtype=torch.uint8, device=W_KN.device)
+    scale_GN, zero_GN = params.scale.float().T.contiguous(), params.zero.float().T.contiguous()
+    by_group = [Params(s, z) for s, z in zip(scale_GN, zero_GN, strict=True)]
+    pivot = U_KK.diagonal().tolist()
+
+    def run(lo: int, hi: int) -> None:
+        if hi - lo > _LEAF:
+            mid = (lo + hi) // 2
+            run(lo, mid)
+            W_KN[mid:hi].addmm_(U_KK[lo:mid, mid:hi].T, W_KN[lo:mid], alpha=-1)
+            run(mid, hi)
+            return
+        for j in range(lo, hi):
+            w, p = W_KN[j], by_group[group[j]]
+            code = grid.nearest(w, p)
+            codes_KN[j] = code
+            w.sub_(grid.decode(code, p)).div_(pivot[j])
+            if j + 1 < hi:
+                W_KN[j + 1 : hi].addr_(U_KK[j, j + 1 : hi], w, alpha=-1)
+
+    run(0, W_KN.shape[0])
+    return codes_KN
+
+
+def _stacks(targets: Sequence[Target]) -> list[list[Target]]:
+    stacks: list[list[Target]] = []
+    for t in targets:
+        same = next((s for s in stacks if s[0].grid == t.grid and s[0].grid.range == t.grid.range), None)
+        if same is None or t.grid.per_tensor:  # one scale per tensor: a stack would share it
+            stacks.append([t])
+        else:
+            same.append(t)
+    return stacks
+
+
+def _split(q: QTensor, rows: list[int]) -> list[QTensor]:
+    parts = zip(q.codes.split(rows), q.params.scale.split(rows), q.params.zero.split(rows), strict=True)
+    return [QTensor(c, Params(s, z), q.grid, q.g_idx) for c, s, z in parts]

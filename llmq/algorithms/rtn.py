@@ -1,0 +1,31 @@
+"""RTN: round every weight to the nearest value of its grid. No calibration, the baseline of every table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmq.stats import Hessian
+from llmq.types import QTensor, Solved, Stats, Target
+
+
+@dataclass(frozen=True)
+class Rtn:
+    """Round to nearest. Needs activations only where the range does (`output`)."""
+
+    def needs(self, grids: Sequence[Any]) -> tuple[type, ...]:
+        """Return the Hessian where a range weighs errors by whole blocks of it."""
+        return (Hessian,) if any(getattr(g.range, "uses_blocks", False) for g in grids) else ()
+
+    def solve(self, targets: Sequence[Target], stats: Stats) -> list[Solved]:
+        """Fit each grid and round."""
+        return [Solved(self._round(t, stats)) for t in targets]
+
+    def _round(self, target: Target, stats: Stats) -> QTensor:
+        grid, W_NK = target.grid, target.W_NK
+        params = grid.fit(W_NK, stats[Hessian].mean() if self.needs([grid]) else None)
+        codes = grid.nearest(W_NK, params.columns(W_NK.shape[1]))
+        return QTensor(codes.to(torch.uint8), params, grid)

@@ -1,0 +1,59 @@
+"""SmoothQuant: move the difficulty of outlier activations into the weights, so that both fit int8.
+
+s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), folded as x / s and W * s.
+Xiao et al. 2023, arXiv:2211.10438, equation 4. A transform: the function is unchanged; rtn or gptq rounds afterwards.
+Not here: how activations are quantized (the runtime; the stream calibrates static scales).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from llmq.algorithms._fold import fold, shares, tie
+from llmq.stats import AbsMax
+from llmq.types import Site, SiteView
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """Migrates activation outliers.
+
+    alpha: how much of the difficulty moves to the weights (0.5 in the paper; 0.8 to 0.85 suits Llama and Mistral).
+    linears: also fold into linear producers (v -> o, up -> down); the paper folds into norms only.
+    """
+
+    alpha: float = 0.8
+    linears: bool = False
+
+    preferred_range: ClassVar[str | None] = None
+    call_tokens: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha lies between 0 and 1, not {self.alpha}")
+
+    def needs(self, site: Site) -> tuple[type, ...]:
+        """Return the largest magnitudes, where the site has a producer to fold into."""
+        norm = site.producer is not None and "norm" in site.producer
+        return (AbsMax,) if norm or (self.linears and site.producer) else ()
+
+    def search(self, view: SiteView) -> Callable[[], dict[str, Any]] | None:
+        """Return the fold of this site's migration scales."""
+        share = shares(view)
+        if share is None or all(g is None for g in view.grids):
+            return None
+        head_dim = view.head_dim
+        x_max = tie(view.stats[AbsMax].max, share, head_dim, largest=True).clamp(min=1e-5)
+        w_max = torch.stack([view.modules[n].weight.abs().amax(0) for n in view.site.linears]).amax(0)
+        w_max = tie(w_max, share, head_dim, largest=True).clamp(min=1e-5)
+        scale_K = (x_max**self.alpha / w_max ** (1 - self.alpha)).clamp(min=1e-5)
+
+        def apply() -> dict[str, Any]:
+            fold(view, scale_K, share, head_dim)
+            return {"smoothquant": {"alpha": self.alpha, "scale_min": scale_K.min().item(), "scale_max": scale_K.max().item()}}
+
+        return apply

@@ -1,0 +1,198 @@
+"""The command line: `llmq quantize | eval | generate | inspect | list`.
+
+Bad input ends in one line on standard error and exit status 1, an interrupt in 130; neither leaves a half-written OUT.
+Not here: any work. Each command parses, calls the library and prints.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from llmq.types import LlmqError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
+console = Console()
+
+
+def main() -> None:
+    """Run the command line: every foreseen failure becomes one line and a non-zero status."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    error = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        app()
+    except LlmqError as e:
+        error.print(f"[red]error:[/red] {e}", markup=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        error.print("interrupted; nothing was written")
+        sys.exit(130)
+
+
+@app.command()
+def quantize(
+    src: Annotated[str, typer.Argument(help="Float checkpoint: a local folder or a Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    recipe: Annotated[Path | None, typer.Option(help="YAML or JSON file with any of these options.")] = None,
+    method: Annotated[str | None, typer.Option(help="Transforms, then one solver: awq,gptq:damp=0.01")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")] = None,
+    group_size: Annotated[str | None, typer.Option(help="Columns per scale, 'channel' or 'tensor'. [128]")] = None,
+    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric or asymmetric grid. [sym]")] = None,
+    range_: Annotated[str | None, typer.Option("--range", help="minmax, mse, percentile, entropy, output.")] = None,
+    act_bits: Annotated[int | None, typer.Option(help="8: quantize activations too (W8A8).")] = None,
+    act: Annotated[str | None, typer.Option(help="Activation scales: per 'token' or static per 'tensor'.")] = None,
+    act_range: Annotated[str | None, typer.Option(help="Range of static activation scales.")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="gptq, awq or compressed-tensors.")] = None,
+    override: Annotated[list[str] | None, typer.Option(help="'REGEX:bits=8,group_size=32'; repeatable.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave float; repeatable.")] = None,
+    lm_head: Annotated[bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output head.")] = None,
+    calib: Annotated[str | None, typer.Option(help="'self', a text file or folder, or a dataset.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of each. [2048]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Chooses calibration windows. [0]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Activations in auto, float32 or bfloat16.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when the run has succeeded.")] = False,
+) -> None:
+    """Quantize a checkpoint.
+
+    Example: `llmq quantize ./my-llama ./my-llama-int4 --method gptq --bits 4 --group-size 128 --calib text.txt`
+    """
+    from llmq.quantize import prepare
+    from llmq.quantize import quantize as run
+    from llmq.recipe import Recipe
+
+    named = {"range_": "range", "format_": "format"}
+    given = {
+        named.get(k, k): v
+        for k, v in locals().copy().items()
+        if v is not None and k not in ("src", "out", "recipe", "device", "overwrite", "prepare", "run", "Recipe", "named")
+    }
+    start = time.monotonic()
+    job = prepare(src, Recipe.load(recipe, given), device)
+    for warning in job.warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+    with _progress() as step:
+        summary = run(job, out, overwrite=overwrite, progress=step)
+    _print_summary(out, summary, time.monotonic() - start)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Quantized or float checkpoint.")],
+    baseline: Annotated[str | None, typer.Option(help="Float checkpoint for KL and top-1 agreement.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file to score.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub dataset to score, e.g. wikitext2.")] = None,
+    convention: Annotated[str, typer.Option(help="gptq, llama.cpp or lm-eval.")] = "gptq",
+    windows: Annotated[int | None, typer.Option(help="Score only the first N windows.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+) -> None:
+    """Measure perplexity and, against a float baseline, KL divergence and top-1 agreement.
+
+    Example: `llmq eval ./my-llama-int4 --baseline ./my-llama --text sample.txt`
+    """
+    from llmq import evaluation
+
+    with _progress() as step:
+        rows = evaluation.compare(
+            model, baseline, text=text, dataset=dataset, convention=convention, windows=windows, device=device,
+            progress=step,
+        )
+    console.print(evaluation.table(rows))
+    if json_file:
+        json_file.write_text(json.dumps({name: e.to_json() for name, e in rows.items()}, indent=2) + "\n")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Quantized or float checkpoint.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+) -> None:
+    """Continue a prompt, greedily: a quick look at whether a checkpoint speaks.
+
+    Example: `llmq generate ./my-llama-int4 "The capital of France is"`
+    """
+    from llmq.loading import load, load_tokenizer
+
+    tokenizer, loaded = load_tokenizer(model), load(model, device=device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    if not inputs["input_ids"].numel():
+        raise LlmqError("the prompt is empty; give some text to continue")
+    out = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    console.print(tokenizer.decode(out[0], skip_special_tokens=True), markup=False, highlight=False)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder or Hub id.")],
+    linears: Annotated[bool, typer.Option("--linears", help="One line for every linear.")] = False,
+) -> None:
+    """Show what a checkpoint holds: format, sizes, and the errors that llmq recorded.
+
+    Example: `llmq inspect ./my-llama-int4 --linears`
+    """
+    from llmq.inspection import inspect as look
+
+    for table in look(model, linears=linears):
+        console.print(table)
+
+
+@app.command(name="list")
+def list_() -> None:
+    """List algorithms, ranges, grids, formats and families, each with a line on what it is.
+
+    Example: `llmq list`
+    """
+    from llmq import spec
+
+    for folder in ("algorithms", "ranges", "grids", "formats", "families"):
+        table = Table("name", "what it is", title=folder, title_justify="left", box=None)
+        for name, line in spec.describe(folder):
+            table.add_row(name, line)
+        console.print(table)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Yield `step(done, total, what)`, shown as a bar with the time left (only where the output is a terminal)."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+
+
+def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:
+    from llmq.card import error
+
+    size = summary["size"]
+    kind, mean, worst, worst_error = error(summary)
+    table = Table(title=f"{out}", title_justify="left", show_header=False)
+    table.add_row("size", f"{size['float_bytes'] / 1e6:,.1f} MB -> {size['bytes'] / 1e6:,.1f} MB")
+    table.add_row("bits per quantized weight", f"{size['bits_per_weight']:.3f} (scales and zeros counted)")
+    table.add_row(f"mean {kind.replace('_', ' ')}", f"{mean:.3e} (squared, relative)")
+    table.add_row("worst linear", f"{worst_error:.3e} {worst}")
+    fallbacks = [n for n, v in summary["linears"].items() if "fallback" in v]
+    if fallbacks:
+        table.add_row("fallbacks", f"{len(fallbacks)}: {', '.join(fallbacks[:3])} (see quantization.json)")
+    table.add_row("seconds", f"{seconds:.1f}")
+    table.add_row("peak memory", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB")
+    console.print(table)

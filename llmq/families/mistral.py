@@ -1,0 +1,12 @@
+"""Mistral: Llama's block; sliding-window attention changes the mask, not the linears."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmq.families.llama import Llama
+
+
+@dataclass(frozen=True)
+class Mistral(Llama):
+    """Llama's sites."""

@@ -1,0 +1,12 @@
+"""Qwen3: Llama's block with RMSNorms on the heads of q and k, which lie behind the linears and take no part in folds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmq.families.llama import Llama
+
+
+@dataclass(frozen=True)
+class Qwen3(Llama):
+    """Llama's sites."""

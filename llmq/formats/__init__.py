@@ -1,0 +1,1 @@
+"""Formats: bits on disk, one file per quant_method."""

@@ -1,0 +1,1 @@
+"""Grids: the values a weight may take, one file each."""

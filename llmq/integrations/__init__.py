@@ -1,0 +1,1 @@
+"""Integrations: other libraries, each entered only when asked for."""

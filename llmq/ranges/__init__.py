@@ -1,0 +1,1 @@
+"""Ranges: which interval a grid covers, one file each."""

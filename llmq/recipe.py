@@ -1,0 +1,223 @@
+"""What to do, as one frozen, serialisable value.
+
+`Recipe` holds what a user writes, on the command line or in a YAML/JSON file with the same keys. `Plan` is the recipe
+with its objects made: transforms, one solver, a format, and the scheme of every linear by name.
+Not here: running it (quantize.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from llmq import spec
+from llmq.grids.int import Int
+from llmq.types import ActivationGrid, Format, LlmqError, Scheme, Solver, Transform
+
+_OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-size|sym|range)=.*)$")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantize a model. Defaults that depend on other fields are None here and filled in by `resolved`.
+
+    method: comma-separated steps, transforms first and one solver last, each `name[:option=value...]`.
+    bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (None: 128; "channel" for W8A8).
+    range: which interval a grid covers (None: what the method prefers, else minmax).
+    act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic) or per "tensor" (static, `act_range`).
+    format: how the result is stored (None: gptq; compressed-tensors for W8A8).
+    override: `REGEX:bits=8,group_size=32` on full module names, later ones win. skip: regexes of linears to leave float.
+    lm_head: quantize the output head too.
+    calib: "self", a file or folder, or a dataset; samples x seq_len tokens chosen by `seed`.
+    dtype: what activations are computed in: "auto", "float32" or "bfloat16".
+    """
+
+    method: str = "gptq"
+    bits: int = 4
+    group_size: int | str | None = None
+    sym: bool = True
+    range: str | None = None
+    act_bits: int | None = None
+    act: str = "token"
+    act_range: str = "minmax"
+    format: str | None = None
+    override: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    lm_head: bool = False
+    calib: str = "self"
+    samples: int = 128
+    seq_len: int = 2048
+    seed: int = 0
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.act not in ("token", "tensor"):
+            raise LlmqError(f"act is 'token' (dynamic) or 'tensor' (static), not {self.act!r}")
+        if self.act_bits not in (None, 8):
+            raise LlmqError(f"act_bits is 8 or left out, not {self.act_bits}")
+        if self.act_bits and self.bits != 8:
+            raise LlmqError(f"8-bit activations need 8-bit weights, not {self.bits}; say --bits 8")
+        if self.samples < 1 or self.seq_len < 2:
+            raise LlmqError("samples is at least 1 and seq_len at least 2")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise LlmqError(f"dtype is auto, float32 or bfloat16, not {self.dtype!r}")
+
+    @classmethod
+    def load(cls, file: Path | None, given: Mapping[str, Any]) -> Recipe:
+        """Return the recipe of a YAML or JSON file with the `given` options laid over it.
+
+        Raises LlmqError for an unreadable file or a key that no option has.
+        """
+        values: dict[str, Any] = {}
+        if file is not None:
+            try:
+                values = yaml.safe_load(file.read_text()) or {}
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+                raise LlmqError(f"recipe {file} cannot be read ({' '.join(str(e).split())})") from e
+            if not isinstance(values, dict):
+                raise LlmqError(f"recipe {file} must hold `option: value` lines")
+        values = {k.replace("-", "_"): v for k, v in values.items()} | dict(given)
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise LlmqError(f"recipe {file}: no option {key!r} (options: {', '.join(known)})")
+        for key in ("override", "skip"):
+            value = values.get(key, ())
+            values[key] = (value,) if isinstance(value, str) else tuple(value)
+        return cls(**values)
+
+    def resolved(self) -> Recipe:
+        """Return the recipe with every default that depends on another option filled in."""
+        steps = [spec.load("algorithms", s) for s in self.method.split(",")]
+        preferred = next((s.preferred_range for s in steps if getattr(s, "preferred_range", None)), None)
+        override = self.override
+        if self.range is None and preferred:  # AWQ's paper clips neither q nor k
+            override = (rf"\.(q|k)_proj$:range={_DEFAULT_RANGE}", *override)
+        return dataclasses.replace(
+            self,
+            group_size=self.group_size or ("channel" if self.act_bits else 128),
+            range=self.range or preferred or _DEFAULT_RANGE,
+            format=self.format or ("compressed-tensors" if self.act_bits else "gptq"),
+            override=override,
+        )
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML that `load` reads back equal."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+_DEFAULT_RANGE = "minmax"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved recipe with its objects made."""
+
+    recipe: Recipe
+    transforms: tuple[Transform, ...]
+    solver: Solver
+    format: Format
+    base: Scheme
+    overrides: tuple[tuple[re.Pattern[str], dict[str, Any]], ...]
+    skip: tuple[re.Pattern[str], ...]
+
+    def scheme(self, name: str) -> Scheme | None:
+        """Return what the linear of that full name becomes, None where it stays float."""
+        if any(p.search(name) for p in self.skip):
+            return None
+        grid = self.base.weight
+        for pattern, changes in self.overrides:
+            if pattern.search(name):
+                grid = dataclasses.replace(grid, **changes)
+        return Scheme(grid, self.base.activation)
+
+    def check_patterns(self, names: Sequence[str]) -> None:
+        """Raise LlmqError for a --skip or --override of the user's that matches no linear."""
+        for text in (*self.recipe.skip, *(o for o in self.recipe.override if not o.endswith(f"={_DEFAULT_RANGE}"))):
+            m = _OVERRIDE.match(text)
+            pattern = m["regex"] if m and text in self.recipe.override else text
+            if not any(re.search(pattern, n) for n in names):
+                raise LlmqError(f"{text!r} matches no linear; names look like {names[0]}")
+
+
+def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
+    """Make a recipe's objects. Raises LlmqError for anything in it that names nothing or does not go together."""
+    recipe = recipe.resolved()
+    steps = [spec.load("algorithms", s) for s in recipe.method.split(",")]
+    *transforms, solver = steps
+    if not hasattr(solver, "solve"):
+        raise LlmqError(f"method {recipe.method!r} ends in a transform; add the solver, e.g. {recipe.method},gptq")
+    for step in transforms:
+        if not hasattr(step, "search"):
+            raise LlmqError(f"method {recipe.method!r}: {spec.dump(step)} is a solver, only the last step can be one")
+    fmt = _format(recipe, solver)
+    activation = ActivationGrid(8, recipe.act == "token") if recipe.act_bits else None
+    try:
+        grid = Int(
+            bits=recipe.bits,
+            sym=recipe.sym,
+            **_group(recipe.group_size),
+            restricted=activation is not None and recipe.sym,
+            scale_dtype=fmt.scale_dtype(model_dtype),
+            range=spec.load("ranges", recipe.range or _DEFAULT_RANGE),
+        )
+        overrides = tuple(_override(o, grid) for o in recipe.override)
+        skip = tuple(re.compile(s) for s in recipe.skip)
+    except ValueError as e:
+        raise LlmqError(str(e)) from e
+    except re.error as e:
+        raise LlmqError(f"--skip {e.pattern!r} is not a regular expression ({e})") from e
+    return Plan(recipe, tuple(transforms), solver, fmt, Scheme(grid, activation), overrides, skip)
+
+
+def _format(recipe: Recipe, solver: Any) -> Format:
+    fmt = spec.load("formats", recipe.format or "")
+    if getattr(solver, "desc_act", False):
+        if not hasattr(fmt, "desc_act"):
+            raise LlmqError(f"format {recipe.format} holds no g_idx; drop desc_act (static groups) or use --format gptq")
+        fmt = dataclasses.replace(fmt, desc_act=True)
+    return fmt
+
+
+def _group(value: Any) -> dict[str, Any]:
+    if value in ("channel", -1, "-1"):
+        return {"group_size": None}
+    if value == "tensor":
+        return {"group_size": None, "per_tensor": True}
+    try:
+        return {"group_size": int(value)}
+    except ValueError as e:
+        raise LlmqError(f"group_size is a number of columns, 'channel' or 'tensor', not {value!r}") from e
+
+
+def _override(text: str, grid: Int) -> tuple[re.Pattern[str], dict[str, Any]]:
+    m = _OVERRIDE.match(text)
+    if not m:
+        raise LlmqError(f"--override {text!r} does not read; write REGEX:bits=8,group_size=32 (also sym=, range=)")
+    changes: dict[str, Any] = {}
+    for option in m["options"].split(","):
+        key, _, value = option.partition("=")
+        key = key.strip().replace("-", "_")
+        if key == "group_size":
+            changes |= _group(value)
+        elif key == "range":
+            changes["range"] = spec.load("ranges", value)
+        elif key == "bits" and value.isdigit():
+            changes["bits"] = int(value)
+        elif key == "sym" and value.lower() in ("true", "false"):
+            changes["sym"] = value.lower() == "true"
+        else:
+            raise LlmqError(f"--override {text!r}: cannot read {option!r}")
+    dataclasses.replace(grid, **changes)  # raises ValueError for an impossible grid
+    try:
+        return re.compile(m["regex"]), changes
+    except re.error as e:
+        raise LlmqError(f"--override {text!r} does not start with a regular expression ({e})") from e

