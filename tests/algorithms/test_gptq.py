@@ -1,0 +1,133 @@
+"""GPTQ against its definition: a float64 reference, RTN where there is nothing to feed back, and its failure paths."""
+
+import pytest
+import torch
+
+from llmq.algorithms.gptq import Gptq, factor
+from llmq.algorithms.rtn import Rtn
+from llmq.grids.int import Int
+from llmq.stats import Hessian
+from llmq.types import Target
+
+
+def hessian(X_TK):
+    h = Hessian()
+    h.update(X_TK)
+    return h
+
+
+def correlated(K, T=2000, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(T, K, generator=g) @ torch.randn(K, K, generator=g) / K**0.5
+
+
+def loss(W_NK, q, H_KK):
+    E = W_NK - q.dequantize()
+    return ((E @ H_KK) * E).sum().item()
+
+
+def reference(W_NK, H_KK, grid, damp, act_order, desc_act):
+    """The paper's algorithm, column by column in float64."""
+    W, H = W_NK.double(), H_KK.double().clone()
+    K = W.shape[1]
+    order = torch.argsort(H_KK.diagonal(), descending=True, stable=True) if act_order else torch.arange(K)
+    H.diagonal().add_(damp * H.diagonal().mean())
+    U = torch.linalg.cholesky(torch.linalg.inv(H[order][:, order]), upper=True)
+    group = torch.arange(K) // grid.group_size
+    if not desc_act:
+        group = group[order]
+    params = grid.fit(W_NK[:, order] if desc_act else W_NK, H_KK)
+    W = W[:, order].clone()
+    codes = torch.zeros(W.shape, dtype=torch.uint8)
+    for j in range(K):
+        p = params.map(lambda t, j=j: t[:, group[j]])
+        code = grid.nearest(W[:, j].float(), p)
+        codes[:, order[j]] = code.to(torch.uint8)
+        e = (W[:, j] - grid.decode(code, p).double()) / U[j, j]
+        W[:, j + 1 :] -= e[:, None] * U[j, j + 1 :]
+    return codes
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("options", [{}, {"act_order": False}, {"desc_act": True}], ids=str)
+def test_equals_the_float64_reference(sym, options):
+    W_NK, h = torch.randn(24, 96, generator=torch.Generator().manual_seed(1)), hessian(correlated(96))
+    grid = Int(4, sym, 32)
+    (solved,) = Gptq(**options).solve([Target("w", W_NK, grid)], {Hessian: h})
+    step = Gptq(**options)
+    want = reference(W_NK, h.mean(), grid, step.damp, step.act_order, step.desc_act)
+    assert (solved.q.codes != want).float().mean() < 0.002  # float32 may turn a tie
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+def test_with_identity_hessian_equals_rtn_bit_for_bit(bits, sym):
+    class Identity(Hessian):
+        def mean(self):
+            return torch.eye(128)
+
+    W_NK, grid = torch.randn(32, 128, generator=torch.Generator().manual_seed(bits)), Int(bits, sym, 32)
+    target = [Target("w", W_NK, grid)]
+    ours, plain = Gptq().solve(target, {Hessian: Identity()})[0].q, Rtn().solve(target, {})[0].q
+    assert torch.equal(ours.codes, plain.codes) and torch.equal(ours.params.scale, plain.params.scale)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_lowers_the_loss_below_rtn(bits):
+    W_NK, h = torch.randn(48, 256, generator=torch.Generator().manual_seed(2)), hessian(correlated(256))
+    target = [Target("w", W_NK, Int(bits, True, 64))]
+    ours, plain = Gptq().solve(target, {Hessian: h})[0].q, Rtn().solve(target, {})[0].q
+    assert loss(W_NK, ours, h.mean()) < 0.7 * loss(W_NK, plain, h.mean())
+
+
+def test_stacked_linears_equal_linears_solved_alone():
+    h = hessian(correlated(64))
+    g = torch.Generator().manual_seed(3)
+    targets = [Target(n, torch.randn(rows, 64, generator=g), Int(4, True, 32)) for n, rows in (("q", 32), ("k", 16))]
+    targets.append(Target("v", torch.randn(16, 64, generator=g), Int(8, True, 32)))  # another grid: not stacked
+    together = Gptq().solve(targets, {Hessian: h})
+    for t, s in zip(targets, together, strict=True):
+        (alone,) = Gptq().solve([t], {Hessian: h})
+        assert (alone.q.codes != s.q.codes).float().mean() < 0.005
+        assert torch.equal(alone.q.params.scale, s.q.params.scale)
+
+
+def test_dead_columns_are_rounded_to_nearest_and_counted():
+    X = correlated(64)
+    X[:, [3, 40]] = 0
+    W_NK, grid = torch.randn(16, 64, generator=torch.Generator().manual_seed(4)), Int(4, True, 32)
+    (solved,) = Gptq().solve([Target("w", W_NK, grid)], {Hessian: hessian(X)})
+    plain = Rtn().solve([Target("w", W_NK, grid)], {})[0].q
+    assert solved.report["dead_columns"] == 2
+    assert torch.equal(solved.q.codes[:, [3, 40]], plain.codes[:, [3, 40]])
+
+
+def test_damping_is_raised_until_the_hessian_factors_and_the_value_is_reported():
+    H = torch.eye(8)
+    H[0, 1] = H[1, 0] = 1.05  # an eigenvalue of -0.05
+    U, damp = factor(H, 0.01)
+    assert damp == pytest.approx(0.1)
+    H.diagonal().add_(damp)
+    torch.testing.assert_close(U.T @ U, torch.linalg.inv(H), rtol=1e-3, atol=1e-4)
+    assert torch.equal(U, U.triu())
+
+
+def test_a_hessian_that_never_factors_falls_back_on_rtn_and_says_so():
+    class Broken(Hessian):
+        def mean(self):
+            return torch.full((64, 64), float("nan")).fill_diagonal_(1.0)
+
+    W_NK, grid = torch.randn(8, 64), Int(4, True, 32)
+    (solved,) = Gptq().solve([Target("w", W_NK, grid)], {Hessian: Broken()})
+    assert "rtn" in solved.report["fallback"]
+    assert torch.equal(solved.q.codes, Rtn().solve([Target("w", W_NK, grid)], {})[0].q.codes)
+
+
+def test_desc_act_keeps_a_group_index_and_static_groups_do_not():
+    W_NK, h = torch.randn(8, 64), hessian(correlated(64))
+    for desc_act in (True, False):
+        q = Gptq(desc_act=desc_act).solve([Target("w", W_NK, Int(4, True, 32))], {Hessian: h})[0].q
+        assert (q.g_idx is not None) == desc_act
+        if desc_act:
+            assert q.g_idx.bincount().tolist() == [32, 32]
+            assert not torch.equal(q.g_idx, torch.arange(64, dtype=torch.int32) // 32)

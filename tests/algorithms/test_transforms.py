@@ -1,0 +1,129 @@
+"""Transforms leave the float function unchanged and lower the loss they claim to lower."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from llmq.algorithms._fold import fold, shares, tie
+from llmq.algorithms.awq import Awq
+from llmq.algorithms.smoothquant import SmoothQuant
+from llmq.families.llama import Llama
+from llmq.grids.int import Int
+from llmq.stats import AbsMax, AbsMean, Hessian
+from llmq.stream import Lanes
+from llmq.types import SiteView
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
+def make_block(kind="llama", kv_heads=2):
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_key_value_heads": kv_heads}
+    config = (LlamaConfig if kind == "llama" else Qwen2Config)(**sizes)
+    config._attn_implementation = "eager"
+    block = (LlamaDecoderLayer if kind == "llama" else Qwen2DecoderLayer)(config, 0).eval()
+    for p in block.parameters():
+        p.data = torch.randn_like(p) * 0.2 + (1.0 if p.dim() == 1 else 0.0)
+    x = torch.randn(2, 24, 64)
+    x[..., 5] *= 30  # an outlier channel
+    rope = LlamaRotaryEmbedding(config)(x, torch.arange(24)[None])
+    return config, block, x, ((), {"position_embeddings": rope})
+
+
+def views(block, x, call, grid, kinds=(AbsMax, AbsMean, Hessian)):
+    """Collect every statistic at every site, and the calls of the parents, from one batch."""
+    modules, recorded = dict(block.named_modules()), {}
+    sites = Llama().sites
+
+    def record(name):
+        return lambda m, a, k: recorded.setdefault(name, []).append((a, k))
+
+    hooks = [modules[s.parent].register_forward_pre_hook(record(s.parent), with_kwargs=True) for s in sites]
+    out = []
+    with torch.no_grad(), Lanes(block, sites, [x], [call]) as lanes:
+        for site in sites:
+            stats = {k: k() for k in kinds}
+            for X_TK in lanes.advance():
+                for s in stats.values():
+                    s.update(X_TK)
+            if site.parent not in site.linears:
+                stats.pop(Hessian)
+            out.append((site, stats))
+    for h in hooks:
+        h.remove()
+    grids = lambda site: [grid] * len(site.linears)  # noqa: E731
+    return [SiteView(s, modules, st, recorded.get(s.parent, []), grids(s), torch.float32, 16) for s, st in out]
+
+
+def run(block, x, call):
+    with torch.no_grad():
+        out = block(x, **call[1])
+    return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    "step", [Awq(), SmoothQuant(), SmoothQuant(alpha=0.5, linears=True)], ids=["awq", "smoothquant", "linears"]
+)
+def test_the_float_function_is_unchanged(kind, kv_heads, step):
+    _, block, x, call = make_block(kind, kv_heads)
+    before = run(block, x, call)
+    weights = copy.deepcopy(block.state_dict())
+    with torch.no_grad():
+        folds = [step.search(v) for v in views(block, x, call, Int(4, True, 32)) if step.needs(v.site)]
+        applied = [f() for f in folds if f]
+    assert applied
+    assert any(not torch.equal(weights[k], v) for k, v in block.state_dict().items())
+    torch.testing.assert_close(run(block, x, call), before, rtol=2e-4, atol=2e-4 * before.abs().max().item())
+
+
+def test_awq_reports_a_lower_loss_than_no_scaling():
+    _, block, x, call = make_block()
+    with torch.no_grad():
+        folds = [f for v in views(block, x, call, Int(3, True, 32)) if (f := Awq().search(v))]
+        reports = [f()["awq"] for f in folds]
+    assert reports and all(r["loss_over_unscaled"] < 1 and 0 < r["ratio"] < 1 for r in reports)
+    assert min(r["loss_over_unscaled"] for r in reports) < 0.9  # the site that reads the outlier channel
+
+
+def test_awq_leaves_a_site_of_float_linears_alone():
+    _, block, x, call = make_block()
+    with torch.no_grad():
+        assert all(Awq().search(v) is None for v in views(block, x, call, None))
+
+
+def test_smoothquant_scales_by_its_formula():
+    _, block, x, call = make_block()
+    view = views(block, x, call, Int(8))[0]
+    w_max = torch.stack([view.modules[n].weight.abs().amax(0) for n in view.site.linears]).amax(0)
+    want = view.stats[AbsMax].max ** 0.8 / w_max**0.2
+    gain = view.modules["input_layernorm"].weight.clone()
+    with torch.no_grad():
+        SmoothQuant(0.8).search(view)()
+    torch.testing.assert_close(view.modules["input_layernorm"].weight, gain / want)
+
+
+def test_a_stored_dtype_rounds_the_gain_and_the_columns_take_the_exact_ratio():
+    _, block, x, call = make_block()
+    before = run(block, x, call)
+    view = views(block, x, call, Int(4))[0]
+    view = SiteView(view.site, view.modules, view.stats, (), view.grids, torch.bfloat16, 16)
+    with torch.no_grad():
+        fold(view, torch.rand(64) + 0.5, 1, 16)
+    gain = view.modules["input_layernorm"].weight
+    assert torch.equal(gain, gain.bfloat16().float())
+    torch.testing.assert_close(run(block, x, call), before, rtol=2e-4, atol=2e-4 * before.abs().max().item())
+
+
+def test_tied_scales_are_equal_across_the_heads_of_a_group():
+    tied = tie(torch.arange(64.0), 2, 16).reshape(2, 2, 16)
+    assert torch.equal(tied[:, 0], tied[:, 1])
+    _, block, x, call = make_block(kv_heads=2)
+    assert [shares(v) for v in views(block, x, call, Int(4))] == [1, 2, 1, 1]

@@ -1,0 +1,58 @@
+"""Statistics equal their definitions, and merging two halves equals the whole."""
+
+import pytest
+import torch
+
+from llmq.stats import AbsMax, AbsMean, Hessian, Histogram
+
+
+@pytest.fixture
+def X():
+    return torch.randn(300, 700, generator=torch.Generator().manual_seed(0))
+
+
+def halves(kind, X):
+    a, b = kind(), kind()
+    a.update(X[:100])
+    b.update(X[100:])
+    a.merge(b)
+    return a
+
+
+def test_hessian_is_the_mean_outer_product(X):
+    h = Hessian()
+    for part in X.split(64):
+        h.update(part)
+    want = (X.double().T @ X.double() / 300).float()
+    torch.testing.assert_close(h.mean(), want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(h.mean(), h.mean().T)
+    torch.testing.assert_close(halves(Hessian, X).mean(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_hessian_takes_bfloat16(X):
+    h = Hessian()
+    h.update(X.bfloat16())
+    rounded = X.bfloat16().float()
+    torch.testing.assert_close(h.mean(), rounded.T @ rounded / 300, rtol=1e-4, atol=1e-4)
+
+
+def test_absmax_and_absmean(X):
+    assert torch.equal(halves(AbsMax, X).max, X.abs().amax(0))
+    torch.testing.assert_close(halves(AbsMean, X).mean(), X.abs().mean(0))
+
+
+def test_histogram_counts_every_value_and_keeps_the_exact_maximum(X):
+    X = X * torch.logspace(-2, 2, 300)[:, None]  # the range grows batch by batch
+    whole, merged = Histogram(), halves(Histogram, X)
+    for part in X.split(50):
+        whole.update(part)
+    assert whole.counts.sum() == X.numel() == merged.counts.sum()
+    assert torch.equal(whole.counts, merged.counts) and whole.top == merged.top
+    values, counts = whole.values()
+    assert values[-1].item() == pytest.approx(X.abs().max().item(), rel=1e-6)
+    assert (values * counts).sum().item() / X.numel() == pytest.approx(X.abs().mean().item(), rel=0.02)
+
+
+def test_a_statistic_without_data_says_so():
+    with pytest.raises(ValueError, match="no activation"):
+        Hessian().mean()
