@@ -6,6 +6,9 @@ step needs, per site, and drops them when the site is solved.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -31,9 +34,10 @@ class Hessian:
         if self.sum is None:
             self.sum = torch.zeros(K, K, dtype=torch.float32, device=X.device)
         panel = max(_PANEL, K // 8)
-        for i in range(0, K, panel):
-            j = min(i + panel, K)
-            self.sum[i:j, i:].addmm_(X[:, i:j].T, X[:, i:])
+        with _exact_products(X_TK.dtype):
+            for i in range(0, K, panel):
+                j = min(i + panel, K)
+                self.sum[i:j, i:].addmm_(X[:, i:j].T, X[:, i:])
         self.count += X.shape[0]
         self._mean = None
 
@@ -53,6 +57,17 @@ class Hessian:
             upper.div_(max(self.count, 1))
             self._mean = upper + upper.triu(1).T
         return self._mean
+
+
+@contextmanager
+def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let float32 products of bfloat16 values run on bfloat16 units, which lose nothing: the sums stay float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class AbsMax:

@@ -1,13 +1,14 @@
 """GPTQ: round column by column, pushing each error onto the columns not yet rounded.
 
-min |(W - Q) X^T|^2;  H = X^T X / T + damp * mean(diag H) * I;  H^-1 = U^T U with U upper triangular.
-For each column j:  q = nearest(w_j);  e = (w_j - q) / U_jj;  W[:, j+1:] -= e U[j, j+1:].
-Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Columns run in descending diag H (act order). Grids are fitted and
-frozen before the loop, on the original column groups (static groups: no g_idx on disk) or, with `desc_act`, on the
-groups of the permuted order (g_idx on disk).
+min |(W - Q) X^T|^2;  H = X^T X / T + damp * mean(diag H) * I;  H = F D F^T with F unit upper triangular.
+For each column j:  q_j = nearest(w_j + sum_(i<j) (w_i - q_i) F_ij).
+Frantar et al. 2022, arXiv:2210.17323, Algorithm 1, in the form that Chee et al. 2023, arXiv:2307.13304, section 4 prove
+equal to it: the errors are those against the original weights, so H is factored once and never inverted. Columns run in
+descending diag H (act order). Grids are fitted and frozen before the loop, on the original column groups (static
+groups: no g_idx on disk) or, with `desc_act`, on the groups of the permuted order (g_idx on disk).
 
 The paper's lazy batches become a recursion: round the left half, apply its errors to the right half by one product,
-round the right half. The linears of a site share H and U, so those on equal grids are stacked along their rows.
+round the right half. The linears of a site share H and F, so those on equal grids are stacked along their rows.
 Not here: activations (stream), clipping (ranges/), bits on disk (formats/).
 """
 
@@ -57,19 +58,19 @@ class Gptq:
         if dead.any():  # a column that no token excites has no feedback: with H_jj = 1 it is rounded to nearest
             H_KK = H_KK + torch.diag(dead.to(H_KK.dtype))
         order = torch.argsort(H_KK.diagonal(), descending=True, stable=True) if self.act_order else None
-        U_KK, damping = factor(H_KK if order is None else H_KK[order][:, order], self.damp)
+        F_KK, damping = factor(H_KK if order is None else H_KK[order][:, order], self.damp)
         report = {"damp": damping, "dead_columns": int(dead.sum()), "tokens": stats[Hessian].count}
-        if U_KK is None:
+        if F_KK is None:
             report["fallback"] = f"rtn: H does not factor with damping up to {damping:g}"
         solved: dict[str, Solved] = {}
         for stack in _stacks(targets):
             W_NK = torch.cat([t.W_NK for t in stack])
-            q = self._solve_stack(W_NK, stack[0].grid, H_KK, U_KK, order)
+            q = self._solve_stack(W_NK, stack[0].grid, H_KK, F_KK, order)
             for t, part in zip(stack, _split(q, [t.W_NK.shape[0] for t in stack]), strict=True):
                 solved[t.name] = Solved(part, dict(report))
         return [solved[t.name] for t in targets]
 
-    def _solve_stack(self, W_NK: Tensor, grid: Any, H_KK: Tensor, U_KK: Tensor | None, order: Tensor | None) -> QTensor:
+    def _solve_stack(self, W_NK: Tensor, grid: Any, H_KK: Tensor, F_KK: Tensor | None, order: Tensor | None) -> QTensor:
         K = W_NK.shape[1]
         group_K = torch.arange(K, device=W_NK.device) // (grid.group_size or K)
         if order is not None and self.desc_act:
@@ -78,13 +79,13 @@ class Gptq:
             g_idx[order] = group_K
         else:
             params, g_idx = grid.fit(W_NK, H_KK), group_K
-        if U_KK is None:
+        if F_KK is None:
             codes = grid.nearest(W_NK, params.columns(K, g_idx))
         else:
             W_KN, group = W_NK.T, g_idx
             if order is not None:
                 W_KN, group = W_KN[order], g_idx[order]
-            codes_KN = feedback(W_KN.contiguous().clone(), U_KK, grid, params, group.tolist())
+            codes_KN = feedback(W_KN.contiguous(), F_KK, grid, params, group.tolist())
             if order is not None:
                 codes_KN = codes_KN[torch.argsort(order)]
             codes = codes_KN.T.contiguous()
@@ -93,48 +94,46 @@ class Gptq:
 
 
 def factor(H_KK: Tensor, damp: float) -> tuple[Tensor | None, float]:
-    """Return U, upper triangular with `H^-1 = U^T U` for the damped H, and the damping used; None where H resists.
+    """Return F, unit upper triangular with `H = F D F^T` for the damped H, and the damping used; None where H resists.
 
-    Reversing both axes turns the lower Cholesky factor into R, upper with H = R R^T, so U = R^-1: one factorisation in
-    place of the usual three steps (factor, invert, factor).
+    The Cholesky factor of H with both axes reversed, reversed back, is upper triangular; its columns over their pivots
+    are F.
     """
-    K = H_KK.shape[0]
     mean = H_KK.diagonal().mean()
     for _ in range(_RETRIES):
         damped = H_KK.clone()
         damped.diagonal().add_(damp * mean)
         L, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if info == 0 and torch.isfinite(L.diagonal()).all():
-            eye = torch.eye(K, dtype=H_KK.dtype, device=H_KK.device)
-            return torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True), damp
+            return L.flip(0, 1).div_(L.diagonal().flip(0)), damp
         damp *= 10
     return None, damp / 10
 
 
-def feedback(W_KN: Tensor, U_KK: Tensor, grid: Any, params: Params, group: list[int]) -> Tensor:
+def feedback(W_KN: Tensor, F_KK: Tensor, grid: Any, params: Params, group: list[int]) -> Tensor:
     """Round the rows of `W_KN` in order, feeding errors forward; return the codes, uint8 `[K, N]`.
 
-    W_KN: float32, contiguous, overwritten by the scaled errors. params: `[N, G]`. group: the group of each row.
+    W_KN: float32, contiguous, unchanged. params: `[N, G]`. group: the group of each row.
     """
     codes_KN = torch.empty(W_KN.shape, dtype=torch.uint8, device=W_KN.device)
+    target_KN, error_KN = W_KN.clone(), torch.empty_like(W_KN)
     scale_GN, zero_GN = params.scale.float().T.contiguous(), params.zero.float().T.contiguous()
     by_group = [Params(s, z) for s, z in zip(scale_GN, zero_GN, strict=True)]
-    pivot = U_KK.diagonal().tolist()
 
     def run(lo: int, hi: int) -> None:
         if hi - lo > _LEAF:
             mid = (lo + hi) // 2
             run(lo, mid)
-            W_KN[mid:hi].addmm_(U_KK[lo:mid, mid:hi].T, W_KN[lo:mid], alpha=-1)
+            target_KN[mid:hi].addmm_(F_KK[lo:mid, mid:hi].T, error_KN[lo:mid])
             run(mid, hi)
             return
         for j in range(lo, hi):
-            w, p = W_KN[j], by_group[group[j]]
-            code = grid.nearest(w, p)
+            p = by_group[group[j]]
+            code = grid.nearest(target_KN[j], p)
             codes_KN[j] = code
-            w.sub_(grid.decode(code, p)).div_(pivot[j])
+            torch.sub(W_KN[j], grid.decode(code, p), out=error_KN[j])
             if j + 1 < hi:
-                W_KN[j + 1 : hi].addr_(U_KK[j, j + 1 : hi], w, alpha=-1)
+                target_KN[j + 1 : hi].addr_(F_KK[j, j + 1 : hi], error_KN[j])
 
     run(0, W_KN.shape[0])
     return codes_KN

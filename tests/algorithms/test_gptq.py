@@ -105,11 +105,13 @@ def test_dead_columns_are_rounded_to_nearest_and_counted():
 def test_damping_is_raised_until_the_hessian_factors_and_the_value_is_reported():
     H = torch.eye(8)
     H[0, 1] = H[1, 0] = 1.05  # an eigenvalue of -0.05
-    U, damp = factor(H, 0.01)
+    F, damp = factor(H, 0.01)
     assert damp == pytest.approx(0.1)
     H.diagonal().add_(damp)
-    torch.testing.assert_close(U.T @ U, torch.linalg.inv(H), rtol=1e-3, atol=1e-4)
-    assert torch.equal(U, U.triu())
+    inverse = torch.linalg.inv(F)
+    D = inverse @ H @ inverse.T
+    torch.testing.assert_close(D, torch.diag(D.diagonal()), rtol=0, atol=1e-5)
+    assert torch.equal(F, F.triu()) and (F.diagonal() == 1).all()
 
 
 def test_a_hessian_that_never_factors_falls_back_on_rtn_and_says_so():

@@ -1,0 +1,28 @@
+"""llmq: quantize Llama-family checkpoints to 2-8 bits, in files that standard runtimes load unchanged.
+
+Importing the package imports nothing else and changes nothing; the names below are fetched when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmq.loading import load, load_tokenizer
+    from llmq.types import LlmqError
+
+__version__ = "0.1.0"
+__all__ = ["LlmqError", "__version__", "load", "load_tokenizer"]
+
+_HOME = {"LlmqError": "llmq.types", "load": "llmq.loading", "load_tokenizer": "llmq.loading"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

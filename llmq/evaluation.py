@@ -1,0 +1,399 @@
+"""What quantization cost: perplexity, KL divergence and top-1 agreement, by the conventions that others publish.
+
+    perplexity = exp(-sum_t log q(t) / n)      q: the model, over the scored tokens t; n: tokens, or words
+    KL         = mean_t sum_v p_t(v) log(p_t(v) / q_t(v))      p: the float baseline, at the same positions
+    top-1      = share of positions where argmax p = argmax q
+
+Perplexities by different conventions do not compare: state it with the number. Perplexity alone misleads, since it can
+fall while the model drifts from the baseline; KL cannot. Standard errors take tokens as independent, as llama.cpp does.
+Logits are compared in float32, a few hundred positions at a time: `[2048, vocab]` in float32 never exists.
+
+Sources: `gptq` is the script of Frantar et al. 2022, arXiv:2210.17323; `llama.cpp` is its tools/perplexity; `lm-eval`
+is the task `wikitext` of lm-evaluation-harness.
+Not here: loading models (loading), text to calibrate on (calibration).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor
+
+from llmq.calibration import HubText, bos_id, encode, hub_rows
+from llmq.types import LlmqError
+
+CHUNK = 256  # positions whose logits are held at once: 50 MB a copy at 49152 entries, 160 MB at 151936
+
+
+Text = str | Sequence[str]  # one text, or documents
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a text becomes windows, and what is scored in them.
+
+    window: tokens a model reads at once; 0 is the model's max_position_embeddings.
+    bos: before the "text", before each "document", or in place of the first token of each "window".
+    half: score only the second half of a window, so that every scored token has context.
+    unit: what perplexity is per, "token" or "word".
+    joiner: what joins the rows of a data set to one text.
+    """
+
+    name: str
+    window: int
+    bos: str
+    half: bool
+    unit: str
+    joiner: str
+
+
+CONVENTIONS = {
+    c.name: c
+    for c in (
+        Convention("gptq", window=2048, bos="text", half=False, unit="token", joiner="\n\n"),
+        Convention("llama.cpp", window=512, bos="window", half=True, unit="token", joiner=""),
+        Convention("lm-eval", window=0, bos="document", half=False, unit="word", joiner=""),
+    )
+}
+
+EVAL_SETS = {
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "test", stream=False),
+    "c4": HubText("allenai/c4", "en", "validation"),
+}
+"""The short names of evaluation sets."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model measured on one text.
+
+    perplexity: per `unit` ("token" or "word"), with its standard error; byte_perplexity for unit "word".
+    count: how many units the text has; tokens: how many were scored; seconds: wall time, the baseline's included.
+    baseline_perplexity, kl_mean and its standard error (nats per token), kl_p999 (99.9 percentile over the tokens) and
+        top1 (share, 0 to 1): against the baseline, None without one.
+    """
+
+    convention: str
+    window: int
+    unit: str
+    perplexity: float
+    standard_error: float
+    count: int
+    tokens: int
+    seconds: float
+    byte_perplexity: float | None = None
+    baseline_perplexity: float | None = None
+    kl_mean: float | None = None
+    kl_standard_error: float | None = None
+    kl_p999: float | None = None
+    top1: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as `json.dumps` takes them; infinite values become None."""
+        values = dataclasses.asdict(self)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def find_convention(name: str, window: int | None = None) -> Convention:
+    """Return the convention `name`, with another window length if one is given. Raises LlmqError for a wrong one."""
+    if name not in CONVENTIONS:
+        raise LlmqError(f"no convention {name!r} (there are: {', '.join(CONVENTIONS)})")
+    if window is not None and window < 4:
+        raise LlmqError(f"a window of {window} tokens is too short: give 4 or more")
+    how = CONVENTIONS[name]
+    return how if window is None else dataclasses.replace(how, window=window)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    text: Text,
+    convention: Convention,
+    baseline: Any = None,
+    windows: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure `model`, a transformers CausalLM, on `text`, against `baseline` where one is given.
+
+    text: one text, or documents; only `lm-eval` keeps documents apart, and finds Wikipedia articles in one text.
+    windows: score only the first so many windows; under `lm-eval`, documents.
+    progress: called with (done, total) after every window.
+    Both models are put in eval mode. Raises LlmqError for a text that is too short, a window longer than the model
+    reads, a baseline with another vocabulary, and logits that are not finite (naming the window).
+    """
+    began = time.perf_counter()
+    how = _fit(convention, model)
+    if windows is not None and windows < 1:
+        raise LlmqError(f"give 1 window or more, not {windows}")
+    pieces, words, bytes_ = _windows(text, tokenizer, how, windows)
+    scored = _Model(model.eval(), "the model")
+    truth = None if baseline is None else _Model(baseline.eval(), "the baseline")
+    if truth and truth.vocab != scored.vocab:
+        raise LlmqError(f"the baseline has {truth.vocab} tokens in its vocabulary, the model {scored.vocab}")
+    parts: list[Tensor] = []
+    with torch.inference_mode():
+        for i, piece in enumerate(pieces):
+            parts += _score(piece, f"window {i + 1} of {len(pieces)}", scored, truth)
+            if progress:
+                progress(i + 1, len(pieces))
+    scores = torch.cat(parts)
+    nll = scores[:, 0]
+    count = words if how.unit == "word" else len(nll)
+    perplexity = _exp(float(nll.sum()) / count)
+    return Evaluation(
+        convention=how.name,
+        window=how.window,
+        unit=how.unit,
+        perplexity=perplexity,
+        standard_error=perplexity * _error(nll) * len(nll) / count,
+        count=count,
+        tokens=len(nll),
+        seconds=time.perf_counter() - began,
+        byte_perplexity=_exp(float(nll.sum()) / bytes_) if how.unit == "word" else None,
+        **(_against(scores, count) if truth else {}),
+    )
+
+
+def compare(  # noqa: PLR0913, the options of `llmq eval` one for one
+    model: str,
+    baseline: str | None = None,
+    *,
+    text: Path | None = None,
+    dataset: str | None = None,
+    convention: str | Convention = "gptq",
+    windows: int | None = None,
+    device: str = "auto",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Evaluation]:
+    """Load checkpoints, each in its own dtype, and a text, and `evaluate`; the result is keyed by `model`.
+
+    progress: called with (done, total, what is going on). Raises LlmqError as `load`, `load_text` and `evaluate` do.
+    """
+    from llmq.loading import load, load_tokenizer
+
+    step = progress or (lambda done, total, what: None)
+    how = find_convention(convention) if isinstance(convention, str) else convention
+    content = load_text(text, dataset, how)
+    tokenizer = load_tokenizer(model)
+    step(0, 1, "loading")
+    truth = None if baseline is None else load(baseline, device=device)
+    loaded = load(model, device=device)
+    report = evaluate(loaded, tokenizer, content, how, truth, windows, lambda done, total: step(done, total, "scoring"))
+    return {model: report}
+
+
+def load_text(text: Path | None, dataset: str | None, convention: Convention) -> str | list[str]:
+    """Return the text of a file, or of a Hub data set of `EVAL_SETS`. Raises LlmqError where it cannot be had."""
+    if text is not None:
+        try:
+            return Path(text).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise LlmqError(f"cannot read {text} as UTF-8 text: {getattr(e, 'strerror', None) or e}") from e
+    if dataset not in EVAL_SETS:
+        raise LlmqError(f"no evaluation set {dataset!r} (there are: {', '.join(EVAL_SETS)}): or give --text FILE")
+    rows = (row["text"] for row in hub_rows(EVAL_SETS[dataset], "give a text, as --text FILE"))
+    if dataset == "wikitext2":  # rows are lines, a blank one is empty; the GPTQ script joins them as they are
+        return convention.joiner.join(rows if convention.name == "gptq" else (row or " \n" for row in rows))
+    documents = list(itertools.islice(rows, 1100))  # as many as the GPTQ script takes
+    return documents if convention.unit == "word" else " ".join(documents)
+
+
+def table(rows: Mapping[str, Evaluation]) -> Table:
+    """Return a rich table, 80 columns wide, with a row per named evaluation and one for the first baseline."""
+    first = next(iter(rows.values()))
+    baseline = next((e.baseline_perplexity for e in rows.values() if e.baseline_perplexity is not None), None)
+    versus = [] if baseline is None else ["change", "KL", "KL 99.9 %", "top-1"]
+    title = f"{first.convention}: window {first.window}, {first.tokens} tokens scored, perplexity per {first.unit}"
+    out = Table(title=title, title_justify="left", box=None)
+    out.add_column("model", overflow="fold", min_width=14)
+    for head in ("perplexity", *versus, "seconds"):
+        out.add_column(head, justify="right", no_wrap=True)
+    if baseline is not None:
+        out.add_row("baseline", f"{baseline:.3f}")
+    for name, e in rows.items():
+        cells = [""] * len(versus)
+        if e.baseline_perplexity is not None:
+            change = f"{100 * (e.perplexity / e.baseline_perplexity - 1):+.2f} %"
+            cells = [change, f"{e.kl_mean:.5f}", f"{e.kl_p999:.4f}", f"{e.top1:.2%}"]
+        out.add_row(name, f"{e.perplexity:.3f} ± {e.standard_error:.3f}", *cells, f"{e.seconds:.1f}")
+    return out
+
+
+# Windows
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Token ids, of which `ids[first:]` are scored; the last is only predicted, never read."""
+
+    ids: list[int]
+    first: int
+
+
+def _fit(convention: Convention, model: Any) -> Convention:
+    """Return the convention with its window resolved against what the model can read."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    window = convention.window or longest or 2048
+    if longest and window > longest:
+        raise LlmqError(f"the model reads {longest} tokens, not a window of {window}: give a shorter window")
+    return dataclasses.replace(convention, window=window)
+
+
+def _windows(text: Text, tokenizer: Any, how: Convention, limit: int | None) -> tuple[list[_Window], int, int]:
+    """Return the windows with the words and bytes of the text that they cover (0 where the unit is the token)."""
+    L, bos = how.window, bos_id(tokenizer)
+    if how.bos == "document":
+        return _rolling(text, tokenizer, L, limit)
+    stream = encode(tokenizer, text if isinstance(text, str) else how.joiner.join(text))
+    stream = stream if bos is None else [bos, *stream]
+    if len(stream) < L:
+        raise LlmqError(f"the text has {len(stream)} tokens, one window needs {L}: give a longer text")
+    first = L // 2 + 1 if how.half else 1
+    windows = [_Window(stream[i : i + L], first) for i in range(0, len(stream) - L + 1, L)][:limit]
+    if how.bos == "window" and bos is not None:
+        windows = [_Window([bos, *w.ids[1:]], first) for w in windows]
+    return windows, 0, 0
+
+
+def _rolling(text: Text, tokenizer: Any, L: int, limit: int | None) -> tuple[list[_Window], int, int]:
+    """Return windows that score every token of every document once, each with up to `L` tokens before it.
+
+    The first token of a document is predicted from BOS, or from EOS where the tokenizer has no BOS.
+    """
+    documents = [d for d in (articles(text) if isinstance(text, str) else text) if d.strip()][:limit]
+    if not documents:
+        raise LlmqError("the text is empty: give a longer text")
+    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if prefix is None:
+        raise LlmqError("lm-eval predicts the first token from BOS or EOS: the tokenizer has neither")
+    tokenised = any(mark in d for d in documents for mark in (" @-@ ", " @,@ ", " @.@ "))
+    windows = []
+    for document in documents:
+        ids = [prefix, *encode(tokenizer, detokenise(document) if tokenised else document)]
+        windows.append(_Window(ids[: L + 1], 1))
+        for start in range(L + 1, len(ids), L):
+            end = min(start + L, len(ids))
+            windows.append(_Window(ids[end - L - 1 : end], L + 1 - (end - start)))
+    words = sum(len(re.split(r"\s+", d)) for d in documents)
+    return windows, words, sum(len(d.encode()) for d in documents)
+
+
+def articles(text: str) -> list[str]:
+    """Return the articles of a WikiText file, each from its title line ` = Title = `; a text without titles is one."""
+    found: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        flat = line.replace("= = =", "===").replace("= =", "==").strip()
+        if flat.startswith("= ") and flat.endswith(" ="):
+            found = [*found, []] if "".join(found[-1]).strip() else [[]]
+        found[-1].append(line)
+    return ["\n".join(lines) for lines in found]
+
+
+def detokenise(text: str) -> str:
+    """Return WikiText with its spaced punctuation and ` @-@ ` marks undone, as lm-eval's `wikitext` task reads it.
+
+    The order of the replacements, and that some of them miss, is part of the convention.
+    """
+    text = text.replace("s '", "s'")
+    for mark in "-,.":
+        text = text.replace(f" @{mark}@ ", mark)
+    for mark in ":;.!?,":
+        text = text.replace(f" {mark} ", f"{mark} ")
+    for a, b in ("()", "[]", "{}", '""', "''"):
+        text = re.sub(rf"{re.escape(a)}\s*([^{re.escape(b)}]*?)\s*{re.escape(b)}", rf"{a}\1{b}", text)
+    for spaced, plain in (("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" \xb0 ", "\xb0")):
+        text = text.replace(spaced, plain)
+    for spaced, plain in ((" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")):
+        text = text.replace(spaced, plain)
+    return text
+
+
+# Scores
+
+
+class _Model:
+    """A model as the states of a window and their logits, so that logits exist for a few positions at a time.
+
+    The states are the last hidden states where the output embedding alone makes them the model's logits. A short probe
+    decides: a model that scales, caps or masks its logits afterwards fails it, and its states are the logits.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model, self.name, self.head = model, name, None
+        self.vocab = model.config.get_text_config().vocab_size
+        head = model.get_output_embeddings()
+        if head is not None and model.base_model is not model:
+            probe = torch.arange(min(8, self.vocab), device=model.device)[None]
+            with torch.inference_mode():
+                states = model.base_model(probe, use_cache=False).last_hidden_state
+                self.head = head if torch.equal(head(states), model(probe, use_cache=False).logits) else None
+
+    def states(self, ids: list[int]) -> Tensor:
+        """Return `[T, hidden]`, or the logits `[T, vocab]`."""
+        x = torch.tensor([ids], device=self.model.device)
+        if self.head is None:
+            return self.model(x, use_cache=False).logits[0]
+        return self.model.base_model(x, use_cache=False).last_hidden_state[0]
+
+    def log_probs(self, states: Tensor) -> Tensor:
+        """Return the float32 log-probabilities `[T, vocab]` of some of the states."""
+        return F.log_softmax((states if self.head is None else self.head(states)).float(), dim=-1)
+
+
+def _score(window: _Window, where: str, model: _Model, baseline: _Model | None) -> Iterator[Tensor]:
+    """Yield, for a few of the scored tokens at a time, float64 `[t, 1]` on the CPU: -log q; with a baseline `[t, 4]`.
+
+    The other columns are -log p, the KL divergence and 1 where both rank the same token first.
+    """
+    states = model.states(window.ids[:-1])[window.first - 1 :]
+    truth = None if baseline is None else baseline.states(window.ids[:-1])[window.first - 1 :]
+    targets = torch.tensor(window.ids[window.first :], device=states.device)
+    for i in range(0, len(targets), CHUNK):
+        part = slice(i, i + CHUNK)
+        log_q = model.log_probs(states[part])
+        columns = [_nll(log_q, targets[part], f"{where}: {model.name}")]
+        if baseline is not None and truth is not None:
+            log_p = baseline.log_probs(truth[part]).to(log_q.device)
+            columns.append(_nll(log_p, targets[part], f"{where}: {baseline.name}"))
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
+            columns += [kl.clamp(min=0), (log_p.argmax(-1) == log_q.argmax(-1)).double()]  # below 0 by rounding only
+        yield torch.stack(columns, dim=1).cpu()
+
+
+def _nll(log_p: Tensor, targets: Tensor, where: str) -> Tensor:
+    nll = -log_p.gather(1, targets[:, None])[:, 0].double()
+    if not nll.isfinite().all():
+        raise LlmqError(f"{where} gives NaN or infinite logits: its weights are broken, or overflow in this dtype")
+    return nll
+
+
+def _against(scores: Tensor, count: int) -> dict[str, float]:
+    """Return the fields of Evaluation that compare with the baseline, from the columns of `_score`."""
+    _, nll, kl, agree = scores.T
+    return {
+        "baseline_perplexity": _exp(float(nll.sum()) / count),
+        "kl_mean": float(kl.mean()),
+        "kl_standard_error": _error(kl),
+        "kl_p999": float(kl.sort().values[math.ceil(0.999 * len(kl)) - 1]),
+        "top1": float(agree.mean()),
+    }
+
+
+def _error(values: Tensor) -> float:
+    """Return the standard error of the mean of independent values."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.inf
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

@@ -1,0 +1,237 @@
+"""GPTQ: codes packed along K, zeros along N, one scheme for the whole checkpoint.
+
+    qweight  int32 [K*b/32, N]   word r of column n: codes of inputs k = r*32/b + j, lowest bits first
+    qzeros   int32 [G, N*b/32]   word c of group g: zeros of outputs n = c*32/b + j; 3 bits straddle words in both
+    scales   fp16  [G, N]
+    g_idx    int32 [K]           group of input k: k // group_size, or real ids (`desc_act`) in the original order
+
+    w[n, k] = scales[g, n] * (code[n, k] - zero[g, n]),  g = g_idx[k]
+
+v1 (`checkpoint_format: "gptq"`) stores zero - 1: symmetric 4-bit qzeros read 0x77777777. The subtraction is made on
+whole words for 2, 4 and 8 bits, as GPTQModel does (utils/model.py, convert_gptq_v2_to_v1_format_module), so a zero of
+0 borrows from its neighbour; undoing it on words is exact, and readers that add 1 to each field go wrong. For 3 bits
+GPTQModel subtracts field by field, modulo 8. v2 stores the zero itself.
+
+Modules of a block left float have no key that every reader knows, so two are written: `modules_in_block_to_quantize`
+(optimum and with it transformers, vLLM) and `dynamic` with negative rules (GPTQModel, vLLM). `meta` is not written:
+some readers refuse a file that has it.
+
+Not here: the algorithm of the same name (algorithms/gptq.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.formats import _common
+from llmq.formats._bits import pack_words, unpack_words
+from llmq.grids.int import Int
+from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
+
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every field of a word
+_KEYS = ("quant_method", "bits", "group_size", "desc_act", "sym", "lm_head", "checkpoint_format")
+_ALTERS = ("is_marlin_format", "rotation", "adapter", "activation")  # GPTQModel: other packing, or more than the weight
+_REQUANTIZE = "quantize the float model again"
+_READERS = {
+    "GPTQModel, hence not by transformers": (16, 32, 64, 128, 256, 512, 1024),  # 7.7, TorchLinear.SUPPORTS_GROUP_SIZE
+    "vLLM": (32, 64, 128),  # marlin_utils.MARLIN_SUPPORTED_GROUP_SIZES
+}
+
+
+@dataclass
+class GPTQ:
+    """The GPTQ checkpoint format.
+
+    checkpoint_format: "gptq" (v1), "gptq_v2", or "auto": v1 for symmetric grids, else v2.
+    desc_act: the weights come in activation order, so that g_idx holds real group ids.
+    dynamic, modules_in_block_to_quantize: which linears of the blocks are quantized, as read from a checkpoint.
+    keys, extra: the keys of the config that was read, and what llmq does not interpret of it.
+    """
+
+    checkpoint_format: str = "auto"
+    desc_act: bool = False
+    quant_method: str = field(default="gptq", init=False)
+    dynamic: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    modules_in_block_to_quantize: list[Any] | None = field(default=None, init=False, repr=False)
+    keys: tuple[str, ...] = field(default=_KEYS, init=False, repr=False)
+    extra: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_format not in ("auto", "gptq", "gptq_v2"):
+            raise ValueError(f"checkpoint_format is auto, gptq or gptq_v2, not {self.checkpoint_format}")
+
+    def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """Return float16, whatever the model's dtype."""
+        return torch.float16
+
+    def plan(self, linears: Sequence[LinearSpec]) -> list[str]:
+        """Refuse what GPTQ files cannot hold; return warnings about readers. Raises LlmqError."""
+        grid = _common.uniform(linears, "gptq")
+        first = linears[0].name
+        if grid.bits not in (2, 3, 4, 8):
+            raise LlmqError(f"{first}: gptq holds 2, 3, 4 or 8 bits, not {grid.bits}; use --format compressed-tensors")
+        if not grid.sym and self.checkpoint_format == "gptq":
+            raise LlmqError(
+                f"{first}: gptq v1 stores zero - 1 and cannot hold an asymmetric zero of 0; "
+                "use --format gptq:checkpoint_format=gptq_v2, awq or compressed-tensors"
+            )
+        for spec in linears:
+            _common.groups(spec)
+            for side, n in (("K", spec.K), ("N", spec.N)):
+                if n * grid.bits % 32:
+                    raise LlmqError(
+                        f"{spec.name}: {side} = {n} codes of {grid.bits} bits do not fill 32-bit words, as gptq needs; "
+                        "--skip the module or use --format compressed-tensors"
+                    )
+        return self._warnings(grid, linears)
+
+    def _warnings(self, grid: Int, linears: Sequence[LinearSpec]) -> list[str]:
+        warnings = _common.group_size_warnings(grid, _READERS) + _common.fused_warnings(linears)
+        if not grid.sym:
+            warnings.append(
+                "asymmetric gptq is written as gptq_v2, which GPTQModel and transformers read and vLLM does not; "
+                "for vLLM use awq or compressed-tensors"
+            )
+        if grid.bits < 4:
+            warnings.append(f"{grid.bits}-bit gptq is read by GPTQModel and transformers, not by vLLM")
+        if any(_common.block_path(s.name) is None for s in linears):
+            warnings.append("transformers does not read a quantized output head from gptq; GPTQModel and vLLM do")
+        return warnings
+
+    def pack(self, q: QTensor) -> dict[str, Tensor]:
+        """Return qweight, qzeros, scales (dtype kept) and g_idx.
+
+        Raises LlmqError for a weight in activation order unless `desc_act` is set: without it in the config, fused
+        runtimes ignore g_idx and compute with the wrong groups.
+        """
+        if q.g_idx is not None and not self.desc_act:
+            raise LlmqError("the weights are in activation order, which needs --format gptq:desc_act=true")
+        bits, K, G = q.grid.bits, q.codes.shape[1], q.params.scale.shape[1]
+        zero_GN = q.params.zero.t()
+        if self._version(q.grid) == 2:
+            qzeros = pack_words(zero_GN.to(torch.uint8), bits)
+        elif bits in _ONES:
+            qzeros = pack_words(zero_GN.to(torch.uint8), bits) - _ONES[bits]
+        else:
+            qzeros = pack_words(((zero_GN - 1) % 2**bits).to(torch.uint8), bits)
+        return {
+            "qweight": pack_words(q.codes, bits).t().contiguous(),
+            "qzeros": qzeros,
+            "scales": q.params.scale.t().contiguous(),
+            "g_idx": _plain_g_idx(K, G, q.codes.device) if q.g_idx is None else q.g_idx.to(torch.int32),
+        }
+
+    def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
+        """Invert `pack`; g_idx becomes None where it is `k // group_size`. Raises LlmqError that names the tensor."""
+        qweight, qzeros, scales, g_idx = _common.checked(tensors, self.layout(spec), spec)
+        grid = spec.scheme.weight
+        if self._version(grid) == 2:
+            zero_GN = unpack_words(qzeros, grid.bits, spec.N)
+        elif grid.bits in _ONES:
+            zero_GN = unpack_words(qzeros + _ONES[grid.bits], grid.bits, spec.N)
+        else:
+            zero_GN = (unpack_words(qzeros, grid.bits, spec.N) + 1) % 2**grid.bits
+        plain = torch.equal(g_idx, _plain_g_idx(spec.K, scales.shape[0], g_idx.device))
+        params = Params(scales.t().contiguous(), zero_GN.t().to(torch.int32).contiguous())
+        return QTensor(unpack_words(qweight.t(), grid.bits, spec.K), params, grid, None if plain else g_idx)
+
+    def layout(self, spec: LinearSpec) -> dict[str, Tensor]:
+        """Return the meta tensors of one linear. Raises LlmqError where the group does not divide K."""
+        bits, G = spec.scheme.weight.bits, _common.groups(spec)
+
+        def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        return {
+            "qweight": meta(spec.K * bits // 32, spec.N),
+            "qzeros": meta(G, spec.N * bits // 32),
+            "scales": meta(G, spec.N, dtype=torch.float16),
+            "g_idx": meta(spec.K),
+        }
+
+    def config(self, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> dict[str, Any]:
+        """Return the `quantization_config`. Raises LlmqError where the linears do not share one scheme.
+
+        The rules read from a checkpoint are kept while they still select exactly `linears`, else written anew.
+        """
+        grid = _common.uniform(linears, "gptq")
+        names = [s.name for s in linears]
+        lm_head = any(_common.block_path(n) is None for n in names)
+        listed, dynamic = self.modules_in_block_to_quantize, self.dynamic
+        if [self._quantized(n, lm_head) for n in (*names, *skipped)] != [True] * len(names) + [False] * len(skipped):
+            kept, dynamic = _common.kept_in_blocks(linears, skipped)
+            listed = [kept] if dynamic else None
+        version = "gptq" if self._version(grid) == 1 else "gptq_v2"
+        known = {
+            "quant_method": "gptq",
+            "method": "gptq",
+            "bits": grid.bits,
+            "group_size": grid.group_size or -1,
+            "desc_act": self.desc_act,
+            "sym": grid.sym,
+            "lm_head": lm_head,
+            "format": version,
+            "checkpoint_format": version,
+            "pack_dtype": "int32",
+            "dynamic": dynamic,
+            "modules_in_block_to_quantize": listed,
+        }
+        keys = {*self.keys, *(k for k in ("dynamic", "modules_in_block_to_quantize") if known[k])}
+        return {k: v for k, v in known.items() if k in keys} | self.extra
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> tuple[GPTQ, Callable[[str, int, int], Scheme | None]]:
+        """Return the format of a GPTQ `quantization_config` and the scheme of each linear by its name.
+
+        Raises LlmqError for another packing (marlin, planar, int64 words), rotations and adapters, and for `dynamic`
+        rules that change a scheme.
+        """
+        for key in _ALTERS:
+            if config.get(key):
+                raise LlmqError(f"quantization_config.{key} is set, which llmq does not read; {_REQUANTIZE}")
+        known = {"pack_dtype": "int32", "sym": True, "lm_head": False, "desc_act": False, **config}
+        known["checkpoint_format"] = config.get("checkpoint_format") or config.get("format") or "gptq"
+        bits = _common.need(known, "bits", (2, 3, 4, 8), _REQUANTIZE)
+        _common.need(known, "pack_dtype", ("int32",), _REQUANTIZE)
+        form = cls(
+            checkpoint_format=_common.need(known, "checkpoint_format", ("gptq", "gptq_v2"), _REQUANTIZE),
+            desc_act=_common.need(known, "desc_act", (True, False), "correct it"),
+        )
+        sym = _common.need(known, "sym", (True, False), "correct it")
+        lm_head = _common.need(known, "lm_head", (True, False), "correct it")
+        scheme = Scheme(Int(bits, sym, _common.group_size_of(known)))
+        form.dynamic = _common.negative_rules(config, "gptq")
+        form.modules_in_block_to_quantize = config.get("modules_in_block_to_quantize")
+        interpreted = {*_KEYS, "method", "format", "pack_dtype", "dynamic", "modules_in_block_to_quantize"}
+        form.keys = tuple(k for k in config if k in interpreted)
+        form.extra = {k: v for k, v in config.items() if k not in interpreted}
+
+        def scheme_of(name: str, N: int, K: int) -> Scheme | None:
+            return scheme if form._quantized(name, lm_head) else None
+
+        return form, scheme_of
+
+    def _quantized(self, name: str, lm_head: bool) -> bool:
+        """Return whether the rules quantize `name`; optimum matches the listed modules as endings of the name."""
+        if _common.left_by_rules(self.dynamic, name):
+            return False
+        if _common.block_path(name) is None:
+            return lm_head
+        listed = [
+            m for part in self.modules_in_block_to_quantize or () for m in ([part] if isinstance(part, str) else part)
+        ]
+        return not listed or any(name.endswith(m) for m in listed)
+
+    def _version(self, grid: Any) -> int:
+        if self.checkpoint_format == "auto":
+            return 1 if grid.sym else 2
+        return 1 if self.checkpoint_format == "gptq" else 2
+
+
+def _plain_g_idx(K: int, G: int, device: torch.device) -> Tensor:
+    return torch.arange(K, dtype=torch.int32, device=device) // (K // G)

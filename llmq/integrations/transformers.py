@@ -1,0 +1,276 @@
+"""transformers: let `from_pretrained` read GPTQ, AWQ and compressed-tensors checkpoints with llmq's linears.
+
+transformers finds the reader of a quantized checkpoint by its `quant_method` in two mappings, one for the config and
+one for the quantizer. `register()` replaces their entries for the methods that llmq reads, none of whose packages is
+then needed; `unregister()` puts back what was there. Nothing else in transformers is touched, and nothing until asked.
+
+    from llmq.integrations.transformers import register
+    register()
+    model = AutoModelForCausalLM.from_pretrained(path)
+
+Before any weight is read, the headers of the safetensors files are compared with what `quantization_config` promises:
+transformers would only warn of a missing tensor and initialise the layer at random.
+Not here: what a packed tensor means (formats/), the linear itself (runtime/linear.py), `llmq.load` (loading.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmq import spec
+from llmq.runtime.linear import QuantLinear
+from llmq.types import Format, LinearSpec, LlmqError
+
+METHODS = ("gptq", "awq", "compressed-tensors")
+"""The `quant_method`s that llmq reads. A closed list: a checkpoint must not name a module to import."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_OTHER = torch.float8_e4m3fn  # stands for any dtype that no packed tensor has
+_KV_SCALE = re.compile(r"[kv]_(scale|zero_point)")
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """A `quantization_config`, kept verbatim so that `save_pretrained` writes an equal one."""
+
+    def __init__(self, **config: Any) -> None:
+        self.quant_method = config.get("quant_method")  # type: ignore[assignment]  # a plain string will do
+        self._verbatim = config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a copy of what the checkpoint says."""
+        return copy.deepcopy(self._verbatim)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+
+class PackedQuantizer(HfQuantizer):
+    """Reads a packed checkpoint into a model whose quantized linears are `QuantLinear`."""
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        method = quantization_config.quant_method
+        if not self.pre_quantized:
+            raise LlmqError(
+                f"llmq reads {method} checkpoints but does not quantize while loading: run `llmq quantize` first, "
+                "or call llmq.integrations.transformers.unregister() to have transformers' own quantizer back"
+            )
+        if method not in METHODS:
+            raise LlmqError(f"quant_method {method!r} is not one that llmq reads ({', '.join(METHODS)})")
+        self._config = quantization_config.to_dict()
+        self._format, self._scheme = spec.find("formats", method).read(self._config)  # type: ignore[attr-defined]
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Replace the linears that the checkpoint holds packed. Raises LlmqError where its tensors disagree."""
+        stored = read_headers(checkpoint_files or ())
+        prefix = _prefix(model, stored)
+        specs = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                linear = self._spec(prefix + name, module, stored, f"{name}.weight" in model.all_tied_weights_keys)
+                if linear is not None:
+                    specs[name] = linear
+        if not specs:
+            raise LlmqError(
+                f"quantization_config selects no linear of {type(model).__name__}: it is for another model, "
+                "or names modules that this one does not have"
+            )
+        for name, linear in specs.items():
+            bias = getattr(model.get_submodule(name), "bias", None) is not None or f"{linear.name}.bias" in stored
+            dtypes = check_linear(self._format, linear, bias, stored)
+            model.set_submodule(name, QuantLinear(self._format, linear, bias, dtypes=dtypes))
+        _check_leftovers(self._format, list(specs.values()), stored)
+        if self._config.get("kv_cache_scheme"):
+            _add_kv_scales(model, prefix, stored)
+
+    def _spec(self, name: str, module: nn.Linear, stored: Mapping[str, Tensor], tied: bool) -> LinearSpec | None:
+        """Return what the linear `name` of the checkpoint is to become, None where it is float."""
+        N, K = module.out_features, module.in_features
+        scheme = self._scheme(name, N, K)
+        if scheme is None:
+            return None
+        linear = LinearSpec(name, N, K, scheme)
+        present = [f"{name}.{local}" for local in self._format.layout(linear) if f"{name}.{local}" in stored]
+        if not present and (tied or f"{name}.weight" in stored):
+            return None  # GPTQ and AWQ configs need not list what was left float; the file is unambiguous
+        if tied:
+            raise LlmqError(
+                f"{present[0]} is packed, but config.json ties {name} to the embedding: "
+                "set tie_word_embeddings to false, or remove the packed tensors"
+            )
+        return linear
+
+    def is_serializable(self) -> bool:
+        """Return True: `save_pretrained` writes the packed tensors back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Return False: packed weights have no gradient."""
+        return False
+
+
+def read_headers(files: Sequence[str]) -> dict[str, Tensor]:
+    """Return every tensor of some safetensors files on the meta device: its name, shape and dtype, without data.
+
+    Raises LlmqError for a file that is not safetensors or is damaged, and where there are no files.
+    """
+    if not files or not all(str(f).endswith(".safetensors") for f in files):
+        raise LlmqError("llmq loads packed weights from .safetensors files only; save the model in that format first")
+    headers = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as f:
+                for name in f.keys():  # noqa: SIM118  (not a dict: it cannot be iterated)
+                    t = f.get_slice(name)
+                    dtype = _DTYPES.get(t.get_dtype(), _OTHER)
+                    headers[name] = torch.empty(t.get_shape(), dtype=dtype, device="meta")
+        except SafetensorError as e:
+            raise LlmqError(f"{file}: damaged or truncated ({e}); download or write it again") from e
+    return headers
+
+
+def check_linear(fmt: Format, linear: LinearSpec, bias: bool, stored: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Return the dtypes in which the tensors of one linear are stored, by local name.
+
+    Raises LlmqError that names the first tensor which is missing, or whose shape or kind of dtype is not what
+    `quantization_config` promises. Floats may have any width: scales keep the one they were stored in.
+    """
+    wanted = dict(fmt.layout(linear))
+    if bias:
+        wanted["bias"] = torch.empty(linear.N, device="meta")
+    dtypes = {}
+    for local, want in wanted.items():
+        name = f"{linear.name}.{local}"
+        got = stored.get(name)
+        if got is None:
+            near = sorted(k for k in stored if k.startswith(f"{linear.name}."))
+            there = f"there are {', '.join(near)}" if near else f"there is nothing of {linear.name}"
+            raise LlmqError(
+                f"{name} is missing from the checkpoint ({there}): the file is incomplete, "
+                "or quantization_config is for another one; download or quantize it again"
+            )
+        same_kind = got.is_floating_point() and want.is_floating_point() and got.dtype != _OTHER
+        if got.shape != want.shape or not (same_kind or got.dtype == want.dtype):
+            raise LlmqError(
+                f"{name} is {_describe(got)} but quantization_config makes it {_describe(want)}: "
+                "correct bits and group_size there, or quantize again"
+            )
+        dtypes[local] = got.dtype
+    return dtypes
+
+
+def _describe(t: Tensor) -> str:
+    dtype = "float" if t.is_floating_point() else str(t.dtype).removeprefix("torch.")
+    return f"{'of another dtype' if t.dtype == _OTHER else dtype} {list(t.shape)}"
+
+
+def _check_leftovers(fmt: Format, linears: Sequence[LinearSpec], stored: Mapping[str, Tensor]) -> None:
+    """Raise LlmqError for a packed tensor that nothing would read: the model would differ from the checkpoint."""
+    locals_ = {linear.name: {*fmt.layout(linear), "bias"} for linear in linears}
+    packed = set().union(*locals_.values()) - {"weight", "bias"}
+    for name in stored:
+        parent, _, local = name.rpartition(".")
+        if parent in locals_ and local not in locals_[parent]:
+            raise LlmqError(
+                f"{name} is a tensor that llmq's {fmt.quant_method} reader does not know: it cannot load it"
+            )
+        if parent not in locals_ and local in packed:
+            raise LlmqError(
+                f"{name} is packed, but quantization_config leaves {parent} float or the model has no such nn.Linear "
+                "(fused experts are not supported): correct quantization_config, or quantize again"
+            )
+
+
+def _add_kv_scales(model: PreTrainedModel, prefix: str, stored: Mapping[str, Tensor]) -> None:
+    """Give attention modules buffers for the static key-value scales of the checkpoint, so that they survive a save."""
+    modules = dict(model.named_modules())
+    for name, t in stored.items():
+        parent, _, local = name.removeprefix(prefix).rpartition(".")
+        if parent in modules and _KV_SCALE.fullmatch(local):
+            modules[parent].register_buffer(local, torch.empty_like(t, device="meta"))
+
+
+def _prefix(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> str:
+    """Return what checkpoint names have in front of module names: "model." where a bare decoder is loaded."""
+    prefix = f"{model.base_model_prefix}."
+    bare = prefix != "." and not hasattr(model, model.base_model_prefix)
+    return prefix if bare and any(name.startswith(prefix) for name in stored) else ""
+
+
+_MAPPINGS: tuple[tuple[dict[str, Any], type], ...] = (
+    (AUTO_QUANTIZATION_CONFIG_MAPPING, PackedConfig),
+    (AUTO_QUANTIZER_MAPPING, PackedQuantizer),
+)
+_LOCK = threading.RLock()
+_replaced: dict[tuple[int, str], type | None] = {}  # what `register` found, by mapping and method
+
+
+def register() -> None:
+    """Make `from_pretrained` read the `METHODS` with llmq, until `unregister()`. Calling it again changes nothing."""
+    with _LOCK:
+        for i, (mapping, ours) in enumerate(_MAPPINGS):
+            for method in METHODS:
+                if mapping.get(method) is not ours:
+                    _replaced[i, method] = mapping.get(method)
+                    mapping[method] = ours
+
+
+def unregister() -> None:
+    """Put back the entries that `register` replaced. Without a `register` before it, it does nothing."""
+    with _LOCK:
+        _restore(_replaced)
+        _replaced.clear()
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Register for the body of a `with` statement and then restore the state before it, registered or not.
+
+    Other threads that register wait for the end of the body.
+    """
+    with _LOCK:
+        before = {(i, m): mapping.get(m) for i, (mapping, _) in enumerate(_MAPPINGS) for m in METHODS}
+        replaced = dict(_replaced)
+        register()
+        try:
+            yield
+        finally:
+            _restore(before)
+            _replaced.clear()
+            _replaced.update(replaced)
+
+
+def _restore(entries: Mapping[tuple[int, str], type | None]) -> None:
+    for (i, method), cls in entries.items():
+        mapping = _MAPPINGS[i][0]
+        if cls is None:
+            mapping.pop(method, None)
+        else:
+            mapping[method] = cls

@@ -1,0 +1,110 @@
+"""Open a checkpoint, float or quantized, as an ordinary transformers model.
+
+Weights come from safetensors only and no code of a checkpoint is ever run: a pickle, or a model with modelling code of
+its own, is refused, with what to do instead. transformers' quantizer mappings are replaced during the call and put back
+after it (integrations/transformers.py), so that `llmq.load` neither needs `register()` nor undoes it.
+Not here: reading tensors one at a time, which quantizing uses (checkpoint.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from llmq.checkpoint import Source, resolve
+from llmq.integrations.transformers import METHODS, registered
+from llmq.types import LlmqError
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "auto"
+) -> PreTrainedModel:
+    """Return the causal language model at `path`, in eval mode, its quantized linears computing from packed weights.
+
+    path: a local folder or a Hub id.
+    dtype: of the float weights and the activations; None is the checkpoint's own. Packed tensors keep theirs.
+    device: "auto" is cuda where available, else cpu.
+    Raises LlmqError, one line, for whatever is wrong with the path or the checkpoint.
+    """
+    folder = resolve(str(path))
+    packed = Source(folder).config.get("quantization_config")
+    if packed is not None and packed.get("quant_method") not in METHODS:
+        method = packed.get("quant_method")
+        raise LlmqError(f"{folder}: quant_method {method!r} is not one that llmq reads ({', '.join(METHODS)})")
+    target = _device(device)
+    try:
+        with registered(), _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto" if dtype is None else dtype,
+                device_map=None if target.type == "cpu" else {"": target},
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, StrictDataclassError) as e:
+        raise LlmqError(f"{folder}: transformers cannot load it: {_line(e)}") from e
+    model, info = loaded
+    _check_loaded(folder, info)
+    return model.eval()
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer at `path`, a local folder or a Hub id. Raises LlmqError, one line, where there is none."""
+    folder = resolve(str(path))
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise LlmqError(f"{folder}: no tokenizer that transformers can load: {_line(e)}") from e
+
+
+def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
+    """Refuse a model with weights that transformers had to make up."""
+    for names, what in (
+        ([str(name) for name in info["missing_keys"]], "is missing"),
+        (
+            [f"{name} {list(got)}" for name, got, _ in info["mismatched_keys"]],
+            "is not the shape in config.json",
+        ),
+    ):
+        if names:
+            first, *more = sorted(names)
+            others = f" (and {len(more)} more)" if more else ""
+            raise LlmqError(f"{folder}: tensor {first} {what}{others}; download or write the checkpoint again")
+
+
+def _device(device: torch.device | str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+    except RuntimeError as e:
+        raise LlmqError(f"device {device!r} is not one that torch knows: {_line(e)}") from e
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise LlmqError(f"device {str(device)!r}: this torch finds no GPU; use device='cpu'")
+    return target
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' table of missing tensors: what it warns of is refused here, in one line."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _line(e: BaseException) -> str:
+    """Return an exception's text as one line, of 300 characters at most."""
+    return (" ".join(str(e).split()) or type(e).__name__)[:300]
