@@ -95,9 +95,10 @@ def tokens(
     stream = _read(_documents(source, tokenizer), tokenizer, bos, READ_FACTOR * samples * length)
     count = len(stream) // length
     if count < samples:
+        fewer = f"--samples {count} or fewer, " if count else ""
         raise LlmqError(
             f"{source} holds {len(stream)} tokens, {samples} samples of {length} need {samples * length}: "
-            f"give more text, --samples {count} or fewer, or a shorter --seq-len"
+            f"give more text, {fewer}or a shorter --seq-len"
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     windows = torch.tensor(stream[: count * length]).view(count, length)[order[:samples].sort().values]
@@ -168,10 +169,12 @@ def _documents(source: str, tokenizer: Any) -> Iterator[str]:
 
 def _files(path: Path, tokenizer: Any) -> Iterator[str]:
     """Yield the text of a file, or of a folder's files in the order of their paths."""
-    files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES) if path.is_dir() else [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file()) if path.is_dir() else [path]
     if not files:
         raise LlmqError(f"{path} holds no {', '.join(_SUFFIXES)} file")
-    for file in files:
+    for i, file in enumerate(files):
+        if i:
+            yield "\n\n"
         if file.suffix not in _SUFFIXES:
             raise LlmqError(f"{file}: calibration text must be one of {', '.join(_SUFFIXES)}")
         try:
@@ -179,7 +182,6 @@ def _files(path: Path, tokenizer: Any) -> Iterator[str]:
                 with file.open(encoding="utf-8") as f:
                     while lines := f.readlines(_PIECE):
                         yield "".join(lines)
-                yield "\n\n"
             else:
                 for where, row in _jsonl(file) if file.suffix == ".jsonl" else _columnar(file):
                     yield _row_text(row, tokenizer, where)
@@ -337,7 +339,7 @@ def _check_time(model: Any, samples: int, seq_len: int, batch: int) -> None:
     if writing > WRITE_FACTOR * reading:
         raise LlmqError(
             f"calibration text `self` would take about {writing / 60:.0f} min to write, {writing / reading:.0f} times "
-            f"what it takes to read: give a text file, as --calib FILE, or lower --samples or --seq-len"
+            "what it takes to read: give a text file, as --calib FILE, or lower --samples or --seq-len"
         )
 
 

@@ -12,6 +12,7 @@ import json
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -171,19 +172,22 @@ class Sink:
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Write one part: the tensors of a block, contiguous, on any device."""
         part = self.stage / f"part-{len(self._parts):05d}"
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
+        with _writing(part):
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
         self._parts.append(part)
 
     def text(self, name: str, content: str) -> None:
         """Write a text file."""
-        (self.stage / name).write_text(content)
+        with _writing(self.stage / name):
+            (self.stage / name).write_text(content)
 
     def copy_files(self, source: Path) -> None:
         """Copy tokenizer, chat template, generation and preprocessor files: all that is not weights or config."""
         for pattern in _COPIED:
             for file in source.glob(pattern):
                 if not any(file.match(p) for p in _REPLACED):
-                    shutil.copy2(file, self.stage / file.name)
+                    with _writing(self.stage / file.name):
+                        shutil.copyfile(file, self.stage / file.name)
 
     def join(self, shard_bytes: int = SHARD_BYTES) -> int:
         """Join the parts into shards (and an index where there are several). Returns the bytes of all tensors."""
@@ -192,7 +196,8 @@ class Sink:
         width, weight_map = len(shards), {}
         for i, shard in enumerate(shards):
             name = "model.safetensors" if width == 1 else f"model-{i + 1:05d}-of-{width:05d}.safetensors"
-            _write_shard(self.stage / name, shard)
+            with _writing(self.stage / name):
+                _write_shard(self.stage / name, shard)
             weight_map.update({t.name: name for t in shard})
         total = sum(t.nbytes for t in tensors)
         if width > 1:
@@ -211,6 +216,14 @@ class Sink:
             shutil.rmtree(old)
         else:
             self.stage.rename(self.out)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise LlmqError(f"cannot write {path} ({getattr(e, 'strerror', None) or e}); is the disk full?") from e
 
 
 class _Stored:

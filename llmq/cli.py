@@ -80,7 +80,8 @@ def quantize(
     given = {
         named.get(k, k): v
         for k, v in locals().copy().items()
-        if v is not None and k not in ("src", "out", "recipe", "device", "overwrite", "prepare", "run", "Recipe", "named")
+        if v is not None
+        and k not in ("src", "out", "recipe", "device", "overwrite", "prepare", "run", "Recipe", "named")
     }
     start = time.monotonic()
     job = prepare(src, Recipe.load(recipe, given), device)
@@ -110,7 +111,13 @@ def evaluate(
 
     with _progress() as step:
         rows = evaluation.compare(
-            model, baseline, text=text, dataset=dataset, convention=convention, windows=windows, device=device,
+            model,
+            baseline,
+            text=text,
+            dataset=dataset,
+            convention=convention,
+            windows=windows,
+            device=device,
             progress=step,
         )
     console.print(evaluation.table(rows))

@@ -230,7 +230,7 @@ def _solve_site(
         line = _report(job, target, W_NK, stats.get(Hessian)) | solved.report
         modules[target.name].weight.data = W_NK.to(job.skeleton.dtype)
         name = prefix + target.name
-        out[name] = ({f"{name}.{k}": v for k, v in job.plan.format.pack(q).items()}, line)
+        out[name] = ({f"{name}.{k}": v for k, v in job.plan.format.pack(q, specs[target.name]).items()}, line)
     return out
 
 
@@ -258,9 +258,7 @@ def _input_params(job: Job, histogram: Histogram) -> Params:
 def _floats(job: Job, block: nn.Module, prefix: str) -> dict[str, Tensor]:
     """Return the block's tensors that stay float, in the stored dtype: norms, biases, skipped linears."""
     quantized = {n.removeprefix(prefix) + ".weight" for n in job.linears if n.startswith(prefix)}
-    return {
-        prefix + n: t.to(job.skeleton.stored_dtype) for n, t in block.state_dict().items() if n not in quantized
-    }
+    return {prefix + n: t.to(job.skeleton.stored_dtype) for n, t in block.state_dict().items() if n not in quantized}
 
 
 def _outside(job: Job, hidden: list[Tensor], sink: Sink) -> dict[str, Any]:
@@ -281,7 +279,7 @@ def _outside(job: Job, hidden: list[Tensor], sink: Sink) -> dict[str, Any]:
             a.update(X_TK)
     (solved,) = job.plan.solver.solve([target], stats)
     line = _report(job, target, solved.q.dequantize(), stats.get(Hessian)) | solved.report
-    sink.add({f"{head}.{k}": v for k, v in job.plan.format.pack(solved.q).items()})
+    sink.add({f"{head}.{k}": v for k, v in job.plan.format.pack(solved.q, job.linears[head]).items()})
     return {head: line}
 
 
@@ -348,7 +346,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise LlmqError(f"device {name!r} cannot be used ({str(e).partition(chr(10))[0]}); say cpu, cuda or auto") from e
+        raise LlmqError(
+            f"device {name!r} cannot be used ({str(e).partition(chr(10))[0]}); say cpu, cuda or auto"
+        ) from e
     return device
 
 

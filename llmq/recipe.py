@@ -182,7 +182,9 @@ def _format(recipe: Recipe, solver: Any) -> Format:
     fmt = spec.load("formats", recipe.format or "")
     if getattr(solver, "desc_act", False):
         if not hasattr(fmt, "desc_act"):
-            raise LlmqError(f"format {recipe.format} holds no g_idx; drop desc_act (static groups) or use --format gptq")
+            raise LlmqError(
+                f"format {recipe.format} holds no g_idx; drop desc_act (static groups) or use --format gptq"
+            )
         fmt = dataclasses.replace(fmt, desc_act=True)
     return fmt
 

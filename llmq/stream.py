@@ -118,7 +118,9 @@ class _Recorder(nn.Module):
         return hidden
 
 
-def embed(skeleton: Skeleton, tokens: Tensor, batch: int, device: torch.device) -> tuple[list[Tensor], list[list[Call]]]:
+def embed(
+    skeleton: Skeleton, tokens: Tensor, batch: int, device: torch.device
+) -> tuple[list[Tensor], list[list[Call]]]:
     """Return the hidden states that enter block 0, per batch, and the other arguments of every block's call.
 
     tokens: int64 `[samples, seq_len]`, no padding. The second list is indexed `[batch][block]`; batches of equal size
@@ -148,7 +150,9 @@ def _front(skeleton: Skeleton, device: torch.device) -> Iterator[None]:
     """Load everything that is neither a block nor the head; embeddings stay in their stored dtype, outputs are cast."""
     head = skeleton.model.get_output_embeddings()
     modules = [
-        (n, m) for n, m in skeleton.model.named_modules() if not f"{n}.".startswith(f"{skeleton.prefix}.") and m is not head
+        (n, m)
+        for n, m in skeleton.model.named_modules()
+        if not f"{n}.".startswith(f"{skeleton.prefix}.") and m is not head
     ]
     for name, module in modules:
         for leaf, _ in module.named_parameters(recurse=False):
@@ -180,7 +184,9 @@ class Lanes:
     called once each, in order (experts, for example).
     """
 
-    def __init__(self, block: nn.Module, sites: Sequence[Site], hidden: Sequence[Tensor], calls: Sequence[Call]) -> None:
+    def __init__(
+        self, block: nn.Module, sites: Sequence[Site], hidden: Sequence[Tensor], calls: Sequence[Call]
+    ) -> None:
         self.block, self.sites = block, sites
         self._hidden, self._calls = hidden, calls
         self._at = -1
@@ -225,7 +231,9 @@ class Lanes:
         for i in range(len(self._lanes)):
             out = self._resume(i)
             if not isinstance(out, Tensor):
-                raise LlmqError(f"{self.sites[out[0]].linears[0]} is called more than once per batch; use rtn or --skip")
+                raise LlmqError(
+                    f"{self.sites[out[0]].linears[0]} is called more than once per batch; use rtn or --skip"
+                )
             yield out
 
     def _resume(self, i: int) -> Any:
@@ -240,9 +248,7 @@ def discover(block: nn.Module, hidden: Tensor, call: Call) -> tuple[Site, ...]:
     """
     linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
     seen: list[tuple[str, Tensor]] = []
-    hooks = [
-        m.register_forward_pre_hook(lambda _m, args, n=n: seen.append((n, args[0]))) for n, m in linears.items()
-    ]
+    hooks = [m.register_forward_pre_hook(lambda _m, args, n=n: seen.append((n, args[0]))) for n, m in linears.items()]
     try:
         run(block, hidden, call)
     finally:
@@ -264,16 +270,16 @@ def discover(block: nn.Module, hidden: Tensor, call: Call) -> tuple[Site, ...]:
 
 def refuse_other_matrices(block: nn.Module) -> None:
     """Raise LlmqError, by name, for weight matrices of a block that are in no `nn.Linear` (fused experts, Conv1D)."""
-    for name, module in block.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            continue
-        for leaf, p in module.named_parameters(recurse=False):
-            if p.dim() >= 2:
-                where = f"{name}.{leaf}" if name else leaf
-                raise LlmqError(
-                    f"{where} {list(p.shape)} is a weight outside nn.Linear ({type(module).__name__}); llmq quantizes "
-                    "decoder blocks made of nn.Linear"
-                )
+    others = [
+        f"{name}.{leaf} {list(p.shape)} of {type(module).__name__}".lstrip(".")
+        for name, module in block.named_modules()
+        for leaf, p in module.named_parameters(recurse=False)
+        if p.dim() >= 2 and not isinstance(module, nn.Linear | nn.Embedding)
+    ]
+    if others:
+        raise LlmqError(
+            f"the decoder blocks hold weights outside nn.Linear, which llmq does not quantize: {', '.join(others[:4])}"
+        )
 
 
 def family_sites(model_type: str, block: nn.Module) -> tuple[Site, ...] | None:

@@ -254,7 +254,7 @@ class Format(Protocol):
     def plan(self, linears: Sequence[LinearSpec]) -> list[str]:
         """Refuse, by LlmqError, what the format cannot hold; return warnings about what a runtime cannot read."""
 
-    def pack(self, q: QTensor) -> dict[str, Tensor]:
+    def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the tensors of one linear by their local names, without its bias."""
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:

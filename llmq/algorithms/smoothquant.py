@@ -54,6 +54,12 @@ class SmoothQuant:
 
         def apply() -> dict[str, Any]:
             fold(view, scale_K, share, head_dim)
-            return {"smoothquant": {"alpha": self.alpha, "scale_min": scale_K.min().item(), "scale_max": scale_K.max().item()}}
+            return {
+                "smoothquant": {
+                    "alpha": self.alpha,
+                    "scale_min": scale_K.min().item(),
+                    "scale_max": scale_K.max().item(),
+                }
+            }
 
         return apply

@@ -80,7 +80,7 @@ class AWQ:
             warnings.append("transformers does not read a quantized output head from awq; GPTQModel and vLLM do")
         return warnings
 
-    def pack(self, q: QTensor) -> dict[str, Tensor]:
+    def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return qweight, qzeros and scales (dtype kept). Raises LlmqError for a weight in activation order."""
         if q.g_idx is not None:
             raise LlmqError("awq has no g_idx for weights in activation order; use --format gptq:desc_act=true")

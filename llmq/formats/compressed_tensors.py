@@ -77,17 +77,13 @@ class CompressedTensors:
     groups: tuple[_Group, ...] = field(default=(), init=False, repr=False)
     ignore: list[str] = field(default_factory=list, init=False, repr=False)
     extra: dict[str, Any] = field(default_factory=lambda: dict(_EXTRA), init=False, repr=False)
-    _formats: dict[str, set[str]] = field(default_factory=dict, init=False, repr=False)  # by weight arguments
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Return the model's dtype, as the peers do."""
         return model_dtype
 
     def plan(self, linears: Sequence[LinearSpec]) -> list[str]:
-        """Refuse what the files cannot hold; return warnings about readers. Raises LlmqError.
-
-        Notes which weight grids go with int8 activations, since `pack` sees the weight only.
-        """
+        """Refuse what the files cannot hold; return warnings about readers. Raises LlmqError."""
         if not linears:
             raise LlmqError("no linear is left to quantize; skip fewer modules")
         for spec in linears:
@@ -96,27 +92,10 @@ class CompressedTensors:
             activation = spec.scheme.activation
             if activation is not None and activation.bits != 8:
                 raise LlmqError(f"{spec.name}: activations have 8 bits in compressed-tensors, not {activation.bits}")
-        self._formats.clear()
-        self._note(spec.scheme for spec in linears)
-        for spec in linears:
-            self._format_of(spec.scheme.weight, spec.name)
         return _warnings(linears)
 
-    def _note(self, schemes: Iterable[Scheme]) -> None:
-        for scheme in schemes:
-            self._formats.setdefault(str(_args(scheme)[0]), set()).add(_format(scheme))
-
-    def _format_of(self, grid: Any, name: str) -> str:
-        formats = self._formats.get(str(_args(Scheme(grid))[0]), {"pack-quantized"})
-        if len(formats) > 1:
-            raise LlmqError(
-                f"{name}: {_common.describe(grid)} is used both with and without int8 activations, which llmq cannot "
-                "write; give the weight-only modules a group size or other bits"
-            )
-        return next(iter(formats))
-
-    def pack(self, q: QTensor) -> dict[str, Tensor]:
-        """Return the tensors of one linear, scales in the dtype they have; after `plan` or `read`.
+    def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
+        """Return the tensors of one linear, scales in the dtype they have.
 
         Raises LlmqError for a weight in activation order.
         """
@@ -127,7 +106,7 @@ class CompressedTensors:
         grid: Any = q.grid
         half = 2 ** (grid.bits - 1)
         scale, zero = (p[:1, 0] if grid.per_tensor else p for p in (q.params.scale, q.params.zero))
-        packed = q.input is None and self._format_of(grid, "this checkpoint") == "pack-quantized"
+        packed = spec.scheme.activation is None
         tensors = {"weight_scale": scale.contiguous()}
         if packed:
             tensors["weight_packed"] = pack_words(q.codes, grid.bits)
@@ -233,7 +212,6 @@ class CompressedTensors:
         form.ignore = list(config.get("ignore") or [])
         interpreted = {"quant_method", "quantization_status", "format", "config_groups", "ignore"}
         form.extra = {k: v for k, v in config.items() if k not in interpreted}
-        form._note(group.scheme for group in form.groups)
         lookup = _Lookup(form.groups, form.ignore)
         return form, lambda name, N, K: lookup(name)
 

@@ -103,7 +103,7 @@ class GPTQ:
             warnings.append("transformers does not read a quantized output head from gptq; GPTQModel and vLLM do")
         return warnings
 
-    def pack(self, q: QTensor) -> dict[str, Tensor]:
+    def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return qweight, qzeros, scales (dtype kept) and g_idx.
 
         Raises LlmqError for a weight in activation order unless `desc_act` is set: without it in the config, fused

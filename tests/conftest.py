@@ -1,0 +1,133 @@
+"""Shared fixtures: two tiny byte-level tokenizers, tiny random Llamas, and checkpoints of both, built in code.
+
+Everything is seeded, so that a checkpoint made twice with the same arguments has identical bytes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB = 320
+PHRASES = (
+    "the of and in to was is for on as with by at from that his it an were which are this also be had first "
+    "one their its new after who they two her she been other when time during there into school more years "
+    "over only year most would world city some where between later up such used many can state about national "
+    "out known university united then made no all under while part season found three war may game well "
+    "however team being album second film"
+)
+WORDS = PHRASES.split()
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>\n{% endfor %}"
+)
+
+
+def make_prose(words: int, seed: int = 0) -> str:
+    """Return seeded prose: sentences of 4 to 14 words, five sentences a line."""
+    draw = random.Random(seed)
+    sentences = []
+    while words > 0:
+        n = draw.randint(4, 14)
+        sentences.append(" ".join(draw.choices(WORDS, k=n)).capitalize() + ".")
+        words -= n
+    return "\n".join(" ".join(sentences[i : i + 5]) for i in range(0, len(sentences), 5)) + "\n"
+
+
+def make_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE of `VOCAB` entries; `<s>` exists in both, and is put before every text only if `bos`."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator([make_prose(2000)], trainer)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE, **special)
+
+
+@pytest.fixture
+def prose() -> Callable[..., str]:
+    """`prose(words, seed=0)`: seeded text that the tiny tokenizers compress about twofold."""
+    return make_prose
+
+
+@pytest.fixture(scope="session")
+def tokenizer_bos() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts `<s>` (id 0) before every text."""
+    return make_tokenizer(bos=True)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_plain() -> PreTrainedTokenizerFast:
+    """The same tokenizer, but it adds nothing to a text."""
+    return make_tokenizer(bos=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., LlamaConfig]:
+    """`tiny_config(**changes)`: a Llama of 2 layers, hidden 64, intermediate 128, 4 heads, 2 key-value heads."""
+
+    def config(**changes: object) -> LlamaConfig:
+        values = {
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.1,
+            "tie_word_embeddings": False,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        }
+        return LlamaConfig(**(values | changes))
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_config: Callable[..., LlamaConfig]) -> Callable[..., LlamaForCausalLM]:
+    """`tiny_llama(seed=0, dtype=torch.float32, **config changes)`: a random Llama in eval mode."""
+
+    def model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> LlamaForCausalLM:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(tiny_config(**changes)).to(dtype).eval()
+
+    return model
+
+
+@pytest.fixture
+def tiny_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tokenizer_bos: PreTrainedTokenizerFast,
+    tokenizer_plain: PreTrainedTokenizerFast,
+) -> Callable[..., Path]:
+    """`tiny_checkpoint(seed=0, dtype=torch.float32, bos=True, shard="5GB", **config changes)`: a new folder each call.
+
+    It holds a random Llama (safetensors, in several shards if `shard` is small, e.g. "100KB") and its tokenizer.
+    """
+
+    def checkpoint(
+        seed: int = 0, dtype: torch.dtype = torch.float32, bos: bool = True, shard: str = "5GB", **changes: object
+    ) -> Path:
+        folder = tmp_path_factory.mktemp("tiny")
+        tiny_llama(seed, dtype, **changes).save_pretrained(folder, max_shard_size=shard)
+        (tokenizer_bos if bos else tokenizer_plain).save_pretrained(folder)
+        return folder
+
+    return checkpoint
