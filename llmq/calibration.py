@@ -68,12 +68,7 @@ HUB = {
 
 
 def tokens(
-    source: str,
-    tokenizer: Any,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    model_writer: Callable[[], Any] | None = None,
+    source: str, tokenizer: Any, samples: int, seq_len: int, seed: int, model_writer: Callable[[], Any] | None = None
 ) -> Tensor:
     """Return `samples` calibration sequences, int64 `[samples, seq_len]` on the CPU; same arguments, same tokens.
 
@@ -261,7 +256,7 @@ def _first_line(e: Exception) -> str:
 def check_memory(parameter_bytes: int, device: str | torch.device = "cpu") -> None:
     """Raise LlmqError if a model of `parameter_bytes` cannot write on `device`: weights and cache exceed what is free.
 
-    Ask before loading it; `tokens` cannot, since it sees the model loaded.
+    Ask before loading it: `tokens` sees it loaded.
     """
     device = torch.device(device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -284,7 +279,7 @@ def _write(model: Any, tokenizer: Any, samples: int, seq_len: int, seed: int) ->
     bias_V[len(tokenizer) :] = -torch.inf  # rows that only pad the embedding
     if bos is None:
         start_V = bias_V.clone()
-        start_V[tokenizer.all_special_ids] = -torch.inf
+        start_V[[i for i in tokenizer.all_special_ids if i < len(start_V)]] = -torch.inf
         first = _draw(start_V.repeat(samples, 1), generator)
     else:
         bias_V[bos] = -torch.inf

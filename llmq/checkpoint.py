@@ -172,8 +172,14 @@ class Sink:
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Write one part: the tensors of a block, contiguous, on any device."""
         part = self.stage / f"part-{len(self._parts):05d}"
+        own = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        seen: set[int] = set()
+        for name, tensor in own.items():
+            if tensor.data_ptr() in seen:  # linears of a site share a g_idx or an input scale; a file holds copies
+                own[name] = tensor.clone()
+            seen.add(tensor.data_ptr())
         with _writing(part):
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
+            save_file(own, part)
         self._parts.append(part)
 
     def text(self, name: str, content: str) -> None:
@@ -255,7 +261,7 @@ def _fill(tensors: list[_Stored], shard_bytes: int) -> Iterator[list[_Stored]]:
 
 
 def _write_shard(path: Path, tensors: list[_Stored]) -> None:
-    """Write a safetensors file: u64 header length, JSON header, data. Wide dtypes go first, so that all stay aligned."""
+    """Write a safetensors file: u64 header length, JSON header, data; wide dtypes first, so that all stay aligned."""
     width = {"I64": 8, "F64": 8, "I32": 4, "F32": 4, "F16": 2, "BF16": 2}
     tensors = sorted(tensors, key=lambda t: (-width.get(t.dtype, 1), t.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

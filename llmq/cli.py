@@ -38,9 +38,6 @@ def main() -> None:
     except LlmqError as e:
         error.print(f"[red]error:[/red] {e}", markup=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        error.print("interrupted; nothing was written")
-        sys.exit(130)
 
 
 @app.command()
@@ -97,10 +94,12 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Quantized or float checkpoint.")],
     baseline: Annotated[str | None, typer.Option(help="Float checkpoint for KL and top-1 agreement.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text file to score.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Hub dataset to score, e.g. wikitext2.")] = None,
+    dataset: Annotated[str, typer.Option(help="Hub dataset to score where there is no --text.")] = "wikitext2",
     convention: Annotated[str, typer.Option(help="gptq, llama.cpp or lm-eval.")] = "gptq",
+    window: Annotated[int | None, typer.Option(help="Tokens of a window, in place of the convention's.")] = None,
     windows: Annotated[int | None, typer.Option(help="Score only the first N windows.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...; the checkpoint's own if left out.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
 ) -> None:
     """Measure perplexity and, against a float baseline, KL divergence and top-1 agreement.
@@ -114,9 +113,10 @@ def evaluate(
             model,
             baseline,
             text=text,
-            dataset=dataset,
-            convention=convention,
+            dataset=None if text else dataset,
+            convention=evaluation.find_convention(convention, window),
             windows=windows,
+            dtype=dtype,
             device=device,
             progress=step,
         )
@@ -138,7 +138,8 @@ def generate(
     """
     from llmq.loading import load, load_tokenizer
 
-    tokenizer, loaded = load_tokenizer(model), load(model, device=device)
+    tokenizer = load_tokenizer(model)
+    loaded: Any = load(model, device=device)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     if not inputs["input_ids"].numel():
         raise LlmqError("the prompt is empty; give some text to continue")
@@ -184,7 +185,11 @@ def _progress() -> Iterator[Any]:
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        try:
+            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        except KeyboardInterrupt as e:
+            Console(stderr=True).print("interrupted; nothing was written")
+            raise typer.Exit(130) from e
 
 
 def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:

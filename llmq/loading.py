@@ -23,9 +23,7 @@ from llmq.integrations.transformers import METHODS, registered
 from llmq.types import LlmqError
 
 
-def load(
-    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "auto"
-) -> PreTrainedModel:
+def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "auto") -> PreTrainedModel:
     """Return the causal language model at `path`, in eval mode, its quantized linears computing from packed weights.
 
     path: a local folder or a Hub id.
@@ -67,6 +65,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise LlmqError(f"{folder}: no tokenizer that transformers can load: {_line(e)}") from e
 
 
+def as_dtype(name: str | None) -> torch.dtype | None:
+    """Return the float dtype of that name. Raises LlmqError for another."""
+    dtype = getattr(torch, name or "", None)
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise LlmqError(f"dtype {name!r} is not one of float32, bfloat16, float16")
+    return dtype
+
+
 def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
     """Refuse a model with weights that transformers had to make up."""
     for names, what in (
@@ -96,13 +102,16 @@ def _device(device: torch.device | str) -> torch.device:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back transformers' table of missing tensors: what it warns of is refused here, in one line."""
-    before = logging.get_verbosity()
+    """Hold back transformers' bars and its table of missing tensors, which are refused here in one line."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _line(e: BaseException) -> str:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,16 +118,17 @@ def _first_hidden(job: Job, report: Progress) -> tuple[list[Tensor], list[list[C
         tokenizer = AutoTokenizer.from_pretrained(job.source.path, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise LlmqError(f"{job.source.path} has no tokenizer, which calibration needs; copy its tokenizer files") from e
-    tokens = calibration.tokens(
-        recipe.calib, tokenizer, recipe.samples, recipe.seq_len, recipe.seed, lambda: _writer(job)
-    )
+    writer = partial(_writer, job)
+    tokens = calibration.tokens(recipe.calib, tokenizer, recipe.samples, recipe.seq_len, recipe.seed, writer)
     return embed(job.skeleton, tokens, max(1, BATCH_TOKENS // recipe.seq_len), job.device)
 
 
 def _writer(job: Job) -> nn.Module:
+    """Load the whole float model, so that it can write its own calibration text."""
     from llmq.loading import load
 
-    return load(str(job.source.path), device=str(job.device))
+    calibration.check_memory(job.source.bytes(), job.device)
+    return load(job.source.path, device=job.device)
 
 
 def _block(job: Job, i: int, hidden: list[Tensor], calls: list[list[Call]], sink: Sink) -> tuple[list[Tensor], dict]:
@@ -220,7 +222,7 @@ def _solve_site(
                 a.update(X_TK)
     if not specs:
         return {}
-    modules = {n: block.get_submodule(n) for n in specs}
+    modules: dict[str, Any] = {n: block.get_submodule(n) for n in specs}
     targets = [Target(n, modules[n].weight.detach().float(), s.scheme.weight) for n, s in specs.items()]
     inputs = _input_params(job, stats[Histogram]) if static else None
     out = {}
@@ -355,4 +357,9 @@ def _device(name: str) -> torch.device:
 def _compute_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
-    return torch.float32 if device.type == "cpu" else stored
+    return stored if device.type != "cpu" or (stored == torch.bfloat16 and _cpu_has_bfloat16()) else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Say whether this CPU multiplies bfloat16 matrices natively; without, it is slower than float32."""
+    return "amx_bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False

@@ -33,7 +33,7 @@ class Recipe:
     range: which interval a grid covers (None: what the method prefers, else minmax).
     act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic) or per "tensor" (static, `act_range`).
     format: how the result is stored (None: gptq; compressed-tensors for W8A8).
-    override: `REGEX:bits=8,group_size=32` on full module names, later ones win. skip: regexes of linears to leave float.
+    override: `REGEX:bits=8,group_size=32` on full module names, later ones win. skip: regexes of linears left float.
     lm_head: quantize the output head too.
     calib: "self", a file or folder, or a dataset; samples x seq_len tokens chosen by `seed`.
     dtype: what activations are computed in: "auto", "float32" or "bfloat16".

@@ -92,7 +92,7 @@ def _saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(n, t) for n, t in module.state_dict().items() if n not in parameters]
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818, an arrival, not an error
     """Ends the recording forward: no block is needed beyond the last."""
 
 

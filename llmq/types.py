@@ -75,8 +75,13 @@ class Range(Protocol):
 class AffineGrid(Protocol):
     """What a range search may ask of a grid."""
 
-    bits: int
-    sym: bool
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+
+    @property
+    def sym(self) -> bool:
+        """Whether the grid is symmetric about zero."""
 
     def params(self, lo: Tensor, hi: Tensor) -> Params:
         """Return the parameters whose grid covers `[lo, hi]`."""
@@ -95,7 +100,7 @@ class QTensor:
     codes: uint8 `[N, K]`, in `[0, 2**bits - 1]`.
     params: scale and zero, `[N, G]`.
     g_idx: int32 `[K]`, the group of each column, or None where it is `k // group_size`.
-    input: the static grid of the linear's input activation (per tensor, `[1]` each), or None.
+    input: the static grid of the linear's input activation (`[1]` each, zero the unsigned code 128), or None.
     """
 
     codes: Tensor
@@ -252,7 +257,7 @@ class Format(Protocol):
         """Return the dtype in which this format stores scales; the grid is fitted in it."""
 
     def plan(self, linears: Sequence[LinearSpec]) -> list[str]:
-        """Refuse, by LlmqError, what the format cannot hold; return warnings about what a runtime cannot read."""
+        """Before writing: refuse, by LlmqError, what the format cannot hold; return warnings about runtimes."""
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the tensors of one linear by their local names, without its bias."""
@@ -261,7 +266,7 @@ class Format(Protocol):
         """Invert `pack`. Raises LlmqError that names the tensor when one is missing or has a wrong shape."""
 
     def layout(self, spec: LinearSpec) -> dict[str, Tensor]:
-        """Return the empty meta tensors (name, shape, dtype) that `pack` would give for this linear."""
+        """Return meta tensors of the names, shapes and dtypes that `pack` gives; files may hold other float widths."""
 
     def config(self, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> dict[str, Any]:
         """Return the `quantization_config`; `skipped` are the linears of the model that stay float."""

@@ -53,7 +53,7 @@ def test_pickles_are_refused_with_the_way_to_convert(tiny_checkpoint):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: shutil.rmtree(f), "is not a folder"),
+        (shutil.rmtree, "is not a folder"),
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "config.json").write_text('{"auto_map": {}}'), "never runs such code"),

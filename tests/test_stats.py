@@ -6,8 +6,8 @@ import torch
 from llmq.stats import AbsMax, AbsMean, Hessian, Histogram
 
 
-@pytest.fixture
-def X():
+@pytest.fixture(name="X")
+def activations():
     return torch.randn(300, 700, generator=torch.Generator().manual_seed(0))
 
 

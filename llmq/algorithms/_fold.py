@@ -23,7 +23,7 @@ def shares(view: SiteView) -> int | None:
     producer = view.modules[view.site.producer]
     channels = producer.weight.shape[0]
     K = view.modules[view.site.linears[0]].weight.shape[1]
-    if K == channels:
+    if channels == K:
         return 1
     return K // channels if isinstance(producer, nn.Linear) and K % channels == 0 else None
 

@@ -1,4 +1,4 @@
-"""Qwen3: Llama's block with RMSNorms on the heads of q and k, which lie behind the linears and take no part in folds."""
+"""Qwen3: Llama's block with RMSNorms on the heads of q and k, behind the linears, which take no part in folds."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Not here: the key-value cache, whose `kv_cache_scheme` is passed through in `ext
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 

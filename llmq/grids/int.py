@@ -48,6 +48,8 @@ class Int:
             raise ValueError(f"bits must be 2 to 8, not {self.bits}")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be positive, or None for per channel, not {self.group_size}")
+        if self.per_tensor and getattr(self.range, "uses_blocks", False):
+            raise ValueError("the range 'output' needs scales per group or per channel, not per tensor")
 
     def groups(self, K: int) -> int:
         """Return G for K input features. Raises ValueError where the group does not divide K."""

@@ -195,7 +195,7 @@ def test_no_peer_package_is_needed():
         "print('loaded')\n"
     )
     command = [sys.executable, "-c", code, *map(str, GOLDEN)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "loaded", done.stderr
 
 

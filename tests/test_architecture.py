@@ -1,0 +1,48 @@
+"""The house rules that imports can show: one way down, siblings apart, heavy libraries at their one door."""
+
+import ast
+from pathlib import Path
+
+import llmq
+
+ROOT = Path(llmq.__file__).parent
+SIBLINGS = {"algorithms", "grids", "ranges", "families", "formats"}
+VOCABULARY = "llmq.grids.int"  # the grid of every integer format: formats read and write its fields
+LOW = {"types", "spec"}
+MAY_USE_STATS = {"algorithms"}
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{a.name}" for a in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
+
+
+def test_the_folders_of_methods_do_not_import_each_other():
+    seen = 0
+    for folder in SIBLINGS:
+        for file in (ROOT / folder).glob("*.py"):
+            for name in imports(file):
+                if not name.startswith("llmq."):
+                    continue
+                seen += 1
+                room = name.split(".")[1]
+                allowed = room in LOW or room == folder or (room == "stats" and folder in MAY_USE_STATS)
+                assert allowed or (folder == "formats" and name.startswith(VOCABULARY)), f"{file.name} imports {name}"
+    assert seen > 20
+
+
+def test_the_base_imports_nothing_above_it():
+    for name in ("types", "spec", "stats"):
+        above = [n for n in imports(ROOT / f"{name}.py") if n.startswith("llmq.") and n.split(".")[1] not in LOW]
+        assert not above, f"{name}.py imports {above}"
+
+
+def test_no_pickle_and_no_remote_code():
+    for file in ROOT.rglob("*.py"):
+        text = file.read_text()
+        assert "pickle" not in set(imports(file)) and "torch.load(" not in text, file
+        assert "trust_remote_code=True" not in text, file

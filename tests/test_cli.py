@@ -1,0 +1,107 @@
+"""The command line as a user meets it: each command in a process of its own, and one line for each failure."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def run(*args, **kwargs):
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-m", "llmq", *map(str, args)], capture_output=True, text=True, env=env, timeout=120, **kwargs
+    )
+
+
+@pytest.fixture
+def text(tmp_path, prose):
+    (tmp_path / "t.txt").write_text(prose(3000))
+    return tmp_path / "t.txt"
+
+
+def test_quantize_eval_generate_inspect(tiny_checkpoint, tmp_path, text):
+    folder, out = tiny_checkpoint(), tmp_path / "out"
+    options = ["--group-size", 32, "--samples", 8, "--seq-len", 32, "--calib", text]
+    done = run("quantize", folder, out, *options)
+    assert done.returncode == 0, done.stderr
+    assert "bits per quantized weight" in done.stdout and "peak memory" in done.stdout
+    again = run("quantize", folder, out, *options)
+    assert again.returncode == 1 and "--overwrite" in again.stderr and again.stderr.count("\n") == 1
+    assert run("quantize", folder, out, *options, "--overwrite").returncode == 0
+    figures = tmp_path / "figures.json"
+    done = run(
+        "eval",
+        out,
+        "--baseline",
+        folder,
+        "--text",
+        text,
+        "--convention",
+        "llama.cpp",
+        "--windows",
+        2,
+        "--json",
+        figures,
+    )
+    assert done.returncode == 0, done.stderr
+    (measured,) = json.loads(figures.read_text()).values()
+    assert measured["kl_mean"] > 0 and measured["perplexity"] > 1
+    done = run("generate", out, "The first city", "--max-new-tokens", 4)
+    assert done.returncode == 0 and done.stdout.startswith("The first city")
+    done = run("inspect", out, "--linears")
+    assert done.returncode == 0 and "model.layers.1.mlp.down_proj" in done.stdout and "gptq" in done.stdout
+
+
+def test_help_has_an_example_for_every_command():
+    assert run("--help").returncode == 0
+    for command in ("quantize", "eval", "generate", "inspect", "list"):
+        done = run(command, "--help")
+        assert done.returncode == 0 and f"llmq {command}" in done.stdout and "Example" in done.stdout
+
+
+def test_list_names_every_file():
+    done = run("list")
+    for name in ("gptq", "awq", "smoothquant", "rtn", "mse", "entropy", "compressed_tensors", "qwen3"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("quantize", "/no/such/folder", "OUT"), "is not a folder"),
+        (("quantize", "SRC", "OUT", "--method", "gtpq"), "did you mean 'gptq'"),
+        (("quantize", "SRC", "OUT", "--group-size", "48"), "does not divide"),
+        (("quantize", "SRC", "OUT", "--group-size", "32", "--calib", "EMPTY"), "empty|0 tokens|no text"),
+        (("quantize", "SRC", "OUT", "--group-size", "32", "--device", "warp"), "device 'warp'"),
+        (("eval", "SRC", "--text", "EMPTY", "--window", "64"), "tokens"),
+        (("inspect", "/no/such/folder"), "is not a folder"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, tuple) else None,
+)
+def test_bad_input_is_one_line_and_nothing_is_written(tiny_checkpoint, tmp_path, args, message):
+    (tmp_path / "empty.txt").write_text("")
+    names = {"SRC": tiny_checkpoint(), "OUT": tmp_path / "out", "EMPTY": tmp_path / "empty.txt"}
+    done = run(*[names.get(a, a) for a in args])
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
+    import re
+
+    assert re.search(message, done.stderr), done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_an_interrupt_leaves_nothing(tiny_checkpoint, tmp_path, text):
+    command = [sys.executable, "-m", "llmq", "quantize", tiny_checkpoint(num_hidden_layers=200), tmp_path / "out"]
+    options = ["--group-size", "32", "--samples", "64", "--seq-len", "64", "--calib", text]
+    process = subprocess.Popen([*map(str, [*command, *options])], stderr=subprocess.PIPE, text=True)
+    stage = tmp_path / "out.partial"
+    while not list(stage.glob("part-*")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "out").exists() and not stage.exists()
