@@ -1,0 +1,68 @@
+"""Run a command as a user would and measure it: wall seconds, and peak memory by the system's account."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a finished command took. peak_bytes: the largest resident set of its process."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def run(*command: object, quiet: bool = True) -> Measured:
+    """Run a command to its end. Ends this program with the command's own message where it fails."""
+    words = [str(c) for c in command]
+    print("$", " ".join(words), file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(words, stdout=output if quiet else None, stderr=output if quiet else None)  # noqa: S603
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        if status:
+            output.seek(0)
+            sys.exit(f"failed: {' '.join(words)}\n{output.read().decode()[-2000:]}")
+    return Measured(seconds, usage.ru_maxrss * 1024)
+
+
+def llmq(*arguments: object, quiet: bool = True) -> Measured:
+    """Run `llmq ARGUMENTS` in a process of its own."""
+    return run(sys.executable, "-m", "llmq", *arguments, quiet=quiet)
+
+
+def scores(model: Path, baseline: Path, text: Path, windows: int, *options: object) -> dict[str, Any]:
+    """Return what `llmq eval` measures of a checkpoint against its float model, both in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "scores.json"
+        options = ("--text", text, "--windows", windows, "--dtype", "float32", "--json", file, *options)
+        llmq("eval", model, "--baseline", baseline, *options)
+        (figures,) = json.loads(file.read_text()).values()
+        return figures
+
+
+def machine() -> str:
+    """Return one line on what the figures were measured on."""
+    import platform
+
+    import torch
+
+    names = [s.partition(":")[2].strip() for s in _cpuinfo() if s.startswith("model name")]
+    amx = "with AMX bfloat16" if any("amx_bf16" in s for s in _cpuinfo()) else "without AMX"
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} cores of {names[0] if names else platform.machine()} {amx}, torch {torch.__version__}"
+
+
+def _cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.exists() else []
