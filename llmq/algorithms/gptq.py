@@ -119,6 +119,7 @@ def feedback(W_KN: Tensor, F_KK: Tensor, grid: Any, params: Params, group: list[
     target_KN, error_KN = W_KN.clone(), torch.empty_like(W_KN)
     scale_GN, zero_GN = params.scale.float().T.contiguous(), params.zero.float().T.contiguous()
     by_group = [Params(s, z) for s, z in zip(scale_GN, zero_GN, strict=True)]
+    weight, target, error, codes = W_KN.unbind(), target_KN.unbind(), error_KN.unbind(), codes_KN.unbind()
 
     def run(lo: int, hi: int) -> None:
         if hi - lo > _LEAF:
@@ -129,11 +130,11 @@ def feedback(W_KN: Tensor, F_KK: Tensor, grid: Any, params: Params, group: list[
             return
         for j in range(lo, hi):
             p = by_group[group[j]]
-            code = grid.nearest(target_KN[j], p)
-            codes_KN[j] = code
-            torch.sub(W_KN[j], grid.decode(code, p), out=error_KN[j])
+            code = grid.nearest(target[j], p)
+            codes[j].copy_(code)
+            torch.sub(weight[j], grid.decode(code, p), out=error[j])
             if j + 1 < hi:
-                target_KN[j + 1 : hi].addr_(F_KK[j, j + 1 : hi], error_KN[j])
+                target_KN[j + 1 : hi].addr_(F_KK[j, j + 1 : hi], error[j])
 
     run(0, W_KN.shape[0])
     return codes_KN

@@ -22,7 +22,8 @@ _FLOOR = {torch.float16: 1e-5}  # fp16 loses relative precision below 6e-5 and h
 _DEFAULT_FLOOR = 1e-8
 # Adding and taking away 1.5 * 2^23 rounds a float32 below 2^22 half to even, like torch.round, whose kernel wakes every
 # thread for a row of 3,000 values and so spends milliseconds in barriers when a core is busy.
-_ROUND = 12582912.0
+# A tensor, since a Python number would be converted at every call.
+_ROUND = torch.tensor(12582912.0)
 
 
 @dataclass(frozen=True)
