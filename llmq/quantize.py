@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llmq import __version__, calibration, card, spec
 from llmq.checkpoint import Sink, Source, resolve
 from llmq.grids.int import Int
-from llmq.recipe import Plan, Recipe, plan
+from llmq.recipe import Plan, Recipe, check_patterns, plan
 from llmq.stats import Hessian, Histogram
 from llmq.stream import Call, Lanes, Skeleton, discover, embed, family_sites, refuse_other_matrices
 from llmq.types import LinearSpec, LlmqError, Params, QTensor, Site, SiteView, Target
@@ -65,9 +65,8 @@ def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
         raise LlmqError(f"{src} is quantized already; give the float checkpoint that it was made from")
     where = _device(device)
     stored = source.get(source.names()[0]).dtype
-    dtype = _compute_dtype(recipe.dtype, stored, where)
-    skeleton = Skeleton(source, dtype)
-    steps = plan(recipe, skeleton.stored_dtype)
+    steps = plan(recipe, stored)
+    skeleton = Skeleton(source, _compute_dtype(steps, stored, where))
     refuse_other_matrices(skeleton.blocks[0])
     linears, skipped = {}, []
     for name, module in _linears(skeleton, with_head=recipe.lm_head):
@@ -76,7 +75,7 @@ def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
             skipped.append(name)
         else:
             linears[name] = LinearSpec(name, module.out_features, module.in_features, scheme)
-    steps.check_patterns([*linears, *skipped])
+    check_patterns(recipe, [*linears, *skipped])
     if not linears:
         raise LlmqError("every linear is skipped; nothing to quantize")
     if not recipe.lm_head:
@@ -176,7 +175,8 @@ def _transform(
     modules = dict(block.named_modules())
     stats: list[dict[type, Any]] = []
     recorded: dict[str, list[Call]] = {}
-    hooks = [_record_calls(modules[s.parent], s.parent, recorded, step.call_tokens) for s in sites if step.call_tokens]
+    parents = {s.parent for s in sites if step.call_tokens and s.parent not in s.linears}
+    hooks = [_record_calls(modules[p], p, recorded, step.call_tokens) for p in sorted(parents)]
     with Lanes(block, sites, hidden, at) as lanes:
         for site in sites:
             accumulators = {c: c() for c in step.needs(site)}
@@ -190,7 +190,7 @@ def _transform(
     for site, found in zip(sites, stats, strict=True):
         if found:
             grids = [s.scheme.weight if (s := job.linears.get(prefix + n)) else None for n in site.linears]
-            calls = recorded.get(site.parent, []) if site.parent not in site.linears else []
+            calls = recorded.get(site.parent, [])
             head_dim = _head_dim(job.skeleton.config)
             view = SiteView(site, modules, found, calls, grids, job.skeleton.stored_dtype, head_dim)
             folds.append((site, step.search(view)))
@@ -354,9 +354,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _compute_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        return getattr(torch, name)
+def _compute_dtype(steps: Plan, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return what activations are computed in; transforms edit the weights, which takes float32."""
+    name = steps.recipe.dtype
+    if steps.transforms and name == "bfloat16":
+        raise LlmqError(f"{spec.dump(steps.transforms[0])} folds scales into weights, which takes --dtype float32")
+    if name != "auto" or steps.transforms:
+        return torch.float32 if name == "auto" else getattr(torch, name)
     return stored if device.type != "cpu" or (stored == torch.bfloat16 and _cpu_has_bfloat16()) else torch.float32
 
 

@@ -139,14 +139,6 @@ class Plan:
                 grid = dataclasses.replace(grid, **changes)
         return Scheme(grid, self.base.activation)
 
-    def check_patterns(self, names: Sequence[str]) -> None:
-        """Raise LlmqError for a --skip or --override of the user's that matches no linear."""
-        for text in (*self.recipe.skip, *(o for o in self.recipe.override if not o.endswith(f"={_DEFAULT_RANGE}"))):
-            m = _OVERRIDE.match(text)
-            pattern = m["regex"] if m and text in self.recipe.override else text
-            if not any(re.search(pattern, n) for n in names):
-                raise LlmqError(f"{text!r} matches no linear; names look like {names[0]}")
-
 
 def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
     """Make a recipe's objects. Raises LlmqError for anything in it that names nothing or does not go together."""
@@ -176,6 +168,14 @@ def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
     except re.error as e:
         raise LlmqError(f"--skip {e.pattern!r} is not a regular expression ({e})") from e
     return Plan(recipe, tuple(transforms), solver, fmt, Scheme(grid, activation), overrides, skip)
+
+
+def check_patterns(recipe: Recipe, names: Sequence[str]) -> None:
+    """Raise LlmqError for a --skip or --override that matches no linear; both were compiled by `plan`."""
+    overrides = {m["regex"]: text for text in recipe.override if (m := _OVERRIDE.match(text))}
+    for pattern, text in [*((s, s) for s in recipe.skip), *overrides.items()]:
+        if not any(re.search(pattern, n) for n in names):
+            raise LlmqError(f"{text!r} matches no linear; names look like {names[0]}")
 
 
 def _format(recipe: Recipe, solver: Any) -> Format:

@@ -57,7 +57,7 @@ class Skeleton:
         return len(self.blocks)
 
     def linears(self) -> Iterator[tuple[str, nn.Linear]]:
-        """Yield every linear of every block by its full name, and the output head."""
+        """Yield every linear of every block by its full name."""
         for i, block in enumerate(self.blocks):
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear):
