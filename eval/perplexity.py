@@ -31,6 +31,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     out.add_argument("--window", type=int, help="tokens in a window, in place of the convention's")
     out.add_argument("--windows", type=int, help="score only the first so many windows (lm-eval: documents)")
     out.add_argument("--json", type=Path, help="write the figures to this file")
+    out.add_argument("--dtype", help="float32, bfloat16 ...; each checkpoint's own if left out")
     out.add_argument("--device", default="auto", help="auto, cpu, cuda ... [auto]")
     return out
 
@@ -50,6 +51,7 @@ def report(args: argparse.Namespace, models: list[str], baseline: str | None) ->
                 dataset=args.dataset,
                 convention=how,
                 windows=args.windows,
+                dtype=args.dtype,
                 device=args.device,
                 progress=lambda done, total, _, task=task: bar.update(task, completed=done, total=total),
             )

@@ -14,13 +14,18 @@ def size(linears: Iterable[LinearSpec], fmt: Format, total: int, source: int) ->
     weights = packed = 0
     for s in linears:
         weights += s.N * s.K
-        packed += sum(prod(t.shape) * t.element_size() for t in fmt.layout(s).values())
+        packed += packed_bytes(fmt, s)
     return {
         "float_bytes": source,
         "bytes": total,
         "quantized_weights": weights,
         "bits_per_weight": round(8 * packed / weights, 4),
     }
+
+
+def packed_bytes(fmt: Format, linear: LinearSpec) -> int:
+    """Return the bytes of a linear's tensors on disk, its bias apart."""
+    return sum(prod(t.shape) * t.element_size() for t in fmt.layout(linear).values())
 
 
 def error(summary: dict[str, Any]) -> tuple[str, float, str, float]:

@@ -13,6 +13,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,7 @@ from llmq.types import LlmqError
 SHARD_BYTES = 5 * 10**9
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _REPLACED = ("config.json", "*.index.json", "quantize_config.json", "quantization.json")
+_WIDTH = {"I64": 8, "F64": 8, "I32": 4, "F32": 4, "F16": 2, "BF16": 2}  # bytes of safetensors' dtypes; others: 1
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -123,6 +125,10 @@ class Source:
                 out[name] = (view.get_dtype(), list(view.get_shape()))
         return out
 
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of every tensor."""
+        return {name: prod(shape) * _WIDTH.get(dtype, 1) for name, (dtype, shape) in self.headers().items()}
+
     def bytes(self) -> int:
         """Return the size of all weight files."""
         return sum((self.path / f).stat().st_size for f in set(self._file.values()))
@@ -181,6 +187,12 @@ class Sink:
         with _writing(part):
             save_file(own, part)
         self._parts.append(part)
+
+    def require(self, need: int) -> None:
+        """Raise LlmqError where the disk has less than `need` bytes free."""
+        free = shutil.disk_usage(self.stage).free
+        if free < need:
+            raise LlmqError(f"{self.out} needs {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; make room")
 
     def text(self, name: str, content: str) -> None:
         """Write a text file."""
@@ -262,8 +274,7 @@ def _fill(tensors: list[_Stored], shard_bytes: int) -> Iterator[list[_Stored]]:
 
 def _write_shard(path: Path, tensors: list[_Stored]) -> None:
     """Write a safetensors file: u64 header length, JSON header, data; wide dtypes first, so that all stay aligned."""
-    width = {"I64": 8, "F64": 8, "I32": 4, "F32": 4, "F16": 2, "BF16": 2}
-    tensors = sorted(tensors, key=lambda t: (-width.get(t.dtype, 1), t.name))
+    tensors = sorted(tensors, key=lambda t: (-_WIDTH.get(t.dtype, 1), t.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for t in tensors:

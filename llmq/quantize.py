@@ -51,6 +51,12 @@ class Job:
         name = _head_name(self.skeleton)
         return name if name in self.linears else None
 
+    def bytes(self) -> int:
+        """Return the size of the weights that will be written."""
+        fmt, quantized = self.plan.format, {f"{n}.weight" for n in self.linears}
+        floats = sum(n for name, n in self.source.sizes().items() if name not in quantized)
+        return floats + sum(card.packed_bytes(fmt, s) for s in self.linears.values())
+
     def calibrates(self) -> bool:
         """Say whether any step needs activations."""
         grids = [s.scheme.weight for s in self.linears.values()]
@@ -93,6 +99,7 @@ def quantize(job: Job, out: Path, *, overwrite: bool = False, progress: Progress
     """
     report = progress or (lambda done, total, what: None)
     with Sink(out, overwrite=overwrite) as sink, torch.no_grad():
+        sink.require(2 * job.bytes())  # parts and the shards joined from them
         hidden, calls = _first_hidden(job, report)
         record: dict[str, Any] = {}
         for i in range(len(job.skeleton)):

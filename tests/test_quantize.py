@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -263,6 +264,17 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(tiny_checkpoint, tmp
         job(folder, out, **({"calib": text} | options))
     assert "\n" not in str(error.value)
     assert not out.exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_work(tiny_checkpoint, tmp_path, text, monkeypatch):
+    steps = prepare(str(tiny_checkpoint()), Recipe(**BASE, calib=text), "cpu")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("llmq.checkpoint.shutil.disk_usage", lambda _: usage._replace(free=2 * steps.bytes() - 1))
+    with pytest.raises(LlmqError, match="make room"):
+        quantize(steps, tmp_path / "out")
+    monkeypatch.undo()
+    summary = quantize(steps, tmp_path / "out")
+    assert summary["size"]["bytes"] == steps.bytes()
 
 
 def test_a_quantized_source_is_refused(tiny_checkpoint, tmp_path, text):

@@ -14,7 +14,7 @@ Not here: activations (stream), clipping (ranges/), bits on disk (formats/).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,13 +121,10 @@ def feedback(W_KN: Tensor, F_KK: Tensor, grid: Any, params: Params, group: list[
     by_group = [Params(s, z) for s, z in zip(scale_GN, zero_GN, strict=True)]
     weight, target, error, codes = W_KN.unbind(), target_KN.unbind(), error_KN.unbind(), codes_KN.unbind()
 
-    def run(lo: int, hi: int) -> None:
-        if hi - lo > _LEAF:
-            mid = (lo + hi) // 2
-            run(lo, mid)
+    for lo, mid, hi in _halves(0, W_KN.shape[0]):
+        if mid < hi:
             target_KN[mid:hi].addmm_(F_KK[lo:mid, mid:hi].T, error_KN[lo:mid])
-            run(mid, hi)
-            return
+            continue
         for j in range(lo, hi):
             p = by_group[group[j]]
             code = grid.nearest(target[j], p)
@@ -135,9 +132,21 @@ def feedback(W_KN: Tensor, F_KK: Tensor, grid: Any, params: Params, group: list[
             torch.sub(weight[j], grid.decode(code, p), out=error[j])
             if j + 1 < hi:
                 target_KN[j + 1 : hi].addr_(F_KK[j, j + 1 : hi], error[j])
-
-    run(0, W_KN.shape[0])
     return codes_KN
+
+
+def _halves(lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
+    """Yield what to do, in order: `(lo, hi, hi)` rounds these columns, `(lo, mid, hi)` feeds errors past mid.
+
+    A generator, since a recursive closure is a cycle that would keep its tensors until the next garbage collection.
+    """
+    if hi - lo <= _LEAF:
+        yield lo, hi, hi
+        return
+    mid = (lo + hi) // 2
+    yield from _halves(lo, mid)
+    yield lo, mid, hi
+    yield from _halves(mid, hi)
 
 
 def _stacks(targets: Sequence[Target]) -> list[list[Target]]:

@@ -1,5 +1,7 @@
 """GPTQ against its definition: a float64 reference, RTN where there is nothing to feed back, and its failure paths."""
 
+import gc
+
 import pytest
 import torch
 
@@ -133,3 +135,16 @@ def test_desc_act_keeps_a_group_index_and_static_groups_do_not():
         if desc_act:
             assert q.g_idx.bincount().tolist() == [32, 32]
             assert not torch.equal(q.g_idx, torch.arange(64, dtype=torch.int32) // 32)
+
+
+def test_nothing_outlives_a_solve_until_a_garbage_collection():
+    W_NK, h = torch.randn(16, 96), hessian(correlated(96))
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        Gptq().solve([Target("w", W_NK, Int(4, True, 32))], {Hessian: h})
+        after = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+    finally:
+        gc.enable()
+    assert after - before <= 1  # the Hessian keeps its mean
