@@ -88,6 +88,8 @@ class Source:
                 files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             except (ValueError, KeyError) as e:
                 raise LlmqError(f"{index} is not a valid index ({e}); download it again") from e
+        elif (self.path / "model.safetensors").is_file():
+            files = ["model.safetensors"]
         else:
             files = sorted(f.name for f in self.path.glob("*.safetensors"))
         if not files and (list(self.path.glob("*.bin")) or list(self.path.glob("*.pt*"))):

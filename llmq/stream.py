@@ -10,6 +10,7 @@ Not here: what is done at a site (quantize.py), which linears make one (families
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,10 +82,22 @@ class Skeleton:
             yield block
         finally:
             block.to("meta")
+            _trim_heap()
 
     def outside(self) -> list[str]:
         """Return the checkpoint's tensors that belong to no block."""
         return [n for n in self.source.names() if not n.startswith(self.prefix + ".")]
+
+
+def _trim_heap() -> None:
+    """Hand freed pages back to the system, where the C library can: glibc keeps them otherwise, and peaks creep up.
+
+    A block frees hundreds of middling tensors among long-lived ones; without this, 22 blocks of 44 M weights peaked
+    0.7 GB above 6 of them.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
