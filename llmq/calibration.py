@@ -146,7 +146,7 @@ def _read(documents: Iterable[str], tokenizer: Any, bos: int | None, limit: int)
 
 def _documents(source: str, tokenizer: Any) -> Iterator[str]:
     """Yield the text of `source` in pieces that read on from one another."""
-    remedy = "give a text file, as --calib FILE"
+    remedy = "give a text file, as --calib FILE, or --calib self"
     path = Path(source).expanduser()
     if source in HUB:
         rows = hub_rows(HUB[source], remedy)

@@ -57,7 +57,7 @@ def quantize(
     override: Annotated[list[str] | None, typer.Option(help="'REGEX:bits=8,group_size=32'; repeatable.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave float; repeatable.")] = None,
     lm_head: Annotated[bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output head.")] = None,
-    calib: Annotated[str | None, typer.Option(help="'self', a text file or folder, or a dataset.")] = None,
+    calib: Annotated[str | None, typer.Option(help="A text file or folder, a dataset, or 'self'. [wikitext2]")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of each. [2048]")] = None,
     seed: Annotated[int | None, typer.Option(help="Chooses calibration windows. [0]")] = None,

@@ -51,7 +51,7 @@ class Recipe:
     override: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     lm_head: bool = False
-    calib: str = "self"
+    calib: str = "wikitext2"
     samples: int = 128
     seq_len: int = 2048
     seed: int = 0

@@ -19,7 +19,22 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "eval/data/sample.txt"
-RECIPE = ("--method", "gptq", "--bits", 4, "--group-size", 64, "--range", "mse", "--samples", 32, "--seq-len", 512)
+RECIPE = (
+    "--method",
+    "gptq",
+    "--bits",
+    4,
+    "--group-size",
+    64,
+    "--range",
+    "mse",
+    "--calib",
+    "self",
+    "--samples",
+    32,
+    "--seq-len",
+    512,
+)
 
 
 def main() -> None:

