@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,35 +96,40 @@ def _solve_site(
     static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in specs.values())
     needs = {*job.plan.needs([s.scheme.weight for s in specs.values()]), *((Histogram,) if static else ())}
     stats = {c: c() for c in sorted(needs, key=lambda c: c.__name__)} if specs else {}
-    _accumulate(stats, lanes, reference)
+    if lanes:
+        accumulate(stats, lanes.advance(), reference.advance() if reference else None)
     if not specs:
         return []
     weights: dict[str, Any] = {n: block.get_submodule(n).weight for n in specs}
     targets = [Target(n, weights[n].detach().float(), s.scheme.weight) for n, s in specs.items()]
-    for correction in job.plan.corrections:
-        targets = correction.correct(targets, stats)
-    answers = job.plan.solver.solve(targets, stats)
-    for refiner in job.plan.refiners:
-        answers = refiner.refine(targets, answers, stats)
-    inputs = _input_params(job, stats[Histogram]) if static else None
-    solved = [
-        Solved(dataclasses.replace(a.q, input=inputs), report_line(job, t, a, stats.get(Hessian)))
-        for t, a in zip(targets, answers, strict=True)
-    ]
-    _place(job, block, {t.name: s for t, s in zip(targets, solved, strict=True)})
-    return list(zip(targets, solved, strict=True))
+    solved = solve(job, targets, stats)
+    if static:
+        inputs = _input_params(job, stats[Histogram])
+        solved = [(t, Solved(dataclasses.replace(s.q, input=inputs), s.report)) for t, s in solved]
+    _place(job, block, {t.name: s for t, s in solved})
+    return solved
 
 
-def _accumulate(stats: dict[type, Any], lanes: Lanes | None, reference: Lanes | None) -> None:
-    """Let every batch of both streams run to the next site, adding its activations to the statistics."""
-    floats = reference.advance() if reference else None
-    for X_TK in lanes.advance() if lanes else ():
+def accumulate(stats: Mapping[type, Any], hidden: Iterable[Tensor], floats: Iterator[Tensor] | None) -> None:
+    """Add activations `[T, K]` batch by batch, the float model's (`floats`) beside the quantized model's."""
+    for X_TK in hidden:
         F_TK = next(floats) if floats else None
         for a in stats.values():
             if a.paired:
                 a.update(X_TK, F_TK)
             else:
                 a.update(X_TK)
+
+
+def solve(job: Job, targets: list[Target], stats: Mapping[type, Any]) -> list[tuple[Target, Solved]]:
+    """Correct, solve and refine linears that read one activation; return what was asked and what was found."""
+    for correction in job.plan.corrections:
+        targets = correction.correct(targets, stats)
+    answers = job.plan.solver.solve(targets, stats)
+    for refiner in job.plan.refiners:
+        answers = refiner.refine(targets, answers, stats)
+    hessian = stats.get(Hessian)
+    return [(t, Solved(a.q, _report_line(job, t, a, hessian))) for t, a in zip(targets, answers, strict=True)]
 
 
 def _place(job: Job, block: nn.Module, solved: dict[str, Solved]) -> None:
@@ -134,7 +139,7 @@ def _place(job: Job, block: nn.Module, solved: dict[str, Solved]) -> None:
         module.weight.data = s.q.dequantize().to(job.skeleton.dtype)
 
 
-def report_line(job: Job, target: Target, solved: Solved, hessian: Hessian | None) -> dict[str, Any]:
+def _report_line(job: Job, target: Target, solved: Solved, hessian: Hessian | None) -> dict[str, Any]:
     """Return a linear's line in quantization.json, with its squared error relative to the energy.
 
     The error is that of the output over the calibration where there is a Hessian, else that of the weight.

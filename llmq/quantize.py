@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from llmq import calibration
-from llmq.block import Streams, quantize_block, report_line
+from llmq.block import Streams, accumulate, quantize_block, solve
 from llmq.checkpoint import Sink
 from llmq.job import Job
 from llmq.publish import publish
-from llmq.stats import Hessian
 from llmq.stream import embed
 from llmq.types import LlmqError, Target
 
@@ -90,14 +89,12 @@ def _outside(job: Job, streams: Streams, sink: Sink) -> dict[str, Any]:
     embedding = next(n for n, m in job.skeleton.model.named_modules() if m is job.skeleton.model.get_input_embeddings())
     weight = job.source.get(f"{embedding}.weight" if tied else f"{head}.weight")
     target = Target(head, weight.to(job.device, torch.float32), job.linears[head].scheme.weight)
-    stats = {c: c() for c in job.plan.solver.needs([target.grid])}
-    for X_TK in _normed(job, streams.hidden) if stats else ():
-        for a in stats.values():
-            a.update(X_TK)
-    (solved,) = job.plan.solver.solve([target], stats)
-    line = report_line(job, target, solved, stats.get(Hessian))
+    stats = {c: c() for c in job.plan.needs([target.grid])}
+    if stats:
+        accumulate(stats, _normed(job, streams.hidden), _normed(job, streams.floats) if streams.floats else None)
+    ((_, solved),) = solve(job, [target], stats)
     sink.add({f"{head}.{k}": v for k, v in job.plan.format.pack(solved.q, job.linears[head]).items()})
-    return {head: line}
+    return {head: dict(solved.report)}
 
 
 def _normed(job: Job, hidden: list[Tensor]) -> Iterator[Tensor]:

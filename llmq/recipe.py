@@ -38,6 +38,7 @@ _OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-si
 class Recipe:
     """How to quantize a model. Defaults that depend on other fields are None here and filled in by `resolved`.
 
+    quality: "fast", "balanced" or "best": a method and a range by measurement, where no method is given.
     method: comma-separated steps, each `name[:option=value...]`, in the order transforms, corrections, one solver,
         refiners, tuners.
     bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (None: 128; "channel" for W8A8).
@@ -50,7 +51,8 @@ class Recipe:
     dtype: what activations are computed in: "auto", "float32" or "bfloat16".
     """
 
-    method: str = "gptq"
+    quality: str | None = None
+    method: str | None = None
     bits: int = 4
     group_size: int | str | None = None
     sym: bool = True
@@ -69,6 +71,8 @@ class Recipe:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.quality is not None and self.method is not None:
+            raise LlmqError("quality names a method by what it costs; give --quality or --method, not both")
         if self.act not in ("token", "tensor"):
             raise LlmqError(f"act is 'token' (dynamic) or 'tensor' (static), not {self.act!r}")
         if self.act_bits not in (None, 8):
@@ -106,6 +110,8 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """Return the recipe with every default that depends on another option filled in."""
+        if self.method is None:
+            return self._of_quality().resolved()
         steps = [spec.load("algorithms", s) for s in self.method.split(",")]
         preferred = next((s.preferred_range for s in steps if getattr(s, "preferred_range", None)), None)
         override = self.override
@@ -119,6 +125,15 @@ class Recipe:
             override=override,
         )
 
+    def _of_quality(self) -> Recipe:
+        """Return the recipe with the method that its quality stands for, in the words that repeat it."""
+        quality = self.quality or "balanced"
+        methods = _W8A8_QUALITY if self.act_bits else _QUALITY
+        if quality not in methods:
+            raise LlmqError(f"quality is {', '.join(methods)}, not {quality!r}")
+        range_ = self.range or (None if self.act_bits else "mse")
+        return dataclasses.replace(self, quality=None, method=methods[quality], range=range_)
+
     def to_yaml(self) -> str:
         """Return the recipe as YAML that `load` reads back equal."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
@@ -126,6 +141,8 @@ class Recipe:
 
 
 _DEFAULT_RANGE = "minmax"
+_QUALITY = {"fast": "gptq,descent", "balanced": "qep,gptq,descent", "best": "qep,gptq,descent,signround"}
+_W8A8_QUALITY = {"fast": "smoothquant,rtn", "balanced": "smoothquant,rtn", "best": "smoothquant,rtn"}
 
 
 _KINDS = {
@@ -167,7 +184,7 @@ class Plan:
 def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
     """Make a recipe's objects. Raises LlmqError for anything in it that names nothing or does not go together."""
     recipe = recipe.resolved()
-    steps = _steps(recipe.method)
+    steps = _steps(recipe.method or "")
     (solver,) = steps["solver"]
     fmt = _format(recipe, solver)
     activation = ActivationGrid(8, recipe.act == "token") if recipe.act_bits else None

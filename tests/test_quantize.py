@@ -119,9 +119,10 @@ def test_out_holds_what_a_runtime_wants(tiny_checkpoint, tmp_path, text):
     ]
     assert all(torch.equal(source.get(n), before.get(n)) for n in kept)
     card = (out / "README.md").read_text()
-    assert "method: gptq" in card and "bits per quantized weight" in card
+    assert "method: qep,gptq,descent" in card and "bits per quantized weight" in card
     line = json.loads((out / "quantization.json").read_text())["linears"]["model.layers.1.mlp.down_proj"]
-    assert line["method"] == "gptq" and line["damp"] == 0.01 and line["tokens"] == 256 and 0 < line["output_error"] < 1
+    assert line["method"] == "qep,gptq,descent" and 0 <= line["qep_alpha"] <= 1 and 0 < line["descent"] < 1
+    assert line["damp"] == 0.01 and line["tokens"] == 256 and 0 < line["output_error"] < 1
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq,gptq"])
