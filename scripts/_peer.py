@@ -29,7 +29,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     p.add_argument("--seq-len", type=int, default=512)
     p.add_argument("--bits", type=int, default=4)
     p.add_argument("--group-size", type=int, default=64)
+    p.add_argument("--dtype", default="auto", help="what activations are computed in: auto, float32, bfloat16")
     return p
+
+
+def dtype_of(args: argparse.Namespace) -> Any:
+    """Return the torch dtype asked for, or "auto": the checkpoint's own, or what the rival prefers."""
+    import torch
+
+    return args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
 def calibration_rows(args: argparse.Namespace) -> list[list[int]]:

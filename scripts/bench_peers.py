@@ -5,7 +5,9 @@
 Run through scripts/bench_peers.sh, which makes the environments DIR/{gptqmodel,autoround,llmcompressor} first. Each row
 quantizes in a process of its own, checks that the file holds the grid asked for, scores it in float32, and is kept in
 OUT/peers.json, so that a stopped run goes on where it was. Group 64, symmetric. GPTQModel compiles kernels at its first
-use: warm it up once before its seconds mean anything. On a machine that is busy otherwise, compare CPU seconds.
+use: warm it up once before its seconds mean anything. On a machine that is busy otherwise, compare CPU seconds, of runs
+with OMP_NUM_THREADS=1: threads that wait for each other burn them. On a processor without bfloat16 GPTQModel and
+llm-compressor compute in it all the same, several times slower than with `--dtype float32`.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def measure_row(name: str, args: argparse.Namespace) -> Row:
     out = args.out / name.replace(" ", "-")
     shutil.rmtree(out, ignore_errors=True)
     common = ("--calib", args.calib, "--samples", args.samples, "--seq-len", args.seq_len)
-    common = (*common, "--bits", bits, "--group-size", GROUP)
+    common = (*common, "--bits", bits, "--group-size", GROUP, "--dtype", args.dtype)
     if tool == "llmq":
         taken = measure.llmq("quantize", args.model, out, *options, *common)
         versions: dict[str, str] = {"torch": str(torch.__version__)}
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--dtype", default="auto", help="of activations, for every tool; auto is each one's own choice")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints in OUT")
     args = parser.parse_args()
     rows = Rows(args.out / "peers.json")

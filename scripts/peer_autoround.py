@@ -39,11 +39,15 @@ def main() -> None:
 
     clock.done("import")
     src, out = str(args.src.resolve()), str(args.out.resolve())
-    model = AutoModelForCausalLM.from_pretrained(src, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(src, dtype=_peer.dtype_of(args))
     tokenizer = AutoTokenizer.from_pretrained(src)
     rows = [torch.tensor([row]) for row in _peer.calibration_rows(args)]
     clock.done("load")
-    settings = {"lr": args.lr, "enable_alg_ext": args.alg_ext}
+    settings: dict[str, object] = {"amp": False} if args.dtype == "float32" else {}
+    if args.lr is not None:
+        settings["lr"] = args.lr
+    if args.alg_ext:
+        settings["enable_alg_ext"] = True
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):  # AutoRound leaves ar_work_space/ behind
         rounder = AutoRound(
             model,
@@ -60,7 +64,7 @@ def main() -> None:
             seed=args.seed,
             device_map="cpu",
             format=args.format,
-            **{k: v for k, v in settings.items() if v},
+            **settings,
         )
         rounder.quantize()
         clock.done("quantize")

@@ -65,7 +65,7 @@ def main() -> None:
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in _peer.calibration_rows(args)]
     src, out = str(args.src.resolve()), str(args.out.resolve())
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):  # GPTQModel leaves logs/ behind
-        model = GPTQModel.load(src, config)
+        model = GPTQModel.load(src, config, dtype=_peer.dtype_of(args))
         clock.done("load")
         model.quantize(rows, batch_size=args.batch_size)
         clock.done("quantize")

@@ -61,7 +61,7 @@ def main() -> None:
 
     clock.done("import")
     src, out = str(args.src.resolve()), str(args.out.resolve())
-    model = AutoModelForCausalLM.from_pretrained(src, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(src, dtype=_peer.dtype_of(args))
     rows = _peer.calibration_rows(args)
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
     clock.done("load")
