@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import tempfile
 
 import _peer
@@ -63,12 +64,11 @@ def main() -> None:
             seqlen=args.seq_len,
             seed=args.seed,
             device_map="cpu",
-            format=args.format,
             **settings,
         )
-        rounder.quantize()
+        _, folder = rounder.quantize_and_save("export", format=args.format)  # it chooses a folder below
         clock.done("quantize")
-        rounder.save_quantized(out, format=args.format)
+        shutil.move(folder, out)
         clock.done("save")
     _peer.report(args, clock, ("auto-round",), compiled=rounder.enable_torch_compile, amp_dtype=str(rounder.amp_dtype))
 
