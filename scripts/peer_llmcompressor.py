@@ -52,9 +52,22 @@ def recipe(args: argparse.Namespace) -> list[Any]:
     return [*steps, QuantizationModifier(**common)]
 
 
+def leave_memory_unpinned() -> None:
+    """Let AWQ run where there is no accelerator: 0.14.0.1 pins memory for one, and stops where torch finds none.
+
+    Pinning only speeds copies up; what is computed is the same. No setting turns it off.
+    """
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda self, batch_index, input_names=None: None
+
+
 def main() -> None:
     """Quantize, save, and print the report."""
     args, clock = parse_args(), _peer.Clock()
+    leave_memory_unpinned()
     from datasets import Dataset
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
