@@ -17,6 +17,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def measure_row(name: str, args: argparse.Namespace) -> Row:
         **sizes(out, args.model),
         **{k: figures[k] for k in ("perplexity", "baseline_perplexity", "kl_mean", "kl_standard_error", "top1")},
         "windows": args.windows,
+        "threads": torch.get_num_threads(),
     }
     if tool != "llmq":
         row["driver"] = said
@@ -111,26 +113,44 @@ def check_grid(folder: Path, bits: int) -> None:
 def sizes(folder: Path, model: Path) -> dict[str, float]:
     """Return the bits per quantized weight on disk, scales, zeros and orders counted, and the bytes of all tensors."""
     source, packed = Source(model), Source(folder)
+    shapes = {n: shape for n, (_, shape) in source.headers().items()}
     linears = {n.removesuffix(".weight") for n in source.names() if f"{n}_packed" in packed}
     linears |= {n.removesuffix(".weight") for n in source.names() if f"{n.removesuffix('weight')}qweight" in packed}
-    weights = sum(torch.Size(shape).numel() for n in linears for _, shape in [source.headers()[f"{n}.weight"]])
+    weights = sum(prod(shapes[f"{n}.weight"]) for n in linears)
     stored = sum(size for n, size in packed.sizes().items() if n.rpartition(".")[0] in linears and ".bias" not in n)
     return {"bits_per_weight": round(8 * stored / weights, 4), "bytes": packed.bytes()}
 
 
+COLUMNS = ("tool and setting", "bits/weight", "perplexity", "change", "mean KL", "top-1", "s", "CPU s", "peak GB")
+
+
+def cells(name: str, r: Row) -> tuple[str, ...]:
+    """Return a row as the texts of COLUMNS."""
+    return (
+        name,
+        f"{r['bits_per_weight']:.3f}",
+        f"{r['perplexity']:.3f}",
+        f"{100 * (r['perplexity'] / r['baseline_perplexity'] - 1):+.2f} %",
+        f"{r['kl_mean']:.5f} ± {r['kl_standard_error']:.5f}",
+        f"{100 * r['top1']:.2f} %",
+        f"{r['seconds']:.0f}",
+        f"{r['cpu_seconds']:.0f}",
+        f"{r['peak_bytes'] / 1e9:.2f}",
+    )
+
+
 def show(rows: Mapping[str, Row]) -> None:
     """Print the table of these rows."""
-    table = Table(
-        "tool and setting", "bits/weight", "perplexity", "change", "mean KL", "top-1", "s", "CPU s", "peak GB"
-    )
-    for name, r in rows.items():
-        change = 100 * (r["perplexity"] / r["baseline_perplexity"] - 1)
-        kl = f"{r['kl_mean']:.5f} ± {r['kl_standard_error']:.5f}"
-        cells = (f"{r['bits_per_weight']:.3f}", f"{r['perplexity']:.3f}", f"{change:+.2f} %", kl, f"{r['top1']:.2%}")
-        table.add_row(
-            name, *cells, *(f"{r[k]:.0f}" for k in ("seconds", "cpu_seconds")), f"{r['peak_bytes'] / 1e9:.2f}"
-        )
+    table = Table(*COLUMNS)
+    for name, row in rows.items():
+        table.add_row(*cells(name, row))
     Console(width=130).print(table)
+
+
+def show_markdown(rows: Mapping[str, Row]) -> None:
+    """Print the table for docs/accuracy.md, in the order of ROWS."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *(cells(name, rows[name]) for name in ROWS if name in rows)]
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def main() -> None:
@@ -147,8 +167,12 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--dtype", default="auto", help="of activations, for every tool; auto is each one's own choice")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints in OUT")
+    parser.add_argument("--markdown", action="store_true", help="measure nothing: print what is there as Markdown")
     args = parser.parse_args()
     rows = Rows(args.out / "peers.json")
+    if args.markdown:
+        show_markdown(rows.read())
+        return
     failed = rows.fill(args.only, lambda name: measure_row(name, args), show)
     kept = rows.read()
     show(kept)
