@@ -30,8 +30,8 @@ from llmq.types import BlockView, LlmqError, Params, Site, SiteView, Solved, Tar
 class Streams:
     """The calibration where it stands between two blocks, batch by batch; moved on in place by each block.
 
-    hidden: what the quantized blocks so far made of it. floats: what the float blocks made of it, where a step compares
-    the two, else empty. calls: the other arguments of every block's call, indexed `[batch][block]`.
+    hidden: what the quantized blocks so far made of it. floats: what the float blocks made of its first batches, as
+    many as the steps that compare the two want. calls: the other arguments of a block's call, indexed `[batch][block]`.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
@@ -111,14 +111,14 @@ def _solve_site(
 
 
 def accumulate(stats: Mapping[type, Any], hidden: Iterable[Tensor], floats: Iterator[Tensor] | None) -> None:
-    """Add activations `[T, K]` batch by batch, the float model's (`floats`) beside the quantized model's."""
+    """Add activations `[T, K]` batch by batch; `floats` are the float model's of the first of these batches."""
     for X_TK in hidden:
-        F_TK = next(floats) if floats else None
+        F_TK = next(floats, None) if floats else None
         for a in stats.values():
-            if a.paired:
-                a.update(X_TK, F_TK)
-            else:
+            if not a.paired:
                 a.update(X_TK)
+            elif F_TK is not None:
+                a.update(X_TK, F_TK)
 
 
 def solve(job: Job, targets: list[Target], stats: Mapping[type, Any]) -> list[tuple[Target, Solved]]:

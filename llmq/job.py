@@ -49,10 +49,9 @@ class Job:
         static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in self.linears.values())
         return bool(self.plan.transforms) or bool(self.plan.tuners) or static or bool(self.plan.needs(grids))
 
-    def paired(self) -> bool:
-        """Say whether any step compares the quantized model's activations with the float model's."""
-        grids = [s.scheme.weight for s in self.linears.values()]
-        return bool(self.plan.tuners) or any(stat.paired for stat in self.plan.needs(grids))
+    def paired(self) -> float:
+        """Return the share of the calibration that runs through the float model too, for steps that compare the two."""
+        return 1.0 if self.plan.tuners else max((c.share for c in self.plan.corrections), default=0.0)
 
 
 def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:

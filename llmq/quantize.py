@@ -9,6 +9,7 @@ Not here: what can be refused before (job.py), what happens inside a block (bloc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,7 @@ def _enter(job: Job, report: Progress) -> Streams:
     writer = partial(_writer, job)
     tokens = calibration.tokens(recipe.calib, tokenizer, recipe.samples, recipe.seq_len, recipe.seed, writer)
     hidden, calls = embed(job.skeleton, tokens, max(1, BATCH_TOKENS // recipe.seq_len), job.device)
-    return Streams(hidden, list(hidden) if job.paired() else [], calls)
+    return Streams(hidden, hidden[: math.ceil(job.paired() * len(hidden))], calls)
 
 
 def _writer(job: Job) -> nn.Module:

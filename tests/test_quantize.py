@@ -66,6 +66,8 @@ def linears_of(folder):
         ({"method": "gptq:desc_act=true", "format": "gptq"}, "gptq"),
         ({"method": "gptq", "format": "gptq", "sym": False}, "gptq"),
         ({"method": "gptq", "format": "gptq", "bits": 8, "group_size": "channel"}, "gptq"),
+        ({"method": "qep:share=0.5,gptq,descent:rounds=1", "format": "gptq", "bits": 3, "range": "mse"}, "gptq"),
+        ({"method": "qep,gptq,descent,signround:steps=2", "format": "awq", "range": "mse"}, "awq"),
         ({"method": "awq,rtn", "format": "awq", "sym": False}, "awq"),
         ({"method": "awq,gptq", "format": "awq", "range": "mse"}, "awq"),
         ({"method": "gptq", "bits": 3, "format": "compressed-tensors", "sym": False}, "compressed-tensors"),
