@@ -44,7 +44,7 @@ def quantize_block(job: Job, i: int, streams: Streams, sink: Sink) -> dict[str, 
     prefix = f"{job.skeleton.prefix}.{i}."
     at = [c[i] for c in streams.calls]
     with job.skeleton.loaded(i, job.device) as block:
-        sites = _sites(job, block, streams.hidden, at)
+        sites = block_sites(job, block, streams.hidden, at)
         record: dict[str, Any] = {}
         for step in job.plan.transforms:
             record |= _transform(job, step, block, sites, streams.hidden, at, prefix)
@@ -156,7 +156,8 @@ def _report_line(job: Job, target: Target, solved: Solved, hessian: Hessian | No
     return line | dict(target.report) | dict(solved.report)
 
 
-def _sites(job: Job, block: nn.Module, hidden: Sequence[Tensor], at: Sequence[Call]) -> tuple[Site, ...]:
+def block_sites(job: Job, block: nn.Module, hidden: Sequence[Tensor], at: Sequence[Call]) -> tuple[Site, ...]:
+    """Return the sites of a block: its family's table, or what one forward discovers."""
     known = family_sites(job.skeleton.config.model_type, block)
     if known:
         return known

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import calibration
+from llmq.allocate import allocate
 from llmq.block import Streams, accumulate, quantize_block, solve
 from llmq.checkpoint import Sink
 from llmq.job import Job
@@ -41,6 +42,7 @@ def quantize(job: Job, out: Path, *, overwrite: bool = False, progress: Progress
     with Sink(out, overwrite=overwrite) as sink, torch.no_grad():
         sink.require(2 * job.bytes())  # parts and the shards joined from them
         streams = _enter(job, report)
+        job = allocate(job, streams, report)
         record: dict[str, Any] = {}
         for i in range(len(job.skeleton)):
             report(i, len(job.skeleton), f"block {i}")

@@ -46,6 +46,8 @@ class Recipe:
     act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic) or per "tensor" (static, `act_range`).
     format: how the result is stored (None: gptq; compressed-tensors for W8A8).
     override: `REGEX:bits=8,group_size=32` on full module names, later ones win. skip: regexes of linears left float.
+    target_bpw: bits per quantized weight, scales counted, to spend where they help most; --bit-choices lists the bits
+        that a site may get.
     lm_head: quantize the output head too.
     calib: "self", a file or folder, or a dataset; samples x seq_len tokens chosen by `seed`.
     dtype: what activations are computed in: "auto", "float32" or "bfloat16".
@@ -63,6 +65,8 @@ class Recipe:
     format: str | None = None
     override: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    target_bpw: float | None = None
+    bit_choices: str = "3,4,8"
     lm_head: bool = False
     calib: str = "wikitext2"
     samples: int = 128
@@ -79,6 +83,9 @@ class Recipe:
             raise LlmqError(f"act_bits is 8 or left out, not {self.act_bits}")
         if self.act_bits and self.bits != 8:
             raise LlmqError(f"8-bit activations need 8-bit weights, not {self.bits}; say --bits 8")
+        if self.target_bpw is not None and self.act_bits:
+            raise LlmqError("target_bpw chooses bits of weights; with 8-bit activations they are always 8")
+        self.choices()
         if self.samples < 1 or self.seq_len < 2:
             raise LlmqError("samples is at least 1 and seq_len at least 2")
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -121,9 +128,16 @@ class Recipe:
             self,
             group_size=self.group_size or ("channel" if self.act_bits else 128),
             range=self.range or preferred or _DEFAULT_RANGE,
-            format=self.format or ("compressed-tensors" if self.act_bits else "gptq"),
+            format=self.format or ("compressed-tensors" if self.act_bits or self.target_bpw else "gptq"),
             override=override,
         )
+
+    def choices(self) -> tuple[int, ...]:
+        """Return the bits that a site may get under `target_bpw`, ascending."""
+        words = self.bit_choices.split(",")
+        if not all(w.strip() in {"2", "3", "4", "5", "6", "7", "8"} for w in words):
+            raise LlmqError(f"bit_choices is a list of bits from 2 to 8, such as 3,4,8, not {self.bit_choices!r}")
+        return tuple(sorted({int(w) for w in words}))
 
     def _of_quality(self) -> Recipe:
         """Return the recipe with the method that its quality stands for, in the words that repeat it."""
