@@ -1,13 +1,15 @@
 """Statistics: what calibration accumulates at a site. Raw sums and maxima, so that merging two ranks is exact.
 
-Every class has a no-argument constructor, `update(X_TK)` and `merge(other)`; the stream makes one of each class that a
-step needs, per site, and drops them when the site is solved.
+Every class has a no-argument constructor, `update(X_TK)` and `merge(other)`; a block makes one of each class that a
+step needs, per site, and drops them when the site is solved. A `paired` one is updated with `(X_TK, F_TK)`: the same
+tokens' activations in the quantized and in the float model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ class Hessian:
     Each batch is one blocked product; over some tens of batches the running sum keeps 6 digits, four more than damping
     leaves meaningful, at half the memory of float64.
     """
+
+    paired: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
@@ -73,6 +77,8 @@ def _exact_products(dtype: torch.dtype) -> Iterator[None]:
 class AbsMax:
     """The largest magnitude of every channel."""
 
+    paired: ClassVar[bool] = False
+
     def __init__(self) -> None:
         self.max: Tensor | None = None
 
@@ -89,6 +95,8 @@ class AbsMax:
 
 class AbsMean:
     """The mean magnitude of every channel."""
+
+    paired: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
@@ -116,6 +124,7 @@ class AbsMean:
 class Histogram:
     """Magnitudes of all channels together in `BINS` bins, whose width doubles until the largest value fits."""
 
+    paired: ClassVar[bool] = False
     BINS = 2048
 
     def __init__(self) -> None:

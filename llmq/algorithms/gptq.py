@@ -47,7 +47,7 @@ class Gptq:
         if self.desc_act and not self.act_order:
             raise ValueError("desc_act needs act_order")
 
-    def needs(self, grids: Sequence[Any]) -> tuple[type, ...]:
+    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
         """Return the Hessian, always."""
         return (Hessian,)
 
