@@ -168,12 +168,14 @@ class Target:
     """A linear that a solver is asked to quantize: float32 `W_NK` and the grid to put it on.
 
     report: what earlier steps record of it in `quantization.json`.
+    importance: what the squared error of each input channel counts, `[K]`, where the user gave it (an imatrix).
     """
 
     name: str
     W_NK: Tensor
     grid: Any
     report: Mapping[str, Any] = field(default_factory=dict)
+    importance: Tensor | None = None
 
 
 @dataclass(frozen=True)

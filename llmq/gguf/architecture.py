@@ -72,6 +72,12 @@ class Architecture:
         """Whether the head is the embedding; the file then holds `token_embd.weight` alone."""
         return bool(self.config.tie_word_embeddings)
 
+    @property
+    def large(self) -> bool:
+        """Whether this is what llama.cpp calls a 70B model, whose attn_v gets more bits."""
+        grouped = self.config.num_attention_heads != self.kv_heads
+        return self.blocks == 80 and (self.name == "qwen2" or (self.name == "llama" and grouped))
+
     def tensor(self, name: str) -> str | None:
         """Return ggml's name of a checkpoint tensor, None for one that is not written.
 
