@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llmq.stats import Hessian
-from llmq.types import Params, QTensor, Solved, Stats, Target
+from llmq.types import QTensor, Solved, Stats, Target
 
 _RETRIES = 6  # each multiplies the damping by 10
 _LEAF = 16  # columns rounded one by one; their rank-1 updates stay in the L2 cache
@@ -110,15 +110,14 @@ def factor(H_KK: Tensor, damp: float) -> tuple[Tensor | None, float]:
     return None, damp / 10
 
 
-def feedback(W_KN: Tensor, F_KK: Tensor, grid: Any, params: Params, group: list[int]) -> Tensor:
+def feedback(W_KN: Tensor, F_KK: Tensor, grid: Any, params: Any, group: list[int]) -> Tensor:
     """Round the rows of `W_KN` in order, feeding errors forward; return the codes, uint8 `[K, N]`.
 
     W_KN: float32, contiguous, unchanged. params: `[N, G]`. group: the group of each row.
     """
     codes_KN = torch.empty(W_KN.shape, dtype=torch.uint8, device=W_KN.device)
     target_KN, error_KN = W_KN.clone(), torch.empty_like(W_KN)
-    scale_GN, zero_GN = params.scale.float().T.contiguous(), params.zero.float().T.contiguous()
-    by_group = [Params(s, z) for s, z in zip(scale_GN, zero_GN, strict=True)]
+    by_group = params.by_group()
     weight, target, error, codes = W_KN.unbind(), target_KN.unbind(), error_KN.unbind(), codes_KN.unbind()
 
     for lo, mid, hi in _halves(0, W_KN.shape[0]):
@@ -161,5 +160,5 @@ def _stacks(targets: Sequence[Target]) -> list[list[Target]]:
 
 
 def _split(q: QTensor, rows: list[int]) -> list[QTensor]:
-    parts = zip(q.codes.split(rows), q.params.scale.split(rows), q.params.zero.split(rows), strict=True)
-    return [QTensor(c, Params(s, z), q.grid, q.g_idx) for c, s, z in parts]
+    parts = zip(q.codes.split(rows), q.params.split(rows), strict=True)
+    return [QTensor(codes, params, q.grid, q.g_idx) for codes, params in parts]
