@@ -1,4 +1,4 @@
-"""The command line: `llmq quantize | eval | generate | inspect | list`.
+"""The command line: `llmq quantize | export | eval | generate | inspect | list`.
 
 Bad input ends in one line on standard error and exit status 1, an interrupt in 130; neither leaves a half-written OUT.
 Not here: any work. Each command parses, calls the library and prints.
@@ -158,8 +158,42 @@ def generate(
 
 
 @app.command()
+def export(
+    src: Annotated[str, typer.Argument(help="GPTQ, AWQ or compressed-tensors checkpoint, by any tool.")],
+    out: Annotated[Path, typer.Argument(help="OUT.gguf to write.")],
+    requantize: Annotated[str | None, typer.Option(help="Type for linears whose codes cannot be kept.")] = None,
+    embeddings: Annotated[str | None, typer.Option(help="Type of float embedding and head, e.g. Q6_K.")] = None,
+    pre: Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, if not found.")] = None,
+    split_max_size: Annotated[str | None, typer.Option(help="Files of at most so much, e.g. 4G.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when the export has succeeded.")] = False,
+) -> None:
+    """Write a quantized checkpoint as GGUF, with the codes it has.
+
+    Example: `llmq export ./my-llama-int4 my-llama.gguf --embeddings Q6_K`
+    """
+    from llmq.export import export as run
+
+    done = run(
+        src,
+        out,
+        requantize=requantize,
+        embeddings=embeddings,
+        pre=pre,
+        split_max_size=split_max_size,
+        overwrite=overwrite,
+    )
+    for warning in done["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+    table = Table(title=f"{out}", title_justify="left", show_header=False)
+    table.add_row("size", f"{done['bytes'] / 1e6:,.1f} MB in {len(done['files'])} file(s)")
+    table.add_row("tensors", ", ".join(f"{n} {kind}" for kind, n in done["types"].items()))
+    table.add_row("linears", ", ".join(f"{n} {outcome}" for outcome, n in done["outcomes"].items()))
+    console.print(table)
+
+
+@app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder or Hub id.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, Hub id or .gguf file.")],
     linears: Annotated[bool, typer.Option("--linears", help="One line for every linear.")] = False,
 ) -> None:
     """Show what a checkpoint holds: format, sizes, and the errors that llmq recorded.
