@@ -197,6 +197,35 @@ def split(raw: Tensor, bits: int) -> Tensor:
     return torch.stack([(raw >> i) & (2**bits - 1) for i in range(0, 8, bits)], dim=-2)
 
 
+def merge_bits(bits: Tensor) -> Tensor:
+    """Return bytes `[..., L / 8]` whose bit i of byte b is `bits[..., 8 b + i]`."""
+    return merge(bits.unflatten(-1, (-1, 8)).mT, 1)
+
+
+def split_bits(raw: Tensor) -> Tensor:
+    """Invert `merge_bits`."""
+    return split(raw, 1).mT.flatten(-2)
+
+
+def pack_six(sc: Tensor, m: Tensor) -> Tensor:
+    """Return the 12 bytes in which Q4_K and Q5_K keep 6-bit sc and m, `[..., 8]` each.
+
+    Bytes 0-3 hold sc of groups 0-3, bytes 4-7 their m, both with the high 2 bits of groups 4-7 on top; bytes 8-11 hold
+    the low 4 bits of groups 4-7, sc in the low nibble, m in the high one.
+    """
+    (sc_low, sc_high), (m_low, m_high) = (p.to(torch.uint8).split(4, dim=-1) for p in (sc, m))
+    nibbles = (sc_high & 15) | (m_high & 15) << 4
+    return torch.cat([sc_low | sc_high >> 4 << 6, m_low | m_high >> 4 << 6, nibbles], dim=-1)
+
+
+def unpack_six(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert `pack_six`; int16."""
+    a, b, nibbles = raw.split(4, dim=-1)
+    sc = torch.cat([a & 63, nibbles & 15 | a >> 6 << 4], dim=-1)
+    m = torch.cat([b & 63, nibbles >> 4 | b >> 6 << 4], dim=-1)
+    return sc.to(torch.int16), m.to(torch.int16)
+
+
 def cut(raw: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Return the fields of a block: the last dim in pieces of `sizes` bytes."""
     return raw.split(list(sizes), dim=-1)

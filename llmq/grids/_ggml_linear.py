@@ -106,3 +106,28 @@ class Linear(GgmlGrid):
 
     def _small(self, s: Tensor, d: Tensor) -> Tensor:
         return (s / d).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(*self.sc_range)
+
+
+_TABLE = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32)
+_BOUNDS = (_TABLE[1:] + _TABLE[:-1]) / 2
+
+
+@dataclass(frozen=True)
+class Table(Linear):
+    """The 16 levels of IQ4_NL and IQ4_XS (kvalues_iq4nl of ggml-common.h) times a signed scale."""
+
+    zero: ClassVar[int] = 0
+
+    def nearest(self, w: Tensor, params: GgmlParams) -> Tensor:
+        """Return the codes of the nearest levels as float32 integers."""
+        return self._index((w / params.scale).nan_to_num_(0.0, 0.0, 0.0)).float()
+
+    def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
+        """Return `scale * table[code]` in float32."""
+        return _TABLE.to(codes.device)[codes.int()].mul_(params.scale)
+
+    def _index(self, t: Tensor) -> Tensor:
+        return torch.bucketize(t, _BOUNDS.to(t.device), out_int32=True)
+
+    def _levels(self, t: Tensor) -> Tensor:
+        return _TABLE.to(t.device)[self._index(t)]

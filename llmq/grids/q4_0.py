@@ -1,6 +1,9 @@
 """Q4_0: 4-bit codes, one float16 scale per 32 columns (4.5 bits): `w = d * (code - 8)`.
 
-18 bytes: d float16 | 16 bytes, byte j holds the codes of columns j (low nibble) and j + 16 (high nibble).
+18 bytes:
+    d float16
+    16 bytes, byte j holds the codes of columns j (low nibble) and j + 16 (high nibble)
+
 Facts: block_q4_0 of ggml-common.h. Not here: the search (_ggml_linear.py).
 """
 

@@ -1,6 +1,10 @@
 """Q4_1: 4-bit codes, float16 scale and minimum per 32 columns (5 bits): `w = d * code + m`, m = -dmin.
 
-20 bytes: d float16 | m float16 | 16 bytes, byte j holds the codes of columns j (low nibble) and j + 16 (high nibble).
+20 bytes:
+    d float16
+    m float16
+    16 bytes, byte j holds the codes of columns j (low nibble) and j + 16 (high nibble)
+
 Facts: block_q4_1 of ggml-common.h. Not here: the search (_ggml_affine.py).
 """
 

@@ -1,6 +1,9 @@
 """Q8_0: 8-bit codes, one float16 scale per 32 columns (8.5 bits): `w = d * (code - 128)`.
 
-34 bytes: d float16 | 32 bytes, int8 `code - 128` of column j.
+34 bytes:
+    d float16
+    32 bytes, int8 `code - 128` of column j
+
 Facts: block_q8_0 of ggml-common.h. Not here: the search (_ggml_linear.py).
 """
 
