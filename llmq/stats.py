@@ -63,6 +63,38 @@ class Hessian:
         return self._mean
 
 
+class Drift:
+    """`(F - X)^T X` over all tokens: how the quantized model's activations X miss the float model's F, seen from X.
+
+    fit: over seven eighths of each batch's tokens. held, held_hessian: `(F - X)^T X` and `X^T X` over its last eighth,
+    which a step can choose by. Float32 sums, `[K, K]`; held_hessian is whole, not a triangle.
+    """
+
+    paired: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.fit = self.held = self.held_hessian = torch.zeros(0, 0)
+
+    def update(self, X_TK: Tensor, F_TK: Tensor) -> None:
+        """Add a batch."""
+        X, miss = X_TK.float(), F_TK.float() - X_TK.float()
+        if not self.fit.numel():
+            K = X.shape[1]
+            self.fit, self.held, self.held_hessian = (torch.zeros(K, K, device=X.device) for _ in range(3))
+        at = X.shape[0] - X.shape[0] // 8
+        self.fit.addmm_(miss[:at].T, X[:at])
+        self.held.addmm_(miss[at:].T, X[at:])
+        self.held_hessian.addmm_(X[at:].T, X[at:])
+
+    def merge(self, other: Drift) -> None:
+        """Add another rank's sums."""
+        if not other.fit.numel():
+            return
+        for name in ("fit", "held", "held_hessian"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, mine.add_(theirs) if mine.numel() else theirs.clone())
+
+
 @contextmanager
 def _exact_products(dtype: torch.dtype) -> Iterator[None]:
     """Let float32 products of bfloat16 values run on bfloat16 units, which lose nothing: the sums stay float32."""

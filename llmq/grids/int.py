@@ -96,11 +96,14 @@ class Int:
             zero = (-lo / scale.float()).round().clamp(0, top).to(torch.int32)
         return Params(scale, zero)
 
+    def bounds(self) -> tuple[float, float]:
+        """Return the least and the largest code."""
+        return 1.0 if self.restricted else 0.0, 2.0**self.bits - 1
+
     def nearest(self, w: Tensor, params: Params) -> Tensor:
         """Return the nearest codes as float32 integers."""
-        low = 1.0 if self.restricted else 0.0
         code = (w / params.scale.float()).add_(_ROUND).sub_(_ROUND)
-        return code.add_(params.zero).clamp_(low, 2**self.bits - 1)
+        return code.add_(params.zero).clamp_(*self.bounds())
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Return `scale * (code - zero)` in float32."""
