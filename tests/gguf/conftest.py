@@ -1,10 +1,8 @@
-"""llama.cpp for the tests: the `xllamacpp` wheel to run files with, the vocabularies of the `llama-cpp-python` sdist."""
+"""The vocabularies that the `llama-cpp-python` sdist carries."""
 
-import json
 import subprocess
 import sys
 import tarfile
-import urllib.request
 from pathlib import Path
 
 import gguf
@@ -13,41 +11,6 @@ import pytest
 SDIST = "llama-cpp-python==0.3.36"
 VOCABULARIES = ("llama-bpe", "llama-spm", "qwen2", "starcoder", "gpt-2")
 SEPARATOR = "\n__ggml_vocab_test__\n"
-
-
-class LlamaCpp:
-    """A GGUF file running in llama.cpp."""
-
-    def __init__(self, path, context=128):
-        xllamacpp = pytest.importorskip("xllamacpp", reason="needs the xllamacpp wheel (pip install -e '.[test]')")
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.warmup, params.verbosity = context, 1, False, -1
-        params.cpuparams.n_threads = 1
-        self._server = xllamacpp.Server(params)
-
-    def tokenize(self, text, special=True):
-        return self._post("/tokenize", content=text, add_special=special, parse_special=True)["tokens"]
-
-    def generate(self, ids, n):
-        answer = self._post("/completion", prompt=ids, n_predict=n, temperature=0, return_tokens=True, ignore_eos=True)
-        return answer["tokens"]
-
-    def log_probabilities(self, ids, vocab):
-        answer = self._post("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=vocab)
-        return {p["id"]: p["logprob"] for p in answer["completion_probabilities"][0]["top_logprobs"]}
-
-    def _post(self, path, **body):
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self._server.listening_address + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.load(answer)
-
-
-@pytest.fixture
-def llama_cpp():
-    """`llama_cpp(path)`: run a GGUF file."""
-    return LlamaCpp
 
 
 @pytest.fixture(scope="session")

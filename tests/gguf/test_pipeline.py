@@ -113,7 +113,7 @@ def test_every_tensor_decodes_to_what_its_grid_made_of_it(tiny_checkpoint, tmp_p
 def test_calibration_lowers_the_error_that_it_weighs(tiny_checkpoint, tmp_path, text):
     folder = tiny_checkpoint(**WIDE, num_hidden_layers=1)
     errors = {}
-    for method in ("rtn", "rtn:importance=true", "gptq"):
+    for method in ("rtn", "rtn:importance=true"):
         out = tmp_path / f"{len(errors)}.gguf"
         job(folder, out, type="Q3_K_S", method=method, calib=text, imatrix_out=str(tmp_path / "i.gguf"))
         errors[method] = output_error(folder, out, imatrix.read(tmp_path / "i.gguf"))

@@ -55,8 +55,7 @@ def as_hugging_face(key):
     else:
         cut, ignore, _ = FAMILIES[name]
         merges = [tuple(m.split(" ")) for m in key["tokenizer.ggml.merges"]]
-        plain = {t: i for t, i in real.items() if types[i] == 1}
-        backend = Tokenizer(models.BPE(vocab=plain, merges=merges, ignore_merges=ignore))
+        backend = Tokenizer(models.BPE(vocab=real, merges=merges, ignore_merges=ignore))
         backend.pre_tokenizer, backend.decoder = cut, decoders.ByteLevel()
     control = [AddedToken(t, special=True, normalized=False) for t, i in real.items() if types[i] in (2, 3)]
     backend.add_special_tokens(control)
