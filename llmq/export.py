@@ -2,7 +2,7 @@
 
     levels = code - zero
     all levels in -8 .. 7      -> Q4_0   d = scale                          values exact
-    4 bits, any zero           -> Q4_1   d = scale, m = fp16(-zero*scale)   codes exact, minimum rounded (2^-11 relative)
+    4 bits, any zero           -> Q4_1   d = scale, m = fp16(-zero*scale)   codes exact, minimum rounded by <= 2^-11
     all levels in -128 .. 127  -> Q8_0   d = scale                          values exact
 
 A scale is repeated for every 32 columns of its group. That takes groups of a multiple of 32 columns (or whole rows) in
@@ -46,7 +46,7 @@ class Exported:
     outcome: str
 
 
-def export(  # noqa: PLR0913, the options of a command
+def export(
     src: str,
     out: Path,
     *,
@@ -116,7 +116,9 @@ class _Reader:
         schemes = [s for n, (N, K) in self.linears.items() if (s := self.scheme(n, N, K))]
         found = []
         if any(s.activation for s in schemes):
-            found.append("the checkpoint quantizes activations too; llama.cpp has its own way, their scales are left out")
+            found.append(
+                "the checkpoint quantizes activations too; llama.cpp has its own way, their scales are left out"
+            )
         if any(n.endswith(_CACHE) for n in self.source.names()):
             found.append("the scales of the key-value cache are left out; give llama.cpp --cache-type-k and -v instead")
         return found
@@ -159,7 +161,7 @@ def convert(q: QTensor, name: str, requantize: str | None) -> Exported:
         why = f"{q.grid.bits}-bit asymmetric codes have no ggml type"
     if requantize is None:
         raise LlmqError(
-            f"{name}: its codes cannot be kept: {why}; say --requantize TYPE (Q8_0, Q6_K ...) to round such linears again"
+            f"{name}: its codes cannot be kept: {why}; say --requantize TYPE (Q8_0, Q6_K ...) to round it anew"
         )
     K = q.codes.shape[1]
     kind = mixture.fallback(requantize, K)
@@ -174,7 +176,7 @@ def convert(q: QTensor, name: str, requantize: str | None) -> Exported:
 
 def _obstacle(q: QTensor) -> str | None:
     """Return why the codes cannot be kept in blocks of 32 columns, None where they can."""
-    N, K = q.codes.shape
+    K = q.codes.shape[1]
     if K % _BLOCK:
         return f"rows of {K} columns are no multiple of {_BLOCK}"
     if q.g_idx is None:
@@ -234,7 +236,9 @@ def _float(ggml: str | None, tensor: Tensor, embeddings: str | None) -> tuple[st
 def _source(src: str) -> Source:
     if Path(src).is_file():
         GgufFile(Path(src))  # a truncated one says so
-        raise LlmqError(f"{src} is a GGUF file already; export takes the folder of a GPTQ, AWQ or compressed-tensors one")
+        raise LlmqError(
+            f"{src} is a GGUF file already; export takes the folder of a GPTQ, AWQ or compressed-tensors one"
+        )
     source = Source(resolve(src))
     if "quantization_config" not in source.config:
         raise LlmqError(f"{src} is a float checkpoint; write it with llmq quantize {src} OUT.gguf --type Q4_K_M")
@@ -268,4 +272,6 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _file_type_of(kind: str) -> str:
     """Return a mixture whose base is `kind`, for `general.file_type`."""
-    return kind if kind in ("F32", "F16", "BF16") or not kind.endswith("_K") or kind in ("Q2_K", "Q6_K") else f"{kind}_S"
+    return (
+        kind if kind in ("F32", "F16", "BF16") or not kind.endswith("_K") or kind in ("Q2_K", "Q6_K") else f"{kind}_S"
+    )

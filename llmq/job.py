@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from llmq import card, spec
-from llmq.gguf.pipeline import Blueprint, blueprint
 from llmq.checkpoint import Source, resolve
+from llmq.gguf.pipeline import Blueprint, blueprint
 from llmq.recipe import Plan, Recipe, check_patterns, plan
 from llmq.stream import Skeleton, refuse_other_matrices
 from llmq.types import LinearSpec, LlmqError, Scheme

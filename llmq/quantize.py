@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from llmq import calibration
 from llmq.block import Streams, quantize_block, report_line
 from llmq.checkpoint import Sink
-from llmq.job import Job
 from llmq.gguf.pipeline import GgufSink
+from llmq.job import Job
 from llmq.publish import publish, publish_gguf, write_importance
 from llmq.stats import Hessian
 from llmq.stream import embed

@@ -41,16 +41,16 @@ MODELS = {  # name: family, blocks, heads, key-value heads, hidden, intermediate
 _LINE = re.compile(r"\]\s+(\S+)\s+- \[.*?type =\s+(\w+), size = .*?(?:\((\w+)\))?\s*$")
 
 
-def config_of(name: str):  # noqa: ANN201, a transformers config
+def config_of(name: str):
     """Return the transformers config of a model above."""
     family, blocks, heads, kv, hidden, inner, tied = MODELS[name]
     return family(
-        num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=kv, hidden_size=hidden, head_dim=hidden // heads,
-        intermediate_size=inner, vocab_size=64, tie_word_embeddings=tied,
+        num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=kv, hidden_size=hidden,
+        head_dim=hidden // heads, intermediate_size=inner, vocab_size=64, tie_word_embeddings=tied,
     )  # fmt: skip
 
 
-def shapes_of(config) -> dict[str, tuple[int, ...]]:  # noqa: ANN001
+def shapes_of(config) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a model by ggml's names, `[N, K]`."""
     arch = architecture(config)
     H, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
@@ -70,14 +70,16 @@ def shapes_of(config) -> dict[str, tuple[int, ...]]:  # noqa: ANN001
 def runs(types: dict[str, str]) -> dict[str, str]:
     """Return `leaf: "TYPExCOUNT TYPExCOUNT ..."` over the blocks, matrices only."""
     leaves: dict[str, list[str]] = {}
-    for name, kind in sorted(types.items(), key=lambda item: [int(p) if p.isdigit() else -1 for p in item[0].split(".")]):
+    for name, kind in sorted(
+        types.items(), key=lambda item: [int(p) if p.isdigit() else -1 for p in item[0].split(".")]
+    ):
         leaf = re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
         if not leaf.endswith("_norm"):
             leaves.setdefault(leaf, []).append(kind)
     return {leaf: " ".join(f"{k}x{len(list(g))}" for k, g in groupby(kinds)) for leaf, kinds in sorted(leaves.items())}
 
 
-def _write(path: Path, config, shapes: dict[str, tuple[int, ...]]) -> None:  # noqa: ANN001
+def _write(path: Path, config, shapes: dict[str, tuple[int, ...]]) -> None:
     arch = architecture(config)
     writer = gguf.GGUFWriter(path, arch.name)
     arch.describe(writer)

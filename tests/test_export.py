@@ -47,7 +47,9 @@ def solved(folder):
     """Return every quantized linear of a checkpoint as the format's own reader gives it."""
     source = Source(folder)
     config = source.config
-    fmt, scheme = spec.find("formats", config["quantization_config"]["quant_method"]).read(config["quantization_config"])
+    fmt, scheme = spec.find("formats", config["quantization_config"]["quant_method"]).read(
+        config["quantization_config"]
+    )
     H, F = config["hidden_size"], config["intermediate_size"]
     shapes = {"mlp.gate_proj": (F, H), "mlp.up_proj": (F, H), "mlp.down_proj": (H, F), "self_attn.o_proj": (H, 2 * H)}
     found = {}

@@ -39,14 +39,14 @@ class Gguf:
             grid = spec.scheme.weight
             if not hasattr(grid, "row_bytes"):
                 raise LlmqError(
-                    f"{spec.name}: GGUF holds ggml's types, not {type(grid).__name__} grids; say --type Q4_K_M or another"
+                    f"{spec.name}: GGUF holds ggml's types, not {type(grid).__name__} grids; say --type Q4_K_M"
                 )
             if spec.scheme.activation is not None:
                 raise LlmqError(f"{spec.name}: GGUF holds no quantized activations; use --format compressed-tensors")
             try:
                 grid.row_bytes(spec.K)
             except ValueError as e:
-                raise LlmqError(f"{spec.name}: {e}; take a type of 32-column blocks for it (--override), or F16") from e
+                raise LlmqError(f"{spec.name}: {e}; take a type of 32-column blocks (--override), or F16") from e
         return []
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:

@@ -161,10 +161,8 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 @contextmanager
-def _writing(path: Path):  # noqa: ANN202, a generator for `with`
+def _writing(path: Path):
     try:
         yield
     except OSError as e:
         raise LlmqError(f"cannot write {path} ({e.strerror or e}); is the disk full?") from e
-
-

@@ -54,7 +54,9 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     file = reader.GgufFile(path)
     if file.value("general.type") != "imatrix":
-        raise LlmqError(f"{path} is a GGUF file, but no importance matrix; make one with llama-imatrix or --imatrix-out")
+        raise LlmqError(
+            f"{path} is a GGUF file, but no importance matrix; make one with llama-imatrix or --imatrix-out"
+        )
     means = {}
     for entry in file.tensors.values():
         name, _, kind = entry.name.rpartition(".")

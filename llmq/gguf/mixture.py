@@ -1,8 +1,8 @@
 """The type of every tensor: llama.cpp's mixtures by its own names and rules.
 
-A mixture such as Q4_K_M has a base type and gives more bits to the tensors that need them: attn_v, ffn_down, attn_output
-in chosen blocks, and the head. With n blocks, "chosen" is the first eighth, the last eighth and every third between.
-The rules look at the architecture, grouped-query ratio, tied embeddings, the 70B models and whether importance is known.
+A mixture such as Q4_K_M has a base type and gives more bits to the tensors that need them: attn_v, ffn_down and
+attn_output in chosen blocks, and the head. With n blocks, "chosen" is the first eighth, the last eighth and every third
+between. The rules look at the grouped-query ratio, tied embeddings, the 70B models and whether importance is known.
 
 Where the block of a type does not divide the row, llama.cpp takes a type of 32-column blocks in its place:
 
@@ -146,17 +146,17 @@ def _attn_output(_block: int, _n: int, mix: str, _model: Model) -> str:
 
 
 def _ffn_down(block: int, n: int, mix: str, model: Model) -> str:
-    early = block < n // 8
+    kind, early = _BASE[mix], block < n // 8
     if mix == "Q2_K":
-        return "Q3_K"
-    if mix == "Q3_K_M":
-        return "Q5_K" if block < n // 16 else "Q4_K"
-    if mix == "Q3_K_L" or (mix == "Q4_K_S" and early):
-        return "Q5_K"
-    if mix in ("Q4_K_M", "Q5_K_M") and _chosen(block, n):
-        return "Q6_K"
-    if mix in ("IQ4_NL", "IQ4_XS") and early and not model.importance:
-        return "Q5_K"
-    if mix in ("Q4_0", "Q5_0") and early and model.importance:
-        return {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}[mix]
-    return _BASE[mix]
+        kind = "Q3_K"
+    elif mix == "Q3_K_M":
+        kind = "Q5_K" if block < n // 16 else "Q4_K"
+    elif mix == "Q3_K_L" or (mix == "Q4_K_S" and early):
+        kind = "Q5_K"
+    elif mix in ("Q4_K_M", "Q5_K_M") and _chosen(block, n):
+        kind = "Q6_K"
+    elif mix in ("IQ4_NL", "IQ4_XS") and early and not model.importance:
+        kind = "Q5_K"
+    elif mix in ("Q4_0", "Q5_0") and early and model.importance:
+        kind = {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}[mix]
+    return kind

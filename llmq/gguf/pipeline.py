@@ -88,8 +88,8 @@ def overrides_of(texts: Sequence[str]) -> list[tuple[re.Pattern[str], str]]:
         kind = kind.strip().upper()
         if not sep or kind not in mixture.TYPES:
             raise LlmqError(
-                f"--override {text!r} does not read; for GGUF write REGEX:type=TYPE, on names like blk.0.ffn_down.weight, "
-                f"with one of {', '.join(mixture.TYPES)}"
+                f"--override {text!r} does not read; for GGUF write REGEX:type=TYPE, on names like "
+                f"blk.0.ffn_down.weight, with one of {', '.join(mixture.TYPES)}"
             )
         try:
             found.append((re.compile(regex), kind))
@@ -137,14 +137,16 @@ def _importance(
     for name, mean in found.items():
         if len(mean) != shapes[f"{name}.weight"][-1]:
             raise LlmqError(
-                f"{recipe.imatrix} has {len(mean)} channels for {name}, the model {shapes[f'{name}.weight'][-1]}; it was "
-                "made from another model"
+                f"{recipe.imatrix} has {len(mean)} channels for {name}, the model {shapes[f'{name}.weight'][-1]}; it "
+                "was made from another model"
             )
     blocks = [n for n, ggml in names.items() if ggml.startswith("blk.") and n.endswith("_proj.weight")]
     missing = [n for n in blocks if names[n] not in means]
     if not missing:
         return found, []
-    return found, [f"{recipe.imatrix} has nothing on {len(missing)} linears, e.g. {missing[0]}; their errors weigh equally"]
+    return found, [
+        f"{recipe.imatrix} has nothing on {len(missing)} linears, e.g. {missing[0]}; their errors weigh equally"
+    ]
 
 
 def _embedding(names: Mapping[str, str]) -> str:

@@ -1,7 +1,7 @@
 r"""Which of llama.cpp's pre-tokenizers cuts text as a given tokenizer does.
 
-llama.cpp has the cutting rules of every BPE family compiled in, and `tokenizer.ggml.pre` names one of them; a wrong name
-loads, answers fluently, and is wrong on digits, spaces and contractions. So the name is found by behaviour: the
+llama.cpp has the cutting rules of every BPE family compiled in, and `tokenizer.ggml.pre` names one of them; a wrong
+name loads, answers fluently, and is wrong on digits, spaces and contractions. So the name is found by behaviour: the
 tokenizer and every rule below cut the same probe text, and the rule whose pieces are all equal is the one. The probe
 separates every pair of rules (a test shows it). A tokenizer that cuts in any other way is refused, not guessed at.
 
@@ -43,7 +43,7 @@ _TEKKEN = (
 PROBE = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \nHello  world 1 22 333 4444 55555 666666 7777777 3.14 v2beta "
     "I'm we'LL THEY'RE don'T it's 'tis camelCaseWord HTTPServer XMLHttpRequest2 snake_case\n\n  indented(code);\n\t}"
-    "//comment/\n/path/\r\n\r\n...!!! ?? \"quoted\" #tag @at $5 100% a/b\u00a0c\u3000d e\u0301te\u0301 na\u00efve "
+    '//comment/\n/path/\r\n\r\n...!!! ?? "quoted" #tag @at $5 100% a/b\u00a0c\u3000d e\u0301te\u0301 na\u00efve '
     "\u4f60\u597d\u4e16\u754c\u3002\u65e5\u672c\u8a9e\u30c6\u30ad\u30b9\u30c8 \ud55c\uad6d\uc5b4 \u0440\u0443\u0441"
     "\u0441\u043a\u0438\u0439 \u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22 \u0661\u0662\u0663 \u2167 \u00bd x\u00b2 "
     "\U0001f680\U0001f636\u200d\U0001f32b\ufe0f\u2705 <tag> -->   trailing   "
@@ -104,8 +104,8 @@ def byte_level_name(backend: Tokenizer, ignore_merges: bool) -> str:
     if cutting:
         wanted = str(cutting[0].ignore_merges).lower()
         raise LlmqError(
-            f"the tokenizer cuts text like {cutting[0].name}, which llama.cpp runs with ignore_merges {wanted}, but its "
-            f"tokenizer.json says otherwise; set `ignore_merges` to {wanted} there if the model was trained so"
+            f"the tokenizer cuts text like {cutting[0].name}, which llama.cpp runs with ignore_merges {wanted}, but "
+            f"its tokenizer.json says otherwise; set `ignore_merges` to {wanted} there if the model was trained so"
         )
     raise LlmqError(
         f"the tokenizer cuts text in a way that llmq does not know from llama.cpp (it knows {known}); if llama.cpp has "
@@ -115,5 +115,3 @@ def byte_level_name(backend: Tokenizer, ignore_merges: bool) -> str:
 
 def _cut(rule: PreTokenizer | None, text: str) -> list[str]:
     return [text] if rule is None else [piece for piece, _ in rule.pre_tokenize_str(text)]
-
-

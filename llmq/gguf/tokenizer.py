@@ -76,8 +76,8 @@ def vocabulary(tokenizer: Any, rows: int, config: Any, pre: str | None = None) -
 
     config: the model's, for special ids that the tokenizer does not name. pre: llama.cpp's name of the pre-tokenizer,
     where the user says it; None finds it.
-    Raises LlmqError for a tokenizer without a `tokenizers` backend, of another kind than BPE, larger than the embedding,
-    or whose behaviour llama.cpp cannot repeat.
+    Raises LlmqError for a tokenizer without a `tokenizers` backend, of another kind than BPE, larger than the
+    embedding, or whose behaviour llama.cpp cannot repeat.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

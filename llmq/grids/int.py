@@ -60,8 +60,9 @@ class Int:
         return K // g
 
     def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Params:
-        """Choose scale and zero `[N, G]` for float32 `W_NK`, errors weighed by the diagonal of `H_KK` if given (or by
-        `H_KK` itself, where it is a diagonal `[K]`).
+        """Choose scale and zero `[N, G]` for float32 `W_NK`, errors weighed by the diagonal of `H_KK` if given.
+
+        `H_KK` may be that diagonal alone, `[K]`.
 
         A range that wants whole diagonal blocks of H (`uses_blocks`) is handed `[G, g, g]` in place of `[G, g]`.
         """

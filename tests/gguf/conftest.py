@@ -22,7 +22,9 @@ def vocabularies(request):
         command = ["download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder), SDIST]
         fetched = subprocess.run([sys.executable, "-m", "pip", *command], capture_output=True, text=True)
         if fetched.returncode:
-            pytest.skip(f"pip cannot fetch {SDIST}, whose vocabularies are the reference: {fetched.stderr.strip()[-200:]}")
+            pytest.skip(
+                f"pip cannot fetch {SDIST}, whose vocabularies are the reference: {fetched.stderr.strip()[-200:]}"
+            )
         (sdist,) = folder.glob("llama_cpp_python-*.tar.gz")
         with tarfile.open(sdist) as tar:
             for member in tar:

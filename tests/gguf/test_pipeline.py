@@ -137,7 +137,9 @@ def test_an_importance_matrix_written_and_read_gives_the_file_that_calibration_g
     assert values(tensors["blk.0.attn_q.weight.counts"]).item() == 8 * 32
     job(folder, tmp_path / "b.gguf", type="Q4_K_M", imatrix=str(file))
     a, b = (opened(tmp_path / f"{n}.gguf")[1] for n in "ab")
-    first = [n for n in a if n.startswith("blk.0.attn_q") or n.startswith("token")]  # later inputs are the quantized ones
+    first = [
+        n for n in a if n.startswith("blk.0.attn_q") or n.startswith("token")
+    ]  # later inputs are the quantized ones
     assert all((a[n].data == b[n].data).all() for n in first)
     with pytest.raises(LlmqError, match="--method rtn"):
         job(folder, tmp_path / "c.gguf", method="gptq", imatrix=str(file))
