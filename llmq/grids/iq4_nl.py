@@ -34,4 +34,4 @@ class IQ4_NL(Table):
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         d, qs = cut(blocks, (2, 16))
-        return split(qs, 4).flatten(-2), Stored(*bytes_to_half(d))
+        return split(qs, 4).flatten(-2), Stored(bytes_to_half(d)[..., 0])

@@ -44,4 +44,4 @@ class IQ4_XS(Table):
         d, high, low, qs = cut(blocks, (2, 2, 4, 128))
         small = split(low, 4).mT.flatten(-2) | split(high, 2).mT.flatten(-2) << 4
         codes = split(qs.unflatten(-1, (8, 16)), 4).flatten(-3)
-        return codes, Stored(*bytes_to_half(d), None, small.to(torch.int16) - 32)
+        return codes, Stored(bytes_to_half(d)[..., 0], sc=small.to(torch.int16) - 32)

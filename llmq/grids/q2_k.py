@@ -40,4 +40,5 @@ class Q2_K(Affine):
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         small, qs, halves = cut(blocks, (16, 64, 4))
         sc, m = (small & 15).to(torch.int16), (small >> 4).to(torch.int16)
-        return split(qs.unflatten(-1, (2, 32)), 2).flatten(-3), Stored(*bytes_to_half(halves), sc, m)
+        d, dmin = bytes_to_half(halves).unbind(-1)
+        return split(qs.unflatten(-1, (2, 32)), 2).flatten(-3), Stored(d, dmin, sc, m)

@@ -46,4 +46,4 @@ class Q3_K(Linear):
         top, qs, low, high, d = cut(blocks, (32, 64, 8, 4, 2))
         small = split(low, 4).flatten(-2) | split(high, 2).flatten(-2) << 4
         codes = split(qs.unflatten(-1, (2, 32)), 2).flatten(-3) | split(top, 1).flatten(-2) << 2
-        return codes, Stored(*bytes_to_half(d), None, small.to(torch.int16) - 32)
+        return codes, Stored(bytes_to_half(d)[..., 0], sc=small.to(torch.int16) - 32)

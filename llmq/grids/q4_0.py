@@ -35,4 +35,4 @@ class Q4_0(Linear):
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         d, qs = cut(blocks, (2, 16))
-        return split(qs, 4).flatten(-2), Stored(*bytes_to_half(d))
+        return split(qs, 4).flatten(-2), Stored(bytes_to_half(d)[..., 0])

@@ -36,5 +36,5 @@ class Q4_1(Affine):
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         halves, qs = cut(blocks, (4, 16))
-        d, m = bytes_to_half(halves)
+        d, m = bytes_to_half(halves).unbind(-1)
         return split(qs, 4).flatten(-2), Stored(d, -m)

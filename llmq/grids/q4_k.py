@@ -39,4 +39,6 @@ class Q4_K(Affine):
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         halves, small, qs = cut(blocks, (4, 12, 128))
         codes = split(qs.unflatten(-1, (4, 32)), 4).flatten(-3)
-        return codes, Stored(*bytes_to_half(halves), *unpack_six(small))
+        sc, m = unpack_six(small)
+        d, dmin = bytes_to_half(halves).unbind(-1)
+        return codes, Stored(d, dmin, sc, m)

@@ -37,4 +37,4 @@ class Q5_0(Linear):
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         d, high, nibbles = cut(blocks, (2, 4, 16))
-        return split(nibbles, 4).flatten(-2) | split_bits(high) << 4, Stored(*bytes_to_half(d))
+        return split(nibbles, 4).flatten(-2) | split_bits(high) << 4, Stored(bytes_to_half(d)[..., 0])

@@ -37,5 +37,5 @@ class Q5_1(Affine):
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         halves, high, nibbles = cut(blocks, (4, 4, 16))
-        d, m = bytes_to_half(halves)
+        d, m = bytes_to_half(halves).unbind(-1)
         return split(nibbles, 4).flatten(-2) | split_bits(high) << 4, Stored(d, -m)

@@ -42,4 +42,6 @@ class Q5_K(Affine):
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         halves, small, top, qs = cut(blocks, (4, 12, 32, 128))
         codes = split(qs.unflatten(-1, (4, 32)), 4).flatten(-3) | split(top, 1).flatten(-2) << 4
-        return codes, Stored(*bytes_to_half(halves), *unpack_six(small))
+        sc, m = unpack_six(small)
+        d, dmin = bytes_to_half(halves).unbind(-1)
+        return codes, Stored(d, dmin, sc, m)

@@ -45,4 +45,4 @@ class Q6_K(Linear):
         low, high, sc, d = cut(blocks, (128, 64, 16, 2))
         low, high = split(low.unflatten(-1, (2, 64)), 4), split(high.unflatten(-1, (2, 32)), 2)
         codes = low.flatten(-3) | high.flatten(-3) << 4
-        return codes, Stored(*bytes_to_half(d), None, sc.contiguous().view(torch.int8).to(torch.int16))
+        return codes, Stored(bytes_to_half(d)[..., 0], sc=sc.contiguous().view(torch.int8).to(torch.int16))

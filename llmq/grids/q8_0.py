@@ -35,4 +35,4 @@ class Q8_0(Linear):
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         d, qs = cut(blocks, (2, 32))
-        return qs ^ 128, Stored(*bytes_to_half(d))
+        return qs ^ 128, Stored(bytes_to_half(d)[..., 0])
