@@ -151,7 +151,7 @@ def _finite(W: Tensor) -> Tensor:
 def by_group(W_nK: Tensor, grid: GgmlGrid) -> Tensor:
     """Return rows `[n, K]` as `[g, M]`, column by column of every group; M is `[groups of a qblock, qblocks]`, flat."""
     groups = grid.qblock // grid.group_size
-    return W_nK.reshape(-1, groups, grid.group_size).permute(2, 1, 0).reshape(grid.group_size, -1)
+    return W_nK.reshape(-1, groups, grid.group_size).permute(2, 1, 0).reshape(grid.group_size, -1).contiguous()
 
 
 def peak(x: Tensor) -> Tensor:

@@ -134,4 +134,4 @@ class Table(Linear):
 def _look_up(table: Tensor, t: Tensor) -> Tensor:
     """Return the entries of `table`, one for each half step, at values `t` (overwritten)."""
     index = t.mul_(2).add_(_HALVES).floor_().clamp_(0, 2 * _HALVES - 1).int()
-    return table.to(t.device).index_select(0, index.view(-1)).view(t.shape)
+    return table.to(t.device).index_select(0, index.flatten()).view(t.shape)
