@@ -154,6 +154,11 @@ def by_group(W_nK: Tensor, grid: GgmlGrid) -> Tensor:
     return W_nK.reshape(-1, groups, grid.group_size).permute(2, 1, 0).reshape(grid.group_size, -1).contiguous()
 
 
+def spread(first: float, last: float, count: int) -> tuple[float, ...]:
+    """Return `count` evenly spaced numbers."""
+    return tuple(torch.linspace(first, last, count).tolist())
+
+
 def peak(x: Tensor) -> Tensor:
     """Return the values of largest magnitude along dim 0."""
     least, greatest = x.amin(0), x.amax(0)

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split, spread
 from llmq.grids._ggml_affine import Affine
 
 
@@ -29,7 +29,7 @@ class Q2_K(Affine):
     group_size: ClassVar[int] = 16
     qblock: ClassVar[int] = 256
     qblock_bytes: ClassVar[int] = 84
-    starts: ClassVar[tuple[float, ...]] = (3, 2.2, 2.4, 2.6, 2.8, 3.2, 3.4, 3.7)
+    starts: ClassVar[tuple[float, ...]] = spread(2.1, 4.3, 14)
     small_max: ClassVar[int] = 15
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
