@@ -7,7 +7,8 @@ groups whose scales are small integers times one float16:
     w = d * sc * code - dmin * m             q4_1 q5_1 (no sc, no m)       | q2_k q4_k q5_k         _ggml_affine.py
 
 Every factor of a product fits 24 bits, so float32 decodes exactly as ggml does. `fit` works on chunks of rows that stay
-in the cache, transposed to `[g, M]` (M groups in all), where sums over a group run at full vector width.
+in the cache, transposed to `[g, M]` (M groups in all), where sums over a group run at full vector width; so do sums
+over the groups of a superblock, in `[groups, M / groups]`.
 Facts: the block structures of ggml-common.h (ggml-org/llama.cpp). Not here: the container (formats/).
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from llmq.types import GgmlParams, LlmqError
 
-_CHUNK = 2**15  # weights of one chunk; torch runs ops of this size on the calling thread
+_CHUNK = 2**18  # weights of one chunk: its dozen temporaries of 1 MB stay in the cache, calls cost little beside them
 _LARGEST = 1e9  # beyond what any type reaches (65504 * 128 * 32); keeps squares and their sums finite
 _DEAD = 1e-6  # importance of a column that no token excites, as a fraction of the mean: it still gets a scale
 
@@ -142,26 +143,37 @@ def _importance(H_KK: Tensor | None) -> Tensor | None:
 
 
 def _finite(W: Tensor) -> Tensor:
-    if not torch.isfinite(W).all():
+    if not torch.isfinite(torch.stack(torch.aminmax(W))).all():  # both are NaN where a value is
         raise LlmqError("a weight matrix holds NaN or infinity; repair the checkpoint, or skip that linear")
     return W.clamp(-_LARGEST, _LARGEST)
 
 
-def by_group(W_nK: Tensor, g: int) -> Tensor:
-    """Return rows `[n, K]` as `[g, M]`: column by column of every group, groups in their order."""
-    return W_nK.reshape(-1, g).T.contiguous()
+def by_group(W_nK: Tensor, grid: GgmlGrid) -> Tensor:
+    """Return rows `[n, K]` as `[g, M]`, column by column of every group; M is `[groups of a qblock, qblocks]`, flat."""
+    groups = grid.qblock // grid.group_size
+    return W_nK.reshape(-1, groups, grid.group_size).permute(2, 1, 0).reshape(grid.group_size, -1).contiguous()
+
+
+def spread(first: float, last: float, count: int) -> tuple[float, ...]:
+    """Return `count` evenly spaced numbers."""
+    return tuple(torch.linspace(first, last, count).tolist())
+
+
+def peak(x: Tensor) -> Tensor:
+    """Return the values of largest magnitude along dim 0."""
+    least, greatest = x.amin(0), x.amax(0)
+    return torch.where(greatest > -least, greatest, least)
 
 
 def better(found: tuple[Tensor, ...], best: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return, row by row, the tensors of `found` where its first, the error, is below that of `best`, else `best`'s.
+    """Return the tensors of `found` where its first, the error, is below that of `best`, else those of `best`.
 
-    `best` is empty at first.
+    `best` is empty at first. The error's shape broadcasts against the others'.
     """
     if not best:
         return found
     lower = found[0] < best[0]
-    masks = (lower.view(-1, *[1] * (f.dim() - lower.dim())) if f.dim() > lower.dim() else lower for f in found)
-    return tuple(torch.where(mask, f, b) for mask, f, b in zip(masks, found, best, strict=True))
+    return tuple(torch.where(lower, f, b) for f, b in zip(found, best, strict=True))
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:
@@ -179,9 +191,9 @@ def half_to_bytes(*halves: Tensor) -> Tensor:
     return torch.stack(halves, dim=-1).view(torch.uint8)
 
 
-def bytes_to_half(raw: Tensor) -> tuple[Tensor, ...]:
-    """Return the float16 values in bytes `[..., 2 * count]`, `[...]` each."""
-    return raw.contiguous().view(torch.float16).unbind(-1)
+def bytes_to_half(raw: Tensor) -> Tensor:
+    """Return the float16 values in bytes `[..., 2 * count]`, `[..., count]`."""
+    return raw.contiguous().view(torch.float16)
 
 
 def merge(parts: Tensor, bits: int) -> Tensor:

@@ -29,7 +29,7 @@ _SHRINK = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8)  # of the largest scale: what `d` is
 
 
 class _Moments(NamedTuple):
-    """The quadratic of every group, `[M]` or `[M / groups, groups]` each."""
+    """The quadratic of every group, `[M]` or `[groups, M / groups]` each."""
 
     A: Tensor
     B: Tensor
@@ -72,71 +72,74 @@ class Affine(GgmlGrid):
         """Return the error weight of every value, `[g, M]`."""
         if importance is None:
             return torch.ones_like(x_gM)
-        return by_group(importance[None], self.group_size).repeat(1, W_nK.shape[0])
+        return by_group(importance.expand(W_nK.shape), self)
 
     def _fit_rows(self, W_nK: Tensor, importance: Tensor | None) -> Stored:
         n, groups = W_nK.shape[0], self.qblock // self.group_size
-        x = by_group(W_nK, self.group_size)
+        x = by_group(W_nK, self)
         w = self._weights(x, W_nK, importance)
         fit = _Fit(self, x, w)
         s, o, moments = fit.search()
         best: tuple[Tensor, ...] = ()
         for _ in range(_ROUNDS):
-            in_blocks = _Moments(*(p.view(-1, groups) for p in moments))
-            d, dmin, sc, m = self._store(s.view(-1, groups), o.view(-1, groups), in_blocks)
-            s, o = (d.float()[:, None] * sc).view(-1), (dmin.float()[:, None] * -m).view(-1)
+            in_blocks = _Moments(*(p.view(groups, -1) for p in moments))
+            d, dmin, sc, m = self._store(s.view(groups, -1), o.view(groups, -1), in_blocks, best[1:3])
+            s, o = (d.float() * sc).view(-1), (dmin.float() * -m).view(-1)
             moments = fit.moments(fit.rounded(s, o))
-            error = moments.error(s, o).view(-1, groups).sum(1)
+            error = moments.error(s, o).view(groups, -1).sum(0)
             best = better((error, d, dmin, sc, m), best)
             s, o = fit.solve(moments)
         _, d, dmin, *small = best
-        kept = (None, None) if groups == 1 else (p.to(torch.int16).view(n, -1) for p in small)
+        kept = (None, None) if groups == 1 else (p.T.to(torch.int16).reshape(n, -1) for p in small)
         return Stored(d.view(n, -1), dmin.view(n, -1), *kept)
 
-    def _store(self, s: Tensor, o: Tensor, q: _Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return d, dmin `[M / groups]` as float16 and sc, m `[M / groups, groups]` as float32 integers.
+    def _store(
+        self, s: Tensor, o: Tensor, q: _Moments, halves: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return d, dmin `[M / groups]` as float16 and sc, m `[groups, M / groups]` as float32 integers.
 
-        s, o: solved scales and offsets `[M / groups, groups]` of the quadratics `q`.
+        s, o: solved scales and offsets `[groups, M / groups]` of the quadratics `q`.
+        halves: d and dmin to start from, none at first.
         """
         if not self.small_max:
-            d = half(s[:, 0])
-            return d, half(-q.offset(d.float()[:, None])[:, 0]), torch.ones_like(s), torch.ones_like(s)
-        stiffness = (q.A - ratio(q.B * q.B, q.C)).clamp(min=0)  # of s, where o follows it
-        d = self._first(s, stiffness)
-        sc = self._small(s, d)
-        o = q.offset(d * sc).clamp(max=0)
-        dmin = self._first(-o, q.C)
-        m = self._small(-o, dmin)
+            d = half(s[0])
+            return d, half(-q.offset(d.float())[0]), torch.ones_like(s), torch.ones_like(s)
+        if halves:
+            d, dmin = (p.float() for p in halves)
+        else:
+            stiffness = (q.A - ratio(q.B * q.B, q.C)).clamp(min=0)  # of s, where o follows it
+            d = self._first(s, stiffness)
+            dmin = self._first(-q.offset(d * self._small(s, d)).clamp(max=0), q.C)
+        sc, m = self._integers(d, dmin, q, self._small(s, d))
         d, dmin = self._solve_halves(sc, m, q, d, dmin)
         sc, m = self._integers(d, dmin, q, sc)
         d, dmin = self._solve_halves(sc, m, q, d, dmin)
         sc, m = self._integers(d, dmin, q, sc)
-        return d[:, 0].half(), dmin[:, 0].half(), sc, m
+        return d.half(), dmin.half(), sc, m
 
     def _small(self, s: Tensor, d: Tensor) -> Tensor:
         return (s / d).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(0, self.small_max)
 
     def _first(self, s: Tensor, stiffness: Tensor) -> Tensor:
-        """Return the float16 `[M / groups, 1]` whose multiples lie nearest to scales `s` (>= 0)."""
-        peak = s.amax(1, keepdim=True)
+        """Return the float16 `[M / groups]`, as float32, whose multiples lie nearest to scales `s` (>= 0)."""
+        greatest = s.amax(0)
         best: tuple[Tensor, ...] = ()
         for shrink in _SHRINK:
-            d = half(peak * (shrink / self.small_max)).float()
-            small = self._small(s, d)
-            best = better(((small * d - s).square_().mul_(stiffness).sum(1, keepdim=True), d), best)
+            d = half(greatest * (shrink / self.small_max)).float()
+            best = better(((self._small(s, d) * d - s).square_().mul_(stiffness).sum(0), d), best)
         return best[1]
 
     def _solve_halves(self, sc: Tensor, m: Tensor, q: _Moments, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
         """Return the best d and dmin for given integers, rounded to float16; the old ones where that is no better."""
-        a, c = (q.A * sc * sc).sum(1, keepdim=True), (q.C * m * m).sum(1, keepdim=True)
-        b = -(q.B * sc * m).sum(1, keepdim=True)
-        u, v = (q.D * sc).sum(1, keepdim=True), -(q.E * m).sum(1, keepdim=True)
+        a, c = (q.A * sc * sc).sum(0), (q.C * m * m).sum(0)
+        b = -(q.B * sc * m).sum(0)
+        u, v = (q.D * sc).sum(0), -(q.E * m).sum(0)
         det = a * c - b * b
         flat = det <= 1e-6 * a * c
         new_d = half(torch.where(flat, ratio(u, a), (u * c - v * b) / det).clamp(min=0)).float()
         new_dmin = half(torch.where(flat, 0.0, ratio(v - b * new_d, c)).clamp(min=0)).float()
-        error = q.error(new_d * sc, -new_dmin * m).sum(1, keepdim=True)
-        better = error < q.error(d * sc, -dmin * m).sum(1, keepdim=True)
+        error = q.error(new_d * sc, -new_dmin * m).sum(0)
+        better = error < q.error(d * sc, -dmin * m).sum(0)
         return torch.where(better, new_d, d), torch.where(better, new_dmin, dmin)
 
     def _integers(self, d: Tensor, dmin: Tensor, q: _Moments, sc: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,10 +186,11 @@ class _Fit:
             lo = lo.clamp(max=0)
         reach = 1 / (hi - lo)
         reach = torch.where(hi - lo < 1e-30, 0.0, reach)
+        x = self.x - lo
         best: tuple[Tensor, ...] = ()
         for start in self.grid.starts:
-            moments = self.moments(self.grid._round((self.x - lo).mul_(start * reach)))
-            s, o = self.solve(moments)
-            best = better((moments.error(s, o), s, o, *moments), best)
-        _, s, o, *found = best
-        return s, o, _Moments(*found)
+            q = self.moments(self.grid._round(x * (start * reach)))
+            s, o = self.solve(q)
+            best = better((q.error(s, o), s, o, q.A, q.B, q.D), best)
+        _, s, o, A, B, D = best
+        return s, o, _Moments(A, B, self.C, D, self.E)

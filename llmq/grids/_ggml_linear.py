@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, half, ratio
+from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, half, peak, ratio
 from llmq.types import GgmlParams
 
 _ROUND = torch.tensor(12582912.0)  # see grids/int.py: rounds half to even, on one thread
@@ -50,25 +50,24 @@ class Linear(GgmlGrid):
         """Return the error weight of every value, `[g, M]`."""
         if importance is None:
             return torch.ones_like(x_gM)
-        return by_group(importance[None], self.group_size).repeat(1, W_nK.shape[0])
+        return by_group(importance.expand(W_nK.shape), self)
 
     def _fit_rows(self, W_nK: Tensor, importance: Tensor | None) -> Stored:
-        n, g = W_nK.shape[0], self.group_size
-        x = by_group(W_nK, g)
+        n, groups = W_nK.shape[0], self.qblock // self.group_size
+        x = by_group(W_nK, self)
         w = self._weights(x, W_nK, importance)
         wx = w * x
         scale, A = self._search(x, w, wx)
-        groups = self.qblock // g
         best: tuple[Tensor, ...] = ()
         for _ in range(_ROUNDS):
-            d, sc = self._store(scale.view(-1, groups), A.view(-1, groups))
-            s = (d.float()[:, None] * sc).view(-1)
+            d, sc = self._store(scale.view(groups, -1), A.view(groups, -1))
+            s = (d.float() * sc).view(-1)
             D, A = self._moments((x / s).nan_to_num_(0.0, 0.0, 0.0), w, wx)
-            error = (s * (A * s - 2 * D)).view(-1, groups).sum(1)
+            error = (s * (A * s - 2 * D)).view(groups, -1).sum(0)
             best = better((error, d, sc), best)
             scale = ratio(D, A)
         _, d, sc = best
-        return Stored(d.view(n, -1), None, None if groups == 1 else sc.to(torch.int16).view(n, -1))
+        return Stored(d.view(n, -1), None, None if groups == 1 else sc.T.to(torch.int16).reshape(n, -1))
 
     def _moments(self, t: Tensor, w: Tensor, wx: Tensor) -> tuple[Tensor, Tensor]:
         """Return D and A, `[M]`, at the levels nearest to `t` (overwritten)."""
@@ -77,8 +76,8 @@ class Linear(GgmlGrid):
 
     def _search(self, x: Tensor, w: Tensor, wx: Tensor) -> tuple[Tensor, Tensor]:
         """Return the best scale and its A, `[M]`, over the starts."""
-        peak = x.gather(0, x.abs().argmax(0, keepdim=True))[0]
-        inverse = torch.where(peak.abs() < 1e-30, 0.0, 1 / peak)
+        largest = peak(x)
+        inverse = torch.where(largest.abs() < 1e-30, 0.0, 1 / largest)
         best: tuple[Tensor, ...] = ()
         for start in self.starts:
             D, A = self._moments(x * (start * inverse), w, wx)
@@ -88,28 +87,30 @@ class Linear(GgmlGrid):
         return scale, A
 
     def _store(self, s: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        """Return d `[M / groups]` as float16 and sc `[M / groups, groups]` as float32 integers, near scales `s`.
+        """Return d `[M / groups]` as float16 and sc `[groups, M / groups]` as float32 integers, near scales `s`.
 
-        s, A: `[M / groups, groups]`; a scale `t` in place of s costs `A (t - s)^2`.
+        s, A: `[groups, M / groups]`; a scale `t` in place of s costs `A (t - s)^2`.
         """
-        if s.shape[1] == 1:
-            return half(s[:, 0]), torch.ones_like(s)
-        peak = s.gather(1, s.abs().argmax(1, keepdim=True))
+        if len(s) == 1:
+            return half(s[0]), torch.ones_like(s)
+        largest = peak(s)
         best: tuple[Tensor, ...] = ()
         for start in self.sc_starts:
-            sc = self._small(s, peak / start)
-            d = half(ratio((A * s * sc).sum(1, keepdim=True), (A * sc * sc).sum(1, keepdim=True))).float()
+            sc = self._small(s, largest / start)
+            d = half(ratio((A * s * sc).sum(0), (A * sc * sc).sum(0))).float()
             sc = self._small(s, d)
-            best = better(((sc * d - s).square_().mul_(A).sum(1), d, sc), best)
+            best = better(((sc * d - s).square_().mul_(A).sum(0), d, sc), best)
         _, d, sc = best
-        return half(d[:, 0]), sc
+        return half(d), sc
 
     def _small(self, s: Tensor, d: Tensor) -> Tensor:
         return (s / d).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(*self.sc_range)
 
 
 _TABLE = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32)
-_BOUNDS = (_TABLE[1:] + _TABLE[:-1]) / 2
+# Values half-way between two levels are multiples of 1/2, so the nearest level of all of [i / 2, (i + 1) / 2) is one.
+_HALVES = 256
+_NEAREST = torch.bucketize(torch.arange(-_HALVES, _HALVES) / 2, (_TABLE[1:] + _TABLE[:-1]) / 2, right=True)
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,17 @@ class Table(Linear):
 
     def nearest(self, w: Tensor, params: GgmlParams) -> Tensor:
         """Return the codes of the nearest levels as float32 integers."""
-        return self._index((w / params.scale).nan_to_num_(0.0, 0.0, 0.0)).float()
+        return _look_up(_NEAREST.float(), (w / params.scale).nan_to_num_(0.0, 0.0, 0.0))
 
     def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
         """Return `scale * table[code]` in float32."""
         return _TABLE.to(codes.device)[codes.int()].mul_(params.scale)
 
-    def _index(self, t: Tensor) -> Tensor:
-        return torch.bucketize(t, _BOUNDS.to(t.device), out_int32=True)
-
     def _levels(self, t: Tensor) -> Tensor:
-        return _TABLE.to(t.device)[self._index(t)]
+        return _look_up(_TABLE[_NEAREST], t)
+
+
+def _look_up(table: Tensor, t: Tensor) -> Tensor:
+    """Return the entries of `table`, one for each half step, at values `t` (overwritten)."""
+    index = t.mul_(2).add_(_HALVES).floor_().clamp_(0, 2 * _HALVES - 1).int()
+    return table.to(t.device).index_select(0, index.flatten()).view(t.shape)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split, spread
 from llmq.grids._ggml_linear import Table
 
 
@@ -27,11 +27,11 @@ class IQ4_NL(Table):
     group_size: ClassVar[int] = 32
     qblock: ClassVar[int] = 32
     qblock_bytes: ClassVar[int] = 18
-    starts: ClassVar[tuple[float, ...]] = (-127, -134, -130.5, -123.5, -120, -115, 113, 118, 109)
+    starts: ClassVar[tuple[float, ...]] = (*spread(-108, -152, 12), *spread(106, 122, 4))
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         return torch.cat([half_to_bytes(stored.d), merge(codes.unflatten(-1, (2, 16)), 4)], dim=-1)
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         d, qs = cut(blocks, (2, 16))
-        return split(qs, 4).flatten(-2), Stored(*bytes_to_half(d))
+        return split(qs, 4).flatten(-2), Stored(bytes_to_half(d)[..., 0])

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split, spread
 from llmq.grids._ggml_linear import Table
 
 
@@ -29,7 +29,7 @@ class IQ4_XS(Table):
     group_size: ClassVar[int] = 32
     qblock: ClassVar[int] = 256
     qblock_bytes: ClassVar[int] = 136
-    starts: ClassVar[tuple[float, ...]] = (-127, -134, -130.5, -123.5, -120, -115, 113, 118, 109)
+    starts: ClassVar[tuple[float, ...]] = (*spread(-108, -152, 12), *spread(106, 122, 4))
     sc_range: ClassVar[tuple[int, int]] = (-32, 31)
     sc_starts: ClassVar[tuple[float, ...]] = (-32, -31, -30, -28, 31, 30, 29)
 
@@ -44,4 +44,4 @@ class IQ4_XS(Table):
         d, high, low, qs = cut(blocks, (2, 2, 4, 128))
         small = split(low, 4).mT.flatten(-2) | split(high, 2).mT.flatten(-2) << 4
         codes = split(qs.unflatten(-1, (8, 16)), 4).flatten(-3)
-        return codes, Stored(*bytes_to_half(d), None, small.to(torch.int16) - 32)
+        return codes, Stored(bytes_to_half(d)[..., 0], sc=small.to(torch.int16) - 32)

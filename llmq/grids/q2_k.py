@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split, spread
 from llmq.grids._ggml_affine import Affine
 
 
@@ -29,7 +29,7 @@ class Q2_K(Affine):
     group_size: ClassVar[int] = 16
     qblock: ClassVar[int] = 256
     qblock_bytes: ClassVar[int] = 84
-    starts: ClassVar[tuple[float, ...]] = (3, 2.2, 2.4, 2.6, 2.8, 3.2, 3.4, 3.7)
+    starts: ClassVar[tuple[float, ...]] = spread(2.1, 4.3, 14)
     small_max: ClassVar[int] = 15
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
@@ -40,4 +40,5 @@ class Q2_K(Affine):
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         small, qs, halves = cut(blocks, (16, 64, 4))
         sc, m = (small & 15).to(torch.int16), (small >> 4).to(torch.int16)
-        return split(qs.unflatten(-1, (2, 32)), 2).flatten(-3), Stored(*bytes_to_half(halves), sc, m)
+        d, dmin = bytes_to_half(halves).unbind(-1)
+        return split(qs.unflatten(-1, (2, 32)), 2).flatten(-3), Stored(d, dmin, sc, m)

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split, spread
 from llmq.grids._ggml_linear import Linear
 
 
@@ -31,7 +31,7 @@ class Q3_K(Linear):
     qblock: ClassVar[int] = 256
     qblock_bytes: ClassVar[int] = 110
     zero: ClassVar[int] = 4
-    starts: ClassVar[tuple[float, ...]] = (-4, -4.7, -4.3, -3.7, -3.4, -3.1, 3.5, 3.2, 2.8)
+    starts: ClassVar[tuple[float, ...]] = (*spread(-3.3, -5, 12), *spread(3.1, 3.8, 3))
     sc_range: ClassVar[tuple[int, int]] = (-32, 31)
     sc_starts: ClassVar[tuple[float, ...]] = (-32, -31, -30, -28, -26, 31, 30, 29, 27)
 
@@ -46,4 +46,4 @@ class Q3_K(Linear):
         top, qs, low, high, d = cut(blocks, (32, 64, 8, 4, 2))
         small = split(low, 4).flatten(-2) | split(high, 2).flatten(-2) << 4
         codes = split(qs.unflatten(-1, (2, 32)), 2).flatten(-3) | split(top, 1).flatten(-2) << 2
-        return codes, Stored(*bytes_to_half(d), None, small.to(torch.int16) - 32)
+        return codes, Stored(bytes_to_half(d)[..., 0], sc=small.to(torch.int16) - 32)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split, spread
 from llmq.grids._ggml_linear import Linear
 
 
@@ -28,11 +28,11 @@ class Q4_0(Linear):
     qblock: ClassVar[int] = 32
     qblock_bytes: ClassVar[int] = 18
     zero: ClassVar[int] = 8
-    starts: ClassVar[tuple[float, ...]] = (-8, -9, -8.6, -8.3, -7.7, -7.4, -7.1, -6.7, 7.4, 7, 6.5)
+    starts: ClassVar[tuple[float, ...]] = (*spread(-6.8, -9.6, 12), *spread(6.9, 7.7, 3))
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         return torch.cat([half_to_bytes(stored.d), merge(codes.unflatten(-1, (2, 16)), 4)], dim=-1)
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         d, qs = cut(blocks, (2, 16))
-        return split(qs, 4).flatten(-2), Stored(*bytes_to_half(d))
+        return split(qs, 4).flatten(-2), Stored(bytes_to_half(d)[..., 0])

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split, spread
 from llmq.grids._ggml_affine import Affine
 
 
@@ -28,7 +28,7 @@ class Q4_1(Affine):
     group_size: ClassVar[int] = 32
     qblock: ClassVar[int] = 32
     qblock_bytes: ClassVar[int] = 20
-    starts: ClassVar[tuple[float, ...]] = (15, 14.2, 14.6, 15.4, 15.8, 16.4)
+    starts: ClassVar[tuple[float, ...]] = spread(14.1, 18, 12)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         halves = half_to_bytes(stored.d, -stored.dmin)
@@ -36,5 +36,5 @@ class Q4_1(Affine):
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         halves, qs = cut(blocks, (4, 16))
-        d, m = bytes_to_half(halves)
+        d, m = bytes_to_half(halves).unbind(-1)
         return split(qs, 4).flatten(-2), Stored(d, -m)

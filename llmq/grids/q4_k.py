@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, pack_six, split, unpack_six
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, pack_six, split, spread, unpack_six
 from llmq.grids._ggml_affine import Affine
 
 
@@ -29,7 +29,7 @@ class Q4_K(Affine):
     group_size: ClassVar[int] = 32
     qblock: ClassVar[int] = 256
     qblock_bytes: ClassVar[int] = 144
-    starts: ClassVar[tuple[float, ...]] = (15, 14.2, 14.6, 15.4, 15.8, 16.4)
+    starts: ClassVar[tuple[float, ...]] = spread(14.1, 18, 12)
     small_max: ClassVar[int] = 63
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
@@ -39,4 +39,6 @@ class Q4_K(Affine):
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         halves, small, qs = cut(blocks, (4, 12, 128))
         codes = split(qs.unflatten(-1, (4, 32)), 4).flatten(-3)
-        return codes, Stored(*bytes_to_half(halves), *unpack_six(small))
+        sc, m = unpack_six(small)
+        d, dmin = bytes_to_half(halves).unbind(-1)
+        return codes, Stored(d, dmin, sc, m)

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, merge_bits, split, split_bits
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, merge_bits, split, split_bits, spread
 from llmq.grids._ggml_linear import Linear
 
 
@@ -29,7 +29,7 @@ class Q5_0(Linear):
     qblock: ClassVar[int] = 32
     qblock_bytes: ClassVar[int] = 22
     zero: ClassVar[int] = 16
-    starts: ClassVar[tuple[float, ...]] = (-16, -17, -16.4, -15.7, -15.3, -14.7, 15.4, 14.8)
+    starts: ClassVar[tuple[float, ...]] = (*spread(-13.6, -18.4, 12), *spread(13.8, 15.6, 3))
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         nibbles = merge((codes & 15).unflatten(-1, (2, 16)), 4)
@@ -37,4 +37,4 @@ class Q5_0(Linear):
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         d, high, nibbles = cut(blocks, (2, 4, 16))
-        return split(nibbles, 4).flatten(-2) | split_bits(high) << 4, Stored(*bytes_to_half(d))
+        return split(nibbles, 4).flatten(-2) | split_bits(high) << 4, Stored(bytes_to_half(d)[..., 0])

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, merge_bits, split, split_bits
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, merge_bits, split, split_bits, spread
 from llmq.grids._ggml_affine import Affine
 
 
@@ -29,7 +29,7 @@ class Q5_1(Affine):
     group_size: ClassVar[int] = 32
     qblock: ClassVar[int] = 32
     qblock_bytes: ClassVar[int] = 24
-    starts: ClassVar[tuple[float, ...]] = (31, 30.3, 31.5, 32.2)
+    starts: ClassVar[tuple[float, ...]] = spread(30.1, 35.6, 12)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         nibbles = merge((codes & 15).unflatten(-1, (2, 16)), 4)
@@ -37,5 +37,5 @@ class Q5_1(Affine):
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         halves, high, nibbles = cut(blocks, (4, 4, 16))
-        d, m = bytes_to_half(halves)
+        d, m = bytes_to_half(halves).unbind(-1)
         return split(nibbles, 4).flatten(-2) | split_bits(high) << 4, Stored(d, -m)

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, pack_six, split, unpack_six
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, pack_six, split, spread, unpack_six
 from llmq.grids._ggml_affine import Affine
 
 
@@ -31,7 +31,7 @@ class Q5_K(Affine):
     group_size: ClassVar[int] = 32
     qblock: ClassVar[int] = 256
     qblock_bytes: ClassVar[int] = 176
-    starts: ClassVar[tuple[float, ...]] = (31, 30.3, 31.5, 32.2)
+    starts: ClassVar[tuple[float, ...]] = spread(30.1, 35.6, 12)
     small_max: ClassVar[int] = 63
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
@@ -42,4 +42,6 @@ class Q5_K(Affine):
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         halves, small, top, qs = cut(blocks, (4, 12, 32, 128))
         codes = split(qs.unflatten(-1, (4, 32)), 4).flatten(-3) | split(top, 1).flatten(-2) << 4
-        return codes, Stored(*bytes_to_half(halves), *unpack_six(small))
+        sc, m = unpack_six(small)
+        d, dmin = bytes_to_half(halves).unbind(-1)
+        return codes, Stored(d, dmin, sc, m)

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split, spread
 from llmq.grids._ggml_linear import Linear
 
 
@@ -31,7 +31,7 @@ class Q6_K(Linear):
     qblock: ClassVar[int] = 256
     qblock_bytes: ClassVar[int] = 210
     zero: ClassVar[int] = 32
-    starts: ClassVar[tuple[float, ...]] = (-32, -33, -32.5, -31.5, -31, -30.4, 31.4, 30.8)
+    starts: ClassVar[tuple[float, ...]] = (*spread(-20.8, -35, 12), *spread(20.8, 31.4, 8))
     sc_range: ClassVar[tuple[int, int]] = (-128, 127)
     sc_starts: ClassVar[tuple[float, ...]] = (-128, -126, -123, 127, 125, 122)
 
@@ -45,4 +45,4 @@ class Q6_K(Linear):
         low, high, sc, d = cut(blocks, (128, 64, 16, 2))
         low, high = split(low.unflatten(-1, (2, 64)), 4), split(high.unflatten(-1, (2, 32)), 2)
         codes = low.flatten(-3) | high.flatten(-3) << 4
-        return codes, Stored(*bytes_to_half(d), None, sc.contiguous().view(torch.int8).to(torch.int16))
+        return codes, Stored(bytes_to_half(d)[..., 0], sc=sc.contiguous().view(torch.int8).to(torch.int16))

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, spread
 from llmq.grids._ggml_linear import Linear
 
 
@@ -28,11 +28,11 @@ class Q8_0(Linear):
     qblock: ClassVar[int] = 32
     qblock_bytes: ClassVar[int] = 34
     zero: ClassVar[int] = 128
-    starts: ClassVar[tuple[float, ...]] = (127, 126.6, 126.2, -127.6, -128.2, 127.3)
+    starts: ClassVar[tuple[float, ...]] = (127, *spread(-112, -132, 6), *spread(112, 126, 3))
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         return torch.cat([half_to_bytes(stored.d), codes ^ 128], dim=-1)  # code - 128 in two's complement
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         d, qs = cut(blocks, (2, 32))
-        return qs ^ 128, Stored(*bytes_to_half(d))
+        return qs ^ 128, Stored(bytes_to_half(d)[..., 0])
