@@ -9,6 +9,7 @@ Not here: the suspended forwards (stream.py), any method (algorithms/).
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from llmq.grids.int import Int
 from llmq.job import Job
 from llmq.stats import Hessian, Histogram, MeanSquare
 from llmq.stream import Call, Lanes, discover, family_sites, run
-from llmq.types import BlockView, LlmqError, Params, QTensor, Site, SiteView, Solved, Target
+from llmq.types import BlockView, LlmqError, Params, Site, SiteView, Solved, Target
 
 
 @dataclass
@@ -64,6 +65,7 @@ def _solve(
 ) -> dict[str, Solved]:
     """Solve every site in the order they run, then tune the block; move the streams on."""
     solved: dict[str, Solved] = {}
+    targets: dict[str, Target] = {}
     moves_on = bool(streams.hidden) and not (last and job.head is None)
     with ExitStack() as stack:
         lanes = reference = None
@@ -73,12 +75,13 @@ def _solve(
         if streams.hidden:
             lanes = stack.enter_context(Lanes(block, sites, streams.hidden, at))
         for site in sites:
-            solved |= _solve_site(job, block, site, streams, lanes, reference, prefix)
+            for target, answer in _solve_site(job, block, site, streams, lanes, reference, prefix):
+                targets[target.name], solved[target.name] = target, answer
         outputs = list(reference.finish()) if reference and (moves_on or job.plan.tuners) else []
         if lanes and moves_on and not job.plan.tuners:
             streams.hidden = list(lanes.finish())
     for tuner in job.plan.tuners:
-        view = BlockView(block, solved, streams.hidden, outputs, at, job.plan.recipe.seed)
+        view = BlockView(block, solved, targets, streams.hidden, outputs, at, job.plan.recipe.seed)
         solved = tuner.tune(view)
         _place(job, block, solved)
     if moves_on and job.plan.tuners:
@@ -95,7 +98,7 @@ def _solve_site(
     lanes: Lanes | None,
     reference: Lanes | None,
     prefix: str,
-) -> dict[str, Solved]:
+) -> list[tuple[Target, Solved]]:
     """Accumulate what the steps need, correct, solve, refine, and put the quantized weights in place."""
     specs = {n: job.linears[prefix + n] for n in site.linears if prefix + n in job.linears}
     static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in specs.values())
@@ -107,7 +110,7 @@ def _solve_site(
     if measured:
         streams.measured |= {prefix + n: stats[MeanSquare] for n in site.linears}
     if not specs:
-        return {}
+        return []
     weights: dict[str, Any] = {n: block.get_submodule(n).weight for n in specs}
     given = job.gguf.importance if job.gguf else {}
     targets = [
@@ -120,13 +123,12 @@ def _solve_site(
     for refiner in job.plan.refiners:
         answers = refiner.refine(targets, answers, stats)
     inputs = _input_params(job, stats[Histogram]) if static else None
-    solved = {}
-    for target, answer in zip(targets, answers, strict=True):
-        q = QTensor(answer.q.codes, answer.q.params, answer.q.grid, answer.q.g_idx, inputs)
-        line = report_line(job, target, answer, stats.get(Hessian))
-        solved[target.name] = Solved(q, line)
-    _place(job, block, solved)
-    return solved
+    solved = [
+        Solved(dataclasses.replace(a.q, input=inputs), report_line(job, t, a, stats.get(Hessian)))
+        for t, a in zip(targets, answers, strict=True)
+    ]
+    _place(job, block, {t.name: s for t, s in zip(targets, solved, strict=True)})
+    return list(zip(targets, solved, strict=True))
 
 
 def _accumulate(stats: dict[type, Any], lanes: Lanes | None, reference: Lanes | None) -> None:

@@ -33,7 +33,8 @@ class LlmqError(Exception):
 class Params:
     """Where one weight's grid lies: `w = scale * (code - zero)`.
 
-    scale: `[N, G]` (or any shape that broadcasts against the codes), in the dtype it is stored in, positive.
+    scale: `[N, G]` (or any shape that broadcasts against the codes), in the dtype it is stored in, not 0; negative
+        where a symmetric grid has its surplus level above zero.
     zero: same shape, int32, an integer code in `[0, 2**bits - 1]`.
     """
 
@@ -128,7 +129,10 @@ class Range(Protocol):
     """Chooses the interval `[lo, hi]` that a grid covers, one for each row of values."""
 
     def interval(self, w: Tensor, grid: AffineGrid, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return lo <= 0 <= hi, each `w.shape[:-1]`, for values `w[..., g]` with error weights broadcast to `w`."""
+        """Return lo <= 0 <= hi, each `w.shape[:-1]`, for values `w[..., g]` with error weights broadcast to `w`.
+
+        A symmetric grid may be given lo >= 0 >= hi: it then falls (`AffineGrid.params`).
+        """
 
 
 class AffineGrid(Protocol):
@@ -143,7 +147,10 @@ class AffineGrid(Protocol):
         """Whether the grid is symmetric about zero."""
 
     def params(self, lo: Tensor, hi: Tensor) -> Params:
-        """Return the parameters whose grid covers `[lo, hi]`."""
+        """Return the parameters whose grid covers `[lo, hi]`; a symmetric grid falls where lo > hi."""
+
+    def bounds(self) -> tuple[float, float]:
+        """Return the least and the largest code."""
 
     def nearest(self, w: Tensor, params: Params) -> Tensor:
         """See `Grid.nearest`."""
@@ -298,7 +305,7 @@ class BlockView:
     """What a tuner sees of a solved block.
 
     block: the transformers block, with the dequantized weights in place.
-    solved: its quantized linears by relative name.
+    solved: its quantized linears by relative name. targets: what the solver was asked for each.
     inputs: the hidden states that enter it, `[B, S, H]` a batch, as the quantized blocks before it made them.
     outputs: what the float model's block makes of its own input, batch by batch.
     calls: the other arguments of the block, batch by batch.
@@ -307,6 +314,7 @@ class BlockView:
 
     block: Any
     solved: Mapping[str, Solved]
+    targets: Mapping[str, Target]
     inputs: Sequence[Tensor]
     outputs: Sequence[Tensor]
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]

@@ -11,13 +11,13 @@ Not here: what t, w and F are (gptq.py, descent.py).
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmq.compiled import compiled
 from llmq.types import QTensor, Target
 
 _LEAF_TORCH = 16  # columns rounded one by one; their rank-1 updates stay in the L2 cache
@@ -35,7 +35,7 @@ def sweep(W_KN: Tensor, T_KN: Tensor, F_KK: Tensor, grid: Any, params: Any, grou
     K, N = W_KN.shape
     codes_KN = torch.empty(K, N, dtype=torch.uint8, device=W_KN.device)
     error_KN = torch.empty_like(W_KN)
-    leaf = _compiled_leaf() if W_KN.device.type == "cpu" and hasattr(grid, "bounds") else None
+    leaf = compiled(_leaf, _KINDS) if W_KN.device.type == "cpu" and hasattr(grid, "bounds") else None
     if leaf is not None:
         low, high = grid.bounds()
         scale_GN, zero_GN = params.scale.float().T.contiguous(), params.zero.float().T.contiguous()
@@ -80,25 +80,6 @@ def _torch_leaf(args: tuple[Any, ...], lo: int, hi: int) -> None:
             T_KN[j + 1 : hi].addr_(F_KK[j, j + 1 : hi], error[j])
 
 
-@functools.cache
-def _compiled_leaf() -> Callable[..., None] | None:
-    """Return the compiled leaf, or None where numba is not installed."""
-    if importlib.util.find_spec("numba") is None:
-        return None
-    import numba
-
-    f32, i64 = numba.float32[:, ::1], numba.int64
-    kinds = (f32, f32, f32, numba.uint8[:, ::1], f32, f32, f32, i64[::1], i64, i64, numba.float32, numba.float32)
-
-    def compiled(cache: bool) -> Callable[..., None]:
-        return numba.njit(numba.void(*kinds), cache=cache, nogil=True, error_model="numpy")(_leaf)
-
-    try:
-        return compiled(cache=True)
-    except RuntimeError:  # there is no folder that numba can keep its compiled code in
-        return compiled(cache=False)
-
-
 def _leaf(W, T, E, codes, F, scale, zero, group, lo, hi, low, high):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     """Round columns lo to hi, each first fed with the errors of those before it in the leaf. numba compiles this.
 
@@ -120,6 +101,9 @@ def _leaf(W, T, E, codes, F, scale, zero, group, lo, hi, low, high):  # type: ig
                 code = min(max(code, low), high)
                 codes[j, n] = int(code)
                 E[j, n] = W[j, n] - s * (code - z)
+
+
+_KINDS = "f2 f2 f2 u2 f2 f2 f2 i1 i i f f"  # of _leaf's arguments
 
 
 def stacks(targets: Sequence[Target]) -> list[list[Target]]:
