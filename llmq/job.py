@@ -100,6 +100,9 @@ def _prepare_gguf(source: Source, skeleton: Skeleton, steps: Plan, device: torch
     calibrated = bool(steps.needs([]))
     if calibrated and recipe.imatrix:
         raise LlmqError(f"method {recipe.method} calibrates its own importance; --imatrix goes with --method rtn")
+    for step in (*steps.refiners, *steps.tuners):
+        if not getattr(step, "takes_ggml", False):
+            raise LlmqError(f"{spec.dump(step)} improves integer grids only; for GGUF use --method gptq or rtn")
     tokenizer = load_tokenizer(str(source.path))
     plan_ = blueprint(source, skeleton.config, recipe, pre=pre, calibrated=calibrated, tokenizer=tokenizer)
     headers, blocks = source.headers(), dict(skeleton.linears())

@@ -67,28 +67,33 @@ def permute(model: LlamaForCausalLM, seed: int) -> None:
         reorder(attention.o_proj.weight, columns, 1)
 
 
-def widened(model: LlamaForCausalLM, width: int) -> LlamaForCausalLM:
+def widened(model: LlamaForCausalLM, width: int, seed: int) -> LlamaForCausalLM:
     """Return an equal model whose residual stream has `width` channels and as many heads as that takes.
 
-    New channels are zero wherever they are written, new heads have zero weights. A norm averages squares over more
-    channels, so its gain and its epsilon shrink by what that loses.
+    The new channels lie scattered among the old; nothing is ever written to them. New heads have zero weights. A norm
+    averages squares over more channels, so its gain and its epsilon shrink by what that loses.
     """
     old = model.config
     group = old.num_attention_heads // old.num_key_value_heads
-    heads = width // old.head_dim
     if width < old.hidden_size or width % (old.head_dim * group):
         sys.exit(f"--width is a multiple of {old.head_dim * group}, at least {old.hidden_size}")
-    ratio = old.hidden_size / width
+    heads, ratio = width // old.head_dim, old.hidden_size / width
     values = {k: v for k, v in old.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     values |= {"hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": heads // group}
     wide = LlamaForCausalLM(LlamaConfig(**values | {"rms_norm_eps": old.rms_norm_eps * ratio})).float().eval()
+    random = torch.Generator().manual_seed(seed)
+    at = torch.randperm(width, generator=random)[: old.hidden_size].sort().values
     state = wide.state_dict()
     for name, narrow in model.state_dict().items():
         into = state[name].zero_()
-        if narrow.dim() == 1:
-            into[: len(narrow)] = narrow * ratio**0.5
+        N, K = (*narrow.shape, 0)[:2]
+        if narrow.dim() == 1:  # a norm
+            into.fill_(narrow.mean() * ratio**0.5)
+            into[at] = narrow * ratio**0.5
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            into[:, :K].index_copy_(0, at, narrow)
         else:
-            into[: narrow.shape[0], : narrow.shape[1]] = narrow
+            into[:N].index_copy_(1, at, narrow)
     return wide
 
 
@@ -118,7 +123,7 @@ def main() -> None:
         permute(model, args.permute)
         model = without_gguf(model)
         if args.width:
-            model = widened(model, args.width)
+            model = widened(model, args.width, args.permute)
         difference = (model(ids).logits - before).abs().max().item()
     if difference > 1e-3:
         sys.exit(f"the permuted model differs from the original by {difference:.2e} in its logits")
