@@ -21,7 +21,7 @@ from llmq import spec
 from llmq.checkpoint import Sink
 from llmq.grids.int import Int
 from llmq.job import Job
-from llmq.stats import Hessian, Histogram
+from llmq.stats import Hessian, Histogram, MeanSquare
 from llmq.stream import Call, Lanes, discover, family_sites, run
 from llmq.types import BlockView, LlmqError, Params, Site, SiteView, Solved, Target
 
@@ -32,11 +32,13 @@ class Streams:
 
     hidden: what the quantized blocks so far made of it. floats: what the float blocks made of its first batches, as
     many as the steps that compare the two want. calls: the other arguments of a block's call, indexed `[batch][block]`.
+    measured: importance of every linear's input so far, where an importance matrix is to be written.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     floats: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
+    measured: dict[str, MeanSquare] = field(default_factory=dict)
 
 
 def quantize_block(job: Job, i: int, streams: Streams, sink: Sink) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def _solve(
         if streams.hidden:
             lanes = stack.enter_context(Lanes(block, sites, streams.hidden, at))
         for site in sites:
-            for target, answer in _solve_site(job, block, site, lanes, reference, prefix):
+            for target, answer in _solve_site(job, block, site, streams, lanes, reference, prefix):
                 targets[target.name], solved[target.name] = target, answer
         outputs = list(reference.finish()) if reference and (moves_on or job.plan.tuners) else []
         if lanes and moves_on and not job.plan.tuners:
@@ -89,19 +91,33 @@ def _solve(
 
 
 def _solve_site(
-    job: Job, block: nn.Module, site: Site, lanes: Lanes | None, reference: Lanes | None, prefix: str
+    job: Job,
+    block: nn.Module,
+    site: Site,
+    streams: Streams,
+    lanes: Lanes | None,
+    reference: Lanes | None,
+    prefix: str,
 ) -> list[tuple[Target, Solved]]:
     """Accumulate what the steps need, correct, solve, refine, and put the quantized weights in place."""
     specs = {n: job.linears[prefix + n] for n in site.linears if prefix + n in job.linears}
     static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in specs.values())
     needs = {*job.plan.needs([s.scheme.weight for s in specs.values()]), *((Histogram,) if static else ())}
-    stats = {c: c() for c in sorted(needs, key=lambda c: c.__name__)} if specs else {}
+    measured = {MeanSquare} if job.plan.recipe.imatrix_out else set()
+    wanted = (needs if specs else set()) | measured
+    stats: dict[type, Any] = {c: c() for c in sorted(wanted, key=lambda c: c.__name__)}
     if lanes:
         accumulate(stats, lanes.advance(), reference.advance() if reference else None)
+    if measured:
+        streams.measured |= {prefix + n: stats[MeanSquare] for n in site.linears}
     if not specs:
         return []
     weights: dict[str, Any] = {n: block.get_submodule(n).weight for n in specs}
-    targets = [Target(n, weights[n].detach().float(), s.scheme.weight) for n, s in specs.items()]
+    given = job.gguf.importance if job.gguf else {}
+    targets = [
+        Target(n, weights[n].detach().float(), s.scheme.weight, importance=given.get(prefix + n))
+        for n, s in specs.items()
+    ]
     solved = solve(job, targets, stats)
     if static:
         inputs = _input_params(job, stats[Histogram])

@@ -49,6 +49,10 @@ class Recipe:
     target_bpw: bits per quantized weight, scales counted, to spend where they help most; --bit-choices lists the bits
         that a site may get.
     lm_head: quantize the output head too.
+    type: for GGUF, which mixture of ggml's types (None: Q4_K_M); the fields above that shape integer grids then mean
+        nothing, overrides are `REGEX:type=Q6_K` on ggml's tensor names, and the head is quantized by the mixture.
+    imatrix: an importance matrix in llama.cpp's form to weigh errors by. imatrix_out: where to write the calibration's.
+    split_max_size: `4G`: write a GGUF model in files of at most so many bytes of tensors.
     calib: "self", a file or folder, or a dataset; samples x seq_len tokens chosen by `seed`.
     dtype: what activations are computed in: "auto", "float32" or "bfloat16".
     """
@@ -73,6 +77,10 @@ class Recipe:
     seq_len: int = 2048
     seed: int = 0
     dtype: str = "auto"
+    type: str | None = None
+    imatrix: str | None = None
+    imatrix_out: str | None = None
+    split_max_size: str | None = None
 
     def __post_init__(self) -> None:
         if self.quality is not None and self.method is not None:
@@ -88,8 +96,21 @@ class Recipe:
         self.choices()
         if self.samples < 1 or self.seq_len < 2:
             raise LlmqError("samples is at least 1 and seq_len at least 2")
+        self._check_gguf()
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise LlmqError(f"dtype is auto, float32 or bfloat16, not {self.dtype!r}")
+
+    @property
+    def gguf(self) -> bool:
+        """Whether the result is a GGUF file."""
+        return (self.format or "").partition(":")[0] == "gguf"
+
+    def _check_gguf(self) -> None:
+        if self.gguf and (self.group_size or self.range or self.act_bits):
+            raise LlmqError("GGUF's types fix groups and ranges and hold no activations; choose by --type alone")
+        for option in ("type", "imatrix", "imatrix_out", "split_max_size"):
+            if getattr(self, option) is not None and not self.gguf:
+                raise LlmqError(f"--{option.replace('_', '-')} is for GGUF; say --format gguf")
 
     @classmethod
     def load(cls, file: Path | None, given: Mapping[str, Any]) -> Recipe:
@@ -119,6 +140,8 @@ class Recipe:
         """Return the recipe with every default that depends on another option filled in."""
         if self.method is None:
             return self._of_quality().resolved()
+        if self.gguf:
+            return dataclasses.replace(self, type=self.type or "Q4_K_M")
         steps = [spec.load("algorithms", s) for s in self.method.split(",")]
         preferred = next((s.preferred_range for s in steps if getattr(s, "preferred_range", None)), None)
         override = self.override
@@ -142,10 +165,10 @@ class Recipe:
     def _of_quality(self) -> Recipe:
         """Return the recipe with the method that its quality stands for, in the words that repeat it."""
         quality = self.quality or "balanced"
-        methods = _W8A8_QUALITY if self.act_bits else _QUALITY
+        methods = _GGUF_QUALITY if self.gguf else _W8A8_QUALITY if self.act_bits else _QUALITY
         if quality not in methods:
             raise LlmqError(f"quality is {', '.join(methods)}, not {quality!r}")
-        range_ = self.range or (None if self.act_bits else "mse")
+        range_ = self.range or (None if self.act_bits or self.gguf else "mse")
         return dataclasses.replace(self, quality=None, method=methods[quality], range=range_)
 
     def to_yaml(self) -> str:
@@ -156,6 +179,7 @@ class Recipe:
 
 _DEFAULT_RANGE = "minmax"
 _QUALITY = {"fast": "gptq,descent", "balanced": "qep,gptq,descent", "best": "qep,gptq,descent,signround"}
+_GGUF_QUALITY = {"fast": "rtn", "balanced": "gptq", "best": "qep,gptq"}
 _W8A8_QUALITY = {"fast": "smoothquant,rtn", "balanced": "smoothquant,rtn", "best": "smoothquant,rtn"}
 
 
@@ -175,7 +199,7 @@ class Plan:
     refiners: tuple[Refiner, ...]
     tuners: tuple[Tuner, ...]
     format: Format
-    base: Scheme
+    base: Scheme | None  # None where the format's own types take its place (GGUF)
     overrides: tuple[tuple[re.Pattern[str], dict[str, Any]], ...]
     skip: tuple[re.Pattern[str], ...]
 
@@ -186,7 +210,7 @@ class Plan:
 
     def scheme(self, name: str) -> Scheme | None:
         """Return what the linear of that full name becomes, None where it stays float."""
-        if any(p.search(name) for p in self.skip):
+        if self.base is None or any(p.search(name) for p in self.skip):
             return None
         grid = self.base.weight
         for pattern, changes in self.overrides:
@@ -201,6 +225,23 @@ def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
     steps = _steps(recipe.method or "")
     (solver,) = steps["solver"]
     fmt = _format(recipe, solver)
+    base, overrides, skip = (None, (), ()) if recipe.gguf else _schemes(recipe, fmt, model_dtype)
+    return Plan(
+        recipe=recipe,
+        transforms=tuple(steps["transform"]),
+        corrections=tuple(steps["correction"]),
+        solver=solver,
+        refiners=tuple(steps["refiner"]),
+        tuners=tuple(steps["tuner"]),
+        format=fmt,
+        base=base,
+        overrides=overrides,
+        skip=skip,
+    )
+
+
+def _schemes(recipe: Recipe, fmt: Format, model_dtype: torch.dtype) -> tuple[Scheme, Any, tuple[re.Pattern[str], ...]]:
+    """Return the scheme of most linears, how some differ from it, and which stay float."""
     activation = ActivationGrid(8, recipe.act == "token") if recipe.act_bits else None
     try:
         grid = Int(
@@ -217,18 +258,7 @@ def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
         raise LlmqError(str(e)) from e
     except re.error as e:
         raise LlmqError(f"--skip {e.pattern!r} is not a regular expression ({e})") from e
-    return Plan(
-        recipe=recipe,
-        transforms=tuple(steps["transform"]),
-        corrections=tuple(steps["correction"]),
-        solver=solver,
-        refiners=tuple(steps["refiner"]),
-        tuners=tuple(steps["tuner"]),
-        format=fmt,
-        base=Scheme(grid, activation),
-        overrides=overrides,
-        skip=skip,
-    )
+    return Scheme(grid, activation), overrides, skip
 
 
 def _steps(method: str) -> dict[str, list[Any]]:

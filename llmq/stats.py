@@ -158,6 +158,34 @@ class AbsMean:
         return (self.sum / max(self.count, 1)).float()
 
 
+class MeanSquare:
+    """The mean square of every channel: the diagonal of H, and llama.cpp's importance matrix."""
+
+    paired: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.sum: Tensor | None = None
+        self.count = 0
+
+    def update(self, X_TK: Tensor) -> None:
+        """Add a batch."""
+        total = X_TK.float().square().sum(0, dtype=torch.float64)
+        self.sum = total if self.sum is None else self.sum.add_(total)
+        self.count += X_TK.shape[0]
+
+    def merge(self, other: MeanSquare) -> None:
+        """Add another rank's sum."""
+        if other.sum is not None:
+            self.sum = other.sum.clone() if self.sum is None else self.sum.add_(other.sum)
+        self.count += other.count
+
+    def mean(self) -> Tensor:
+        """Return the mean squares, float32 `[K]`."""
+        if self.sum is None:
+            raise ValueError("no activation was accumulated")
+        return (self.sum / max(self.count, 1)).float()
+
+
 class Histogram:
     """Magnitudes of all channels together in `BINS` bins, whose width doubles until the largest value fits."""
 
