@@ -121,9 +121,7 @@ def test_bit_fields(signed):
     assert got.tolist() == [reference_bfe(x, p, n, signed) for x, p, n in cases]
     got = per_thread("bfi.b32 d, a, 0x5A5AA5A5, b, c;", a, position, length, out=np.uint32)
     field = [((1 << n) - 1) << p & 0xFFFFFFFF for _, p, n in cases]
-    assert got.tolist() == [
-        0x5A5AA5A5 & ~f | (x << p & f) for (x, p, _), f in zip(cases, field, strict=True)
-    ]
+    assert got.tolist() == [0x5A5AA5A5 & ~f | (x << p & f) for (x, p, _), f in zip(cases, field, strict=True)]
 
 
 def test_lop3_is_its_table():
@@ -213,9 +211,15 @@ def value_of(bits, name):
     """Decode a float's bits to a Fraction."""
     p, low = FORMATS[name]
     width = 32 if name == "f32" else 16
-    sign, exponent, fraction = bits >> (width - 1), bits >> (p - 1) & ((1 << (width - p)) - 1), bits & ((1 << (p - 1)) - 1)
+    sign, exponent, fraction = (
+        bits >> (width - 1),
+        bits >> (p - 1) & ((1 << (width - p)) - 1),
+        bits & ((1 << (p - 1)) - 1),
+    )
     assert exponent != (1 << (width - p)) - 1
-    magnitude = Fraction(fraction + (1 << (p - 1) if exponent else 0)) * Fraction(2) ** (low + max(exponent - 1, 0) - p + 1)
+    magnitude = Fraction(fraction + (1 << (p - 1) if exponent else 0)) * Fraction(2) ** (
+        low + max(exponent - 1, 0) - p + 1
+    )
     return -magnitude if sign else magnitude
 
 
@@ -246,7 +250,9 @@ def floats(name, seed):
     width = 32 if name == "f32" else 16
     draw = np.random.default_rng(seed)
     bias = 1 - low
-    exponents = np.where(draw.random(THREADS) < 0.8, bias + draw.integers(-6, 7, THREADS), draw.integers(0, 20, THREADS))
+    exponents = np.where(
+        draw.random(THREADS) < 0.8, bias + draw.integers(-6, 7, THREADS), draw.integers(0, 20, THREADS)
+    )
     fractions = draw.integers(0, 1 << (p - 1), THREADS)
     fractions[draw.random(THREADS) < 0.5] &= ~((1 << (p // 2)) - 1)
     bits = draw.integers(0, 2, THREADS) << (width - 1) | exponents << (p - 1) | fractions
@@ -342,7 +348,9 @@ def test_convert_between_floats():
 
 
 def test_convert_float_to_integer():
-    a = np.array([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 2.4, -2.6, 1e10, -1e10, np.nan, np.inf, -np.inf, 300, -300, 127.9] * 2)
+    a = np.array(
+        [0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 2.4, -2.6, 1e10, -1e10, np.nan, np.inf, -np.inf, 300, -300, 127.9] * 2
+    )
     a = a.astype(np.float32)
     rounding = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}
     for kind, dtype in {"s32": np.int32, "u32": np.uint32, "s16": np.int16, "s64": np.int64, "u64": np.uint64}.items():

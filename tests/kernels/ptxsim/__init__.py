@@ -24,7 +24,7 @@ import numpy as np
 from . import convert, floating, integer, transfer, warp
 from .machine import Action, Builder, Machine
 from .memory import GlobalMemory, Traffic
-from .program import Instruction, Program, PtxError, parse
+from .program import Instruction, PtxError, parse
 from .shared import Wavefronts
 
 __all__ = ["PtxError", "Run", "Traffic", "Wavefronts", "simulate"]
@@ -44,12 +44,12 @@ NOTHING = re.compile(r"membar\.(cta|gl)|fence\.(acq_rel|sc)\.(cta|gpu)")
 class Run:
     """What a launch left behind.
 
-    races: place and kind -> how many bytes (shared memory) or warp accesses (global); empty in a correct kernel.
+    faults: place and kind -> how many bytes (shared memory) or warp accesses (global); empty in a correct kernel.
     executed: opcode -> times issued for a group of threads.
     """
 
     memory: GlobalMemory
-    races: Counter[str]
+    faults: Counter[str]
     wavefronts: dict[str, Wavefronts]
     executed: Counter[str]
 
@@ -81,7 +81,7 @@ def simulate(ptx: str, grid: tuple[int, ...], args: Mapping[str, np.ndarray | in
     machine = Machine(program, shape, dict(zip(program.params, values, strict=True)), memory, shared)
     machine.run([_translate(ins, machine) for ins in program.instructions])
     waves = {kind: Wavefronts(**counts) for kind, counts in machine.shared.wavefronts.items()}
-    return Run(memory, machine.shared.races + memory.races, waves, machine.executed)
+    return Run(memory, machine.shared.faults + memory.faults, waves, machine.executed)
 
 
 def _bits(memory: GlobalMemory, name: str, value: np.ndarray | int | float, kind: str) -> int:

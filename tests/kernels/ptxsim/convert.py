@@ -8,6 +8,7 @@ Not here: reinterpreting bits (`mov`, integer.py).
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,46 +17,58 @@ from .machine import Action, Builder, Machine
 from .program import Instruction, PtxError
 from .scalars import TYPES, Array, Scalar, flush, narrow, to_integer, widen
 
+Function = Callable[[Array], Array]
+
 INTEGRAL = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
 def convert(ins: Instruction, match: re.Match[str], machine: Machine) -> Action:
-    """`cvt.rn.f16.f32 d, a` and its kin."""
-    to, origin, mode = TYPES[match["to"]], TYPES[match["from"]], match["mode"]
-    f = _function(ins, to, origin, mode, bool(match["sat"]))
-    if match["ftz"]:
-        if "f32" not in (match["to"], match["from"]):
-            raise PtxError(f"{ins.where()}: .ftz is for float32")
-        inner = f
-        f = lambda a: _flushed(inner(_flushed(a, origin)), to)  # noqa: E731, a wrapper of one expression
-    return elementwise(ins, machine, [origin], f)
+    """`cvt.rn.f16.f32 d, a` and its kin. Raises PtxError for a rounding that this pair of types does not have."""
+    to, origin, mode, sat = TYPES[match["to"]], TYPES[match["from"]], match["mode"], bool(match["sat"])
+    pair = {
+        (False, False): _integers,
+        (True, False): _to_integer,
+        (False, True): _to_float,
+        (True, True): _floats,
+    }[origin.is_float, to.is_float]
+    f = pair(ins, to, origin, mode, sat)
+    if not match["ftz"]:
+        return elementwise(ins, machine, [origin], f)
+    if TYPES["f32"] not in (to, origin):
+        raise PtxError(f"{ins.where()}: .ftz is for float32")
+    return elementwise(ins, machine, [origin], lambda a: _flushed(f(_flushed(a, origin)), to))
 
 
 def _flushed(values: Array, scalar: Scalar) -> Array:
     return flush(values) if scalar == TYPES["f32"] else values
 
 
-def _function(ins: Instruction, to: Scalar, origin: Scalar, mode: str | None, sat: bool):  # noqa: ANN202
-    """Return the conversion. Raises PtxError for a rounding mode that this pair of types does not have."""
-    if not to.is_float:
-        limits = np.iinfo(to.dtype)
-        if origin.is_float:
-            if mode not in INTEGRAL:
-                raise PtxError(f"{ins.where()}: float to integer needs .rni, .rzi, .rmi or .rpi")
-            return lambda a: to_integer(INTEGRAL[mode](widen(a, origin)), to)
-        if mode:
-            raise PtxError(f"{ins.where()}: .{mode} between integers")
-        if sat:
-            return lambda a: np.clip(a, *_common(limits, np.iinfo(a.dtype))).astype(to.dtype)
-        return lambda a: a.astype(to.dtype)
-    if not origin.is_float:
-        if mode != "rn":
-            raise PtxError(f"{ins.where()}: integer to float is known with .rn only")
-        if to.bits == 32:
-            return lambda a: a.astype(np.float32)
-        if origin.bits == 64:
-            raise PtxError(f"{ins.where()}: 64-bit integer to a 16-bit float is not known")
-        return lambda a: narrow(widen(a, origin), to)
+def _integers(ins: Instruction, to: Scalar, origin: Scalar, mode: str | None, sat: bool) -> Function:
+    if mode:
+        raise PtxError(f"{ins.where()}: .{mode} between integers")
+    if sat:
+        low, high = _common(np.iinfo(to.dtype), np.iinfo(origin.dtype))
+        return lambda a: np.clip(a, low, high).astype(to.dtype)
+    return lambda a: a.astype(to.dtype)
+
+
+def _to_integer(ins: Instruction, to: Scalar, origin: Scalar, mode: str | None, sat: bool) -> Function:
+    if mode not in INTEGRAL:
+        raise PtxError(f"{ins.where()}: float to integer needs .rni, .rzi, .rmi or .rpi")
+    return lambda a: to_integer(INTEGRAL[mode](widen(a, origin)), to)  # clamps with .sat or without
+
+
+def _to_float(ins: Instruction, to: Scalar, origin: Scalar, mode: str | None, sat: bool) -> Function:
+    if mode != "rn" or sat:
+        raise PtxError(f"{ins.where()}: integer to float is known with .rn alone")
+    if to.bits == 32:
+        return lambda a: a.astype(np.float32)
+    if origin.bits == 64:
+        raise PtxError(f"{ins.where()}: 64-bit integer to a 16-bit float is not known")
+    return lambda a: narrow(widen(a, origin), to)
+
+
+def _floats(ins: Instruction, to: Scalar, origin: Scalar, mode: str | None, sat: bool) -> Function:
     lossy = to.bits < origin.bits or (to.bits == origin.bits and to.kind != origin.kind)
     if mode in INTEGRAL:
         return lambda a: narrow(_clamped(INTEGRAL[mode](widen(a, origin)), sat), to)

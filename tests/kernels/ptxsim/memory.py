@@ -53,7 +53,7 @@ class GlobalMemory:
         self.buffers: list[_Buffer] = []
         self.end = ALIGNMENT * 16
         self.counts: dict[tuple[str, str], Counter[str]] = {}
-        self.races: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
 
     def add(self, name: str, values: Array) -> int:
         """Place a copy of an array; return its address."""
@@ -85,11 +85,11 @@ class GlobalMemory:
         return Traffic(distinct=int(self.touched[kind][first : last + 1].sum()), **counts)
 
     def load(self, ins: Instruction, address: Array, size: int, cta: Array, warp: Array) -> Array:
-        """Return the bytes `[lanes, size]` at the addresses of the lanes that execute. Raises PtxError out of bounds."""
+        """Return the bytes `[lanes, size]` that lanes ask for. Raises PtxError out of bounds."""
         at = self._checked(ins, "load", address, size, warp)
         writer = self.writer[at]
         if ((writer >= 0) & (writer != cta[:, None])).any():
-            self.races[f"{ins.where()}: reads what another CTA wrote"] += 1
+            self.faults[f"{ins.where()}: reads what another CTA wrote"] += 1
         return self.bytes[at]
 
     def store(self, ins: Instruction, address: Array, values: Array, cta: Array, warp: Array) -> None:
@@ -97,11 +97,11 @@ class GlobalMemory:
         at = self._checked(ins, "store", address, values.shape[1], warp)
         writer = self.writer[at]
         if ((writer >= 0) & (writer != cta[:, None]) & (self.bytes[at] != values)).any():
-            self.races[f"{ins.where()}: overwrites another CTA's value"] += 1
+            self.faults[f"{ins.where()}: overwrites another CTA's value"] += 1
         self.bytes[at] = values
         self.writer[at] = cta[:, None]
         if (self.bytes[at] != values).any():
-            self.races[f"{ins.where()}: two threads write different values to one address"] += 1
+            self.faults[f"{ins.where()}: two threads write different values to one address"] += 1
 
     def _checked(self, ins: Instruction, kind: str, address: Array, size: int, warp: Array) -> Array:
         """Return the index of every byte; check the bounds and count the request."""

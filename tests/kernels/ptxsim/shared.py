@@ -2,7 +2,7 @@
 
 A barrier orders the warps of a CTA and nothing else does. So a byte that one warp wrote since the last barrier may not
 be read or changed by another, and a byte that one warp read may not be changed by another. Per byte a bit mask says
-which warps read and which wrote it since then; a barrier clears both. Lanes of one warp run in lock step and are ordered.
+which warps read and which wrote it since then; a barrier clears both. Lanes of a warp run in lock step: ordered.
 
 `cp.async` writes at some unknown time between its issue and the wait of the thread that issued it. Until then the bytes
 are *in flight*: nobody may touch them. The wait turns them into a write of that warp, which other warps see after the
@@ -60,7 +60,7 @@ class SharedMemory:
         self.in_flight = np.zeros(ctas * size, np.uint8)
         self.flights: list[_Flight] = []
         self.committed = np.zeros(ctas * warps * WARP, np.int64)
-        self.races: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
         self.wavefronts: dict[str, Counter[str]] = {}
 
     def _index(self, ins: Instruction, address: Array, size: int, thread: Array) -> Array:
@@ -84,16 +84,16 @@ class SharedMemory:
         for w in range(self.warps):
             marks[at[warp == w]] |= np.uint32(1 << w)
 
-    def _race(self, ins: Instruction, what: str, found: Array) -> None:
+    def _fault(self, ins: Instruction, what: str, found: Array) -> None:
         if found.any():
-            self.races[f"{ins.where()}: {what}"] += int(found.sum())
+            self.faults[f"{ins.where()}: {what}"] += int(found.sum())
 
     def load(self, ins: Instruction, address: Array, size: int, thread: Array) -> Array:
         """Return bytes `[threads, size]`; record a race where another warp's write is not yet ordered."""
         at = self._index(ins, address, size, thread)
-        self._race(ins, "reads shared bytes that a cp.async may still write", self.in_flight[at] > 0)
-        self._race(ins, "reads shared bytes that another warp wrote, no barrier between", self._foreign(at, thread))
-        self._race(ins, "reads shared bytes that nothing wrote", ~self.written[at])
+        self._fault(ins, "reads shared bytes that a cp.async may still write", self.in_flight[at] > 0)
+        self._fault(ins, "reads shared bytes that another warp wrote, no barrier between", self._foreign(at, thread))
+        self._fault(ins, "reads shared bytes that nothing wrote", ~self.written[at] & (self.in_flight[at] == 0))
         self._mark(self.readers, at, thread)
         return self.bytes[at]
 
@@ -103,17 +103,17 @@ class SharedMemory:
     def _check_write(self, ins: Instruction, at: Array, thread: Array, changed: Array) -> None:
         """Record races of a write; two warps may write the same value, for then their order cannot be seen."""
         read = (self.readers[at] & ~self._bit(thread)) != 0
-        self._race(ins, "overwrites shared bytes that another warp reads, no barrier between", read)
+        self._fault(ins, "overwrites shared bytes that another warp reads, no barrier between", read)
         both = self._foreign(at, thread) & changed
-        self._race(ins, "overwrites shared bytes that another warp wrote, no barrier between", both)
-        self._race(ins, "overwrites shared bytes that a cp.async may still write", self.in_flight[at] > 0)
+        self._fault(ins, "overwrites shared bytes that another warp wrote, no barrier between", both)
+        self._fault(ins, "overwrites shared bytes that a cp.async may still write", self.in_flight[at] > 0)
 
     def store(self, ins: Instruction, address: Array, values: Array, thread: Array) -> None:
         """Write bytes `[threads, size]`."""
         at = self._index(ins, address, values.shape[1], thread)
         self._check_write(ins, at, thread, self.bytes[at] != values)
         self.bytes[at] = values
-        self._race(ins, "two threads write different values to one shared byte", self.bytes[at] != values)
+        self._fault(ins, "two threads write different values to one shared byte", self.bytes[at] != values)
         self.written[at] = True
         self._mark(self.writers, at, thread)
 
@@ -124,7 +124,7 @@ class SharedMemory:
         at = self._index(ins, address, values.shape[1], thread)
         self._check_write(ins, at, thread, np.ones(at.shape, bool))
         np.add.at(self.in_flight, at.reshape(-1), np.uint8(1))
-        self._race(ins, "two cp.async write one shared byte", self.in_flight[at] > 1)
+        self._fault(ins, "two cp.async write one shared byte", self.in_flight[at] > 1)
         self.flights.append(_Flight(ins, thread, self.committed[thread], at, values))
 
     def commit(self, thread: Array) -> None:

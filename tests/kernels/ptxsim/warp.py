@@ -111,9 +111,7 @@ def multiply(ins: Instruction, match: re.Match[str], machine: Machine) -> Action
     if match["sat"] and not integer:
         raise PtxError(f"{ins.where()}: .satfinite is for integers")
     out = [machine.target(ins, r) for r in items(ins.operands[0])]
-    a_bits, b_bits, c_bits = (
-        _bits(machine, ins, o, n) for o, n in zip(ins.operands[1:], (4, 2, 4), strict=True)
-    )
+    a_bits, b_bits, c_bits = (_bits(machine, ins, o, n) for o, n in zip(ins.operands[1:], (4, 2, 4), strict=True))
     accumulator = TYPES[match["d"]]
 
     def act(mask: Mask) -> None:
