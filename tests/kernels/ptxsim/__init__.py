@@ -77,8 +77,8 @@ def simulate(ptx: str, grid: tuple[int, ...], args: Mapping[str, np.ndarray | in
     values = [_bits(memory, n, v, t) for (n, v), t in zip(args.items(), program.params.values(), strict=False)]
     values += [0] * (len(program.params) - len(values))
     memory.freeze()
-    shape = (*grid, 1, 1)[:3]
-    machine = Machine(program, shape, dict(zip(program.params, values, strict=True)), memory, shared)
+    x, y, z = (*grid, 1, 1)[:3]
+    machine = Machine(program, (x, y, z), dict(zip(program.params, values, strict=True)), memory, shared)
     machine.run([_translate(ins, machine) for ins in program.instructions])
     waves = {kind: Wavefronts(**counts) for kind, counts in machine.shared.wavefronts.items()}
     return Run(memory, machine.shared.faults + memory.faults, waves, machine.executed)

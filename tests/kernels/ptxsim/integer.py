@@ -237,7 +237,11 @@ def compare(ins: Instruction, match: re.Match[str], machine: Machine) -> Action:
 def select(ins: Instruction, match: re.Match[str], machine: Machine) -> Action:
     """`selp.b32 d, a, b, p`: a where p."""
     scalar = Scalar("b", TYPES[match["type"]].bits)  # only bits move, and `selp.f32` takes 0f constants too
-    return elementwise(ins, machine, [scalar, scalar, TYPES["pred"]], lambda a, b, p: np.where(p, a, b))
+    return elementwise(ins, machine, [scalar, scalar, TYPES["pred"]], _choose)
+
+
+def _choose(a: Array, b: Array, p: Array) -> Array:
+    return np.where(p, a, b)
 
 
 def move(ins: Instruction, match: re.Match[str], machine: Machine) -> Action:

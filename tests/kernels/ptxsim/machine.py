@@ -84,13 +84,13 @@ class Machine:
         A register wider than the type gives its low bits. Raises PtxError for what is not declared.
         """
         if operand in self.special:
-            constant = self.special[operand].astype(UNSIGNED[scalar.bits]).view(scalar.dtype)
+            constant: Array = self.special[operand].astype(UNSIGNED[scalar.bits]).view(scalar.dtype)
             return lambda: constant
         width = self.program.width(operand)
         if width is None:
             literal = np.array([self._literal(ins, operand, scalar)], UNSIGNED.get(scalar.bits, np.bool_))
-            constant = literal.view(scalar.dtype)
-            return lambda: constant
+            value: Array = literal.view(scalar.dtype)
+            return lambda: value
         if width < scalar.bits or (width == 1) != (scalar.kind == "pred"):
             raise PtxError(f"{ins.where()}: {operand} has {width} bits, the instruction reads {scalar.bits}")
         registers, dtype = self.registers, scalar.dtype
@@ -235,7 +235,7 @@ class _Schedule:
         self.waiting |= arrived
         self.resume[arrived] = at + 1
         self.add(at + 1, threads & ~arrived)
-        full = self.waiting.reshape(-1, machine.program.threads).all(1)
+        full = np.asarray(self.waiting.reshape(-1, machine.program.threads).all(axis=1))
         if full.any():
             machine.shared.barrier(np.flatnonzero(full))
             free = full[machine.cta]

@@ -70,7 +70,7 @@ def load(ins: Instruction, match: re.Match[str], machine: Machine) -> Action:
             moved = machine.memory.load(ins, at, size, machine.cta[threads], machine.warp[threads])
         values = np.zeros((machine.count, size), np.uint8)
         values[threads] = moved
-        elements = values.view(scalar.dtype)
+        elements: Array = values.view(scalar.dtype)
         for i, write in enumerate(writers):
             write(np.ascontiguousarray(elements[:, i]), mask)
 

@@ -97,7 +97,7 @@ def _elements(bits: list[Array], kind: str) -> Array:
     if kind == "tf32":  # the tensor core reads sign, exponent and the 10 upper bits of the fraction
         return (stacked & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)[..., None]
     scalar = TYPES[kind]
-    split = stacked.view(scalar.dtype).reshape(*stacked.shape, 32 // scalar.bits)
+    split: Array = stacked.view(scalar.dtype).reshape(*stacked.shape, 32 // scalar.bits)
     return widen(split, scalar)
 
 
@@ -128,12 +128,12 @@ def multiply(ins: Instruction, match: re.Match[str], machine: Machine) -> Action
                 B[:, column + k // 2 * r, ROW8] = b[:, :, r, e]
         for r in range(4):
             C[:, ROW8 + 8 * (r // 2), 2 * QUAD + r % 2] = read[2][r].view(accumulator.dtype).reshape(warps, WARP)
-        D = A @ B + C
+        D: Array = A @ B + C
         if integer:
             D = np.clip(D, -(2**31), 2**31 - 1) if match["sat"] else (D.astype(np.int64) & 0xFFFFFFFF)
             D = D.astype(np.int64).astype(np.uint32).view(np.int32)
         for r, write in enumerate(out):
-            lanes = D[:, ROW8 + 8 * (r // 2), 2 * QUAD + r % 2].astype(accumulator.dtype)
+            lanes: Array = D[:, ROW8 + 8 * (r // 2), 2 * QUAD + r % 2].astype(accumulator.dtype)
             write(np.ascontiguousarray(lanes).reshape(-1), mask)
 
     return act
