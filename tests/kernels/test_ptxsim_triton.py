@@ -198,7 +198,7 @@ def half_gemm(built: Compiled) -> tuple[Launch, float]:
 
 
 GEMM_MUTATIONS = {
-    "barrier before the next copies dropped": (nth(r"(?<!\d;\n)\tbar\.sync \t0;", 0, ""), "fault"),
+    "barrier before the next copies dropped": (nth(r"\tbar\.sync \t0;(?=[^$]*cp\.async\.c[ag]\.)", -1, ""), "fault"),
     "barriers after the waits dropped": (everywhere(r"(wait_group \t\d+;\n)\tbar\.sync \t0;", r"\1"), "fault"),
     "last barrier dropped": (nth(r"\tbar\.sync \t0;", -1, ""), "fault"),
     "every wait_group dropped": (everywhere(r"cp\.async\.wait_group \t\d+;", ""), "fault"),

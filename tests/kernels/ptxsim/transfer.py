@@ -56,7 +56,7 @@ def load(ins: Instruction, match: re.Match[str], machine: Machine) -> Action:
     _hints(ins, match["hints"])
     registers = items(ins.operands[0])
     scalar, size = _element(ins, match["vector"], match["type"], registers)
-    shared = match["space"] == "shared"
+    shared = match["shared"] is not None
     address = machine.address(ins, ins.operands[1], 32 if shared else 64)
     writers = [machine.target(ins, r) for r in registers]
 
@@ -82,7 +82,7 @@ def store(ins: Instruction, match: re.Match[str], machine: Machine) -> Action:
     _hints(ins, match["hints"])
     registers = items(ins.operands[1])
     scalar, size = _element(ins, match["vector"], match["type"], registers)
-    shared = match["space"] == "shared"
+    shared = match["shared"] is not None
     address = machine.address(ins, ins.operands[0], 32 if shared else 64)
     sources = [machine.source(ins, r, scalar) for r in registers]
 
@@ -150,9 +150,9 @@ _HINTS = r"(?P<hints>(?:\.(?!v\d)[A-Za-z][\w:]*)*?)"
 
 RULES: list[tuple[str, Builder]] = [
     (rf"ld\.param\.{_TYPE}", load_param),
-    (rf"ld\.(?P<space>shared|global){_HINTS}(?:\.(?P<vector>v[24]))?\.{_TYPE}", load),
-    (rf"st\.(?P<space>shared|global){_HINTS}(?:\.(?P<vector>v[24]))?\.{_TYPE}", store),
-    (r"cp\.async\.(?P<cache>ca|cg)\.shared\.global(?P<hints>(?:\.L2::\w+)*)", copy_async),
+    (rf"ld\.(?:(?P<shared>shared)(?:::cta)?|global){_HINTS}(?:\.(?P<vector>v[24]))?\.{_TYPE}", load),
+    (rf"st\.(?:(?P<shared>shared)(?:::cta)?|global){_HINTS}(?:\.(?P<vector>v[24]))?\.{_TYPE}", store),
+    (r"cp\.async\.(?P<cache>ca|cg)\.shared(?:::cta)?\.global(?P<hints>(?:\.L2::\w+)*)", copy_async),
     (r"cp\.async\.commit_group", commit),
     (r"cp\.async\.wait_(?:group|(?P<all>all))", wait),
     (r"createpolicy\.fractional\.L2::evict_(?:first|last|normal)(?:\.L2::evict_\w+)?\.b64", create_policy),

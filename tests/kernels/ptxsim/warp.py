@@ -141,7 +141,7 @@ def multiply(ins: Instruction, match: re.Match[str], machine: Machine) -> Action
 
 RULES: list[tuple[str, Builder]] = [
     (r"shfl\.sync\.(?P<mode>up|down|bfly|idx)\.b32", shuffle),
-    (r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?:\.(?P<trans>trans))?\.shared\.b16", load_matrix),
+    (r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?:\.(?P<trans>trans))?\.shared(?:::cta)?\.b16", load_matrix),
     (
         r"mma\.sync\.aligned\.m16n8k(?P<k>\d+)\.row\.col(?:\.(?P<sat>satfinite))?"
         r"\.(?P<d>f32|s32)\.(?P<a>f16|bf16|tf32|s8)\.(?P<b>f16|bf16|tf32|s8)\.(?P<c>f32|s32)",
