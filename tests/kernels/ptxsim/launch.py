@@ -1,70 +1,108 @@
-"""From a Triton kernel to a simulated launch with torch tensors: compile for sm_80 without a GPU, run, read back.
+"""Triton kernels in the simulator: a stand-in for a jitted kernel that is launched with torch tensors on the CPU.
+
+`SimulatedKernel` takes the place of a `@triton.jit` function: `kernel[grid](...)` works out what a launch fixes as
+Triton's own launcher does (types; which arguments are multiples of 16 or equal to 1), compiles for sm_80, runs the PTX
+and writes the results back into the tensors. So host code that launches kernels runs unchanged, on the same PTX.
 
 bfloat16, which numpy lacks, travels as int16 bits. Not here: the simulator, which knows neither torch nor Triton.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-import triton
+from llmq_kernels.aot import Build, Compiled, compile_for
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from . import Run, simulate
 
-SM80 = GPUTarget("cuda", 80, 32)
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """A kernel's PTX, its dynamic shared memory in bytes, and the names of its run-time parameters in order."""
+class Launched:
+    """One launch: the kernel's name, what was run, and what the simulator saw."""
 
-    ptx: str
-    shared: int
-    names: tuple[str, ...]
-
-
-def compile_sm80(
-    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], aligned: tuple[str, ...], **options: Any
-) -> Compiled:
-    """Compile for sm_80.
-
-    signature: type of every run-time parameter (`*fp16`, `i32`); constants: the constexpr ones; aligned: pointers and
-    integers that 16 divides; options: `num_warps`, `num_stages`.
-    """
-    kinds = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(fn=kernel, signature=kinds, constexprs=dict(constants), attrs=attributes)
-    built = triton.compile(source, target=SM80, options={"enable_fp_fusion": True, **options})
-    return Compiled(built.asm["ptx"], built.metadata.shared, tuple(n for n in kinds if n not in constants))
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A finished run, and the tensors as the kernel left them."""
-
+    name: str
+    grid: tuple[int, ...]
+    compiled: Compiled
     run: Run
-    tensors: dict[str, Tensor]
 
 
-def launch(compiled: Compiled, grid: tuple[int, ...], args: Mapping[str, Any]) -> Launch:
-    """Simulate a launch; `args` are tensors and numbers by parameter name. The tensors given are left alone."""
-    if set(args) != set(compiled.names):
-        raise TypeError(f"arguments {sorted(args)}, the kernel takes {sorted(compiled.names)}")
-    given = {n: args[n] for n in compiled.names}
-    tensors = {n: v for n, v in given.items() if isinstance(v, Tensor)}
-    run = simulate(compiled.ptx, grid, {n: _array(v) for n, v in given.items()}, compiled.shared)
-    after = {n: torch.from_numpy(run.array(n)).view(t.dtype) for n, t in tensors.items()}
-    return Launch(run, after)
+class SimulatedKernel:
+    """A jitted kernel whose launches are simulated.
+
+    launches: what was run, in order; several kernels may share one list. mutate: changes the PTX before it runs.
+    """
+
+    def __init__(
+        self, kernel: Any, launches: list[Launched] | None = None, mutate: Callable[[str], str] = lambda ptx: ptx
+    ) -> None:
+        self.kernel, self.mutate = kernel, mutate
+        self.launches: list[Launched] = [] if launches is None else launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **named: self._launch(grid, args, named)
+
+    def _launch(self, grid: tuple[int, ...], args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        options = {n: named.pop(n) for n in OPTIONS if n in named}
+        given = dict(zip(self.kernel.arg_names, args, strict=False)) | named
+        build = build_of(self.kernel, given, options)
+        compiled = compile_for(build, "sm_80")
+        values = {name: given[name] for name, _ in compiled.parameters}
+        arrays = {name: array_of(v) if isinstance(v, Tensor) else v for name, v in values.items()}
+        run = simulate(self.mutate(compiled.ptx), grid, arrays, compiled.shared)
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                value.copy_(torch.from_numpy(run.array(name)).view(value.dtype))
+        self.launches.append(Launched(compiled.name, grid, compiled, run))
 
 
-def _array(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    raw = value.contiguous()
-    return (raw.view(torch.int16) if raw.dtype == torch.bfloat16 else raw).numpy()
+def build_of(kernel: Any, given: Mapping[str, Any], options: Mapping[str, Any]) -> Build:
+    """Return what a launch with these arguments fixes, by the rules of Triton's launcher.
+
+    None and (unless the kernel says otherwise) the integer 1 become constants.
+    """
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    unaligned = []
+    for parameter in kernel.params:
+        name, value = parameter.name, given[parameter.name]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
+            constants[name] = value
+            continue
+        types[name] = _type(value)
+        number = value.data_ptr() if isinstance(value, Tensor) else value
+        if not special or isinstance(value, float) or number % 16:
+            unaligned.append(name)
+    return Build(kernel, types, constants, tuple(unaligned), options)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def array_of(tensor: Tensor) -> np.ndarray:
+    """Return the bits of a tensor, which must be contiguous, as an array."""
+    if not tensor.is_contiguous():
+        raise TypeError("a kernel's tensor must be contiguous: the simulator copies it as it lies")
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
