@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llmq_kernels import int8, tune, weight_only
+from llmq_kernels import attention, int8, kv, tune, weight_only
 from llmq_kernels.aot import Build
 from llmq_kernels.facts import SHARED_LIMIT, Facts
 from llmq_kernels.layout import PackedWeight, tile
@@ -99,6 +99,31 @@ def _sum_build() -> Build:
     return Build(weight_only.sum_splits_kernel, types, constants, (), {"num_warps": 4, "num_stages": 3})
 
 
+def append_build(bits: int, dtype: str = "bf16", *, sym: bool, D: int = 128, BT: int = 4) -> Build:
+    """Return the Build of the kernel that quantizes new keys or values into the cache."""
+    types = {"x_ptr": f"*{dtype}", "words_ptr": "*i16", "param_ptr": "*i32", "length_ptr": "*i32", "static_ptr": "*fp32"}
+    types |= dict.fromkeys(("H", "TN", "T", "stride_b", "stride_h", "stride_t"), "i32")
+    constants = {"D": D, "DP": kv.padded(D), "BITS": bits, "SYM": sym, "STATIC": False, "BT": BT}
+    return Build(kv.append_kernel, types, constants, ("H", "TN"), {"num_warps": 4, "num_stages": 3})
+
+
+def attend_build(
+    bits: int, dtype: str = "fp16", *, sym: bool, GQ: int = 8, D: int = 128, TQ: int = 1, asm: bool = True
+) -> Build:
+    """Return the Build of attention over the cache, for TQ new tokens (1, or more with a causal mask)."""
+    types = {"q_ptr": f"*{dtype}", "k_ptr": "*i16", "k_param_ptr": "*i32", "v_ptr": "*i16", "v_param_ptr": "*i32"}
+    types |= {"length_ptr": "*i32", "acc_ptr": "*fp32", "stat_ptr": "*fp32", "softmax_scale": "fp32"}
+    types |= dict.fromkeys(("H", "TQ", "T", "CHUNK"), "i32")
+    constants = attention.constants(GQ, D, bits, sym=sym, TQ=TQ, asm=asm)
+    return Build(attention.attend_kernel, types, constants, ("H", "TQ", "softmax_scale"), attention.LAUNCH)
+
+
+def _merge_build() -> Build:
+    types = {"acc_ptr": "*fp32", "stat_ptr": "*fp32", "y_ptr": "*fp16", "TQ": "i32", "SPLITS": "i32"}
+    constants = {"GQ": 8, "D": 128, "DP": 128}
+    return Build(attention.merge_kernel, types, constants, ("TQ", "SPLITS"), {"num_warps": 4, "num_stages": 3})
+
+
 def _options(config: tune.Config) -> dict[str, int]:
     found = {"num_warps": config.warps, "num_stages": config.stages}
     return found | ({"maxnreg": config.registers} if config.registers else {})
@@ -123,6 +148,12 @@ def _int8(name: str, ipw: tuple[float, ...], wide: int, M: int) -> Case:
     return Case(name, lambda asm: int8_build(config), config.BN * int8.TILE_K, limits, wide)
 
 
+def _attend(name: str, bits: int, dtype: str, ipw: tuple[float, ...], wide: int, *, sym: bool) -> Case:
+    limits = dict(zip(NVIDIA, ipw, strict=True))
+    weights = 2 * attention.tile_tokens(128) * 128
+    return Case(name, lambda asm: attend_build(bits, dtype, sym=sym, asm=asm), weights, limits, wide)
+
+
 CASES = (
     _weight_only("W4A16 asym g128 decode", _weight(4, 128, zero=True), "fp16", (2.4, 2.4, 2.6), 4),
     _weight_only("W4A16 sym g128 decode", _weight(4, 128, zero=False), "fp16", (2.3, 2.3, 2.6), 4),
@@ -138,5 +169,11 @@ CASES = (
     _int8("W8A8 decode", (2.6, 2.6, 1.1), 4, M=1),
     _int8("W8A8 prefill", (9, 9, 9), 4, M=512),
     Case("W8A8 activation", lambda asm: _quantize_build("bf16"), 0, mma=False),
+    Case("KV append int8", lambda asm: append_build(8, sym=True), 0, mma=False),
+    Case("KV append int4", lambda asm: append_build(4, sym=False), 0, mma=False),
+    _attend("KV attention int8", 8, "fp16", (3.6, 3.6, 3.5), 8, sym=True),
+    _attend("KV attention int8 bf16", 8, "bf16", (9, 9, 9), 8, sym=True),
+    _attend("KV attention int4", 4, "fp16", (9, 9, 9), 4, sym=False),
+    Case("KV attention merge", lambda asm: _merge_build(), 0, mma=False),
     Case("split-K sum", lambda asm: _sum_build(), 0, mma=False),
 )

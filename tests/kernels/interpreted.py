@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from llmq_kernels import int8, layout, tune, weight_only
+from llmq_kernels import attention, int8, kv, layout, tune, weight_only
 
 Config = tune.Config
 
@@ -84,5 +84,42 @@ def int8_cases():
     yield "w8a8, a row of zeros", not q.any() and scale.item() == torch.finfo(torch.float16).eps
 
 
+def same(found, wanted):
+    return all(torch.equal(getattr(found, n), getattr(wanted, n)) for n in ("k_words", "k_params", "v_words", "v_params"))
+
+
+def kv_cases():
+    gen = torch.Generator().manual_seed(2)
+    B, H = 2, 2
+    for name, bits, sym, D, GQ, TQ, parts in (
+        ("kv8 sym, one token, grouped", 8, True, 64, 4, 1, 2),
+        ("kv8 asym, D 80, three tokens", 8, False, 80, 3, 3, 1),
+        ("kv4 asym, more rows than a program", 4, False, 64, 8, 3, 3),
+        ("kv4 sym, D 128", 4, True, 128, 1, 1, 2),
+    ):
+        found = kv.empty(B, H, 150, D, bits, sym=sym, device="cpu")
+        wanted = kv.empty(B, H, 150, D, bits, sym=sym, device="cpu")
+        k, v = (torch.randn(B, 140, H, D, generator=gen).half().transpose(1, 2) for _ in range(2))
+        k[0, 0, 3] = 0
+        lengths = torch.zeros(B, dtype=torch.int32)
+        for take in (slice(0, 137), slice(137, 140)):
+            for x, words, params in ((k, found.k_words, found.k_params), (v, found.v_words, found.v_params)):
+                kv.launch_append(x[:, :, take], words, params, lengths, None, bits, sym=sym)
+            kv.append(wanted, k[:, :, take], v[:, :, take], lengths)
+            lengths = lengths + take.stop - take.start
+        yield f"{name}: cache", same(found, wanted) and bool(found.k_words[:, :, :140].any())
+        lengths = torch.tensor([TQ + 30, 140], dtype=torch.int32)
+        q = torch.randn(B, H * GQ, TQ, D, generator=gen).half()
+        y = attention.launch(q, found, lengths, D**-0.5, parts)
+        yield f"{name}: rounded", sqnr(y, attention.reference(q.float(), found, lengths, D**-0.5))
+    static = torch.tensor([0.01, 0.02])
+    found = kv.empty(B, H, 16, 64, 8, sym=True, device="cpu")
+    start = torch.tensor([0, 14], dtype=torch.int32)
+    kv.launch_append(k[:, :, :5, :64], found.k_words, found.k_params, start, static, 8, sym=True)
+    wanted = kv.quantize_reference(k[:, :, :5, :64], 8, sym=True, static=static)
+    fits = torch.equal(found.k_words[0, :, :5], wanted[0][0]) and torch.equal(found.k_words[1, :, 14:], wanted[0][1, :, :2])
+    yield "kv8 static, and nothing beyond the end", fits and not found.k_words[1, :, :14].any()
+
+
 if __name__ == "__main__":
-    print(json.dumps(dict([*weight_only_cases(), *int8_cases()])))
+    print(json.dumps(dict([*weight_only_cases(), *int8_cases(), *kv_cases()])))
