@@ -282,3 +282,15 @@ def test_arguments_are_checked():
 def test_a_null_pointer_is_out_of_bounds():
     with pytest.raises(PtxError, match="before every buffer"):
         simulate(module("    ld.param.b64 %rd1, [p1];\n    ld.global.b32 %r1, [%rd1];", 2, 32), (1,), {"a": WORDS}, 0)
+
+
+def test_one_array_under_two_names_is_one_buffer():
+    body = (
+        "ld.param.b64 %rd0, [p0]; ld.param.b64 %rd1, [p1]; mad.wide.u32 %rd9, %r0, 4, %rd1; st.global.b32 [%rd9], %r0;"
+    )
+    shared = np.zeros(32, np.uint32)
+    run = simulate(module(body, 2, 32), (1,), {"a": shared, "b": shared}, 0)
+    assert run.array("a").tolist() == run.array("b").tolist() == list(range(32))
+    assert run.traffic("a", "store") == run.traffic("b", "store")
+    apart = simulate(module(body, 2, 32), (1,), {"a": shared, "b": shared.copy()}, 0)
+    assert not apart.array("a").any()

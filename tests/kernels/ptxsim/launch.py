@@ -64,11 +64,11 @@ class SimulatedKernel:
         build = build_of(self.kernel, given, options)
         compiled = compile_for(build, "sm_80")
         values = {name: given[name] for name, _ in compiled.parameters}
-        arrays = {name: array_of(v) if isinstance(v, Tensor) else v for name, v in values.items()}
-        run = simulate(self.mutate(compiled.ptx), grid, arrays, compiled.shared)
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                value.copy_(torch.from_numpy(run.array(name)).view(value.dtype))
+        flat = {name: flat_of(v) for name, v in values.items() if isinstance(v, Tensor)}
+        arrays = _arrays(flat)
+        run = simulate(self.mutate(compiled.ptx), grid, values | arrays, compiled.shared)
+        for name, tensor in flat.items():
+            tensor.copy_(torch.from_numpy(run.array(name)).view(tensor.dtype))
         self.launches.append(Launched(compiled.name, grid, compiled, run))
 
 
@@ -101,8 +101,20 @@ def _type(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def array_of(tensor: Tensor) -> np.ndarray:
-    """Return the bits of a tensor, which must be contiguous, as an array."""
-    if not tensor.is_contiguous():
-        raise TypeError("a kernel's tensor must be contiguous: the simulator copies it as it lies")
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def flat_of(tensor: Tensor) -> Tensor:
+    """Return the memory from a tensor's first element to its last, as a tensor of one dimension that shares it."""
+    span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return torch.as_strided(tensor, (span if tensor.numel() else 0,), (1,))
+
+
+def _arrays(flat: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Return the bits of tensors; the same memory given twice is one array, as kernels see one address."""
+    found: dict[tuple[int, int], np.ndarray] = {}
+    arrays = {}
+    for name, tensor in flat.items():
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        if any(begin < b and a < end and (a, b) != (begin, end) for a, b in found):
+            raise TypeError(f"{name} overlaps another argument in part, which the simulator does not model")
+        bits = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        arrays[name] = found.setdefault((begin, end), bits)
+    return arrays

@@ -43,7 +43,7 @@ class Traffic:
 class _Buffer:
     name: str
     address: int
-    like: Array
+    given: Array
 
 
 class GlobalMemory:
@@ -51,16 +51,22 @@ class GlobalMemory:
 
     def __init__(self) -> None:
         self.buffers: list[_Buffer] = []
+        self.named: dict[str, _Buffer] = {}
         self.end = ALIGNMENT * 16
         self.counts: dict[tuple[str, str], Counter[str]] = {}
         self.faults: Counter[str] = Counter()
 
     def add(self, name: str, values: Array) -> int:
-        """Place a copy of an array; return its address."""
-        address = self.end
-        self.buffers.append(_Buffer(name, address, np.ascontiguousarray(values)))
-        self.end = -(-(address + values.nbytes + GUARD) // ALIGNMENT) * ALIGNMENT
-        return address
+        """Place a copy of an array; return its address. The same array given under two names is one buffer."""
+        for buffer in self.buffers:
+            if buffer.given is values:
+                self.named[name] = buffer
+                return buffer.address
+        buffer = _Buffer(name, self.end, values)
+        self.buffers.append(buffer)
+        self.named[name] = buffer
+        self.end = -(-(buffer.address + values.nbytes + GUARD) // ALIGNMENT) * ALIGNMENT
+        return buffer.address
 
     def freeze(self) -> None:
         """Lay the buffers out; none can be added afterwards."""
@@ -69,19 +75,21 @@ class GlobalMemory:
         self.writer = np.full(self.end, -1, np.int32)  # the CTA that wrote each byte
         self.touched = {kind: np.zeros(self.end // SECTOR + 1, bool) for kind in ("load", "store")}
         for i, b in enumerate(self.buffers):
-            self.bytes[b.address : b.address + b.like.nbytes] = b.like.reshape(-1).view(np.uint8)
-            self.owner[b.address : b.address + b.like.nbytes] = i
+            self.bytes[b.address : b.address + b.given.nbytes] = (
+                np.ascontiguousarray(b.given).reshape(-1).view(np.uint8)
+            )
+            self.owner[b.address : b.address + b.given.nbytes] = i
 
     def array(self, name: str) -> Array:
         """Return what a buffer holds now, in the shape and dtype it was added with."""
-        b = next(b for b in self.buffers if b.name == name)
-        return self.bytes[b.address : b.address + b.like.nbytes].view(b.like.dtype).reshape(b.like.shape).copy()
+        b = self.named[name]
+        return self.bytes[b.address : b.address + b.given.nbytes].view(b.given.dtype).reshape(b.given.shape).copy()
 
     def traffic(self, name: str, kind: str = "load") -> Traffic:
         """Return what moved from (`load`) or to (`store`) a buffer."""
-        b = next(b for b in self.buffers if b.name == name)
-        first, last = b.address // SECTOR, (b.address + max(b.like.nbytes, 1) - 1) // SECTOR
-        counts = self.counts.get((name, kind), Counter())
+        b = self.named[name]
+        first, last = b.address // SECTOR, (b.address + max(b.given.nbytes, 1) - 1) // SECTOR
+        counts = self.counts.get((b.name, kind), Counter())
         return Traffic(distinct=int(self.touched[kind][first : last + 1].sum()), **counts)
 
     def load(self, ins: Instruction, address: Array, size: int, cta: Array, warp: Array) -> Array:
@@ -122,7 +130,7 @@ class GlobalMemory:
         if not before:
             return f"address {address:#x} lies before every buffer"
         b = before[-1]
-        return f"at byte {address - b.address} of {b.name!r}, which has {b.like.nbytes}"
+        return f"at byte {address - b.address} of {b.name!r}, which has {b.given.nbytes}"
 
     def _count(self, kind: str, address: Array, size: int, warp: Array, owner: Array) -> None:
         sector = address // SECTOR  # an aligned access of at most 16 bytes lies in one sector
