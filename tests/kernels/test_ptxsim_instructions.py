@@ -284,17 +284,14 @@ def test_float_arithmetic_rounds_once(name):
 
 
 def test_fused_multiply_add_sees_what_a_float64_sum_loses():
-    # 1 + 2**-24 is a tie in float32; the 2**-80 beside it breaks the tie, but float64 cannot hold all three
-    a = np.full(32, 2.0**-40, np.float32)
-    c = np.full(32, 1 + 2.0**-23, np.float32)
-    tie = per_thread("fma.rn.f32 d, a, a, 0f33800000; fma.rn.f32 d, a, a, b;", a, c, out=np.float32)
-    assert (tie == c).all()
-    x = np.full(32, 2.0**-12 * (1 + 2.0**-23), np.float32)  # x * x = 2**-24 (1 + 2**-22 + 2**-46)
-    got = per_thread("fma.rn.f32 d, a, a, b;", x, np.full(32, 1.0, np.float32), out=np.float32)
-    assert (got == np.float32(1 + 2.0**-23)).all()
-    less = np.nextafter(np.full(32, 2.0**-12, np.float32), np.float32(0))
-    got = per_thread("fma.rn.f32 d, a, a, b;", less, np.full(32, 1.0, np.float32), out=np.float32)
-    assert (got == 1).all()
+    """a * b = 2**-24 - 2**-70: beside 1 + 2**-23 a float64 keeps the tie and drops what breaks it."""
+    a, b, c = (np.full(32, v, np.float32) for v in (2.0**-12 * (1 + 2.0**-23), 2.0**-12 * (1 - 2.0**-23), 1 + 2.0**-23))
+    for sign in (1, -1):
+        rounded_twice = (a.astype(np.float64) * b * sign + c * sign).astype(np.float32)
+        got = per_thread("fma.rn.f32 d, a, b, c;", a, sign * b, sign * c, out=np.uint32)
+        exact = sign * (Fraction(float(a[0])) * Fraction(float(b[0])) + Fraction(float(c[0])))
+        same(got, [exact] * 32, "f32")
+        assert (got.view(np.float32) == sign * c).all() and (rounded_twice != sign * c).all()
 
 
 @pytest.mark.parametrize("name", ["f16", "bf16"])
@@ -447,3 +444,93 @@ def test_scopes_of_inline_assembly_do_not_share_registers():
     a = np.arange(32, dtype=np.uint32)
     statement = "{ .reg .b32 t; mov.b32 t, 5; { .reg .b32 t; mov.b32 t, 7; } add.u32 d, a, t; }"
     assert per_thread(statement, a, out=np.uint32).tolist() == list(range(5, 37))
+
+
+# Matrices: each lane's registers are filled one element at a time from the PTX ISA's fragment formulas.
+
+
+def fragments(A, B, C, per):
+    """Return the registers of a warp, uint32: A `[32, 4]`, B `[32, 2]`, C `[32, 4]`."""
+    k, bits = 8 * per, 32 // per
+    a, b, c = np.zeros((32, 4), np.uint32), np.zeros((32, 2), np.uint32), np.zeros((32, 4), np.uint32)
+    for lane in range(32):
+        group, thread = lane >> 2, lane % 4
+        for i in range(4 * per):  # ISA: a_i for i = 0 .. 4 * per - 1
+            r, e = i // per, i % per
+            row = group if r in (0, 2) else group + 8
+            column = thread * per + e + (k // 2 if r >= 2 else 0)
+            a[lane, r] |= np.uint32(int(A[row, column]) << (bits * e))
+        for i in range(2 * per):
+            r, e = i // per, i % per
+            b[lane, r] |= np.uint32(int(B[thread * per + e + (k // 2 if r else 0), group]) << (bits * e))
+        for i in range(4):
+            c[lane, i] = C[group + (8 if i >= 2 else 0), thread * 2 + (i & 1)]
+    return a, b, c
+
+
+@pytest.mark.parametrize(
+    ("shape", "types", "per"),
+    [
+        ("m16n8k16", "f32.f16.f16.f32", 2),
+        ("m16n8k16", "f32.bf16.bf16.f32", 2),
+        ("m16n8k8", "f32.tf32.tf32.f32", 1),
+        ("m16n8k32", "satfinite.s32.s8.s8.s32", 4),
+        ("m16n8k32", "s32.s8.s8.s32", 4),
+    ],
+)
+def test_mma(shape, types, per):
+    draw = np.random.default_rng(3)
+    k, width = 8 * per, 32 // per
+    a, b = draw.integers(-100, 100, (16, k)), draw.integers(-100, 100, (k, 8))
+    c = draw.integers(-1000, 1000, (16, 8))
+    if "s8" in types:
+        c[0] = 2**31 - 5
+        a[0], b[:, 0] = 100, 100
+    kind = types.split(".")[-2]
+    if kind == "s8":
+        A, B, C = a & 255, b & 255, c.astype(np.int32).view(np.uint32)
+    elif kind == "f16":
+        A, B = (m.astype(np.float16).view(np.uint16) for m in (a, b))
+    else:  # small integers are exact in bfloat16 and tf32: the upper bits of their float32
+        A, B = (m.astype(np.float32).view(np.uint32) >> (32 - width) for m in (a, b))
+    if kind != "s8":
+        C = c.astype(np.float32).view(np.uint32)
+    registers = np.concatenate(fragments(A, B, C, per), axis=1)
+    loads = "".join(f"    ld.global.b32 %r{10 + i}, [%rd9+{4 * i}];\n" for i in range(10))
+    body = f"    mad.wide.u32 %rd9, %r0, 40, %rd0;\n{loads}"
+    body += f"    mma.sync.aligned.{shape}.row.col.{types} {{%r20, %r21, %r22, %r23}}, {{%r10, %r11, %r12, %r13}}, "
+    body += "{%r14, %r15}, {%r16, %r17, %r18, %r19};\n    mad.wide.u32 %rd8, %r0, 16, %rd1;\n"
+    body += "    st.global.v4.b32 [%rd8], {%r20, %r21, %r22, %r23};\n"
+    got = kernel(body, registers, np.zeros((32, 4), np.uint32)).array("p1")
+    want = a @ b + c
+    if kind == "s8":
+        wrapped = (want & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+        want = np.clip(want, -(2**31), 2**31 - 1) if "satfinite" in types else wrapped
+        expected = want.astype(np.int32).view(np.uint32)
+    else:
+        expected = want.astype(np.float32).view(np.uint32)
+    assert np.array_equal(got, fragments(A, B, expected, per)[2])
+
+
+@pytest.mark.parametrize("trans", [False, True])
+def test_ldmatrix(trans):
+    """Lane l of matrix i gets elements 2 (l % 4) and the next of row l // 4; transposed, of column l // 4."""
+    words = np.arange(4 * 8 * 8, dtype=np.uint16)
+    body = """
+    mov.b32 %r90, global_smem;
+    mad.lo.u32 %r91, %r0, 16, %r90;
+    mad.wide.u32 %rd9, %r0, 16, %rd0;
+    cp.async.cg.shared.global [%r91], [%rd9], 0x10;
+    cp.async.wait_all;
+    ldmatrix.sync.aligned.m8n8.x4{}.shared.b16 {{%r1, %r2, %r3, %r4}}, [%r91];
+    mad.wide.u32 %rd8, %r0, 16, %rd1;
+    st.global.v4.b32 [%rd8], {{%r1, %r2, %r3, %r4}};
+"""
+    run = kernel(body.format(".trans" if trans else ""), words, np.zeros((32, 8), np.uint16), shared=512)
+    got = run.array("p1").reshape(32, 4, 2)
+    for lane in range(32):
+        for i in range(4):
+            for e in range(2):
+                row, column = lane // 4, lane % 4 * 2 + e
+                assert got[lane, i, e] == i * 64 + (column * 8 + row if trans else row * 8 + column)
+    assert not run.faults

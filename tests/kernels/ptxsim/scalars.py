@@ -60,7 +60,10 @@ def narrow(values: Array, scalar: Scalar) -> Array:
     """Round float64 to the nearest value of a float type, ties to even; bfloat16 comes back as raw bits."""
     if scalar.kind != "bf":
         return values.astype(scalar.dtype)
-    bits = to_odd(values.astype(np.float32), values).view(np.uint32)
+    single = values.astype(np.float32)
+    if (single != values).any():
+        single = to_odd(single, values)
+    bits = single.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint16)
 
@@ -84,6 +87,8 @@ def fused_multiply_add(a: Array, b: Array, c: Array, scalar: Scalar) -> Array:
     total = product + c
     part = total - product
     error = (product - (total - part)) + (c - part)
+    if not error.any():
+        return narrow(total, scalar)
     odd = to_odd(total, np.where(np.isfinite(error) & (error != 0), total + np.sign(error) * np.inf, total))
     return narrow(odd, scalar)
 

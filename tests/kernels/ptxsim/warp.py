@@ -22,7 +22,6 @@ from .program import Instruction, PtxError, items
 from .scalars import TYPES, Array, widen
 
 LANE = np.arange(WARP)
-ROW8, QUAD = LANE // 4, LANE % 4
 
 
 def shuffle(ins: Instruction, match: re.Match[str], machine: Machine) -> Action:
@@ -91,14 +90,36 @@ def _bits(machine: Machine, ins: Instruction, operand: str, count: int) -> list:
     return [machine.source(ins, r, TYPES["b32"]) for r in registers]
 
 
-def _elements(bits: list[Array], kind: str) -> Array:
-    """Return `[warps, lanes, registers, elements]` of a fragment as float64."""
-    stacked = np.stack([np.ascontiguousarray(b).reshape(-1, WARP) for b in bits], axis=2)
+def _elements(bits: list[Array], kind: str, threads: int) -> Array:
+    """Return `[threads, registers, elements]` of a fragment as float64."""
+    stacked = np.stack([np.broadcast_to(b, (threads,)) for b in bits], axis=1)
     if kind == "tf32":  # the tensor core reads sign, exponent and the 10 upper bits of the fraction
         return (stacked & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)[..., None]
     scalar = TYPES[kind]
     split: Array = stacked.view(scalar.dtype).reshape(*stacked.shape, 32 // scalar.bits)
     return widen(split, scalar)
+
+
+# Axes below: warp, row8, quad, then the register number split into r // 2 and r % 2, then the element.
+
+
+def _a_matrix(a: Array) -> Array:
+    p = a.shape[-1]
+    return a.reshape(-1, 8, 4, 2, 2, p).transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, 8 * p)
+
+
+def _b_matrix(b: Array) -> Array:
+    p = b.shape[-1]
+    return b.reshape(-1, 8, 4, 2, p).transpose(0, 3, 2, 4, 1).reshape(-1, 8 * p, 8)
+
+
+def _c_matrix(c: Array) -> Array:
+    return c.reshape(-1, 8, 4, 2, 2).transpose(0, 3, 1, 2, 4).reshape(-1, 16, 8)
+
+
+def _lanes(D: Array) -> Array:
+    """Undo `_c_matrix`: `[threads, 4]`."""
+    return D.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)
 
 
 def multiply(ins: Instruction, match: re.Match[str], machine: Machine) -> Action:
@@ -116,25 +137,15 @@ def multiply(ins: Instruction, match: re.Match[str], machine: Machine) -> Action
 
     def act(mask: Mask) -> None:
         machine.whole_warps(ins, mask)
-        read = [[np.broadcast_to(s(), (machine.count,)) for s in bits] for bits in (a_bits, b_bits, c_bits)]
-        a, b = _elements(read[0], kind), _elements(read[1], kind)
-        warps = len(a)
-        A, B, C = np.empty((warps, 16, k)), np.empty((warps, k, 8)), np.empty((warps, 16, 8))
-        for e in range(per):
-            column = per * QUAD + e
-            for r in range(4):
-                A[:, ROW8 + 8 * (r % 2), column + k // 2 * (r // 2)] = a[:, :, r, e]
-            for r in range(2):
-                B[:, column + k // 2 * r, ROW8] = b[:, :, r, e]
-        for r in range(4):
-            C[:, ROW8 + 8 * (r // 2), 2 * QUAD + r % 2] = read[2][r].view(accumulator.dtype).reshape(warps, WARP)
-        D: Array = A @ B + C
+        a, b = (_elements([s() for s in bits], kind, machine.count) for bits in (a_bits, b_bits))
+        c = np.stack([np.broadcast_to(s(), (machine.count,)) for s in c_bits], axis=-1).view(accumulator.dtype)
+        D: Array = _a_matrix(a) @ _b_matrix(b) + _c_matrix(c)
         if integer:
             D = np.clip(D, -(2**31), 2**31 - 1) if match["sat"] else (D.astype(np.int64) & 0xFFFFFFFF)
             D = D.astype(np.int64).astype(np.uint32).view(np.int32)
+        lanes = _lanes(D.astype(accumulator.dtype))
         for r, write in enumerate(out):
-            lanes: Array = D[:, ROW8 + 8 * (r // 2), 2 * QUAD + r % 2].astype(accumulator.dtype)
-            write(np.ascontiguousarray(lanes).reshape(-1), mask)
+            write(np.ascontiguousarray(lanes[:, r]), mask)
 
     return act
 
