@@ -1,0 +1,1 @@
+from llmq_kernels.layout import PackedWeight, pack

@@ -1,0 +1,179 @@
+"""The kernels that are compiled ahead of time, each in the configuration it is launched in, and what must hold.
+
+A case is a Build for a target, the weights (or cached values) that one trip of its main loop consumes, and limits: the
+most thread-instructions per weight on each target, the fewest 128-bit async copies, the tensor-core instruction.
+Limits on sm_90 in fp16 are the project's promises for W4A16 (2.6), W8A16 (2.5) and W8A8 (1.1; 2.6 on sm_80 and sm_89);
+all others were measured with Triton 3.9 and are frozen a few percent above: a later change that costs instructions
+fails. docs/kernels.md has the table; `python scripts/kernel_facts.py` prints it.
+
+Not here: reading the facts (facts.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from llmq_kernels import attention, int8, kv, tune, weight_only
+from llmq_kernels.aot import Build
+from llmq_kernels.facts import SHARED_LIMIT, Facts
+from llmq_kernels.layout import PackedWeight, tile
+
+NVIDIA = ("sm_80", "sm_89", "sm_90")
+K_TYPICAL = 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one configuration.
+
+    build: returns its Build, with assembly or without. weights: what one trip of the main loop consumes, 0 where there
+    is none to count. ipw: by target, the most thread-instructions per weight. wide: the fewest 128-bit async copies in
+    the loop. mma: whether tensor-core instructions must be there. targets: where it is compiled.
+    """
+
+    name: str
+    build: Callable[[bool], Build]
+    weights: int
+    ipw: Mapping[str, float] = field(default_factory=dict)
+    wide: int = 0
+    mma: bool = True
+    targets: tuple[str, ...] = (*NVIDIA, "gfx942")
+
+    def build_for(self, target: str) -> Build:
+        """Return the Build for a target: AMD compiles the branch without assembly."""
+        return self.build(not target.startswith("gfx"))
+
+
+def violations(case: Case, facts: Facts) -> list[str]:
+    """Return what a case promises and `facts` does not show, a line each."""
+    found = []
+    if facts.stack or facts.spills:
+        found.append(f"{facts.spills} spills, {facts.stack} bytes of stack; there may be none")
+    if facts.shared > SHARED_LIMIT[facts.target]:
+        found.append(f"{facts.shared} bytes of shared memory; {facts.target} has {SHARED_LIMIT[facts.target]}")
+    if case.mma and not facts.mma:
+        found.append("no tensor-core instruction")
+    if facts.target.startswith("gfx"):
+        return found
+    if case.weights and facts.i2f:
+        found.append(f"{facts.i2f} int-to-float conversions in the main loop; there may be none")
+    if facts.async128 < case.wide:
+        found.append(f"{facts.async128} async copies of 128 bits in the main loop; expected {case.wide}")
+    limit = case.ipw.get(facts.target)
+    if limit is not None and facts.ipw > limit:
+        found.append(f"{facts.ipw} instructions per weight; the limit is {limit}")
+    return found
+
+
+def weight_only_build(
+    w: PackedWeight, config: tune.Config, dtype: str = "fp16", *, asm: bool = True, bias: bool = False
+) -> Build:
+    """Return the Build of the weight-only kernel for a packed weight (its tensors are not read)."""
+    types = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "param_ptr": "*i32", "bias_ptr": f"*{dtype}"}
+    types |= {"y_ptr": "*fp32" if config.split_k > 1 else f"*{dtype}", "M": "i32", "N": "i32", "NP": "i32", "K": "i32"}
+    constants = weight_only.constants(w, config, has_bias=bias, asm=asm)
+    return Build(weight_only.weight_only_kernel, types, constants, ("M",), _options(config))
+
+
+def int8_build(config: tune.Config, dtype: str = "fp16") -> Build:
+    """Return the Build of the W8A8 matrix product."""
+    types = {"x_ptr": "*i8", "w_ptr": "*i8", "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": f"*{dtype}"}
+    types |= {"y_ptr": "*i32" if config.split_k > 1 else f"*{dtype}", "M": "i32", "N": "i32", "K": "i32"}
+    constants = {"STATIC": False, "HAS_BIAS": False, "SPLIT_K": config.split_k}
+    constants |= {"BM": config.BM, "BN": config.BN, "STAGES": config.stages}
+    return Build(int8.int8_kernel, types, constants, ("M",), _options(config))
+
+
+def _quantize_build(dtype: str) -> Build:
+    types = {"x_ptr": f"*{dtype}", "q_ptr": "*i8", "scale_ptr": "*fp32", "K": "i32", "KP": "i32"}
+    constants = {"EPS": 0.001, "STATIC": False, "BLOCK": 4096}
+    return Build(int8.quantize_kernel, types, constants, (), {"num_warps": 4, "num_stages": 3})
+
+
+def _sum_build() -> Build:
+    types = {"part_ptr": "*fp32", "bias_ptr": "*fp16", "y_ptr": "*fp16", "MN": "i32", "N": "i32"}
+    constants = {"HAS_BIAS": True, "SPLIT_K": 8, "BLOCK": 1024}
+    return Build(weight_only.sum_splits_kernel, types, constants, (), {"num_warps": 4, "num_stages": 3})
+
+
+def append_build(bits: int, dtype: str = "bf16", *, sym: bool, D: int = 128, BT: int = 4) -> Build:
+    """Return the Build of the kernel that quantizes new keys or values into the cache."""
+    types = {"x_ptr": f"*{dtype}", "words_ptr": "*i16", "param_ptr": "*i32", "length_ptr": "*i32", "static_ptr": "*fp32"}
+    types |= dict.fromkeys(("H", "TN", "T", "stride_b", "stride_h", "stride_t"), "i32")
+    constants = {"D": D, "DP": kv.padded(D), "BITS": bits, "SYM": sym, "STATIC": False, "BT": BT}
+    return Build(kv.append_kernel, types, constants, ("H", "TN"), {"num_warps": 4, "num_stages": 3})
+
+
+def attend_build(
+    bits: int, dtype: str = "fp16", *, sym: bool, GQ: int = 8, D: int = 128, TQ: int = 1, asm: bool = True
+) -> Build:
+    """Return the Build of attention over the cache, for TQ new tokens (1, or more with a causal mask)."""
+    types = {"q_ptr": f"*{dtype}", "k_ptr": "*i16", "k_param_ptr": "*i32", "v_ptr": "*i16", "v_param_ptr": "*i32"}
+    types |= {"length_ptr": "*i32", "acc_ptr": "*fp32", "stat_ptr": "*fp32", "softmax_scale": "fp32"}
+    types |= dict.fromkeys(("H", "TQ", "T", "CHUNK"), "i32")
+    constants = attention.constants(GQ, D, bits, sym=sym, TQ=TQ, asm=asm)
+    return Build(attention.attend_kernel, types, constants, ("H", "TQ", "softmax_scale"), attention.LAUNCH)
+
+
+def _merge_build() -> Build:
+    types = {"acc_ptr": "*fp32", "stat_ptr": "*fp32", "y_ptr": "*fp16", "TQ": "i32", "SPLITS": "i32"}
+    constants = {"GQ": 8, "D": 128, "DP": 128}
+    return Build(attention.merge_kernel, types, constants, ("TQ", "SPLITS"), {"num_warps": 4, "num_stages": 3})
+
+
+def _options(config: tune.Config) -> dict[str, int]:
+    found = {"num_warps": config.warps, "num_stages": config.stages}
+    return found | ({"maxnreg": config.registers} if config.registers else {})
+
+
+def _weight(bits: int, group: int, *, zero: bool) -> PackedWeight:
+    empty = torch.empty(0, device="meta")
+    return PackedWeight(empty, empty, None, K_TYPICAL, K_TYPICAL, bits, group, zero)
+
+
+def _weight_only(name: str, w: PackedWeight, dtype: str, ipw: tuple[float, ...], wide: int, M: int = 1) -> Case:
+    """Return the case of the first configuration that is tried for M tokens; ipw for sm_80, sm_89, sm_90."""
+    config = weight_only.configs(M, w)[0]
+    weights = config.BN * tile(w.bits, w.group)
+    limits = dict(zip(NVIDIA, ipw, strict=True))
+    return Case(name, lambda asm: weight_only_build(w, config, dtype, asm=asm), weights, limits, wide)
+
+
+def _int8(name: str, ipw: tuple[float, ...], wide: int, M: int) -> Case:
+    config = int8.configs(M, K_TYPICAL)[0]
+    limits = dict(zip(NVIDIA, ipw, strict=True))
+    return Case(name, lambda asm: int8_build(config), config.BN * int8.TILE_K, limits, wide)
+
+
+def _attend(name: str, bits: int, dtype: str, ipw: tuple[float, ...], wide: int, *, sym: bool) -> Case:
+    limits = dict(zip(NVIDIA, ipw, strict=True))
+    weights = 2 * attention.tile_tokens(128) * 128
+    return Case(name, lambda asm: attend_build(bits, dtype, sym=sym, asm=asm), weights, limits, wide)
+
+
+CASES = (
+    _weight_only("W4A16 asym g128 decode", _weight(4, 128, zero=True), "fp16", (2.4, 2.4, 2.6), 4),
+    _weight_only("W4A16 sym g128 decode", _weight(4, 128, zero=False), "fp16", (2.3, 2.3, 2.6), 4),
+    _weight_only("W4A16 asym g128 decode bf16", _weight(4, 128, zero=True), "bf16", (2.6, 2.6, 2.6), 4),
+    _weight_only("W4A16 asym g32 decode", _weight(4, 32, zero=True), "fp16", (3.5, 3.5, 3.5), 4),
+    _weight_only("W4A16 sym channel decode", _weight(4, 0, zero=False), "fp16", (2.0, 2.0, 2.6), 4),
+    _weight_only("W4A16 asym g128 batch 64", _weight(4, 128, zero=True), "fp16", (9, 9, 9), 4, M=64),
+    _weight_only("W4A16 asym g128 prefill", _weight(4, 128, zero=True), "fp16", (9, 9, 9), 4, M=512),
+    _weight_only("W8A16 channel decode", _weight(8, 0, zero=False), "fp16", (2.2, 2.2, 2.5), 8),
+    _weight_only("W8A16 channel decode bf16", _weight(8, 0, zero=False), "bf16", (3.8, 3.8, 3.8), 8),
+    _weight_only("W3A16 asym g128 decode", _weight(3, 128, zero=True), "fp16", (9, 9, 9), 4),
+    _weight_only("W2A16 asym g128 decode", _weight(2, 128, zero=True), "fp16", (2.2, 2.2, 2.2), 4),
+    _int8("W8A8 decode", (2.6, 2.6, 1.1), 4, M=1),
+    _int8("W8A8 prefill", (9, 9, 9), 4, M=512),
+    Case("W8A8 activation", lambda asm: _quantize_build("bf16"), 0, mma=False),
+    Case("KV append int8", lambda asm: append_build(8, sym=True), 0, mma=False),
+    Case("KV append int4", lambda asm: append_build(4, sym=False), 0, mma=False),
+    _attend("KV attention int8", 8, "fp16", (3.6, 3.6, 3.5), 8, sym=True),
+    _attend("KV attention int8 bf16", 8, "bf16", (9, 9, 9), 8, sym=True),
+    _attend("KV attention int4", 4, "fp16", (9, 9, 9), 4, sym=False),
+    Case("KV attention merge", lambda asm: _merge_build(), 0, mma=False),
+    Case("split-K sum", lambda asm: _sum_build(), 0, mma=False),
+)

@@ -1,0 +1,167 @@
+"""Codes to float inside registers: `code - zero` in fp16 or bf16, exactly, without an int-to-float conversion.
+
+A float whose exponent makes one unit in the last place equal 1 holds a small integer in its low mantissa bits:
+
+    fp16  0x6400 | (q << k)  =  1024 + q * 2^k      10 mantissa bits
+    bf16  0x4300 | (q << k)  =   128 + q * 2^k       7 mantissa bits
+
+so a field anywhere in the mantissa is masked, or-ed and brought back by one fma: `x * 2^-k - (base * 2^-k + zero)`.
+Every step is exact, and the result is the integer `code - zero` itself. A word is shifted only for fields beyond the
+mantissa: of the four nibbles of an int16, fp16 reads two from the word and two from the word shifted by 8.
+Eight bits do not fit bf16's mantissa; there a byte is `16 * (high - zero_high) + (low - zero_low)`, also exact.
+
+The words are int16 lanes; the inline PTX works on the two lanes of a 32-bit register at once (`lop3` is (a & b) | c).
+Every function has a branch without assembly (ASM = False), which AMD compiles and Triton's interpreter runs.
+Such magic numbers are described for Marlin (arXiv:2408.11743); the layout and the fields without shifts are ours.
+
+Not here: where the words come from (layout.py) and what the results multiply (weight_only.py).
+"""
+
+import triton
+import triton.language as tl
+from triton import constexpr_function
+
+
+@constexpr_function
+def _mantissa(dtype):
+    return 10 if dtype == tl.float16 else 7
+
+
+@constexpr_function
+def _base(dtype):
+    return 2 ** _mantissa(dtype)
+
+
+@constexpr_function
+def _place(j, bits, dtype):
+    """Return (shift, k): field j of a word of `bits`-bit fields lies at bit k of the word shifted right by `shift`.
+
+    3-bit codes keep their low two bits in 2-bit fields, and bit 2 joins them above: k + 3 must fit the mantissa.
+    """
+    width = 2 if bits == 3 else bits
+    per_window = (_mantissa(dtype) - (bits - width)) // width
+    return j // per_window * per_window * width, j % per_window * width
+
+
+@constexpr_function
+def _shift(j, bits, dtype):
+    return _place(j, bits, dtype)[0]
+
+
+@constexpr_function
+def _scale(j, bits, dtype):
+    """Return 2^-k."""
+    return 2.0 ** -_place(j, bits, dtype)[1]
+
+
+@constexpr_function
+def _mask(j, bits, dtype):
+    return (2 ** (2 if bits == 3 else bits) - 1) << _place(j, bits, dtype)[1]
+
+
+@constexpr_function
+def _field_text(j, bits, dtype):
+    """Return PTX for two lanes: $0 = magic | (($1 >> shift) & mask)."""
+    magic = 0x64006400 if dtype == tl.float16 else 0x43004300
+    lop3 = f"0x{_mask(j, bits, dtype) * 0x10001:08X}, 0x{magic:08X}, 0xEA;"
+    shift = _shift(j, bits, dtype)
+    if not shift:
+        return f"lop3.b32 $0, $1, {lop3}"
+    return f"{{ .reg .b32 t; shr.b32 t, $1, {shift}; lop3.b32 $0, t, {lop3} }}"
+
+
+@constexpr_function
+def _high_bit_text(bit, j, dtype):
+    """Return PTX for two lanes: $0 = $2 | bit `bit` of $1, moved above the 2-bit field j."""
+    to = _place(j, 3, dtype)[1] + 2
+    move = f"shr.b32 t, $1, {bit - to};" if bit >= to else f"shl.b32 t, $1, {to - bit};"
+    return f"{{ .reg .b32 t; {move} lop3.b32 $0, t, 0x{(1 << to) * 0x10001:08X}, $2, 0xEA; }}"
+
+
+@triton.jit
+def _magic(field, dtype: tl.constexpr):
+    """Return the float `base + field` of an int16 field that fits the mantissa."""
+    if dtype == tl.float16:
+        return (field | 0x6400).to(tl.float16, bitcast=True)
+    else:
+        return (field | 0x4300).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _zero(z, default: tl.constexpr, dtype: tl.constexpr):
+    """Return `base + z`, or where z is None the constant `base + default`."""
+    if z is None:
+        return tl.full((), _base(dtype) + default, dtype)
+    else:
+        return _magic(z, dtype)
+
+
+@triton.jit
+def _field(w, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Return `base + 2^k * field j` of every int16 lane, by assembly."""
+    text: tl.constexpr = _field_text(j, BITS, dtype)
+    if dtype == tl.float16:
+        return tl.inline_asm_elementwise(text, "=r,r", [w], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise(text, "=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _field_and_bit(w, high, bit: tl.constexpr, j: tl.constexpr, dtype: tl.constexpr):
+    """Return `base + 2^k * (2-bit field j of w + 4 * bit of high)`, by assembly."""
+    low = _field(w, j, 3, dtype)
+    text: tl.constexpr = _high_bit_text(bit, j, dtype)
+    if dtype == tl.float16:
+        return tl.inline_asm_elementwise(text, "=r,r,r", [high, low], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise(text, "=r,r,r", [high, low], dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _unscale(x, zero, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Return `code - zero` from `base + 2^k * code` and `base + zero`."""
+    SCALE: tl.constexpr = _scale(j, BITS, dtype)
+    if SCALE == 1.0:
+        return x - zero
+    else:
+        return x * SCALE - (zero - (_base(dtype) - _base(dtype) * SCALE))
+
+
+@triton.jit
+def code_minus_zero(w, z, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+    """Return `code - zero` of field j of an int16 tile. BITS: 2, 4, 8; z: int16 zeros that broadcast, None for half."""
+    if BITS == 8 and dtype == tl.bfloat16:
+        return _byte_bf16(w, z, j, ASM)
+    elif ASM:
+        return _unscale(_field(w, j, BITS, dtype), _zero(z, 2 ** (BITS - 1), dtype), j, BITS, dtype)
+    else:
+        code = (w >> (BITS * j)) & (2**BITS - 1)
+        return _magic(code, dtype) - _zero(z, 2 ** (BITS - 1), dtype)
+
+
+@triton.jit
+def code3_minus_zero(w, high, z, j: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+    """Return `code - zero` of 3-bit codes: low bits in 2-bit field j % 8 of `w`, bit 2 in bit j of `high`."""
+    zero = _zero(z, 4, dtype)
+    if ASM:
+        return _unscale(_field_and_bit(w, high, j, j % 8, dtype), zero, j % 8, 3, dtype)
+    else:
+        code = ((w >> (2 * (j % 8))) & 0x3) | (((high >> j) & 0x1) << 2)
+        return _magic(code, dtype) - zero
+
+
+@triton.jit
+def _byte_bf16(w, z, j: tl.constexpr, ASM: tl.constexpr):
+    """Return `byte j - z` in bf16: (16 * high - 16 * high zero - 128) + (128 + low - low zero)."""
+    if ASM:
+        low = _field(w, 2 * j, 4, tl.bfloat16)
+        high = _field(w, 2 * j + 1, 4, tl.bfloat16)
+    else:
+        low = _magic((w >> (8 * j)) & 0xF, tl.bfloat16)
+        high = _magic((w >> (8 * j + 4)) & 0xF, tl.bfloat16)
+    # Multiples of 16 up to 2496 are bf16 numbers, and so is every sum and difference below.
+    if z is None:
+        return (high * 16.0 - 2304.0) + low
+    else:
+        high_zero = _magic((z >> 4) & 0xF, tl.bfloat16) * 16.0 + 128.0
+        return (high * 16.0 - high_zero) + (low - (_magic(z & 0xF, tl.bfloat16) - 128.0))

@@ -1,0 +1,198 @@
+"""Prepacking: unpacked codes, once and without loss, into the words that the weight-only kernel reads.
+
+K is cut into tiles of FIELDS * SUB columns. Row r of a tile's words holds, for one output feature, the codes of the
+columns `j * SUB + r` for j = 0 .. FIELDS - 1, field j at bit `bits * j` of an int16, features contiguous:
+
+    bits  SUB     FIELDS  tile          int16 words [K * bits / 16, N]
+    4     32      4       128           one row of words per 4 columns
+    8     64, 32  2       128, 64       32 where the group is an odd multiple of 32
+    2     32      8       256
+    3     32      16      512           32 rows with the low 2 bits of fields 0-7, 32 rows with those of 8-15,
+                                        32 rows with bit 2 of field j at bit j
+A sub-dot of the kernel multiplies field j of all rows with SUB neighbouring activations: words go from memory to
+tensor-core fragments without any shuffle. As groups are multiples of SUB, a sub-dot has one scale.
+
+    params int32 [G, N]   the bits of the float32 scale; where there are zeros, its low 8 mantissa bits hold the zero,
+                          which costs nothing for fp16 and bf16 scales (at least 13 low bits are clear)
+
+K is padded to whole tiles and N to 128 with weights of value 0, so that the kernel's divisibility hints hold.
+act-order (g_idx) sorts the columns by group here and the activation's columns by `order` at call.
+
+Not here: formats on disk; the kernel (weight_only.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmq_kernels.errors import KernelError
+
+FIELDS = {2: 8, 3: 16, 4: 4, 8: 2}
+N_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight `[N, K]` for the weight-only kernel, with `w = scale * (code - zero)`.
+
+    words: int16 `[Kp * bits / 16, Np]`; params: int32 `[Gp, Np]`; Kp, Np: K and N padded.
+    order: int64 `[K]`, the columns of the activation in the order of the packed ones, or None.
+    group: columns per scale, 0 for per channel. has_zero: whether `params` holds zeros; else zero is 2^(bits-1).
+    """
+
+    words: Tensor
+    params: Tensor
+    order: Tensor | None
+    N: int
+    K: int
+    bits: int
+    group: int
+    has_zero: bool
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """Return the weight on another device."""
+        order = None if self.order is None else self.order.to(device)
+        shape = (self.N, self.K, self.bits, self.group, self.has_zero)
+        return PackedWeight(self.words.to(device), self.params.to(device), order, *shape)
+
+
+def sub_rows(bits: int, group: int) -> int:
+    """Return SUB: the columns of one sub-dot."""
+    return 64 if bits == 8 and group % 64 == 0 else 32
+
+
+def tile(bits: int, group: int) -> int:
+    """Return the columns of one tile."""
+    return FIELDS[bits] * sub_rows(bits, group)
+
+
+def pack(
+    codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, bits: int, *, g_idx: Tensor | None = None
+) -> PackedWeight:
+    """Pack unsigned codes (uint8, below 2^bits) and float scales; `zero_NG` None means 2^(bits-1) everywhere.
+
+    A single group is per channel. g_idx: `[K]`, the group of every column, in any order.
+    Raises KernelError for bits, groups or scales that the kernel cannot take.
+    """
+    N, K = codes_NK.shape
+    G = scale_NG.shape[1]
+    _check(codes_NK, scale_NG, zero_NG, bits)
+    if zero_NG is not None and bool((zero_NG == 2 ** (bits - 1)).all()):
+        zero_NG = None
+    group = 0 if G == 1 else _group_size(K, G)
+    order = None
+    if g_idx is not None and G > 1:
+        codes_NK, order = _sort_columns(codes_NK, g_idx, group, G)
+    size = tile(bits, group)
+    Kp, Np = -(-K // size) * size, -(-N // N_MULTIPLE) * N_MULTIPLE
+    params = torch.zeros((-(-Kp // group) if group else 1, Np), dtype=torch.int32, device=codes_NK.device)
+    params[:G, :N] = _params(scale_NG, zero_NG).t()
+    # The padded columns meet activations of 0 and the padded rows are never stored: any code will do.
+    padded = torch.zeros((Np, Kp), dtype=torch.uint8, device=codes_NK.device)
+    padded[:N, :K] = codes_NK
+    words = _words(padded, bits, sub_rows(bits, group))
+    return PackedWeight(words, params, order, N, K, bits, group, zero_NG is not None)
+
+
+def unpack(w: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes uint8 `[N, K]` in packed column order, scales float32 `[N, G]` and zeros int32 `[N, G]`."""
+    codes = _codes(w.words, w.bits, sub_rows(w.bits, w.group))[: w.N, : w.K]
+    G = w.K // w.group if w.group else 1
+    params = w.params[:G, : w.N].t().contiguous()
+    if w.has_zero:
+        return codes, (params & ~0xFF).view(torch.float32), params & 0xFF
+    return codes, params.view(torch.float32), torch.full_like(params, 2 ** (w.bits - 1))
+
+
+def dequantize(w: PackedWeight) -> Tensor:
+    """Return the weight, float32 `[N, K]`, in packed column order."""
+    codes, scale, zero = unpack(w)
+    if w.group:
+        scale, zero = (p.repeat_interleave(w.group, dim=1) for p in (scale, zero))
+    return (codes - zero).float() * scale
+
+
+def _check(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, bits: int) -> None:
+    if bits not in FIELDS:
+        raise KernelError(f"no kernel for {bits}-bit weights; there are {', '.join(map(str, FIELDS))}")
+    if codes_NK.dtype != torch.uint8 or scale_NG.shape[0] != codes_NK.shape[0]:
+        raise KernelError(
+            f"codes must be uint8 [N, K] and scales [N, G], not {codes_NK.dtype} {list(codes_NK.shape)} "
+            f"and {list(scale_NG.shape)}"
+        )
+    if zero_NG is not None and zero_NG.shape != scale_NG.shape:
+        raise KernelError(f"zeros are {list(zero_NG.shape)} but scales {list(scale_NG.shape)}; they must be alike")
+    if int(codes_NK.max()) >= 2**bits:
+        raise KernelError(f"a code is {int(codes_NK.max())}, beyond {bits} bits; give unsigned codes")
+    if zero_NG is not None and not 0 <= int(zero_NG.min()) <= int(zero_NG.max()) < 2**bits:
+        raise KernelError(f"a zero lies outside 0 .. {2**bits - 1}; give unsigned zeros")
+
+
+def _group_size(K: int, G: int) -> int:
+    if K % G or (K // G) % 32:
+        raise KernelError(
+            f"{G} groups over K = {K} are not groups of a multiple of 32 columns, which the weight-only kernel needs; "
+            "use group size 32, 64, 128 or per channel"
+        )
+    return K // G
+
+
+def _sort_columns(codes_NK: Tensor, g_idx: Tensor, group: int, G: int) -> tuple[Tensor, Tensor | None]:
+    K = codes_NK.shape[1]
+    if g_idx.shape != (K,):
+        raise KernelError(f"g_idx is {list(g_idx.shape)}, not [{K}]: one group for every column")
+    counts = torch.bincount(g_idx.long(), minlength=G)
+    if not torch.equal(counts, torch.full_like(counts, group)):
+        raise KernelError(f"g_idx does not put {group} columns into every group; re-quantize with equal groups")
+    order = torch.argsort(g_idx.long(), stable=True)
+    if torch.equal(order, torch.arange(K, device=order.device)):
+        return codes_NK, None
+    return codes_NK[:, order], order
+
+
+def _params(scale_NG: Tensor, zero_NG: Tensor | None) -> Tensor:
+    word = scale_NG.float().contiguous().view(torch.int32)
+    if zero_NG is None:
+        return word
+    if bool((word & 0xFF).any()):
+        raise KernelError("asymmetric weights need fp16 or bf16 scales: the low bits of float32 scales hold the zeros")
+    return word | zero_NG.to(torch.int32)
+
+
+def _words(codes_NK: Tensor, bits: int, sub: int) -> Tensor:
+    """Return int16 words `[K * bits / 16, N]`."""
+    N, K = codes_NK.shape
+    fields = FIELDS[bits]
+    tiles = codes_NK.t().reshape(-1, fields, sub, N)
+    if bits != 3:
+        return _join(tiles, bits).reshape(-1, N)
+    low, high = tiles & 3, tiles >> 2
+    planes = [_join(low[:, :8], 2), _join(low[:, 8:], 2), _join(high, 1)]
+    return torch.stack(planes, dim=1).reshape(-1, N)
+
+
+def _join(fields_TFRN: Tensor, bits: int) -> Tensor:
+    """Return int16 `[T, R, N]`: field f at bit `bits * f`."""
+    word = torch.zeros_like(fields_TFRN[:, 0], dtype=torch.int32)
+    for f in range(fields_TFRN.shape[1]):
+        word |= fields_TFRN[:, f].to(torch.int32) << (bits * f)
+    return word.to(torch.int16).contiguous()
+
+
+def _codes(words: Tensor, bits: int, sub: int) -> Tensor:
+    """Undo `_words`: uint8 `[N, K]`."""
+    N = words.shape[1]
+    if bits != 3:
+        return _split(words.reshape(-1, sub, N), bits, FIELDS[bits]).reshape(-1, N).t()
+    planes = words.reshape(-1, 3, sub, N)
+    low = torch.cat([_split(planes[:, 0], 2, 8), _split(planes[:, 1], 2, 8)], dim=1)
+    return (low | _split(planes[:, 2], 1, 16) << 2).reshape(-1, N).t()
+
+
+def _split(words_TRN: Tensor, bits: int, fields: int) -> Tensor:
+    word = words_TRN.to(torch.int32)
+    parts = [(word >> (bits * f)) & (2**bits - 1) for f in range(fields)]
+    return torch.stack(parts, dim=1).to(torch.uint8)

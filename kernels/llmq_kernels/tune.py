@@ -1,0 +1,148 @@
+"""Which configuration is fastest: measured once per device, shape and bucket of M, and kept on disk.
+
+    choose(op, device, key, candidates, run)  ->  Config
+
+The answers of a device lie in one JSON file, `<cache>/<device name>-<triton version>.json`, replaced atomically, so
+that several processes may write: the last one wins, and each loses at most a measurement. Nothing is measured where
+there is one candidate, while a CUDA graph is captured, or after `measuring(False)`: then the first candidate is taken
+and not recorded. No device is asked anything before the first choice on it.
+
+Not here: the candidates, which belong to their kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+from llmq_kernels.launch import OPTIONS
+
+log = logging.getLogger(__name__)
+_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile shape and a launch.
+
+    BM, BN: rows and columns of a tile; split_k: parts that K is cut into; registers: the most a thread may use, 0 for
+    ptxas's choice (told a bound, it does not spill to reach an occupancy that nobody asked for).
+    """
+
+    BM: int
+    BN: int
+    split_k: int
+    warps: int
+    stages: int
+    registers: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """Return the launch options for Triton."""
+        found = {"num_warps": self.warps, "num_stages": self.stages, **OPTIONS}
+        if self.registers and torch.version.hip is None:
+            found["maxnreg"] = self.registers
+        return found
+
+
+@dataclass
+class _State:
+    folder: Path = Path.home() / ".cache" / "llmq_kernels"
+    measuring: bool = True
+
+
+_state = _State()
+_known: dict[Path, dict[str, Config]] = {}
+
+
+def bucket(M: int) -> int:
+    """Return the bucket of M tokens: the next power of two, at most 2048."""
+    return next((b for b in _BUCKETS if M <= b), _BUCKETS[-1])
+
+
+def cache_folder(folder: Path | str | None = None) -> Path:
+    """Return where choices are kept, after moving it to `folder` if one is given."""
+    if folder is not None:
+        _state.folder = Path(folder)
+        _known.clear()
+    return _state.folder
+
+
+def measuring(on: bool) -> None:
+    """Say whether `choose` may time kernels; off, every choice that is not known is the first candidate."""
+    _state.measuring = on
+
+
+def choose(
+    op: str, device: torch.device, key: Sequence[Any], candidates: Sequence[Config], run: Callable[[Config], Any]
+) -> Config:
+    """Return the fastest of `candidates` for `key` on `device`, timing `run(config)` where it is not known."""
+    if len(candidates) == 1:
+        return candidates[0]
+    file = _state.folder / f"{_slug(device)}-triton{triton.__version__}.json"
+    name = " ".join(map(str, (op, *key)))
+    known = _known.setdefault(file, {}) or _known.setdefault(file, _read(file))
+    if name not in known:
+        known.update(_read(file))
+    if name in known:
+        return known[name]
+    if not _state.measuring or torch.cuda.is_current_stream_capturing():
+        return candidates[0]
+    times = {c: t for c in candidates if (t := _time(run, c)) is not None}
+    if not times:
+        raise OutOfResources(0, 0, f"any configuration of {op} for {key}")
+    known[name] = min(times, key=lambda c: times[c])
+    _write(file, known)
+    return known[name]
+
+
+def _slug(device: torch.device) -> str:
+    return "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(device))
+
+
+def _time(run: Callable[[Config], Any], config: Config, repeats: int = 10) -> float | None:
+    """Return the median milliseconds of `run(config)`, or None where the device lacks the resources for it."""
+    try:
+        run(config)
+    except OutOfResources:
+        return None
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in events:
+        begin.record()
+        run(config)
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(b.elapsed_time(e) for b, e in events)
+
+
+def _read(file: Path) -> dict[str, Config]:
+    """Return the choices in a file; none where it is missing, or (with a log line) not readable as choices."""
+    if not file.exists():
+        return {}
+    try:
+        return {k: Config(**v) for k, v in json.loads(file.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as e:
+        log.warning("%s holds no autotune choices (%s); it will be replaced", file, e)
+        return {}
+
+
+def _write(file: Path, choices: dict[str, Config]) -> None:
+    """Merge `choices` into a file and replace it atomically."""
+    merged = _read(file) | choices
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".tmp")
+    with os.fdopen(handle, "w") as out:
+        json.dump({k: asdict(v) for k, v in sorted(merged.items())}, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+    Path(name).replace(file)

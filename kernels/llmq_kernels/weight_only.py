@@ -1,0 +1,270 @@
+"""Weight-only linear: y = x @ W^T (+ bias) with W = scale * (code - zero) in 2, 3, 4 or 8 bits, x in fp16 or bf16.
+
+One program makes a tile [BM, BN] of y over a contiguous run of K tiles (layout.py). Per tile:
+
+    words [SUB, BN] -> field j -> code - zero, exact in x's dtype       in registers, dequant.py
+    part += x[:, j * SUB + r] @ (code - zero)                           tensor cores, float32
+    acc  += scale * part                                                once per group
+
+Scaling the float32 accumulator instead of the weights costs one multiply per group and output, and is more exact.
+With SPLIT_K > 1 every split stores its float32 partial, and a second kernel adds them in a fixed order: no atomics,
+equal bits on every run. Padding of K and N keeps the divisibility hints without which Triton drops every async copy.
+
+Beside it: `reference`, what the kernel must equal; it is also what the op does with CPU tensors, exact and slow.
+Not here: the layout (layout.py), W8A8 (int8.py), which configuration is fastest (tune.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import constexpr_function
+
+from llmq_kernels import tune
+from llmq_kernels.dequant import code3_minus_zero, code_minus_zero
+from llmq_kernels.errors import KernelError
+from llmq_kernels.layout import PackedWeight, dequantize, sub_rows, tile
+from llmq_kernels.launch import DTYPES, uses_asm
+
+
+@constexpr_function
+def _fields(bits):
+    return {2: 8, 3: 16, 4: 4, 8: 2}[bits]
+
+
+@constexpr_function
+def _run(group, sub, fields):
+    """Return how many neighbouring sub-dots share a scale."""
+    if group == 0:
+        return fields
+    a, b = group // sub, fields
+    while b:
+        a, b = b, a % b
+    return a
+
+
+@triton.jit(do_not_specialize=["M"])
+def weight_only_kernel(
+    x_ptr,  # [M, K] fp16 or bf16
+    w_ptr,  # [K * BITS / 16, NP] int16
+    param_ptr,  # [K / GROUP, NP] int32
+    bias_ptr,  # [N], in x's dtype, if HAS_BIAS
+    y_ptr,  # [M, N] in x's dtype, or partials [SPLIT_K, M, N] float32
+    M,
+    N,
+    NP,
+    K,
+    BITS: tl.constexpr,
+    SUB: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Compute one tile of y, or of one split's partial. K and NP are padded; N is not."""
+    FIELDS: tl.constexpr = _fields(BITS)
+    BK: tl.constexpr = SUB * FIELDS
+    ROWS: tl.constexpr = BK * BITS // 16
+    RUN: tl.constexpr = _run(GROUP, SUB, FIELDS)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    # M tiles run fastest: neighbouring programs read the same words.
+    m_tiles = tl.cdiv(M, BM)
+    offs_m = tl.program_id(0) % m_tiles * BM + tl.arange(0, BM)
+    offs_n = tl.program_id(0) // m_tiles * BN + tl.arange(0, BN)
+    offs_r = tl.arange(0, SUB)
+    split = tl.program_id(1)
+    tiles = K // BK
+    per_split = tl.cdiv(tiles, SPLIT_K)
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, tiles)
+
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * K + (begin * BK + offs_r)[None, :]
+    x_mask = offs_m[:, None] < M
+    w_ptrs = w_ptr + (begin * ROWS + offs_r)[:, None] * NP + offs_n[None, :]
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    if GROUP == 0:
+        word = tl.load(param_ptr + offs_n)
+    for t in tl.range(begin, end, num_stages=STAGES):
+        w = tl.load(w_ptrs)
+        if BITS == 3:
+            w8 = tl.load(w_ptrs + SUB * NP)
+            high = tl.load(w_ptrs + 2 * SUB * NP)
+        for first in tl.static_range(0, FIELDS, RUN):
+            if GROUP == 0:
+                part = acc
+            else:
+                part = tl.zeros((BM, BN), dtype=tl.float32)
+                word = tl.load(param_ptr + (t * BK + first * SUB) // GROUP * NP + offs_n)
+            z = None
+            if HAS_ZERO:
+                z = (word & 0xFF).to(tl.int16)[None, :]
+            for j in tl.static_range(first, first + RUN):
+                x = tl.load(x_ptrs + j * SUB, mask=x_mask, other=0.0)
+                if BITS == 3:
+                    b = code3_minus_zero(w if j < 8 else w8, high, z, j, dtype, ASM)
+                else:
+                    b = code_minus_zero(w, z, j, BITS, dtype, ASM)
+                part = tl.dot(x, b, part)
+            if GROUP == 0:
+                acc = part
+            else:
+                acc += part * _scale_of(word, HAS_ZERO)[None, :]
+        x_ptrs += BK
+        w_ptrs += ROWS * NP
+    if GROUP == 0:
+        acc *= _scale_of(word, HAS_ZERO)[None, :]
+    if HAS_BIAS and SPLIT_K == 1:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + (split.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=x_mask & (offs_n[None, :] < N))
+
+
+@triton.jit
+def _scale_of(word, HAS_ZERO: tl.constexpr):
+    if HAS_ZERO:
+        return (word & ~0xFF).to(tl.float32, bitcast=True)
+    else:
+        return word.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def sum_splits_kernel(
+    part_ptr,  # [SPLIT_K, MN] float32
+    bias_ptr,  # [N]
+    y_ptr,  # [MN]
+    MN,
+    N,
+    HAS_BIAS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the partials of all splits, in order, and the bias; round once."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < MN
+    acc = tl.load(part_ptr + at, mask=mask, other=0.0)
+    for i in tl.static_range(1, SPLIT_K):
+        acc += tl.load(part_ptr + at + i * MN.to(tl.int64), mask=mask, other=0.0)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + at % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def reference(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """Return `x @ W^T + bias` `[..., N]` computed in float32 and rounded once to the dtype of x."""
+    x32 = x.float() if w.order is None else x[..., w.order].float()
+    return F.linear(x32, dequantize(w), None if bias is None else bias.float()).to(x.dtype)
+
+
+def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """Map `x` `[..., K]` (fp16 or bf16; any float on the CPU) to `[..., N]` in its dtype; bias `[N]`.
+
+    Raises KernelError for a shape, dtype or device that the kernel cannot take.
+    """
+    return torch.ops.llmq.weight_only_linear(
+        x, w.words, w.params, w.order, bias, w.N, w.K, w.bits, w.group, w.has_zero
+    )
+
+
+@torch.library.custom_op("llmq::weight_only_linear", mutates_args=(), device_types=("cpu", "cuda"))
+def _op(
+    x: Tensor,
+    words: Tensor,
+    params: Tensor,
+    order: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group: int,
+    has_zero: bool,
+) -> Tensor:
+    w = PackedWeight(words, params, order, n, k, bits, group, has_zero)
+    _check(x, w, bias)
+    if x.device.type == "cpu":
+        return reference(x, w, bias)
+    x_MK = x.reshape(-1, k)
+    choices = configs(x_MK.shape[0], w)
+    key = (tune.bucket(x_MK.shape[0]), n, k, bits, group, has_zero, str(x.dtype))
+    config = tune.choose("weight_only", x.device, key, choices, lambda c: launch(x_MK, w, bias, c))
+    return launch(x_MK, w, bias, config).reshape(*x.shape[:-1], n)
+
+
+@_op.register_fake
+def _(x, words, params, order, bias, n, k, bits, group, has_zero):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _check(x: Tensor, w: PackedWeight, bias: Tensor | None) -> None:
+    if x.shape[-1] != w.K:
+        raise KernelError(f"the activation has {x.shape[-1]} features, the packed weight {w.K}")
+    if x.device != w.words.device:
+        raise KernelError(f"the activation is on {x.device}, the packed weight on {w.words.device}; move one")
+    if bias is not None and bias.shape != (w.N,):
+        raise KernelError(f"the bias is {list(bias.shape)}, not [{w.N}]")
+    if x.device.type != "cpu" and x.dtype not in DTYPES:
+        raise KernelError(f"the weight-only kernel multiplies fp16 or bf16 activations, not {x.dtype}; convert x")
+
+
+def configs(M: int, w: PackedWeight) -> list[tune.Config]:
+    """Return the configurations worth trying for M tokens, the safest guess first."""
+    tiles = -(-w.K // tile(w.bits, w.group))
+    split = max(1, min(8, tiles // 4))
+    Config = tune.Config
+    BN, n = (64, 3) if w.bits == 3 else (128, 4)
+    if M <= 16:
+        found = [Config(16, BN, s, 4, n, 128) for s in (split, split // 2, 1)]
+        found += [Config(16, 64, split, 4, n, 128), Config(16, BN, split, 4, 3, 168), Config(16, BN, split, 8, 3)]
+    elif M <= 64:
+        BM = 32 if M <= 32 else 64
+        found = [Config(BM, bn, s, 4, 3) for s in (max(1, split // 2), 1) for bn in (BN, 64)]
+    else:
+        found = [Config(64, BN, 1, 4, 3), Config(128, BN, 1, 8, 3), Config(64, BN, 2, 4, 3), Config(64, 64, 1, 4, 3)]
+        found += [Config(64, 256, 1, 8, 3), Config(128, 64, 1, 4, 3)] if w.bits == 4 else []
+    return list(dict.fromkeys(c for c in found if 1 <= c.split_k <= tiles))
+
+
+def launch(x_MK: Tensor, w: PackedWeight, bias: Tensor | None, config: tune.Config) -> Tensor:
+    """Run the kernel on `x` `[M, K]` with a given configuration. Returns `[M, N]` in its dtype."""
+    M = x_MK.shape[0]
+    size = tile(w.bits, w.group)
+    Kp, Np = -(-w.K // size) * size, w.words.shape[1]
+    x = x_MK if w.order is None else x_MK[:, w.order]
+    x = F.pad(x, (0, Kp - w.K)) if Kp != w.K else x.contiguous()
+    y = torch.empty((M, w.N), dtype=x.dtype, device=x.device)
+    if M == 0:
+        return y
+    splits = config.split_k
+    out = y if splits == 1 else torch.empty((splits, M, w.N), dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(M, config.BM) * triton.cdiv(w.N, config.BN), splits)
+    weight_only_kernel[grid](
+        x, w.words, w.params, y if bias is None else bias.to(x.dtype), out, M, w.N, Np, Kp,
+        **constants(w, config, has_bias=bias is not None), **config.options(),
+    )  # fmt: skip
+    if splits > 1:
+        sum_splits_kernel[(triton.cdiv(M * w.N, 1024),)](
+            out, y if bias is None else bias, y, M * w.N, w.N, HAS_BIAS=bias is not None, SPLIT_K=splits, BLOCK=1024
+        )
+    return y
+
+
+def constants(w: PackedWeight, config: tune.Config, *, has_bias: bool = False, asm: bool | None = None) -> dict:
+    """Return the compile-time arguments of the kernel for a weight and a configuration."""
+    return {
+        "BITS": w.bits,
+        "SUB": sub_rows(w.bits, w.group),
+        "GROUP": w.group,
+        "HAS_ZERO": w.has_zero,
+        "HAS_BIAS": has_bias,
+        "ASM": uses_asm() if asm is None else asm,
+        "SPLIT_K": config.split_k,
+        "BM": config.BM,
+        "BN": config.BN,
+        "STAGES": config.stages,
+    }

@@ -1,0 +1,125 @@
+"""Rung 1, run under TRITON_INTERPRET=1 by the tests: every kernel on small odd shapes against its reference.
+
+Prints one JSON object: by case, SQNR in dB against the float32 reference (1000 where equal), or true where bits agree.
+bf16 arithmetic is wrong in Triton's interpreter, so that bf16 is left to the compiled kernels.
+"""
+
+import json
+import math
+
+import torch
+
+from llmq_kernels import attention, int8, kv, layout, tune, weight_only
+
+Config = tune.Config
+
+
+def sqnr(found, wanted):
+    wanted = wanted.double()
+    noise = (wanted - found.double()).square().sum().item()
+    return 10 * math.log10(wanted.square().sum().item() / noise) if noise else 1000.0
+
+
+def make_weight(gen, bits, N, K, group, zero, order=False, scale_dtype=torch.float16):
+    G = 1 if group is None else K // group
+    codes = torch.randint(0, 2**bits, (N, K), generator=gen, dtype=torch.uint8)
+    scale = (torch.rand(N, G, generator=gen) * 0.02 + 0.005).to(scale_dtype)
+    zeros = torch.randint(0, 2**bits, (N, G), generator=gen) if zero else None
+    g_idx = torch.arange(K)[torch.randperm(K, generator=gen)] // group if order else None
+    return layout.pack(codes, scale, zeros, bits, g_idx=g_idx)
+
+
+WEIGHT_ONLY = {
+    # name: (bits, M, N, K, group, zero, order, config)
+    "w4 g128 asym, N and K not of a tile, split": (4, 5, 100, 384, 128, True, False, Config(16, 64, 2, 4, 2)),
+    "w4 g32 sym, K of 5 groups": (4, 3, 64, 160, 32, False, False, Config(16, 64, 1, 4, 2)),
+    "w4 g64 asym, act-order": (4, 2, 33, 192, 64, True, True, Config(16, 64, 1, 4, 2)),
+    "w4 channel asym, M beyond a tile": (4, 17, 64, 160, None, True, False, Config(16, 64, 2, 4, 2)),
+    "w4 g96 sym": (4, 1, 64, 288, 96, False, False, Config(16, 64, 1, 4, 2)),
+    "w4 more splits than tiles divide": (4, 1, 64, 640, 128, True, False, Config(16, 64, 4, 4, 2)),
+    "w8 channel sym": (8, 3, 64, 200, None, False, False, Config(16, 64, 1, 4, 2)),
+    "w8 g32 asym": (8, 3, 70, 96, 32, True, False, Config(16, 64, 1, 4, 2)),
+    "w8 g64 asym": (8, 2, 64, 192, 64, True, False, Config(16, 64, 2, 4, 2)),
+    "w2 g64 asym": (2, 3, 64, 320, 64, True, False, Config(16, 64, 1, 4, 2)),
+    "w3 g64 asym": (3, 3, 50, 320, 64, True, False, Config(16, 64, 1, 4, 2)),
+    "w3 channel sym": (3, 1, 64, 544, None, False, False, Config(16, 64, 1, 4, 2)),
+}
+
+
+def weight_only_cases():
+    gen = torch.Generator().manual_seed(0)
+    for name, (bits, M, N, K, group, zero, order, config) in WEIGHT_ONLY.items():
+        w = make_weight(gen, bits, N, K, group, zero, order)
+        x, bias = torch.randn(M, K, generator=gen).half(), torch.randn(N, generator=gen).half()
+        yield name, sqnr(weight_only.launch(x, w, bias, config), weight_only.reference(x.float(), w, bias))
+    w = make_weight(gen, 4, 64, 512, 128, True)
+    x = torch.randn(2, 512, generator=gen).half()
+    runs = [weight_only.launch(x, w, None, Config(16, 64, 4, 4, 2)) for _ in range(2)]
+    yield "split-K twice", torch.equal(*runs)
+    yield "no tokens", list(weight_only.launch(x[:0], w, None, Config(16, 64, 1, 4, 2)).shape) == [0, 64]
+
+
+def int8_cases():
+    gen = torch.Generator().manual_seed(1)
+    for name, M, N, K, static, config in (
+        ("w8a8, odd shapes", 5, 70, 200, False, Config(16, 64, 1, 4, 2)),
+        ("w8a8 split", 3, 64, 384, False, Config(16, 64, 2, 4, 2)),
+        ("w8a8 static", 18, 64, 128, True, Config(16, 64, 1, 4, 2)),
+    ):
+        w = int8.pack(torch.randint(-128, 128, (N, K), generator=gen).to(torch.int8), torch.rand(N, generator=gen) * 0.01)
+        x, bias = torch.randn(M, K, generator=gen).half(), torch.randn(N, generator=gen).half()
+        x[0] *= 30
+        scale = torch.tensor([0.02]) if static else None
+        q, x_scale = int8.quantize(x, w.q.shape[1], scale)
+        wanted_q, wanted_scale = int8.quantize_reference(x, scale)
+        yield f"{name}: codes", torch.equal(q[:, :K], wanted_q) and not q[:, K:].any()
+        yield f"{name}: scales", torch.equal(x_scale, wanted_scale)
+        found = int8.launch(q, x_scale, w, bias, config, torch.float32)
+        wanted = int8.reference(x, w, scale, bias)
+        yield name, sqnr(found, (wanted_q.double() @ w.q[:N, :K].double().t()) * wanted_scale.double()[:, None]
+                         * w.scale[:N].double() + bias)  # fmt: skip
+        yield f"{name}: rounded", sqnr(wanted, found)
+    zero_row = torch.zeros(1, 40).half()
+    q, scale = int8.quantize(zero_row, 128)
+    yield "w8a8, a row of zeros", not q.any() and scale.item() == torch.finfo(torch.float16).eps
+
+
+def same(found, wanted):
+    return all(torch.equal(getattr(found, n), getattr(wanted, n)) for n in ("k_words", "k_params", "v_words", "v_params"))
+
+
+def kv_cases():
+    gen = torch.Generator().manual_seed(2)
+    B, H = 2, 2
+    for name, bits, sym, D, GQ, TQ, parts in (
+        ("kv8 sym, one token, grouped", 8, True, 64, 4, 1, 2),
+        ("kv8 asym, D 80, three tokens", 8, False, 80, 3, 3, 1),
+        ("kv4 asym, more rows than a program", 4, False, 64, 8, 3, 3),
+        ("kv4 sym, D 128", 4, True, 128, 1, 1, 2),
+    ):
+        found = kv.empty(B, H, 150, D, bits, sym=sym, device="cpu")
+        wanted = kv.empty(B, H, 150, D, bits, sym=sym, device="cpu")
+        k, v = (torch.randn(B, 140, H, D, generator=gen).half().transpose(1, 2) for _ in range(2))
+        k[0, 0, 3] = 0
+        lengths = torch.zeros(B, dtype=torch.int32)
+        for take in (slice(0, 137), slice(137, 140)):
+            for x, words, params in ((k, found.k_words, found.k_params), (v, found.v_words, found.v_params)):
+                kv.launch_append(x[:, :, take], words, params, lengths, None, bits, sym=sym)
+            kv.append(wanted, k[:, :, take], v[:, :, take], lengths)
+            lengths = lengths + take.stop - take.start
+        yield f"{name}: cache", same(found, wanted) and bool(found.k_words[:, :, :140].any())
+        lengths = torch.tensor([TQ + 30, 140], dtype=torch.int32)
+        q = torch.randn(B, H * GQ, TQ, D, generator=gen).half()
+        y = attention.launch(q, found, lengths, D**-0.5, parts)
+        yield f"{name}: rounded", sqnr(y, attention.reference(q.float(), found, lengths, D**-0.5))
+    static = torch.tensor([0.01, 0.02])
+    found = kv.empty(B, H, 16, 64, 8, sym=True, device="cpu")
+    start = torch.tensor([0, 14], dtype=torch.int32)
+    kv.launch_append(k[:, :, :5, :64], found.k_words, found.k_params, start, static, 8, sym=True)
+    wanted = kv.quantize_reference(k[:, :, :5, :64], 8, sym=True, static=static)
+    fits = torch.equal(found.k_words[0, :, :5], wanted[0][0]) and torch.equal(found.k_words[1, :, 14:], wanted[0][1, :, :2])
+    yield "kv8 static, and nothing beyond the end", fits and not found.k_words[1, :, :14].any()
+
+
+if __name__ == "__main__":
+    print(json.dumps(dict([*weight_only_cases(), *int8_cases(), *kv_cases()])))

@@ -1,0 +1,91 @@
+"""Prepacking loses nothing, in every bit width, and refuses what the kernel cannot take."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmq_kernels import layout
+from llmq_kernels.errors import KernelError
+
+
+def make(bits, N, K, G, zero, seed=0, dtype=torch.float16):
+    gen = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (N, K), generator=gen, dtype=torch.uint8)
+    scale = (torch.randn(N, G, generator=gen).abs() + 1e-5).to(dtype)
+    zeros = torch.randint(0, 2**bits, (N, G), generator=gen, dtype=torch.int32) if zero else None
+    return codes, scale, zeros
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]),
+    N=st.integers(1, 140),
+    groups=st.integers(1, 7),
+    group=st.sampled_from([32, 64, 96, 128]),
+    zero=st.booleans(),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+)
+def test_unpack_undoes_pack(bits, N, groups, group, zero, dtype):
+    codes, scale, zeros = make(bits, N, groups * group, groups, zero, dtype=dtype)
+    found_codes, found_scale, found_zero = layout.unpack(layout.pack(codes, scale, zeros, bits))
+    assert torch.equal(found_codes, codes)
+    assert torch.equal(found_scale, scale.float())
+    assert torch.equal(found_zero, zeros if zero else torch.full_like(found_zero, 2 ** (bits - 1)))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_padded_size_is_that_of_the_bits(bits):
+    w = layout.pack(*make(bits, 128, 1024, 8, False), bits)
+    assert w.words.numel() * 16 == 128 * 1024 * bits
+
+
+def test_field_j_of_row_r_is_column_j_sub_plus_r():
+    codes = torch.zeros(128, 256, dtype=torch.uint8)
+    codes[7, 128 + 2 * 32 + 5] = 9  # tile 1, field 2, row 5
+    words = layout.pack(codes, torch.ones(128, 2).half(), None, 4).words
+    assert words[32 + 5, 7] == 9 << 8
+    assert words.count_nonzero() == 1
+
+
+def test_act_order_sorts_the_columns_by_group():
+    codes, scale, zeros = make(4, 40, 256, 4, True)
+    g_idx = torch.arange(256)[torch.randperm(256, generator=torch.Generator().manual_seed(3))] // 64
+    w = layout.pack(codes, scale, zeros, 4, g_idx=g_idx)
+    wanted = (codes - zeros[:, g_idx]).float() * scale.float()[:, g_idx]
+    x = torch.randn(5, 256)
+    assert torch.equal(layout.dequantize(w), wanted[:, w.order])
+    torch.testing.assert_close(x[:, w.order] @ layout.dequantize(w).t(), x @ wanted.t(), rtol=1e-5, atol=1e-3)
+
+
+def test_natural_order_keeps_no_permutation():
+    codes, scale, _ = make(4, 8, 128, 2, False)
+    assert layout.pack(codes, scale, None, 4, g_idx=torch.arange(128) // 64).order is None
+
+
+def test_a_zero_in_the_middle_everywhere_is_symmetric():
+    codes, scale, zeros = make(4, 8, 128, 2, True)
+    assert not layout.pack(codes, scale, torch.full_like(zeros, 8), 4).has_zero
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c, s, z: (c, s, z, 5), "5-bit"),
+        (lambda c, s, z: (c[:, :120], s, z, 4), "multiple of 32"),
+        (lambda c, s, z: (c.int(), s, z, 4), "uint8"),
+        (lambda c, s, z: (c + 8, s, z, 4), "beyond 4 bits"),
+        (lambda c, s, z: (c, s, z + 8, 4), "a zero lies outside"),
+        (lambda c, s, z: (c, s, z[:, :1], 4), "must be alike"),
+        (lambda c, s, z: (c, s.float() + 1e-7, z, 4), "fp16 or bf16 scales"),
+    ],
+)
+def test_what_it_cannot_take_is_refused(change, message):
+    with pytest.raises(KernelError, match=message):
+        layout.pack(*change(*make(4, 8, 128, 2, True)))
+
+
+def test_uneven_groups_of_act_order_are_refused():
+    codes, scale, zeros = make(4, 8, 128, 2, True)
+    with pytest.raises(KernelError, match="equal groups"):
+        layout.pack(codes, scale, zeros, 4, g_idx=torch.tensor([0] * 65 + [1] * 63))
