@@ -218,7 +218,7 @@ def _op(x: Tensor, q: Tensor, scale: Tensor, static: Tensor | None, bias: Tensor
         raise KernelError(f"the activation is on {x.device}, the packed weight on {q.device}; move one")
     if bias is not None and bias.shape != (n,):
         raise KernelError(f"the bias is {list(bias.shape)}, not [{n}]")
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" or not x.numel():
         return reference(x, w, static, bias)
     if x.dtype not in DTYPES:
         raise KernelError(f"the W8A8 kernel takes fp16 or bf16 activations, not {x.dtype}; convert x")

@@ -27,7 +27,7 @@ from llmq_kernels import tune
 from llmq_kernels.dequant import code3_minus_zero, code_minus_zero
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import DTYPES, OPTIONS, on, uses_asm
-from llmq_kernels.layout import FIELDS, PackedWeight, dequantize, sub_rows, tile
+from llmq_kernels.layout import FIELDS, N_MULTIPLE, PackedWeight, dequantize, sub_rows, tile
 
 
 @constexpr_function
@@ -186,7 +186,7 @@ def _op(
 ) -> Tensor:
     w = PackedWeight(words, params, order, n, k, bits, group, has_zero)
     _check(x, w, bias)
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" or not x.numel():
         return reference(x, w, bias)
     x_MK = x.reshape(-1, k)
     choices = configs(x_MK.shape[0], w)
@@ -227,7 +227,8 @@ def configs(M: int, w: PackedWeight) -> list[tune.Config]:
     else:
         found = [Config(64, BN, 1, 4, 3), Config(128, BN, 1, 8, 3), Config(64, BN, 2, 4, 3), Config(64, 64, 1, 4, 3)]
         found += [Config(64, 256, 1, 8, 3), Config(128, 64, 1, 4, 3)] if w.bits == 4 else []
-    return list(dict.fromkeys(c for c in found if 1 <= c.split_k <= tiles))
+    Np = -(-w.N // N_MULTIPLE) * N_MULTIPLE
+    return list(dict.fromkeys(c for c in found if 1 <= c.split_k <= tiles and Np % c.BN == 0))
 
 
 def launch(x_MK: Tensor, w: PackedWeight, bias: Tensor | None, config: tune.Config) -> Tensor:
