@@ -35,7 +35,9 @@ def test_act_order_is_undone_on_the_activation():
     g_idx = torch.arange(128) % 2
     w = layout.pack(codes, scale, None, 4, g_idx=g_idx)
     x = torch.randn(4, 128)
-    torch.testing.assert_close(weight_only.linear(x, w), x @ ((codes - 8.0) * scale.float()[:, g_idx]).t())
+    torch.testing.assert_close(
+        weight_only.linear(x, w), x @ ((codes - 8.0) * scale.float()[:, g_idx]).t(), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_int8_is_near_the_float_linear_and_exact_in_its_sums():
