@@ -1,1 +1,18 @@
-from llmq_kernels.layout import PackedWeight, pack
+"""Triton kernels for quantized Llama-family models, each beside its reference. Imports torch and triton only.
+
+    weight_only.linear(x, layout.pack(codes, scale, zero, bits), bias)     W2, W3, W4, W8 with fp16 or bf16 activations
+    int8.linear(x, int8.pack(codes, scale), static, bias)                  W8A8
+    kv.append(cache, k, v, lengths); attention.attend(q, cache, lengths)   the int8 or int4 key-value cache
+
+Every op is a `torch.library.custom_op` with a fake implementation, so that torch.compile traces through it. CPU tensors
+go to the reference, which is exact and slow; other devices to the kernel. Nothing is asked of a device at import.
+
+dequant.py    codes to floats in registers        layout.py    what the weight-only kernel reads
+aot.py, facts.py, cases.py    compile for GPUs that are not here, and check what the machine code shows
+tune.py       which configuration is fastest      launch.py, errors.py
+"""
+
+from llmq_kernels import attention, int8, kv, layout, weight_only
+from llmq_kernels.errors import KernelError
+
+__all__ = ["KernelError", "attention", "int8", "kv", "layout", "weight_only"]

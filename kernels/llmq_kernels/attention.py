@@ -7,7 +7,8 @@ one chunk of the cache. Per tile of BT tokens, words [DP / F, BT] and [BT, DP / 
     p    = exp2(s - max);   acc_j += (p * v_scale[t]) @ (v_j - zero)      online softmax, float32 sums
 
 bf16 queries are multiplied in fp16, which is more exact, after a power of two per row brings them into its range; so
-are p and the values. Chunks store (acc, max, sum), and a second kernel merges them in order: equal bits on every run, no atomics.
+are p and the values. Chunks store (acc, max, sum), and a second kernel merges them in order: equal bits on every run,
+no atomics.
 Dao, Flash-Decoding (2023), for the split; KIVI (arXiv:2402.02750) and others for scales outside the dot product.
 
 Beside it: `reference`, which is also what the op does with CPU tensors.
@@ -26,7 +27,7 @@ from torch import Tensor
 from llmq_kernels.dequant import code_minus_zero
 from llmq_kernels.errors import KernelError
 from llmq_kernels.kv import KVCache, dequantize, padded
-from llmq_kernels.launch import DTYPES, OPTIONS, uses_asm
+from llmq_kernels.launch import DTYPES, OPTIONS, on, uses_asm
 
 ROWS = 16  # query rows of a program: the least that tensor cores take
 
@@ -241,7 +242,7 @@ def _op(
     bits: int,
     sym: bool,
 ) -> Tensor:
-    B, HQ, TQ, D = q.shape
+    B, HQ, _TQ, D = q.shape
     cache = KVCache(k_words, k_params, v_words, v_params, D, bits, sym)
     if k_words.shape[0] != B or HQ % k_words.shape[1] or padded(D) * bits != k_words.shape[3] * 16:
         raise KernelError(f"queries {list(q.shape)} do not fit a cache of words {list(k_words.shape)} in {bits} bits")
@@ -251,7 +252,8 @@ def _op(
         return reference(q, cache, lengths, softmax_scale)
     if q.dtype not in DTYPES:
         raise KernelError(f"the attention kernel takes fp16 or bf16 queries, not {q.dtype}; convert q")
-    return launch(q, cache, lengths, softmax_scale, splits(q, cache))
+    with on(q.device):
+        return launch(q, cache, lengths, softmax_scale, splits(q, cache))
 
 
 @_op.register_fake

@@ -118,7 +118,7 @@ def _disassemble(compiled: Compiled) -> tuple[dict[str, int], list[Instruction],
 
 
 def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([_BIN / name, *arguments], check=True, capture_output=True, text=True).stdout  # noqa: S603
+    return subprocess.run([_BIN / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def _amd(compiled: Compiled) -> Facts:
@@ -129,7 +129,7 @@ def _amd(compiled: Compiled) -> Facts:
         return int(re.search(rf"{key}:?\s+(\d+)", text).group(1))  # type: ignore[union-attr]
 
     mma = tuple(sorted(set(re.findall(r"v_(mfma_\w+?)_", text))))
-    spills = number(r"\.vgpr_spill_count") + number(r"\.sgpr_spill_count")
+    # What spills on CDNA goes to accumulation registers first; memory is the scratch (private segment) alone.
     scratch = number(r"\.private_segment_fixed_size")
     registers = number(r"\.vgpr_count")
-    return Facts(compiled.target, registers, scratch, spills, compiled.shared, mma, 0, 0.0, 0, 0, 0)
+    return Facts(compiled.target, registers, scratch, 0, compiled.shared, mma, 0, 0.0, 0, 0, 0)

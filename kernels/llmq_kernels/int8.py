@@ -5,9 +5,10 @@ The activation is quantized beside it, one scale per token, in the order of oper
     x_scale = max|x| / 127.5          in x's dtype, eps of that dtype for a row of zeros
     x_q     = round(clamp(x / x_scale, -128, 127))          the quotient rounded to x's dtype, ties to even
 
-A static scale (one per tensor, rounded to x's dtype) skips the maximum. Both products of the scale are float32, rounded once to x's dtype.
+A static scale (one per tensor, rounded to x's dtype) skips the maximum. The int32 sums are scaled in float32 and
+rounded once to x's dtype.
 Weights are [N, K], K contiguous: with [K, N] the tensor cores' operand takes three times the instructions.
-int32 sums are exact, so that split-K needs no order; K is at most 131,072, where 128 * 128 * K reaches 2^31.
+int32 sums are exact, so that split-K needs no order; K is at most 131,071: 128 * 128 * K stays below 2^31.
 
 Beside it: `reference` and `quantize_reference`; they are also what the ops do with CPU tensors.
 Not here: weight-only kernels (weight_only.py); choosing static scales (calibration is llmq's).
@@ -25,11 +26,11 @@ from torch import Tensor
 
 from llmq_kernels import tune
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import DTYPES, OPTIONS
+from llmq_kernels.launch import DTYPES, OPTIONS, on
 
 TILE_K = 128
 N_MULTIPLE = 128
-MAX_K = 131_072
+MAX_K = 131_071
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PackedInt8:
 def pack(codes_NK: Tensor, scale_N: Tensor) -> PackedInt8:
     """Pack signed int8 codes `[N, K]` with one scale per output feature, `[N]` or `[N, 1]`, for the W8A8 kernel.
 
-    Raises KernelError for other dtypes or shapes, or a K beyond 131,072.
+    Raises KernelError for other dtypes or shapes, or a K beyond 131,071.
     """
     N, K = codes_NK.shape
     if codes_NK.dtype != torch.int8 or scale_N.numel() != N:
@@ -169,8 +170,9 @@ def sum_int32_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < MN
     acc = tl.load(part_ptr + at, mask=mask, other=0)
-    for i in tl.static_range(1, SPLIT_K):
-        acc += tl.load(part_ptr + at + i * MN.to(tl.int64), mask=mask, other=0)
+    for _ in tl.static_range(1, SPLIT_K):
+        part_ptr += MN
+        acc += tl.load(part_ptr + at, mask=mask, other=0)
     x_scale = tl.load(x_scale_ptr + (at * 0 if STATIC else at // N), mask=mask, other=0.0)
     y = acc.to(tl.float32) * x_scale * tl.load(w_scale_ptr + at % N, mask=mask, other=0.0)
     if HAS_BIAS:
@@ -208,9 +210,7 @@ def linear(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tensor 
 
 
 @torch.library.custom_op("llmq::int8_linear", mutates_args=(), device_types=("cpu", "cuda"))
-def _op(
-    x: Tensor, q: Tensor, scale: Tensor, static: Tensor | None, bias: Tensor | None, n: int, k: int
-) -> Tensor:
+def _op(x: Tensor, q: Tensor, scale: Tensor, static: Tensor | None, bias: Tensor | None, n: int, k: int) -> Tensor:
     w = PackedInt8(q, scale, n, k)
     if x.shape[-1] != k:
         raise KernelError(f"the activation has {x.shape[-1]} features, the packed weight {k}")
@@ -218,19 +218,20 @@ def _op(
         raise KernelError(f"the activation is on {x.device}, the packed weight on {q.device}; move one")
     if bias is not None and bias.shape != (n,):
         raise KernelError(f"the bias is {list(bias.shape)}, not [{n}]")
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" or not x.numel():
         return reference(x, w, static, bias)
     if x.dtype not in DTYPES:
         raise KernelError(f"the W8A8 kernel takes fp16 or bf16 activations, not {x.dtype}; convert x")
     x_MK = x.reshape(-1, k)
-    quantized = quantize(x_MK, q.shape[1], static)
     key = (tune.bucket(x_MK.shape[0]), n, k, str(x.dtype))
+    with on(x.device):
+        quantized = quantize(x_MK, q.shape[1], static)
 
-    def run(config: tune.Config) -> Tensor:
-        return launch(*quantized, w, bias, config, x.dtype)
+        def run(config: tune.Config) -> Tensor:
+            return launch(*quantized, w, bias, config, x.dtype)
 
-    config = tune.choose("int8", x.device, key, configs(x_MK.shape[0], k), run)
-    return run(config).reshape(*x.shape[:-1], n)
+        config = tune.choose("int8", x.device, key, configs(x_MK.shape[0], k), run)
+        return run(config).reshape(*x.shape[:-1], n)
 
 
 @_op.register_fake
@@ -284,6 +285,7 @@ def launch(
     )  # fmt: skip
     if splits > 1:
         sum_int32_kernel[(triton.cdiv(M * w.N, 1024),)](
-            out, x_scale, w.scale, b, y, M * w.N, w.N, STATIC=static, HAS_BIAS=has_bias, SPLIT_K=splits, BLOCK=1024
-        )
+            out, x_scale, w.scale, b, y, M * w.N, w.N, STATIC=static, HAS_BIAS=has_bias, SPLIT_K=splits, BLOCK=1024,
+            **OPTIONS,
+        )  # fmt: skip
     return y

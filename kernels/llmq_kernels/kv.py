@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import OPTIONS
+from llmq_kernels.launch import OPTIONS, on
 
 _FLOOR = 1e-8
 
@@ -189,9 +189,7 @@ def append(cache: KVCache, k: Tensor, v: Tensor, lengths: Tensor, static: tuple[
 
 
 @torch.library.custom_op("llmq::kv_append", mutates_args=("words", "params"), device_types=("cpu", "cuda"))
-def _op(
-    x: Tensor, words: Tensor, params: Tensor, lengths: Tensor, static: Tensor | None, bits: int, sym: bool
-) -> None:
+def _op(x: Tensor, words: Tensor, params: Tensor, lengths: Tensor, static: Tensor | None, bits: int, sym: bool) -> None:
     if x.dim() != 4 or x.shape[:2] != params.shape[:2] or padded(x.shape[3]) * bits != words.shape[3] * 16:
         raise KernelError(
             f"new keys or values {list(x.shape)} do not fit a cache of words {list(words.shape)} in {bits} bits"
@@ -199,7 +197,8 @@ def _op(
     if static is not None and not sym:
         raise KernelError("static scales are for symmetric caches; make the cache with sym=True")
     if x.device.type != "cpu":
-        return launch_append(x, words, params, lengths, static, bits, sym=sym)
+        with on(x.device):
+            return launch_append(x, words, params, lengths, static, bits, sym=sym)
     new_words, new_params = quantize_reference(x, bits, sym=sym, static=static)
     for b, at in enumerate(lengths.tolist()):
         count = min(x.shape[2], words.shape[2] - at)

@@ -13,3 +13,8 @@ OPTIONS = {"enable_fp_fusion": True}
 def uses_asm() -> bool:
     """Say whether kernels may contain PTX: not on AMD, and not in Triton's interpreter."""
     return torch.version.hip is None and not knobs.runtime.interpret
+
+
+def on(device: torch.device) -> torch.cuda.device:
+    """Return a context in which kernels are launched on `device`, which need not be the current one."""
+    return torch.cuda.device(device)

@@ -164,7 +164,7 @@ def _params(scale_NG: Tensor, zero_NG: Tensor | None) -> Tensor:
 
 def _words(codes_NK: Tensor, bits: int, sub: int) -> Tensor:
     """Return int16 words `[K * bits / 16, N]`."""
-    N, K = codes_NK.shape
+    N = codes_NK.shape[0]
     fields = FIELDS[bits]
     tiles = codes_NK.t().reshape(-1, fields, sub, N)
     if bits != 3:

@@ -67,7 +67,7 @@ _known: dict[Path, dict[str, Config]] = {}
 
 def bucket(M: int) -> int:
     """Return the bucket of M tokens: the next power of two, at most 2048."""
-    return next((b for b in _BUCKETS if M <= b), _BUCKETS[-1])
+    return next((b for b in _BUCKETS if b >= M), _BUCKETS[-1])
 
 
 def cache_folder(folder: Path | str | None = None) -> Path:
@@ -91,8 +91,8 @@ def choose(
         return candidates[0]
     file = _state.folder / f"{_slug(device)}-triton{triton.__version__}.json"
     name = " ".join(map(str, (op, *key)))
-    known = _known.setdefault(file, {}) or _known.setdefault(file, _read(file))
-    if name not in known:
+    known = _known.setdefault(file, {})
+    if name not in known:  # another process may have measured it since
         known.update(_read(file))
     if name in known:
         return known[name]

@@ -26,13 +26,13 @@ from triton import constexpr_function
 from llmq_kernels import tune
 from llmq_kernels.dequant import code3_minus_zero, code_minus_zero
 from llmq_kernels.errors import KernelError
-from llmq_kernels.layout import PackedWeight, dequantize, sub_rows, tile
-from llmq_kernels.launch import DTYPES, uses_asm
+from llmq_kernels.launch import DTYPES, OPTIONS, on, uses_asm
+from llmq_kernels.layout import FIELDS, N_MULTIPLE, PackedWeight, dequantize, sub_rows, tile
 
 
 @constexpr_function
 def _fields(bits):
-    return {2: 8, 3: 16, 4: 4, 8: 2}[bits]
+    return FIELDS[bits]
 
 
 @constexpr_function
@@ -69,10 +69,10 @@ def weight_only_kernel(
     STAGES: tl.constexpr,
 ):
     """Compute one tile of y, or of one split's partial. K and NP are padded; N is not."""
-    FIELDS: tl.constexpr = _fields(BITS)
-    BK: tl.constexpr = SUB * FIELDS
+    COUNT: tl.constexpr = _fields(BITS)
+    BK: tl.constexpr = SUB * COUNT
     ROWS: tl.constexpr = BK * BITS // 16
-    RUN: tl.constexpr = _run(GROUP, SUB, FIELDS)
+    RUN: tl.constexpr = _run(GROUP, SUB, COUNT)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     # M tiles run fastest: neighbouring programs read the same words.
     m_tiles = tl.cdiv(M, BM)
@@ -96,7 +96,7 @@ def weight_only_kernel(
         if BITS == 3:
             w8 = tl.load(w_ptrs + SUB * NP)
             high = tl.load(w_ptrs + 2 * SUB * NP)
-        for first in tl.static_range(0, FIELDS, RUN):
+        for first in tl.static_range(0, COUNT, RUN):
             if GROUP == 0:
                 part = acc
             else:
@@ -149,8 +149,9 @@ def sum_splits_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < MN
     acc = tl.load(part_ptr + at, mask=mask, other=0.0)
-    for i in tl.static_range(1, SPLIT_K):
-        acc += tl.load(part_ptr + at + i * MN.to(tl.int64), mask=mask, other=0.0)
+    for _ in tl.static_range(1, SPLIT_K):
+        part_ptr += MN
+        acc += tl.load(part_ptr + at, mask=mask, other=0.0)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + at % N, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
@@ -167,9 +168,7 @@ def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
 
     Raises KernelError for a shape, dtype or device that the kernel cannot take.
     """
-    return torch.ops.llmq.weight_only_linear(
-        x, w.words, w.params, w.order, bias, w.N, w.K, w.bits, w.group, w.has_zero
-    )
+    return torch.ops.llmq.weight_only_linear(x, w.words, w.params, w.order, bias, w.N, w.K, w.bits, w.group, w.has_zero)
 
 
 @torch.library.custom_op("llmq::weight_only_linear", mutates_args=(), device_types=("cpu", "cuda"))
@@ -187,13 +186,14 @@ def _op(
 ) -> Tensor:
     w = PackedWeight(words, params, order, n, k, bits, group, has_zero)
     _check(x, w, bias)
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" or not x.numel():
         return reference(x, w, bias)
     x_MK = x.reshape(-1, k)
     choices = configs(x_MK.shape[0], w)
     key = (tune.bucket(x_MK.shape[0]), n, k, bits, group, has_zero, str(x.dtype))
-    config = tune.choose("weight_only", x.device, key, choices, lambda c: launch(x_MK, w, bias, c))
-    return launch(x_MK, w, bias, config).reshape(*x.shape[:-1], n)
+    with on(x.device):
+        config = tune.choose("weight_only", x.device, key, choices, lambda c: launch(x_MK, w, bias, c))
+        return launch(x_MK, w, bias, config).reshape(*x.shape[:-1], n)
 
 
 @_op.register_fake
@@ -227,7 +227,8 @@ def configs(M: int, w: PackedWeight) -> list[tune.Config]:
     else:
         found = [Config(64, BN, 1, 4, 3), Config(128, BN, 1, 8, 3), Config(64, BN, 2, 4, 3), Config(64, 64, 1, 4, 3)]
         found += [Config(64, 256, 1, 8, 3), Config(128, 64, 1, 4, 3)] if w.bits == 4 else []
-    return list(dict.fromkeys(c for c in found if 1 <= c.split_k <= tiles))
+    Np = -(-w.N // N_MULTIPLE) * N_MULTIPLE
+    return list(dict.fromkeys(c for c in found if 1 <= c.split_k <= tiles and Np % c.BN == 0))
 
 
 def launch(x_MK: Tensor, w: PackedWeight, bias: Tensor | None, config: tune.Config) -> Tensor:
@@ -249,8 +250,9 @@ def launch(x_MK: Tensor, w: PackedWeight, bias: Tensor | None, config: tune.Conf
     )  # fmt: skip
     if splits > 1:
         sum_splits_kernel[(triton.cdiv(M * w.N, 1024),)](
-            out, y if bias is None else bias, y, M * w.N, w.N, HAS_BIAS=bias is not None, SPLIT_K=splits, BLOCK=1024
-        )
+            out, y if bias is None else bias, y, M * w.N, w.N, HAS_BIAS=bias is not None, SPLIT_K=splits, BLOCK=1024,
+            **OPTIONS,
+        )  # fmt: skip
     return y
 
 

@@ -20,10 +20,10 @@ def sqnr(found, wanted):
     return 10 * math.log10(wanted.square().sum().item() / noise) if noise else 1000.0
 
 
-def make_weight(gen, bits, N, K, group, zero, order=False, scale_dtype=torch.float16):
+def make_weight(gen, bits, N, K, group, zero, order=False):
     G = 1 if group is None else K // group
     codes = torch.randint(0, 2**bits, (N, K), generator=gen, dtype=torch.uint8)
-    scale = (torch.rand(N, G, generator=gen) * 0.02 + 0.005).to(scale_dtype)
+    scale = (torch.rand(N, G, generator=gen) * 0.02 + 0.005).half()
     zeros = torch.randint(0, 2**bits, (N, G), generator=gen) if zero else None
     g_idx = torch.arange(K)[torch.randperm(K, generator=gen)] // group if order else None
     return layout.pack(codes, scale, zeros, bits, g_idx=g_idx)
@@ -66,7 +66,9 @@ def int8_cases():
         ("w8a8 split", 3, 64, 384, False, Config(16, 64, 2, 4, 2)),
         ("w8a8 static", 18, 64, 128, True, Config(16, 64, 1, 4, 2)),
     ):
-        w = int8.pack(torch.randint(-128, 128, (N, K), generator=gen).to(torch.int8), torch.rand(N, generator=gen) * 0.01)
+        w = int8.pack(
+            torch.randint(-128, 128, (N, K), generator=gen).to(torch.int8), torch.rand(N, generator=gen) * 0.01
+        )
         x, bias = torch.randn(M, K, generator=gen).half(), torch.randn(N, generator=gen).half()
         x[0] *= 30
         scale = torch.tensor([0.02]) if static else None
@@ -85,7 +87,9 @@ def int8_cases():
 
 
 def same(found, wanted):
-    return all(torch.equal(getattr(found, n), getattr(wanted, n)) for n in ("k_words", "k_params", "v_words", "v_params"))
+    return all(
+        torch.equal(getattr(found, n), getattr(wanted, n)) for n in ("k_words", "k_params", "v_words", "v_params")
+    )
 
 
 def kv_cases():
@@ -117,7 +121,9 @@ def kv_cases():
     start = torch.tensor([0, 14], dtype=torch.int32)
     kv.launch_append(k[:, :, :5, :64], found.k_words, found.k_params, start, static, 8, sym=True)
     wanted = kv.quantize_reference(k[:, :, :5, :64], 8, sym=True, static=static)
-    fits = torch.equal(found.k_words[0, :, :5], wanted[0][0]) and torch.equal(found.k_words[1, :, 14:], wanted[0][1, :, :2])
+    fits = torch.equal(found.k_words[0, :, :5], wanted[0][0]) and torch.equal(
+        found.k_words[1, :, 14:], wanted[0][1, :, :2]
+    )
     yield "kv8 static, and nothing beyond the end", fits and not found.k_words[1, :, :14].any()
 
 

@@ -7,7 +7,10 @@ from llmq_kernels.cases import CASES, violations
 from llmq_kernels.facts import Facts, measure
 
 # sm_89 runs sm_80's code with less shared memory: compiled where that could matter, all of it by scripts/kernel_facts.
-ONLY_SOME = {"sm_89": ("g128 decode", "prefill", "W3A16", "attention int8"), "gfx942": ("W4A16 asym g128", "W8A8", "KV")}
+ONLY_SOME = {
+    "sm_89": ("g128 decode", "prefill", "W3A16", "attention int8"),
+    "gfx942": ("W4A16 asym g128", "W8A8", "KV"),
+}
 
 
 def compiled():
@@ -27,5 +30,13 @@ def test_a_broken_promise_is_seen():
     case = CASES[0]
     good = Facts("sm_90", 128, 0, 0, 38400, ("HMMA",), 290, 2.3, 0, 4, 5)
     assert not violations(case, good)
-    for change in ({"spills": 1}, {"stack": 8}, {"shared": 233_000}, {"mma": ()}, {"ipw": 2.7}, {"i2f": 1}, {"async128": 0}):
+    for change in (
+        {"spills": 1},
+        {"stack": 8},
+        {"shared": 233_000},
+        {"mma": ()},
+        {"ipw": 2.7},
+        {"i2f": 1},
+        {"async128": 0},
+    ):
         assert violations(case, Facts(**(good.__dict__ | change))), change

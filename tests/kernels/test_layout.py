@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmq_kernels import layout
+from llmq_kernels import layout, weight_only
 from llmq_kernels.errors import KernelError
 
 
@@ -83,6 +83,18 @@ def test_a_zero_in_the_middle_everywhere_is_symmetric():
 def test_what_it_cannot_take_is_refused(change, message):
     with pytest.raises(KernelError, match=message):
         layout.pack(*change(*make(4, 8, 128, 2, True)))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("M", [1, 16, 17, 64, 65, 4096])
+@pytest.mark.parametrize("N", [1, 128, 129, 1024])
+def test_every_configuration_stays_within_the_padded_weight(bits, M, N):
+    w = layout.pack(*make(bits, N, 512, 4, False), bits)
+    found = weight_only.configs(M, w)
+    assert found
+    for config in found:
+        assert w.words.shape[1] % config.BN == 0
+        assert 1 <= config.split_k <= 512 // layout.tile(bits, 128)
 
 
 def test_uneven_groups_of_act_order_are_refused():

@@ -11,11 +11,12 @@ import re
 
 import pytest
 import torch
+from ptxsim import PtxError
+from ptxsim.launch import SimulatedKernel
+
 from llmq_kernels import attention, int8, kv, weight_only
 from llmq_kernels.layout import dequantize, pack
 from llmq_kernels.tune import Config
-from ptxsim import PtxError
-from ptxsim.launch import SimulatedKernel
 
 HALF = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
 """Half a unit in the last place, relative: rounding the answer once."""

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from llmq_kernels.aot import Build, Compiled, compile_for
 from torch import Tensor
+
+from llmq_kernels.aot import Build, Compiled, compile_for
 
 from . import Run, simulate
 

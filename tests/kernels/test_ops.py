@@ -1,0 +1,104 @@
+"""The public ops on CPU tensors, where they are their references: against torch, torch.compile, refusals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmq_kernels import attention, int8, kv, layout, weight_only
+from llmq_kernels.errors import KernelError
+
+
+def weight(bits=4, N=40, K=128, G=2, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (N, K), generator=gen, dtype=torch.uint8)
+    scale = (torch.rand(N, G, generator=gen) * 0.1).half()
+    zeros = torch.randint(0, 2**bits, (N, G), generator=gen)
+    W = (codes - zeros.repeat_interleave(K // G, 1)).float() * scale.float().repeat_interleave(K // G, 1)
+    return layout.pack(codes, scale, zeros, bits), W
+
+
+def check(op, *args):
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+def test_weight_only_is_the_linear_of_its_decoded_weight():
+    w, W = weight()
+    x, bias = torch.randn(3, 2, 128), torch.randn(40)
+    torch.testing.assert_close(weight_only.linear(x, w, bias), F.linear(x, W, bias))
+    assert weight_only.linear(x.bfloat16(), w).dtype == torch.bfloat16
+    check(torch.ops.llmq.weight_only_linear, x, w.words, w.params, w.order, bias, w.N, w.K, w.bits, w.group, w.has_zero)
+
+
+def test_act_order_is_undone_on_the_activation():
+    codes = torch.randint(0, 16, (8, 128), dtype=torch.uint8)
+    scale = torch.tensor([[0.5, 2.0]]).half().expand(8, 2)
+    g_idx = torch.arange(128) % 2
+    w = layout.pack(codes, scale, None, 4, g_idx=g_idx)
+    x = torch.randn(4, 128)
+    torch.testing.assert_close(weight_only.linear(x, w), x @ ((codes - 8.0) * scale.float()[:, g_idx]).t())
+
+
+def test_int8_is_near_the_float_linear_and_exact_in_its_sums():
+    q = torch.randint(-128, 128, (24, 200)).to(torch.int8)
+    w = int8.pack(q, torch.rand(24, 1) * 0.01)
+    x = torch.randn(5, 200)
+    W = q.float() * w.scale[:24, None]
+    y, exact = int8.linear(x, w), F.linear(x, W)
+    assert 10 * torch.log10(exact.square().mean() / (exact - y).square().mean()) > 35
+    x_q, x_scale = int8.quantize_reference(x)
+    torch.testing.assert_close(y, (x_q.double() * x_scale[:, None]).float() @ W.t(), rtol=1e-5, atol=1e-4)
+    check(torch.ops.llmq.int8_linear, x, w.q, w.scale, None, torch.randn(24), 24, 200)
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(8, 38), (4, 15)])
+@pytest.mark.parametrize("sym", [True, False])
+def test_attention_over_the_cache_is_near_attention_over_floats(bits, bound, sym):
+    torch.manual_seed(0)
+    B, H, GQ, T, D = 2, 2, 3, 33, 64
+    k, v, q = torch.randn(B, H, T, D), torch.randn(B, H, T, D), torch.randn(B, H * GQ, 1, D)
+    cache = kv.empty(B, H, T, D, bits, sym=sym, device="cpu")
+    kv.append(cache, k, v, torch.zeros(B, dtype=torch.int32))
+    lengths = torch.full((B,), T, dtype=torch.int32)
+    wanted = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    found = attention.attend(q, cache, lengths)
+    assert 10 * torch.log10(wanted.square().mean() / (wanted - found).square().mean()) > bound
+    tensors = (cache.k_words, cache.k_params, cache.v_words, cache.v_params)
+    check(torch.ops.llmq.kv_attend, q, *tensors, lengths, D**-0.5, bits, sym)
+    check(torch.ops.llmq.kv_append, k[:, :, :1], cache.k_words, cache.k_params, lengths - 2, None, bits, sym)
+
+
+def test_new_tokens_see_themselves_and_the_past_only():
+    torch.manual_seed(0)
+    k, v, q = (torch.randn(1, 1, 9, 64) for _ in range(3))
+    cache = kv.empty(1, 1, 9, 64, 8, sym=True, device="cpu")
+    kv.append(cache, k, v, torch.zeros(1, dtype=torch.int32))
+    found = attention.attend(q[:, :, 4:], cache, torch.tensor([9], dtype=torch.int32))
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, 4:]
+    assert (found - wanted).abs().max() < 0.05
+
+
+def test_torch_compile_traces_through():
+    w, _ = weight()
+    x = torch.randn(2, 128)
+
+    def model(x):
+        return F.silu(weight_only.linear(x * 2, w)) + 1
+
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w: weight_only.linear(torch.randn(2, 64), w), "64 features, the packed weight 128"),
+        (lambda w: weight_only.linear(torch.randn(2, 128), w, torch.randn(3)), r"bias is \[3\]"),
+        (lambda w: int8.pack(torch.zeros(2, 2), torch.ones(2)), "int8 codes"),
+        (lambda w: int8.pack(torch.zeros(1, 200_000, dtype=torch.int8), torch.ones(1)), "overflow"),
+        (lambda w: kv.empty(1, 1, 8, 64, 2, sym=True, device="cpu"), "2 bits"),
+        (lambda w: kv.empty(1, 1, 8, 512, 8, sym=True, device="cpu"), "512 channels"),
+    ],
+)
+def test_what_an_op_cannot_take_is_refused(call, message):
+    with pytest.raises(KernelError, match=message):
+        call(weight()[0])
