@@ -138,7 +138,7 @@ def multiply(ins: Instruction, match: re.Match[str], machine: Machine) -> Action
     def act(mask: Mask) -> None:
         machine.whole_warps(ins, mask)
         a, b = (_elements([s() for s in bits], kind, machine.count) for bits in (a_bits, b_bits))
-        c = np.stack([np.broadcast_to(s(), (machine.count,)) for s in c_bits], axis=-1).view(accumulator.dtype)
+        c: Array = np.stack([np.broadcast_to(s(), (machine.count,)) for s in c_bits], axis=-1).view(accumulator.dtype)
         D: Array = _a_matrix(a) @ _b_matrix(b) + _c_matrix(c)
         if integer:
             D = np.clip(D, -(2**31), 2**31 - 1) if match["sat"] else (D.astype(np.int64) & 0xFFFFFFFF)
