@@ -98,6 +98,9 @@ def evaluate(
     convention: Annotated[str, typer.Option(help="gptq, llama.cpp or lm-eval.")] = "gptq",
     window: Annotated[int | None, typer.Option(help="Tokens of a window, in place of the convention's.")] = None,
     windows: Annotated[int | None, typer.Option(help="Score only the first N windows.")] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="8 or 4: quantize the key-value cache (2: to see it fail).")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...; the checkpoint's own if left out.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
@@ -118,6 +121,7 @@ def evaluate(
             windows=windows,
             dtype=dtype,
             device=device,
+            kv_bits=kv_bits,
             progress=step,
         )
     console.print(evaluation.table(rows))

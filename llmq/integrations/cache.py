@@ -57,7 +57,7 @@ class QuantizedCache(Cache):
         text = config.get_text_config(decoder=True)
         axis = keys or ("token" if bits == 8 or scales else "channel")
         _check(text, bits, axis, window, scales)
-        layers = []
+        layers: list[Any] = []
         for i in range(text.num_hidden_layers):
             static = (None, None) if scales is None else scales[i]
             grids = KVGrid(bits, axis, static[0]), KVGrid(bits, "token", static[1])
@@ -68,13 +68,17 @@ class QuantizedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes allocated, the float window and the room to grow included."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, QuantizedLayer))
 
 
 class QuantizedLayer(BaseQuantizedLayer):
     """One layer: two packed stores, and behind them a window of float tokens in `keys` and `values`."""
 
     is_croppable = True
+    keys: Any  # tensors once there are tokens, None before
+    values: Any
+    _quantized_keys: Any  # a Store each
+    _quantized_values: Any
 
     def __init__(self, key_grid: KVGrid, value_grid: KVGrid, window: int, config: Any) -> None:
         super().__init__()
@@ -195,12 +199,12 @@ class _Handle(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise LlmqError(
-            f"{getattr(func, '__name__', func)} was called on packed keys or values: this model does not use the attention "
-            f"implementation {ATTENTION!r} that its config names; leave packed_attention() out"
+            f"{getattr(func, '__name__', func)} was called on packed keys or values: this model does not use the "
+            f"attention implementation {ATTENTION!r} that its config names; leave packed_attention() out"
         )
 
 
-def attention(  # noqa: PLR0913, the signature of transformers' attention functions
+def attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -219,7 +223,9 @@ def attention(  # noqa: PLR0913, the signature of transformers' attention functi
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if dropout or kwargs.get("softcap") is not None:
-        raise LlmqError("the attention implementation 'llmq' has neither dropout nor soft-capped scores; use model.eval()")
+        raise LlmqError(
+            "the attention implementation 'llmq' has neither dropout nor soft-capped scores; use model.eval()"
+        )
     layer = key.layer
     length, Q = layer.get_seq_length(), query.shape[2]
     position = torch.arange(length - Q, length, device=query.device)[:, None]
@@ -242,10 +248,13 @@ def packed_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     Raises LlmqError for a model that does not take its attention from transformers' interface.
     """
     before = model.config._attn_implementation
-    registries = (ALL_ATTENTION_FUNCTIONS, attention), (ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask)
+    registries: tuple[tuple[Any, Any], ...] = (
+        (ALL_ATTENTION_FUNCTIONS, attention),
+        (ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask),
+    )
     replaced = [(registry, registry._global_mapping.get(ATTENTION)) for registry, _ in registries]
     for registry, function in registries:
-        type(registry).register(ATTENTION, function)
+        registry.register(ATTENTION, function)
     try:
         model.set_attn_implementation(ATTENTION)
         if model.config._attn_implementation != ATTENTION:
@@ -257,7 +266,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             if found is None:
                 registry._global_mapping.pop(ATTENTION, None)
             else:
-                type(registry).register(ATTENTION, found)
+                registry.register(ATTENTION, found)
 
 
 def static_scales(model: PreTrainedModel) -> dict[int, tuple[Tensor, Tensor]] | None:
@@ -281,7 +290,8 @@ def static_scales(model: PreTrainedModel) -> dict[int, tuple[Tensor, Tensor]] | 
             missing = [s for s in ("k_scale", "v_scale") if not isinstance(getattr(module, s, None), Tensor)]
             if missing:
                 raise LlmqError(
-                    f"{name}.{missing[0]} is missing, but config.json has a kv_cache_scheme: quantize again, or remove it"
+                    f"{name}.{missing[0]} is missing, but config.json has a kv_cache_scheme: quantize again, or "
+                    "remove it"
                 )
             found[index] = (module.k_scale, module.v_scale)
     return found
@@ -296,7 +306,9 @@ def _check(config: Any, bits: int, keys: str, window: int, scales: Mapping[int, 
     if keys not in ("token", "channel"):
         raise LlmqError(f"keys are quantized per 'token' or per 'channel', not {keys!r}")
     if window < 0 or (keys == "channel" and (window < RUN or window % RUN)):
-        raise LlmqError(f"with keys per {keys} the window is {f'a multiple of {RUN}' if keys == 'channel' else '0 or more'}")
+        raise LlmqError(
+            f"with keys per {keys} the window is {f'a multiple of {RUN}' if keys == 'channel' else '0 or more'}"
+        )
     D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if D * bits % 8:
         raise LlmqError(f"a head of {D} channels does not fill whole bytes at {bits} bits; use bits=8")

@@ -98,8 +98,8 @@ def check_scales(q: QTensor, spec: LinearSpec) -> None:
     if not bool(good.all()):
         row, group = (~good).nonzero()[0].tolist()
         raise LlmqError(
-            f"{spec.name}: the scale of row {row}, group {group} is {float(q.params.scale[row, group])}, not a positive "
-            "number: the checkpoint is damaged or was cast; download or quantize it again"
+            f"{spec.name}: the scale of row {row}, group {group} is {float(q.params.scale[row, group])}, not a "
+            "positive number: the checkpoint is damaged or was cast; download or quantize it again"
         )
 
 

@@ -4,10 +4,10 @@
 
 Without VNNI the product is `vpmaddubsw`: two neighbouring products are added in 16 bits, and saturate silently where
 the sum leaves them. A pair of columns (2i, 2i+1) is safe for every x_u8 <= 255 when weights of one sign in it have
-|w_2i| + |w_2i+1| <= 128, since 255 * 128 < 2^15. So W = A + R: A is W with the larger weight of an unsafe pair cut back,
-and goes to fbgemm; R holds what was cut, in some 0.1 to 0.6 % of the places, and is multiplied as a sparse matrix,
-a weighted sum of columns of x. Both are exact in integers, and so is their sum in float32 up to 2^24, beyond which it
-rounds as any float32 product does.
+|w_2i| + |w_2i+1| <= 128, since 255 * 128 < 2^15. So W = A + R: A is W with the larger weight of an unsafe pair cut
+back, and goes to fbgemm; R holds what was cut, in some 0.1 to 0.6 % of the places, and is multiplied as a sparse
+matrix, a weighted sum of columns of x. Both are exact in integers, and so is their sum in float32 up to 2^24, beyond
+which it rounds as any float32 product does.
 
 Kept: `packed`, fbgemm's own object for A; R as `index` int32 `[nnz]` (columns), `offset` int32 `[N]` (where each row
 starts) and `value` int8 `[nnz]`.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llmq.runtime.backends import Prepacked, centred, has_vnni
-from llmq.runtime.int_mm import refuses_scheme
+from llmq.runtime.int_mm import activation_of, refuses_scheme
 from llmq.runtime.reference import quantize_activation
 from llmq.types import LinearSpec, Params, QTensor
 
@@ -42,6 +42,12 @@ class Fbgemm(Prepacked):
     """An int8 weight for fbgemm, and what is left of it as a sparse matrix."""
 
     name = "fbgemm"
+    index: Tensor
+    offset: Tensor
+    value: Tensor
+    scale: Tensor
+    in_scale: Tensor | None
+    in_zero: Tensor | None
 
     @classmethod
     def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:
@@ -61,7 +67,7 @@ class Fbgemm(Prepacked):
 
     def __init__(self, q: QTensor, spec: LinearSpec) -> None:
         super().__init__(q, spec)
-        self.activation = spec.scheme.activation
+        self.activation = activation_of(spec)
         A_NK, index, offset, value = split((q.codes ^ 0x80).view(torch.int8))
         self.packed = _prepack(A_NK)
         static = (None, None) if q.input is None else (q.input.scale, q.input.zero)
@@ -85,7 +91,9 @@ class Fbgemm(Prepacked):
     @property
     def input(self) -> Params | None:
         """The static grid of the activation."""
-        return None if self.in_scale is None else Params(self.in_scale, self.in_zero)
+        if self.in_scale is None or self.in_zero is None:
+            return None
+        return Params(self.in_scale, self.in_zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Prepacked.forward`."""

@@ -3,9 +3,10 @@
     few rows of x:   y = bf16(x) @ W'^T by `_weight_int4pack_mm_for_cpu`,  w' = (code - 8) * s + z
     many rows:       panels of W decoded to float32, exactly as the reference does, and multiplied in float32
 
-s and z = (8 - zero) * s are bfloat16, the only dtype for which the product is vectorized: in the first case activations,
-scales, offsets and results are rounded to bfloat16 (2^-9, relative); in the second nothing is. What rounding took from a
-scale is kept in `residual`, so the checkpoint's scales come back bit for bit and the second case uses them.
+s and z = (8 - zero) * s are bfloat16, the only dtype for which the product is vectorized: in the first case
+activations, scales, offsets and results are rounded to bfloat16 (2^-9, relative); in the second nothing is. What
+rounding took from a scale is kept in `residual`, so the checkpoint's scales come back bit for bit and the second case
+uses them.
 
 `codes`, as torch packs them: blocks of B output rows (32 with AVX2, 64 with AVX-512; the packer is asked), one nibble a
 weight:
@@ -34,6 +35,11 @@ class Int4Pack(Prepacked):
     """A 4-bit weight for `_weight_int4pack_mm_for_cpu`."""
 
     name = "int4pack"
+    codes: Tensor
+    sz: Tensor
+    residual: Tensor | None
+    order: Tensor
+    g_idx: Tensor | None
 
     @classmethod
     def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:

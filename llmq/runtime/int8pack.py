@@ -26,6 +26,10 @@ class Int8Pack(Prepacked):
     """An 8-bit symmetric weight for `_weight_int8pack_mm`."""
 
     name = "int8pack"
+    w: Tensor
+    scale: Tensor
+    order: Tensor
+    g_idx: Tensor | None
 
     @classmethod
     def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:

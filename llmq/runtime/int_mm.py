@@ -15,13 +15,17 @@ from torch import Tensor
 
 from llmq.runtime.backends import Prepacked, centred, has_vnni
 from llmq.runtime.reference import quantize_activation
-from llmq.types import LinearSpec, Params, QTensor
+from llmq.types import ActivationGrid, LinearSpec, Params, QTensor
 
 
 class IntMM(Prepacked):
     """An int8 weight for `torch._int_mm`."""
 
     name = "int_mm"
+    w: Tensor
+    scale: Tensor
+    in_scale: Tensor | None
+    in_zero: Tensor | None
 
     @classmethod
     def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:
@@ -37,14 +41,16 @@ class IntMM(Prepacked):
 
     def __init__(self, q: QTensor, spec: LinearSpec) -> None:
         super().__init__(q, spec)
-        self.activation = spec.scheme.activation
+        self.activation = activation_of(spec)
         static = (None, None) if q.input is None else (q.input.scale, q.input.zero)
         self.keep(w=(q.codes ^ 0x80).view(torch.int8), scale=q.params.scale, in_scale=static[0], in_zero=static[1])
 
     @property
     def input(self) -> Params | None:
         """The static grid of the activation."""
-        return None if self.in_scale is None else Params(self.in_scale, self.in_zero)
+        if self.in_scale is None or self.in_zero is None:
+            return None
+        return Params(self.in_scale, self.in_zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Prepacked.forward`."""
@@ -57,6 +63,13 @@ class IntMM(Prepacked):
         """See `Prepacked.restore`."""
         zero = torch.full(self.scale.shape, 128, dtype=torch.int32, device=self.scale.device)
         return QTensor(self.w.view(torch.uint8) ^ 0x80, Params(self.scale, zero), self.grid, None, self.input)
+
+
+def activation_of(spec: LinearSpec) -> ActivationGrid:
+    """Return the activation grid of a W8A8 linear."""
+    if spec.scheme.activation is None:
+        raise ValueError(f"{spec.name} has float activations")
+    return spec.scheme.activation
 
 
 def refuses_scheme(spec: LinearSpec) -> str | None:

@@ -9,7 +9,7 @@ never quantized again. Two axes, each with its own scale (Liu et al. 2024, KIVI,
     8 bits    symmetric, q in -127 .. 127, no `low`;  static: one given scale a layer or head, q in -128 .. 127
     4, 2      asymmetric, q in 0 .. 2^b - 1, `low` the least value
 
-    codes   int8 [B, H, T, D], or uint8 [B, H, T, D*b/8]: byte j holds channels j, j + D*b/8, ... from the lowest bits on
+    codes   int8 [B, H, T, D], or uint8 [B, H, T, D*b/8]: byte j holds channels j, j + D*b/8, ... from the lowest bits
     scale   [B, H, T, 1] or [B, H, T/RUN, D], bfloat16 (float16 in a float16 model);  low: the same
 
 B batch, H key-value heads, T tokens, D channels of a head, Q query tokens. Scale and low are rounded before the codes
@@ -188,7 +188,9 @@ class Store:
     def nbytes(self) -> int:
         """Bytes allocated."""
         room = self._room
-        return 0 if room is None else room.codes.nbytes + room.scale.nbytes + (0 if room.low is None else room.low.nbytes)
+        return (
+            0 if room is None else room.codes.nbytes + room.scale.nbytes + (0 if room.low is None else room.low.nbytes)
+        )
 
 
 def attend(
