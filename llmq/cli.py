@@ -69,7 +69,7 @@ def quantize(
 
     Example: `llmq quantize ./my-llama ./my-llama-int4 --method gptq --bits 4 --group-size 128 --calib text.txt`
     """
-    from llmq.quantize import prepare
+    from llmq.job import prepare
     from llmq.quantize import quantize as run
     from llmq.recipe import Recipe
 

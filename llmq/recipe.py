@@ -1,7 +1,7 @@
 """What to do, as one frozen, serialisable value.
 
 `Recipe` holds what a user writes, on the command line or in a YAML/JSON file with the same keys. `Plan` is the recipe
-with its objects made: transforms, one solver, a format, and the scheme of every linear by name.
+with its objects made: the steps, a format, and the scheme of every linear by name.
 Not here: running it (quantize.py).
 """
 
@@ -19,7 +19,17 @@ import yaml
 
 from llmq import spec
 from llmq.grids.int import Int
-from llmq.types import ActivationGrid, Format, LlmqError, Scheme, Solver, Transform
+from llmq.types import (
+    ActivationGrid,
+    Correction,
+    Format,
+    LlmqError,
+    Refiner,
+    Scheme,
+    Solver,
+    Transform,
+    Tuner,
+)
 
 _OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-size|sym|range)=.*)$")
 
@@ -28,7 +38,8 @@ _OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-si
 class Recipe:
     """How to quantize a model. Defaults that depend on other fields are None here and filled in by `resolved`.
 
-    method: comma-separated steps, transforms first and one solver last, each `name[:option=value...]`.
+    method: comma-separated steps, each `name[:option=value...]`, in the order transforms, corrections, one solver,
+        refiners, tuners.
     bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (None: 128; "channel" for W8A8).
     range: which interval a grid covers (None: what the method prefers, else minmax).
     act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic) or per "tensor" (static, `act_range`).
@@ -117,17 +128,30 @@ class Recipe:
 _DEFAULT_RANGE = "minmax"
 
 
+_KINDS = {
+    "search": "transform", "correct": "correction", "solve": "solver", "refine": "refiner", "tune": "tuner",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Plan:
     """A resolved recipe with its objects made."""
 
     recipe: Recipe
     transforms: tuple[Transform, ...]
+    corrections: tuple[Correction, ...]
     solver: Solver
+    refiners: tuple[Refiner, ...]
+    tuners: tuple[Tuner, ...]
     format: Format
     base: Scheme
     overrides: tuple[tuple[re.Pattern[str], dict[str, Any]], ...]
     skip: tuple[re.Pattern[str], ...]
+
+    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
+        """Return the Stat classes that the steps of a site want for linears on these grids."""
+        steps: tuple[Correction | Solver | Refiner, ...] = (*self.corrections, self.solver, *self.refiners)
+        return tuple(dict.fromkeys(stat for step in steps for stat in step.needs(grids)))
 
     def scheme(self, name: str) -> Scheme | None:
         """Return what the linear of that full name becomes, None where it stays float."""
@@ -143,13 +167,8 @@ class Plan:
 def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
     """Make a recipe's objects. Raises LlmqError for anything in it that names nothing or does not go together."""
     recipe = recipe.resolved()
-    steps = [spec.load("algorithms", s) for s in recipe.method.split(",")]
-    *transforms, solver = steps
-    if not hasattr(solver, "solve"):
-        raise LlmqError(f"method {recipe.method!r} ends in a transform; add the solver, e.g. {recipe.method},gptq")
-    for step in transforms:
-        if not hasattr(step, "search"):
-            raise LlmqError(f"method {recipe.method!r}: {spec.dump(step)} is a solver, only the last step can be one")
+    steps = _steps(recipe.method)
+    (solver,) = steps["solver"]
     fmt = _format(recipe, solver)
     activation = ActivationGrid(8, recipe.act == "token") if recipe.act_bits else None
     try:
@@ -167,7 +186,38 @@ def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
         raise LlmqError(str(e)) from e
     except re.error as e:
         raise LlmqError(f"--skip {e.pattern!r} is not a regular expression ({e})") from e
-    return Plan(recipe, tuple(transforms), solver, fmt, Scheme(grid, activation), overrides, skip)
+    return Plan(
+        recipe=recipe,
+        transforms=tuple(steps["transform"]),
+        corrections=tuple(steps["correction"]),
+        solver=solver,
+        refiners=tuple(steps["refiner"]),
+        tuners=tuple(steps["tuner"]),
+        format=fmt,
+        base=Scheme(grid, activation),
+        overrides=overrides,
+        skip=skip,
+    )
+
+
+def _steps(method: str) -> dict[str, list[Any]]:
+    """Return the steps of a method by their kind. Raises LlmqError where they are out of order."""
+    steps: dict[str, list[Any]] = {kind: [] for kind in _KINDS.values()}
+    order = list(steps)
+    last = order[0]
+    for text in method.split(","):
+        step = spec.load("algorithms", text)
+        kind = next(k for verb, k in _KINDS.items() if hasattr(step, verb))
+        if order.index(kind) < order.index(last) or (kind == "solver" and steps[kind]):
+            raise LlmqError(
+                f"method {method!r}: {spec.dump(step)} is a {kind} and cannot follow a {last}; the order is "
+                "transforms, corrections, one solver, refiners, tuners"
+            )
+        steps[kind].append(step)
+        last = kind
+    if not steps["solver"]:
+        raise LlmqError(f"method {method!r} has no solver; add one, e.g. {method},gptq (`llmq list` shows all steps)")
+    return steps
 
 
 def check_patterns(recipe: Recipe, names: Sequence[str]) -> None:

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Phi
 import llmq
 from llmq import calibration, spec
 from llmq.checkpoint import Source
-from llmq.quantize import prepare, quantize
+from llmq.job import prepare
+from llmq.quantize import quantize
 from llmq.recipe import Recipe
 from llmq.types import LinearSpec, LlmqError
 
@@ -246,7 +247,7 @@ def test_overrides_and_skips_reach_the_file(tiny_checkpoint, tmp_path, text):
         ({"sym": False, "format": "gptq:checkpoint_format=gptq"}, "gptq_v2"),
         ({"method": "gptq:desc_act=true", "format": "awq"}, "g_idx"),
         ({"method": "awq"}, "awq,gptq"),
-        ({"method": "gptq,rtn"}, "only the last"),
+        ({"method": "gptq,rtn"}, "cannot follow a solver"),
         ({"skip": ("nothing_like_it",)}, "matches no linear"),
         ({"skip": ("(",)}, "regular expression"),
         ({"override": ("down_proj",)}, "does not read"),

@@ -16,7 +16,7 @@ from llmq.types import QTensor, Solved, Stats, Target
 class Rtn:
     """Round to nearest. Needs activations only where the range does (`output`)."""
 
-    def needs(self, grids: Sequence[Any]) -> tuple[type, ...]:
+    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
         """Return the Hessian where a range weighs errors by whole blocks of it."""
         return (Hessian,) if any(getattr(g.range, "uses_blocks", False) for g in grids) else ()
 
