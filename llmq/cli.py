@@ -53,6 +53,8 @@ def quantize(
     act_bits: Annotated[int | None, typer.Option(help="8: quantize activations too (W8A8).")] = None,
     act: Annotated[str | None, typer.Option(help="Activation scales: per 'token' or static per 'tensor'.")] = None,
     act_range: Annotated[str | None, typer.Option(help="Range of static activation scales.")] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="8: write static scales of the key-value cache too.")] = None,
+    kv: Annotated[str | None, typer.Option(help="Those scales per 'tensor' or per 'head'. [tensor]")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="gptq, awq or compressed-tensors.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="'REGEX:bits=8,group_size=32'; repeatable.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave float; repeatable.")] = None,

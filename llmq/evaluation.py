@@ -127,6 +127,7 @@ def evaluate(  # noqa: PLR0913, what is measured and how
     baseline: Any = None,
     windows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
     kv_bits: int | None = None,
 ) -> Evaluation:
     """Measure `model`, a transformers CausalLM, on `text`, against `baseline` where one is given.
@@ -204,7 +205,7 @@ def compare(  # noqa: PLR0913, the options of `llmq eval` one for one
     def scoring(done: int, total: int) -> None:
         step(done, total, "scoring")
 
-    return {model: evaluate(loaded, tokenizer, content, how, truth, windows, scoring, kv_bits)}
+    return {model: evaluate(loaded, tokenizer, content, how, truth, windows, scoring, kv_bits=kv_bits)}
 
 
 def load_text(text: Path | None, dataset: str | None, convention: Convention) -> str | list[str]:
@@ -359,10 +360,9 @@ class _Model:
         x = torch.tensor([ids], device=self.model.device)
         if self.kv_bits is None:
             return self._forward(x, use_cache=False)
-        from llmq.integrations.cache import QuantizedCache, static_scales
+        from llmq.integrations.cache import QuantizedCache
 
-        scales = static_scales(self.model) if self.kv_bits == 8 else None
-        cache = QuantizedCache(self.model.config, self.kv_bits, scales=scales)
+        cache = QuantizedCache.for_model(self.model, self.kv_bits)
         return torch.cat([self._forward(part, past_key_values=cache) for part in x.split(KV_CHUNK, dim=1)])
 
     def _forward(self, x: Tensor, **cache: Any) -> Tensor:

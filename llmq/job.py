@@ -47,7 +47,8 @@ class Job:
         """Say whether any step needs activations."""
         grids = [s.scheme.weight for s in self.linears.values()]
         static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in self.linears.values())
-        return bool(self.plan.transforms) or bool(self.plan.tuners) or static or bool(self.plan.needs(grids))
+        states = bool(self.plan.transforms) or bool(self.plan.tuners) or static or self.plan.recipe.kv_bits is not None
+        return states or bool(self.plan.needs(grids))
 
     def paired(self) -> bool:
         """Say whether any step compares the quantized model's activations with the float model's."""

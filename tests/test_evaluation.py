@@ -286,9 +286,9 @@ def test_a_quantized_cache_costs_more_the_fewer_its_bits(tiny_llama, tokenizer_b
 def test_feeding_a_float_cache_in_pieces_changes_nothing(tiny_llama, tokenizer_bos, prose, monkeypatch):
     from transformers import DynamicCache
 
-    import llmq.integrations.cache as module
+    from llmq.integrations.cache import QuantizedCache
 
-    monkeypatch.setattr(module, "QuantizedCache", lambda config, bits, scales: DynamicCache(config=config))
+    monkeypatch.setattr(QuantizedCache, "for_model", lambda model, bits: DynamicCache(config=model.config))
     model, text, how = tiny_llama(), prose(400), find_convention("gptq", 250)
     whole = evaluate(model, tokenizer_bos, text, how)
     pieces = evaluate(model, tokenizer_bos, text, how, kv_bits=8)

@@ -65,6 +65,12 @@ class QuantizedCache(Cache):
         super().__init__(layers=layers)
         self.bits, self.window = bits, window
 
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, bits: int = 8, **options: Any) -> QuantizedCache:
+        """Return an empty cache for `model`, with the static scales that its checkpoint came with at 8 bits."""
+        scales = static_scales(model) if bits == 8 else None
+        return cls(model.config, bits, scales=scales, **options)
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated, the float window and the room to grow included."""

@@ -93,13 +93,13 @@ def centred(q: QTensor) -> bool:
 
 
 def check_scales(q: QTensor, spec: LinearSpec) -> None:
-    """Raise LlmqError, naming the linear, where a scale is not a positive finite number."""
-    good = q.params.scale.float().isfinite() & (q.params.scale > 0)
+    """Raise LlmqError, naming the linear, where a scale is 0 or no finite number."""
+    good = q.params.scale.float().isfinite() & (q.params.scale != 0)
     if not bool(good.all()):
         row, group = (~good).nonzero()[0].tolist()
         raise LlmqError(
-            f"{spec.name}: the scale of row {row}, group {group} is {float(q.params.scale[row, group])}, not a "
-            "positive number: the checkpoint is damaged or was cast; download or quantize it again"
+            f"{spec.name}: the scale of row {row}, group {group} is {float(q.params.scale[row, group])}, no "
+            "scale: the checkpoint is damaged or was cast; download or quantize it again"
         )
 
 

@@ -32,6 +32,7 @@ from llmq.runtime.reference import quantize_activation
 from llmq.types import LinearSpec, Params, QTensor
 
 _SAFE = 128
+_FEW = 8  # rows; a sum of columns that are this short costs more than it adds
 _ENGINE = threading.Lock()  # torch's choice of quantized engine is global
 _numbers = count()
 _weights: weakref.WeakValueDictionary[int, Fbgemm] = weakref.WeakValueDictionary()
@@ -105,13 +106,20 @@ class Fbgemm(Prepacked):
         x_int = x_int.float()
         y_MN = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x_int, 1.0, 128, self.packed)
         if len(self.value):
-            rest_NM = torch.ops.aten._embedding_bag_forward_only(
-                x_int.T.contiguous(), self.index, self.offset, False, 0, False, self.value.float()
-            )[0]
-            y_MN += rest_NM.T
+            y_MN += self._rest(x_int)
         y_MN *= self.scale.float().T
         y_MN *= s_x.float()
         return y_MN.to(x.dtype).reshape(*x.shape[:-1], self.N)
+
+    def _rest(self, x_MK: Tensor) -> Tensor:
+        """Return `x @ R^T` for integers `x`, exact: by running sums for few rows, else as weighted sums of columns."""
+        if len(x_MK) <= _FEW:
+            terms = x_MK.double().index_select(1, self.index) * self.value
+            sums = torch.nn.functional.pad(terms.cumsum(1), (1, 0))
+            starts = torch.cat([self.offset, self.offset.new_tensor([len(self.value)])])
+            return sums.index_select(1, starts).diff(dim=1).float()
+        bags = torch.ops.aten._embedding_bag_forward_only
+        return bags(x_MK.T.contiguous(), self.index, self.offset, False, 0, False, self.value.float())[0].T
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""

@@ -133,13 +133,18 @@ def _linear(x: Tensor, codes: Tensor, sz: Tensor, residual: Tensor | None, group
     K, N = x.shape[-1], sz.shape[1]
     x_MK = x.reshape(-1, K)
     if len(x_MK) <= many_rows():
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK.bfloat16().contiguous(), codes, group, sz)
+        y = packed_product(x_MK, codes, sz, group)
     else:
-        y = _decoded_product(x_MK.float(), codes, sz, residual, group)
+        y = decoded_product(x_MK.float(), codes, sz, residual, group)
     return y.to(x.dtype).reshape(*x.shape[:-1], N)
 
 
-def _decoded_product(x_MK: Tensor, codes: Tensor, sz: Tensor, residual: Tensor | None, group: int) -> Tensor:
+def packed_product(x_MK: Tensor, codes: Tensor, sz: Tensor, group: int) -> Tensor:
+    """Return `x @ W'^T` in bfloat16, by torch's product."""
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK.bfloat16().contiguous(), codes, group, sz)
+
+
+def decoded_product(x_MK: Tensor, codes: Tensor, sz: Tensor, residual: Tensor | None, group: int) -> Tensor:
     """Return `x @ W^T` in float32, decoding `_PANEL` columns of W at a time."""
     K, N = x_MK.shape[1], sz.shape[1]
     scale_GN, zero_GN = exact_params(sz, residual)

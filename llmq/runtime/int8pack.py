@@ -84,13 +84,14 @@ def _linear(x: Tensor, w_GNg: Tensor, scale_GN: Tensor) -> Tensor:
     G, N, g = w_GNg.shape
     x_MK = x.reshape(-1, G * g)
     if len(x_MK) <= many_rows():
-        y = _packed_product(x_MK.bfloat16(), w_GNg, scale_GN.bfloat16())
+        y = packed_product(x_MK.bfloat16(), w_GNg, scale_GN.bfloat16())
     else:
-        y = _decoded_product(x_MK.float(), w_GNg, scale_GN.float())
+        y = decoded_product(x_MK.float(), w_GNg, scale_GN.float())
     return y.to(x.dtype).reshape(*x.shape[:-1], N)
 
 
-def _packed_product(x_MK: Tensor, w_GNg: Tensor, scale_GN: Tensor) -> Tensor:
+def packed_product(x_MK: Tensor, w_GNg: Tensor, scale_GN: Tensor) -> Tensor:
+    """Return `x @ W^T` for bfloat16 `x` and scales, by torch's product, group by group."""
     g = w_GNg.shape[2]
     product = torch.ops.aten._weight_int8pack_mm
     if len(w_GNg) == 1:
@@ -101,7 +102,7 @@ def _packed_product(x_MK: Tensor, w_GNg: Tensor, scale_GN: Tensor) -> Tensor:
     return y_MN
 
 
-def _decoded_product(x_MK: Tensor, w_GNg: Tensor, scale_GN: Tensor) -> Tensor:
+def decoded_product(x_MK: Tensor, w_GNg: Tensor, scale_GN: Tensor) -> Tensor:
     """Return `x @ W^T` in float32, decoding a panel of W at a time: some rows, all columns."""
     G, N, g = w_GNg.shape
     rows = max(16, _PANEL // (G * g))

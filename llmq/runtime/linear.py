@@ -72,7 +72,7 @@ class QuantLinear(nn.Module):
     def prepack(self) -> None:
         """Hand the weight to the first back-end that can run it; without one, and without data, nothing changes.
 
-        Raises LlmqError where the buffers do not fit the spec or a scale is no positive number.
+        Raises LlmqError where the buffers do not fit the spec or a scale is 0 or not finite.
         """
         if self.prepacked is not None or self.get_buffer(self._packed[0]).is_meta:
             return

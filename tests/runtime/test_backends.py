@@ -93,7 +93,7 @@ def test_prepacking_loses_nothing(name, solved):
 def test_every_scale_comes_back_and_the_decoded_product_uses_it(dtype):
     bits = torch.arange(1, 0x7C00, dtype=torch.int32).to(torch.int16).view(torch.float16)  # all positive finite ones
     scale = bits.to(dtype) * (1.000123 if dtype == torch.float32 else 1)
-    scale = torch.cat([scale, scale[-1:].expand(-len(scale) % 32)])[:, None]
+    scale = torch.cat([scale, -scale, scale[-1:].expand(-2 * len(scale) % 64)])[:, None]
     N = len(scale)
     codes = torch.randint(0, 16, (N, 32), dtype=torch.uint8)
     zero = torch.randint(0, 16, (N, 1), dtype=torch.int32)
@@ -231,7 +231,7 @@ def test_an_8_bit_weight_with_another_zero_goes_to_the_reference(solved, layer, 
     assert decibel(linear(x), x.double() @ q.dequantize().double().T) > 100
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
 def test_a_broken_scale_is_refused_by_name(bad, solved, layer):
     q, spec = solved(32, 64, Int(4, True, 32))
     q.params.scale[5, 1] = bad
