@@ -50,11 +50,12 @@ def clock(kind: str) -> Callable[[], float]:
     return time.perf_counter if kind == "wall" else time.process_time
 
 
-def random_llama(folder: Path) -> Path:
-    """Write a random checkpoint of TinyLlama-1.1B's shape, bfloat16, unless it is there."""
+def random_llama(folder: Path, blocks: int) -> Path:
+    """Write a random checkpoint of TinyLlama-1.1B's shape, or of its first blocks, unless it is there; bfloat16."""
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**TINYLLAMA)).bfloat16().save_pretrained(folder)
+        config = LlamaConfig(**TINYLLAMA | {"num_hidden_layers": blocks})
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     return folder
 
 
@@ -114,7 +115,10 @@ def _hidden_bytes(linear: QuantLinear) -> int:
 def shapes(args: argparse.Namespace) -> None:
     """Measure decode and prefill of every model, in turns."""
     now = clock(args.clock)
-    sources = [random_llama(args.out / "random-tinyllama"), *([args.smollm2] if args.smollm2 else [])]
+    sources = [
+        random_llama(args.out / f"random-tinyllama-{args.blocks}", args.blocks),
+        *([args.smollm2] if args.smollm2 else []),
+    ]
     print(f"{measure.machine()}; {args.threads} threads, {args.clock} time, {'compiled' if args.compile else 'eager'}")
     for source in sources:
         found = models(source, args.out, args.only, args.compile)
@@ -278,6 +282,7 @@ def main() -> None:
     one.add_argument("--smollm2", type=Path, help="a model of make_reference_model.py")
     one.add_argument("--out", type=Path, default=Path("bench"))
     one.add_argument("--only", nargs="+", default=[], help=f"of float32, bfloat16, {', '.join(SCHEMES)}")
+    one.add_argument("--blocks", type=int, default=22, help="of the random model; the output head weighs more in fewer")
     one.add_argument("--new", type=int, default=NEW)
     one.add_argument("--compile", action="store_true", help="torch.compile on every side")
     one.add_argument("--slow", action="store_true", help="bfloat16 prefill too, which takes minutes without AMX")

@@ -239,3 +239,26 @@ def test_static_scales_are_found_and_used(tiny_llama, decibel):
     scheme["num_bits"] = 4
     with pytest.raises(LlmqError, match="num_bits"):
         static_scales(model)
+
+
+@pytest.mark.parametrize("kv", ["tensor", "head"])
+def test_static_scales_mean_what_stock_transformers_takes_them_for(kv, tiny_checkpoint, prose, tmp_path):
+    """compressed-tensors simulates the cache; with everything quantized ours gives the same bits."""
+    from transformers import AutoModelForCausalLM
+
+    from llmq.job import prepare
+    from llmq.quantize import quantize
+    from llmq.recipe import Recipe
+
+    text = tmp_path / "text.txt"
+    text.write_text(prose(800))
+    recipe = Recipe(method="rtn", bits=8, group_size=32, kv_bits=8, kv=kv, calib=str(text), samples=4, seq_len=64)
+    quantize(prepare(str(tiny_checkpoint()), recipe, "cpu"), tmp_path / "out")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ours = llmq.load(tmp_path / "out", dtype=torch.float32, device="cpu", backend="reference")
+    with torch.no_grad():
+        want = stock(IDS).logits
+        got = ours(IDS, past_key_values=llmq.QuantizedCache.for_model(ours, window=0)).logits
+        plain = ours(IDS).logits
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert (plain - want).abs().max() > 1e-3
