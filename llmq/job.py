@@ -5,6 +5,7 @@ Not here: running it (quantize.py).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +15,19 @@ from torch import nn
 
 from llmq import card, spec
 from llmq.checkpoint import Source, resolve
+from llmq.gguf.pipeline import Blueprint, blueprint
 from llmq.recipe import Plan, Recipe, check_patterns, plan
 from llmq.stream import Skeleton, refuse_other_matrices
-from llmq.types import LinearSpec, LlmqError
+from llmq.types import LinearSpec, LlmqError, Scheme
 
 
 @dataclass
 class Job:
-    """A prepared run: what was read, what is planned, what a user should know before it starts."""
+    """A prepared run: what was read, what is planned, what a user should know before it starts.
+
+    linears: what the method quantizes. rows: matrices outside the blocks that are rounded row by row.
+    gguf: the file that will be written, where the format is GGUF.
+    """
 
     source: Source
     skeleton: Skeleton
@@ -30,6 +36,8 @@ class Job:
     skipped: list[str]
     device: torch.device
     warnings: list[str] = field(default_factory=list)
+    rows: dict[str, LinearSpec] = field(default_factory=dict)
+    gguf: Blueprint | None = None
 
     @property
     def head(self) -> str | None:
@@ -39,21 +47,21 @@ class Job:
 
     def bytes(self) -> int:
         """Return the size of the weights that will be written."""
-        fmt, quantized = self.plan.format, {f"{n}.weight" for n in self.linears}
-        floats = sum(n for name, n in self.source.sizes().items() if name not in quantized)
-        return floats + sum(card.packed_bytes(fmt, s) for s in self.linears.values())
+        specs = self.linears | self.rows
+        floats = sum(n for name, n in self.source.sizes().items() if name.removesuffix(".weight") not in specs)
+        return floats + sum(card.packed_bytes(self.plan.format, s) for s in specs.values())
 
     def calibrates(self) -> bool:
         """Say whether any step needs activations."""
         grids = [s.scheme.weight for s in self.linears.values()]
         static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in self.linears.values())
-        states = bool(self.plan.transforms) or bool(self.plan.tuners) or static or self.plan.recipe.kv_bits is not None
-        return states or bool(self.plan.needs(grids))
+        recipe, plan = self.plan.recipe, self.plan
+        measured = recipe.target_bpw is not None or recipe.imatrix_out is not None or recipe.kv_bits is not None
+        return measured or static or bool(plan.transforms) or bool(plan.tuners) or bool(plan.needs(grids))
 
-    def paired(self) -> bool:
-        """Say whether any step compares the quantized model's activations with the float model's."""
-        grids = [s.scheme.weight for s in self.linears.values()]
-        return bool(self.plan.tuners) or any(stat.paired for stat in self.plan.needs(grids))
+    def paired(self) -> float:
+        """Return the share of the calibration that runs through the float model too, for steps that compare the two."""
+        return 1.0 if self.plan.tuners else max((c.share for c in self.plan.corrections), default=0.0)
 
 
 def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
@@ -66,6 +74,8 @@ def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
     steps = plan(recipe, stored)
     skeleton = Skeleton(source, _compute_dtype(steps, stored, where))
     refuse_other_matrices(skeleton.blocks[0])
+    if recipe.gguf:
+        return _prepare_gguf(source, skeleton, steps, where)
     linears, skipped = {}, []
     for name, module in _linears(skeleton, with_head=recipe.lm_head):
         scheme = steps.scheme(name)
@@ -78,9 +88,45 @@ def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
         raise LlmqError("every linear is skipped; nothing to quantize")
     if not recipe.lm_head:
         skipped.append(head_name(skeleton))
-    warnings = steps.format.plan(list(linears.values()))
+    warnings = steps.format.plan(_mixed(linears, recipe) if recipe.target_bpw else list(linears.values()))
     source.check()
     return Job(source, skeleton, steps, linears, skipped, where, warnings)
+
+
+def _mixed(linears: dict[str, LinearSpec], recipe: Recipe) -> list[LinearSpec]:
+    """Return the linears with every choice of bits among them, for the format to refuse before any work."""
+    choices = recipe.choices()
+    mixed = []
+    for i, s in enumerate(linears.values()):
+        grid = dataclasses.replace(s.scheme.weight, bits=choices[i % len(choices)])
+        mixed.append(dataclasses.replace(s, scheme=dataclasses.replace(s.scheme, weight=grid)))
+    return mixed
+
+
+def _prepare_gguf(source: Source, skeleton: Skeleton, steps: Plan, device: torch.device) -> Job:
+    """Plan a GGUF file: every matrix gets the type that the mixture gives it."""
+    from llmq.loading import load_tokenizer
+
+    recipe, pre = steps.recipe, getattr(steps.format, "pre", None)
+    calibrated = bool(steps.needs([]))
+    if calibrated and recipe.imatrix:
+        raise LlmqError(f"method {recipe.method} calibrates its own importance; --imatrix goes with --method rtn")
+    for step in (*steps.refiners, *steps.tuners):
+        if not getattr(step, "takes_ggml", False):
+            raise LlmqError(f"{spec.dump(step)} improves integer grids only; for GGUF use --method gptq or rtn")
+    tokenizer = load_tokenizer(str(source.path))
+    plan_ = blueprint(source, skeleton.config, recipe, pre=pre, calibrated=calibrated, tokenizer=tokenizer)
+    headers, blocks = source.headers(), dict(skeleton.linears())
+    linears, rows = {}, {}
+    for tensor, kind in plan_.quantized().items():
+        name = tensor.removesuffix(".weight")
+        N, K = headers[tensor][1]
+        found = LinearSpec(name, N, K, Scheme(spec.load("grids", kind.lower())))
+        (linears if name in blocks else rows)[name] = found
+    skipped = [n for n in blocks if n not in linears]
+    warnings = [*steps.format.plan([*linears.values(), *rows.values()]), *plan_.warnings]
+    source.check()
+    return Job(source, skeleton, steps, linears, skipped, device, warnings, rows, plan_)
 
 
 def _linears(skeleton: Skeleton, *, with_head: bool) -> Iterator[tuple[str, nn.Linear]]:

@@ -9,6 +9,7 @@ Not here: what can be refused before (job.py), what happens inside a block (bloc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,15 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from llmq import calibration
-from llmq.block import Streams, quantize_block, report_line
+from llmq.allocate import allocate
+from llmq.block import Streams, accumulate, quantize_block, solve
 from llmq.checkpoint import Sink
+from llmq.gguf.pipeline import GgufSink
 from llmq.job import Job
-from llmq.publish import publish
-from llmq.stats import Hessian
+from llmq.publish import publish, publish_gguf, write_importance
 from llmq.stream import embed
-from llmq.types import LlmqError, Target
+from llmq.types import LinearSpec, LlmqError, QTensor, Target
 
 BATCH_TOKENS = 4096  # tokens of one suspended batch
+_ROWS_AT_ONCE = 2**24  # weights of an embedding in float32 at a time
 Progress = Callable[[int, int, str], None]
 """Called with blocks done, blocks in all and what is going on."""
 
@@ -38,16 +41,20 @@ def quantize(job: Job, out: Path, *, overwrite: bool = False, progress: Progress
     cannot be written; OUT is then untouched.
     """
     report = progress or (lambda done, total, what: None)
-    with Sink(out, overwrite=overwrite) as sink, torch.no_grad():
+    sink_class = GgufSink if job.gguf else Sink
+    with sink_class(out, overwrite=overwrite) as sink, torch.no_grad():
         sink.require(2 * job.bytes())  # parts and the shards joined from them
         streams = _enter(job, report)
+        job = allocate(job, streams, report)
         record: dict[str, Any] = {}
         for i in range(len(job.skeleton)):
             report(i, len(job.skeleton), f"block {i}")
             record |= quantize_block(job, i, streams, sink)
         report(len(job.skeleton), len(job.skeleton), "writing")
         record |= _outside(job, streams, sink)
-        summary = publish(job, sink, record)
+        if streams.measured:
+            write_importance(job, {n: (m.sum, m.count) for n, m in streams.measured.items() if m.sum is not None})
+        summary = publish_gguf(job, sink, record) if isinstance(sink, GgufSink) else publish(job, sink, record)
         sink.commit()
     return summary
 
@@ -67,7 +74,7 @@ def _enter(job: Job, report: Progress) -> Streams:
     writer = partial(_writer, job)
     tokens = calibration.tokens(recipe.calib, tokenizer, recipe.samples, recipe.seq_len, recipe.seed, writer)
     hidden, calls = embed(job.skeleton, tokens, max(1, BATCH_TOKENS // recipe.seq_len), job.device)
-    return Streams(hidden, list(hidden) if job.paired() else [], calls)
+    return Streams(hidden, hidden[: math.ceil(job.paired() * len(hidden))], calls)
 
 
 def _writer(job: Job) -> nn.Module:
@@ -81,23 +88,44 @@ def _writer(job: Job) -> nn.Module:
 def _outside(job: Job, streams: Streams, sink: Sink) -> dict[str, Any]:
     """Write what belongs to no block: embeddings, final norm, head (quantized, if asked)."""
     head = job.head
+    record: dict[str, Any] = {}
     for name in job.skeleton.outside():
-        if head is None or name != f"{head}.weight":
+        module = name.removesuffix(".weight")
+        if module in job.rows:
+            packed, record[module] = _round_rows(job, job.rows[module])
+            sink.add({name: packed})
+        elif module != head:
             sink.add({name: job.source.get(name)})
     if head is None:
-        return {}
+        return record
     tied = f"{head}.weight" not in job.source
     embedding = next(n for n, m in job.skeleton.model.named_modules() if m is job.skeleton.model.get_input_embeddings())
     weight = job.source.get(f"{embedding}.weight" if tied else f"{head}.weight")
     target = Target(head, weight.to(job.device, torch.float32), job.linears[head].scheme.weight)
-    stats = {c: c() for c in job.plan.solver.needs([target.grid])}
-    for X_TK in _normed(job, streams.hidden) if stats else ():
-        for a in stats.values():
-            a.update(X_TK)
-    (solved,) = job.plan.solver.solve([target], stats)
-    line = report_line(job, target, solved, stats.get(Hessian))
+    stats = {c: c() for c in job.plan.needs([target.grid])}
+    if stats:
+        accumulate(stats, _normed(job, streams.hidden), _normed(job, streams.floats) if streams.floats else None)
+    ((_, solved),) = solve(job, [target], stats)
     sink.add({f"{head}.{k}": v for k, v in job.plan.format.pack(solved.q, job.linears[head]).items()})
-    return {head: line}
+    return {head: dict(solved.report)}
+
+
+def _round_rows(job: Job, linear: LinearSpec) -> tuple[Tensor, dict[str, Any]]:
+    """Round an embedding or a head to nearest, some rows at a time; return its stored rows and its report line."""
+    grid, weight = linear.scheme.weight, job.source.get(f"{linear.name}.weight")
+    importance = job.gguf.importance.get(linear.name) if job.gguf else None
+    step = max(1, _ROWS_AT_ONCE // linear.K)
+    packed, error, energy = [], 0.0, 0.0
+    for i in range(0, linear.N, step):
+        W_nK = weight[i : i + step].float()
+        params = grid.fit(W_nK, importance)
+        codes = grid.nearest(W_nK, params.columns(linear.K)).to(torch.uint8)
+        q = QTensor(codes, params, grid)
+        (rows,) = job.plan.format.pack(q, linear).values()
+        packed.append(rows)
+        error += (q.dequantize() - W_nK).square().sum().item()
+        energy += W_nK.square().sum().item()
+    return torch.cat(packed), {"method": "rtn", "bits": grid.bits, "weight_error": error / max(energy, 1e-30)}
 
 
 def _normed(job: Job, hidden: list[Tensor]) -> Iterator[Tensor]:

@@ -74,6 +74,7 @@ class Drift:
 
     def __init__(self) -> None:
         self.fit = self.held = self.held_hessian = torch.zeros(0, 0)
+        self.count = self.held_count = 0
 
     def update(self, X_TK: Tensor, F_TK: Tensor) -> None:
         """Add a batch."""
@@ -85,6 +86,8 @@ class Drift:
         self.fit.addmm_(miss[:at].T, X[:at])
         self.held.addmm_(miss[at:].T, X[at:])
         self.held_hessian.addmm_(X[at:].T, X[at:])
+        self.count += X.shape[0]
+        self.held_count += X.shape[0] - at
 
     def merge(self, other: Drift) -> None:
         """Add another rank's sums."""
@@ -93,6 +96,8 @@ class Drift:
         for name in ("fit", "held", "held_hessian"):
             mine, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, mine.add_(theirs) if mine.numel() else theirs.clone())
+        self.count += other.count
+        self.held_count += other.held_count
 
 
 @contextmanager
@@ -148,6 +153,34 @@ class AbsMean:
 
     def mean(self) -> Tensor:
         """Return the mean magnitudes, float32 `[K]`."""
+        if self.sum is None:
+            raise ValueError("no activation was accumulated")
+        return (self.sum / max(self.count, 1)).float()
+
+
+class MeanSquare:
+    """The mean square of every channel: the diagonal of H, and llama.cpp's importance matrix."""
+
+    paired: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.sum: Tensor | None = None
+        self.count = 0
+
+    def update(self, X_TK: Tensor) -> None:
+        """Add a batch."""
+        total = X_TK.float().square().sum(0, dtype=torch.float64)
+        self.sum = total if self.sum is None else self.sum.add_(total)
+        self.count += X_TK.shape[0]
+
+    def merge(self, other: MeanSquare) -> None:
+        """Add another rank's sum."""
+        if other.sum is not None:
+            self.sum = other.sum.clone() if self.sum is None else self.sum.add_(other.sum)
+        self.count += other.count
+
+    def mean(self) -> Tensor:
+        """Return the mean squares, float32 `[K]`."""
         if self.sum is None:
             raise ValueError("no activation was accumulated")
         return (self.sum / max(self.count, 1)).float()

@@ -47,24 +47,81 @@ class Params:
 
     def columns(self, K: int, g_idx: Tensor | None = None) -> Params:
         """Return `[N, G]` parameters spread over K columns: by `g_idx` `[K]`, else in G equal runs."""
-        if g_idx is not None:
-            return self.map(lambda p: p[:, g_idx.long()])
-        return self.map(lambda p: p.repeat_interleave(K // p.shape[1], dim=1))
+        return self.map(lambda p: _spread(p, K, g_idx))
+
+    def by_group(self) -> list[Params]:
+        """Return `[N, G]` parameters group by group for column loops, float32 `[N]` each, contiguous."""
+        columns = self.map(lambda p: p.float().T.contiguous())
+        return [Params(s, z) for s, z in zip(columns.scale, columns.zero, strict=True)]
+
+    def split(self, rows: Sequence[int]) -> list[Params]:
+        """Return `[N, G]` parameters in parts of so many rows."""
+        parts = zip(self.scale.split(list(rows)), self.zero.split(list(rows)), strict=True)
+        return [Params(s, z) for s, z in parts]
+
+
+@dataclass(frozen=True)
+class GgmlParams:
+    """Where the ggml grid of one weight lies: `w = scale * level(code) + offset`, and what its file stores of that.
+
+    scale: float32 `[N, G]`, `d * sc` (`d` where a type has no `sc`); any sign, 0 where a group is all zero.
+    offset: float32 `[N, G]`, `-dmin * m` (`-dmin` where a type has no `m`); None on grids without one.
+    d, dmin: float16 `[N, B]`, B stored blocks (qblocks) along K. sc, m: int16 `[N, G]`, their small integers.
+    What a type does not store is None; so is all that is stored, once spread over columns or taken by group.
+    """
+
+    scale: Tensor
+    offset: Any = None  # each a Tensor or None, by the type
+    d: Any = None
+    dmin: Any = None
+    sc: Any = None
+    m: Any = None
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> GgmlParams:
+        """Apply `f` to every tensor."""
+        stored = (self.offset, self.d, self.dmin, self.sc, self.m)
+        return GgmlParams(f(self.scale), *(None if p is None else f(p) for p in stored))
+
+    def columns(self, K: int, g_idx: Tensor | None = None) -> GgmlParams:
+        """Return scale and offset spread over K columns: by `g_idx` `[K]`, else in G equal runs."""
+        return self._derived().map(lambda p: _spread(p, K, g_idx))
+
+    def by_group(self) -> list[GgmlParams]:
+        """Return scale and offset group by group for column loops, `[N]` each, contiguous."""
+        columns = self._derived().map(lambda p: p.T.contiguous())
+        return [columns.map(lambda p, g=g: p[g]) for g in range(self.scale.shape[1])]  # type: ignore[misc]
+
+    def split(self, rows: Sequence[int]) -> list[GgmlParams]:
+        """Return the parameters in parts of so many rows."""
+        ends = [sum(rows[: i + 1]) for i in range(len(rows))]
+        return [self.map(lambda p, a=end - n, b=end: p[a:b]) for n, end in zip(rows, ends, strict=True)]  # type: ignore[misc]
+
+    def _derived(self) -> GgmlParams:
+        return GgmlParams(self.scale, self.offset)
+
+
+def _spread(p: Tensor, K: int, g_idx: Tensor | None) -> Tensor:
+    return p.repeat_interleave(K // p.shape[1], dim=1) if g_idx is None else p[:, g_idx.long()]
 
 
 class Grid(Protocol):
-    """The values that a weight may take, group by group along K."""
+    """The values that a weight may take, group by group along K. Its parameters are `Params` or `GgmlParams`."""
 
-    bits: int
-    group_size: int | None
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
 
-    def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Params:
+    @property
+    def group_size(self) -> int | None:
+        """Columns that share a scale; None is per channel."""
+
+    def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Any:
         """Choose where the grid of every group lies; `H_KK` weighs the errors where the range uses it."""
 
-    def nearest(self, w: Tensor, params: Params) -> Tensor:
+    def nearest(self, w: Tensor, params: Any) -> Tensor:
         """Return the nearest codes, float32 integers; `params` broadcasts against `w`."""
 
-    def decode(self, codes: Tensor, params: Params) -> Tensor:
+    def decode(self, codes: Tensor, params: Any) -> Tensor:
         """Return the float32 values of `codes`; `params` broadcasts against `codes`."""
 
 
@@ -107,13 +164,13 @@ class QTensor:
     """A solved weight, unpacked: the sole currency between solvers and formats.
 
     codes: uint8 `[N, K]`, in `[0, 2**bits - 1]`.
-    params: scale and zero, `[N, G]`.
+    params: `Params` (scale and zero, `[N, G]`), or `GgmlParams` on a ggml grid.
     g_idx: int32 `[K]`, the group of each column, or None where it is `k // group_size`.
     input: the static grid of the linear's input activation (`[1]` each, zero the unsigned code 128), or None.
     """
 
     codes: Tensor
-    params: Params
+    params: Any  # what the grid's fit returns
     grid: Grid
     g_idx: Tensor | None = None
     input: Params | None = None
@@ -175,12 +232,14 @@ class Target:
     """A linear that a solver is asked to quantize: float32 `W_NK` and the grid to put it on.
 
     report: what earlier steps record of it in `quantization.json`.
+    importance: what the squared error of each input channel counts, `[K]`, where the user gave it (an imatrix).
     """
 
     name: str
     W_NK: Tensor
     grid: Any
     report: Mapping[str, Any] = field(default_factory=dict)
+    importance: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +271,12 @@ Stats = Mapping[type, Any]
 
 
 class Correction(Protocol):
-    """Floats to floats: moves the weights of a site to where they make up for the error of their input."""
+    """Floats to floats: moves the weights of a site to where they make up for the error of their input.
+
+    share: of the calibration, how much must run through the float model too.
+    """
+
+    share: float
 
     def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
         """Return the Stat classes to accumulate."""

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from llmq.compiled import compiled
-from llmq.types import Params, QTensor, Target
+from llmq.types import QTensor, Target
 
 _LEAF_TORCH = 16  # columns rounded one by one; their rank-1 updates stay in the L2 cache
 _LEAF_COMPILED = 48  # measured best of 16 to 96 at N = 3072
 _CHUNK = 256  # rows of W that a compiled leaf works on at a time: its columns stay in the L1 cache
 
 
-def sweep(W_KN: Tensor, T_KN: Tensor, F_KK: Tensor, grid: Any, params: Params, group_K: Tensor) -> Tensor:
+def sweep(W_KN: Tensor, T_KN: Tensor, F_KK: Tensor, grid: Any, params: Any, group_K: Tensor) -> Tensor:
     """Round the rows of `T_KN` in order; return the codes, uint8 `[K, N]`.
 
     W_KN: float32, what the decoded codes are compared with. T_KN: float32, the targets before any feedback, consumed
@@ -35,15 +35,15 @@ def sweep(W_KN: Tensor, T_KN: Tensor, F_KK: Tensor, grid: Any, params: Params, g
     K, N = W_KN.shape
     codes_KN = torch.empty(K, N, dtype=torch.uint8, device=W_KN.device)
     error_KN = torch.empty_like(W_KN)
-    scale_GN, zero_GN = params.scale.float().T.contiguous(), params.zero.float().T.contiguous()
     leaf = compiled(_leaf, _KINDS) if W_KN.device.type == "cpu" and hasattr(grid, "bounds") else None
     if leaf is not None:
         low, high = grid.bounds()
+        scale_GN, zero_GN = params.scale.float().T.contiguous(), params.zero.float().T.contiguous()
         tensors = (W_KN, T_KN, error_KN, codes_KN, F_KK.contiguous(), scale_GN, zero_GN, group_K)
         arrays = tuple(t.numpy() for t in tensors)
         round_columns: Callable[[int, int], None] = lambda lo, hi: leaf(*arrays, lo, hi, low, high)  # noqa: E731
     else:
-        by_group = [Params(s, z) for s, z in zip(scale_GN, zero_GN, strict=True)]
+        by_group = params.by_group()
         columns = tuple(t.unbind() for t in (W_KN, T_KN, error_KN, codes_KN))
         args = (grid, by_group, group_K.tolist(), F_KK, T_KN, columns)
         round_columns = functools.partial(_torch_leaf, args)
@@ -120,5 +120,5 @@ def stacks(targets: Sequence[Target]) -> list[list[Target]]:
 
 def split(q: QTensor, rows: list[int]) -> list[QTensor]:
     """Return the linears of a stack, of so many rows each."""
-    parts = zip(q.codes.split(rows), q.params.scale.split(rows), q.params.zero.split(rows), strict=True)
-    return [QTensor(c, Params(s, z), q.grid, q.g_idx) for c, s, z in parts]
+    parts = zip(q.codes.split(rows), q.params.split(rows), strict=True)
+    return [QTensor(codes, params, q.grid, q.g_idx) for codes, params in parts]

@@ -62,12 +62,14 @@ class Int:
     def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Params:
         """Choose scale and zero `[N, G]` for float32 `W_NK`, errors weighed by the diagonal of `H_KK` if given.
 
+        `H_KK` may be that diagonal alone, `[K]`.
+
         A range that wants whole diagonal blocks of H (`uses_blocks`) is handed `[G, g, g]` in place of `[G, g]`.
         """
         N, K = W_NK.shape
         G = self.groups(K)
         if self.per_tensor:
-            weight = None if H_KK is None else H_KK.diagonal().expand(N, K).reshape(-1)
+            weight = None if H_KK is None else _diagonal(H_KK).expand(N, K).reshape(-1)
             params = self._fit_rows(W_NK.reshape(-1), weight)
             return params.map(lambda p: p.expand(N, 1).contiguous())
         return self._fit_rows(W_NK.reshape(N, G, K // G), _group_weight(H_KK, G, self.range))
@@ -121,4 +123,8 @@ def _group_weight(H_KK: Tensor | None, G: int, range_: Range | None) -> Tensor |
     if getattr(range_, "uses_blocks", False):
         i = torch.arange(G, device=H_KK.device)
         return H_KK.reshape(G, g, G, g)[i, :, i, :]
-    return H_KK.diagonal().reshape(G, g)
+    return _diagonal(H_KK).reshape(G, g)
+
+
+def _diagonal(H_KK: Tensor) -> Tensor:
+    return H_KK if H_KK.dim() == 1 else H_KK.diagonal()
