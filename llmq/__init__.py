@@ -9,13 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmq.integrations.cache import QuantizedCache
     from llmq.loading import load, load_tokenizer
     from llmq.types import LlmqError
 
 __version__ = "0.1.0"
-__all__ = ["LlmqError", "__version__", "load", "load_tokenizer"]
+__all__ = ["LlmqError", "QuantizedCache", "__version__", "load", "load_tokenizer"]
 
-_HOME = {"LlmqError": "llmq.types", "load": "llmq.loading", "load_tokenizer": "llmq.loading"}
+_HOME = {
+    "LlmqError": "llmq.types",
+    "QuantizedCache": "llmq.integrations.cache",
+    "load": "llmq.loading",
+    "load_tokenizer": "llmq.loading",
+}
 
 
 def __getattr__(name: str) -> Any:

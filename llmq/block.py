@@ -21,6 +21,7 @@ from llmq import spec
 from llmq.checkpoint import Sink
 from llmq.grids.int import Int
 from llmq.job import Job
+from llmq.kv_scales import Watch
 from llmq.stats import Hessian, Histogram, MeanSquare
 from llmq.stream import Call, Lanes, discover, family_sites, run
 from llmq.types import BlockView, LlmqError, Params, Site, SiteView, Solved, Target
@@ -33,12 +34,14 @@ class Streams:
     hidden: what the quantized blocks so far made of it. floats: what the float blocks made of its first batches, as
     many as the steps that compare the two want. calls: the other arguments of a block's call, indexed `[batch][block]`.
     measured: importance of every linear's input so far, where an importance matrix is to be written.
+    watch: sees the keys and values of the present quantized block, where their scales are wanted.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     floats: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
     measured: dict[str, MeanSquare] = field(default_factory=dict)
+    watch: Watch | None = None
 
 
 def quantize_block(job: Job, i: int, streams: Streams, sink: Sink) -> dict[str, Any]:
@@ -50,8 +53,12 @@ def quantize_block(job: Job, i: int, streams: Streams, sink: Sink) -> dict[str, 
         record: dict[str, Any] = {}
         for step in job.plan.transforms:
             record |= _transform(job, step, block, sites, streams.hidden, at, prefix)
+        streams.watch = Watch() if job.plan.recipe.kv_bits else None
         solved = _solve(job, block, sites, streams, at, prefix, last=i == len(job.skeleton) - 1)
         packed: dict[str, Tensor] = {}
+        if streams.watch is not None:
+            dtype = job.plan.format.scale_dtype(job.skeleton.stored_dtype)
+            packed |= {prefix + n: t for n, t in streams.watch.tensors(block, job.plan.recipe.kv, dtype).items()}
         for name, s in solved.items():
             full = prefix + name
             packed |= {f"{full}.{k}": t for k, t in job.plan.format.pack(s.q, job.linears[full]).items()}
@@ -64,6 +71,7 @@ def _solve(
     job: Job, block: nn.Module, sites: Sequence[Site], streams: Streams, at: list[Call], prefix: str, *, last: bool
 ) -> dict[str, Solved]:
     """Solve every site in the order they run, then tune the block; move the streams on."""
+    watched = streams.watch.into(at) if streams.watch is not None else at
     solved: dict[str, Solved] = {}
     targets: dict[str, Target] = {}
     moves_on = bool(streams.hidden) and not (last and job.head is None)
@@ -73,7 +81,7 @@ def _solve(
             original = copy.deepcopy(block)
             reference = stack.enter_context(Lanes(original, sites, streams.floats, at))
         if streams.hidden:
-            lanes = stack.enter_context(Lanes(block, sites, streams.hidden, at))
+            lanes = stack.enter_context(Lanes(block, sites, streams.hidden, watched))
         for site in sites:
             for target, answer in _solve_site(job, block, site, streams, lanes, reference, prefix):
                 targets[target.name], solved[target.name] = target, answer
@@ -84,8 +92,8 @@ def _solve(
         view = BlockView(block, solved, targets, streams.hidden, outputs, at, job.plan.recipe.seed)
         solved = tuner.tune(view)
         _place(job, block, solved)
-    if moves_on and job.plan.tuners:
-        streams.hidden = [run(block, h, c) for h, c in zip(streams.hidden, at, strict=True)]
+    if job.plan.tuners and (moves_on or streams.watch is not None):
+        streams.hidden = [run(block, h, c) for h, c in zip(streams.hidden, watched, strict=True)]
     streams.floats = outputs
     return solved
 

@@ -54,6 +54,8 @@ def quantize(
     act_bits: Annotated[int | None, typer.Option(help="8: quantize activations too (W8A8).")] = None,
     act: Annotated[str | None, typer.Option(help="Activation scales: per 'token' or static per 'tensor'.")] = None,
     act_range: Annotated[str | None, typer.Option(help="Range of static activation scales.")] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="8: write static scales of the key-value cache too.")] = None,
+    kv: Annotated[str | None, typer.Option(help="Those scales per 'tensor' or per 'head'. [tensor]")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="gptq, awq, compressed-tensors or gguf.")] = None,
     type_: Annotated[str | None, typer.Option("--type", help="GGUF: Q4_K_M, Q8_0, F16 ... [Q4_K_M]")] = None,
     override: Annotated[
@@ -111,6 +113,9 @@ def evaluate(
     convention: Annotated[str, typer.Option(help="gptq, llama.cpp or lm-eval.")] = "gptq",
     window: Annotated[int | None, typer.Option(help="Tokens of a window, in place of the convention's.")] = None,
     windows: Annotated[int | None, typer.Option(help="Score only the first N windows.")] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="8 or 4: quantize the key-value cache (2: to see it fail).")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...; the checkpoint's own if left out.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
@@ -131,6 +136,7 @@ def evaluate(
             windows=windows,
             dtype=dtype,
             device=device,
+            kv_bits=kv_bits,
             progress=step,
         )
     console.print(evaluation.table(rows))

@@ -33,6 +33,8 @@ from torch import Tensor
 from llmq.calibration import HubText, bos_id, encode, hub_rows
 from llmq.types import LlmqError
 
+KV_CHUNK = 32
+"""Tokens fed at once where the key-value cache is quantized: with whole windows nothing would be read back from it."""
 CHUNK = 64  # positions whose logits are held at once: 13 MB a copy at 49152 entries; twice as fast on CPU as 256
 
 
@@ -82,6 +84,7 @@ class Evaluation:
     count: how many units the text has; tokens: how many were scored; seconds: wall time, the baseline's included.
     baseline_perplexity, kl_mean and its standard error (nats per token), kl_p999 (99.9 percentile over the tokens) and
         top1 (share, 0 to 1): against the baseline, None without one.
+    kv_bits: of the model's key-value cache, None for a float one.
     """
 
     convention: str
@@ -98,6 +101,7 @@ class Evaluation:
     kl_standard_error: float | None = None
     kl_p999: float | None = None
     top1: float | None = None
+    kv_bits: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as `json.dumps` takes them; infinite values become None."""
@@ -115,7 +119,7 @@ def find_convention(name: str, window: int | None = None) -> Convention:
     return how if window is None else dataclasses.replace(how, window=window)
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913, what is measured and how
     model: Any,
     tokenizer: Any,
     text: Text,
@@ -123,12 +127,16 @@ def evaluate(
     baseline: Any = None,
     windows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    kv_bits: int | None = None,
 ) -> Evaluation:
     """Measure `model`, a transformers CausalLM, on `text`, against `baseline` where one is given.
 
     text: one text, or documents; only `lm-eval` keeps documents apart, and finds Wikipedia articles in one text.
     windows: score only the first so many windows; under `lm-eval`, documents.
     progress: called with (done, total) after every window.
+    kv_bits: quantize the model's key-value cache, not the baseline's, and feed tokens `KV_CHUNK` at a time; static
+        scales that the checkpoint came with are used at 8 bits.
     Both models are put in eval mode. Raises LlmqError for a text that is too short, a window longer than the model
     reads, a baseline with another vocabulary, and logits that are not finite (naming the window).
     """
@@ -137,7 +145,7 @@ def evaluate(
     if windows is not None and windows < 1:
         raise LlmqError(f"give 1 window or more, not {windows}")
     pieces, words, bytes_ = _windows(text, tokenizer, how, windows)
-    scored = _Model(model.eval(), "the model")
+    scored = _Model(model.eval(), "the model", kv_bits)
     truth = None if baseline is None else _Model(baseline.eval(), "the baseline")
     if truth and truth.vocab != scored.vocab:
         raise LlmqError(f"the baseline has {truth.vocab} tokens in its vocabulary, the model {scored.vocab}")
@@ -161,6 +169,7 @@ def evaluate(
         tokens=len(nll),
         seconds=time.perf_counter() - began,
         byte_perplexity=_exp(float(nll.sum()) / bytes_) if how.unit == "word" else None,
+        kv_bits=kv_bits,
         **(_against(scores, count) if truth else {}),
     )
 
@@ -175,6 +184,7 @@ def compare(  # noqa: PLR0913, the options of `llmq eval` one for one
     windows: int | None = None,
     dtype: str | None = None,
     device: str = "auto",
+    kv_bits: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Evaluation]:
     """Load checkpoints and a text, and `evaluate`; the result is keyed by `model`.
@@ -191,8 +201,11 @@ def compare(  # noqa: PLR0913, the options of `llmq eval` one for one
     step(0, 1, "loading")
     truth = None if baseline is None else load(baseline, dtype=as_dtype(dtype), device=device)
     loaded = load(model, dtype=as_dtype(dtype), device=device)
-    report = evaluate(loaded, tokenizer, content, how, truth, windows, lambda done, total: step(done, total, "scoring"))
-    return {model: report}
+
+    def scoring(done: int, total: int) -> None:
+        step(done, total, "scoring")
+
+    return {model: evaluate(loaded, tokenizer, content, how, truth, windows, scoring, kv_bits=kv_bits)}
 
 
 def load_text(text: Path | None, dataset: str | None, convention: Convention) -> str | list[str]:
@@ -217,6 +230,7 @@ def table(rows: Mapping[str, Evaluation]) -> Table:
     baseline = next((e.baseline_perplexity for e in rows.values() if e.baseline_perplexity is not None), None)
     versus = [] if baseline is None else ["change", "KL", "KL 99.9 %", "top-1"]
     title = f"{first.convention}: window {first.window}, {first.tokens} tokens scored, perplexity per {first.unit}"
+    title += f", {first.kv_bits}-bit key-value cache" if first.kv_bits else ""
     out = Table(title=title, title_justify="left", box=None)
     out.add_column("model", overflow="fold", min_width=14)
     for head in ("perplexity", *versus, "seconds"):
@@ -331,8 +345,8 @@ class _Model:
     decides: a model that scales, caps or masks its logits afterwards fails it, and its states are the logits.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
-        self.model, self.name, self.head = model, name, None
+    def __init__(self, model: Any, name: str, kv_bits: int | None = None) -> None:
+        self.model, self.name, self.head, self.kv_bits = model, name, None, kv_bits
         self.vocab = model.config.get_text_config().vocab_size
         head = model.get_output_embeddings()
         if head is not None and model.base_model is not model:
@@ -344,9 +358,17 @@ class _Model:
     def states(self, ids: list[int]) -> Tensor:
         """Return `[T, hidden]`, or the logits `[T, vocab]`."""
         x = torch.tensor([ids], device=self.model.device)
+        if self.kv_bits is None:
+            return self._forward(x, use_cache=False)
+        from llmq.integrations.cache import QuantizedCache
+
+        cache = QuantizedCache.for_model(self.model, self.kv_bits)
+        return torch.cat([self._forward(part, past_key_values=cache) for part in x.split(KV_CHUNK, dim=1)])
+
+    def _forward(self, x: Tensor, **cache: Any) -> Tensor:
         if self.head is None:
-            return self.model(x, use_cache=False).logits[0]
-        return self.model.base_model(x, use_cache=False).last_hidden_state[0]
+            return self.model(x, **cache).logits[0]
+        return self.model.base_model(x, **cache).last_hidden_state[0]
 
     def log_probs(self, states: Tensor) -> Tensor:
         """Return the float32 log-probabilities `[T, vocab]` of some of the states."""

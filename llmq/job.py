@@ -56,7 +56,7 @@ class Job:
         grids = [s.scheme.weight for s in self.linears.values()]
         static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in self.linears.values())
         recipe, plan = self.plan.recipe, self.plan
-        measured = recipe.target_bpw is not None or recipe.imatrix_out is not None
+        measured = recipe.target_bpw is not None or recipe.imatrix_out is not None or recipe.kv_bits is not None
         return measured or static or bool(plan.transforms) or bool(plan.tuners) or bool(plan.needs(grids))
 
     def paired(self) -> float:

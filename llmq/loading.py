@@ -23,12 +23,20 @@ from llmq.integrations.transformers import METHODS, registered
 from llmq.types import LlmqError
 
 
-def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "auto") -> PreTrainedModel:
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "auto",
+    backend: str = "auto",
+) -> PreTrainedModel:
     """Return the causal language model at `path`, in eval mode, its quantized linears computing from packed weights.
 
     path: a local folder or a Hub id.
     dtype: of the float weights and the activations; None is the checkpoint's own. Packed tensors keep theirs.
     device: "auto" is cuda where available, else cpu.
+    backend: "auto" gives every quantized linear the first back-end of llmq/runtime that can run it; "reference" decodes
+        weights exactly and rounds nothing else, slowly.
     Raises LlmqError, one line, for whatever is wrong with the path or the checkpoint.
     """
     folder = resolve(str(path))
@@ -38,7 +46,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
         raise LlmqError(f"{folder}: quant_method {method!r} is not one that llmq reads ({', '.join(METHODS)})")
     target = _device(device)
     try:
-        with registered(), _quiet():
+        with registered(backend=backend), _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype="auto" if dtype is None else dtype,
@@ -95,8 +103,12 @@ def _device(device: torch.device | str) -> torch.device:
         target = torch.device(device)
     except RuntimeError as e:
         raise LlmqError(f"device {device!r} is not one that torch knows: {_line(e)}") from e
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise LlmqError(f"device {str(device)!r}: this torch finds no GPU; use device='cpu'")
+    if target.type == "meta":
+        raise LlmqError("device 'meta' holds no weights; use device='cpu'")
+    try:
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise LlmqError(f"device {str(device)!r} cannot be used here ({_line(e)}); use device='cpu'") from e
     return target
 
 

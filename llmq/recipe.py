@@ -31,6 +31,8 @@ from llmq.types import (
     Tuner,
 )
 
+STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
+"""What a recipe calls a strategy of key-value scales, and what compressed-tensors does."""
 _OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-size|sym|range)=.*)$")
 
 
@@ -44,7 +46,8 @@ class Recipe:
     bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (None: 128; "channel" for W8A8).
     range: which interval a grid covers (None: what the method prefers, else minmax).
     act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic) or per "tensor" (static, `act_range`).
-    format: how the result is stored (None: gptq; compressed-tensors for W8A8).
+    format: how the result is stored (None: gptq; compressed-tensors for W8A8 and kv_bits).
+    kv_bits: 8 writes static scales of the key-value cache too, one per "tensor" or per "head" (`kv`).
     override: `REGEX:bits=8,group_size=32` on full module names, later ones win. skip: regexes of linears left float.
     target_bpw: bits per quantized weight, scales counted, to spend where they help most; --bit-choices lists the bits
         that a site may get.
@@ -66,6 +69,8 @@ class Recipe:
     act_bits: int | None = None
     act: str = "token"
     act_range: str = "minmax"
+    kv_bits: int | None = None
+    kv: str = "tensor"
     format: str | None = None
     override: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -91,6 +96,10 @@ class Recipe:
             raise LlmqError(f"act_bits is 8 or left out, not {self.act_bits}")
         if self.act_bits and self.bits != 8:
             raise LlmqError(f"8-bit activations need 8-bit weights, not {self.bits}; say --bits 8")
+        if self.kv_bits and (self.format or "").startswith("gguf"):
+            raise LlmqError("format gguf holds no scales of a key-value cache; use --format compressed-tensors")
+        if self.kv_bits not in (None, 8) or self.kv not in STRATEGIES:
+            raise LlmqError(f"kv_bits is 8 or left out, per tensor or head, not {self.kv_bits} per {self.kv}")
         if self.target_bpw is not None and self.act_bits:
             raise LlmqError("target_bpw chooses bits of weights; with 8-bit activations they are always 8")
         self.choices()
@@ -151,7 +160,8 @@ class Recipe:
             self,
             group_size=self.group_size or ("channel" if self.act_bits else 128),
             range=self.range or preferred or _DEFAULT_RANGE,
-            format=self.format or ("compressed-tensors" if self.act_bits or self.target_bpw else "gptq"),
+            format=self.format
+            or ("compressed-tensors" if self.act_bits or self.kv_bits or self.target_bpw else "gptq"),
             override=override,
         )
 
@@ -297,6 +307,12 @@ def _format(recipe: Recipe, solver: Any) -> Format:
                 f"format {recipe.format} holds no g_idx; drop desc_act (static groups) or use --format gptq"
             )
         fmt = dataclasses.replace(fmt, desc_act=True)
+    if recipe.kv_bits:
+        if not hasattr(fmt, "kv"):
+            raise LlmqError(
+                f"format {recipe.format} holds no scales of a key-value cache; use --format compressed-tensors"
+            )
+        fmt = dataclasses.replace(fmt, kv=STRATEGIES[recipe.kv])
     return fmt
 
 

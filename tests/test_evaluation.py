@@ -266,3 +266,36 @@ def test_scripts(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     assert k[str(a)]["kl_mean"] == 0 < k[str(b)]["kl_mean"]
     with pytest.raises(SystemExit, match=r"^error: .*none is not a folder"):
         run("perplexity.py", tmp_path / "none")
+
+
+def test_a_quantized_cache_costs_more_the_fewer_its_bits(tiny_llama, tokenizer_bos, prose):
+    model, text, how = tiny_llama(), prose(400), find_convention("gptq", 256)
+    rows = {
+        bits: evaluate(model, tokenizer_bos, text, how, baseline=tiny_llama(), windows=1, kv_bits=bits)
+        for bits in (None, 8, 4, 2)
+    }
+    assert [r.kv_bits for r in rows.values()] == [None, 8, 4, 2]
+    assert rows[None].kl_mean == 0
+    kl = {bits: row.kl_mean for bits, row in rows.items()}
+    assert 0 < kl[8] < 1e-3
+    assert kl[4] > 10 * kl[8]
+    assert kl[2] > 10 * kl[4]  # much worse: the entries that attention reads are the quantized ones
+    assert rows[2].perplexity > 1.01 * rows[8].perplexity
+
+
+def test_feeding_a_float_cache_in_pieces_changes_nothing(tiny_llama, tokenizer_bos, prose, monkeypatch):
+    from transformers import DynamicCache
+
+    from llmq.integrations.cache import QuantizedCache
+
+    monkeypatch.setattr(QuantizedCache, "for_model", lambda model, bits: DynamicCache(config=model.config))
+    model, text, how = tiny_llama(), prose(400), find_convention("gptq", 250)
+    whole = evaluate(model, tokenizer_bos, text, how)
+    pieces = evaluate(model, tokenizer_bos, text, how, kv_bits=8)
+    assert pieces.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
+    assert pieces.tokens == whole.tokens
+
+
+def test_kv_bits_of_a_cache_are_checked(tiny_llama, tokenizer_bos, prose):
+    with pytest.raises(LlmqError, match="8 or 4, not 3"):
+        evaluate(tiny_llama(), tokenizer_bos, prose(99), find_convention("gptq", 64), kv_bits=3)

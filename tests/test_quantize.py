@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Phi
 import llmq
 from llmq import calibration, spec
 from llmq.checkpoint import Source
+from llmq.evaluation import evaluate, find_convention
 from llmq.job import prepare
 from llmq.quantize import quantize
 from llmq.recipe import Recipe
@@ -285,3 +286,42 @@ def test_a_quantized_source_is_refused(tiny_checkpoint, tmp_path, text):
     job(tiny_checkpoint(), tmp_path / "a", calib=text, method="rtn")
     with pytest.raises(LlmqError, match="quantized already"):
         prepare(str(tmp_path / "a"), Recipe(**BASE), "cpu")
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "smoothquant,rtn"])
+@pytest.mark.parametrize("kv", ["tensor", "head"])
+def test_static_scales_of_the_cache_are_those_of_the_quantized_model(kv, method, tiny_checkpoint, prose, tmp_path):
+    from transformers import DynamicCache
+
+    from llmq.integrations.cache import static_scales
+
+    src, out, text = tiny_checkpoint(), tmp_path / "out", tmp_path / "text.txt"
+    text.write_text(prose(800))
+    options = {"method": method, "bits": 8, "group_size": 32, "kv_bits": 8, "kv": kv, "calib": str(text)}
+    job = prepare(str(src), Recipe.load(None, options | {"samples": 4, "seq_len": 64}), "cpu")
+    assert any("vLLM" in w and "fp8" in w for w in job.warnings)
+    quantize(job, out)
+    scheme = json.loads((out / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert (scheme["strategy"], scheme["num_bits"]) == ({"tensor": "tensor", "head": "attn_head"}[kv], 8)
+    model = llmq.load(out, device="cpu", backend="reference")
+    scales = static_scales(model)
+    tokens = calibration.tokens(str(text), llmq.load_tokenizer(src), 4, 64, 0)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+    for i, layer in enumerate(cache.layers):
+        for scale, states in zip(scales[i], (layer.keys, layer.values), strict=True):
+            top = states.abs().amax((0, 2, 3))
+            want = top[:, None, None] if kv == "head" else top.max()[None]
+            torch.testing.assert_close(scale, want / 127.5, rtol=1e-3, atol=0)
+    got = evaluate(model, llmq.load_tokenizer(src), prose(400), find_convention("gptq", 128), model, 1, kv_bits=8)
+    assert 0 < got.kl_mean < 0.01
+
+
+def test_scales_of_the_cache_need_a_format_that_holds_them(tiny_checkpoint):
+    with pytest.raises(LlmqError, match="compressed-tensors"):
+        prepare(str(tiny_checkpoint()), Recipe.load(None, {"method": "rtn", "kv_bits": 8, "format": "gptq"}), "cpu")
+    with pytest.raises(LlmqError, match="gguf holds no scales"):
+        Recipe(kv_bits=8, format="gguf")
+    with pytest.raises(LlmqError, match="kv_bits is 8"):
+        Recipe(kv_bits=4)

@@ -19,7 +19,10 @@ Config: `config_groups.group_N` has `targets` (module names, `re:` patterns, or 
 `ignore` takes modules out again. Where a model has several schemes all its modules are listed by name, none by class:
 vLLM looks for the class of a fused q/k/v before the names of its parts, and would take the wrong scheme.
 
-Not here: the key-value cache, whose `kv_cache_scheme` is passed through in `extra`.
+Key-value cache, int8 with static scales: `kv_cache_scheme` in the config, and beside the linears of each attention
+    k_scale, v_scale   float [1] (strategy "tensor") or [H, 1, 1] ("attn_head"), of rotated keys and of values
+
+Not here: how the scales of the cache are found (kv_scales.py) and read back (integrations/cache.py).
 """
 
 from __future__ import annotations
@@ -44,6 +47,10 @@ _EXTRA: dict[str, Any] = {
     "transform_config": {},
     "version": "0.20.0",
 }
+_KV_WARNING = (
+    "static int8 scales of the key-value cache are read by llmq and transformers; vLLM takes calibrated scales as fp8 "
+    "only, and its own int8 cache is dynamic: do not serve this kv_cache_scheme there"
+)
 _REQUANTIZE = "quantize the float model again"
 
 
@@ -69,10 +76,12 @@ class _Group:
 class CompressedTensors:
     """The compressed-tensors checkpoint format: pack-quantized and int-quantized, each module its own scheme.
 
+    kv: the strategy of the key-value cache's static scales, "tensor" or "attn_head", None without.
     groups, ignore: what is quantized how, as read from a checkpoint.
     extra: what llmq does not interpret of the config.
     """
 
+    kv: str | None = None
     quant_method: str = field(default="compressed-tensors", init=False)
     groups: tuple[_Group, ...] = field(default=(), init=False, repr=False)
     ignore: list[str] = field(default_factory=list, init=False, repr=False)
@@ -92,7 +101,7 @@ class CompressedTensors:
             activation = spec.scheme.activation
             if activation is not None and activation.bits != 8:
                 raise LlmqError(f"{spec.name}: activations have 8 bits in compressed-tensors, not {activation.bits}")
-        return _warnings(linears)
+        return [*_warnings(linears), *([_KV_WARNING] if self.kv else [])]
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the tensors of one linear, scales in the dtype they have.
@@ -188,13 +197,17 @@ class CompressedTensors:
         if not same or not groups:
             groups, ignore = _new_groups(linears), list(skipped)
         formats = {_format(g.scheme) for g in groups}
-        return self.extra | {
-            "quant_method": "compressed-tensors",
-            "quantization_status": "compressed",
-            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-            "config_groups": {group.name: group.config() for group in groups},
-            "ignore": ignore,
-        }
+        return (
+            self.extra
+            | _kv_scheme(self.kv)
+            | {
+                "quant_method": "compressed-tensors",
+                "quantization_status": "compressed",
+                "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+                "config_groups": {group.name: group.config() for group in groups},
+                "ignore": ignore,
+            }
+        )
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> tuple[CompressedTensors, Callable[[str, int, int], Scheme | None]]:
@@ -238,6 +251,13 @@ class _Lookup:
 
 def _pattern(target: str) -> re.Pattern[str]:
     return _common.regex(target.removeprefix("re:"))
+
+
+def _kv_scheme(strategy: str | None) -> dict[str, Any]:
+    if strategy is None:
+        return {}
+    args = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": False}
+    return {"kv_cache_scheme": args | {"group_size": None, "block_structure": None, "actorder": None}}
 
 
 def _update(source: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,9 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class PackedQuantizer(HfQuantizer):
-    """Reads a packed checkpoint into a model whose quantized linears are `QuantLinear`."""
+    """Reads a packed checkpoint into a model whose quantized linears are `QuantLinear`, each with its back-end."""
+
+    prepack = True
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -126,6 +128,14 @@ class PackedQuantizer(HfQuantizer):
             )
         return linear
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Hand every packed linear to its back-end, unless weights come and go between places (offloading)."""
+        places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+        if self.prepack and len(places) <= 1 and "disk" not in places:
+            for module in model.modules():
+                if isinstance(module, QuantLinear):
+                    module.prepack()
+
     def is_serializable(self) -> bool:
         """Return True: `save_pretrained` writes the packed tensors back."""
         return True
@@ -134,6 +144,12 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Return False: packed weights have no gradient."""
         return False
+
+
+class ReferenceQuantizer(PackedQuantizer):
+    """Reads a packed checkpoint into a model that computes by decoding its weights: no back-end rounds anything."""
+
+    prepack = False
 
 
 def read_headers(files: Sequence[str]) -> dict[str, Tensor]:
@@ -224,22 +240,27 @@ def _prefix(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> str:
     return prefix if bare and any(name.startswith(prefix) for name in stored) else ""
 
 
-_MAPPINGS: tuple[tuple[dict[str, Any], type], ...] = (
-    (AUTO_QUANTIZATION_CONFIG_MAPPING, PackedConfig),
-    (AUTO_QUANTIZER_MAPPING, PackedQuantizer),
-)
+_MAPPINGS: tuple[dict[str, Any], ...] = (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)
 _LOCK = threading.RLock()
 _replaced: dict[tuple[int, str], type | None] = {}  # what `register` found, by mapping and method
 
 
-def register() -> None:
-    """Make `from_pretrained` read the `METHODS` with llmq, until `unregister()`. Calling it again changes nothing."""
+def register(*, backend: str = "auto") -> None:
+    """Make `from_pretrained` read the `METHODS` with llmq, until `unregister()`. Calling it again changes the back-end.
+
+    backend: "auto" gives every linear the first back-end that can run it; "reference" decodes the weights instead.
+    Raises LlmqError for another name.
+    """
+    if backend not in ("auto", "reference"):
+        raise LlmqError(f"backend is 'auto' or 'reference', not {backend!r}")
+    quantizer = PackedQuantizer if backend == "auto" else ReferenceQuantizer
     with _LOCK:
-        for i, (mapping, ours) in enumerate(_MAPPINGS):
+        for i, (mapping, ours) in enumerate(zip(_MAPPINGS, (PackedConfig, quantizer), strict=True)):
             for method in METHODS:
-                if mapping.get(method) is not ours:
-                    _replaced[i, method] = mapping.get(method)
-                    mapping[method] = ours
+                found = mapping.get(method)
+                if found not in (PackedConfig, PackedQuantizer, ReferenceQuantizer):
+                    _replaced[i, method] = found
+                mapping[method] = ours
 
 
 def unregister() -> None:
@@ -250,15 +271,15 @@ def unregister() -> None:
 
 
 @contextmanager
-def registered() -> Iterator[None]:
+def registered(*, backend: str = "auto") -> Iterator[None]:
     """Register for the body of a `with` statement and then restore the state before it, registered or not.
 
     Other threads that register wait for the end of the body.
     """
     with _LOCK:
-        before = {(i, m): mapping.get(m) for i, (mapping, _) in enumerate(_MAPPINGS) for m in METHODS}
+        before = {(i, m): mapping.get(m) for i, mapping in enumerate(_MAPPINGS) for m in METHODS}
         replaced = dict(_replaced)
-        register()
+        register(backend=backend)
         try:
             yield
         finally:
@@ -269,7 +290,7 @@ def registered() -> Iterator[None]:
 
 def _restore(entries: Mapping[tuple[int, str], type | None]) -> None:
     for (i, method), cls in entries.items():
-        mapping = _MAPPINGS[i][0]
+        mapping = _MAPPINGS[i]
         if cls is None:
             mapping.pop(method, None)
         else:

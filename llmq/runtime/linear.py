@@ -1,32 +1,32 @@
-"""A linear layer that keeps its weight packed and decodes it for every forward: the reference path.
+"""The quantized linear: a drop-in for `nn.Linear` that computes from a packed weight.
 
-    y = Q(x) @ W^T + bias,    W = scale * (code - zero) decoded in float32 and rounded once to the dtype of x
+    y = Q(x) @ W^T + bias
 
-Q is the identity, or int8 rounding of the activation for W8A8 (`fake_quantize`). The packed tensors are buffers under
-the names they have on disk, so that the `state_dict` of a model is its checkpoint, and a buffer keeps the dtype it was
-stored in whatever happens to the model: rounding scales to the model's dtype would change every weight.
-A forward holds one weight's codes and values, and nothing decoded survives it. It is exact and slow.
+It is made with the tensors of the file as buffers, under the names they have on disk, and computes with the reference
+(reference.py), decoding the weight at every forward. `prepack()`, which loading a checkpoint calls, hands the weight to
+the first back-end that can run it (backends.py); the tensors of the file are dropped and come back from the back-end,
+bit for bit, whenever a `state_dict` is asked for. So a model is always its checkpoint, and never holds two copies.
+A buffer keeps the dtype it was stored in whatever happens to the model: rounding scales to the model's dtype would
+change every weight. Moving the layer to another kind of device undoes `prepack()`.
 
-Not here: bits on disk (formats/), replacing the linears of a model (integrations/), fast kernels.
+Not here: bits on disk (formats/), replacing the linears of a model (integrations/).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmq.types import ActivationGrid, Format, LinearSpec, Params, QTensor
-
-_PANEL = 256  # rows decoded at once: what that needs on the way stays in the cache, 4 times faster than whole weights
+from llmq.runtime import reference
+from llmq.runtime.backends import Prepacked, check_scales, choose
+from llmq.types import Format, LinearSpec, QTensor
 
 
 class QuantLinear(nn.Module):
-    """A drop-in for `nn.Linear` whose weight stays in the packed tensors of a format.
+    """A drop-in for `nn.Linear` whose weight stays packed.
 
     The buffers are those of `fmt.layout(spec)` under their local names, and `bias` where there is one. They are created
     empty: fill them by `load_state_dict` (with `assign=True` when the module is on the meta device).
@@ -39,6 +39,7 @@ class QuantLinear(nn.Module):
     """
 
     bias: Tensor | None
+    prepacked: Prepacked | None
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.fmt, self.spec = fmt, spec
         self.in_features, self.out_features = spec.K, spec.N
+        self.prepacked = None
         tensors = fmt.layout(spec)
         self._packed = tuple(tensors)
         if bias:
@@ -62,64 +64,83 @@ class QuantLinear(nn.Module):
             dtype = (dtypes or {}).get(local, t.dtype)
             self.register_buffer(local, torch.empty(t.shape, dtype=dtype, device=device))
 
+    @property
+    def backend(self) -> str:
+        """The name of the back-end that computes."""
+        return "reference" if self.prepacked is None else self.prepacked.name
+
+    def prepack(self) -> None:
+        """Hand the weight to the first back-end that can run it; without one, and without data, nothing changes.
+
+        Raises LlmqError where the buffers do not fit the spec or a scale is 0 or not finite.
+        """
+        if self.prepacked is not None or self.get_buffer(self._packed[0]).is_meta:
+            return
+        q = self.unpack()
+        check_scales(q, self.spec)
+        backend = choose(self.spec, q)
+        if backend is not None:
+            self.prepacked = backend(q, self.spec)
+            for local in self._packed:
+                setattr(self, local, None)
+
+    def undo_prepack(self) -> None:
+        """Return to the tensors of the file and to the reference."""
+        for local, t in self.file_tensors().items():
+            setattr(self, local, t)
+        self.prepacked = None
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the file by their local names, without the bias."""
+        if self.prepacked is not None:
+            return self.fmt.pack(self.prepacked.restore(), self.spec)
+        return {local: self.get_buffer(local) for local in self._packed}
+
     def unpack(self) -> QTensor:
         """Return the weight's codes `[N, K]` and parameters. Raises LlmqError where the buffers do not fit the spec."""
-        return self.fmt.unpack({local: self.get_buffer(local) for local in self._packed}, self.spec)
+        if self.prepacked is not None:
+            return self.prepacked.restore()
+        return self.fmt.unpack(self.file_tensors(), self.spec)
 
     def dequantize(self) -> Tensor:
-        """Return the weight that `forward` multiplies with, float32 `[N, K]`."""
-        return _decode(self.unpack(), torch.float32)
+        """Return the weight of the checkpoint, float32 `[N, K]`."""
+        return reference.decode(self.unpack(), torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` `[..., K]` to `[..., N]` in the dtype of `x`."""
-        q = self.unpack()
-        if self.spec.scheme.activation is not None:
-            x = fake_quantize(x, self.spec.scheme.activation, q.input)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, _decode(q, x.dtype), bias)
+        if self.prepacked is None:
+            return reference.linear(x, self.unpack(), self.spec.scheme.activation, bias)
+        y = self.prepacked(x)
+        return y if bias is None else y + bias
 
     def extra_repr(self) -> str:
         """Describe the layer the way `nn.Linear` does."""
         grid = self.spec.scheme.weight
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={grid.bits}, group_size={grid.group_size}, format={self.fmt.quant_method}"
+            f"bits={grid.bits}, group_size={grid.group_size}, format={self.fmt.quant_method}, backend={self.backend}"
         )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.prepacked is not None:
+            destination.update({prefix + local: t for local, t in self.file_tensors().items()})
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if self.prepacked is not None and any(prefix + local in state_dict for local in self._packed):
+            self.undo_prepack()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Let `.to()`, `.half()` and the like move the buffers but never change their dtype."""
+        if self.prepacked is not None:
+            device = next(self.prepacked.buffers()).device
+            if fn(torch.empty(0, device=device)).device.type != device.type:
+                self.undo_prepack()
 
         def move(t: Tensor) -> Tensor:
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
         return super()._apply(move, recurse)
-
-
-def _decode(q: QTensor, dtype: torch.dtype) -> Tensor:
-    """Return `q.dequantize()` in `dtype`, decoding a panel of rows at a time."""
-    W_NK = torch.empty(q.codes.shape, dtype=dtype, device=q.codes.device)
-    for i in range(0, q.codes.shape[0], _PANEL):
-        rows = slice(i, i + _PANEL)
-        panel = Params(q.params.scale[rows], q.params.zero[rows])
-        W_NK[rows] = replace(q, codes=q.codes[rows], params=panel).dequantize()
-    return W_NK
-
-
-def fake_quantize(x: Tensor, grid: ActivationGrid, static: Params | None = None) -> Tensor:
-    """Round activations `x` `[..., K]` to a signed integer grid and return the rounded values in the dtype of `x`.
-
-    dynamic: a scale per token, max|x| / ((2^b - 1) / 2), computed in the dtype of `x`; codes -2^(b-1) .. 2^(b-1) - 1.
-    static: `static` holds the one scale of the tensor and its zero, an unsigned code.
-    The order of operations is that of compressed-tensors 0.20 (`calculate_qparams`, `_quantize_dequantize`), and so are
-    the bits of the result. Raises ValueError for a static grid without parameters.
-    """
-    half = 2 ** (grid.bits - 1)
-    if grid.dynamic:
-        scale = x.abs().amax(-1, keepdim=True) / ((2 * half - 1) / 2)
-        scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
-        return (x / scale).clamp_(-half, half - 1).round_() * scale
-    if static is None:
-        raise ValueError("a static activation grid needs the scale that calibration chose")
-    scale, zero = static.scale.to(x.dtype), (static.zero - half).to(x.dtype)
-    return ((x / scale).add_(zero).clamp_(-half, half - 1).round_() - zero) * scale

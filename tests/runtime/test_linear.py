@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmq import spec
-from llmq.runtime.linear import QuantLinear, fake_quantize
+from llmq.runtime.linear import QuantLinear
+from llmq.runtime.reference import fake_quantize
 from llmq.types import ActivationGrid, LinearSpec, Params, QTensor
 
 N, K = 288, 64  # more rows than are decoded at once

@@ -1,0 +1,114 @@
+"""Back-ends: what a quantized linear computes with, chosen once at load.
+
+A back-end is one file with one class, a `Prepacked` weight. `refuses` says why it cannot run a linear, or None where it
+can; `choose` takes the first of `BACKENDS` that can, and the reference (reference.py) where none can, which is always
+right. A prepacked weight replaces the tensors of the file and gives them back without loss (`restore`), so a model
+never holds both and `save_pretrained` writes what was read.
+
+| back-end | takes | how |
+|---|---|---|
+| int4pack | 4 bits, weights only | torch's int4 packed product for few rows, panels decoded to float32 for many |
+| int_mm   | W8A8, a CPU with VNNI | int8 x int8 -> int32 by `torch._int_mm` |
+| fbgemm   | W8A8, x86 without VNNI | fbgemm's uint8 x int8 product, kept exact by splitting the weight |
+| int8pack | 8 bits, weights only | torch's int8 product for few rows, panels decoded to float32 for many |
+
+A back-end for another device is one more file in this tuple.
+Not here: the layer itself (linear.py), bits on disk (formats/).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llmq.types import LinearSpec, LlmqError, QTensor
+
+MANY_ROWS = {"AVX2": 32}
+"""By CPU capability, the most rows of `x` for which torch's packed products beat decoding the weight to float32.
+
+Fixed, not timed at load, so that a model computes the same bits every time. `scripts/bench_runtime.py --crossover`
+prints the times of both sides (docs/runtime.md)."""
+_MANY_ROWS = 64  # AVX-512 and others
+
+
+class Prepacked(nn.Module):
+    """A weight in the layout that one back-end multiplies with. Its tensors are buffers outside the `state_dict`.
+
+    Subclasses are made from a `QTensor` and a `LinearSpec` that `refuses` had nothing against.
+    """
+
+    name: ClassVar[str]
+
+    @classmethod
+    def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:
+        """Return why this back-end cannot run `spec` on `device`, None where it can."""
+        raise NotImplementedError
+
+    @classmethod
+    def holds(cls, q: QTensor) -> bool:
+        """Return whether this back-end can hold the values of `q`, which a config need not tell."""
+        return True
+
+    def __init__(self, q: QTensor, spec: LinearSpec) -> None:
+        super().__init__()
+        self.N, self.K = q.codes.shape
+        self.grid = q.grid
+
+    def keep(self, **tensors: Tensor | None) -> None:
+        """Hold tensors as buffers that move with the module but belong to no checkpoint."""
+        for name, t in tensors.items():
+            self.register_buffer(name, t, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` `[..., K]` to `[..., N]` in the dtype of `x`, without bias."""
+        raise NotImplementedError
+
+    def restore(self) -> QTensor:
+        """Return the `QTensor` that this was made from, equal in every tensor and dtype."""
+        raise NotImplementedError
+
+
+def backends() -> tuple[type[Prepacked], ...]:
+    """Return the back-ends in the order they are asked."""
+    from llmq.runtime.fbgemm import Fbgemm
+    from llmq.runtime.int4pack import Int4Pack
+    from llmq.runtime.int8pack import Int8Pack
+    from llmq.runtime.int_mm import IntMM
+
+    return (Int4Pack, IntMM, Fbgemm, Int8Pack)
+
+
+def choose(spec: LinearSpec, q: QTensor) -> type[Prepacked] | None:
+    """Return the first back-end that can run `spec` where `q` is, None for the reference."""
+    device = q.codes.device
+    return next((b for b in backends() if b.refuses(spec, device) is None and b.holds(q)), None)
+
+
+def centred(q: QTensor) -> bool:
+    """Return whether every zero of an 8-bit weight and of its static input is 128, so that none has to be added."""
+    zeros = [q.params.zero, *([] if q.input is None else [q.input.zero])]
+    return all(bool((zero == 128).all()) for zero in zeros)
+
+
+def check_scales(q: QTensor, spec: LinearSpec) -> None:
+    """Raise LlmqError, naming the linear, where a scale is 0 or no finite number."""
+    good = q.params.scale.float().isfinite() & (q.params.scale != 0)
+    if not bool(good.all()):
+        row, group = (~good).nonzero()[0].tolist()
+        raise LlmqError(
+            f"{spec.name}: the scale of row {row}, group {group} is {float(q.params.scale[row, group])}, no "
+            "scale: the checkpoint is damaged or was cast; download or quantize it again"
+        )
+
+
+def many_rows() -> int:
+    """Return the most rows that go to a packed product on this CPU."""
+    return MANY_ROWS.get(torch.backends.cpu.get_cpu_capability(), _MANY_ROWS)
+
+
+def has_vnni() -> bool:
+    """Say whether this CPU has int8 dot products (AVX512-VNNI or AVX-VNNI)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))

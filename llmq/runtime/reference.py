@@ -1,0 +1,65 @@
+"""The reference back-end: decode the weight, multiply, and nothing else. Every other back-end is tested against it.
+
+    y = Q(x) @ W^T,    W = scale * (code - zero) decoded in float32 and rounded once to the dtype of x
+
+Q is the identity, or int8 rounding of the activation for W8A8 (`quantize_activation`). It takes every grid, format,
+shape, dtype and device; a forward holds one weight's values, and nothing decoded survives it.
+Not here: the layer that holds the packed tensors (linear.py), the faster back-ends (one file each).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmq.types import ActivationGrid, Params, QTensor
+
+_PANEL = 256  # rows decoded at once: what that needs on the way stays in the cache, 4 times faster than whole weights
+
+
+def linear(x: Tensor, q: QTensor, activation: ActivationGrid | None, bias: Tensor | None = None) -> Tensor:
+    """Return `Q(x) @ W^T + bias` `[..., N]` for `x` `[..., K]`, in the dtype of `x`."""
+    if activation is not None:
+        x = fake_quantize(x, activation, q.input)
+    return F.linear(x, decode(q, x.dtype), bias)
+
+
+def decode(q: QTensor, dtype: torch.dtype) -> Tensor:
+    """Return `q.dequantize()` in `dtype`, decoding a panel of rows at a time."""
+    W_NK = torch.empty(q.codes.shape, dtype=dtype, device=q.codes.device)
+    for i in range(0, q.codes.shape[0], _PANEL):
+        rows = slice(i, i + _PANEL)
+        panel = Params(q.params.scale[rows], q.params.zero[rows])
+        W_NK[rows] = replace(q, codes=q.codes[rows], params=panel).dequantize()
+    return W_NK
+
+
+def quantize_activation(x: Tensor, grid: ActivationGrid, static: Params | None = None) -> tuple[Tensor, Tensor]:
+    """Round activations `x` `[..., K]` to signed integers, held in the dtype of `x`; return them and their scale.
+
+    dynamic: a scale per token `[..., 1]`, max|x| / ((2^b - 1) / 2), computed in the dtype of `x`; integers from
+        -2^(b-1) to 2^(b-1) - 1.
+    static: `static` holds the one scale of the tensor and its zero, an unsigned code; the integers include the zero.
+    The order of operations is that of compressed-tensors 0.20 (`calculate_qparams`, `_quantize`), and so are the bits
+    of the result. Raises ValueError for a static grid without parameters.
+    """
+    half = 2 ** (grid.bits - 1)
+    if grid.dynamic:
+        scale = x.abs().amax(-1, keepdim=True) / ((2 * half - 1) / 2)
+        scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
+        return (x / scale).clamp_(-half, half - 1).round_(), scale
+    if static is None:
+        raise ValueError("a static activation grid needs the scale that calibration chose")
+    scale, zero = static.scale.to(x.dtype), (static.zero - half).to(x.dtype)
+    return (x / scale).add_(zero).clamp_(-half, half - 1).round_(), scale
+
+
+def fake_quantize(x: Tensor, grid: ActivationGrid, static: Params | None = None) -> Tensor:
+    """Return the values that `quantize_activation` rounds `x` `[..., K]` to, in the dtype of `x`."""
+    integers, scale = quantize_activation(x, grid, static)
+    if not grid.dynamic and static is not None:
+        integers -= (static.zero - 2 ** (grid.bits - 1)).to(x.dtype)
+    return integers * scale
