@@ -106,7 +106,8 @@ def _prepare_gguf(source: Source, skeleton: Skeleton, steps: Plan, device: torch
     tokenizer = load_tokenizer(str(source.path))
     plan_ = blueprint(source, skeleton.config, recipe, pre=pre, calibrated=calibrated, tokenizer=tokenizer)
     headers, blocks = source.headers(), dict(skeleton.linears())
-    linears, rows = {}, {}
+    linears: dict[str, LinearSpec] = {}
+    rows: dict[str, LinearSpec] = {}
     for tensor, kind in plan_.quantized().items():
         name = tensor.removesuffix(".weight")
         N, K = headers[tensor][1]
