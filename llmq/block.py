@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,8 +30,8 @@ from llmq.types import BlockView, LlmqError, Params, Site, SiteView, Solved, Tar
 class Streams:
     """The calibration where it stands between two blocks, batch by batch; moved on in place by each block.
 
-    hidden: what the quantized blocks so far made of it. floats: what the float blocks made of it, where a step compares
-    the two, else empty. calls: the other arguments of every block's call, indexed `[batch][block]`.
+    hidden: what the quantized blocks so far made of it. floats: what the float blocks made of its first batches, as
+    many as the steps that compare the two want. calls: the other arguments of a block's call, indexed `[batch][block]`.
     measured: importance of every linear's input so far, where an importance matrix is to be written.
     """
 
@@ -46,7 +46,7 @@ def quantize_block(job: Job, i: int, streams: Streams, sink: Sink) -> dict[str, 
     prefix = f"{job.skeleton.prefix}.{i}."
     at = [c[i] for c in streams.calls]
     with job.skeleton.loaded(i, job.device) as block:
-        sites = _sites(job, block, streams.hidden, at)
+        sites = block_sites(job, block, streams.hidden, at)
         record: dict[str, Any] = {}
         for step in job.plan.transforms:
             record |= _transform(job, step, block, sites, streams.hidden, at, prefix)
@@ -106,7 +106,8 @@ def _solve_site(
     measured: set[type] = {MeanSquare} if job.plan.recipe.imatrix_out else set()
     wanted = (needs if specs else set()) | measured
     stats: dict[type, Any] = {c: c() for c in sorted(wanted, key=lambda c: c.__name__)}
-    _accumulate(stats, lanes, reference)
+    if lanes:
+        accumulate(stats, lanes.advance(), reference.advance() if reference else None)
     if measured:
         streams.measured |= {prefix + n: stats[MeanSquare] for n in site.linears}
     if not specs:
@@ -117,30 +118,34 @@ def _solve_site(
         Target(n, weights[n].detach().float(), s.scheme.weight, importance=given.get(prefix + n))
         for n, s in specs.items()
     ]
+    solved = solve(job, targets, stats)
+    if static:
+        inputs = _input_params(job, stats[Histogram])
+        solved = [(t, Solved(dataclasses.replace(s.q, input=inputs), s.report)) for t, s in solved]
+    _place(job, block, {t.name: s for t, s in solved})
+    return solved
+
+
+def accumulate(stats: Mapping[type, Any], hidden: Iterable[Tensor], floats: Iterator[Tensor] | None) -> None:
+    """Add activations `[T, K]` batch by batch; `floats` are the float model's of the first of these batches."""
+    for X_TK in hidden:
+        F_TK = next(floats, None) if floats else None
+        for a in stats.values():
+            if not a.paired:
+                a.update(X_TK)
+            elif F_TK is not None:
+                a.update(X_TK, F_TK)
+
+
+def solve(job: Job, targets: list[Target], stats: Mapping[type, Any]) -> list[tuple[Target, Solved]]:
+    """Correct, solve and refine linears that read one activation; return what was asked and what was found."""
     for correction in job.plan.corrections:
         targets = correction.correct(targets, stats)
     answers = job.plan.solver.solve(targets, stats)
     for refiner in job.plan.refiners:
         answers = refiner.refine(targets, answers, stats)
-    inputs = _input_params(job, stats[Histogram]) if static else None
-    solved = [
-        Solved(dataclasses.replace(a.q, input=inputs), report_line(job, t, a, stats.get(Hessian)))
-        for t, a in zip(targets, answers, strict=True)
-    ]
-    _place(job, block, {t.name: s for t, s in zip(targets, solved, strict=True)})
-    return list(zip(targets, solved, strict=True))
-
-
-def _accumulate(stats: dict[type, Any], lanes: Lanes | None, reference: Lanes | None) -> None:
-    """Let every batch of both streams run to the next site, adding its activations to the statistics."""
-    floats = reference.advance() if reference else None
-    for X_TK in lanes.advance() if lanes else ():
-        F_TK = next(floats) if floats else None
-        for a in stats.values():
-            if a.paired:
-                a.update(X_TK, F_TK)
-            else:
-                a.update(X_TK)
+    hessian = stats.get(Hessian)
+    return [(t, Solved(a.q, _report_line(job, t, a, hessian))) for t, a in zip(targets, answers, strict=True)]
 
 
 def _place(job: Job, block: nn.Module, solved: dict[str, Solved]) -> None:
@@ -150,7 +155,7 @@ def _place(job: Job, block: nn.Module, solved: dict[str, Solved]) -> None:
         module.weight.data = s.q.dequantize().to(job.skeleton.dtype)
 
 
-def report_line(job: Job, target: Target, solved: Solved, hessian: Hessian | None) -> dict[str, Any]:
+def _report_line(job: Job, target: Target, solved: Solved, hessian: Hessian | None) -> dict[str, Any]:
     """Return a linear's line in quantization.json, with its squared error relative to the energy.
 
     The error is that of the output over the calibration where there is a Hessian, else that of the weight.
@@ -167,7 +172,8 @@ def report_line(job: Job, target: Target, solved: Solved, hessian: Hessian | Non
     return line | dict(target.report) | dict(solved.report)
 
 
-def _sites(job: Job, block: nn.Module, hidden: Sequence[Tensor], at: Sequence[Call]) -> tuple[Site, ...]:
+def block_sites(job: Job, block: nn.Module, hidden: Sequence[Tensor], at: Sequence[Call]) -> tuple[Site, ...]:
+    """Return the sites of a block: its family's table, or what one forward discovers."""
     known = family_sites(job.skeleton.config.model_type, block)
     if known:
         return known

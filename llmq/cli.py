@@ -45,7 +45,8 @@ def quantize(
     src: Annotated[str, typer.Argument(help="Float checkpoint: a local folder or a Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to write, or OUT.gguf.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML or JSON file with any of these options.")] = None,
-    method: Annotated[str | None, typer.Option(help="Transforms, then one solver: awq,gptq:damp=0.01")] = None,
+    quality: Annotated[str | None, typer.Option(help="fast, balanced or best: time against error. [balanced]")] = None,
+    method: Annotated[str | None, typer.Option(help="Steps by name in place of a quality: awq,gptq:damp=0.01")] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")] = None,
     group_size: Annotated[str | None, typer.Option(help="Columns per scale, 'channel' or 'tensor'. [128]")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric or asymmetric grid. [sym]")] = None,
@@ -59,6 +60,8 @@ def quantize(
         list[str] | None, typer.Option(help="'REGEX:bits=8,group_size=32'; GGUF: 'REGEX:type=Q6_K'; repeatable.")
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave float; repeatable.")] = None,
+    target_bpw: Annotated[float | None, typer.Option(help="Bits per weight to spend where they help most.")] = None,
+    bit_choices: Annotated[str | None, typer.Option(help="Bits that --target-bpw chooses from. [3,4,8]")] = None,
     lm_head: Annotated[bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output head.")] = None,
     calib: Annotated[str | None, typer.Option(help="A text file or folder, a dataset, or 'self'. [wikitext2]")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,

@@ -5,6 +5,7 @@ Not here: running it (quantize.py).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,13 +55,13 @@ class Job:
         """Say whether any step needs activations."""
         grids = [s.scheme.weight for s in self.linears.values()]
         static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in self.linears.values())
-        steps = bool(self.plan.transforms) or bool(self.plan.tuners) or bool(self.plan.needs(grids))
-        return steps or static or self.plan.recipe.imatrix_out is not None
+        recipe, plan = self.plan.recipe, self.plan
+        measured = recipe.target_bpw is not None or recipe.imatrix_out is not None
+        return measured or static or bool(plan.transforms) or bool(plan.tuners) or bool(plan.needs(grids))
 
-    def paired(self) -> bool:
-        """Say whether any step compares the quantized model's activations with the float model's."""
-        grids = [s.scheme.weight for s in self.linears.values()]
-        return bool(self.plan.tuners) or any(stat.paired for stat in self.plan.needs(grids))
+    def paired(self) -> float:
+        """Return the share of the calibration that runs through the float model too, for steps that compare the two."""
+        return 1.0 if self.plan.tuners else max((c.share for c in self.plan.corrections), default=0.0)
 
 
 def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
@@ -87,9 +88,19 @@ def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
         raise LlmqError("every linear is skipped; nothing to quantize")
     if not recipe.lm_head:
         skipped.append(head_name(skeleton))
-    warnings = steps.format.plan(list(linears.values()))
+    warnings = steps.format.plan(_mixed(linears, recipe) if recipe.target_bpw else list(linears.values()))
     source.check()
     return Job(source, skeleton, steps, linears, skipped, where, warnings)
+
+
+def _mixed(linears: dict[str, LinearSpec], recipe: Recipe) -> list[LinearSpec]:
+    """Return the linears with every choice of bits among them, for the format to refuse before any work."""
+    choices = recipe.choices()
+    mixed = []
+    for i, s in enumerate(linears.values()):
+        grid = dataclasses.replace(s.scheme.weight, bits=choices[i % len(choices)])
+        mixed.append(dataclasses.replace(s, scheme=dataclasses.replace(s.scheme, weight=grid)))
+    return mixed
 
 
 def _prepare_gguf(source: Source, skeleton: Skeleton, steps: Plan, device: torch.device) -> Job:

@@ -9,6 +9,7 @@ Not here: what can be refused before (job.py), what happens inside a block (bloc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from llmq import calibration
-from llmq.block import Streams, quantize_block, report_line
+from llmq.allocate import allocate
+from llmq.block import Streams, accumulate, quantize_block, solve
 from llmq.checkpoint import Sink
 from llmq.gguf.pipeline import GgufSink
 from llmq.job import Job
 from llmq.publish import publish, publish_gguf, write_importance
-from llmq.stats import Hessian
 from llmq.stream import embed
 from llmq.types import LinearSpec, LlmqError, QTensor, Target
 
@@ -44,6 +45,7 @@ def quantize(job: Job, out: Path, *, overwrite: bool = False, progress: Progress
     with sink_class(out, overwrite=overwrite) as sink, torch.no_grad():
         sink.require(2 * job.bytes())  # parts and the shards joined from them
         streams = _enter(job, report)
+        job = allocate(job, streams, report)
         record: dict[str, Any] = {}
         for i in range(len(job.skeleton)):
             report(i, len(job.skeleton), f"block {i}")
@@ -72,7 +74,7 @@ def _enter(job: Job, report: Progress) -> Streams:
     writer = partial(_writer, job)
     tokens = calibration.tokens(recipe.calib, tokenizer, recipe.samples, recipe.seq_len, recipe.seed, writer)
     hidden, calls = embed(job.skeleton, tokens, max(1, BATCH_TOKENS // recipe.seq_len), job.device)
-    return Streams(hidden, list(hidden) if job.paired() else [], calls)
+    return Streams(hidden, hidden[: math.ceil(job.paired() * len(hidden))], calls)
 
 
 def _writer(job: Job) -> nn.Module:
@@ -100,14 +102,12 @@ def _outside(job: Job, streams: Streams, sink: Sink) -> dict[str, Any]:
     embedding = next(n for n, m in job.skeleton.model.named_modules() if m is job.skeleton.model.get_input_embeddings())
     weight = job.source.get(f"{embedding}.weight" if tied else f"{head}.weight")
     target = Target(head, weight.to(job.device, torch.float32), job.linears[head].scheme.weight)
-    stats = {c: c() for c in job.plan.solver.needs([target.grid])}
-    for X_TK in _normed(job, streams.hidden) if stats else ():
-        for a in stats.values():
-            a.update(X_TK)
-    (solved,) = job.plan.solver.solve([target], stats)
-    line = report_line(job, target, solved, stats.get(Hessian))
+    stats = {c: c() for c in job.plan.needs([target.grid])}
+    if stats:
+        accumulate(stats, _normed(job, streams.hidden), _normed(job, streams.floats) if streams.floats else None)
+    ((_, solved),) = solve(job, [target], stats)
     sink.add({f"{head}.{k}": v for k, v in job.plan.format.pack(solved.q, job.linears[head]).items()})
-    return {head: line}
+    return {head: dict(solved.report)}
 
 
 def _round_rows(job: Job, linear: LinearSpec) -> tuple[Tensor, dict[str, Any]]:

@@ -38,6 +38,7 @@ _OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-si
 class Recipe:
     """How to quantize a model. Defaults that depend on other fields are None here and filled in by `resolved`.
 
+    quality: "fast", "balanced" or "best": a method and a range by measurement, where no method is given.
     method: comma-separated steps, each `name[:option=value...]`, in the order transforms, corrections, one solver,
         refiners, tuners.
     bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (None: 128; "channel" for W8A8).
@@ -45,6 +46,8 @@ class Recipe:
     act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic) or per "tensor" (static, `act_range`).
     format: how the result is stored (None: gptq; compressed-tensors for W8A8).
     override: `REGEX:bits=8,group_size=32` on full module names, later ones win. skip: regexes of linears left float.
+    target_bpw: bits per quantized weight, scales counted, to spend where they help most; --bit-choices lists the bits
+        that a site may get.
     lm_head: quantize the output head too.
     type: for GGUF, which mixture of ggml's types (None: Q4_K_M); the fields above that shape integer grids then mean
         nothing, overrides are `REGEX:type=Q6_K` on ggml's tensor names, and the head is quantized by the mixture.
@@ -54,7 +57,8 @@ class Recipe:
     dtype: what activations are computed in: "auto", "float32" or "bfloat16".
     """
 
-    method: str = "gptq"
+    quality: str | None = None
+    method: str | None = None
     bits: int = 4
     group_size: int | str | None = None
     sym: bool = True
@@ -65,6 +69,8 @@ class Recipe:
     format: str | None = None
     override: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    target_bpw: float | None = None
+    bit_choices: str = "3,4,8"
     lm_head: bool = False
     calib: str = "wikitext2"
     samples: int = 128
@@ -77,12 +83,17 @@ class Recipe:
     split_max_size: str | None = None
 
     def __post_init__(self) -> None:
+        if self.quality is not None and self.method is not None:
+            raise LlmqError("quality names a method by what it costs; give --quality or --method, not both")
         if self.act not in ("token", "tensor"):
             raise LlmqError(f"act is 'token' (dynamic) or 'tensor' (static), not {self.act!r}")
         if self.act_bits not in (None, 8):
             raise LlmqError(f"act_bits is 8 or left out, not {self.act_bits}")
         if self.act_bits and self.bits != 8:
             raise LlmqError(f"8-bit activations need 8-bit weights, not {self.bits}; say --bits 8")
+        if self.target_bpw is not None and self.act_bits:
+            raise LlmqError("target_bpw chooses bits of weights; with 8-bit activations they are always 8")
+        self.choices()
         if self.samples < 1 or self.seq_len < 2:
             raise LlmqError("samples is at least 1 and seq_len at least 2")
         self._check_gguf()
@@ -127,6 +138,8 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """Return the recipe with every default that depends on another option filled in."""
+        if self.method is None:
+            return self._of_quality().resolved()
         if self.gguf:
             return dataclasses.replace(self, type=self.type or "Q4_K_M")
         steps = [spec.load("algorithms", s) for s in self.method.split(",")]
@@ -138,9 +151,25 @@ class Recipe:
             self,
             group_size=self.group_size or ("channel" if self.act_bits else 128),
             range=self.range or preferred or _DEFAULT_RANGE,
-            format=self.format or ("compressed-tensors" if self.act_bits else "gptq"),
+            format=self.format or ("compressed-tensors" if self.act_bits or self.target_bpw else "gptq"),
             override=override,
         )
+
+    def choices(self) -> tuple[int, ...]:
+        """Return the bits that a site may get under `target_bpw`, ascending."""
+        words = self.bit_choices.split(",")
+        if not all(w.strip() in {"2", "3", "4", "5", "6", "7", "8"} for w in words):
+            raise LlmqError(f"bit_choices is a list of bits from 2 to 8, such as 3,4,8, not {self.bit_choices!r}")
+        return tuple(sorted({int(w) for w in words}))
+
+    def _of_quality(self) -> Recipe:
+        """Return the recipe with the method that its quality stands for, in the words that repeat it."""
+        quality = self.quality or "balanced"
+        methods = _GGUF_QUALITY if self.gguf else _W8A8_QUALITY if self.act_bits else _QUALITY
+        if quality not in methods:
+            raise LlmqError(f"quality is {', '.join(methods)}, not {quality!r}")
+        range_ = self.range or (None if self.act_bits or self.gguf else "mse")
+        return dataclasses.replace(self, quality=None, method=methods[quality], range=range_)
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML that `load` reads back equal."""
@@ -149,6 +178,9 @@ class Recipe:
 
 
 _DEFAULT_RANGE = "minmax"
+_QUALITY = {"fast": "gptq,descent", "balanced": "qep,gptq,descent", "best": "qep,gptq,descent,signround"}
+_GGUF_QUALITY = {"fast": "rtn", "balanced": "gptq", "best": "qep,gptq"}
+_W8A8_QUALITY = {"fast": "smoothquant,rtn", "balanced": "smoothquant,rtn", "best": "smoothquant,rtn"}
 
 
 _KINDS = {
@@ -190,7 +222,7 @@ class Plan:
 def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
     """Make a recipe's objects. Raises LlmqError for anything in it that names nothing or does not go together."""
     recipe = recipe.resolved()
-    steps = _steps(recipe.method)
+    steps = _steps(recipe.method or "")
     (solver,) = steps["solver"]
     fmt = _format(recipe, solver)
     base, overrides, skip = (None, (), ()) if recipe.gguf else _schemes(recipe, fmt, model_dtype)

@@ -74,6 +74,7 @@ class Drift:
 
     def __init__(self) -> None:
         self.fit = self.held = self.held_hessian = torch.zeros(0, 0)
+        self.count = self.held_count = 0
 
     def update(self, X_TK: Tensor, F_TK: Tensor) -> None:
         """Add a batch."""
@@ -85,6 +86,8 @@ class Drift:
         self.fit.addmm_(miss[:at].T, X[:at])
         self.held.addmm_(miss[at:].T, X[at:])
         self.held_hessian.addmm_(X[at:].T, X[at:])
+        self.count += X.shape[0]
+        self.held_count += X.shape[0] - at
 
     def merge(self, other: Drift) -> None:
         """Add another rank's sums."""
@@ -93,6 +96,8 @@ class Drift:
         for name in ("fit", "held", "held_hessian"):
             mine, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, mine.add_(theirs) if mine.numel() else theirs.clone())
+        self.count += other.count
+        self.held_count += other.held_count
 
 
 @contextmanager

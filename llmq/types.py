@@ -271,7 +271,12 @@ Stats = Mapping[type, Any]
 
 
 class Correction(Protocol):
-    """Floats to floats: moves the weights of a site to where they make up for the error of their input."""
+    """Floats to floats: moves the weights of a site to where they make up for the error of their input.
+
+    share: of the calibration, how much must run through the float model too.
+    """
+
+    share: float
 
     def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
         """Return the Stat classes to accumulate."""

@@ -33,17 +33,19 @@ class Qep:
     alpha: how far to move, 0 to 1; None chooses it for each linear on held-out tokens.
     damp: added to the diagonal of Xq^T Xq, as a fraction of its mean.
     most: the largest alpha chosen.
+    share: of the calibration, how much runs through the float model too, at the cost of its forward.
     """
 
     alpha: float | None = None
     damp: float = 0.01
     most: float = 1.0
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha lies between 0 and 1, not {self.alpha}")
-        if not 0 < self.damp < 1 or not 0 < self.most <= 1:
-            raise ValueError("damp lies between 0 and 1, most above 0 and at most 1")
+        if not 0 < self.damp < 1 or not 0 < self.most <= 1 or not 0 < self.share <= 1:
+            raise ValueError("damp lies between 0 and 1, most and share above 0 and at most 1")
 
     def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
         """Return the Hessian and the drift of the activations."""
@@ -54,9 +56,8 @@ class Qep:
         hessian, drift = stats[Hessian], stats[Drift]
         if not drift.fit.any():
             return list(targets)
-        T = hessian.count
         W_NK = torch.cat([t.W_NK for t in targets])
-        D_NK = self._move(W_NK, (drift.fit + drift.held) / T, hessian.mean())
+        D_NK = self._move(W_NK, (drift.fit + drift.held) / drift.count, hessian.mean())
         sizes = [t.W_NK.shape[0] for t in targets]
         alphas = [self.alpha] * len(sizes) if self.alpha is not None else self._choose(W_NK, hessian, drift, sizes)
         return [
@@ -66,8 +67,8 @@ class Qep:
 
     def _choose(self, W_NK: Tensor, hessian: Hessian, drift: Drift, sizes: list[int]) -> list[float]:
         """Return, for each linear of the site, the alpha of least error on the held-out tokens."""
-        T = hessian.count
-        D_NK = self._move(W_NK, drift.fit / T, hessian.mean() - drift.held_hessian / T)
+        unseen = (hessian.mean() * hessian.count - drift.held_hessian) / (hessian.count - drift.held_count)
+        D_NK = self._move(W_NK, drift.fit / (drift.count - drift.held_count), unseen)
         slope_N = ((W_NK @ drift.held) * D_NK).sum(1)
         curvature_N = ((D_NK @ drift.held_hessian) * D_NK).sum(1)
         return [

@@ -101,3 +101,18 @@ def test_merging_two_ranks_is_exact():
 def test_impossible_options_are_refused(text):
     with pytest.raises(LlmqError, match="lies between|lie between|damp|alpha"):
         spec.load("algorithms", text)
+
+
+def test_a_share_of_the_float_model_still_lowers_the_error():
+    X, F = activations(T=4000)
+    t, hessian, drift = target(), Hessian(), Drift()
+    for i, (x, f) in enumerate(zip(X[:2000].chunk(4), F[:2000].chunk(4), strict=True)):
+        hessian.update(x)
+        if i < 2:
+            drift.update(x, f)
+    (moved,) = Qep(share=0.5).correct([t], {Hessian: hessian, Drift: drift})
+
+    def error(W):
+        return (F[2000:] @ t.W_NK.T - X[2000:] @ W.T).square().sum()
+
+    assert error(moved.W_NK) < 0.2 * error(t.W_NK)
