@@ -43,6 +43,7 @@ class GgmlGrid:
 
     bits: bits of a code. group_size: columns that share a scale.
     qblock, qblock_bytes: columns and bytes of a stored block.
+    small_range: least and greatest `sc` and `m`; (1, 1) where a type stores neither.
     range, per_tensor: there is no range to choose; `fit` searches the scales itself.
     """
 
@@ -50,6 +51,7 @@ class GgmlGrid:
     group_size: ClassVar[int]
     qblock: ClassVar[int]
     qblock_bytes: ClassVar[int]
+    small_range: ClassVar[tuple[int, int]] = (1, 1)
     range: ClassVar[None] = None
     per_tensor: ClassVar[bool] = False
 
@@ -80,6 +82,13 @@ class GgmlGrid:
         stored = [self._fit_rows(_finite(chunk), importance) for chunk in chunks]
         joined: list[Any] = [None if p[0] is None else torch.cat(p) for p in zip(*stored, strict=True)]
         return self.params(Stored(*joined))
+
+    def refine(self, W_NK: Tensor, codes: Tensor, params: GgmlParams, H_KK: Tensor) -> GgmlParams:
+        """Return params with no higher `tr (W - Q) H (W - Q)^T` for solved codes `[N, K]`; see `_ggml_refine`."""
+        from llmq.grids._ggml_refine import refine
+
+        stored = Stored(params.d, params.dmin, params.sc, params.m)
+        return self.params(refine(W_NK, self._decoded_levels(codes), stored, H_KK, self))
 
     def params(self, stored: Stored) -> GgmlParams:
         """Return the parameters that `stored` means."""
@@ -120,6 +129,10 @@ class GgmlGrid:
 
     def _fit_rows(self, W_nK: Tensor, importance: Tensor | None) -> Stored:
         """Choose what some rows store, shapes as in `GgmlParams`."""
+        raise NotImplementedError
+
+    def _decoded_levels(self, codes: Tensor) -> Tensor:
+        """Return what `scale` multiplies, float32."""
         raise NotImplementedError
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:

@@ -26,12 +26,11 @@ class Linear(GgmlGrid):
     """Levels `code - zero` times a signed scale.
 
     zero: the code of level 0. starts: levels to try the largest value of a group on.
-    sc_range: least and greatest `sc`; 1 alone where a group's scale is d itself. sc_starts: as `starts`, for scales.
+    sc_starts: as `starts`, for the scales of a superblock.
     """
 
     zero: ClassVar[int]
     starts: ClassVar[tuple[float, ...]]
-    sc_range: ClassVar[tuple[int, int]] = (1, 1)
     sc_starts: ClassVar[tuple[float, ...]] = ()
 
     def nearest(self, w: Tensor, params: GgmlParams) -> Tensor:
@@ -40,7 +39,10 @@ class Linear(GgmlGrid):
 
     def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
         """Return `scale * (code - zero)` in float32."""
-        return (codes.float() - self.zero).mul_(params.scale)
+        return self._decoded_levels(codes).mul_(params.scale)
+
+    def _decoded_levels(self, codes: Tensor) -> Tensor:
+        return codes.float() - self.zero
 
     def _levels(self, t: Tensor) -> Tensor:
         """Round `t` (overwritten) to the nearest levels."""
@@ -104,7 +106,7 @@ class Linear(GgmlGrid):
         return half(d), sc
 
     def _small(self, s: Tensor, d: Tensor) -> Tensor:
-        return (s / d).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(*self.sc_range)
+        return (s / d).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(*self.small_range)
 
 
 _TABLE = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32)
@@ -125,7 +127,10 @@ class Table(Linear):
 
     def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
         """Return `scale * table[code]` in float32."""
-        return _TABLE.to(codes.device)[codes.int()].mul_(params.scale)
+        return self._decoded_levels(codes).mul_(params.scale)
+
+    def _decoded_levels(self, codes: Tensor) -> Tensor:
+        return _TABLE.to(codes.device)[codes.int()]
 
     def _levels(self, t: Tensor) -> Tensor:
         return _look_up(_TABLE[_NEAREST], t)
