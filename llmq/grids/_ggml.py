@@ -24,6 +24,7 @@ from torch import Tensor
 from llmq.types import GgmlParams, LlmqError
 
 _CHUNK = 2**18  # weights of one chunk: its dozen temporaries of 1 MB stay in the cache, calls cost little beside them
+_ROUND = torch.tensor(12582912.0)  # 1.5 * 2^23
 _LARGEST = 1e9  # beyond what any type reaches (65504 * 128 * 32); keeps squares and their sums finite
 _DEAD = 1e-6  # importance of a column that no token excites, as a fraction of the mean: it still gets a scale
 
@@ -159,6 +160,11 @@ def _finite(W: Tensor) -> Tensor:
     if not torch.isfinite(torch.stack(torch.aminmax(W))).all():  # both are NaN where a value is
         raise LlmqError("a weight matrix holds NaN or infinity; repair the checkpoint, or skip that linear")
     return W.clamp(-_LARGEST, _LARGEST)
+
+
+def nearest_integer(t: Tensor) -> Tensor:
+    """Round `t` in place, half to even: see grids/int.py for why not by torch.round."""
+    return t.add_(_ROUND).sub_(_ROUND)
 
 
 def by_group(W_nK: Tensor, grid: GgmlGrid) -> Tensor:

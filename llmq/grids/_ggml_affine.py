@@ -20,10 +20,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, half, ratio
+from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, half, nearest_integer, ratio
 from llmq.types import GgmlParams
 
-_ROUND = torch.tensor(12582912.0)  # see grids/int.py: rounds half to even, on one thread
 _ROUNDS = 3
 _SHRINK = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8)  # of the largest scale: what `d` is first fitted to
 
@@ -68,7 +67,7 @@ class Affine(GgmlGrid):
         return codes.float()
 
     def _round(self, t: Tensor) -> Tensor:
-        return t.add_(_ROUND).sub_(_ROUND).clamp_(0, 2**self.bits - 1)
+        return nearest_integer(t).clamp_(0, 2**self.bits - 1)
 
     def _weights(self, x_gM: Tensor, W_nK: Tensor, importance: Tensor | None) -> Tensor:
         """Return the error weight of every value, `[g, M]`."""

@@ -14,10 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, half, peak, ratio
+from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, half, nearest_integer, peak, ratio
 from llmq.types import GgmlParams
 
-_ROUND = torch.tensor(12582912.0)  # see grids/int.py: rounds half to even, on one thread
 _ROUNDS = 3
 
 
@@ -46,7 +45,7 @@ class Linear(GgmlGrid):
 
     def _levels(self, t: Tensor) -> Tensor:
         """Round `t` (overwritten) to the nearest levels."""
-        return t.add_(_ROUND).sub_(_ROUND).clamp_(-self.zero, 2**self.bits - 1 - self.zero)
+        return nearest_integer(t).clamp_(-self.zero, 2**self.bits - 1 - self.zero)
 
     def _weights(self, x_gM: Tensor, W_nK: Tensor, importance: Tensor | None) -> Tensor:
         """Return the error weight of every value, `[g, M]`."""

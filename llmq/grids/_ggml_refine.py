@@ -76,7 +76,7 @@ def refine(W_NK: Tensor, levels_NK: Tensor, stored: Stored, H_KK: Tensor, grid: 
     """
     N, B = stored.d.shape
     groups = grid.qblock // grid.group_size
-    small = [torch.ones(N, B, groups) if p is None else p.float().view(N, B, groups) for p in (stored.sc, stored.m)]
+    small = [W_NK.new_ones(N, B, groups) if p is None else p.float().view(N, B, groups) for p in (stored.sc, stored.m)]
     scales = _Scales(stored.d.float(), None if stored.dmin is None else stored.dmin.float(), *small)
     error_NK = W_NK - scales.decode(levels_NK)
     for b in range(B):
