@@ -1,4 +1,8 @@
-"""Run a command as a user would and measure it: wall seconds, and peak memory by the system's account."""
+"""Run a command as a user would and measure it: seconds and peak memory by the system's account.
+
+Seconds by the clock are what a user waits; on a shared machine they depend on what else runs. CPU seconds (user and
+system, of the process and its children) hardly do, and are the fair figure there.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measured:
-    """What a finished command took. peak_bytes: the largest resident set of its process."""
+    """What a finished command took, and what it printed where that was held back.
+
+    peak_bytes: the largest resident set of its process; cpu_seconds: user and system, its children included.
+    """
 
     seconds: float
     peak_bytes: int
+    cpu_seconds: float
+    output: str = ""
 
 
 def run(*command: object, quiet: bool = True) -> Measured:
@@ -30,10 +39,11 @@ def run(*command: object, quiet: bool = True) -> Measured:
         process = subprocess.Popen(words, stdout=output if quiet else None, stderr=output if quiet else None)  # noqa: S603
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
+        output.seek(0)
+        printed = output.read().decode(errors="replace")
         if status:
-            output.seek(0)
-            sys.exit(f"failed: {' '.join(words)}\n{output.read().decode()[-2000:]}")
-    return Measured(seconds, usage.ru_maxrss * 1024)
+            sys.exit(f"failed: {' '.join(words)}\n{printed[-2000:]}")
+    return Measured(seconds, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime, printed)
 
 
 def llmq(*arguments: object, quiet: bool = True) -> Measured:
