@@ -111,7 +111,7 @@ def _solve_site(
     specs = {n: job.linears[prefix + n] for n in site.linears if prefix + n in job.linears}
     static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in specs.values())
     needs = {*job.plan.needs([s.scheme.weight for s in specs.values()]), *((Histogram,) if static else ())}
-    measured = {MeanSquare} if job.plan.recipe.imatrix_out else set()
+    measured: set[type] = {MeanSquare} if job.plan.recipe.imatrix_out else set()
     wanted = (needs if specs else set()) | measured
     stats: dict[type, Any] = {c: c() for c in sorted(wanted, key=lambda c: c.__name__)}
     if lanes:

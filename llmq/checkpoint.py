@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -162,7 +162,7 @@ class Sink:
         self.stage = out.with_name(out.name + ".partial")
         self._parts: list[Path] = []
 
-    def __enter__(self) -> Sink:
+    def __enter__(self) -> Self:
         try:
             if self.stage.exists():
                 shutil.rmtree(self.stage)

@@ -107,7 +107,8 @@ class _Reader:
         self.method = str(quantization.get("quant_method"))
         if self.method.replace("-", "_") not in spec.names("formats"):
             raise LlmqError(f"{source.path}: quant_method {self.method!r} is not one that llmq reads")
-        self.format, self.scheme = spec.find("formats", self.method).read(quantization)
+        found: Any = spec.find("formats", self.method)
+        self.format, self.scheme = found.read(quantization)
         self.config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
         self.linears = _linears(self.config)
 

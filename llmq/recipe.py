@@ -115,8 +115,8 @@ class Recipe:
         return (self.format or "").partition(":")[0] == "gguf"
 
     def _check_gguf(self) -> None:
-        if self.gguf and (self.group_size or self.range or self.act_bits):
-            raise LlmqError("GGUF's types fix groups and ranges and hold no activations; choose by --type alone")
+        if self.gguf and (self.group_size or self.range or self.act_bits or self.target_bpw):
+            raise LlmqError("GGUF's types fix bits, groups and ranges and hold no activations; choose by --type alone")
         for option in ("type", "imatrix", "imatrix_out", "split_max_size"):
             if getattr(self, option) is not None and not self.gguf:
                 raise LlmqError(f"--{option.replace('_', '-')} is for GGUF; say --format gguf")

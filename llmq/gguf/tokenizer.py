@@ -98,7 +98,7 @@ def vocabulary(tokenizer: Any, rows: int, config: Any, pre: str | None = None) -
     spaced = _sentencepiece_prefix(backend) if model.get("byte_fallback") else None
     tokens, types = _tokens(ids, added, rows, model, spaced is not None)
     add_bos, add_eos, special = _surroundings(tokenizer, config)
-    common = {
+    common: dict[str, Any] = {
         "tokens": tokens,
         "types": types,
         "special": {_SPECIAL[k]: v for k, v in special.items()},

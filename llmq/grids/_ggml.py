@@ -24,6 +24,7 @@ from torch import Tensor
 from llmq.types import GgmlParams, LlmqError
 
 _CHUNK = 2**18  # weights of one chunk: its dozen temporaries of 1 MB stay in the cache, calls cost little beside them
+_ROUND = torch.tensor(12582912.0)  # 1.5 * 2^23
 _LARGEST = 1e9  # beyond what any type reaches (65504 * 128 * 32); keeps squares and their sums finite
 _DEAD = 1e-6  # importance of a column that no token excites, as a fraction of the mean: it still gets a scale
 
@@ -43,6 +44,7 @@ class GgmlGrid:
 
     bits: bits of a code. group_size: columns that share a scale.
     qblock, qblock_bytes: columns and bytes of a stored block.
+    small_range: least and greatest `sc` and `m`; (1, 1) where a type stores neither.
     range, per_tensor: there is no range to choose; `fit` searches the scales itself.
     """
 
@@ -50,6 +52,7 @@ class GgmlGrid:
     group_size: ClassVar[int]
     qblock: ClassVar[int]
     qblock_bytes: ClassVar[int]
+    small_range: ClassVar[tuple[int, int]] = (1, 1)
     range: ClassVar[None] = None
     per_tensor: ClassVar[bool] = False
 
@@ -80,6 +83,13 @@ class GgmlGrid:
         stored = [self._fit_rows(_finite(chunk), importance) for chunk in chunks]
         joined: list[Any] = [None if p[0] is None else torch.cat(p) for p in zip(*stored, strict=True)]
         return self.params(Stored(*joined))
+
+    def refine(self, W_NK: Tensor, codes: Tensor, params: GgmlParams, H_KK: Tensor) -> GgmlParams:
+        """Return params with no higher `tr (W - Q) H (W - Q)^T` for solved codes `[N, K]`; see `_ggml_refine`."""
+        from llmq.grids._ggml_refine import refine
+
+        stored = Stored(params.d, params.dmin, params.sc, params.m)
+        return self.params(refine(W_NK, self._decoded_levels(codes), stored, H_KK, self))
 
     def params(self, stored: Stored) -> GgmlParams:
         """Return the parameters that `stored` means."""
@@ -122,6 +132,10 @@ class GgmlGrid:
         """Choose what some rows store, shapes as in `GgmlParams`."""
         raise NotImplementedError
 
+    def _decoded_levels(self, codes: Tensor) -> Tensor:
+        """Return what `scale` multiplies, float32."""
+        raise NotImplementedError
+
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         """Return uint8 `[N, B, qblock_bytes]` of codes `[N, B, qblock]`, d, dmin `[N, B]`, sc, m `[N, B, groups]`."""
         raise NotImplementedError
@@ -146,6 +160,11 @@ def _finite(W: Tensor) -> Tensor:
     if not torch.isfinite(torch.stack(torch.aminmax(W))).all():  # both are NaN where a value is
         raise LlmqError("a weight matrix holds NaN or infinity; repair the checkpoint, or skip that linear")
     return W.clamp(-_LARGEST, _LARGEST)
+
+
+def nearest_integer(t: Tensor) -> Tensor:
+    """Round `t` in place, half to even: see grids/int.py for why not by torch.round."""
+    return t.add_(_ROUND).sub_(_ROUND)
 
 
 def by_group(W_nK: Tensor, grid: GgmlGrid) -> Tensor:

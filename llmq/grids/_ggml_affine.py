@@ -20,10 +20,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, half, ratio
+from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, half, nearest_integer, ratio
 from llmq.types import GgmlParams
 
-_ROUND = torch.tensor(12582912.0)  # see grids/int.py: rounds half to even, on one thread
 _ROUNDS = 3
 _SHRINK = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8)  # of the largest scale: what `d` is first fitted to
 
@@ -51,11 +50,10 @@ class Affine(GgmlGrid):
     """Codes times a scale, plus an offset.
 
     starts: how many steps to lay between the least and the greatest value of a group.
-    small_max: greatest `sc` and `m`; 0 where a group's scale and offset are d and -dmin themselves, of any sign.
+    In superblocks scale and -offset are at least 0; else both are of any sign.
     """
 
     starts: ClassVar[tuple[float, ...]]
-    small_max: ClassVar[int] = 0
 
     def nearest(self, w: Tensor, params: GgmlParams) -> Tensor:
         """Return the nearest codes as float32 integers, 0 where the scale is 0."""
@@ -65,8 +63,11 @@ class Affine(GgmlGrid):
         """Return `scale * code + offset` in float32."""
         return (codes * params.scale).add_(params.offset)
 
+    def _decoded_levels(self, codes: Tensor) -> Tensor:
+        return codes.float()
+
     def _round(self, t: Tensor) -> Tensor:
-        return t.add_(_ROUND).sub_(_ROUND).clamp_(0, 2**self.bits - 1)
+        return nearest_integer(t).clamp_(0, 2**self.bits - 1)
 
     def _weights(self, x_gM: Tensor, W_nK: Tensor, importance: Tensor | None) -> Tensor:
         """Return the error weight of every value, `[g, M]`."""
@@ -101,7 +102,7 @@ class Affine(GgmlGrid):
         s, o: solved scales and offsets `[groups, M / groups]` of the quadratics `q`.
         halves: d and dmin to start from, none at first.
         """
-        if not self.small_max:
+        if self.qblock == self.group_size:
             d = half(s[0])
             return d, half(-q.offset(d.float())[0]), torch.ones_like(s), torch.ones_like(s)
         if halves:
@@ -118,14 +119,14 @@ class Affine(GgmlGrid):
         return d.half(), dmin.half(), sc, m
 
     def _small(self, s: Tensor, d: Tensor) -> Tensor:
-        return (s / d).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(0, self.small_max)
+        return (s / d).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(*self.small_range)
 
     def _first(self, s: Tensor, stiffness: Tensor) -> Tensor:
         """Return the float16 `[M / groups]`, as float32, whose multiples lie nearest to scales `s` (>= 0)."""
         greatest = s.amax(0)
         best: tuple[Tensor, ...] = ()
         for shrink in _SHRINK:
-            d = half(greatest * (shrink / self.small_max)).float()
+            d = half(greatest * (shrink / self.small_range[1])).float()
             best = better(((self._small(s, d) * d - s).square_().mul_(stiffness).sum(0), d), best)
         return best[1]
 
@@ -146,7 +147,7 @@ class Affine(GgmlGrid):
         """Return, group by group, the best of the integers next to `sc` with the best m for it."""
         best: tuple[Tensor, ...] = ()
         for step in (0, -1, 1):
-            near = (sc + step).clamp_(0, self.small_max)
+            near = (sc + step).clamp_(*self.small_range)
             m = self._small(-q.offset(d * near), dmin)
             best = better((q.error(d * near, -dmin * m), near, m), best)
         return best[1], best[2]
@@ -174,7 +175,7 @@ class _Fit:
         det = q.A * q.C - q.B * q.B
         s = torch.where(det > 1e-6 * q.A * q.C, (q.D * q.C - q.E * q.B) / det, 0.0).clamp_(min=0)
         o = q.offset(s)
-        if self.grid.small_max:
+        if self.grid.qblock > self.grid.group_size:
             s = torch.where(o > 0, ratio(q.D, q.A), s).clamp_(min=0)
             o = o.clamp_(max=0)
         return s, o
@@ -182,7 +183,7 @@ class _Fit:
     def search(self) -> tuple[Tensor, Tensor, _Moments]:
         """Return the best scale and offset over the starts, `[M]`, and their quadratics."""
         lo, hi = self.x.amin(0), self.x.amax(0)
-        if self.grid.small_max:
+        if self.grid.qblock > self.grid.group_size:
             lo = lo.clamp(max=0)
         reach = 1 / (hi - lo)
         reach = torch.where(hi - lo < 1e-30, 0.0, reach)

@@ -14,10 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, half, peak, ratio
+from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, half, nearest_integer, peak, ratio
 from llmq.types import GgmlParams
 
-_ROUND = torch.tensor(12582912.0)  # see grids/int.py: rounds half to even, on one thread
 _ROUNDS = 3
 
 
@@ -26,12 +25,11 @@ class Linear(GgmlGrid):
     """Levels `code - zero` times a signed scale.
 
     zero: the code of level 0. starts: levels to try the largest value of a group on.
-    sc_range: least and greatest `sc`; 1 alone where a group's scale is d itself. sc_starts: as `starts`, for scales.
+    sc_starts: as `starts`, for the scales of a superblock.
     """
 
     zero: ClassVar[int]
     starts: ClassVar[tuple[float, ...]]
-    sc_range: ClassVar[tuple[int, int]] = (1, 1)
     sc_starts: ClassVar[tuple[float, ...]] = ()
 
     def nearest(self, w: Tensor, params: GgmlParams) -> Tensor:
@@ -40,11 +38,14 @@ class Linear(GgmlGrid):
 
     def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
         """Return `scale * (code - zero)` in float32."""
-        return (codes.float() - self.zero).mul_(params.scale)
+        return self._decoded_levels(codes).mul_(params.scale)
+
+    def _decoded_levels(self, codes: Tensor) -> Tensor:
+        return codes.float() - self.zero
 
     def _levels(self, t: Tensor) -> Tensor:
         """Round `t` (overwritten) to the nearest levels."""
-        return t.add_(_ROUND).sub_(_ROUND).clamp_(-self.zero, 2**self.bits - 1 - self.zero)
+        return nearest_integer(t).clamp_(-self.zero, 2**self.bits - 1 - self.zero)
 
     def _weights(self, x_gM: Tensor, W_nK: Tensor, importance: Tensor | None) -> Tensor:
         """Return the error weight of every value, `[g, M]`."""
@@ -104,7 +105,7 @@ class Linear(GgmlGrid):
         return half(d), sc
 
     def _small(self, s: Tensor, d: Tensor) -> Tensor:
-        return (s / d).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(*self.sc_range)
+        return (s / d).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(*self.small_range)
 
 
 _TABLE = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32)
@@ -125,7 +126,10 @@ class Table(Linear):
 
     def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
         """Return `scale * table[code]` in float32."""
-        return _TABLE.to(codes.device)[codes.int()].mul_(params.scale)
+        return self._decoded_levels(codes).mul_(params.scale)
+
+    def _decoded_levels(self, codes: Tensor) -> Tensor:
+        return _TABLE.to(codes.device)[codes.int()]
 
     def _levels(self, t: Tensor) -> Tensor:
         return _look_up(_TABLE[_NEAREST], t)

@@ -30,7 +30,7 @@ class IQ4_XS(Table):
     qblock: ClassVar[int] = 256
     qblock_bytes: ClassVar[int] = 136
     starts: ClassVar[tuple[float, ...]] = (*spread(-108, -152, 12), *spread(106, 122, 4))
-    sc_range: ClassVar[tuple[int, int]] = (-32, 31)
+    small_range: ClassVar[tuple[int, int]] = (-32, 31)
     sc_starts: ClassVar[tuple[float, ...]] = (-32, -31, -30, -28, 31, 30, 29)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:

@@ -30,7 +30,7 @@ class Q2_K(Affine):
     qblock: ClassVar[int] = 256
     qblock_bytes: ClassVar[int] = 84
     starts: ClassVar[tuple[float, ...]] = spread(2.1, 4.3, 14)
-    small_max: ClassVar[int] = 15
+    small_range: ClassVar[tuple[int, int]] = (0, 15)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         small = (stored.sc | stored.m << 4).to(torch.uint8)

@@ -32,7 +32,7 @@ class Q3_K(Linear):
     qblock_bytes: ClassVar[int] = 110
     zero: ClassVar[int] = 4
     starts: ClassVar[tuple[float, ...]] = (*spread(-3.3, -5, 12), *spread(3.1, 3.8, 3))
-    sc_range: ClassVar[tuple[int, int]] = (-32, 31)
+    small_range: ClassVar[tuple[int, int]] = (-32, 31)
     sc_starts: ClassVar[tuple[float, ...]] = (-32, -31, -30, -28, -26, 31, 30, 29, 27)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:

@@ -30,7 +30,7 @@ class Q4_K(Affine):
     qblock: ClassVar[int] = 256
     qblock_bytes: ClassVar[int] = 144
     starts: ClassVar[tuple[float, ...]] = spread(14.1, 18, 12)
-    small_max: ClassVar[int] = 63
+    small_range: ClassVar[tuple[int, int]] = (0, 63)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         qs = merge(codes.unflatten(-1, (4, 2, 32)), 4).flatten(-2)

@@ -32,7 +32,7 @@ class Q5_K(Affine):
     qblock: ClassVar[int] = 256
     qblock_bytes: ClassVar[int] = 176
     starts: ClassVar[tuple[float, ...]] = spread(30.1, 35.6, 12)
-    small_max: ClassVar[int] = 63
+    small_range: ClassVar[tuple[int, int]] = (0, 63)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         top = merge((codes >> 4).unflatten(-1, (8, 32)), 1)

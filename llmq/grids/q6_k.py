@@ -32,7 +32,7 @@ class Q6_K(Linear):
     qblock_bytes: ClassVar[int] = 210
     zero: ClassVar[int] = 32
     starts: ClassVar[tuple[float, ...]] = (*spread(-20.8, -35, 12), *spread(20.8, 31.4, 8))
-    sc_range: ClassVar[tuple[int, int]] = (-128, 127)
+    small_range: ClassVar[tuple[int, int]] = (-128, 127)
     sc_starts: ClassVar[tuple[float, ...]] = (-128, -126, -123, 127, 125, 122)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:

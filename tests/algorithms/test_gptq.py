@@ -5,11 +5,12 @@ import gc
 import pytest
 import torch
 
+from llmq import spec
 from llmq.algorithms.gptq import Gptq, factor
 from llmq.algorithms.rtn import Rtn
 from llmq.grids.int import Int
 from llmq.stats import Hessian
-from llmq.types import Target
+from llmq.types import QTensor, Target
 
 
 def hessian(X_TK):
@@ -148,3 +149,18 @@ def test_nothing_outlives_a_solve_until_a_garbage_collection():
     finally:
         gc.enable()
     assert after - before <= 1  # the Hessian keeps its mean
+
+
+GGML = ["q8_0", "q4_0", "q4_1", "q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs"]
+
+
+@pytest.mark.parametrize("name", GGML)
+def test_ggml_grids_are_solved_on_frozen_scales_and_split_with_what_they_store(name):
+    h, g, grid = hessian(correlated(256)), torch.Generator().manual_seed(1), spec.load("grids", name)
+    targets = [Target(n, torch.randn(rows, 256, generator=g), grid) for n, rows in (("a", 8), ("b", 5))]
+    for t, solved in zip(targets, Gptq().solve(targets, {Hessian: h}), strict=True):
+        params = grid.fit(t.W_NK, h.mean())
+        rounded = QTensor(grid.nearest(t.W_NK, params.columns(256)).to(torch.uint8), params, grid)
+        assert loss(t.W_NK, solved.q, h.mean()) < 0.9 * loss(t.W_NK, rounded, h.mean())
+        codes, read = grid.from_bytes(grid.to_bytes(solved.q.codes, solved.q.params))
+        assert torch.equal(codes, solved.q.codes) and torch.equal(read.scale, params.scale)

@@ -213,3 +213,41 @@ def test_stored_scales_give_the_params():
     want = (codes.float() - 8) * scale.float().repeat_interleave(32, 1)
     assert torch.equal(grid.decode(codes, params.columns(K)), want)
     assert torch.equal(oracle(grid, grid.to_bytes(codes, params)), raw_bits(want))
+
+
+def quadratic(W_NK, Q_NK, H_KK):
+    E = (W_NK - Q_NK).double()
+    return ((E @ H_KK.double()) * E).sum()
+
+
+@every_grid
+def test_refined_scales_lower_the_loss_of_solved_codes(grid):
+    """Monotone, in stored precision; and most of the way back in one sweep from scales that are far off."""
+    W_NK, X_TK = 0.02 * randn(12, K), randn(300, K, seed=3) @ randn(K, K, seed=4) / K**0.5
+    H_KK = X_TK.T @ X_TK / len(X_TK)
+    codes, params = encode(grid, W_NK, H_KK)
+    losses = [quadratic(W_NK, grid.decode(codes, params.columns(K)), H_KK)]
+    for _ in range(2):
+        params = grid.refine(W_NK, codes, params, H_KK)
+        losses.append(quadratic(W_NK, grid.decode(codes, params.columns(K)), H_KK))
+    again, read = grid.from_bytes(grid.to_bytes(codes, params))
+    assert torch.equal(again, codes) and torch.equal(read.scale, params.scale)
+    assert losses[1] < losses[0] and losses[2] <= losses[1] * (1 + 1e-5)
+    shrunk = grid.params(Stored(params.d * 0.7, params.dmin, params.sc, params.m))
+    before, refined = (
+        quadratic(W_NK, grid.decode(codes, p.columns(K)), H_KK)
+        for p in (shrunk, grid.refine(W_NK, codes, shrunk, H_KK))
+    )
+    assert refined < 0.2 * before
+
+
+@every_grid
+def test_refining_solves_a_lone_qblock_like_least_squares(grid):
+    """With one d to find and everything else exact, a sweep finds it to the precision of float16."""
+    H_KK = torch.eye(grid.qblock) + 0.1
+    codes, params = encode(grid, randn(6, grid.qblock))
+    W_NK = grid.decode(codes, params.columns(grid.qblock))
+    off = grid.params(Stored(params.d * 1.01, params.dmin, params.sc, params.m))
+    refined = grid.refine(W_NK, codes, off, H_KK)
+    before = quadratic(W_NK, grid.decode(codes, off.columns(grid.qblock)), H_KK)
+    assert quadratic(W_NK, grid.decode(codes, refined.columns(grid.qblock)), H_KK) < 2e-2 * before
