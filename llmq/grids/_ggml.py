@@ -74,8 +74,8 @@ class GgmlGrid:
         """Choose the scales of float32 `W_NK`, in the precision they are stored in.
 
         H_KK: X^T X, or its diagonal `[K]` alone (an importance matrix): column k's squared error counts for
-        `H_KK[k, k]`. Without it, see `error_weights`. Raises ValueError where the qblock does not divide K, LlmqError for
-        NaN or infinite weights.
+        `H_KK[k, k]`. Without it, see `error_weights`.
+        Raises ValueError where the qblock does not divide K, LlmqError for NaN or infinite weights.
         """
         N, K = W_NK.shape
         self.row_bytes(K)
