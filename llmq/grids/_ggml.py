@@ -26,6 +26,7 @@ from llmq.types import GgmlParams, LlmqError
 _CHUNK = 2**18  # weights of one chunk: its dozen temporaries of 1 MB stay in the cache, calls cost little beside them
 _ROUND = torch.tensor(12582912.0)  # 1.5 * 2^23
 _LARGEST = 1e9  # beyond what any type reaches (65504 * 128 * 32); keeps squares and their sums finite
+_HEAVIEST = 1e4  # of a weight without importance, for the same reason
 _DEAD = 1e-6  # importance of a column that no token excites, as a fraction of the mean: it still gets a scale
 
 
@@ -73,7 +74,8 @@ class GgmlGrid:
         """Choose the scales of float32 `W_NK`, in the precision they are stored in.
 
         H_KK: X^T X, or its diagonal `[K]` alone (an importance matrix): column k's squared error counts for
-        `H_KK[k, k]`. Raises ValueError where the qblock does not divide K, LlmqError for NaN or infinite weights.
+        `H_KK[k, k]`. Without it, see `error_weights`.
+        Raises ValueError where the qblock does not divide K, LlmqError for NaN or infinite weights.
         """
         N, K = W_NK.shape
         self.row_bytes(K)
@@ -176,6 +178,19 @@ def by_group(W_nK: Tensor, grid: GgmlGrid) -> Tensor:
 def spread(first: float, last: float, count: int) -> tuple[float, ...]:
     """Return `count` evenly spaced numbers."""
     return tuple(torch.linspace(first, last, count).tolist())
+
+
+def error_weights(x_gM: Tensor, grid: GgmlGrid, importance_K: Tensor | None) -> Tensor:
+    """Return how much every squared error counts, `[g, M]`.
+
+    Without importance that is |x| + rms of the group, as llama.cpp weighs Q4_K and Q5_K. Equal weights would make the
+    squared error 2 to 6 % lower still, but would pull every weight towards 0 (3 % in Q3_K, 9 % in Q2_K): an error that
+    does not average out over columns.
+    """
+    if importance_K is None:
+        return (x_gM.abs() + x_gM.square().mean(0).sqrt()).clamp_(max=_HEAVIEST)
+    rows = x_gM.numel() // len(importance_K)
+    return by_group(importance_K.expand(rows, -1), grid)
 
 
 def peak(x: Tensor) -> Tensor:

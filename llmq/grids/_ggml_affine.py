@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, half, nearest_integer, ratio
+from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, error_weights, half, nearest_integer, ratio
 from llmq.types import GgmlParams
 
 _ROUNDS = 3
@@ -69,16 +69,10 @@ class Affine(GgmlGrid):
     def _round(self, t: Tensor) -> Tensor:
         return nearest_integer(t).clamp_(0, 2**self.bits - 1)
 
-    def _weights(self, x_gM: Tensor, W_nK: Tensor, importance: Tensor | None) -> Tensor:
-        """Return the error weight of every value, `[g, M]`."""
-        if importance is None:
-            return torch.ones_like(x_gM)
-        return by_group(importance.expand(W_nK.shape), self)
-
     def _fit_rows(self, W_nK: Tensor, importance: Tensor | None) -> Stored:
         n, groups = W_nK.shape[0], self.qblock // self.group_size
         x = by_group(W_nK, self)
-        w = self._weights(x, W_nK, importance)
+        w = error_weights(x, self, importance)
         fit = _Fit(self, x, w)
         s, o, moments = fit.search()
         best: tuple[Tensor, ...] = ()

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, half, nearest_integer, peak, ratio
+from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, error_weights, half, nearest_integer, peak, ratio
 from llmq.types import GgmlParams
 
 _ROUNDS = 3
@@ -47,16 +47,10 @@ class Linear(GgmlGrid):
         """Round `t` (overwritten) to the nearest levels."""
         return nearest_integer(t).clamp_(-self.zero, 2**self.bits - 1 - self.zero)
 
-    def _weights(self, x_gM: Tensor, W_nK: Tensor, importance: Tensor | None) -> Tensor:
-        """Return the error weight of every value, `[g, M]`."""
-        if importance is None:
-            return torch.ones_like(x_gM)
-        return by_group(importance.expand(W_nK.shape), self)
-
     def _fit_rows(self, W_nK: Tensor, importance: Tensor | None) -> Stored:
         n, groups = W_nK.shape[0], self.qblock // self.group_size
         x = by_group(W_nK, self)
-        w = self._weights(x, W_nK, importance)
+        w = error_weights(x, self, importance)
         wx = w * x
         scale, A = self._search(x, w, wx)
         best: tuple[Tensor, ...] = ()

@@ -163,4 +163,4 @@ def test_ggml_grids_are_solved_on_frozen_scales_and_split_with_what_they_store(n
         rounded = QTensor(grid.nearest(t.W_NK, params.columns(256)).to(torch.uint8), params, grid)
         assert loss(t.W_NK, solved.q, h.mean()) < 0.9 * loss(t.W_NK, rounded, h.mean())
         codes, read = grid.from_bytes(grid.to_bytes(solved.q.codes, solved.q.params))
-        assert torch.equal(codes, solved.q.codes) and torch.equal(read.scale, params.scale)
+        assert torch.equal(codes, solved.q.codes) and torch.equal(read.scale, solved.q.params.scale)
