@@ -19,7 +19,7 @@ def size(linears: Iterable[LinearSpec], fmt: Format, total: int, source: int) ->
         "float_bytes": source,
         "bytes": total,
         "quantized_weights": weights,
-        "bits_per_weight": round(8 * packed / weights, 4),
+        "bits_per_weight": round(8 * packed / weights, 4) if weights else None,
     }
 
 

@@ -142,7 +142,7 @@ class Source:
             if tensor.dtype not in _FLOATS:
                 kind = str(tensor.dtype).removeprefix("torch.")
                 raise LlmqError(f"tensor {name} is {kind}; llmq quantizes float32, bfloat16 and float16 checkpoints")
-            if not torch.isfinite(tensor).all():
+            if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():  # NaN is a minimum
                 raise LlmqError(f"tensor {name} holds NaN or Inf; the checkpoint is damaged, or its training diverged")
 
 
@@ -157,10 +157,7 @@ class Sink:
     """The output folder while it is being made. A context manager: leaving it by an error removes what was staged."""
 
     def __init__(self, out: Path, *, overwrite: bool = False) -> None:
-        if out.exists() and not overwrite:
-            raise LlmqError(f"{out} exists; give another folder or --overwrite")
-        if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))):
-            raise LlmqError(f"{out} is not a checkpoint folder; it is not overwritten")
+        self.refuse(out, overwrite=overwrite)
         self.out = out
         self.stage = out.with_name(out.name + ".partial")
         self._parts: list[Path] = []
@@ -176,6 +173,13 @@ class Sink:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         shutil.rmtree(self.stage, ignore_errors=True)
+
+    def refuse(self, out: Path, *, overwrite: bool) -> None:
+        """Raise LlmqError unless OUT can be written."""
+        if out.exists() and not overwrite:
+            raise LlmqError(f"{out} exists; give another folder or --overwrite")
+        if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))):
+            raise LlmqError(f"{out} is not a checkpoint folder; it is not overwritten")
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Write one part: the tensors of a block, contiguous, on any device."""
@@ -208,6 +212,10 @@ class Sink:
                 if not any(file.match(p) for p in _REPLACED):
                     with _writing(self.stage / file.name):
                         shutil.copyfile(file, self.stage / file.name)
+
+    def staged(self) -> list[tuple[Path, str]]:
+        """Return where each staged tensor lies: its part file and its name there, in the order they were added."""
+        return [(part, t.name) for part in self._parts for t in _header(part)]
 
     def join(self, shard_bytes: int = SHARD_BYTES) -> int:
         """Join the parts into shards (and an index where there are several). Returns the bytes of all tensors."""

@@ -1,4 +1,4 @@
-"""The command line: `llmq quantize | eval | generate | inspect | list`.
+"""The command line: `llmq quantize | export | eval | generate | inspect | list`.
 
 Bad input ends in one line on standard error and exit status 1, an interrupt in 130; neither leaves a half-written OUT.
 Not here: any work. Each command parses, calls the library and prints.
@@ -43,9 +43,10 @@ def main() -> None:
 @app.command()
 def quantize(
     src: Annotated[str, typer.Argument(help="Float checkpoint: a local folder or a Hub id.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, or OUT.gguf.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML or JSON file with any of these options.")] = None,
-    method: Annotated[str | None, typer.Option(help="Transforms, then one solver: awq,gptq:damp=0.01")] = None,
+    quality: Annotated[str | None, typer.Option(help="fast, balanced or best: time against error. [balanced]")] = None,
+    method: Annotated[str | None, typer.Option(help="Steps by name in place of a quality: awq,gptq:damp=0.01")] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")] = None,
     group_size: Annotated[str | None, typer.Option(help="Columns per scale, 'channel' or 'tensor'. [128]")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric or asymmetric grid. [sym]")] = None,
@@ -53,15 +54,23 @@ def quantize(
     act_bits: Annotated[int | None, typer.Option(help="8: quantize activations too (W8A8).")] = None,
     act: Annotated[str | None, typer.Option(help="Activation scales: per 'token' or static per 'tensor'.")] = None,
     act_range: Annotated[str | None, typer.Option(help="Range of static activation scales.")] = None,
-    format_: Annotated[str | None, typer.Option("--format", help="gptq, awq or compressed-tensors.")] = None,
-    override: Annotated[list[str] | None, typer.Option(help="'REGEX:bits=8,group_size=32'; repeatable.")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="gptq, awq, compressed-tensors or gguf.")] = None,
+    type_: Annotated[str | None, typer.Option("--type", help="GGUF: Q4_K_M, Q8_0, F16 ... [Q4_K_M]")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="'REGEX:bits=8,group_size=32'; GGUF: 'REGEX:type=Q6_K'; repeatable.")
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave float; repeatable.")] = None,
+    target_bpw: Annotated[float | None, typer.Option(help="Bits per weight to spend where they help most.")] = None,
+    bit_choices: Annotated[str | None, typer.Option(help="Bits that --target-bpw chooses from. [3,4,8]")] = None,
     lm_head: Annotated[bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output head.")] = None,
     calib: Annotated[str | None, typer.Option(help="A text file or folder, a dataset, or 'self'. [wikitext2]")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of each. [2048]")] = None,
     seed: Annotated[int | None, typer.Option(help="Chooses calibration windows. [0]")] = None,
     dtype: Annotated[str | None, typer.Option(help="Activations in auto, float32 or bfloat16.")] = None,
+    imatrix: Annotated[str | None, typer.Option(help="GGUF: weigh errors by this importance matrix.")] = None,
+    imatrix_out: Annotated[str | None, typer.Option(help="GGUF: write the calibration's importance here.")] = None,
+    split_max_size: Annotated[str | None, typer.Option(help="GGUF: files of at most so much, e.g. 4G.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when the run has succeeded.")] = False,
 ) -> None:
@@ -69,19 +78,23 @@ def quantize(
 
     Example: `llmq quantize ./my-llama ./my-llama-int4 --method gptq --bits 4 --group-size 128 --calib text.txt`
     """
-    from llmq.quantize import prepare
+    from llmq.gguf.container import check_out
+    from llmq.job import prepare
     from llmq.quantize import quantize as run
     from llmq.recipe import Recipe
 
-    named = {"range_": "range", "format_": "format"}
+    named = {"range_": "range", "format_": "format", "type_": "type"}
     given = {
         named.get(k, k): v
         for k, v in locals().copy().items()
         if v is not None
-        and k not in ("src", "out", "recipe", "device", "overwrite", "prepare", "run", "Recipe", "named")
+        and k not in ("src", "out", "recipe", "device", "overwrite", "prepare", "run", "Recipe", "named", "check_out")
     }
     start = time.monotonic()
-    job = prepare(src, Recipe.load(recipe, given), device)
+    what = Recipe.load(recipe, given if out.suffix != ".gguf" else {"format": "gguf"} | given)
+    if what.gguf:
+        check_out(out, overwrite=overwrite)
+    job = prepare(src, what, device)
     for warning in job.warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}")
     with _progress() as step:
@@ -148,8 +161,42 @@ def generate(
 
 
 @app.command()
+def export(
+    src: Annotated[str, typer.Argument(help="GPTQ, AWQ or compressed-tensors checkpoint, by any tool.")],
+    out: Annotated[Path, typer.Argument(help="OUT.gguf to write.")],
+    requantize: Annotated[str | None, typer.Option(help="Type for linears whose codes cannot be kept.")] = None,
+    embeddings: Annotated[str | None, typer.Option(help="Type of float embedding and head, e.g. Q6_K.")] = None,
+    pre: Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, if not found.")] = None,
+    split_max_size: Annotated[str | None, typer.Option(help="Files of at most so much, e.g. 4G.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when the export has succeeded.")] = False,
+) -> None:
+    """Write a quantized checkpoint as GGUF, with the codes it has.
+
+    Example: `llmq export ./my-llama-int4 my-llama.gguf --embeddings Q6_K`
+    """
+    from llmq.export import export as run
+
+    done = run(
+        src,
+        out,
+        requantize=requantize,
+        embeddings=embeddings,
+        pre=pre,
+        split_max_size=split_max_size,
+        overwrite=overwrite,
+    )
+    for warning in done["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+    table = Table(title=f"{out}", title_justify="left", show_header=False)
+    table.add_row("size", f"{done['bytes'] / 1e6:,.1f} MB in {len(done['files'])} file(s)")
+    table.add_row("tensors", ", ".join(f"{n} {kind}" for kind, n in done["types"].items()))
+    table.add_row("linears", ", ".join(f"{n} {outcome}" for outcome, n in done["outcomes"].items()))
+    console.print(table)
+
+
+@app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder or Hub id.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, Hub id or .gguf file.")],
     linears: Annotated[bool, typer.Option("--linears", help="One line for every linear.")] = False,
 ) -> None:
     """Show what a checkpoint holds: format, sizes, and the errors that llmq recorded.
@@ -196,12 +243,13 @@ def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:
     from llmq.card import error
 
     size = summary["size"]
-    kind, mean, worst, worst_error = error(summary)
     table = Table(title=f"{out}", title_justify="left", show_header=False)
     table.add_row("size", f"{size['float_bytes'] / 1e6:,.1f} MB -> {size['bytes'] / 1e6:,.1f} MB")
-    table.add_row("bits per quantized weight", f"{size['bits_per_weight']:.3f} (scales and zeros counted)")
-    table.add_row(f"mean {kind.replace('_', ' ')}", f"{mean:.3e} (squared, relative)")
-    table.add_row("worst linear", f"{worst_error:.3e} {worst}")
+    if summary["linears"]:  # none in a GGUF file of floats
+        kind, mean, worst, worst_error = error(summary)
+        table.add_row("bits per quantized weight", f"{size['bits_per_weight']:.3f} (scales and zeros counted)")
+        table.add_row(f"mean {kind.replace('_', ' ')}", f"{mean:.3e} (squared, relative)")
+        table.add_row("worst linear", f"{worst_error:.3e} {worst}")
     fallbacks = [n for n, v in summary["linears"].items() if "fallback" in v]
     if fallbacks:
         table.add_row("fallbacks", f"{len(fallbacks)}: {', '.join(fallbacks[:3])} (see quantization.json)")

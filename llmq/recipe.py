@@ -1,7 +1,7 @@
 """What to do, as one frozen, serialisable value.
 
 `Recipe` holds what a user writes, on the command line or in a YAML/JSON file with the same keys. `Plan` is the recipe
-with its objects made: transforms, one solver, a format, and the scheme of every linear by name.
+with its objects made: the steps, a format, and the scheme of every linear by name.
 Not here: running it (quantize.py).
 """
 
@@ -19,7 +19,17 @@ import yaml
 
 from llmq import spec
 from llmq.grids.int import Int
-from llmq.types import ActivationGrid, Format, LlmqError, Scheme, Solver, Transform
+from llmq.types import (
+    ActivationGrid,
+    Correction,
+    Format,
+    LlmqError,
+    Refiner,
+    Scheme,
+    Solver,
+    Transform,
+    Tuner,
+)
 
 _OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-size|sym|range)=.*)$")
 
@@ -28,18 +38,27 @@ _OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-si
 class Recipe:
     """How to quantize a model. Defaults that depend on other fields are None here and filled in by `resolved`.
 
-    method: comma-separated steps, transforms first and one solver last, each `name[:option=value...]`.
+    quality: "fast", "balanced" or "best": a method and a range by measurement, where no method is given.
+    method: comma-separated steps, each `name[:option=value...]`, in the order transforms, corrections, one solver,
+        refiners, tuners.
     bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (None: 128; "channel" for W8A8).
     range: which interval a grid covers (None: what the method prefers, else minmax).
     act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic) or per "tensor" (static, `act_range`).
     format: how the result is stored (None: gptq; compressed-tensors for W8A8).
     override: `REGEX:bits=8,group_size=32` on full module names, later ones win. skip: regexes of linears left float.
+    target_bpw: bits per quantized weight, scales counted, to spend where they help most; --bit-choices lists the bits
+        that a site may get.
     lm_head: quantize the output head too.
+    type: for GGUF, which mixture of ggml's types (None: Q4_K_M); the fields above that shape integer grids then mean
+        nothing, overrides are `REGEX:type=Q6_K` on ggml's tensor names, and the head is quantized by the mixture.
+    imatrix: an importance matrix in llama.cpp's form to weigh errors by. imatrix_out: where to write the calibration's.
+    split_max_size: `4G`: write a GGUF model in files of at most so many bytes of tensors.
     calib: "self", a file or folder, or a dataset; samples x seq_len tokens chosen by `seed`.
     dtype: what activations are computed in: "auto", "float32" or "bfloat16".
     """
 
-    method: str = "gptq"
+    quality: str | None = None
+    method: str | None = None
     bits: int = 4
     group_size: int | str | None = None
     sym: bool = True
@@ -50,24 +69,48 @@ class Recipe:
     format: str | None = None
     override: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    target_bpw: float | None = None
+    bit_choices: str = "3,4,8"
     lm_head: bool = False
     calib: str = "wikitext2"
     samples: int = 128
     seq_len: int = 2048
     seed: int = 0
     dtype: str = "auto"
+    type: str | None = None
+    imatrix: str | None = None
+    imatrix_out: str | None = None
+    split_max_size: str | None = None
 
     def __post_init__(self) -> None:
+        if self.quality is not None and self.method is not None:
+            raise LlmqError("quality names a method by what it costs; give --quality or --method, not both")
         if self.act not in ("token", "tensor"):
             raise LlmqError(f"act is 'token' (dynamic) or 'tensor' (static), not {self.act!r}")
         if self.act_bits not in (None, 8):
             raise LlmqError(f"act_bits is 8 or left out, not {self.act_bits}")
         if self.act_bits and self.bits != 8:
             raise LlmqError(f"8-bit activations need 8-bit weights, not {self.bits}; say --bits 8")
+        if self.target_bpw is not None and self.act_bits:
+            raise LlmqError("target_bpw chooses bits of weights; with 8-bit activations they are always 8")
+        self.choices()
         if self.samples < 1 or self.seq_len < 2:
             raise LlmqError("samples is at least 1 and seq_len at least 2")
+        self._check_gguf()
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise LlmqError(f"dtype is auto, float32 or bfloat16, not {self.dtype!r}")
+
+    @property
+    def gguf(self) -> bool:
+        """Whether the result is a GGUF file."""
+        return (self.format or "").partition(":")[0] == "gguf"
+
+    def _check_gguf(self) -> None:
+        if self.gguf and (self.group_size or self.range or self.act_bits):
+            raise LlmqError("GGUF's types fix groups and ranges and hold no activations; choose by --type alone")
+        for option in ("type", "imatrix", "imatrix_out", "split_max_size"):
+            if getattr(self, option) is not None and not self.gguf:
+                raise LlmqError(f"--{option.replace('_', '-')} is for GGUF; say --format gguf")
 
     @classmethod
     def load(cls, file: Path | None, given: Mapping[str, Any]) -> Recipe:
@@ -95,6 +138,10 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """Return the recipe with every default that depends on another option filled in."""
+        if self.method is None:
+            return self._of_quality().resolved()
+        if self.gguf:
+            return dataclasses.replace(self, type=self.type or "Q4_K_M")
         steps = [spec.load("algorithms", s) for s in self.method.split(",")]
         preferred = next((s.preferred_range for s in steps if getattr(s, "preferred_range", None)), None)
         override = self.override
@@ -104,9 +151,25 @@ class Recipe:
             self,
             group_size=self.group_size or ("channel" if self.act_bits else 128),
             range=self.range or preferred or _DEFAULT_RANGE,
-            format=self.format or ("compressed-tensors" if self.act_bits else "gptq"),
+            format=self.format or ("compressed-tensors" if self.act_bits or self.target_bpw else "gptq"),
             override=override,
         )
+
+    def choices(self) -> tuple[int, ...]:
+        """Return the bits that a site may get under `target_bpw`, ascending."""
+        words = self.bit_choices.split(",")
+        if not all(w.strip() in {"2", "3", "4", "5", "6", "7", "8"} for w in words):
+            raise LlmqError(f"bit_choices is a list of bits from 2 to 8, such as 3,4,8, not {self.bit_choices!r}")
+        return tuple(sorted({int(w) for w in words}))
+
+    def _of_quality(self) -> Recipe:
+        """Return the recipe with the method that its quality stands for, in the words that repeat it."""
+        quality = self.quality or "balanced"
+        methods = _GGUF_QUALITY if self.gguf else _W8A8_QUALITY if self.act_bits else _QUALITY
+        if quality not in methods:
+            raise LlmqError(f"quality is {', '.join(methods)}, not {quality!r}")
+        range_ = self.range or (None if self.act_bits or self.gguf else "mse")
+        return dataclasses.replace(self, quality=None, method=methods[quality], range=range_)
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML that `load` reads back equal."""
@@ -115,6 +178,14 @@ class Recipe:
 
 
 _DEFAULT_RANGE = "minmax"
+_QUALITY = {"fast": "gptq,descent", "balanced": "qep,gptq,descent", "best": "qep,gptq,descent,signround"}
+_GGUF_QUALITY = {"fast": "rtn", "balanced": "gptq", "best": "qep,gptq"}
+_W8A8_QUALITY = {"fast": "smoothquant,rtn", "balanced": "smoothquant,rtn", "best": "smoothquant,rtn"}
+
+
+_KINDS = {
+    "search": "transform", "correct": "correction", "solve": "solver", "refine": "refiner", "tune": "tuner",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,15 +194,23 @@ class Plan:
 
     recipe: Recipe
     transforms: tuple[Transform, ...]
+    corrections: tuple[Correction, ...]
     solver: Solver
+    refiners: tuple[Refiner, ...]
+    tuners: tuple[Tuner, ...]
     format: Format
-    base: Scheme
+    base: Scheme | None  # None where the format's own types take its place (GGUF)
     overrides: tuple[tuple[re.Pattern[str], dict[str, Any]], ...]
     skip: tuple[re.Pattern[str], ...]
 
+    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
+        """Return the Stat classes that the steps of a site want for linears on these grids."""
+        steps: tuple[Correction | Solver | Refiner, ...] = (*self.corrections, self.solver, *self.refiners)
+        return tuple(dict.fromkeys(stat for step in steps for stat in step.needs(grids)))
+
     def scheme(self, name: str) -> Scheme | None:
         """Return what the linear of that full name becomes, None where it stays float."""
-        if any(p.search(name) for p in self.skip):
+        if self.base is None or any(p.search(name) for p in self.skip):
             return None
         grid = self.base.weight
         for pattern, changes in self.overrides:
@@ -143,14 +222,26 @@ class Plan:
 def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
     """Make a recipe's objects. Raises LlmqError for anything in it that names nothing or does not go together."""
     recipe = recipe.resolved()
-    steps = [spec.load("algorithms", s) for s in recipe.method.split(",")]
-    *transforms, solver = steps
-    if not hasattr(solver, "solve"):
-        raise LlmqError(f"method {recipe.method!r} ends in a transform; add the solver, e.g. {recipe.method},gptq")
-    for step in transforms:
-        if not hasattr(step, "search"):
-            raise LlmqError(f"method {recipe.method!r}: {spec.dump(step)} is a solver, only the last step can be one")
+    steps = _steps(recipe.method or "")
+    (solver,) = steps["solver"]
     fmt = _format(recipe, solver)
+    base, overrides, skip = (None, (), ()) if recipe.gguf else _schemes(recipe, fmt, model_dtype)
+    return Plan(
+        recipe=recipe,
+        transforms=tuple(steps["transform"]),
+        corrections=tuple(steps["correction"]),
+        solver=solver,
+        refiners=tuple(steps["refiner"]),
+        tuners=tuple(steps["tuner"]),
+        format=fmt,
+        base=base,
+        overrides=overrides,
+        skip=skip,
+    )
+
+
+def _schemes(recipe: Recipe, fmt: Format, model_dtype: torch.dtype) -> tuple[Scheme, Any, tuple[re.Pattern[str], ...]]:
+    """Return the scheme of most linears, how some differ from it, and which stay float."""
     activation = ActivationGrid(8, recipe.act == "token") if recipe.act_bits else None
     try:
         grid = Int(
@@ -167,7 +258,27 @@ def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
         raise LlmqError(str(e)) from e
     except re.error as e:
         raise LlmqError(f"--skip {e.pattern!r} is not a regular expression ({e})") from e
-    return Plan(recipe, tuple(transforms), solver, fmt, Scheme(grid, activation), overrides, skip)
+    return Scheme(grid, activation), overrides, skip
+
+
+def _steps(method: str) -> dict[str, list[Any]]:
+    """Return the steps of a method by their kind. Raises LlmqError where they are out of order."""
+    steps: dict[str, list[Any]] = {kind: [] for kind in _KINDS.values()}
+    order = list(steps)
+    last = order[0]
+    for text in method.split(","):
+        step = spec.load("algorithms", text)
+        kind = next(k for verb, k in _KINDS.items() if hasattr(step, verb))
+        if order.index(kind) < order.index(last) or (kind == "solver" and steps[kind]):
+            raise LlmqError(
+                f"method {method!r}: {spec.dump(step)} is a {kind} and cannot follow a {last}; the order is "
+                "transforms, corrections, one solver, refiners, tuners"
+            )
+        steps[kind].append(step)
+        last = kind
+    if not steps["solver"]:
+        raise LlmqError(f"method {method!r} has no solver; add one, e.g. {method},gptq (`llmq list` shows all steps)")
+    return steps
 
 
 def check_patterns(recipe: Recipe, names: Sequence[str]) -> None:

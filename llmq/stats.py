@@ -1,13 +1,15 @@
 """Statistics: what calibration accumulates at a site. Raw sums and maxima, so that merging two ranks is exact.
 
-Every class has a no-argument constructor, `update(X_TK)` and `merge(other)`; the stream makes one of each class that a
-step needs, per site, and drops them when the site is solved.
+Every class has a no-argument constructor, `update(X_TK)` and `merge(other)`; a block makes one of each class that a
+step needs, per site, and drops them when the site is solved. A `paired` one is updated with `(X_TK, F_TK)`: the same
+tokens' activations in the quantized and in the float model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ class Hessian:
     Each batch is one blocked product; over some tens of batches the running sum keeps 6 digits, four more than damping
     leaves meaningful, at half the memory of float64.
     """
+
+    paired: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
@@ -59,6 +63,43 @@ class Hessian:
         return self._mean
 
 
+class Drift:
+    """`(F - X)^T X` over all tokens: how the quantized model's activations X miss the float model's F, seen from X.
+
+    fit: over seven eighths of each batch's tokens. held, held_hessian: `(F - X)^T X` and `X^T X` over its last eighth,
+    which a step can choose by. Float32 sums, `[K, K]`; held_hessian is whole, not a triangle.
+    """
+
+    paired: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.fit = self.held = self.held_hessian = torch.zeros(0, 0)
+        self.count = self.held_count = 0
+
+    def update(self, X_TK: Tensor, F_TK: Tensor) -> None:
+        """Add a batch."""
+        X, miss = X_TK.float(), F_TK.float() - X_TK.float()
+        if not self.fit.numel():
+            K = X.shape[1]
+            self.fit, self.held, self.held_hessian = (torch.zeros(K, K, device=X.device) for _ in range(3))
+        at = X.shape[0] - X.shape[0] // 8
+        self.fit.addmm_(miss[:at].T, X[:at])
+        self.held.addmm_(miss[at:].T, X[at:])
+        self.held_hessian.addmm_(X[at:].T, X[at:])
+        self.count += X.shape[0]
+        self.held_count += X.shape[0] - at
+
+    def merge(self, other: Drift) -> None:
+        """Add another rank's sums."""
+        if not other.fit.numel():
+            return
+        for name in ("fit", "held", "held_hessian"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, mine.add_(theirs) if mine.numel() else theirs.clone())
+        self.count += other.count
+        self.held_count += other.held_count
+
+
 @contextmanager
 def _exact_products(dtype: torch.dtype) -> Iterator[None]:
     """Let float32 products of bfloat16 values run on bfloat16 units, which lose nothing: the sums stay float32."""
@@ -72,6 +113,8 @@ def _exact_products(dtype: torch.dtype) -> Iterator[None]:
 
 class AbsMax:
     """The largest magnitude of every channel."""
+
+    paired: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.max: Tensor | None = None
@@ -89,6 +132,8 @@ class AbsMax:
 
 class AbsMean:
     """The mean magnitude of every channel."""
+
+    paired: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
@@ -113,9 +158,38 @@ class AbsMean:
         return (self.sum / max(self.count, 1)).float()
 
 
+class MeanSquare:
+    """The mean square of every channel: the diagonal of H, and llama.cpp's importance matrix."""
+
+    paired: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.sum: Tensor | None = None
+        self.count = 0
+
+    def update(self, X_TK: Tensor) -> None:
+        """Add a batch."""
+        total = X_TK.float().square().sum(0, dtype=torch.float64)
+        self.sum = total if self.sum is None else self.sum.add_(total)
+        self.count += X_TK.shape[0]
+
+    def merge(self, other: MeanSquare) -> None:
+        """Add another rank's sum."""
+        if other.sum is not None:
+            self.sum = other.sum.clone() if self.sum is None else self.sum.add_(other.sum)
+        self.count += other.count
+
+    def mean(self) -> Tensor:
+        """Return the mean squares, float32 `[K]`."""
+        if self.sum is None:
+            raise ValueError("no activation was accumulated")
+        return (self.sum / max(self.count, 1)).float()
+
+
 class Histogram:
     """Magnitudes of all channels together in `BINS` bins, whose width doubles until the largest value fits."""
 
+    paired: ClassVar[bool] = False
     BINS = 2048
 
     def __init__(self) -> None:

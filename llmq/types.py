@@ -6,7 +6,9 @@ Data changes kind once per verb: floats -> stats -> codes -> words -> shard.
 - `QTensor` is a solved weight with unpacked codes: the only thing a solver hands to a format, so that one solve can be
   written in many formats with identical codes.
 - `Site` names the linears of a block that read one activation; they share their statistics.
-- `Transform` maps floats to floats and preserves the function; `Solver` maps floats to a QTensor.
+- Steps, in the order they run: `Transform` maps floats to floats and preserves the function of the block; `Correction`
+  maps floats to the floats that make up for what earlier blocks lost; `Solver` maps floats to a QTensor; `Refiner` maps
+  a QTensor to one of less error; `Tuner` improves all QTensors of a block together.
 - `Format` maps a QTensor to the named tensors of a checkpoint and back.
 
 Shape suffixes: N output features, K input features, G groups along K, g columns of a group, T tokens.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,7 +33,8 @@ class LlmqError(Exception):
 class Params:
     """Where one weight's grid lies: `w = scale * (code - zero)`.
 
-    scale: `[N, G]` (or any shape that broadcasts against the codes), in the dtype it is stored in, positive.
+    scale: `[N, G]` (or any shape that broadcasts against the codes), in the dtype it is stored in, not 0; negative
+        where a symmetric grid has its surplus level above zero.
     zero: same shape, int32, an integer code in `[0, 2**bits - 1]`.
     """
 
@@ -44,24 +47,81 @@ class Params:
 
     def columns(self, K: int, g_idx: Tensor | None = None) -> Params:
         """Return `[N, G]` parameters spread over K columns: by `g_idx` `[K]`, else in G equal runs."""
-        if g_idx is not None:
-            return self.map(lambda p: p[:, g_idx.long()])
-        return self.map(lambda p: p.repeat_interleave(K // p.shape[1], dim=1))
+        return self.map(lambda p: _spread(p, K, g_idx))
+
+    def by_group(self) -> list[Params]:
+        """Return `[N, G]` parameters group by group for column loops, float32 `[N]` each, contiguous."""
+        columns = self.map(lambda p: p.float().T.contiguous())
+        return [Params(s, z) for s, z in zip(columns.scale, columns.zero, strict=True)]
+
+    def split(self, rows: Sequence[int]) -> list[Params]:
+        """Return `[N, G]` parameters in parts of so many rows."""
+        parts = zip(self.scale.split(list(rows)), self.zero.split(list(rows)), strict=True)
+        return [Params(s, z) for s, z in parts]
+
+
+@dataclass(frozen=True)
+class GgmlParams:
+    """Where the ggml grid of one weight lies: `w = scale * level(code) + offset`, and what its file stores of that.
+
+    scale: float32 `[N, G]`, `d * sc` (`d` where a type has no `sc`); any sign, 0 where a group is all zero.
+    offset: float32 `[N, G]`, `-dmin * m` (`-dmin` where a type has no `m`); None on grids without one.
+    d, dmin: float16 `[N, B]`, B stored blocks (qblocks) along K. sc, m: int16 `[N, G]`, their small integers.
+    What a type does not store is None; so is all that is stored, once spread over columns or taken by group.
+    """
+
+    scale: Tensor
+    offset: Any = None  # each a Tensor or None, by the type
+    d: Any = None
+    dmin: Any = None
+    sc: Any = None
+    m: Any = None
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> GgmlParams:
+        """Apply `f` to every tensor."""
+        stored = (self.offset, self.d, self.dmin, self.sc, self.m)
+        return GgmlParams(f(self.scale), *(None if p is None else f(p) for p in stored))
+
+    def columns(self, K: int, g_idx: Tensor | None = None) -> GgmlParams:
+        """Return scale and offset spread over K columns: by `g_idx` `[K]`, else in G equal runs."""
+        return self._derived().map(lambda p: _spread(p, K, g_idx))
+
+    def by_group(self) -> list[GgmlParams]:
+        """Return scale and offset group by group for column loops, `[N]` each, contiguous."""
+        columns = self._derived().map(lambda p: p.T.contiguous())
+        return [columns.map(lambda p, g=g: p[g]) for g in range(self.scale.shape[1])]  # type: ignore[misc]
+
+    def split(self, rows: Sequence[int]) -> list[GgmlParams]:
+        """Return the parameters in parts of so many rows."""
+        ends = [sum(rows[: i + 1]) for i in range(len(rows))]
+        return [self.map(lambda p, a=end - n, b=end: p[a:b]) for n, end in zip(rows, ends, strict=True)]  # type: ignore[misc]
+
+    def _derived(self) -> GgmlParams:
+        return GgmlParams(self.scale, self.offset)
+
+
+def _spread(p: Tensor, K: int, g_idx: Tensor | None) -> Tensor:
+    return p.repeat_interleave(K // p.shape[1], dim=1) if g_idx is None else p[:, g_idx.long()]
 
 
 class Grid(Protocol):
-    """The values that a weight may take, group by group along K."""
+    """The values that a weight may take, group by group along K. Its parameters are `Params` or `GgmlParams`."""
 
-    bits: int
-    group_size: int | None
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
 
-    def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Params:
+    @property
+    def group_size(self) -> int | None:
+        """Columns that share a scale; None is per channel."""
+
+    def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Any:
         """Choose where the grid of every group lies; `H_KK` weighs the errors where the range uses it."""
 
-    def nearest(self, w: Tensor, params: Params) -> Tensor:
+    def nearest(self, w: Tensor, params: Any) -> Tensor:
         """Return the nearest codes, float32 integers; `params` broadcasts against `w`."""
 
-    def decode(self, codes: Tensor, params: Params) -> Tensor:
+    def decode(self, codes: Tensor, params: Any) -> Tensor:
         """Return the float32 values of `codes`; `params` broadcasts against `codes`."""
 
 
@@ -69,7 +129,10 @@ class Range(Protocol):
     """Chooses the interval `[lo, hi]` that a grid covers, one for each row of values."""
 
     def interval(self, w: Tensor, grid: AffineGrid, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return lo <= 0 <= hi, each `w.shape[:-1]`, for values `w[..., g]` with error weights broadcast to `w`."""
+        """Return lo <= 0 <= hi, each `w.shape[:-1]`, for values `w[..., g]` with error weights broadcast to `w`.
+
+        A symmetric grid may be given lo >= 0 >= hi: it then falls (`AffineGrid.params`).
+        """
 
 
 class AffineGrid(Protocol):
@@ -84,7 +147,10 @@ class AffineGrid(Protocol):
         """Whether the grid is symmetric about zero."""
 
     def params(self, lo: Tensor, hi: Tensor) -> Params:
-        """Return the parameters whose grid covers `[lo, hi]`."""
+        """Return the parameters whose grid covers `[lo, hi]`; a symmetric grid falls where lo > hi."""
+
+    def bounds(self) -> tuple[float, float]:
+        """Return the least and the largest code."""
 
     def nearest(self, w: Tensor, params: Params) -> Tensor:
         """See `Grid.nearest`."""
@@ -98,13 +164,13 @@ class QTensor:
     """A solved weight, unpacked: the sole currency between solvers and formats.
 
     codes: uint8 `[N, K]`, in `[0, 2**bits - 1]`.
-    params: scale and zero, `[N, G]`.
+    params: `Params` (scale and zero, `[N, G]`), or `GgmlParams` on a ggml grid.
     g_idx: int32 `[K]`, the group of each column, or None where it is `k // group_size`.
     input: the static grid of the linear's input activation (`[1]` each, zero the unsigned code 128), or None.
     """
 
     codes: Tensor
-    params: Params
+    params: Any  # what the grid's fit returns
     grid: Grid
     g_idx: Tensor | None = None
     input: Params | None = None
@@ -163,11 +229,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Target:
-    """A linear that a solver is asked to quantize: float32 `W_NK` and the grid to put it on."""
+    """A linear that a solver is asked to quantize: float32 `W_NK` and the grid to put it on.
+
+    report: what earlier steps record of it in `quantization.json`.
+    importance: what the squared error of each input channel counts, `[K]`, where the user gave it (an imatrix).
+    """
 
     name: str
     W_NK: Tensor
     grid: Any
+    report: Mapping[str, Any] = field(default_factory=dict)
+    importance: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -180,10 +252,15 @@ class Solved:
 
 @runtime_checkable
 class Stat(Protocol):
-    """An accumulator over the activations of a site; merging two ranks' accumulators is exact."""
+    """An accumulator over the activations of a site; merging two ranks' accumulators is exact.
 
-    def update(self, X_TK: Tensor) -> None:
-        """Add a batch of activations `[T, K]`."""
+    paired: whether `update` also wants the activations of the float model for the same tokens.
+    """
+
+    paired: ClassVar[bool]
+
+    def update(self, X_TK: Tensor, F_TK: Tensor | None = None) -> None:
+        """Add a batch of activations `[T, K]`, `F_TK` those of the float model where `paired`."""
 
     def merge(self, other: Any) -> None:
         """Add what another rank accumulated (a sum or a maximum, exactly)."""
@@ -193,14 +270,67 @@ Stats = Mapping[type, Any]
 """The accumulators of one site by their class."""
 
 
+class Correction(Protocol):
+    """Floats to floats: moves the weights of a site to where they make up for the error of their input.
+
+    share: of the calibration, how much must run through the float model too.
+    """
+
+    share: float
+
+    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
+        """Return the Stat classes to accumulate."""
+
+    def correct(self, targets: Sequence[Target], stats: Stats) -> list[Target]:
+        """Return the targets with corrected weights, in the order given."""
+
+
 class Solver(Protocol):
     """Floats to codes, for the linears of one site at a time."""
 
-    def needs(self, grids: Sequence[Any]) -> tuple[type, ...]:
+    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
         """Return the Stat classes to accumulate for linears on these grids; none means no calibration."""
 
     def solve(self, targets: Sequence[Target], stats: Stats) -> list[Solved]:
         """Quantize the linears of a site, in the order given."""
+
+
+class Refiner(Protocol):
+    """Codes to better codes, for the linears of one site at a time."""
+
+    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
+        """Return the Stat classes to accumulate."""
+
+    def refine(self, targets: Sequence[Target], solved: Sequence[Solved], stats: Stats) -> list[Solved]:
+        """Return the solved linears with less error, in the order given; never with more."""
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """What a tuner sees of a solved block.
+
+    block: the transformers block, with the dequantized weights in place.
+    solved: its quantized linears by relative name. targets: what the solver was asked for each.
+    inputs: the hidden states that enter it, `[B, S, H]` a batch, as the quantized blocks before it made them.
+    outputs: what the float model's block makes of its own input, batch by batch.
+    calls: the other arguments of the block, batch by batch.
+    seed: for whatever the tuner draws at random.
+    """
+
+    block: Any
+    solved: Mapping[str, Solved]
+    targets: Mapping[str, Target]
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    seed: int
+
+
+class Tuner(Protocol):
+    """Codes to better codes, for all linears of a block together, by the block's output."""
+
+    def tune(self, view: BlockView) -> dict[str, Solved]:
+        """Return the block's quantized linears, never with a greater error of the block's output than before."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +364,7 @@ class Transform(Protocol):
     preferred_range: str | None
     call_tokens: int
 
-    def needs(self, site: Site) -> tuple[type, ...]:
+    def needs(self, site: Site) -> tuple[type[Any], ...]:
         """Return the Stat classes to accumulate at a site; none means that the site is left alone."""
 
     def search(self, view: SiteView) -> Callable[[], dict[str, Any]] | None:

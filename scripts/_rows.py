@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import _measure as measure
+from rich.console import Console
+from rich.table import Table
 
 Row = dict[str, Any]
 
@@ -64,3 +66,35 @@ def _commit() -> str:
     commit = subprocess.run((*git, "rev-parse", "--short", "HEAD"), capture_output=True, text=True, check=False)  # noqa: S603
     changed = subprocess.run((*git, "diff", "--quiet", "HEAD"), capture_output=True, check=False)  # noqa: S603
     return commit.stdout.strip() + "+" * (commit.returncode == 0 and changed.returncode == 1)
+
+
+COLUMNS = ("setting", "bits/weight", "perplexity", "change", "mean KL", "top-1", "s", "CPU s", "peak GB")
+
+
+def cells(name: str, r: Row) -> tuple[str, ...]:
+    """Return a row as the texts of COLUMNS."""
+    return (
+        name,
+        f"{r['bits_per_weight']:.3f}",
+        f"{r['perplexity']:.3f}",
+        f"{100 * (r['perplexity'] / r['baseline_perplexity'] - 1):+.2f} %",
+        f"{r['kl_mean']:.5f} ± {r['kl_standard_error']:.5f}",
+        f"{100 * r['top1']:.2f} %",
+        f"{r['seconds']:.0f}",
+        f"{r['cpu_seconds']:.0f}",
+        f"{r['peak_bytes'] / 1e9:.2f}",
+    )
+
+
+def show(rows: Mapping[str, Row]) -> None:
+    """Print the table of these rows."""
+    table = Table(*COLUMNS)
+    for name, row in rows.items():
+        table.add_row(*cells(name, row))
+    Console(width=130).print(table)
+
+
+def show_markdown(rows: Mapping[str, Row]) -> None:
+    """Print the table of these rows as Markdown, for the documentation."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *(cells(name, row) for name, row in rows.items())]
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))

@@ -16,16 +16,13 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import _measure as measure
 import torch
-from _rows import Row, Rows
-from rich.console import Console
-from rich.table import Table
+from _rows import Row, Rows, show, show_markdown
 
 from llmq.checkpoint import Source
 from llmq.loading import load
@@ -125,38 +122,6 @@ def sizes(folder: Path, model: Path) -> dict[str, float]:
     return {"bits_per_weight": round(8 * stored / weights, 4), "bytes": packed.bytes()}
 
 
-COLUMNS = ("tool and setting", "bits/weight", "perplexity", "change", "mean KL", "top-1", "s", "CPU s", "peak GB")
-
-
-def cells(name: str, r: Row) -> tuple[str, ...]:
-    """Return a row as the texts of COLUMNS."""
-    return (
-        name,
-        f"{r['bits_per_weight']:.3f}",
-        f"{r['perplexity']:.3f}",
-        f"{100 * (r['perplexity'] / r['baseline_perplexity'] - 1):+.2f} %",
-        f"{r['kl_mean']:.5f} ± {r['kl_standard_error']:.5f}",
-        f"{100 * r['top1']:.2f} %",
-        f"{r['seconds']:.0f}",
-        f"{r['cpu_seconds']:.0f}",
-        f"{r['peak_bytes'] / 1e9:.2f}",
-    )
-
-
-def show(rows: Mapping[str, Row]) -> None:
-    """Print the table of these rows."""
-    table = Table(*COLUMNS)
-    for name, row in rows.items():
-        table.add_row(*cells(name, row))
-    Console(width=130).print(table)
-
-
-def show_markdown(rows: Mapping[str, Row]) -> None:
-    """Print the table for docs/accuracy.md, in the order of ROWS."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *(cells(name, rows[name]) for name in ROWS if name in rows)]
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
-
-
 def main() -> None:
     """Measure the rows that are not there yet, and print them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,7 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = Rows(args.out / "peers.json")
     if args.markdown:
-        show_markdown(rows.read())
+        show_markdown({n: r for n, r in ((n, rows.read().get(n)) for n in ROWS) if r})
         return
     failed = rows.fill(args.only, lambda name: measure_row(name, args), show)
     kept = rows.read()

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 import llmq
-from llmq.quantize import prepare, quantize
+from llmq.job import prepare
+from llmq.quantize import quantize
 from llmq.recipe import Recipe
 
 FLOAT = Path(__file__).resolve().parent.parent / "tests/golden/float"

@@ -3,8 +3,10 @@
 The package carries the model as a Q4_1 GGUF. Dequantized as it is, every run of 32 columns still lies on 16 levels, so
 that 4-bit quantization would look lossless. The residual, feed-forward and per-head value channels are therefore
 permuted: the function is unchanged and every value is kept, but no group of columns shares a grid any more.
+`--width 768` pads the residual stream and adds heads of zeros, function unchanged, so that 256 divides every row, which
+ggml's superblocks need.
 
-    python scripts/make_reference_model.py OUT [--permute SEED] [--dtype bfloat16]
+    python scripts/make_reference_model.py OUT [--permute SEED] [--width 768] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -65,6 +67,36 @@ def permute(model: LlamaForCausalLM, seed: int) -> None:
         reorder(attention.o_proj.weight, columns, 1)
 
 
+def widened(model: LlamaForCausalLM, width: int, seed: int) -> LlamaForCausalLM:
+    """Return an equal model whose residual stream has `width` channels and as many heads as that takes.
+
+    The new channels lie scattered among the old; nothing is ever written to them. New heads have zero weights. A norm
+    averages squares over more channels, so its gain and its epsilon shrink by what that loses.
+    """
+    old = model.config
+    group = old.num_attention_heads // old.num_key_value_heads
+    if width < old.hidden_size or width % (old.head_dim * group):
+        sys.exit(f"--width is a multiple of {old.head_dim * group}, at least {old.hidden_size}")
+    heads, ratio = width // old.head_dim, old.hidden_size / width
+    values = {k: v for k, v in old.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    values |= {"hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": heads // group}
+    wide = LlamaForCausalLM(LlamaConfig(**values | {"rms_norm_eps": old.rms_norm_eps * ratio})).float().eval()
+    random = torch.Generator().manual_seed(seed)
+    at = torch.randperm(width, generator=random)[: old.hidden_size].sort().values
+    state = wide.state_dict()
+    for name, narrow in model.state_dict().items():
+        into = state[name].zero_()
+        N, K = (*narrow.shape, 0)[:2]
+        if narrow.dim() == 1:  # a norm
+            into.fill_(narrow.mean() * ratio**0.5)
+            into[at] = narrow * ratio**0.5
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            into[:, :K].index_copy_(0, at, narrow)
+        else:
+            into[:N].index_copy_(1, at, narrow)
+    return wide
+
+
 def without_gguf(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """Return an equal model that is not marked as read from a GGUF, which transformers refuses to save."""
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
@@ -78,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--permute", type=int, metavar="SEED", default=0, help="seed of the permutations (default 0)")
+    parser.add_argument("--width", type=int, help="channels of the residual stream, padded with zeros (default: 576)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -89,6 +122,8 @@ def main() -> None:
         before = model(ids).logits
         permute(model, args.permute)
         model = without_gguf(model)
+        if args.width:
+            model = widened(model, args.width, args.permute)
         difference = (model(ids).logits - before).abs().max().item()
     if difference > 1e-3:
         sys.exit(f"the permuted model differs from the original by {difference:.2e} in its logits")

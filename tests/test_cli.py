@@ -111,3 +111,41 @@ def test_an_interrupt_leaves_nothing(tiny_checkpoint, tmp_path, text):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr
     assert not (tmp_path / "out").exists() and not stage.exists()
+
+
+def test_gguf_quantize_export_inspect(tiny_checkpoint, tmp_path):
+    folder, out = tiny_checkpoint(), tmp_path / "out.gguf"
+    done = run("quantize", folder, out, "--type", "Q8_0", "--method", "rtn")
+    assert done.returncode == 0, done.stderr
+    assert "bits per quantized weight" in done.stdout and [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
+    done = run("inspect", out, "--linears")
+    assert done.returncode == 0, done.stderr
+    assert "17 Q8_0" not in done.stdout and "16 Q8_0, 5 F32" in done.stdout and "blk.1.ffn_down.weight" in done.stdout
+    ours = tmp_path / "ours"
+    assert run("quantize", folder, ours, "--method", "rtn", "--group-size", 32).returncode == 0
+    done = run("export", ours, tmp_path / "ours.gguf")
+    assert done.returncode == 0 and "14 values exact" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("quantize", "SRC", "DIR", "--format", "gguf"), "is a folder"),
+        (("quantize", "SRC", "out.gguf", "--type", "Q9"), "no GGUF type"),
+        (("quantize", "SRC", "out.gguf", "--method", "rtn", "--override", "ffn_down:type=Q4_K"), "cannot be Q4_K"),
+        (("inspect", "SHORT"), "truncated"),
+        (("inspect", "missing.gguf"), "is not a file"),
+        (("export", "SHORT", "out.gguf"), "truncated"),
+        (("export", "SRC", "out.gguf"), "is a float checkpoint"),
+        (("export", "SRC", "DIR"), "is a folder"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, tuple) else None,
+)
+def test_gguf_failures_are_one_line(tiny_checkpoint, tmp_path, arguments, message):
+    names = {"SRC": tiny_checkpoint(), "DIR": tmp_path / "folder", "SHORT": tmp_path / "short.gguf"}
+    names["DIR"].mkdir()
+    names["SHORT"].write_bytes(b"GGUF\x03\0\0\0" + bytes([9]) * 40)
+    paths = [names.get(a, tmp_path / a if a.endswith(".gguf") else a) for a in arguments]
+    done = run(*paths)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "short.gguf"]

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Phi
 import llmq
 from llmq import calibration, spec
 from llmq.checkpoint import Source
-from llmq.quantize import prepare, quantize
+from llmq.job import prepare
+from llmq.quantize import quantize
 from llmq.recipe import Recipe
 from llmq.types import LinearSpec, LlmqError
 
@@ -65,6 +66,8 @@ def linears_of(folder):
         ({"method": "gptq:desc_act=true", "format": "gptq"}, "gptq"),
         ({"method": "gptq", "format": "gptq", "sym": False}, "gptq"),
         ({"method": "gptq", "format": "gptq", "bits": 8, "group_size": "channel"}, "gptq"),
+        ({"method": "qep:share=0.5,gptq,descent:rounds=1", "format": "gptq", "bits": 3, "range": "mse"}, "gptq"),
+        ({"method": "qep,gptq,descent,signround:steps=2", "format": "awq", "range": "mse"}, "awq"),
         ({"method": "awq,rtn", "format": "awq", "sym": False}, "awq"),
         ({"method": "awq,gptq", "format": "awq", "range": "mse"}, "awq"),
         ({"method": "gptq", "bits": 3, "format": "compressed-tensors", "sym": False}, "compressed-tensors"),
@@ -118,9 +121,10 @@ def test_out_holds_what_a_runtime_wants(tiny_checkpoint, tmp_path, text):
     ]
     assert all(torch.equal(source.get(n), before.get(n)) for n in kept)
     card = (out / "README.md").read_text()
-    assert "method: gptq" in card and "bits per quantized weight" in card
+    assert "method: qep,gptq,descent" in card and "bits per quantized weight" in card
     line = json.loads((out / "quantization.json").read_text())["linears"]["model.layers.1.mlp.down_proj"]
-    assert line["method"] == "gptq" and line["damp"] == 0.01 and line["tokens"] == 256 and 0 < line["output_error"] < 1
+    assert line["method"] == "qep,gptq,descent" and 0 <= line["qep_alpha"] <= 1 and 0 < line["descent"] < 1
+    assert line["damp"] == 0.01 and line["tokens"] == 256 and 0 < line["output_error"] < 1
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq,gptq"])
@@ -246,7 +250,7 @@ def test_overrides_and_skips_reach_the_file(tiny_checkpoint, tmp_path, text):
         ({"sym": False, "format": "gptq:checkpoint_format=gptq"}, "gptq_v2"),
         ({"method": "gptq:desc_act=true", "format": "awq"}, "g_idx"),
         ({"method": "awq"}, "awq,gptq"),
-        ({"method": "gptq,rtn"}, "only the last"),
+        ({"method": "gptq,rtn"}, "cannot follow a solver"),
         ({"skip": ("nothing_like_it",)}, "matches no linear"),
         ({"skip": ("(",)}, "regular expression"),
         ({"override": ("down_proj",)}, "does not read"),

@@ -13,8 +13,37 @@ def test_defaults_that_depend_on_other_options():
     assert Recipe().resolved().group_size == 128 and Recipe().resolved().format == "gptq"
     w8a8 = Recipe(bits=8, act_bits=8).resolved()
     assert w8a8.group_size == "channel" and w8a8.format == "compressed-tensors"
-    assert Recipe().resolved().range == "minmax"
+    assert Recipe(method="gptq").resolved().range == "minmax"
     assert Recipe(method="awq,rtn").resolved().range == "output"
+
+
+def test_a_quality_stands_for_a_method_and_a_range():
+    names = ("fast", "balanced", "best")
+    resolved = {q: Recipe(quality=q).resolved() for q in names}
+    assert Recipe().resolved() == resolved["balanced"]
+    assert len({r.method for r in resolved.values()}) == 3 and {r.range for r in resolved.values()} == {"mse"}
+    assert all(Recipe(**{**vars(r)}).resolved() == r for r in resolved.values()), "what is recorded repeats the run"
+    assert Recipe(quality="fast", range="minmax").resolved().range == "minmax"
+    for quality in names:
+        assert plan(Recipe(quality=quality, bits=8, act_bits=8), torch.float16).transforms
+    with pytest.raises(LlmqError, match="not both"):
+        Recipe(quality="best", method="rtn")
+    with pytest.raises(LlmqError, match="fast, balanced, best"):
+        Recipe(quality="good").resolved()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("gptq,rtn", "cannot follow"),
+        ("gptq,qep", "cannot follow"),
+        ("descent,gptq", "cannot follow"),
+        ("qep", "no solver"),
+    ],
+)
+def test_steps_out_of_order_are_refused(method, message):
+    with pytest.raises(LlmqError, match=message):
+        plan(Recipe(method=method), torch.float16)
 
 
 def test_awq_clips_all_but_q_and_k_unless_a_range_is_named():

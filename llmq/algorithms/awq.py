@@ -38,7 +38,7 @@ class Awq:
         if self.steps < 2 or self.call_tokens < 1:
             raise ValueError("steps is at least 2 and call_tokens at least 1")
 
-    def needs(self, site: Site) -> tuple[type, ...]:
+    def needs(self, site: Site) -> tuple[type[Any], ...]:
         """Return the mean magnitudes, and the Hessian where the loss is a lone linear's."""
         if site.producer is None:
             return ()

@@ -8,17 +8,24 @@ from typing import Any
 
 import torch
 
-from llmq.stats import Hessian
+from llmq.stats import Hessian, MeanSquare
 from llmq.types import QTensor, Solved, Stats, Target
 
 
 @dataclass(frozen=True)
 class Rtn:
-    """Round to nearest. Needs activations only where the range does (`output`)."""
+    """Round to nearest. Needs activations only where the range does (`output`), or to weigh errors.
 
-    def needs(self, grids: Sequence[Any]) -> tuple[type, ...]:
-        """Return the Hessian where a range weighs errors by whole blocks of it."""
-        return (Hessian,) if any(getattr(g.range, "uses_blocks", False) for g in grids) else ()
+    importance: calibrate, and let ggml's grids weigh the error of every input channel by its mean square.
+    """
+
+    importance: bool = False
+
+    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
+        """Return the Hessian where a range weighs errors by whole blocks of it, its diagonal with `importance`."""
+        if any(getattr(g.range, "uses_blocks", False) for g in grids):
+            return (Hessian,)
+        return (MeanSquare,) if self.importance else ()
 
     def solve(self, targets: Sequence[Target], stats: Stats) -> list[Solved]:
         """Fit each grid and round."""
@@ -26,6 +33,9 @@ class Rtn:
 
     def _round(self, target: Target, stats: Stats) -> QTensor:
         grid, W_NK = target.grid, target.W_NK
-        params = grid.fit(W_NK, stats[Hessian].mean() if self.needs([grid]) else None)
+        weight = target.importance
+        for stat in self.needs([grid]):
+            weight = stats[stat].mean()
+        params = grid.fit(W_NK, weight)
         codes = grid.nearest(W_NK, params.columns(W_NK.shape[1]))
         return QTensor(codes.to(torch.uint8), params, grid)

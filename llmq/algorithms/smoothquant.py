@@ -38,7 +38,7 @@ class SmoothQuant:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha lies between 0 and 1, not {self.alpha}")
 
-    def needs(self, site: Site) -> tuple[type, ...]:
+    def needs(self, site: Site) -> tuple[type[Any], ...]:
         """Return the largest magnitudes, where the site has a producer to fold into."""
         norm = site.producer is not None and "norm" in site.producer
         return (AbsMax,) if norm or (self.linears and site.producer) else ()

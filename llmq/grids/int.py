@@ -62,12 +62,14 @@ class Int:
     def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Params:
         """Choose scale and zero `[N, G]` for float32 `W_NK`, errors weighed by the diagonal of `H_KK` if given.
 
+        `H_KK` may be that diagonal alone, `[K]`.
+
         A range that wants whole diagonal blocks of H (`uses_blocks`) is handed `[G, g, g]` in place of `[G, g]`.
         """
         N, K = W_NK.shape
         G = self.groups(K)
         if self.per_tensor:
-            weight = None if H_KK is None else H_KK.diagonal().expand(N, K).reshape(-1)
+            weight = None if H_KK is None else _diagonal(H_KK).expand(N, K).reshape(-1)
             params = self._fit_rows(W_NK.reshape(-1), weight)
             return params.map(lambda p: p.expand(N, 1).contiguous())
         return self._fit_rows(W_NK.reshape(N, G, K // G), _group_weight(H_KK, G, self.range))
@@ -80,26 +82,34 @@ class Int:
         return self.params(lo, hi)
 
     def params(self, lo: Tensor, hi: Tensor) -> Params:
-        """Return the grid that covers `[lo, hi]` (lo <= 0 <= hi), scales rounded to `scale_dtype`."""
+        """Return the grid that covers `[lo, hi]` (lo <= 0 <= hi), scales rounded to `scale_dtype`.
+
+        A symmetric grid for an interval given from its upper end (lo >= 0 >= hi) falls: its scale is negative.
+        """
         top, half = 2**self.bits - 1, 2 ** (self.bits - 1)
         if self.sym:
             steps = half - 1 if self.restricted else top / 2
-            scale = torch.maximum(hi, -lo) / steps
+            scale = torch.maximum(hi.abs(), lo.abs()) / steps
         else:
             scale = (hi - lo) / top
         limit = torch.finfo(self.scale_dtype).max
         scale = scale.clamp(_FLOOR.get(self.scale_dtype, _DEFAULT_FLOOR), limit).to(self.scale_dtype)
+        if self.sym:
+            scale = torch.where(lo > hi, -scale, scale)
         if self.sym:
             zero = torch.full(scale.shape, half, dtype=torch.int32, device=scale.device)
         else:
             zero = (-lo / scale.float()).round().clamp(0, top).to(torch.int32)
         return Params(scale, zero)
 
+    def bounds(self) -> tuple[float, float]:
+        """Return the least and the largest code."""
+        return 1.0 if self.restricted else 0.0, 2.0**self.bits - 1
+
     def nearest(self, w: Tensor, params: Params) -> Tensor:
         """Return the nearest codes as float32 integers."""
-        low = 1.0 if self.restricted else 0.0
         code = (w / params.scale.float()).add_(_ROUND).sub_(_ROUND)
-        return code.add_(params.zero).clamp_(low, 2**self.bits - 1)
+        return code.add_(params.zero).clamp_(*self.bounds())
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Return `scale * (code - zero)` in float32."""
@@ -113,4 +123,8 @@ def _group_weight(H_KK: Tensor | None, G: int, range_: Range | None) -> Tensor |
     if getattr(range_, "uses_blocks", False):
         i = torch.arange(G, device=H_KK.device)
         return H_KK.reshape(G, g, G, g)[i, :, i, :]
-    return H_KK.diagonal().reshape(G, g)
+    return _diagonal(H_KK).reshape(G, g)
+
+
+def _diagonal(H_KK: Tensor) -> Tensor:
+    return H_KK if H_KK.dim() == 1 else H_KK.diagonal()

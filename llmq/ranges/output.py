@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.ranges.mse import shrink
+from llmq.ranges._search import best, shrunken
 from llmq.types import AffineGrid
 
 
@@ -38,4 +38,4 @@ class Output:
             by_group = error.transpose(0, 1)  # [G, N, g]
             return (torch.bmm(by_group, blocks) * by_group).sum(-1).transpose(0, 1)
 
-        return shrink(w, grid, torch.linspace(1, self.least, self.steps).tolist(), loss)
+        return best(w, grid, shrunken(w, torch.linspace(1, self.least, self.steps).tolist()), loss)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llmq.grids.int import Int
+from llmq.ranges import _search
 from llmq.ranges.entropy import Entropy
 from llmq.ranges.minmax import MinMax
 from llmq.ranges.mse import Mse
@@ -91,3 +92,42 @@ def test_entropy_keeps_the_whole_of_a_uniform_range():
     w = torch.linspace(-1, 1, 4096)[None]
     lo, hi = Entropy().interval(w, Int(8), None)
     assert hi.item() > 0.95 and lo.item() < -0.95
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_compiled_and_torch_searches_agree(monkeypatch, bits, sym, weighted):
+    g = torch.Generator().manual_seed(bits)
+    w, H_KK = torch.randn(33, 128, generator=g), torch.diag(torch.rand(128, generator=g).pow(4))
+    assert _search.compiled(_search._search, "f2 f2 f2 f2 i1 i i f f", reassociate=True) is not None
+    losses = []
+    for path in ("compiled", "torch"):
+        if path == "torch":
+            monkeypatch.setattr(_search, "compiled", lambda *_, **__: None)
+        mass = H_KK.diagonal() if weighted else torch.ones(128)
+        grid = Int(bits, sym, 32, scale_dtype=torch.float32, range=Mse())
+        params = grid.fit(w, H_KK if weighted else None).columns(128)
+        losses.append((((grid.decode(grid.nearest(w, params), params) - w) ** 2) * mass).reshape(33, 4, 32).sum(-1))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_falling_grids_and_shifted_zeros_lower_the_weighted_error(sym):
+    g = torch.Generator().manual_seed(5)
+    w, mass = torch.randn(256, 64, generator=g), torch.rand(64, generator=g).pow(4)
+    losses = []
+    for shift in (True, False):
+        grid = Int(3, sym, 32, scale_dtype=torch.float32, range=Mse(shift=shift))
+        params = grid.fit(w, torch.diag(mass)).columns(64)
+        losses.append(((grid.decode(grid.nearest(w, params), params) - w) ** 2 * mass).reshape(256, 2, 32).sum(-1))
+    assert (losses[0] <= losses[1] * (1 + 1e-5)).all()
+    assert losses[0].sum() < 0.95 * losses[1].sum()
+
+
+def test_a_falling_grid_has_its_surplus_level_above_zero():
+    grid = Int(2, True, None, scale_dtype=torch.float32)
+    rising, falling = (grid.params(torch.tensor([lo]), torch.tensor([hi])) for lo, hi in ((-3.0, 3.0), (3.0, -3.0)))
+    codes = torch.arange(4.0)
+    assert grid.decode(codes, rising).tolist() == [-4.0, -2.0, 0.0, 2.0]
+    assert grid.decode(codes, falling).tolist() == [4.0, 2.0, 0.0, -2.0]

@@ -1,0 +1,38 @@
+"""Loops that torch would run one small call at a time, compiled by numba.
+
+Where numba is missing the caller has a torch path; compiled code is kept beside the package, or in the user's cache
+folder, or, where neither can be written, made anew in each process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+
+Loop = Callable[..., None]
+
+
+@functools.cache
+def compiled(loop: Loop, kinds: str, *, reassociate: bool = False) -> Loop | None:
+    """Return `loop` as machine code that runs without the interpreter's lock, or None where numba is not installed.
+
+    kinds: the argument types, space-separated: `f`, `i` scalars of 32 and 64 bits; `f1 i1 f2 u2` contiguous arrays of
+    1 or 2 dimensions (u: uint8). reassociate: sums may be taken in another order, in vector lanes.
+    """
+    if importlib.util.find_spec("numba") is None:
+        return None
+    import numba
+
+    scalars = {"f": numba.float32, "i": numba.int64, "u": numba.uint8}
+    types = [numba.types.Array(scalars[k[0]], int(k[1:]), "C") if k[1:] else scalars[k] for k in kinds.split()]
+    fastmath = {"reassoc", "contract"} if reassociate else False
+
+    def make(cache: bool) -> Loop:
+        options = {"cache": cache, "nogil": True, "error_model": "numpy", "fastmath": fastmath}
+        return numba.njit(numba.void(*types), **options)(loop)  # type: ignore[call-overload, no-any-return]
+
+    try:
+        return make(cache=True)
+    except RuntimeError:  # numba found no folder to keep its code in
+        return make(cache=False)

@@ -1,0 +1,277 @@
+"""A quantized checkpoint (GPTQ, AWQ, compressed-tensors; ours or a peer's) as a GGUF file, its codes kept.
+
+    levels = code - zero
+    all levels in -8 .. 7      -> Q4_0   d = scale                          values exact
+    4 bits, any zero           -> Q4_1   d = scale, m = fp16(-zero*scale)   codes exact, minimum rounded by <= 2^-11
+    all levels in -128 .. 127  -> Q8_0   d = scale                          values exact
+
+A scale is repeated for every 32 columns of its group. That takes groups of a multiple of 32 columns (or whole rows) in
+their natural order, and scales that float16 can hold; where it does not work out, the export is refused, or the linear
+is rounded again if the user asks for it.
+Not here: reading the formats (formats/), the file (gguf/container.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq import __version__, spec
+from llmq.checkpoint import Source, resolve
+from llmq.gguf import container, mixture
+from llmq.gguf.architecture import architecture
+from llmq.gguf.pipeline import Blueprint, GgufSink
+from llmq.gguf.reader import GgufFile
+from llmq.gguf.tokenizer import vocabulary
+from llmq.types import GgmlParams, LinearSpec, LlmqError, QTensor
+
+EXACT, ROUNDED, REQUANTIZED = "values exact", "codes exact, minimum rounded", "requantized"
+_BLOCK = 32  # columns of a block of Q4_0, Q4_1 and Q8_0
+_CACHE = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")  # of a quantized key-value cache
+_KEPT = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One linear: its ggml type, its stored rows, and what became of its codes."""
+
+    kind: str
+    rows: Tensor
+    outcome: str
+
+
+def export(
+    src: str,
+    out: Path,
+    *,
+    requantize: str | None = None,
+    embeddings: str | None = None,
+    pre: str | None = None,
+    split_max_size: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the quantized checkpoint SRC as OUT.gguf. Returns counts of types and outcomes, files, bytes and warnings.
+
+    requantize: the type to round a linear to whose codes cannot be kept; None refuses it.
+    embeddings: the type of embedding and head where they are float; None keeps their float type.
+    Raises LlmqError where SRC is not a quantized checkpoint or its codes cannot be kept; OUT is then untouched.
+    """
+    container.check_out(out, overwrite=overwrite)
+    source = _source(src)
+    reader = _Reader(source)
+    arch = architecture(reader.config)
+    from llmq.loading import load_tokenizer
+
+    warnings = [*arch.warnings(), *reader.warnings()]
+    types: dict[str, str] = {}
+    outcomes: Counter[str] = Counter()
+    with GgufSink(out, overwrite=overwrite) as sink:
+        sink.require(2 * source.bytes())
+        for name, found in reader.tensors(_checked(requantize, "--requantize")):
+            if isinstance(found, Exported):
+                types[name], tensor = found.kind, found.rows
+                outcomes[found.outcome] += 1
+            else:
+                types[name], tensor = _float(arch.tensor(name), found, _checked(embeddings, "--embeddings"))
+            sink.add({name: tensor})
+        embedding = next(n for n in types if arch.tensor(n) == "token_embd.weight")
+        rows = source.headers()[embedding][1][0]
+        words = vocabulary(load_tokenizer(str(source.path)), rows, reader.config, pre)
+        counts = Counter(kind for name, kind in types.items() if kind not in mixture.FLOATS)
+        main = counts.most_common(1)[0][0] if counts else "F16"
+        plan = Blueprint(arch, words, _file_type_of(main), types, split=container.parse_size(split_max_size))
+        files = sink.write(plan, source.path.name, {"llmq.version": __version__, "llmq.source": reader.method})
+    return {
+        "types": dict(Counter(types.values())),
+        "outcomes": dict(outcomes),
+        "files": [str(f) for f in files],
+        "bytes": sum(f.stat().st_size for f in files),
+        "warnings": warnings + words.warnings,
+    }
+
+
+class _Reader:
+    """A quantized checkpoint read linear by linear."""
+
+    def __init__(self, source: Source) -> None:
+        from transformers import AutoConfig
+
+        self.source = source
+        quantization = source.config["quantization_config"]
+        self.method = str(quantization.get("quant_method"))
+        if self.method.replace("-", "_") not in spec.names("formats"):
+            raise LlmqError(f"{source.path}: quant_method {self.method!r} is not one that llmq reads")
+        self.format, self.scheme = spec.find("formats", self.method).read(quantization)
+        self.config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+        self.linears = _linears(self.config)
+
+    def warnings(self) -> list[str]:
+        """Return what of the checkpoint a GGUF file cannot hold."""
+        schemes = [s for n, (N, K) in self.linears.items() if (s := self.scheme(n, N, K))]
+        found = []
+        if any(s.activation for s in schemes):
+            found.append(
+                "the checkpoint quantizes activations too; llama.cpp has its own way, their scales are left out"
+            )
+        if any(n.endswith(_CACHE) for n in self.source.names()):
+            found.append("the scales of the key-value cache are left out; give llama.cpp --cache-type-k and -v instead")
+        return found
+
+    def tensors(self, requantize: str | None) -> Iterator[tuple[str, Exported | Tensor]]:
+        """Yield every tensor that a GGUF file holds, by its float checkpoint's name; blocks in their order."""
+        by_module: dict[str, list[str]] = {}
+        for name in sorted(self.source.names(), key=_natural):
+            by_module.setdefault(name.rpartition(".")[0], []).append(name)
+        for module, names in by_module.items():
+            N, K = self.linears.get(module, (0, 0))
+            scheme = self.scheme(module, N, K) if N else None
+            if scheme is None:
+                yield from ((name, self.source.get(name)) for name in names if not name.endswith(_CACHE))
+                continue
+            linear = LinearSpec(module, N, K, scheme)
+            local = {n.rpartition(".")[2]: self.source.get(n) for n in names}
+            yield f"{module}.weight", convert(self.format.unpack(local, linear), module, requantize)
+            if "bias" in local:
+                yield f"{module}.bias", local["bias"]
+
+
+def convert(q: QTensor, name: str, requantize: str | None) -> Exported:
+    """Return the ggml rows of a solved linear, its codes kept.
+
+    Raises LlmqError, with the reason, where they cannot be kept and `requantize` names no type instead.
+    """
+    why = _obstacle(q)
+    if why is None:
+        d = _scales(q)
+        zero = _by_block(q, q.params.zero)
+        level = q.codes.to(torch.int16).unflatten(1, (-1, _BLOCK)) - zero[..., None].to(torch.int16)
+        lo, hi = int(level.min()), int(level.max())
+        if lo >= -8 and hi <= 7:
+            return _pack("Q4_0", level + 8, d, None)
+        if q.grid.bits == 4:
+            return _pack("Q4_1", q.codes, d, (zero.float() * d.float()).half())
+        if lo >= -128 and hi <= 127:
+            return _pack("Q8_0", level + 128, d, None)
+        why = f"{q.grid.bits}-bit asymmetric codes have no ggml type"
+    if requantize is None:
+        raise LlmqError(
+            f"{name}: its codes cannot be kept: {why}; say --requantize TYPE (Q8_0, Q6_K ...) to round it anew"
+        )
+    K = q.codes.shape[1]
+    kind = mixture.fallback(requantize, K)
+    W_NK = q.dequantize()
+    if kind in mixture.FLOATS:
+        return Exported(kind, container.as_float(W_NK, kind, name), REQUANTIZED)
+    grid = spec.load("grids", kind.lower())
+    params = grid.fit(W_NK)
+    codes = grid.nearest(W_NK, params.columns(K)).to(torch.uint8)
+    return Exported(kind, grid.to_bytes(codes, params), REQUANTIZED)
+
+
+def _obstacle(q: QTensor) -> str | None:
+    """Return why the codes cannot be kept in blocks of 32 columns, None where they can."""
+    K = q.codes.shape[1]
+    if K % _BLOCK:
+        return f"rows of {K} columns are no multiple of {_BLOCK}"
+    if q.g_idx is None:
+        size = K // q.params.scale.shape[1]
+        if size % _BLOCK:
+            return f"groups of {size} columns are no multiple of {_BLOCK}"
+    elif (q.g_idx.reshape(-1, _BLOCK) != q.g_idx.reshape(-1, _BLOCK)[:, :1]).any():
+        return "its groups follow the activation order (desc_act), not the columns"
+    scale = q.params.scale
+    exact = scale.half()
+    if not torch.equal(exact.float(), scale.float()):
+        off = int((exact.float() != scale.float()).sum())
+        return f"{off} of {scale.numel()} scales are not float16 numbers"
+    if q.grid.bits == 4 and not torch.isfinite((q.params.zero.float() * scale.float()).half()).all():
+        return "a minimum is beyond float16"
+    return None
+
+
+def _scales(q: QTensor) -> Tensor:
+    return _by_block(q, q.params.scale).half()
+
+
+def _by_block(q: QTensor, p: Tensor) -> Tensor:
+    """Return parameters `[N, G]` for every block of 32 columns, `[N, K / 32]`."""
+    K = q.codes.shape[1]
+    if q.g_idx is not None:
+        return p[:, q.g_idx[::_BLOCK].long()]
+    return p.repeat_interleave(K // _BLOCK // p.shape[1], dim=1)
+
+
+def _pack(kind: str, codes: Tensor, d: Tensor, dmin: Tensor | None) -> Exported:
+    grid = spec.load("grids", kind.lower())
+    offset = None if dmin is None else -dmin.float()
+    rows = grid.to_bytes(codes.to(torch.uint8).reshape(len(d), -1), GgmlParams(d.float(), offset, d, dmin))
+    return Exported(kind, rows, EXACT if dmin is None else ROUNDED)
+
+
+def _float(ggml: str | None, tensor: Tensor, embeddings: str | None) -> tuple[str, Tensor]:
+    """Return type and content of a float tensor: vectors as F32, matrices as they are, or rounded where asked."""
+    if tensor.dim() < 2 or ggml is None:
+        return "F32", tensor.float()
+    if tensor.dtype not in _KEPT:
+        raise LlmqError(f"{ggml} is {tensor.dtype}, neither float nor packed; the checkpoint's config is not its own")
+    if embeddings is None or ggml not in ("token_embd.weight", "output.weight"):
+        return _KEPT[tensor.dtype], tensor
+    kind = mixture.fallback(embeddings, tensor.shape[1])
+    if kind in mixture.FLOATS:
+        return kind, tensor
+    grid = spec.load("grids", kind.lower())
+    packed = []
+    for rows in tensor.split(4096):
+        params = grid.fit(rows.float())
+        packed.append(grid.to_bytes(grid.nearest(rows.float(), params.columns(rows.shape[1])).to(torch.uint8), params))
+    return kind, torch.cat(packed)
+
+
+def _source(src: str) -> Source:
+    if Path(src).is_file():
+        GgufFile(Path(src))  # a truncated one says so
+        raise LlmqError(
+            f"{src} is a GGUF file already; export takes the folder of a GPTQ, AWQ or compressed-tensors one"
+        )
+    source = Source(resolve(src))
+    if "quantization_config" not in source.config:
+        raise LlmqError(f"{src} is a float checkpoint; write it with llmq quantize {src} OUT.gguf --type Q4_K_M")
+    return source
+
+
+def _checked(kind: str | None, option: str) -> str | None:
+    """Return the ggml type an option names. Raises LlmqError for one that is none."""
+    if kind is not None and kind.upper() not in mixture.TYPES:
+        raise LlmqError(f"{option} {kind!r} is no ggml type (there are: {', '.join(mixture.TYPES)})")
+    return None if kind is None else kind.upper()
+
+
+def _linears(config: Any) -> dict[str, tuple[int, int]]:
+    """Return `(N, K)` of every linear of the architecture by name."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
+    plain = AutoConfig.for_model(**values)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    return {n: (m.out_features, m.in_features) for n, m in linears.items()}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Order names so that block 2 comes before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _file_type_of(kind: str) -> str:
+    """Return a mixture whose base is `kind`, for `general.file_type`."""
+    return (
+        kind if kind in ("F32", "F16", "BF16") or not kind.endswith("_K") or kind in ("Q2_K", "Q6_K") else f"{kind}_S"
+    )

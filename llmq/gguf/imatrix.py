@@ -1,0 +1,75 @@
+"""Importance, as llama.cpp exchanges it: the mean square of every input channel of a linear, the diagonal of H.
+
+    NAME.in_sum2   float32 [1, K]   sum over tokens of x^2         imatrix.datasets, .chunk_count, .chunk_size
+    NAME.counts    float32 [1, 1]   tokens                         general.type = "imatrix"
+
+NAME is ggml's (`blk.0.attn_q.weight`). A quantizer divides the one by the other; the order of rows plays no part.
+Source: llama.cpp `tools/imatrix/imatrix.cpp` (save_imatrix) and `common/imatrix-loader.cpp`.
+Not here: what weighs errors by it (grids/), where the sums come from (stats.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmq.gguf import reader
+from llmq.types import LlmqError
+
+Sums = Mapping[str, tuple[Tensor, int]]
+"""By ggml's tensor name: the sum of squares of each channel, `[K]`, and over how many tokens."""
+
+
+def write(path: Path, sums: Sums, dataset: str, chunk: int) -> None:
+    """Write an importance matrix; `chunk` is the length of a calibration sequence. Raises LlmqError on a full disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        writer = gguf.GGUFWriter(partial, "")
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", [dataset])
+        writer.add_uint32("imatrix.chunk_count", max(count for _, count in sums.values()) // chunk)
+        writer.add_uint32("imatrix.chunk_size", chunk)
+        for name, (total, count) in sorted(sums.items()):
+            writer.add_tensor(f"{name}.in_sum2", total.float().cpu().numpy()[None])
+            writer.add_tensor(f"{name}.counts", np.array([[count]], np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        partial.rename(path)
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        raise LlmqError(f"cannot write {path} ({e.strerror or e})") from e
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Return the mean square of every channel, float32 `[K]`, by ggml's tensor name.
+
+    Raises LlmqError for a file that is not an importance matrix in GGUF form, or holds numbers that cannot be one.
+    """
+    file = reader.GgufFile(path)
+    if file.value("general.type") != "imatrix":
+        raise LlmqError(
+            f"{path} is a GGUF file, but no importance matrix; make one with llama-imatrix or --imatrix-out"
+        )
+    means = {}
+    for entry in file.tensors.values():
+        name, _, kind = entry.name.rpartition(".")
+        if kind != "in_sum2":
+            continue
+        if f"{name}.counts" not in file.tensors or entry.data.ndim != 2 or entry.data.shape[0] != 1:
+            raise LlmqError(f"{path}: {entry.name} is not one row of sums with its count; llmq reads dense models only")
+        total = torch.from_numpy(np.array(entry.data[0], np.float32))
+        count = float(file.tensors[f"{name}.counts"].data.reshape(-1)[0])
+        if not torch.isfinite(total).all() or total.min() < 0 or not np.isfinite(count):
+            raise LlmqError(f"{path}: {name} holds negative or infinite sums; make the importance matrix again")
+        if count > 0:  # a tensor that no token reached says nothing
+            means[name] = total / count
+    if not means:
+        raise LlmqError(f"{path} holds no sums; make the importance matrix again")
+    return means

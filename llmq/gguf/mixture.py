@@ -1,0 +1,162 @@
+"""The type of every tensor: llama.cpp's mixtures by its own names and rules.
+
+A mixture such as Q4_K_M has a base type and gives more bits to the tensors that need them: attn_v, ffn_down and
+attn_output in chosen blocks, and the head. With n blocks, "chosen" is the first eighth, the last eighth and every third
+between. The rules look at the grouped-query ratio, tied embeddings, the 70B models and whether importance is known.
+
+Where the block of a type does not divide the row, llama.cpp takes a type of 32-column blocks in its place:
+
+    Q2_K, Q3_K -> Q4_0    Q4_K -> Q5_0    Q5_K -> Q5_1    Q6_K -> Q8_0    IQ4_XS -> IQ4_NL    (32 does not divide: F16)
+
+and Q8_0 for a head (or tied embedding) whose row the base type does not divide.
+Source: llama.cpp `src/llama-quant.cpp` (`llama_tensor_get_type_impl`, `tensor_type_fallback`); tests hold lists that
+`llama-quantize` printed. Not here: bytes of a type (grids/).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import gguf
+
+from llmq.types import LlmqError
+
+_BASE = {  # mixture -> the type of most tensors
+    "F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0",
+    "Q5_1": "Q5_1", "Q2_K": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K",
+    "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K", "IQ4_NL": "IQ4_NL", "IQ4_XS": "IQ4_XS",
+}  # fmt: skip
+_ALIAS = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # as llama-quantize reads them
+_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+FLOATS = ("F32", "F16", "BF16")
+TYPES = tuple(dict.fromkeys(_BASE.values()))
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the rules look at.
+
+    gqa: query heads for every key-value head. large: the 70B models, whose attn_v is small beside the rest.
+    tied: no output tensor. importance: whether activations (or an imatrix) weigh the errors.
+    """
+
+    blocks: int
+    gqa: int
+    tied: bool
+    large: bool
+    importance: bool
+
+
+def mixture(name: str) -> str:
+    """Return the mixture that `name` means. Raises LlmqError, with all names, for one that is not known."""
+    known = _ALIAS.get(name.upper(), name.upper())
+    if known not in _BASE:
+        raise LlmqError(f"no GGUF type {name!r} (there are: {', '.join(_BASE)})")
+    return known
+
+
+def file_type(name: str) -> int:
+    """Return the value of `general.file_type` for a mixture."""
+    prefix = "ALL" if name == "F32" else "MOSTLY"
+    return int(gguf.LlamaFileType[f"{prefix}_{name}"])
+
+
+def block_size(kind: str) -> int:
+    """Return how many columns a type stores together."""
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
+
+
+def type_of(name: str, shape: Sequence[int], mix: str, model: Model) -> str:
+    """Return the type of one tensor, by ggml's name and its shape as a checkpoint has it (`[N, K]` or `[N]`)."""
+    if len(shape) < 2 or not name.endswith(".weight") or name.endswith("_norm.weight"):
+        return "F32"
+    kind = _BASE[mix]
+    if kind in FLOATS:
+        return kind
+    return fallback(_rule(name, shape[-1], mix, model), shape[-1])
+
+
+def fallback(kind: str, K: int) -> str:
+    """Return `kind`, or what llama.cpp takes in its place for rows of K columns."""
+    if K % block_size(kind) == 0:
+        return kind
+    kind = _FALLBACK.get(kind, kind)
+    return kind if K % block_size(kind) == 0 else "F16"
+
+
+def assign(
+    shapes: Mapping[str, Sequence[int]],
+    mix: str,
+    model: Model,
+    overrides: Sequence[tuple[re.Pattern[str], str]] = (),
+) -> dict[str, str]:
+    """Return the type of every tensor, by ggml's names. Later overrides win, and reach matrices only.
+
+    Raises LlmqError for an override that matches no matrix and for one to a type that the row cannot hold.
+    """
+    types = {name: type_of(name, shape, mix, model) for name, shape in shapes.items()}
+    for pattern, kind in overrides:
+        reached = [n for n, shape in shapes.items() if pattern.search(n) and len(shape) > 1]
+        if not reached:
+            raise LlmqError(f"--override {pattern.pattern!r} matches no matrix; names look like {next(iter(shapes))}")
+        for name in reached:
+            K = shapes[name][-1]
+            if K % block_size(kind):
+                fitting = ", ".join(t for t in TYPES if K % block_size(t) == 0)
+                raise LlmqError(
+                    f"{name}: rows of {K} columns cannot be {kind}, whose blocks are {block_size(kind)} columns; take "
+                    f"one of {fitting}"
+                )
+            types[name] = kind
+    return types
+
+
+def _rule(name: str, K: int, mix: str, model: Model) -> str:
+    base = _BASE[mix]
+    if name == "output.weight" or (model.tied and name == "token_embd.weight"):
+        return "Q8_0" if K % block_size(base) or base == "Q8_0" else "Q6_K"
+    found = re.match(r"blk\.(\d+)\.(attn_v|attn_output|ffn_down)\.", name)
+    if found is None:
+        return base
+    block, n = int(found[1]), model.blocks
+    return {"attn_v": _attn_v, "attn_output": _attn_output, "ffn_down": _ffn_down}[found[2]](block, n, mix, model)
+
+
+def _chosen(block: int, n: int) -> bool:
+    return block < n // 8 or block >= 7 * n // 8 or (block - n // 8) % 3 == 2
+
+
+def _attn_v(block: int, n: int, mix: str, model: Model) -> str:
+    kind = _BASE[mix]
+    if mix == "Q2_K":
+        kind = "Q4_K" if model.gqa >= 4 else "Q3_K"
+    elif mix == "Q3_K_M":
+        kind = "Q5_K" if block < 2 else "Q4_K"
+    elif mix == "Q3_K_L" or (mix in ("IQ4_NL", "IQ4_XS") and model.gqa >= 4) or (mix == "Q4_K_S" and block < 4):
+        kind = "Q5_K"
+    elif mix in ("Q4_K_M", "Q5_K_M") and _chosen(block, n):
+        kind = "Q6_K"
+    return "Q5_K" if model.large and kind in ("Q3_K", "Q4_K") else kind
+
+
+def _attn_output(_block: int, _n: int, mix: str, _model: Model) -> str:
+    return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(mix, _BASE[mix])
+
+
+def _ffn_down(block: int, n: int, mix: str, model: Model) -> str:
+    kind, early = _BASE[mix], block < n // 8
+    if mix == "Q2_K":
+        kind = "Q3_K"
+    elif mix == "Q3_K_M":
+        kind = "Q5_K" if block < n // 16 else "Q4_K"
+    elif mix == "Q3_K_L" or (mix == "Q4_K_S" and early):
+        kind = "Q5_K"
+    elif mix in ("Q4_K_M", "Q5_K_M") and _chosen(block, n):
+        kind = "Q6_K"
+    elif mix in ("IQ4_NL", "IQ4_XS") and early and not model.importance:
+        kind = "Q5_K"
+    elif mix in ("Q4_0", "Q5_0") and early and model.importance:
+        kind = {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}[mix]
+    return kind

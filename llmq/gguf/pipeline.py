@@ -1,0 +1,153 @@
+"""The GGUF side of the main job: what the file will hold, before; where its parts are staged, during; the file, after.
+
+Not here: the loop (quantize.py), solving (block.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmq import __version__
+from llmq.checkpoint import Sink, Source
+from llmq.gguf import container, imatrix, mixture
+from llmq.gguf.architecture import Architecture, architecture
+from llmq.gguf.tokenizer import Vocabulary, vocabulary
+from llmq.recipe import Recipe
+from llmq.types import LlmqError
+
+_SKIPPED = "F16"  # what --skip leaves float
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A GGUF file before its weights.
+
+    types: the ggml type of every checkpoint tensor that is written, by the checkpoint's names.
+    importance: mean squares of the input channels `[K]` by linear, as read from `--imatrix`.
+    """
+
+    architecture: Architecture
+    vocabulary: Vocabulary
+    mix: str
+    types: dict[str, str]
+    importance: dict[str, Tensor] = field(default_factory=dict)
+    split: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def quantized(self) -> dict[str, str]:
+        """Return the types of the tensors that are not float."""
+        return {name: kind for name, kind in self.types.items() if kind not in mixture.FLOATS}
+
+
+def blueprint(
+    source: Source, config: Any, recipe: Recipe, *, pre: str | None, calibrated: bool, tokenizer: Any
+) -> Blueprint:
+    """Plan a file. calibrated: whether the method weighs errors by activations of its own.
+
+    Raises LlmqError for a model, a tokenizer or a type that cannot go together.
+    """
+    arch = architecture(config)
+    mix = mixture.mixture(recipe.type or "Q4_K_M")
+    shapes = {n: shape for n, (_, shape) in source.headers().items()}
+    names = {n: ggml for n in shapes if (ggml := arch.tensor(n)) is not None}
+    tied = "output.weight" not in names.values()
+    model = mixture.Model(
+        blocks=arch.blocks,
+        gqa=int(config.num_attention_heads) // arch.kv_heads,
+        tied=tied,
+        large=arch.large,
+        importance=calibrated or recipe.imatrix is not None,
+    )
+    overrides = [*overrides_of(recipe.override), *((re.compile(s), _SKIPPED) for s in recipe.skip)]
+    by_ggml = mixture.assign({names[n]: shapes[n] for n in names}, mix, model, overrides)
+    importance, warnings = _importance(recipe, names, shapes)
+    words = vocabulary(tokenizer, shapes[_embedding(names)][0], config, pre)
+    return Blueprint(
+        arch,
+        words,
+        mix,
+        {n: by_ggml[ggml] for n, ggml in names.items()},
+        importance,
+        container.parse_size(recipe.split_max_size),
+        [*arch.warnings(), *words.warnings, *warnings],
+    )
+
+
+def overrides_of(texts: Sequence[str]) -> list[tuple[re.Pattern[str], str]]:
+    """Read `REGEX:type=Q6_K` on ggml's tensor names. Raises LlmqError for anything else."""
+    found = []
+    for text in texts:
+        regex, sep, kind = text.rpartition(":type=")
+        kind = kind.strip().upper()
+        if not sep or kind not in mixture.TYPES:
+            raise LlmqError(
+                f"--override {text!r} does not read; for GGUF write REGEX:type=TYPE, on names like "
+                f"blk.0.ffn_down.weight, with one of {', '.join(mixture.TYPES)}"
+            )
+        try:
+            found.append((re.compile(regex), kind))
+        except re.error as e:
+            raise LlmqError(f"--override {text!r} does not start with a regular expression ({e})") from e
+    return found
+
+
+class GgufSink(Sink):
+    """The parts of a GGUF file while they are made; they are staged in a folder beside OUT."""
+
+    def refuse(self, out: Path, *, overwrite: bool) -> None:
+        """Raise LlmqError unless OUT can become a GGUF file."""
+        container.check_out(out, overwrite=overwrite)
+
+    def commit(self) -> None:
+        """Do nothing: `write` has moved the files into place."""
+
+    def write(self, plan: Blueprint, name: str, keys: Mapping[str, str | int]) -> list[Path]:
+        """Write OUT from the staged parts, with `keys` beside the model's own; return its files."""
+        header = container.Header(plan.architecture, plan.vocabulary, name, mixture.file_type(plan.mix), keys)
+        parts = [container.Part(file, n, plan.types[n]) for file, n in self.staged() if n in plan.types]
+        return container.write(self.stage, self.out, header, parts, plan.split)
+
+
+def keys(recipe_yaml: str, report: Mapping[str, Any], importance_file: str | None) -> dict[str, str | int]:
+    """Return llmq's own keys: how the file was made, and the report line of every tensor as JSON."""
+    own: dict[str, str | int] = {
+        "llmq.version": __version__,
+        "llmq.recipe": recipe_yaml,
+        "llmq.report": json.dumps(report, separators=(",", ":")),
+    }
+    return own | ({"quantize.imatrix.file": importance_file} if importance_file else {})
+
+
+def _importance(
+    recipe: Recipe, names: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Tensor], list[str]]:
+    if recipe.imatrix is None:
+        return {}, []
+    means = imatrix.read(Path(recipe.imatrix))
+    found = {n.removesuffix(".weight"): means[ggml] for n, ggml in names.items() if ggml in means}
+    if not found:
+        raise LlmqError(f"{recipe.imatrix} names no tensor of this model; it was made from another one")
+    for name, mean in found.items():
+        if len(mean) != shapes[f"{name}.weight"][-1]:
+            raise LlmqError(
+                f"{recipe.imatrix} has {len(mean)} channels for {name}, the model {shapes[f'{name}.weight'][-1]}; it "
+                "was made from another model"
+            )
+    blocks = [n for n, ggml in names.items() if ggml.startswith("blk.") and n.endswith("_proj.weight")]
+    missing = [n for n in blocks if names[n] not in means]
+    if not missing:
+        return found, []
+    return found, [
+        f"{recipe.imatrix} has nothing on {len(missing)} linears, e.g. {missing[0]}; their errors weigh equally"
+    ]
+
+
+def _embedding(names: Mapping[str, str]) -> str:
+    return next(n for n, ggml in names.items() if ggml == "token_embd.weight")

@@ -1,0 +1,117 @@
+r"""Which of llama.cpp's pre-tokenizers cuts text as a given tokenizer does.
+
+llama.cpp has the cutting rules of every BPE family compiled in, and `tokenizer.ggml.pre` names one of them; a wrong
+name loads, answers fluently, and is wrong on digits, spaces and contractions. So the name is found by behaviour: the
+tokenizer and every rule below cut the same probe text, and the rule whose pieces are all equal is the one. The probe
+separates every pair of rules (a test shows it). A tokenizer that cuts in any other way is refused, not guessed at.
+
+    gpt-2       contractions, letters, digits in runs                      GPT-2
+    smollm      as gpt-2, but every digit alone                            SmolLM, SmolLM2, StarCoder
+    llama-bpe   digits in runs of three, ignore_merges                     Llama 3, 3.1, 3.2, 3.3
+    dbrx        as llama-bpe, without ignore_merges
+    qwen2       every digit alone, newlines kept with punctuation          Qwen2, Qwen2.5, Qwen3
+    tekken      capitals start a piece, no contractions, ignore_merges     Mistral Nemo, Small 3
+
+ignore_merges: a piece that is a whole entry of the vocabulary is taken as it is, whatever the merges say.
+Source: llama.cpp `src/llama-vocab.cpp` (`llm_tokenizer_bpe`), tokenizer.json of the models named.
+Not here: vocabulary and merges (tokenizer.py).
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from functools import cache
+
+from tokenizers import Regex, Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
+
+from llmq.types import LlmqError
+
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}"
+_QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
+)
+
+# Runs of spaces, tabs and newlines in every order, digits of every length, other digits, contractions in both cases,
+# case changes, punctuation before letters and newlines, CJK, combining marks, emoji with joiners.
+PROBE = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \nHello  world 1 22 333 4444 55555 666666 7777777 3.14 v2beta "
+    "I'm we'LL THEY'RE don'T it's 'tis camelCaseWord HTTPServer XMLHttpRequest2 snake_case\n\n  indented(code);\n\t}"
+    '//comment/\n/path/\r\n\r\n...!!! ?? "quoted" #tag @at $5 100% a/b\u00a0c\u3000d e\u0301te\u0301 na\u00efve '
+    "\u4f60\u597d\u4e16\u754c\u3002\u65e5\u672c\u8a9e\u30c6\u30ad\u30b9\u30c8 \ud55c\uad6d\uc5b4 \u0440\u0443\u0441"
+    "\u0441\u043a\u0438\u0439 \u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22 \u0661\u0662\u0663 \u2167 \u00bd x\u00b2 "
+    "\U0001f680\U0001f636\u200d\U0001f32b\ufe0f\u2705 <tag> -->   trailing   "
+)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    name: str
+    ignore_merges: bool
+    cut: PreTokenizer
+
+
+@cache
+def rules() -> tuple[_Rule, ...]:
+    """Return llama.cpp's rules, as pre-tokenizers of the `tokenizers` library."""
+    byte_level = ByteLevel(add_prefix_space=False)
+
+    def split(pattern: str) -> PreTokenizer:
+        return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+
+    return (
+        _Rule("gpt-2", False, byte_level),
+        _Rule("smollm", False, Sequence([Digits(individual_digits=True), byte_level])),
+        _Rule("llama-bpe", True, split(_LLAMA3)),
+        _Rule("dbrx", False, split(_LLAMA3)),
+        _Rule("qwen2", False, split(_QWEN2)),
+        _Rule("tekken", True, split(_TEKKEN)),
+    )
+
+
+def pieces(backend: Tokenizer, text: str) -> list[str]:
+    """Return the pieces into which a tokenizer normalizes and cuts `text`, before any merge."""
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    return _cut(backend.pre_tokenizer, text)
+
+
+def byte_level_name(backend: Tokenizer, ignore_merges: bool) -> str:
+    """Return llama.cpp's name for the cutting rule of a byte-level BPE tokenizer.
+
+    A normalizer to NFC is passed over, as llama.cpp's own converter does. Raises LlmqError for any other normalizer and
+    for a rule that llama.cpp is not known to have.
+    """
+    if backend.normalizer is not None:
+        normal = backend.normalizer.normalize_str(PROBE)
+        if normal not in (PROBE, unicodedata.normalize("NFC", PROBE)):
+            raise LlmqError(
+                "the tokenizer's normalizer changes text in a way that llama.cpp does not know; remove `normalizer` "
+                "from tokenizer.json if the model can do without it, or write another format"
+            )
+    own = _cut(backend.pre_tokenizer, PROBE)
+    cutting = [rule for rule in rules() if _cut(rule.cut, PROBE) == own]
+    for rule in cutting:
+        if rule.ignore_merges == ignore_merges:
+            return rule.name
+    known = ", ".join(rule.name for rule in rules())
+    if cutting:
+        wanted = str(cutting[0].ignore_merges).lower()
+        raise LlmqError(
+            f"the tokenizer cuts text like {cutting[0].name}, which llama.cpp runs with ignore_merges {wanted}, but "
+            f"its tokenizer.json says otherwise; set `ignore_merges` to {wanted} there if the model was trained so"
+        )
+    raise LlmqError(
+        f"the tokenizer cuts text in a way that llmq does not know from llama.cpp (it knows {known}); if llama.cpp has "
+        "a name for it, say --format gguf:pre=NAME, else write another format"
+    )
+
+
+def _cut(rule: PreTokenizer | None, text: str) -> list[str]:
+    return [text] if rule is None else [piece for piece, _ in rule.pre_tokenize_str(text)]

@@ -1,0 +1,243 @@
+"""What the ggml grids share: rows are cut into stored blocks, and the byte layout of a block is the grid.
+
+A qblock of 32 columns is one group with float16 scales of its own. A superblock of 256 columns is a qblock of 8 or 16
+groups whose scales are small integers times one float16:
+
+    w = d * sc * level(code)                 q4_0 q5_0 q8_0 iq4_nl (no sc) | q3_k q6_k iq4_xs       _ggml_linear.py
+    w = d * sc * code - dmin * m             q4_1 q5_1 (no sc, no m)       | q2_k q4_k q5_k         _ggml_affine.py
+
+Every factor of a product fits 24 bits, so float32 decodes exactly as ggml does. `fit` works on chunks of rows that stay
+in the cache, transposed to `[g, M]` (M groups in all), where sums over a group run at full vector width; so do sums
+over the groups of a superblock, in `[groups, M / groups]`.
+Facts: the block structures of ggml-common.h (ggml-org/llama.cpp). Not here: the container (formats/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmq.types import GgmlParams, LlmqError
+
+_CHUNK = 2**18  # weights of one chunk: its dozen temporaries of 1 MB stay in the cache, calls cost little beside them
+_LARGEST = 1e9  # beyond what any type reaches (65504 * 128 * 32); keeps squares and their sums finite
+_DEAD = 1e-6  # importance of a column that no token excites, as a fraction of the mean: it still gets a scale
+
+
+class Stored(NamedTuple):
+    """What a qblock stores beside its codes; shapes as in `GgmlParams`."""
+
+    d: Tensor
+    dmin: Any = None  # each a Tensor or None, by the type
+    sc: Any = None
+    m: Any = None
+
+
+@dataclass(frozen=True)
+class GgmlGrid:
+    """The base of the ggml grids.
+
+    bits: bits of a code. group_size: columns that share a scale.
+    qblock, qblock_bytes: columns and bytes of a stored block.
+    range, per_tensor: there is no range to choose; `fit` searches the scales itself.
+    """
+
+    bits: ClassVar[int]
+    group_size: ClassVar[int]
+    qblock: ClassVar[int]
+    qblock_bytes: ClassVar[int]
+    range: ClassVar[None] = None
+    per_tensor: ClassVar[bool] = False
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a stored weight, scales included."""
+        return 8 * self.qblock_bytes / self.qblock
+
+    def row_bytes(self, K: int) -> int:
+        """Return the bytes of a row of K columns. Raises ValueError where the qblock does not divide K."""
+        if K % self.qblock:
+            raise ValueError(
+                f"{type(self).__name__} stores {self.qblock} columns together, which do not divide K = {K}"
+            )
+        return K // self.qblock * self.qblock_bytes
+
+    def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> GgmlParams:
+        """Choose the scales of float32 `W_NK`, in the precision they are stored in.
+
+        H_KK: X^T X, or its diagonal `[K]` alone (an importance matrix): column k's squared error counts for
+        `H_KK[k, k]`. Raises ValueError where the qblock does not divide K, LlmqError for NaN or infinite weights.
+        """
+        N, K = W_NK.shape
+        self.row_bytes(K)
+        importance = _importance(H_KK)
+        step = max(1, _CHUNK // K)
+        chunks = (W_NK[i : i + step].float() for i in range(0, N, step))
+        stored = [self._fit_rows(_finite(chunk), importance) for chunk in chunks]
+        joined: list[Any] = [None if p[0] is None else torch.cat(p) for p in zip(*stored, strict=True)]
+        return self.params(Stored(*joined))
+
+    def params(self, stored: Stored) -> GgmlParams:
+        """Return the parameters that `stored` means."""
+        groups = self.qblock // self.group_size
+
+        def product(x: Tensor, small: Tensor | None) -> Tensor:
+            x = x.float().repeat_interleave(groups, dim=1)
+            return x if small is None else x * small
+
+        scale = product(stored.d, stored.sc)
+        offset = None if stored.dmin is None else product(stored.dmin, stored.m).neg_()
+        return GgmlParams(scale, offset, *stored)
+
+    def to_bytes(self, codes: Tensor, params: GgmlParams) -> Tensor:
+        """Return the stored rows, uint8 `[N, row_bytes]`. Raises ValueError for params spread over columns."""
+        if params.d is None:
+            raise ValueError("these params hold no stored scales; pass what fit or from_bytes returned")
+        N, K = codes.shape
+        B = K // self.qblock
+        small = [None if p is None else p.reshape(N, B, -1) for p in (params.sc, params.m)]
+        blocks = self._pack(codes.to(torch.uint8).reshape(N, B, self.qblock), Stored(params.d, params.dmin, *small))
+        return blocks.reshape(N, self.row_bytes(K))
+
+    def from_bytes(self, rows: Tensor) -> tuple[Tensor, GgmlParams]:
+        """Return codes, uint8 `[N, K]`, and params of stored rows, uint8 `[N, row_bytes]`."""
+        N = rows.shape[0]
+        codes, stored = self._unpack(rows.reshape(N, -1, self.qblock_bytes))
+        flat: list[Any] = [None if p is None else p.reshape(N, -1) for p in stored]
+        return codes.reshape(N, -1), self.params(Stored(*flat))
+
+    def nearest(self, w: Tensor, params: GgmlParams) -> Tensor:
+        """Return the nearest codes as float32 integers; where the scale is 0, the code that decodes to the offset."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
+        """Return float32 values, bit for bit those of ggml's dequantizer."""
+        raise NotImplementedError
+
+    def _fit_rows(self, W_nK: Tensor, importance: Tensor | None) -> Stored:
+        """Choose what some rows store, shapes as in `GgmlParams`."""
+        raise NotImplementedError
+
+    def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
+        """Return uint8 `[N, B, qblock_bytes]` of codes `[N, B, qblock]`, d, dmin `[N, B]`, sc, m `[N, B, groups]`."""
+        raise NotImplementedError
+
+    def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
+        """Invert `_pack`."""
+        raise NotImplementedError
+
+
+def _importance(H_KK: Tensor | None) -> Tensor | None:
+    """Return error weights `[K]` with mean 1 from a Hessian or its diagonal; None where nothing weighs anything."""
+    if H_KK is None:
+        return None
+    diagonal = (H_KK.diagonal() if H_KK.dim() == 2 else H_KK).float()
+    mean = diagonal.mean()
+    if not torch.isfinite(mean):
+        raise LlmqError("the importance weights hold NaN or infinity; calibrate again, in float32 if it was not")
+    return (diagonal / mean).clamp(min=_DEAD) if mean > 0 else None
+
+
+def _finite(W: Tensor) -> Tensor:
+    if not torch.isfinite(torch.stack(torch.aminmax(W))).all():  # both are NaN where a value is
+        raise LlmqError("a weight matrix holds NaN or infinity; repair the checkpoint, or skip that linear")
+    return W.clamp(-_LARGEST, _LARGEST)
+
+
+def by_group(W_nK: Tensor, grid: GgmlGrid) -> Tensor:
+    """Return rows `[n, K]` as `[g, M]`, column by column of every group; M is `[groups of a qblock, qblocks]`, flat."""
+    groups = grid.qblock // grid.group_size
+    return W_nK.reshape(-1, groups, grid.group_size).permute(2, 1, 0).reshape(grid.group_size, -1).contiguous()
+
+
+def spread(first: float, last: float, count: int) -> tuple[float, ...]:
+    """Return `count` evenly spaced numbers."""
+    return tuple(torch.linspace(first, last, count).tolist())
+
+
+def peak(x: Tensor) -> Tensor:
+    """Return the values of largest magnitude along dim 0."""
+    least, greatest = x.amin(0), x.amax(0)
+    return torch.where(greatest > -least, greatest, least)
+
+
+def better(found: tuple[Tensor, ...], best: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the tensors of `found` where its first, the error, is below that of `best`, else those of `best`.
+
+    `best` is empty at first. The error's shape broadcasts against the others'.
+    """
+    if not best:
+        return found
+    lower = found[0] < best[0]
+    return tuple(torch.where(lower, f, b) for f, b in zip(found, best, strict=True))
+
+
+def ratio(a: Tensor, b: Tensor) -> Tensor:
+    """Return a / b, 0 where b is not positive."""
+    return torch.where(b > 0, a / b, 0.0)
+
+
+def half(x: Tensor) -> Tensor:
+    """Return float32 `x` rounded to float16, kept finite."""
+    return x.clamp(-65504.0, 65504.0).to(torch.float16)
+
+
+def half_to_bytes(*halves: Tensor) -> Tensor:
+    """Return float16 tensors `[...]` as little-endian bytes `[..., 2 * count]`."""
+    return torch.stack(halves, dim=-1).view(torch.uint8)
+
+
+def bytes_to_half(raw: Tensor) -> Tensor:
+    """Return the float16 values in bytes `[..., 2 * count]`, `[..., count]`."""
+    return raw.contiguous().view(torch.float16)
+
+
+def merge(parts: Tensor, bits: int) -> Tensor:
+    """Return bytes `[..., L]` whose bits from `i * bits` on are `parts[..., i, :]`, of uint8 `[..., 8 / bits, L]`."""
+    out = parts[..., 0, :].clone()
+    for i in range(1, 8 // bits):
+        out |= parts[..., i, :] << (i * bits)
+    return out
+
+
+def split(raw: Tensor, bits: int) -> Tensor:
+    """Invert `merge`."""
+    return torch.stack([(raw >> i) & (2**bits - 1) for i in range(0, 8, bits)], dim=-2)
+
+
+def merge_bits(bits: Tensor) -> Tensor:
+    """Return bytes `[..., L / 8]` whose bit i of byte b is `bits[..., 8 b + i]`."""
+    return merge(bits.unflatten(-1, (-1, 8)).mT, 1)
+
+
+def split_bits(raw: Tensor) -> Tensor:
+    """Invert `merge_bits`."""
+    return split(raw, 1).mT.flatten(-2)
+
+
+def pack_six(sc: Tensor, m: Tensor) -> Tensor:
+    """Return the 12 bytes in which Q4_K and Q5_K keep 6-bit sc and m, `[..., 8]` each.
+
+    Bytes 0-3 hold sc of groups 0-3, bytes 4-7 their m, both with the high 2 bits of groups 4-7 on top; bytes 8-11 hold
+    the low 4 bits of groups 4-7, sc in the low nibble, m in the high one.
+    """
+    (sc_low, sc_high), (m_low, m_high) = (p.to(torch.uint8).split(4, dim=-1) for p in (sc, m))
+    nibbles = (sc_high & 15) | (m_high & 15) << 4
+    return torch.cat([sc_low | sc_high >> 4 << 6, m_low | m_high >> 4 << 6, nibbles], dim=-1)
+
+
+def unpack_six(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert `pack_six`; int16."""
+    a, b, nibbles = raw.split(4, dim=-1)
+    sc = torch.cat([a & 63, nibbles & 15 | a >> 6 << 4], dim=-1)
+    m = torch.cat([b & 63, nibbles >> 4 | b >> 6 << 4], dim=-1)
+    return sc.to(torch.int16), m.to(torch.int16)
+
+
+def cut(raw: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return the fields of a block: the last dim in pieces of `sizes` bytes."""
+    return raw.split(list(sizes), dim=-1)

@@ -1,0 +1,170 @@
+"""A prepared run: what was read, what is planned, and everything that can be refused before any work.
+
+Not here: running it (quantize.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llmq import card, spec
+from llmq.checkpoint import Source, resolve
+from llmq.gguf.pipeline import Blueprint, blueprint
+from llmq.recipe import Plan, Recipe, check_patterns, plan
+from llmq.stream import Skeleton, refuse_other_matrices
+from llmq.types import LinearSpec, LlmqError, Scheme
+
+
+@dataclass
+class Job:
+    """A prepared run: what was read, what is planned, what a user should know before it starts.
+
+    linears: what the method quantizes. rows: matrices outside the blocks that are rounded row by row.
+    gguf: the file that will be written, where the format is GGUF.
+    """
+
+    source: Source
+    skeleton: Skeleton
+    plan: Plan
+    linears: dict[str, LinearSpec]
+    skipped: list[str]
+    device: torch.device
+    warnings: list[str] = field(default_factory=list)
+    rows: dict[str, LinearSpec] = field(default_factory=dict)
+    gguf: Blueprint | None = None
+
+    @property
+    def head(self) -> str | None:
+        """The full name of the output head, where it is quantized."""
+        name = head_name(self.skeleton)
+        return name if name in self.linears else None
+
+    def bytes(self) -> int:
+        """Return the size of the weights that will be written."""
+        specs = self.linears | self.rows
+        floats = sum(n for name, n in self.source.sizes().items() if name.removesuffix(".weight") not in specs)
+        return floats + sum(card.packed_bytes(self.plan.format, s) for s in specs.values())
+
+    def calibrates(self) -> bool:
+        """Say whether any step needs activations."""
+        grids = [s.scheme.weight for s in self.linears.values()]
+        static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in self.linears.values())
+        recipe, plan = self.plan.recipe, self.plan
+        measured = recipe.target_bpw is not None or recipe.imatrix_out is not None
+        return measured or static or bool(plan.transforms) or bool(plan.tuners) or bool(plan.needs(grids))
+
+    def paired(self) -> float:
+        """Return the share of the calibration that runs through the float model too, for steps that compare the two."""
+        return 1.0 if self.plan.tuners else max((c.share for c in self.plan.corrections), default=0.0)
+
+
+def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
+    """Read and plan. Raises LlmqError for everything that can be known to fail before any work."""
+    source = Source(resolve(src))
+    if "quantization_config" in source.config:
+        raise LlmqError(f"{src} is quantized already; give the float checkpoint that it was made from")
+    where = _device(device)
+    stored = source.get(source.names()[0]).dtype
+    steps = plan(recipe, stored)
+    skeleton = Skeleton(source, _compute_dtype(steps, stored, where))
+    refuse_other_matrices(skeleton.blocks[0])
+    if recipe.gguf:
+        return _prepare_gguf(source, skeleton, steps, where)
+    linears, skipped = {}, []
+    for name, module in _linears(skeleton, with_head=recipe.lm_head):
+        scheme = steps.scheme(name)
+        if scheme is None:
+            skipped.append(name)
+        else:
+            linears[name] = LinearSpec(name, module.out_features, module.in_features, scheme)
+    check_patterns(recipe, [*linears, *skipped])
+    if not linears:
+        raise LlmqError("every linear is skipped; nothing to quantize")
+    if not recipe.lm_head:
+        skipped.append(head_name(skeleton))
+    warnings = steps.format.plan(_mixed(linears, recipe) if recipe.target_bpw else list(linears.values()))
+    source.check()
+    return Job(source, skeleton, steps, linears, skipped, where, warnings)
+
+
+def _mixed(linears: dict[str, LinearSpec], recipe: Recipe) -> list[LinearSpec]:
+    """Return the linears with every choice of bits among them, for the format to refuse before any work."""
+    choices = recipe.choices()
+    mixed = []
+    for i, s in enumerate(linears.values()):
+        grid = dataclasses.replace(s.scheme.weight, bits=choices[i % len(choices)])
+        mixed.append(dataclasses.replace(s, scheme=dataclasses.replace(s.scheme, weight=grid)))
+    return mixed
+
+
+def _prepare_gguf(source: Source, skeleton: Skeleton, steps: Plan, device: torch.device) -> Job:
+    """Plan a GGUF file: every matrix gets the type that the mixture gives it."""
+    from llmq.loading import load_tokenizer
+
+    recipe, pre = steps.recipe, getattr(steps.format, "pre", None)
+    calibrated = bool(steps.needs([]))
+    if calibrated and recipe.imatrix:
+        raise LlmqError(f"method {recipe.method} calibrates its own importance; --imatrix goes with --method rtn")
+    for step in (*steps.refiners, *steps.tuners):
+        if not getattr(step, "takes_ggml", False):
+            raise LlmqError(f"{spec.dump(step)} improves integer grids only; for GGUF use --method gptq or rtn")
+    tokenizer = load_tokenizer(str(source.path))
+    plan_ = blueprint(source, skeleton.config, recipe, pre=pre, calibrated=calibrated, tokenizer=tokenizer)
+    headers, blocks = source.headers(), dict(skeleton.linears())
+    linears, rows = {}, {}
+    for tensor, kind in plan_.quantized().items():
+        name = tensor.removesuffix(".weight")
+        N, K = headers[tensor][1]
+        found = LinearSpec(name, N, K, Scheme(spec.load("grids", kind.lower())))
+        (linears if name in blocks else rows)[name] = found
+    skipped = [n for n in blocks if n not in linears]
+    warnings = [*steps.format.plan([*linears.values(), *rows.values()]), *plan_.warnings]
+    source.check()
+    return Job(source, skeleton, steps, linears, skipped, device, warnings, rows, plan_)
+
+
+def _linears(skeleton: Skeleton, *, with_head: bool) -> Iterator[tuple[str, nn.Linear]]:
+    yield from skeleton.linears()
+    head = skeleton.model.get_output_embeddings()
+    if with_head and isinstance(head, nn.Linear):
+        yield head_name(skeleton), head
+
+
+def head_name(skeleton: Skeleton) -> str:
+    """Return the full name of the output head."""
+    head = skeleton.model.get_output_embeddings()
+    return next((n for n, m in skeleton.model.named_modules() if m is head), "lm_head")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise LlmqError(
+            f"device {name!r} cannot be used ({str(e).partition(chr(10))[0]}); say cpu, cuda or auto"
+        ) from e
+    return device
+
+
+def _compute_dtype(steps: Plan, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return what activations are computed in; transforms edit the weights, which takes float32."""
+    name = steps.recipe.dtype
+    if steps.transforms and name == "bfloat16":
+        raise LlmqError(f"{spec.dump(steps.transforms[0])} folds scales into weights, which takes --dtype float32")
+    if name != "auto" or steps.transforms:
+        return torch.float32 if name == "auto" else getattr(torch, name)
+    return stored if device.type != "cpu" or (stored == torch.bfloat16 and _cpu_has_bfloat16()) else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Say whether this CPU multiplies bfloat16 matrices natively; without, it is slower than float32."""
+    return "amx_bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False

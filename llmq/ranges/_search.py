@@ -1,0 +1,102 @@
+"""The search that ranges share: of several intervals for each row of values, the one whose rounding error is least.
+
+An interval given from its upper end (lo >= 0 >= hi) asks a symmetric grid to fall: its scale is negative, so that its
+one surplus level lies above zero. Squared errors on the CPU are compared by a loop that numba compiles; anything else
+in torch.
+Not here: which intervals are tried (mse.py, output.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmq.compiled import compiled
+from llmq.types import AffineGrid
+
+Interval = tuple[Tensor, Tensor]
+
+
+def extremes(w: Tensor) -> Interval:
+    """Return the least and the largest value of each row of `w[..., g]`, zero included."""
+    return w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+
+
+def shrunken(w: Tensor, factors: Sequence[float]) -> Iterator[Interval]:
+    """Yield the extremes of each row of `w[..., g]` times each factor."""
+    lo, hi = extremes(w)
+    for factor in factors:
+        yield lo * factor, hi * factor
+
+
+def best(w: Tensor, grid: AffineGrid, tried: Iterator[Interval], loss: Callable[[Tensor], Tensor]) -> Interval:
+    """Return, row by row, the first of the intervals whose `loss(error)` is least.
+
+    w: `[..., g]`. loss: maps the error `decode(nearest(w)) - w` (which it may overwrite) to `w.shape[:-1]`.
+    """
+    chosen: Interval | None = None
+    least = torch.zeros(())
+    for lo, hi in tried:
+        params = grid.params(lo, hi).map(lambda p: p.unsqueeze(-1))
+        error = loss(grid.decode(grid.nearest(w, params), params).sub_(w))
+        if chosen is None:
+            chosen, least = (lo, hi), error
+            continue
+        better = error < least
+        least = torch.where(better, error, least)
+        chosen = torch.where(better, lo, chosen[0]), torch.where(better, hi, chosen[1])
+    if chosen is None:
+        raise ValueError("no interval to try")
+    return chosen
+
+
+def best_squares(w: Tensor, grid: AffineGrid, tried: Iterator[Interval], mass: Tensor | None) -> Interval:
+    """Return `best` for the squared error, its terms weighed by `mass` (which broadcasts to `w`) where given."""
+    search = compiled(_search, "f2 f2 f2 f2 i1 i i f f", reassociate=True) if w.device.type == "cpu" else None
+    if search is None:
+        return best(w, grid, tried, lambda e: (e.square_() if mass is None else e.square_().mul_(mass)).sum(-1))
+    rows = w.reshape(-1, w.shape[-1])
+    R = rows.shape[0]
+    lo, hi = (torch.stack(ends).reshape(-1, R) for ends in zip(*tried, strict=True))
+    params = grid.params(lo, hi)
+    if mass is None:
+        mass = torch.ones(w.shape[-1])
+    elif mass.shape != w.shape[w.dim() - mass.dim() :]:
+        mass = mass.expand_as(w)
+    chosen = torch.zeros(R, dtype=torch.int64)
+    low, high = grid.bounds()
+    floats = (rows, mass.reshape(-1, w.shape[-1]), params.scale, params.zero)
+    arrays = (*(t.float().contiguous().numpy() for t in floats), chosen.numpy())
+    parts = torch.get_num_threads()
+    cuts = [R * i // parts for i in range(parts + 1)]
+    with ThreadPoolExecutor(parts) as pool:  # the loop runs without the interpreter's lock
+        for done in [pool.submit(search, *arrays, a, b, low, high) for a, b in itertools.pairwise(cuts)]:
+            done.result()
+    picked = chosen[None]
+    return tuple(ends.gather(0, picked)[0].reshape(w.shape[:-1]) for ends in (lo, hi))  # type: ignore[return-value]
+
+
+def _search(w, mass, scale, zero, chosen, first, last, low, high):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+    """Choose, for rows first to last of `w`, the row of `scale` and `zero` with the least weighted squared error.
+
+    Row r of `w` is weighed by row `r % len(mass)` of `mass`.
+    """
+    for r in range(first, last):
+        m = r % mass.shape[0]
+        least = np.float32(np.inf)
+        for f in range(scale.shape[0]):
+            s, z = scale[f, r], zero[f, r]
+            inverse = np.float32(1) / s
+            total = np.float32(0)
+            for j in range(w.shape[1]):
+                code = min(max(np.rint(w[r, j] * inverse) + z, low), high)
+                error = s * (code - z) - w[r, j]
+                total += mass[m, j] * error * error
+            if total < least:
+                least = total
+                chosen[r] = f

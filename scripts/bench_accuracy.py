@@ -1,0 +1,119 @@
+"""What each method and each step costs and gains on one model: size, perplexity, KL, seconds, peak memory.
+
+    python scripts/bench_accuracy.py MODEL --calib FILE --text FILE [--out DIR] [--only NAME ...] [--seeds 0 1 2]
+
+Each row is one `llmq quantize` and one `llmq eval` in processes of their own, both models scored in float32, on a text
+that must not be the one calibrated on. Rows are kept in DIR/accuracy.json as they come, so that a stopped run goes on
+where it was. The ladder adds one step at a time to rounding to nearest, and takes each one alone away from the whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import _measure as measure
+import torch
+from _rows import Row, Rows, show, show_markdown
+
+W8A8 = ("--bits", 8, "--act-bits", 8, "--group-size", "channel", "--format", "compressed-tensors")
+MSE = ("--range", "mse")
+LADDER: dict[str, tuple[object, ...]] = {
+    "rtn": ("--method", "rtn"),
+    "rtn mse": ("--method", "rtn", *MSE),
+    "gptq": ("--method", "gptq"),
+    "gptq mse without shifts": ("--method", "gptq", "--range", "mse:shift=false"),
+    "gptq mse": ("--method", "gptq", *MSE),
+    "gptq,descent mse": ("--method", "gptq,descent", *MSE),
+    "qep,gptq mse": ("--method", "qep,gptq", *MSE),
+    "qep,gptq,descent": ("--method", "qep,gptq,descent"),
+    "qep,rtn,descent mse": ("--method", "qep,rtn,descent", *MSE),
+    "qep,gptq,descent mse": ("--method", "qep,gptq,descent", *MSE),
+    "qep,gptq,descent mse, alpha .5": ("--method", "qep:alpha=0.5,gptq,descent", *MSE),
+    "qep,gptq,descent:scales=false mse": ("--method", "qep,gptq,descent:scales=false", *MSE),
+    "awq,qep,gptq,descent mse": ("--method", "awq,qep,gptq,descent", *MSE),
+    "qep,gptq,descent,signround mse": ("--method", "qep,gptq,descent,signround", *MSE),
+    "rtn,signround mse": ("--method", "rtn,signround", *MSE),
+}
+PRESETS = {f"quality {q}": ("--quality", q) for q in ("fast", "balanced", "best")}
+OTHERS: dict[str, tuple[object, ...]] = {
+    "gptq desc_act": ("--method", "gptq:desc_act=true"),
+    "gptq asym": ("--method", "gptq", "--asym"),
+    "gptq asym mse": ("--method", "gptq", "--asym", *MSE),
+    "quality balanced asym": ("--quality", "balanced", "--asym"),
+    "awq": ("--method", "awq,rtn", "--format", "awq"),
+    "awq+gptq": ("--method", "awq,gptq", "--format", "awq"),
+    "gptq calib self": ("--method", "gptq", "--calib", "self"),
+}
+EIGHT: dict[str, tuple[object, ...]] = {
+    "w8a8 rtn": ("--method", "rtn"),
+    "w8a8 smoothquant": ("--method", "smoothquant,rtn"),
+    "w8a8 smoothquant .8 norms": ("--method", "smoothquant:alpha=0.8:linears=false,rtn"),
+    "w8a8 smoothquant+gptq": ("--method", "smoothquant,gptq"),
+    "w8a8 static": ("--method", "smoothquant,rtn", "--act", "tensor"),
+}
+ROWS = {
+    **{f"{bits}-bit {n}": (*o, "--bits", bits, "--group-size", 64) for bits in (4, 3, 2) for n, o in LADDER.items()},
+    **{f"{bits}-bit {n}": (*o, "--bits", bits, "--group-size", 64) for bits in (4, 3, 2) for n, o in PRESETS.items()},
+    **{f"4-bit {n}": (*o, "--bits", 4, "--group-size", 64) for n, o in OTHERS.items()},
+    **{n: (*o, *W8A8) for n, o in EIGHT.items()},
+}
+
+
+def measure_row(name: str, args: argparse.Namespace) -> Row:
+    """Quantize, score, and drop the checkpoint."""
+    row, _, seed = name.partition(", seed ")
+    out = args.out / "checkpoint"
+    common = ("--samples", args.samples, "--seq-len", args.seq_len, "--seed", seed or 0, "--dtype", args.dtype)
+    options = ROWS[row] if "--calib" in ROWS[row] else (*ROWS[row], "--calib", args.calib)
+    taken = measure.llmq("quantize", args.model, out, *options, *common, "--overwrite")
+    record = json.loads((out / "quantization.json").read_text())
+    figures = measure.scores(out, args.model, args.text, args.windows)
+    shutil.rmtree(out)
+    return {
+        "command": " ".join(str(o) for o in (*ROWS[row], *common)),
+        "bits_per_weight": record["size"]["bits_per_weight"],
+        "bytes": record["size"]["bytes"],
+        "dtype": record["dtype"],
+        "seconds": taken.seconds,
+        "cpu_seconds": taken.cpu_seconds,
+        "peak_bytes": taken.peak_bytes,
+        "threads": torch.get_num_threads(),
+        "versions": {"llmq": record["llmq"], "torch": record["torch"]},
+        **{k: figures[k] for k in ("perplexity", "baseline_perplexity", "kl_mean", "kl_standard_error", "top1")},
+    }
+
+
+def main() -> None:
+    """Measure the rows that are not there yet, and print them all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calib", required=True)
+    parser.add_argument("--text", required=True, type=Path)
+    parser.add_argument("--out", type=Path, default=Path("bench"))
+    parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), metavar="NAME")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--dtype", default="auto", help="of activations")
+    parser.add_argument("--markdown", action="store_true", help="measure nothing: print what is there as Markdown")
+    args = parser.parse_args()
+    rows = Rows(args.out / "accuracy.json")
+    if args.markdown:
+        show_markdown(rows.read())
+        return
+    wanted = [name if seed == 0 else f"{name}, seed {seed}" for seed in args.seeds for name in args.only]
+    failed = rows.fill(wanted, lambda name: measure_row(name, args), show)
+    kept = rows.read()
+    show(kept)
+    for r in list(kept.values())[:1]:
+        print(f"float: {r['baseline_perplexity']:.3f}; {measure.machine()}")
+    sys.exit(f"{failed} rows failed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

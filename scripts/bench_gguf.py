@@ -1,0 +1,132 @@
+"""GGUF types, ours and llama.cpp's side by side: size, perplexity, KL to the F16 file, top-1 agreement, seconds.
+
+    python scripts/bench_gguf.py MODEL --llama BIN --calib FILE --text FILE [--types Q4_K_M Q4_0 ...] [--out DIR]
+
+MODEL is a float checkpoint (scripts/make_reference_model.py OUT --width 768 makes one whose rows K-quants take). BIN
+holds llama-quantize, llama-imatrix and llama-perplexity, built from the sdist of llama-cpp-python. Everything is scored
+by `llama-perplexity --kl-divergence` against our F16 file, in windows of 512. Both sides calibrate on the same text.
+Rows are kept in DIR/gguf.json as they come, so that a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import _measure as measure
+from rich.console import Console
+from rich.table import Table
+
+CONTEXT = 512
+FIGURES = {
+    "perplexity": r"Mean PPL\(Q\)\s*:\s*([\d.]+)",
+    "mean KL": r"Mean\s+KLD:\s*(-?[\d.]+)",
+    "99.9% KL": r"99\.9%\s+KLD:\s*(-?[\d.]+)",
+    "top-1 %": r"Same top p:\s*([\d.]+)",
+}
+
+
+class Llama:
+    """llama.cpp's tools and the F16 file that everything is compared with."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.bin, self.args = args.llama, args
+        self.f16, self.base, self.imatrix = (args.out / n for n in ("f16.gguf", "base.kld", "imatrix.gguf"))
+
+    def prepare(self) -> None:
+        """Write the F16 file with llmq, its logits and llama.cpp's importance matrix; each only once."""
+        args = self.args
+        if not self.f16.exists():
+            measure.llmq("quantize", args.model, self.f16, "--type", "F16", "--method", "rtn")
+        if not self.base.exists():
+            self._run("llama-perplexity", "-m", self.f16, *self._text(), "--kl-divergence-base", self.base)
+        if not self.imatrix.exists():
+            options = ("-f", args.calib, "-c", CONTEXT, "--chunks", args.samples, "-t", args.threads)
+            self._run("llama-imatrix", "-m", self.f16, "-o", self.imatrix, *options)
+
+    def quantize(self, kind: str, out: Path, *options: object) -> float:
+        """Quantize the F16 file with llama.cpp; return seconds."""
+        return measure.run(self.bin / "llama-quantize", *options, self.f16, out, kind, self.args.threads).seconds
+
+    def score(self, file: Path) -> dict[str, float]:
+        """Return the figures of a file."""
+        options = (*self._text(), "--kl-divergence-base", self.base, "--kl-divergence")
+        log = self._run("llama-perplexity", "-m", file, *options)
+        return {name: float(re.findall(pattern, log)[-1]) for name, pattern in FIGURES.items()}
+
+    def _text(self) -> tuple[object, ...]:
+        return ("-f", self.args.text, "-c", CONTEXT, "--chunks", self.args.windows, "-t", self.args.threads)
+
+    def _run(self, tool: str, *options: object) -> str:
+        words = [str(w) for w in (self.bin / tool, *options)]
+        print("$", " ".join(words), file=sys.stderr, flush=True)
+        done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603, the user's own tools
+        if done.returncode:
+            sys.exit(f"failed: {' '.join(words)}\n{done.stderr[-2000:]}")
+        return done.stdout + done.stderr
+
+
+def rows(kind: str, llama: Llama) -> dict[str, tuple[str, tuple[object, ...]]]:
+    """Return what is measured of a type: name -> who writes it, and with which options."""
+    args = llama.args
+    calibrated = ("--calib", args.calib, "--samples", args.samples, "--seq-len", CONTEXT)
+    return {
+        f"{kind} llama.cpp": ("llama", ()),
+        f"{kind} llmq rtn": ("llmq", ("--method", "rtn")),
+        f"{kind} llama.cpp imatrix": ("llama", ("--imatrix", llama.imatrix)),
+        f"{kind} llmq rtn, llama.cpp's imatrix": ("llmq", ("--method", "rtn", "--imatrix", llama.imatrix)),
+        f"{kind} llmq rtn:importance": ("llmq", ("--method", "rtn:importance=true", *calibrated)),
+        f"{kind} llmq {args.method}": ("llmq", ("--method", args.method, *calibrated)),
+    }
+
+
+def measure_row(kind: str, who: str, options: tuple[object, ...], llama: Llama) -> dict[str, Any]:
+    """Write one file, score it and drop it."""
+    with tempfile.TemporaryDirectory(dir=llama.args.out) as folder:
+        file = Path(folder) / "model.gguf"
+        if who == "llama":
+            seconds = llama.quantize(kind, file, *options)
+        else:
+            seconds = measure.llmq("quantize", llama.args.model, file, "--type", kind, *options).seconds
+        return {"bytes": file.stat().st_size, **llama.score(file), "seconds": round(seconds, 1)}
+
+
+def main() -> None:
+    """Measure every row that is not yet there, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--llama", type=Path, required=True, help="folder of llama.cpp's tools")
+    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="text to score, not calibrated on")
+    parser.add_argument("--types", nargs="+", default=["Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"])
+    parser.add_argument("--method", default="gptq", help="our method with error feedback (default gptq)")
+    parser.add_argument("--samples", type=int, default=128, help="calibration sequences of 512 tokens")
+    parser.add_argument("--windows", type=int, default=40, help="scored windows of 512 tokens")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="rows whose name holds one of these")
+    parser.add_argument("--out", type=Path, default=Path("bench-gguf"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    llama, file = Llama(args), args.out / "gguf.json"
+    llama.prepare()
+    found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    for kind in args.types:
+        for name, (who, options) in rows(kind, llama).items():
+            if name not in found and (not args.only or any(o in name for o in args.only)):
+                found[name] = measure_row(kind, who, options, llama)
+                file.write_text(json.dumps(found, indent=1) + "\n")
+    table = Table("file", "MB", *FIGURES, "s", title=measure.machine())
+    for name, row in found.items():
+        figures = [f"{row[f]:.4f}" for f in FIGURES]
+        table.add_row(name, f"{row['bytes'] / 1e6:.2f}", *figures, f"{row['seconds']:.0f}")
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

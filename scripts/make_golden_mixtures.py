@@ -1,0 +1,127 @@
+"""Record which type llama-quantize gives every tensor: tests/golden/gguf_mixtures.json.
+
+    python scripts/make_golden_mixtures.py path/to/llama-quantize
+
+Tiny float models with the shapes that the rules look at (blocks, heads, tied embeddings, rows that 256 or 32 does not
+divide) are quantized by `llama-quantize --dry-run`, with and without an importance matrix, and its log is read.
+llama-quantize is built from the sdist of llama-cpp-python 0.3.36: `cmake --build . --target llama-quantize`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from itertools import groupby
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from llmq.gguf import imatrix
+from llmq.gguf.architecture import architecture
+
+OUT = Path(__file__).parents[1] / "tests" / "golden" / "gguf_mixtures.json"
+MIXTURES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S",
+            "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS", "F16")  # fmt: skip
+MODELS = {  # name: family, blocks, heads, key-value heads, hidden, intermediate, tied
+    "llama, 32 blocks, gqa 1": (LlamaConfig, 32, 8, 8, 256, 256, False),
+    "llama, 32 blocks, gqa 4": (LlamaConfig, 32, 8, 2, 256, 512, False),
+    "llama, 80 blocks, gqa 8 (70B)": (LlamaConfig, 80, 8, 1, 256, 256, False),
+    "llama, 30 blocks, tied, rows of 288": (LlamaConfig, 30, 9, 3, 288, 512, True),
+    "llama, 5 blocks, rows of 48": (LlamaConfig, 5, 3, 3, 48, 256, False),
+    "qwen2, 24 blocks, tied, rows of 224": (Qwen2Config, 24, 7, 1, 224, 512, True),
+    "qwen2, 80 blocks, gqa 2 (70B)": (Qwen2Config, 80, 8, 4, 256, 256, False),
+    "qwen3, 28 blocks, tied, gqa 2": (Qwen3Config, 28, 8, 4, 256, 512, True),
+}
+_LINE = re.compile(r"\]\s+(\S+)\s+- \[.*?type =\s+(\w+), size = .*?(?:\((\w+)\))?\s*$")
+
+
+def config_of(name: str):
+    """Return the transformers config of a model above."""
+    family, blocks, heads, kv, hidden, inner, tied = MODELS[name]
+    return family(
+        num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=kv, hidden_size=hidden,
+        head_dim=hidden // heads, intermediate_size=inner, vocab_size=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+def shapes_of(config) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a model by ggml's names, `[N, K]`."""
+    arch = architecture(config)
+    H, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    Q, KV = config.num_attention_heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (V, H), "output_norm.weight": (H,)}
+    if not config.tie_word_embeddings:
+        shapes["output.weight"] = (V, H)
+    for i in range(arch.blocks):
+        leaves = {"attn_norm": (H,), "ffn_norm": (H,), "attn_q": (Q, H), "attn_k": (KV, H), "attn_v": (KV, H)}
+        leaves |= {"attn_output": (H, Q), "ffn_gate": (F, H), "ffn_up": (F, H), "ffn_down": (H, F)}
+        if arch.name == "qwen3":
+            leaves |= {"attn_q_norm": (arch.head_dim,), "attn_k_norm": (arch.head_dim,)}
+        shapes |= {f"blk.{i}.{leaf}.weight": shape for leaf, shape in leaves.items()}
+    return shapes
+
+
+def runs(types: dict[str, str]) -> dict[str, str]:
+    """Return `leaf: "TYPExCOUNT TYPExCOUNT ..."` over the blocks, matrices only."""
+    leaves: dict[str, list[str]] = {}
+    for name, kind in sorted(
+        types.items(), key=lambda item: [int(p) if p.isdigit() else -1 for p in item[0].split(".")]
+    ):
+        leaf = re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
+        if not leaf.endswith("_norm"):
+            leaves.setdefault(leaf, []).append(kind)
+    return {leaf: " ".join(f"{k}x{len(list(g))}" for k, g in groupby(kinds)) for leaf, kinds in sorted(leaves.items())}
+
+
+def _write(path: Path, config, shapes: dict[str, tuple[int, ...]]) -> None:
+    arch = architecture(config)
+    writer = gguf.GGUFWriter(path, arch.name)
+    arch.describe(writer)
+    for name, shape in shapes.items():
+        writer.add_tensor(name, np.zeros(shape, np.float32 if len(shape) == 1 else np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _ask(tool: str, model: Path, mixture: str, extra: list[str]) -> dict[str, str]:
+    command = [tool, "--dry-run", *extra, str(model), mixture]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603, the user's own tool
+    found = {}
+    for line in (done.stdout + done.stderr).splitlines():
+        if match := _LINE.search(line):
+            found[match[1]] = (match[3] or match[2]).upper()
+    return found
+
+
+def main() -> None:
+    """Ask for every model and mixture, with and without importance."""
+    (tool,) = sys.argv[1:]
+    golden: dict[str, dict[str, dict[str, str]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in MODELS:
+            config = config_of(name)
+            shapes = shapes_of(config)
+            model, importance = Path(folder) / "model.gguf", Path(folder) / "imatrix.gguf"
+            _write(model, config, shapes)
+            sums = {n: (torch.ones(s[-1]), 1) for n, s in shapes.items() if n.startswith("blk.") and len(s) > 1}
+            imatrix.write(importance, sums, "none", 1)
+            for mixture in MIXTURES:
+                for extra, label in (([], mixture), (["--imatrix", str(importance)], f"{mixture} with imatrix")):
+                    types = _ask(tool, model, mixture, extra)
+                    if set(types) != set(shapes):
+                        sys.exit(f"{name}, {label}: the log of {tool} does not read")
+                    golden.setdefault(name, {})[label] = runs(types)
+    OUT.write_text(json.dumps(golden, indent=1) + "\n")
+    print(f"{OUT}: {len(golden)} models, {sum(map(len, golden.values()))} lists")
+
+
+if __name__ == "__main__":
+    main()

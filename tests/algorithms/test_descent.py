@@ -1,0 +1,110 @@
+"""Descent: neither step ever raises the loss of a row, and where it ends no single code can lower it."""
+
+import pytest
+import torch
+
+from llmq.algorithms._hessian import damped
+from llmq.algorithms.descent import Descent, _State
+from llmq.algorithms.gptq import Gptq
+from llmq.algorithms.rtn import Rtn
+from llmq.grids.int import Int
+from llmq.stats import Hessian
+from llmq.types import Target
+
+
+def hessian(K, T=1500, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    h = Hessian()
+    h.update(torch.randn(T, K, generator=g) @ torch.randn(K, K, generator=g) / K**0.5 * (0.2 + torch.rand(K)))
+    return h
+
+
+def weight(N, K, seed=1):
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
+
+
+def row_loss(W_NK, q, H_KK):
+    E = (W_NK - q.dequantize()).double()
+    return ((E @ H_KK.double()) * E).sum(1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group", [32, 64, None])
+def test_no_row_gets_worse_and_the_sum_gets_better(bits, sym, group):
+    W_NK, h = weight(24, 128), hessian(128)
+    target = [Target("w", W_NK, Int(bits, sym, group))]
+    before = Gptq().solve(target, {Hessian: h})
+    after = Descent().refine(target, before, {Hessian: h})
+    H_KK = damped(h.mean(), Descent.damp)
+    old, new = row_loss(W_NK, before[0].q, H_KK), row_loss(W_NK, after[0].q, H_KK)
+    assert (new <= old * (1 + 1e-5)).all() and new.sum() < old.sum()
+    assert after[0].report["descent"] == pytest.approx(float(new.sum() / old.sum()), abs=1e-3)
+    assert after[0].q.params.scale.dtype == before[0].q.params.scale.dtype
+    assert int(after[0].q.codes.max()) < 2**bits
+
+
+def test_each_step_alone_lowers_the_loss():
+    W_NK, H_KK, grid = weight(32, 128), hessian(128).mean(), Int(3, True, 32)
+    (start,) = Rtn().solve([Target("w", W_NK, grid)], {})
+    for step in ("fit_scales", "descend"):
+        state = _State(W_NK, start.q, H_KK, torch.arange(128) // 32)
+        before = state.loss_N.clone()
+        getattr(state, step)()
+        assert (state.loss_N <= before).all() and state.loss_N.sum() < 0.95 * before.sum()
+
+
+def test_where_it_ends_no_single_code_lowers_the_loss():
+    W_NK, H_KK, grid = weight(6, 64), hessian(64).mean(), Int(3, True, 32)
+    (start,) = Rtn().solve([Target("w", W_NK, grid)], {})
+    state = _State(W_NK, start.q, H_KK, torch.arange(64) // 32)
+    for _ in range(30):
+        state.descend()
+    codes, columns = state.codes.float(), state.params.columns(64)
+    for j in range(64):
+        for step in (-1, 1):
+            tried = codes.clone()
+            tried[:, j] = (tried[:, j] + step).clamp(0, 7)
+            E = W_NK - grid.decode(tried, columns)
+            assert (((E @ H_KK) * E).sum(1) >= state.loss_N * (1 - 1e-4)).all()
+
+
+def test_scales_are_the_least_squares_solution_of_a_dense_system():
+    W_NK, H_KK, grid = weight(4, 64), hessian(64).mean(), Int(4, True, 32, scale_dtype=torch.float32)
+    (start,) = Rtn().solve([Target("w", W_NK, grid)], {})
+    state = _State(W_NK, start.q, H_KK, torch.arange(64) // 32)
+    codes = state.codes.double() - 8
+    state.fit_scales()
+    L = torch.linalg.cholesky(H_KK.double())
+    for n in range(4):
+        U = torch.stack([torch.cat([codes[n, :32], torch.zeros(32)]), torch.cat([torch.zeros(32), codes[n, 32:]])], 1)
+        want = torch.linalg.lstsq(L.T @ U.double(), L.T @ W_NK[n].double()).solution
+        torch.testing.assert_close(state.params.scale[n].double(), want, rtol=1e-3, atol=1e-6)
+
+
+def test_groups_of_the_act_order_are_kept():
+    W_NK, h = weight(16, 64), hessian(64)
+    target = [Target("w", W_NK, Int(4, True, 32))]
+    before = Gptq(desc_act=True).solve(target, {Hessian: h})
+    (after,) = Descent().refine(target, before, {Hessian: h})
+    assert torch.equal(after.q.g_idx, before[0].q.g_idx)
+    assert row_loss(W_NK, after.q, h.mean()).sum() < row_loss(W_NK, before[0].q, h.mean()).sum()
+
+
+def test_one_scale_for_the_tensor_stays_one_scale():
+    W_NK, h = weight(16, 64), hessian(64)
+    target = [Target("w", W_NK, Int(8, True, None, per_tensor=True))]
+    before = Gptq().solve(target, {Hessian: h})
+    (after,) = Descent().refine(target, before, {Hessian: h})
+    assert torch.equal(after.q.params.scale, before[0].q.params.scale)
+
+
+def test_a_stack_equals_its_linears_refined_alone():
+    h = hessian(64)
+    targets = [Target(n, weight(rows, 64, seed=rows), Int(4, True, 32)) for n, rows in (("q", 24), ("k", 8))]
+    targets.append(Target("v", weight(8, 64, seed=9), Int(3, True, 32)))
+    solved = Gptq().solve(targets, {Hessian: h})
+    together = Descent().refine(targets, solved, {Hessian: h})
+    for t, s, r in zip(targets, solved, together, strict=True):
+        (alone,) = Descent().refine([t], [s], {Hessian: h})
+        assert (alone.q.codes != r.q.codes).float().mean() < 0.01
