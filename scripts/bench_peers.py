@@ -50,46 +50,49 @@ ROWS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "autoround 2 x200": ("autoround", 2, ("--iters", 200, "--batch-size", 4)),
     "llmq 4 rtn": ("llmq", 4, ("--method", "rtn")),
     "llmq 4 gptq": ("llmq", 4, ("--method", "gptq")),
-    "llmq 4 gptq mse": ("llmq", 4, ("--method", "gptq", "--range", "mse")),
-    "llmq 3 gptq mse": ("llmq", 3, ("--method", "gptq", "--range", "mse")),
+    **{f"llmq {b} {q}": ("llmq", b, ("--quality", q)) for b in (4, 3, 2) for q in ("fast", "balanced", "best")},
 }
 
 
 def measure_row(name: str, args: argparse.Namespace) -> Row:
-    """Quantize, check, score, and drop the checkpoint."""
+    """Quantize, check, score, and drop the checkpoint. What quantizing took outlives a stop before the score."""
     tool, bits, options = ROWS[name]
     out = args.out / name.replace(" ", "-")
-    shutil.rmtree(out, ignore_errors=True)
-    common = ("--calib", args.calib, "--samples", args.samples, "--seq-len", args.seq_len)
-    common = (*common, "--bits", bits, "--group-size", GROUP, "--dtype", args.dtype)
-    if tool == "llmq":
-        taken = measure.llmq("quantize", args.model, out, *options, *common)
-        versions: dict[str, str] = {"torch": str(torch.__version__)}
-    else:
-        python, driver = args.envs / tool / "bin/python", Path(__file__).with_name(f"peer_{tool}.py")
-        taken = measure.run(python, driver, args.model, out, *options, *common)
-        said = json.loads(next(s for s in reversed(taken.output.splitlines()) if s.startswith("{")))
-        versions = said.pop("versions")
+    taken = out.with_suffix(".json")
+    if not taken.exists():
+        shutil.rmtree(out, ignore_errors=True)
+        row = quantize(tool, out, (*options, "--bits", bits, "--group-size", GROUP, "--dtype", args.dtype), args)
+        taken.write_text(json.dumps(row))
     check_grid(out, bits)
     figures = measure.scores(out, args.model, args.text, args.windows)
     row = {
         "tool": tool,
         "bits": bits,
-        "command": " ".join(str(o) for o in (*options, *common[2:])),
-        "versions": versions,
-        "seconds": taken.seconds,
-        "cpu_seconds": taken.cpu_seconds,
-        "peak_bytes": taken.peak_bytes,
+        **json.loads(taken.read_text()),
         **sizes(out, args.model),
         **{k: figures[k] for k in ("perplexity", "baseline_perplexity", "kl_mean", "kl_standard_error", "top1")},
         "windows": args.windows,
-        "threads": torch.get_num_threads(),
     }
-    if tool != "llmq":
-        row["driver"] = said
     if not args.keep:
+        taken.unlink()
         shutil.rmtree(out)
     return row
+
+
+def quantize(tool: str, out: Path, options: tuple[object, ...], args: argparse.Namespace) -> Row:
+    """Run a tool, and return what it took and says of itself."""
+    options = (*options, "--samples", args.samples, "--seq-len", args.seq_len)
+    row: Row = {"command": " ".join(str(o) for o in options), "threads": torch.get_num_threads()}
+    files = (args.model, out, "--calib", args.calib)
+    if tool == "llmq":
+        ran = measure.llmq("quantize", *files, *options)
+        row |= {"versions": {"torch": str(torch.__version__)}}
+    else:
+        python, driver = args.envs / tool / "bin/python", Path(__file__).with_name(f"peer_{tool}.py")
+        ran = measure.run(python, driver, *files, *options)
+        row["driver"] = json.loads(next(s for s in reversed(ran.output.splitlines()) if s.startswith("{")))
+        row["versions"] = row["driver"].pop("versions")
+    return row | {"seconds": ran.seconds, "cpu_seconds": ran.cpu_seconds, "peak_bytes": ran.peak_bytes}
 
 
 def check_grid(folder: Path, bits: int) -> None:
