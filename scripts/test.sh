@@ -6,4 +6,6 @@ cd "$(dirname "$0")/.."
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+# A file a process, a thread each: threads of small tensors that wait for each other take several times as long.
+export OMP_NUM_THREADS=1
+exec python -m pytest -n auto --dist loadfile "$@"
