@@ -59,3 +59,17 @@ def per_thread(statement: str, *inputs: np.ndarray, out: type) -> np.ndarray:
     body += f"    {statement}\n    st.global.b{bits} [%rd{10 + len(arrays)}], d;\n"
     run = kernel(body, *arrays, np.zeros(len(arrays[0]), out), threads=len(arrays[0]))
     return run.array(f"p{len(arrays)}")
+
+
+EDGES = [0, 1, 2, 31, 32, 33, 63, 64, 127, 128, 255, 256, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
+
+
+def integers(dtype: type, seed: int, count: int = 128) -> np.ndarray:
+    """Random bit patterns, edges first and in every pairing of small and large magnitude."""
+    bits = np.dtype(dtype).itemsize * 8
+    draw = np.random.default_rng(seed)
+    values = draw.integers(0, 1 << 64, count, dtype=np.uint64)
+    values >>= draw.integers(0, 64, count, dtype=np.uint64)
+    edges = np.roll(np.array(EDGES, np.uint64), seed)
+    values[: len(edges)] = edges
+    return (values & np.uint64((1 << bits) - 1)).astype(f"u{bits // 8}").view(dtype)
