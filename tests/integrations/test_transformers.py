@@ -151,6 +151,15 @@ def test_generate(method):
         assert tokens[0, 16] == model(IDS).logits[0, -1].argmax()
 
 
+@pytest.mark.parametrize("method", integration.METHODS)
+def test_a_compiled_model_computes_the_same(method):
+    model = llmq.load(of_method(method), dtype=torch.float32, device="cpu")
+    want = logits(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), want, rtol=0, atol=1e-5)
+
+
 def test_packed_tensors_keep_their_dtype_and_floats_take_the_models(registered):
     folder = of_method("gptq")
     stored = load_file(folder / "model.safetensors")
