@@ -74,7 +74,8 @@ def test_all_that_is_left_is_the_peers_rounding_to_float16(folder):
             model.set_submodule(name, Float16Linear(module.dequantize(), whole=method(folder) == "awq"))
     with torch.no_grad():
         got = model(want["input_ids"]).logits
-    torch.testing.assert_close(got, want["logits"], rtol=0, atol=2e-3 if method(folder) == "awq" else 2e-5)
+    # a float16 product sums in another order on another CPU: 2e-3 with AMX, 3e-3 with AVX2 alone
+    torch.testing.assert_close(got, want["logits"], rtol=0, atol=5e-3 if method(folder) == "awq" else 2e-5)
 
 
 def test_a_float_checkpoint_is_transformers_own(tiny_checkpoint, tiny_llama):
