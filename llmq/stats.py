@@ -7,6 +7,7 @@ tokens' activations in the quantized and in the float model.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
@@ -130,60 +131,52 @@ class AbsMax:
             self.max = other.max if self.max is None else torch.maximum(self.max, other.max)
 
 
-class AbsMean:
+class _ChannelMean(ABC):
+    """The mean of some function of every channel."""
+
+    paired: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.sum: Tensor | None = None
+        self.count = 0
+
+    @abstractmethod
+    def values(self, X_TK: Tensor) -> Tensor:
+        """Return what is averaged, `[T, K]`."""
+
+    def update(self, X_TK: Tensor) -> None:
+        """Add a batch."""
+        total = self.values(X_TK).sum(0, dtype=torch.float64)
+        self.sum = total if self.sum is None else self.sum.add_(total)
+        self.count += X_TK.shape[0]
+
+    def merge(self, other: _ChannelMean) -> None:
+        """Add another rank's sum."""
+        if other.sum is not None:
+            self.sum = other.sum.clone() if self.sum is None else self.sum.add_(other.sum)
+        self.count += other.count
+
+    def mean(self) -> Tensor:
+        """Return the means, float32 `[K]`."""
+        if self.sum is None:
+            raise ValueError("no activation was accumulated")
+        return (self.sum / max(self.count, 1)).float()
+
+
+class AbsMean(_ChannelMean):
     """The mean magnitude of every channel."""
 
-    paired: ClassVar[bool] = False
-
-    def __init__(self) -> None:
-        self.sum: Tensor | None = None
-        self.count = 0
-
-    def update(self, X_TK: Tensor) -> None:
-        """Add a batch."""
-        total = X_TK.abs().sum(0, dtype=torch.float64)
-        self.sum = total if self.sum is None else self.sum.add_(total)
-        self.count += X_TK.shape[0]
-
-    def merge(self, other: AbsMean) -> None:
-        """Add another rank's sum."""
-        if other.sum is not None:
-            self.sum = other.sum.clone() if self.sum is None else self.sum.add_(other.sum)
-        self.count += other.count
-
-    def mean(self) -> Tensor:
-        """Return the mean magnitudes, float32 `[K]`."""
-        if self.sum is None:
-            raise ValueError("no activation was accumulated")
-        return (self.sum / max(self.count, 1)).float()
+    def values(self, X_TK: Tensor) -> Tensor:
+        """Return the magnitudes."""
+        return X_TK.abs()
 
 
-class MeanSquare:
+class MeanSquare(_ChannelMean):
     """The mean square of every channel: the diagonal of H, and llama.cpp's importance matrix."""
 
-    paired: ClassVar[bool] = False
-
-    def __init__(self) -> None:
-        self.sum: Tensor | None = None
-        self.count = 0
-
-    def update(self, X_TK: Tensor) -> None:
-        """Add a batch."""
-        total = X_TK.float().square().sum(0, dtype=torch.float64)
-        self.sum = total if self.sum is None else self.sum.add_(total)
-        self.count += X_TK.shape[0]
-
-    def merge(self, other: MeanSquare) -> None:
-        """Add another rank's sum."""
-        if other.sum is not None:
-            self.sum = other.sum.clone() if self.sum is None else self.sum.add_(other.sum)
-        self.count += other.count
-
-    def mean(self) -> Tensor:
-        """Return the mean squares, float32 `[K]`."""
-        if self.sum is None:
-            raise ValueError("no activation was accumulated")
-        return (self.sum / max(self.count, 1)).float()
+    def values(self, X_TK: Tensor) -> Tensor:
+        """Return the squares."""
+        return X_TK.float().square()
 
 
 class Histogram:

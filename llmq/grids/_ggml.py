@@ -14,6 +14,7 @@ Facts: the block structures of ggml-common.h (ggml-org/llama.cpp). Not here: the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -40,7 +41,7 @@ class Stored(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GgmlGrid:
+class GgmlGrid(ABC):
     """The base of the ggml grids.
 
     bits: bits of a code. group_size: columns that share a scale.
@@ -122,29 +123,29 @@ class GgmlGrid:
         flat: list[Any] = [None if p is None else p.reshape(N, -1) for p in stored]
         return codes.reshape(N, -1), self.params(Stored(*flat))
 
+    @abstractmethod
     def nearest(self, w: Tensor, params: GgmlParams) -> Tensor:
         """Return the nearest codes as float32 integers; where the scale is 0, the code that decodes to the offset."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
         """Return float32 values, bit for bit those of ggml's dequantizer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _fit_rows(self, W_nK: Tensor, importance: Tensor | None) -> Stored:
         """Choose what some rows store, shapes as in `GgmlParams`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decoded_levels(self, codes: Tensor) -> Tensor:
         """Return what `scale` multiplies, float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         """Return uint8 `[N, B, qblock_bytes]` of codes `[N, B, qblock]`, d, dmin `[N, B]`, sc, m `[N, B, groups]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         """Invert `_pack`."""
-        raise NotImplementedError
 
 
 def _importance(H_KK: Tensor | None) -> Tensor | None:

@@ -18,6 +18,7 @@ Not here: the layer itself (linear.py), bits on disk (formats/).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -33,7 +34,7 @@ prints the times of both sides (docs/runtime.md)."""
 _MANY_ROWS = 64  # AVX-512 and others
 
 
-class Prepacked(nn.Module):
+class Prepacked(nn.Module, ABC):
     """A weight in the layout that one back-end multiplies with. Its tensors are buffers outside the `state_dict`.
 
     Subclasses are made from a `QTensor` and a `LinearSpec` that `refuses` had nothing against.
@@ -42,9 +43,9 @@ class Prepacked(nn.Module):
     name: ClassVar[str]
 
     @classmethod
+    @abstractmethod
     def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:
         """Return why this back-end cannot run `spec` on `device`, None where it can."""
-        raise NotImplementedError
 
     @classmethod
     def holds(cls, q: QTensor) -> bool:
@@ -61,13 +62,13 @@ class Prepacked(nn.Module):
         for name, t in tensors.items():
             self.register_buffer(name, t, persistent=False)
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` `[..., K]` to `[..., N]` in the dtype of `x`, without bias."""
-        raise NotImplementedError
 
+    @abstractmethod
     def restore(self) -> QTensor:
         """Return the `QTensor` that this was made from, equal in every tensor and dtype."""
-        raise NotImplementedError
 
 
 def backends() -> tuple[type[Prepacked], ...]:
