@@ -19,22 +19,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "eval/data/sample.txt"
-RECIPE = (
-    "--method",
-    "gptq",
-    "--bits",
-    4,
-    "--group-size",
-    64,
-    "--range",
-    "mse",
-    "--calib",
-    "self",
-    "--samples",
-    32,
-    "--seq-len",
-    512,
-)
+RECIPE = "--quality fast --bits 4 --group-size 64 --calib self --samples 32 --seq-len 512".split()
 
 
 def main() -> None:
