@@ -19,7 +19,20 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "eval/data/sample.txt"
-RECIPE = "--quality fast --bits 4 --group-size 64 --calib self --samples 32 --seq-len 512".split()
+RECIPE = [
+    "--quality",
+    "fast",
+    "--bits",
+    "4",
+    "--group-size",
+    "64",
+    "--calib",
+    "self",
+    "--samples",
+    "32",
+    "--seq-len",
+    "512",
+]
 
 
 def main() -> None:
