@@ -40,7 +40,7 @@ _OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-si
 class Recipe:
     """How to quantize a model. Defaults that depend on other fields are None here and filled in by `resolved`.
 
-    quality: "fast", "balanced" or "best": a method and a range by measurement, where no method is given.
+    quality: "fast" or "balanced": a method and a range by measurement, where no method is given.
     method: comma-separated steps, each `name[:option=value...]`, in the order transforms, corrections, one solver,
         refiners, tuners.
     bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (None: 128; "channel" for W8A8).
@@ -188,9 +188,9 @@ class Recipe:
 
 
 _DEFAULT_RANGE = "minmax"
-_QUALITY = {"fast": "gptq,descent", "balanced": "qep,gptq,descent", "best": "qep,gptq,descent,signround"}
-_GGUF_QUALITY = {"fast": "rtn", "balanced": "gptq", "best": "qep,gptq"}
-_W8A8_QUALITY = {"fast": "smoothquant,rtn", "balanced": "smoothquant,rtn", "best": "smoothquant,rtn"}
+_QUALITY = {"fast": "gptq,descent", "balanced": "qep,gptq,descent"}
+_GGUF_QUALITY = {"fast": "rtn", "balanced": "gptq"}
+_W8A8_QUALITY = {"fast": "smoothquant,rtn", "balanced": "smoothquant,rtn"}
 
 
 _KINDS = {

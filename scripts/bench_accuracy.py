@@ -38,7 +38,7 @@ LADDER: dict[str, tuple[object, ...]] = {
     "qep,gptq,descent,signround mse": ("--method", "qep,gptq,descent,signround", *MSE),
     "rtn,signround mse": ("--method", "rtn,signround", *MSE),
 }
-PRESETS = {f"quality {q}": ("--quality", q) for q in ("fast", "balanced", "best")}
+PRESETS = {f"quality {q}": ("--quality", q) for q in ("fast", "balanced")}
 OTHERS: dict[str, tuple[object, ...]] = {
     "gptq desc_act": ("--method", "gptq:desc_act=true"),
     "gptq asym": ("--method", "gptq", "--asym"),

@@ -34,7 +34,9 @@ def main() -> None:
     taken: dict[str, list[measure.Measured]] = {"llmq": [], "GPTQModel": []}
     for _ in range(args.rounds):
         calib = ("--calib", args.calib)
-        taken["llmq"].append(measure.llmq("quantize", args.model, ours, *OPTIONS, *calib, "--overwrite"))
+        taken["llmq"].append(
+            measure.llmq("quantize", args.model, ours, "--method", "gptq", *OPTIONS, *calib, "--overwrite")
+        )
         taken["GPTQModel"].append(measure.run(args.peer_python, peer, args.model, peers, *OPTIONS, *calib))
     print(measure.machine())
     for (name, runs), out in zip(taken.items(), (ours, peers), strict=True):
