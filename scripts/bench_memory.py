@@ -69,7 +69,7 @@ def main() -> None:
     for blocks in args.blocks:
         model, out = args.out / f"random-{blocks}", args.out / f"random-{blocks}-int4"
         make(model, blocks, args.tokenizer)
-        options = ("--calib", args.calib, "--samples", 32, "--seq-len", 512, "--dtype", args.dtype)
+        options = ("--method", "gptq", "--calib", args.calib, "--samples", 32, "--seq-len", 512, "--dtype", args.dtype)
         taken = measure.llmq("quantize", model, out, *options)
         peaks[blocks] = taken.peak_bytes
         each = taken.seconds / blocks
