@@ -81,8 +81,9 @@ def _writer(job: Job) -> nn.Module:
     """Load the whole float model, so that it can write its own calibration text."""
     from llmq.loading import load
 
-    calibration.check_memory(job.source.bytes(), job.device)
-    return load(job.source.path, device=job.device)
+    dtype, stored = job.skeleton.dtype, job.skeleton.stored_dtype  # writing in bfloat16 takes minutes without its units
+    calibration.check_memory(job.source.bytes() * dtype.itemsize // stored.itemsize, job.device)
+    return load(job.source.path, dtype=dtype, device=job.device)
 
 
 def _outside(job: Job, streams: Streams, sink: Sink) -> dict[str, Any]:
