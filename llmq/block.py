@@ -171,7 +171,7 @@ def _report_line(job: Job, target: Target, solved: Solved, hessian: Hessian | No
     W_NK = target.W_NK
     E_NK = solved.q.dequantize() - W_NK
     line: dict[str, Any] = {"method": job.plan.recipe.method, "bits": target.grid.bits}
-    if hessian is None or hessian.sum is None:
+    if not hessian:
         line["weight_error"] = (E_NK.square().sum() / W_NK.square().sum().clamp(min=1e-30)).item()
     else:
         H_KK = hessian.mean()

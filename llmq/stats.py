@@ -22,46 +22,61 @@ class Hessian:
     """`X^T X` over all tokens, in float32.
 
     Each batch is one blocked product; over some tens of batches the running sum keeps 6 digits, four more than damping
-    leaves meaningful, at half the memory of float64.
+    leaves meaningful, at half the memory of float64. Asking for the mean closes the sum, whose memory it takes.
     """
 
     paired: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        self.sum: Tensor | None = None
         self.count = 0
+        self._sum: Tensor | None = None
         self._mean: Tensor | None = None
 
     def update(self, X_TK: Tensor) -> None:
         """Add a batch. Only the upper block triangle is computed: `mean` mirrors it."""
         X = X_TK.float()
         K = X.shape[1]
-        if self.sum is None:
-            self.sum = torch.zeros(K, K, dtype=torch.float32, device=X.device)
-        panel = max(_PANEL, K // 8)
+        total = self._open(torch.zeros(K, K, dtype=torch.float32, device=X.device) if self._sum is None else self._sum)
         with _exact_products(X_TK.dtype):
-            for i in range(0, K, panel):
-                j = min(i + panel, K)
-                self.sum[i:j, i:].addmm_(X[:, i:j].T, X[:, i:])
+            for i, j in _panels(K):
+                total[i:j, i:].addmm_(X[:, i:j].T, X[:, i:])
         self.count += X.shape[0]
-        self._mean = None
 
     def merge(self, other: Hessian) -> None:
         """Add another rank's sum."""
-        if other.sum is not None:
-            self.sum = other.sum.clone() if self.sum is None else self.sum.add_(other.sum)
+        if other._sum is not None:
+            self._open(other._sum.clone() if self._sum is None else self._sum.add_(other._sum))
         self.count += other.count
-        self._mean = None
+
+    def _open(self, total: Tensor) -> Tensor:
+        if self._mean is not None:
+            raise ValueError("the mean was taken: this sum is closed")
+        self._sum = total
+        return total
+
+    def __bool__(self) -> bool:
+        """Whether any token was seen."""
+        return self.count > 0
 
     def mean(self) -> Tensor:
-        """Return H = X^T X / T, symmetric float32 `[K, K]`; computed once, not to be written to."""
-        if self.sum is None:
-            raise ValueError("no activation was accumulated")
+        """Return H = X^T X / T, symmetric float32 `[K, K]`; not to be written to. Nothing can be added afterwards."""
         if self._mean is None:
-            upper = self.sum.triu()
-            upper.div_(max(self.count, 1))
-            self._mean = upper + upper.triu(1).T
+            if self._sum is None:
+                raise ValueError("no activation was accumulated")
+            mean, self._sum = self._sum.div_(max(self.count, 1)), None
+            for i, j in _panels(len(mean)):
+                diagonal = mean[i:j, i:j]
+                diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
+                mean[j:, i:j] = mean[i:j, j:].T
+            self._mean = mean
         return self._mean
+
+
+def _panels(K: int) -> Iterator[tuple[int, int]]:
+    """Yield the row ranges in which a Hessian's upper block triangle is computed."""
+    panel = max(_PANEL, K // 8)
+    for i in range(0, K, panel):
+        yield i, min(i + panel, K)
 
 
 class Drift:

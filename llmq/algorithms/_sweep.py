@@ -11,7 +11,7 @@ Not here: what t, w and F are (gptq.py, descent.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,23 +30,21 @@ def sweep(W_KN: Tensor, T_KN: Tensor, F_KK: Tensor, grid: Any, params: Any, grou
 
     W_KN: float32, what the decoded codes are compared with. T_KN: float32, the targets before any feedback, consumed
     (it may not be `W_KN` itself). F_KK: float32, read above its diagonal. params: `[N, G]`. group_K: int64 `[K]`, the
-    group of each row. All contiguous.
+    group of each row. All contiguous but F.
     """
     K, N = W_KN.shape
     codes_KN = torch.empty(K, N, dtype=torch.uint8, device=W_KN.device)
     error_KN = torch.empty_like(W_KN)
     leaf = compiled(_leaf, _KINDS) if W_KN.device.type == "cpu" and hasattr(grid, "bounds") else None
     if leaf is not None:
-        low, high = grid.bounds()
         scale_GN, zero_GN = params.scale.float().T.contiguous(), params.zero.float().T.contiguous()
-        tensors = (W_KN, T_KN, error_KN, codes_KN, F_KK.contiguous(), scale_GN, zero_GN, group_K)
-        arrays = tuple(t.numpy() for t in tensors)
-        round_columns: Callable[[int, int], None] = lambda lo, hi: leaf(*arrays, lo, hi, low, high)  # noqa: E731
+        arrays = tuple(t.numpy() for t in (W_KN, T_KN, error_KN, codes_KN, scale_GN, zero_GN, group_K))
+
+        def round_columns(lo: int, hi: int) -> None:
+            leaf(F_KK[lo:hi, lo:hi].contiguous().numpy(), *arrays, lo, hi, *grid.bounds())
     else:
-        by_group = params.by_group()
         columns = tuple(t.unbind() for t in (W_KN, T_KN, error_KN, codes_KN))
-        args = (grid, by_group, group_K.tolist(), F_KK, T_KN, columns)
-        round_columns = functools.partial(_torch_leaf, args)
+        round_columns = functools.partial(_torch_leaf, (grid, params.by_group(), group_K.tolist(), F_KK, T_KN, columns))
     for lo, mid, hi in _halves(0, K, _LEAF_COMPILED if leaf else _LEAF_TORCH):
         if mid < hi:
             T_KN[mid:hi].addmm_(F_KK[lo:mid, mid:hi].T, error_KN[lo:mid])
@@ -80,8 +78,10 @@ def _torch_leaf(args: tuple[Any, ...], lo: int, hi: int) -> None:
             T_KN[j + 1 : hi].addr_(F_KK[j, j + 1 : hi], error[j])
 
 
-def _leaf(W, T, E, codes, F, scale, zero, group, lo, hi, low, high):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+def _leaf(F, W, T, E, codes, scale, zero, group, lo, hi, low, high):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     """Round columns lo to hi, each first fed with the errors of those before it in the leaf. numba compiles this.
+
+    F: the leaf's own diagonal block of the factor.
 
     Adding and taking away 1.5 * 2^23 rounds half to even, as `Int.nearest` does, and vectorises.
     """
@@ -91,7 +91,7 @@ def _leaf(W, T, E, codes, F, scale, zero, group, lo, hi, low, high):  # type: ig
         last = min(first + _CHUNK, N)
         for j in range(lo, hi):
             for i in range(lo, j):
-                f = F[i, j]
+                f = F[i - lo, j - lo]
                 for n in range(first, last):
                     T[j, n] += E[i, n] * f
             g = group[j]
@@ -103,7 +103,7 @@ def _leaf(W, T, E, codes, F, scale, zero, group, lo, hi, low, high):  # type: ig
                 E[j, n] = W[j, n] - s * (code - z)
 
 
-_KINDS = "f2 f2 f2 u2 f2 f2 f2 i1 i i f f"  # of _leaf's arguments
+_KINDS = "f2 f2 f2 f2 u2 f2 f2 i1 i i f f"  # of _leaf's arguments
 
 
 def stacks(targets: Sequence[Target]) -> list[list[Target]]:

@@ -53,7 +53,7 @@ class Gptq:
         """Round the linears of a site; those on equal grids in one column loop."""
         H_KK, dead = revive(stats[Hessian].mean())
         order = torch.argsort(H_KK.diagonal(), descending=True, stable=True) if self.act_order else None
-        F_KK, damping = factor(H_KK if order is None else H_KK[order][:, order], self.damp)
+        F_KK, damping = factor(H_KK, self.damp, order)
         report = {"damp": damping, "dead_columns": dead, "tokens": stats[Hessian].count}
         if F_KK is None:
             report["fallback"] = f"rtn: H does not factor with damping up to {damping:g}"
@@ -89,11 +89,13 @@ class Gptq:
         return QTensor(codes.to(torch.uint8), params, grid, real_g_idx)
 
 
-def factor(H_KK: Tensor, damp: float) -> tuple[Tensor | None, float]:
+def factor(H_KK: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor | None, float]:
     """Return F, unit upper triangular with `H = F D F^T` for the damped H, and the damping used; None where H resists.
 
+    order: int64 `[K]`, the columns in the order that they are rounded in; None is as they lie.
     The Cholesky factor of H with both axes reversed, reversed back, is upper triangular; its columns over their pivots
     are F.
     """
-    L, used = cholesky(H_KK.flip(0, 1), damp)
+    reverse = torch.arange(len(H_KK), device=H_KK.device).flip(0) if order is None else order.flip(0)
+    L, used = cholesky(H_KK[reverse[:, None], reverse], damp)
     return (None if L is None else L.flip(0, 1).div_(L.diagonal().flip(0))), used
