@@ -113,9 +113,8 @@ def _prepare_gguf(source: Source, skeleton: Skeleton, steps: Plan, device: torch
         raise LlmqError(f"method {recipe.method} calibrates its own importance; --imatrix goes with --method rtn")
     if recipe.imatrix_out and (Path(recipe.imatrix_out).is_dir() or not Path(recipe.imatrix_out).parent.is_dir()):
         raise LlmqError(f"--imatrix-out {recipe.imatrix_out} is no file in a folder that exists; name one")
-    for step in (*steps.refiners, *steps.tuners):
-        if not getattr(step, "takes_ggml", False):
-            raise LlmqError(f"{spec.dump(step)} improves integer grids only; for GGUF use --method gptq or rtn")
+    for step in steps.tuners:
+        raise LlmqError(f"{spec.dump(step)} tunes integer grids only; for GGUF leave it out")
     tokenizer = load_tokenizer(str(source.path))
     plan_ = blueprint(source, skeleton.config, recipe, pre=pre, calibrated=calibrated, tokenizer=tokenizer)
     headers, blocks = source.headers(), dict(skeleton.linears())

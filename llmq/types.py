@@ -24,84 +24,13 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from llmq.params import GgmlParams as GgmlParams  # noqa: PLC0414
+from llmq.params import Lattice as Lattice  # noqa: PLC0414
+from llmq.params import Params as Params  # noqa: PLC0414
+
 
 class LlmqError(Exception):
     """A failure that a user can mend: one line that names the thing and the remedy."""
-
-
-@dataclass(frozen=True)
-class Params:
-    """Where one weight's grid lies: `w = scale * (code - zero)`.
-
-    scale: `[N, G]` (or any shape that broadcasts against the codes), in the dtype it is stored in, not 0; negative
-        where a symmetric grid has its surplus level above zero.
-    zero: same shape, int32, an integer code in `[0, 2**bits - 1]`.
-    """
-
-    scale: Tensor
-    zero: Tensor
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> Params:
-        """Apply `f` to both tensors."""
-        return Params(f(self.scale), f(self.zero))
-
-    def columns(self, K: int, g_idx: Tensor | None = None) -> Params:
-        """Return `[N, G]` parameters spread over K columns: by `g_idx` `[K]`, else in G equal runs."""
-        return self.map(lambda p: _spread(p, K, g_idx))
-
-    def by_group(self) -> list[Params]:
-        """Return `[N, G]` parameters group by group for column loops, float32 `[N]` each, contiguous."""
-        columns = self.map(lambda p: p.float().T.contiguous())
-        return [Params(s, z) for s, z in zip(columns.scale, columns.zero, strict=True)]
-
-    def split(self, rows: Sequence[int]) -> list[Params]:
-        """Return `[N, G]` parameters in parts of so many rows."""
-        parts = zip(self.scale.split(list(rows)), self.zero.split(list(rows)), strict=True)
-        return [Params(s, z) for s, z in parts]
-
-
-@dataclass(frozen=True)
-class GgmlParams:
-    """Where the ggml grid of one weight lies: `w = scale * level(code) + offset`, and what its file stores of that.
-
-    scale: float32 `[N, G]`, `d * sc` (`d` where a type has no `sc`); any sign, 0 where a group is all zero.
-    offset: float32 `[N, G]`, `-dmin * m` (`-dmin` where a type has no `m`); None on grids without one.
-    d, dmin: float16 `[N, B]`, B stored blocks (qblocks) along K. sc, m: int16 `[N, G]`, their small integers.
-    What a type does not store is None; so is all that is stored, once spread over columns or taken by group.
-    """
-
-    scale: Tensor
-    offset: Any = None  # each a Tensor or None, by the type
-    d: Any = None
-    dmin: Any = None
-    sc: Any = None
-    m: Any = None
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> GgmlParams:
-        """Apply `f` to every tensor."""
-        stored = (self.offset, self.d, self.dmin, self.sc, self.m)
-        return GgmlParams(f(self.scale), *(None if p is None else f(p) for p in stored))
-
-    def columns(self, K: int, g_idx: Tensor | None = None) -> GgmlParams:
-        """Return scale and offset spread over K columns: by `g_idx` `[K]`, else in G equal runs."""
-        return self._derived().map(lambda p: _spread(p, K, g_idx))
-
-    def by_group(self) -> list[GgmlParams]:
-        """Return scale and offset group by group for column loops, `[N]` each, contiguous."""
-        columns = self._derived().map(lambda p: p.T.contiguous())
-        return [columns.map(lambda p, g=g: p[g]) for g in range(self.scale.shape[1])]  # type: ignore[misc]
-
-    def split(self, rows: Sequence[int]) -> list[GgmlParams]:
-        """Return the parameters in parts of so many rows."""
-        ends = [sum(rows[: i + 1]) for i in range(len(rows))]
-        return [self.map(lambda p, a=end - n, b=end: p[a:b]) for n, end in zip(rows, ends, strict=True)]  # type: ignore[misc]
-
-    def _derived(self) -> GgmlParams:
-        return GgmlParams(self.scale, self.offset)
-
-
-def _spread(p: Tensor, K: int, g_idx: Tensor | None) -> Tensor:
-    return p.repeat_interleave(K // p.shape[1], dim=1) if g_idx is None else p[:, g_idx.long()]
 
 
 class Grid(Protocol):
@@ -123,6 +52,15 @@ class Grid(Protocol):
 
     def decode(self, codes: Tensor, params: Any) -> Tensor:
         """Return the float32 values of `codes`; `params` broadcasts against `codes`."""
+
+    def lattice(self, params: Any) -> Lattice | None:
+        """Return `[N, G]` parameters as evenly spaced values; None where the values of a group are not."""
+
+    def refine(self, W_NK: Tensor, codes: Tensor, params: Any, H_KK: Tensor, group_K: Tensor) -> Any:
+        """Return other params for solved codes `[N, K]`, proposed to lower `tr (W - Q) H (W - Q)^T` row by row.
+
+        group_K: int64 `[K]`, the group of each column.
+        """
 
 
 class Range(Protocol):

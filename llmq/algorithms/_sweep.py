@@ -3,8 +3,8 @@
 For each column j of a weight, in order:   q_j = nearest(t_j + sum_(i<j) e_i F_ij),   e_j = w_j - decode(q_j).
 
 The sum is a recursion: round the left half, apply its errors to the right half by one product, round the right half. A
-leaf of a few columns is rounded by a loop that numba compiles where the weight is on the CPU and its grid is affine
-integers; elsewhere the same loop runs in torch.
+leaf of a few columns is rounded by a loop that numba compiles where the weight is on the CPU and the values of its grid
+are evenly spaced; elsewhere the same loop runs in torch.
 Not here: what t, w and F are (gptq.py, descent.py).
 """
 
@@ -35,13 +35,16 @@ def sweep(W_KN: Tensor, T_KN: Tensor, F_KK: Tensor, grid: Any, params: Any, grou
     K, N = W_KN.shape
     codes_KN = torch.empty(K, N, dtype=torch.uint8, device=W_KN.device)
     error_KN = torch.empty_like(W_KN)
-    leaf = compiled(_leaf, _KINDS) if W_KN.device.type == "cpu" and hasattr(grid, "bounds") else None
-    if leaf is not None:
-        scale_GN, zero_GN = params.scale.float().T.contiguous(), params.zero.float().T.contiguous()
-        arrays = tuple(t.numpy() for t in (W_KN, T_KN, error_KN, codes_KN, scale_GN, zero_GN, group_K))
+    lattice = grid.lattice(params) if W_KN.device.type == "cpu" else None
+    leaf = compiled(_leaf, _KINDS) if lattice is not None else None
+    if lattice is not None and leaf is not None:
+        scale_GN, zero_GN, offset_GN = (p.T.contiguous() for p in lattice[:3])
+        divisor_GN = torch.where(scale_GN == 0, torch.inf, scale_GN)
+        tensors = (W_KN, T_KN, error_KN, codes_KN, divisor_GN, scale_GN, zero_GN, offset_GN, group_K)
+        arrays = tuple(t.numpy() for t in tensors)
 
         def round_columns(lo: int, hi: int) -> None:
-            leaf(F_KK[lo:hi, lo:hi].contiguous().numpy(), *arrays, lo, hi, *grid.bounds())
+            leaf(F_KK[lo:hi, lo:hi].contiguous().numpy(), *arrays, lo, hi, lattice.low, lattice.high)
     else:
         columns = tuple(t.unbind() for t in (W_KN, T_KN, error_KN, codes_KN))
         round_columns = functools.partial(_torch_leaf, (grid, params.by_group(), group_K.tolist(), F_KK, T_KN, columns))
@@ -78,12 +81,13 @@ def _torch_leaf(args: tuple[Any, ...], lo: int, hi: int) -> None:
             T_KN[j + 1 : hi].addr_(F_KK[j, j + 1 : hi], error[j])
 
 
-def _leaf(F, W, T, E, codes, scale, zero, group, lo, hi, low, high):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+def _leaf(F, W, T, E, codes, divisor, scale, zero, offset, group, lo, hi, low, high):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     """Round columns lo to hi, each first fed with the errors of those before it in the leaf. numba compiles this.
 
     F: the leaf's own diagonal block of the factor.
 
-    Adding and taking away 1.5 * 2^23 rounds half to even, as `Int.nearest` does, and vectorises.
+    divisor: the scale, infinite where that is 0. Adding and taking away 1.5 * 2^23 rounds half to even, as the grids'
+    `nearest` does, and vectorises.
     """
     magic = W.dtype.type(12582912.0)
     N = W.shape[1]
@@ -96,14 +100,14 @@ def _leaf(F, W, T, E, codes, scale, zero, group, lo, hi, low, high):  # type: ig
                     T[j, n] += E[i, n] * f
             g = group[j]
             for n in range(first, last):
-                s, z = scale[g, n], zero[g, n]
-                code = ((T[j, n] / s + magic) - magic) + z
+                z, o = zero[g, n], offset[g, n]
+                code = (((T[j, n] - o) / divisor[g, n] + magic) - magic) + z
                 code = min(max(code, low), high)
                 codes[j, n] = int(code)
-                E[j, n] = W[j, n] - s * (code - z)
+                E[j, n] = W[j, n] - (scale[g, n] * (code - z) + o)
 
 
-_KINDS = "f2 f2 f2 f2 u2 f2 f2 i1 i i f f"  # of _leaf's arguments
+_KINDS = "f2 f2 f2 f2 u2 f2 f2 f2 f2 i1 i i f f"  # of _leaf's arguments
 
 
 def stacks(targets: Sequence[Target]) -> list[list[Target]]:

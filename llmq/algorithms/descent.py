@@ -2,14 +2,13 @@
 
 Both lower  tr((W - Q) H (W - Q)^T), row by row, with the damped H of the solver, and neither can raise it:
 
-scales   with the codes fixed, Q = sum_g s_g u_g, u_g = (code - zero) on group g and 0 elsewhere:
-         solve A s = b,  A_gh = u_g H u_h^T,  b_g = u_g H w^T, in float64; then round s to its stored dtype. A row keeps
-         its old scales unless the loss falls with the rounded new ones.
+scales   with the codes fixed, those that the grid finds (`refine`: least squares), rounded to what is stored. A row
+         keeps its old scales unless the loss falls with the new ones.
 codes    one after the other, each the best given all others:  q_j = nearest(q_j + [(W - Q) H]_j / H_jj).
          A sweep over all columns is GPTQ's column loop with H_ij / H_jj for its factor, and so as fast.
 
 Coordinate descent on the codes is the local search of QuantEase (Behdin et al. 2023, arXiv:2309.01885, equation 11).
-Not here: the loop (_sweep.py).
+Not here: the loop (_sweep.py), the scales of a kind of grid (grids/_int_refine.py, grids/_ggml_refine.py).
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ from torch import Tensor
 from llmq.algorithms._hessian import damped, revive
 from llmq.algorithms._sweep import split, stacks, sweep
 from llmq.stats import Hessian
-from llmq.types import Params, QTensor, Solved, Stats, Target
-
-_ROWS = 2048  # rows whose G x G systems are in memory together
+from llmq.types import QTensor, Solved, Stats, Target
 
 
 @dataclass(frozen=True)
@@ -57,11 +54,9 @@ class Descent:
         out: dict[str, Solved] = {}
         for stack in stacks(targets):
             parts = [by_name[t.name].q for t in stack]
-            first = parts[0]
-            codes = torch.cat([p.codes for p in parts])
-            params = Params(torch.cat([p.params.scale for p in parts]), torch.cat([p.params.zero for p in parts]))
+            codes, params = torch.cat([p.codes for p in parts]), parts[0].params.cat([p.params for p in parts])
             W_NK = torch.cat([t.W_NK for t in stack])
-            q, ratio = self._stack(W_NK, QTensor(codes, params, first.grid, first.g_idx), H_KK)
+            q, ratio = self._stack(W_NK, QTensor(codes, params, parts[0].grid, parts[0].g_idx), H_KK)
             for t, part in zip(stack, split(q, [t.W_NK.shape[0] for t in stack]), strict=True):
                 out[t.name] = Solved(part, {**by_name[t.name].report, "descent": round(ratio, 4)})
         return [out[t.name] for t in targets]
@@ -73,7 +68,7 @@ class Descent:
         state = _State(W_NK, q, H_KK, group_K)
         before = state.loss_N.sum()
         for _ in range(self.rounds):
-            if self.scales and not state.grid.per_tensor:
+            if self.scales:
                 state.fit_scales()
             state.descend()
         return QTensor(state.codes, state.params, q.grid, q.g_idx), float(state.loss_N.sum() / before)
@@ -88,46 +83,27 @@ class _State:
         self.W_NK, self.H_KK, self.group_K = W_NK, H_KK, group_K
         self.Q_NK, self.gradient_NK, self.loss_N = self._measure(q.codes, q.params)
 
-    def _measure(self, codes: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor]:
+    def _measure(self, codes: Tensor, params: Any) -> tuple[Tensor, Tensor, Tensor]:
         Q_NK = self.grid.decode(codes, params.columns(codes.shape[1], self.group_K))
         error = self.W_NK - Q_NK
         gradient = error @ self.H_KK
         return Q_NK, gradient, (gradient * error).sum(1)
 
-    def _accept(self, codes: Tensor, params: Params) -> None:
+    def _accept(self, codes: Tensor, params: Any) -> None:
         """Take the rows of a proposal that have less loss."""
         Q_NK, gradient, loss = self._measure(codes, params)
         better = loss < self.loss_N
         keep = better[:, None]
         self.codes = torch.where(keep, codes, self.codes)
-        self.params = Params(
-            torch.where(keep, params.scale, self.params.scale), torch.where(keep, params.zero, self.params.zero)
-        )
+        self.params = params.where(better, self.params)
         self.Q_NK = torch.where(keep, Q_NK, self.Q_NK)
         self.gradient_NK = torch.where(keep, gradient, self.gradient_NK)
         self.loss_N = torch.where(better, loss, self.loss_N)
 
     def fit_scales(self) -> None:
-        """Propose, for each row, the scales of least loss."""
-        N, G = self.params.scale.shape
-        order = torch.argsort(self.group_K, stable=True)
-        H_KK = self.H_KK[order][:, order].reshape(G, -1, self.H_KK.shape[0])
-        zero_NK = self.params.zero[:, self.group_K].float()
-        U_NK = (self.codes.float() - zero_NK)[:, order]
-        b_NK = U_NK * ((self.gradient_NK + self.Q_NK @ self.H_KK)[:, order])  # gradient + Q H = W H
-        scale = torch.empty(N, G, dtype=torch.float64, device=U_NK.device)
-        for rows in torch.arange(N, device=U_NK.device).split(_ROWS):
-            U_NGg = U_NK[rows].reshape(len(rows), G, -1)
-            A = torch.stack([((U_NGg[:, g] @ H_KK[g]).reshape(U_NGg.shape) * U_NGg).sum(-1) for g in range(G)], 1)
-            A = A.double()
-            A.diagonal(dim1=1, dim2=2).add_(1e-6 * A.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30)
-            b = b_NK[rows].reshape(len(rows), G, -1).sum(-1).double()
-            scale[rows] = torch.linalg.solve(A, b)
-        old = self.params.scale.double()
-        ratio = scale / old
-        sane = (ratio > 0.5) & (ratio < 2)  # a group whose codes hardly bear on the output has no scale of its own
-        stored = torch.where(sane, scale, old).to(self.params.scale.dtype)
-        self._accept(self.codes, Params(stored, self.params.zero))
+        """Propose, for each row, the scales that its grid finds best."""
+        params = self.grid.refine(self.W_NK, self.codes, self.params, self.H_KK, self.group_K)
+        self._accept(self.codes, params)
 
     def descend(self) -> None:
         """Propose, for each row, codes that are each the best given the others, in one sweep."""

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.types import GgmlParams, LlmqError
+from llmq.types import GgmlParams, Lattice, LlmqError
 
 _CHUNK = 2**18  # weights of one chunk: its dozen temporaries of 1 MB stay in the cache, calls cost little beside them
 _ROUND = torch.tensor(12582912.0)  # 1.5 * 2^23
@@ -87,8 +87,13 @@ class GgmlGrid(ABC):
         joined: list[Any] = [None if p[0] is None else torch.cat(p) for p in zip(*stored, strict=True)]
         return self.params(Stored(*joined))
 
-    def refine(self, W_NK: Tensor, codes: Tensor, params: GgmlParams, H_KK: Tensor) -> GgmlParams:
-        """Return params with no higher `tr (W - Q) H (W - Q)^T` for solved codes `[N, K]`; see `_ggml_refine`."""
+    def refine(
+        self, W_NK: Tensor, codes: Tensor, params: GgmlParams, H_KK: Tensor, group_K: Tensor | None = None
+    ) -> GgmlParams:
+        """Return params with no higher `tr (W - Q) H (W - Q)^T` for solved codes `[N, K]`; see `_ggml_refine`.
+
+        group_K: not asked: blocks hold the columns as they lie.
+        """
         from llmq.grids._ggml_refine import refine
 
         stored = Stored(params.d, params.dmin, params.sc, params.m)
@@ -130,6 +135,10 @@ class GgmlGrid(ABC):
     @abstractmethod
     def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
         """Return float32 values, bit for bit those of ggml's dequantizer."""
+
+    @abstractmethod
+    def lattice(self, params: GgmlParams) -> Lattice | None:
+        """Return the values of `[N, G]` parameters where they are evenly spaced."""
 
     @abstractmethod
     def _fit_rows(self, W_nK: Tensor, importance: Tensor | None) -> Stored:

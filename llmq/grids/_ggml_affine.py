@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, error_weights, half, nearest_integer, ratio
-from llmq.types import GgmlParams
+from llmq.types import GgmlParams, Lattice
 
 _ROUNDS = 3
 _SHRINK = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8)  # of the largest scale: what `d` is first fitted to
@@ -62,6 +62,10 @@ class Affine(GgmlGrid):
     def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
         """Return `scale * code + offset` in float32."""
         return (codes * params.scale).add_(params.offset)
+
+    def lattice(self, params: GgmlParams) -> Lattice:
+        """Return the values of `[N, G]` parameters."""
+        return Lattice(params.scale, torch.zeros_like(params.scale), params.offset, 0.0, 2.0**self.bits - 1)
 
     def _decoded_levels(self, codes: Tensor) -> Tensor:
         return codes.float()

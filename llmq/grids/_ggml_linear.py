@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, error_weights, half, nearest_integer, peak, ratio
-from llmq.types import GgmlParams
+from llmq.types import GgmlParams, Lattice
 
 _ROUNDS = 3
 
@@ -39,6 +39,12 @@ class Linear(GgmlGrid):
     def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
         """Return `scale * (code - zero)` in float32."""
         return self._decoded_levels(codes).mul_(params.scale)
+
+    def lattice(self, params: GgmlParams) -> Lattice | None:
+        """Return the values of `[N, G]` parameters."""
+        scale = params.scale
+        zero = torch.full_like(scale, self.zero)
+        return Lattice(scale, zero, torch.zeros_like(scale), 0.0, 2.0**self.bits - 1)
 
     def _decoded_levels(self, codes: Tensor) -> Tensor:
         return codes.float() - self.zero
@@ -121,6 +127,9 @@ class Table(Linear):
     def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
         """Return `scale * table[code]` in float32."""
         return self._decoded_levels(codes).mul_(params.scale)
+
+    def lattice(self, params: GgmlParams) -> None:
+        """Return None: the levels are not evenly spaced."""
 
     def _decoded_levels(self, codes: Tensor) -> Tensor:
         return _TABLE.to(codes.device)[codes.int()]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.types import Params, Range
+from llmq.types import Lattice, Params, Range
 
 _FLOOR = {torch.float16: 1e-5}  # fp16 loses relative precision below 6e-5 and holds nothing below 6e-8
 _DEFAULT_FLOOR = 1e-8
@@ -114,6 +114,22 @@ class Int:
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Return `scale * (code - zero)` in float32."""
         return (codes - params.zero).float().mul_(params.scale.float())
+
+    def lattice(self, params: Params) -> Lattice:
+        """Return the values of `[N, G]` parameters."""
+        scale = params.scale.float()
+        return Lattice(scale, params.zero.float(), torch.zeros_like(scale), *self.bounds())
+
+    def refine(self, W_NK: Tensor, codes: Tensor, params: Params, H_KK: Tensor, group_K: Tensor) -> Params:
+        """Return params whose scales are the least-squares ones for these codes; see `_int_refine`.
+
+        One scale for the whole tensor stays as it is.
+        """
+        if self.per_tensor:
+            return params
+        from llmq.grids._int_refine import refine
+
+        return refine(W_NK, codes, params, H_KK, group_K)
 
 
 def _group_weight(H_KK: Tensor | None, G: int, range_: Range | None) -> Tensor | None:

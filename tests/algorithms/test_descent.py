@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llmq import spec
 from llmq.algorithms._hessian import damped
 from llmq.algorithms.descent import Descent, _State
 from llmq.algorithms.gptq import Gptq
@@ -42,6 +43,20 @@ def test_no_row_gets_worse_and_the_sum_gets_better(bits, sym, group):
     assert after[0].report["descent"] == pytest.approx(float(new.sum() / old.sum()), abs=1e-3)
     assert after[0].q.params.scale.dtype == before[0].q.params.scale.dtype
     assert int(after[0].q.codes.max()) < 2**bits
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs"])
+def test_ggml_grids_are_refined_in_what_they_store(name):
+    W_NK, h, grid = weight(24, 256), hessian(256), spec.load("grids", name)
+    target = [Target("w", W_NK, grid)]
+    before = Gptq().solve(target, {Hessian: h})
+    (after,) = Descent().refine(target, before, {Hessian: h})
+    H_KK = damped(h.mean(), Descent.damp)
+    old, new = row_loss(W_NK, before[0].q, H_KK), row_loss(W_NK, after.q, H_KK)
+    assert (new <= old * (1 + 1e-5)).all() and new.sum() < 0.99 * old.sum()
+    codes, params = grid.from_bytes(grid.to_bytes(after.q.codes, after.q.params))
+    assert torch.equal(codes, after.q.codes)
+    assert torch.equal(grid.decode(codes, params.columns(256)), after.q.dequantize())
 
 
 def test_each_step_alone_lowers_the_loss():

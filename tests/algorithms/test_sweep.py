@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llmq import spec
 from llmq.algorithms import _sweep
 from llmq.algorithms.gptq import factor
 from llmq.compiled import compiled
@@ -28,6 +29,19 @@ def test_compiled_and_torch_leaves_round_alike(monkeypatch, bits, options, N, K)
     monkeypatch.setattr(_sweep, "compiled", lambda *_: None)
     plain = _sweep.sweep(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
     assert (fast != plain).float().mean() < 0.005  # sums in another order may turn a tie
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+def test_ggml_grids_are_compiled_too_and_a_scale_of_zero_takes_the_code_of_zero(monkeypatch, name):
+    grid = spec.load("grids", name)
+    W_KN, F_KK, _, group_K = problem(40, 256, grid)
+    W_KN[:256, 0] = 0  # every scale of the first row
+    params = grid.fit(W_KN.T.contiguous())
+    fast = _sweep.sweep(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
+    monkeypatch.setattr(_sweep, "compiled", lambda *_: None)
+    plain = _sweep.sweep(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
+    assert (fast != plain).float().mean() < 0.005
+    assert not grid.decode(fast.T, params.columns(256))[0].any()
 
 
 def test_the_weight_stays_and_errors_reach_later_columns_only():
