@@ -3,7 +3,8 @@
     NAME.in_sum2   float32 [1, K]   sum over tokens of x^2         imatrix.datasets, .chunk_count, .chunk_size
     NAME.counts    float32 [1, 1]   tokens                         general.type = "imatrix"
 
-NAME is ggml's (`blk.0.attn_q.weight`). A quantizer divides the one by the other; the order of rows plays no part.
+llama.cpp's own writer drops the leading 1, so both `[1, K]` and `[K]` are read; experts have more rows. NAME is ggml's
+(`blk.0.attn_q.weight`). A quantizer divides the one by the other; the order of rows plays no part.
 Source: llama.cpp `tools/imatrix/imatrix.cpp` (save_imatrix) and `common/imatrix-loader.cpp`.
 Not here: what weighs errors by it (grids/), where the sums come from (stats.py).
 """
@@ -62,9 +63,9 @@ def read(path: Path) -> dict[str, Tensor]:
         name, _, kind = entry.name.rpartition(".")
         if kind != "in_sum2":
             continue
-        if f"{name}.counts" not in file.tensors or entry.data.ndim != 2 or entry.data.shape[0] != 1:
+        if f"{name}.counts" not in file.tensors or entry.data.size != entry.data.shape[-1]:
             raise LlmqError(f"{path}: {entry.name} is not one row of sums with its count; llmq reads dense models only")
-        total = torch.from_numpy(np.array(entry.data[0], np.float32))
+        total = torch.from_numpy(np.array(entry.data.reshape(-1), np.float32))
         count = float(file.tensors[f"{name}.counts"].data.reshape(-1)[0])
         if not torch.isfinite(total).all() or total.min() < 0 or not np.isfinite(count):
             raise LlmqError(f"{path}: {name} holds negative or infinite sums; make the importance matrix again")

@@ -1,6 +1,7 @@
 """`llmq quantize ... OUT.gguf` on tiny checkpoints: what is in the file, read by the `gguf` package and llama.cpp."""
 
 import json
+from pathlib import Path
 
 import gguf
 import pytest
@@ -16,6 +17,7 @@ from llmq.quantize import quantize
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 BASE = {"format": "gguf", "method": "rtn", "samples": 8, "seq_len": 32, "dtype": "float32"}
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32}  # rows for K-quants
 IDS = [5, 17, 300, 41, 250, 250, 9, 120]
@@ -146,6 +148,13 @@ def test_an_importance_matrix_written_and_read_gives_the_file_that_calibration_g
     other = tiny_checkpoint(intermediate_size=96)
     with pytest.raises(LlmqError, match="made from another model"):
         job(other, tmp_path / "c.gguf", type="Q8_0", imatrix=str(file))
+
+
+def test_a_file_of_llama_imatrix_is_read():
+    means = imatrix.read(GOLDEN / "imatrix.gguf")
+    assert len(means) == 14 and [len(means[f"blk.1.{n}.weight"]) for n in ("attn_q", "ffn_down")] == [64, 96]
+    assert torch.equal(means["blk.0.attn_q.weight"], means["blk.0.attn_v.weight"])  # one activation
+    assert means["blk.0.attn_q.weight"].mean().item() == pytest.approx(1, rel=1e-3)  # behind an RMSNorm of gain 1
 
 
 def test_overrides_and_skips_name_tensors_as_ggml_does(tiny_checkpoint, tmp_path):
