@@ -5,14 +5,13 @@ Everything is seeded, so that a checkpoint made twice with the same arguments ha
 
 from __future__ import annotations
 
-import json
 import random
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from _llama_cpp import LlamaCpp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -135,36 +134,8 @@ def tiny_checkpoint(
     return checkpoint
 
 
-class LlamaCpp:
-    """A GGUF file running in llama.cpp."""
-
-    def __init__(self, path, context=128):
-        xllamacpp = pytest.importorskip("xllamacpp", reason="needs the xllamacpp wheel (pip install -e '.[test]')")
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.warmup, params.verbosity = context, 1, False, -1
-        params.cpuparams.n_threads = 1
-        self._server = xllamacpp.Server(params)
-
-    def tokenize(self, text, special=True):
-        return self._post("/tokenize", content=text, add_special=special, parse_special=True)["tokens"]
-
-    def generate(self, ids, n):
-        answer = self._post("/completion", prompt=ids, n_predict=n, temperature=0, return_tokens=True, ignore_eos=True)
-        return answer["tokens"]
-
-    def log_probabilities(self, ids, vocab):
-        answer = self._post("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=vocab)
-        return {p["id"]: p["logprob"] for p in answer["completion_probabilities"][0]["top_logprobs"]}
-
-    def _post(self, path, **body):
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self._server.listening_address + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.load(answer)
-
-
 @pytest.fixture
 def llama_cpp():
     """`llama_cpp(path)`: run a GGUF file."""
+    pytest.importorskip("xllamacpp", reason="needs the xllamacpp wheel (pip install -e '.[test]')")
     return LlamaCpp
