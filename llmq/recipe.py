@@ -189,7 +189,7 @@ class Recipe:
 
 _DEFAULT_RANGE = "minmax"
 _QUALITY = {"fast": "gptq,descent", "balanced": "qep,gptq,descent"}
-_GGUF_QUALITY = {"fast": "rtn", "balanced": "gptq"}
+_GGUF_QUALITY = {"fast": "rtn", "balanced": "qep,gptq,descent"}
 _W8A8_QUALITY = {"fast": "smoothquant,rtn", "balanced": "smoothquant,rtn"}
 
 

@@ -4,7 +4,8 @@
 
 MODEL is a float checkpoint (scripts/make_reference_model.py OUT --width 768 makes one whose rows K-quants take). BIN
 holds llama-quantize, llama-imatrix and llama-perplexity, built from the sdist of llama-cpp-python. Everything is scored
-by `llama-perplexity --kl-divergence` against our F16 file, in windows of 512. Both sides calibrate on the same text.
+by `llama-perplexity --kl-divergence` against our F16 file, in windows of 512. Both sides calibrate on the same text,
+llama.cpp on `--chunks` windows of it, llmq on `--samples`. Seconds are CPU seconds of writing.
 Rows are kept in DIR/gguf.json as they come, so that a stopped run goes on where it was.
 """
 
@@ -47,12 +48,12 @@ class Llama:
         if not self.base.exists():
             self._run("llama-perplexity", "-m", self.f16, *self._text(), "--kl-divergence-base", self.base)
         if not self.imatrix.exists():
-            options = ("-f", args.calib, "-c", CONTEXT, "--chunks", args.samples, "-t", args.threads)
+            options = ("-f", args.calib, "-c", CONTEXT, "--chunks", args.chunks, "-t", args.threads)
             self._run("llama-imatrix", "-m", self.f16, "-o", self.imatrix, *options)
 
     def quantize(self, kind: str, out: Path, *options: object) -> float:
-        """Quantize the F16 file with llama.cpp; return seconds."""
-        return measure.run(self.bin / "llama-quantize", *options, self.f16, out, kind, self.args.threads).seconds
+        """Quantize the F16 file with llama.cpp; return CPU seconds."""
+        return measure.run(self.bin / "llama-quantize", *options, self.f16, out, kind, self.args.threads).cpu_seconds
 
     def score(self, file: Path) -> dict[str, float]:
         """Return the figures of a file."""
@@ -80,8 +81,7 @@ def rows(kind: str, llama: Llama) -> dict[str, tuple[str, tuple[object, ...]]]:
         f"{kind} llama.cpp": ("llama", ()),
         f"{kind} llmq rtn": ("llmq", ("--method", "rtn")),
         f"{kind} llama.cpp imatrix": ("llama", ("--imatrix", llama.imatrix)),
-        f"{kind} llmq rtn, llama.cpp's imatrix": ("llmq", ("--method", "rtn", "--imatrix", llama.imatrix)),
-        f"{kind} llmq rtn:importance": ("llmq", ("--method", "rtn:importance=true", *calibrated)),
+        f"{kind} llmq rtn, the same imatrix": ("llmq", ("--method", "rtn", "--imatrix", llama.imatrix)),
         f"{kind} llmq {args.method}": ("llmq", ("--method", args.method, *calibrated)),
     }
 
@@ -93,8 +93,8 @@ def measure_row(kind: str, who: str, options: tuple[object, ...], llama: Llama) 
         if who == "llama":
             seconds = llama.quantize(kind, file, *options)
         else:
-            seconds = measure.llmq("quantize", llama.args.model, file, "--type", kind, *options).seconds
-        return {"bytes": file.stat().st_size, **llama.score(file), "seconds": round(seconds, 1)}
+            seconds = measure.llmq("quantize", llama.args.model, file, "--type", kind, *options).cpu_seconds
+        return {"bytes": file.stat().st_size, **llama.score(file), "cpu seconds": round(seconds, 1)}
 
 
 def main() -> None:
@@ -105,8 +105,9 @@ def main() -> None:
     parser.add_argument("--calib", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="text to score, not calibrated on")
     parser.add_argument("--types", nargs="+", default=["Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"])
-    parser.add_argument("--method", default="gptq", help="our method with error feedback (default gptq)")
-    parser.add_argument("--samples", type=int, default=128, help="calibration sequences of 512 tokens")
+    parser.add_argument("--method", default="qep,gptq,descent", help="our calibrated method (default: as balanced)")
+    parser.add_argument("--samples", type=int, default=32, help="our calibration sequences of 512 tokens")
+    parser.add_argument("--chunks", type=int, default=128, help="llama-imatrix's chunks of 512 tokens")
     parser.add_argument("--windows", type=int, default=40, help="scored windows of 512 tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="rows whose name holds one of these")
@@ -121,10 +122,10 @@ def main() -> None:
             if name not in found and (not args.only or any(o in name for o in args.only)):
                 found[name] = measure_row(kind, who, options, llama)
                 file.write_text(json.dumps(found, indent=1) + "\n")
-    table = Table("file", "MB", *FIGURES, "s", title=measure.machine())
+    table = Table("file", "MB", *FIGURES, "CPU s", title=measure.machine())
     for name, row in found.items():
         figures = [f"{row[f]:.4f}" for f in FIGURES]
-        table.add_row(name, f"{row['bytes'] / 1e6:.2f}", *figures, f"{row['seconds']:.0f}")
+        table.add_row(name, f"{row['bytes'] / 1e6:.2f}", *figures, f"{row['cpu seconds']:.0f}")
     Console(width=140).print(table)
 
 
