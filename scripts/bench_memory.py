@@ -76,7 +76,7 @@ def main() -> None:
         print(f"{blocks:3d} blocks: peak {taken.peak_bytes / 1e9:.2f} GB, {taken.seconds:.0f} s, {each:.1f} s a block")
         shutil.rmtree(model)
         shutil.rmtree(out)
-    first, last = args.blocks[0], args.blocks[-1]
+    first, last = min(args.blocks), max(args.blocks)
     print(f"peak at {last} blocks / peak at {first}: {peaks[last] / peaks[first]:.3f}")
 
 
