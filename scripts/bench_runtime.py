@@ -220,42 +220,41 @@ def crossover(args: argparse.Namespace) -> None:
     """Print milliseconds of the packed and of the decoded product of each weight-only back-end, by rows of x."""
     from llmq.formats.compressed_tensors import CompressedTensors
     from llmq.grids.int import Int
-    from llmq.runtime import backends, int4pack, int8pack
+    from llmq.runtime import backends, int4loop, int4pack, int8pack
     from llmq.types import ActivationGrid, LinearSpec, QTensor, Scheme
 
     now, (N, K) = clock(args.clock), (2048, 5632)
     print(f"{measure.machine()}; N {N}, K {K}, {args.threads} threads, {args.clock} ms, least of {args.rounds}")
     W = torch.randn(N, K)
-    prepacked = {}
-    for name, grid, activation in (
-        ("int4 g64", Int(4, True, 64, scale_dtype=torch.bfloat16), None),
-        ("int8 channel", Int(8, True, None, scale_dtype=torch.bfloat16), None),
-        ("w8a8", Int(8, True, None, restricted=True, scale_dtype=torch.bfloat16), ActivationGrid()),
-    ):
+
+    def weight(grid: Int, activation: ActivationGrid | None = None) -> tuple[QTensor, LinearSpec]:
         params = grid.fit(W)
-        codes = grid.nearest(W, params.columns(K)).to(torch.uint8)
-        spec = LinearSpec(name, N, K, Scheme(grid, activation))
-        layer = QuantLinear(CompressedTensors(), spec)
-        q = QTensor(codes, params, grid)
-        layer.load_state_dict(CompressedTensors().pack(q, spec), assign=True)
-        layer.prepack()
-        prepacked[name] = layer.prepacked
-    four, eight = prepacked["int4 g64"], prepacked["int8 channel"]
-    print("| rows | float32 | int4 packed | int4 decoded | int8 packed | int8 decoded | w8a8 |")
-    print("|---|---|---|---|---|---|---|")
-    for rows in (1, 4, 16, 32, 64, 128, 512):
+        q = QTensor(grid.nearest(W, params.columns(K)).to(torch.uint8), params, grid)
+        return q, LinearSpec("x", N, K, Scheme(grid, activation))
+
+    four = weight(Int(4, True, 64, scale_dtype=torch.bfloat16))
+    loop, pack = int4loop.Int4Loop(*four), int4pack.Int4Pack(*four)
+    eight = int8pack.Int8Pack(*weight(Int(8, True, None, scale_dtype=torch.bfloat16)))
+    w8a8 = weight(Int(8, True, None, restricted=True, scale_dtype=torch.bfloat16), ActivationGrid())
+    layer = QuantLinear(CompressedTensors(), w8a8[1])
+    layer.load_state_dict(CompressedTensors().pack(*w8a8), assign=True)
+    layer.prepack()
+    runs: dict[str, Callable[[Any], Any]] = {
+        "float32": lambda x: F.linear(x, W),
+        "int4 loop": lambda x: int4loop.loop_product(x, loop.codes, loop.scale, loop.zero),
+        "int4 loop, decoded": lambda x: int4loop.decoded_product(x, loop.codes, loop.scale, loop.zero),
+        "int4 pack": lambda x: int4pack.packed_product(x, pack.codes, pack.sz, pack.group),
+        "int4 pack, decoded": lambda x: int4pack.decoded_product(x, pack.codes, pack.sz, pack.residual, pack.group),
+        "int8 pack": lambda x: int8pack.packed_product(x.bfloat16(), eight.w, eight.scale),
+        "int8 pack, decoded": lambda x: int8pack.decoded_product(x, eight.w, eight.scale.float()),
+        f"w8a8 ({layer.backend})": layer,
+    }
+    print(f"| rows | {' | '.join(runs)} |\n|{'---|' * (len(runs) + 1)}")
+    for rows in (1, 4, 8, 16, 32, 64, 128, 512):
         x = torch.randn(rows, K)
-        runs: tuple[Callable[[Any], Any], ...] = (
-            lambda x: F.linear(x, W),
-            lambda x: int4pack.packed_product(x, four.codes, four.sz, four.group),
-            lambda x: int4pack.decoded_product(x, four.codes, four.sz, four.residual, four.group),
-            lambda x: int8pack.packed_product(x.bfloat16(), eight.w, eight.scale),
-            lambda x: int8pack.decoded_product(x, eight.w, eight.scale.float()),
-            prepacked["w8a8"],
-        )
-        cells = [_least(lambda run=run, x=x: run(x), args.rounds, now) for run in runs]
+        cells = [_least(lambda run=run, x=x: run(x), args.rounds, now) for run in runs.values()]
         print(f"| {rows} | {' | '.join(f'{1e3 * c:.2f}' for c in cells)} |", flush=True)
-    print(f"rows up to which the packed product is used: {backends.many_rows()}; W8A8 by {prepacked['w8a8'].name}")
+    print(f"rows up to which the first of two is used: int4loop {int4loop.FEW}, the others {backends.many_rows()}")
 
 
 @torch.inference_mode()

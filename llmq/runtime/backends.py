@@ -7,6 +7,7 @@ never holds both and `save_pretrained` writes what was read.
 
 | back-end | takes | how |
 |---|---|---|
+| int4loop | 4 bits, weights only, no AVX-512 | a compiled loop for few rows, panels decoded to float32 for many |
 | int4pack | 4 bits, weights only | torch's int4 packed product for few rows, panels decoded to float32 for many |
 | int_mm   | W8A8, a CPU with VNNI | int8 x int8 -> int32 by `torch._int_mm` |
 | fbgemm   | W8A8, x86 without VNNI | fbgemm's uint8 x int8 product, kept exact by splitting the weight |
@@ -74,11 +75,12 @@ class Prepacked(nn.Module, ABC):
 def backends() -> tuple[type[Prepacked], ...]:
     """Return the back-ends in the order they are asked."""
     from llmq.runtime.fbgemm import Fbgemm
+    from llmq.runtime.int4loop import Int4Loop
     from llmq.runtime.int4pack import Int4Pack
     from llmq.runtime.int8pack import Int8Pack
     from llmq.runtime.int_mm import IntMM
 
-    return (Int4Pack, IntMM, Fbgemm, Int8Pack)
+    return (Int4Loop, Int4Pack, IntMM, Fbgemm, Int8Pack)
 
 
 def choose(spec: LinearSpec, q: QTensor) -> type[Prepacked] | None:
