@@ -20,10 +20,9 @@ Columns are sorted by group where the checkpoint has an activation order, and x 
 
 from __future__ import annotations
 
-import itertools
-from concurrent.futures import ThreadPoolExecutor
+import ctypes
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +36,7 @@ from llmq.types import LinearSpec, Params, QTensor
 FEW = 16
 """The most rows that go to the loop; the times of both sides are in docs/runtime.md."""
 _PANEL = 256  # rows of W decoded at once
-_KINDS = "u3 f2 u2 f4 f2 f2 i i"  # of `_one` and `_four`
-_DECODE = "u3 f2 u2 f4 i i i"
+_KINDS = "u3 f2 u2 f4 f2 f2 i i"  # of `_one`, `_four` and `_decode`
 
 
 class Int4Loop(Prepacked):
@@ -118,21 +116,25 @@ def loop_product(x_MK: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Te
     sums = torch.zeros(padded, G)
     y = torch.empty(padded, N)
     _ready(_split, "f4 f4 f2")(x_MK.contiguous().view(M, G, 2, half).numpy(), X.numpy(), sums.numpy())
-    arrays = tuple(t.numpy() for t in (codes, scale, zero, X, sums, y))
-    _in_parts(_ready(_one if M == 1 else _four, _KINDS), arrays, 0, N)
+    _run(_one if M == 1 else _four, (codes, scale, zero, X, sums, y), 0, N)
     return y[:M]
 
 
 def decoded_product(x_MK: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Return `x @ W^T` in float32, decoding `_PANEL` rows of W at a time."""
-    N = len(codes)
-    W = torch.empty(min(_PANEL, N), x_MK.shape[1])
-    arrays = tuple(t.numpy() for t in (codes, scale, zero, W.view(len(W), -1, 2, codes.shape[2])))
+    N, G, half = codes.shape
+    W = torch.empty(min(_PANEL, N), G, 2, half)
+    unused = torch.empty(1, 1)
     y_MN = x_MK.new_empty(len(x_MK), N)
     for n in range(0, N, _PANEL):
         last = min(n + _PANEL, N)
-        _in_parts(_ready(_decode, _DECODE), (*arrays, n), n, last)
-        y_MN[:, n:last] = F.linear(x_MK, W[: last - n])
+        _run(
+            _decode,
+            (codes[n:last], scale[n:last], zero[n:last] if len(zero) == N else zero, W, unused, unused),
+            0,
+            last - n,
+        )
+        y_MN[:, n:last] = F.linear(x_MK, W[: last - n].view(last - n, -1))
     return y_MN
 
 
@@ -156,20 +158,61 @@ def _ready(loop: Loop, kinds: str) -> Loop:
     return found
 
 
+def _run(loop: Loop, tensors: tuple[Tensor, ...], first: int, last: int) -> None:
+    """Run a loop over rows `first` to `last` of the weight, in torch's threads where they can be had, else in this."""
+    team = _team()
+    if team is None or torch.get_num_threads() == 1:
+        _ready(loop, _KINDS)(*(t.numpy() for t in tensors), first, last)
+        return
+    codes, _, zero, X = tensors[:4]
+    sizes = torch.tensor([_LOOPS.index(loop), first, last, *codes.shape, len(zero), len(X)])
+    pointers = (ctypes.c_void_p * 7)(*(t.data_ptr() for t in (*tensors, sizes)))
+    team.fork(team.part.address, pointers, torch.get_num_threads(), 0)
+
+
+class _Team(NamedTuple):
+    """torch's OpenMP threads: what runs a function in them, and the function."""
+
+    fork: Any
+    part: Any
+
+
 @cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, torch.get_num_threads() - 1))
+def _team() -> _Team | None:
+    """Return the team, None where torch brings another threading runtime than GNU OpenMP.
 
+    Threads of our own would share the cores with torch's, which spin for some milliseconds after every parallel region:
+    a decode step took four times as long. `GOMP_parallel(function, data, threads, flags)` is the entry that compilers
+    call (gcc, libgomp ABI).
+    """
+    process = ctypes.CDLL(None)
+    if not all(hasattr(process, n) for n in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")):
+        return None
+    from numba import carray, cfunc, types
 
-def _in_parts(loop: Loop, arguments: tuple[Any, ...], first: int, last: int) -> None:
-    """Run `loop(*arguments, from, to)` over `first` to `last`, a part in each of torch's threads, one of them here."""
-    parts = torch.get_num_threads()
-    cuts = [first + (last - first) * i // parts for i in range(parts + 1)]
-    mine, *others = itertools.pairwise(cuts)
-    waiting = [_pool().submit(loop, *arguments, *part) for part in others]
-    loop(*arguments, *mine)
-    for done in waiting:
-        done.result()
+    thread: Any = types.ExternalFunction("omp_get_thread_num", types.int32())
+    threads: Any = types.ExternalFunction("omp_get_num_threads", types.int32())
+    one, four, decode = (_ready(loop, _KINDS) for loop in _LOOPS)
+
+    def part(data):
+        """Run one thread's share of a loop: `data` points at six arrays and at their sizes."""
+        sizes = carray(data[6], 8, np.int64)
+        first, count = sizes[1], sizes[2] - sizes[1]
+        N, G, half, Z, M = sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]
+        codes, scale = carray(data[0], (N, G, half), np.uint8), carray(data[1], (N, G), np.float32)
+        zero, X = carray(data[2], (Z, G), np.uint8), carray(data[3], (M, G, 2, half), np.float32)
+        sums, y = carray(data[4], (M, G), np.float32), carray(data[5], (M, N), np.float32)
+        begin, end = first + count * thread() // threads(), first + count * (thread() + 1) // threads()
+        if sizes[0] == 0:
+            one(codes, scale, zero, X, sums, y, begin, end)
+        elif sizes[0] == 1:
+            four(codes, scale, zero, X, sums, y, begin, end)
+        else:
+            decode(codes, scale, zero, X, sums, y, begin, end)
+
+    fork = process.GOMP_parallel
+    fork.argtypes, fork.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return _Team(fork, cfunc(types.void(types.CPointer(types.voidptr)), cache=True)(part))
 
 
 def _split(x, X, sums):
@@ -229,13 +272,16 @@ def _four(codes, scale, zero, X, sums, y, first, last):  # noqa: PLR0913, PLR091
             y[m, n], y[m + 1, n], y[m + 2, n], y[m + 3, n] = y0, y1, y2, y3
 
 
-def _decode(codes, scale, zero, W, top, first, last):
-    """Fill rows `first - top` to `last - top` of W `[n, G, 2, g/2]` with weights `first` to `last`. numba compiles."""
+def _decode(codes, scale, zero, W, unused, also_unused, first, last):  # noqa: PLR0913, PLR0917
+    """Fill W `[n, G, 2, g/2]` with weights `first` to `last`. numba compiles this."""
     for n in range(first, last):
-        row, i = min(n, zero.shape[0] - 1), n - top
+        row = min(n, zero.shape[0] - 1)
         for g in range(scale.shape[1]):
             s, z = scale[n, g], np.float32(zero[row, g])
             for j in range(codes.shape[2]):
                 b = codes[n, g, j]
-                W[i, g, 0, j] = s * (np.float32(b & np.uint8(15)) - z)
-                W[i, g, 1, j] = s * (np.float32(b & np.uint8(240)) * np.float32(0.0625) - z)
+                W[n, g, 0, j] = s * (np.float32(b & np.uint8(15)) - z)
+                W[n, g, 1, j] = s * (np.float32(b & np.uint8(240)) * np.float32(0.0625) - z)
+
+
+_LOOPS = (_one, _four, _decode)
