@@ -21,8 +21,8 @@ def uses_asm() -> bool:
 def runs_on(x: Tensor) -> bool:
     """Say whether an op computes `x` by its kernel, and not by its reference.
 
-    So on GPUs; on the CPU only in Triton's interpreter, which is there to show what a kernel does, and not for bfloat16,
-    whose arithmetic is wrong there.
+    So on GPUs; on the CPU only in Triton's interpreter, which is there to show what a kernel does, and not for
+    bfloat16, whose arithmetic is wrong there.
     """
     return x.device.type != "cpu" or (knobs.runtime.interpret and x.dtype in (torch.float16, torch.float32))
 

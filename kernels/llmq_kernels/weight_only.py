@@ -251,7 +251,7 @@ def configs(M: int, w: PackedWeight) -> list[tune.Config]:
 def launch(
     x_MK: Tensor, w: PackedWeight, bias: Tensor | None, config: tune.Config, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Run the kernel on fp16 or bf16 `x` `[M, K]` in a given configuration. Returns `[M, N]` in `dtype`, x's own if None."""
+    """Run the kernel on fp16 or bf16 `x` `[M, K]` in a given configuration. Returns `[M, N]` in `dtype`, else x's."""
     M = x_MK.shape[0]
     size = tile(w.bits, w.group)
     Kp, Np = -(-w.K // size) * size, w.words.shape[1]

@@ -92,7 +92,7 @@ def backends() -> tuple[type[Prepacked], ...]:
 
 
 def choose(spec: LinearSpec, q: QTensor) -> type[Prepacked] | None:
-    """Return the first back-end that can run `spec` where `q` is, None for the reference (logged where that is slow)."""
+    """Return the first back-end that can run `spec` where `q` is, None for the reference (logged on a GPU)."""
     device = q.codes.device
     found = next((b for b in backends() if b.refuses(spec, device) is None and b.holds(q)), None)
     if found is None and device.type not in ("cpu", "meta"):

@@ -1,9 +1,9 @@
 """What the back-ends for GPUs share: whether the Triton kernels can run here, and their errors in a user's words.
 
-The kernels are a package of their own, `llmq_kernels`. It is imported when a weight is first prepacked for a GPU and not
-before: importing llmq imports no triton, and a machine without one never asks for it.
-AMD's GPUs are devices of type "cuda" too. Which GPUs: those that docs/kernels.md has compiled the kernels for, and their
-kin: NVIDIA from compute capability 8.0 (async copies, bfloat16), AMD's CDNA 2 to 4 (matrix instructions).
+The kernels are a package of their own, `llmq_kernels`. It is imported when a weight is first prepacked for a GPU and
+not before: importing llmq imports no triton, and a machine without one never asks for it.
+AMD's GPUs are devices of type "cuda" too. Which GPUs: those that docs/kernels.md has compiled the kernels for, and
+their kin: NVIDIA from compute capability 8.0 (async copies, bfloat16), AMD's CDNA 2 to 4 (matrix instructions).
 Not here: the back-ends (triton_weight_only.py, triton_w8a8.py), the kernels (kernels/llmq_kernels).
 """
 
@@ -28,7 +28,7 @@ _INSTEAD = "or load with backend='reference'"
 
 
 def refuses_device(device: torch.device, devices: frozenset[str]) -> str | None:
-    """Return why the kernels cannot run on `device`, None where they can. `devices`: the types that a back-end takes."""
+    """Return why the kernels cannot run on `device`, of the types `devices` that a back-end takes; None where they can."""
     if device.type not in devices:
         return f"it runs on a GPU, not on {device.type}"
     for package in ("triton", "llmq_kernels"):
@@ -54,7 +54,7 @@ def refuses_gpu(device: torch.device) -> str | None:
 
 
 def run(name: str, op: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Return `op(*args)`, one of the kernels' operators; what it cannot take becomes a LlmqError for the linear `name`."""
+    """Return `op(*args)`, an operator of the kernels; what it cannot take becomes a LlmqError for the linear `name`."""
     from llmq_kernels.errors import KernelError
 
     try:

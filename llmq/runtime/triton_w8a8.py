@@ -2,8 +2,8 @@
 
     y[m, n] = (sum_k x_int[m, k] * w_int[n, k]) * s_x[m] * s_w[n]
 
-A first kernel rounds the activation, per token or with the static scale, to the very integers of the reference; the sums
-are exact and are scaled in float32. float16, bfloat16 and float32 activations enter as they are.
+A first kernel rounds the activation, per token or with the static scale, to the very integers of the reference; the
+sums are exact and are scaled in float32. float16, bfloat16 and float32 activations enter as they are.
 `w` int8 `[N, K]`, the codes less 128, padded to multiples of 128; `scale` float32 `[N]`, padded.
 Not here: weights alone (triton_weight_only.py), what a GPU must have (gpu.py).
 """

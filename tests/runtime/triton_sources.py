@@ -1,7 +1,7 @@
 """Every source of a weight for the GPU's back-ends, and what they make of it; run as a script, in Triton's interpreter.
 
 As a script, under TRITON_INTERPRET=1, CPU tensors go through the kernels: it prints one JSON object, by source the dB
-of the layer against exact products, for float16 and for float32 activations, and whether everything came back bit for bit.
+of the layer against exact products, for float16 and for float32 activations, and whether all came back bit for bit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llmq.formats.awq import AWQ
 from llmq.formats.compressed_tensors import CompressedTensors
 from llmq.formats.gptq import GPTQ
 from llmq.grids.int import Int
-from llmq.runtime.reference import fake_quantize
+from llmq.runtime.reference import quantize_activation
 from llmq.runtime.triton_w8a8 import TritonW8A8
 from llmq.runtime.triton_weight_only import TritonWeightOnly
 from llmq.types import ActivationGrid
@@ -46,14 +46,18 @@ def layer(name):
     """Return the layer of a source with a bias, on the reference, and its QTensor."""
     fmt, grid, activation, act_order, N, K = SOURCES[name]
     q, spec = make(N, K, grid, activation, act_order)
+    torch.manual_seed(0)  # of the bias
     return layer_of(q, spec, fmt, bias=True), q
 
 
 def exact(linear, q, x):
     """Return what `linear` has to compute, in float64."""
     activation = linear.spec.scheme.activation
-    x_rounded = x if activation is None else fake_quantize(x, activation, q.input)
-    return x_rounded.double() @ q.dequantize().double().T + linear.bias.double()
+    y = x.double()
+    if activation is not None:
+        integers, scale = quantize_activation(x, activation, q.input)
+        y = integers.double() * scale.double()
+    return y @ q.dequantize().double().T + linear.bias.double()
 
 
 def same(a, b):
