@@ -2,9 +2,8 @@
 
 A back-end is one file with one class, a `Prepacked` weight. `refuses` says why it cannot run a linear, or None where it
 can; `choose` takes the first of `BACKENDS` that can, and the reference (reference.py) where none can, which is always
-right. On a GPU, where it is slow, one line is logged for each reason why it is taken. A prepacked weight replaces the
-tensors of the file and gives them back without loss (`restore`), so a model never holds both and `save_pretrained`
-writes what was read.
+right. On a GPU one line is logged for each reason why it is taken. A prepacked weight replaces the tensors of the file
+and gives them back without loss (`restore`), so a model never holds both and `save_pretrained` writes what was read.
 
 | back-end | takes | how |
 |---|---|---|
@@ -114,7 +113,7 @@ def _tell(device: str, reason: str, name: str) -> None:
     """Log, once for each reason, that linears go to the reference."""
     if (device, reason) not in _told:
         _told.add((device, reason))
-        log.warning("%s and all like it decode their weight at every forward on %s, slowly: %s", name, device, reason)
+        log.warning("%s and all like it run the reference on %s: %s", name, device, reason)
 
 
 def centred(q: QTensor) -> bool:

@@ -24,11 +24,11 @@ DEVICES = frozenset({"cuda"})
 """The types of devices that the back-ends for GPUs take."""
 _CAPABILITY = (8, 0)
 _AMD = ("gfx90a", "gfx942", "gfx950")
-_INSTEAD = "or load with backend='reference'"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def refuses_device(device: torch.device, devices: frozenset[str]) -> str | None:
-    """Return why the kernels cannot run on `device`, of the types `devices` that a back-end takes; None where they can."""
+    """Return why the kernels cannot run on `device`, None where they can; `devices` are the types a back-end takes."""
     if device.type not in devices:
         return f"it runs on a GPU, not on {device.type}"
     for package in ("triton", "llmq_kernels"):
@@ -53,11 +53,16 @@ def refuses_gpu(device: torch.device) -> str | None:
     return None
 
 
-def run(name: str, op: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Return `op(*args)`, an operator of the kernels; what it cannot take becomes a LlmqError for the linear `name`."""
+def run(name: str, op: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """Return `op(x, *args)`, an operator of the kernels. Raises LlmqError, for the linear `name`, where it cannot."""
     from llmq_kernels.errors import KernelError
 
+    if x.dtype not in _FLOATS:
+        raise LlmqError(
+            f"{name}: its activations are {x.dtype}, and a GPU's kernels take float16, bfloat16 and float32; load the "
+            "model with dtype=torch.bfloat16, or with backend='reference'"
+        )
     try:
-        return op(*args)
+        return op(x, *args)
     except KernelError as e:
-        raise LlmqError(f"{name}: {e}, {_INSTEAD}") from e
+        raise LlmqError(f"{name}: {e} (backend='reference' does without the kernel)") from e

@@ -4,8 +4,8 @@
 
 float16 and bfloat16 activations enter as they are. float32 ones are multiplied in float16 after a power of two a row
 has brought them into its range: 11 bits of each activation are kept (about 70 dB), and nothing is rounded after that.
-So a float32 checkpoint runs on a GPU as it is, fast, and with less rounding than bfloat16 has; who wants every bit
-loads it with `backend="reference"`.
+So a float32 checkpoint runs on a GPU as it is, with less rounding than bfloat16 has; who wants every bit loads it with
+`backend="reference"`.
 
 Symmetric and asymmetric grids, groups that 32 divides or per channel, any N and K (padded when packed), act-order.
 Kept: `words` and `params` (layout.py there has the picture), `order` and `g_idx` for act-order, and `rest`, what zeros
