@@ -104,9 +104,7 @@ def choose(
         return candidates[0]
     times = {c: t for c in candidates if (t := _time(run, c)) is not None}
     if not times:
-        raise KernelError(
-            f"{torch.cuda.get_device_name(device)} has too little shared memory for every configuration of {op}"
-        )
+        raise KernelError(f"{_slug(device)} has too little shared memory for any configuration of {op}")
     known[name] = min(times, key=lambda c: times[c])
     _write(file, known)
     return known[name]
