@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llmq_kernels import tune
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import DTYPES, OPTIONS, on
+from llmq_kernels.launch import DTYPES, OPTIONS, on, runs_on
 
 TILE_K = 128
 N_MULTIPLE = 128
@@ -109,7 +109,7 @@ def int8_kernel(
     x_scale_ptr,  # [M] float32, or with STATIC [1]
     w_scale_ptr,  # [NP] float32
     bias_ptr,  # [N], in y's dtype, if HAS_BIAS
-    y_ptr,  # [M, N] fp16 or bf16, or partials [SPLIT_K, M, N] int32
+    y_ptr,  # [M, N] fp16, bf16 or float32, or partials [SPLIT_K, M, N] int32
     M,
     N,
     K,
@@ -201,9 +201,9 @@ def reference(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tens
 
 
 def linear(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Map `x` `[..., K]` (fp16 or bf16; any float on the CPU) to `[..., N]` in its dtype, in int8.
+    """Map `x` `[..., K]` (fp16, bf16 or float32; any float on the CPU) to `[..., N]` in its dtype, in int8.
 
-    static: float32 `[1]`, the scale of the activation, or None for one per token. bias: `[N]`.
+    static: `[1]`, the scale of the activation, or None for one per token. bias: `[N]`.
     Raises KernelError for a shape, dtype or device that the kernel cannot take.
     """
     return torch.ops.llmq.int8_linear(x, w.q, w.scale, static, bias, w.N, w.K)
@@ -218,10 +218,10 @@ def _op(x: Tensor, q: Tensor, scale: Tensor, static: Tensor | None, bias: Tensor
         raise KernelError(f"the activation is on {x.device}, the packed weight on {q.device}; move one")
     if bias is not None and bias.shape != (n,):
         raise KernelError(f"the bias is {list(bias.shape)}, not [{n}]")
-    if x.device.type == "cpu" or not x.numel():
+    if not runs_on(x) or not x.numel():
         return reference(x, w, static, bias)
-    if x.dtype not in DTYPES:
-        raise KernelError(f"the W8A8 kernel takes fp16 or bf16 activations, not {x.dtype}; convert x")
+    if x.dtype not in (*DTYPES, torch.float32):
+        raise KernelError(f"the W8A8 kernel takes fp16, bf16 or float32 activations, not {x.dtype}; convert x")
     x_MK = x.reshape(-1, k)
     key = (tune.bucket(x_MK.shape[0]), n, k, str(x.dtype))
     with on(x.device):

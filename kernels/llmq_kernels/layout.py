@@ -14,6 +14,8 @@ tensor-core fragments without any shuffle. As groups are multiples of SUB, a sub
 
     params int32 [G, N]   the bits of the float32 scale; where there are zeros, its low 8 mantissa bits hold the zero,
                           which costs nothing for fp16 and bf16 scales (at least 13 low bits are clear)
+    rest   uint8 [N, G]   those low 8 bits, where float32 scales have any: the kernel multiplies with scales cut by up
+                          to 2^-15 of themselves, and `unpack` still gives back every bit
 
 K is padded to whole tiles and N to 128 with weights of value 0, so that the kernel's divisibility hints hold.
 act-order (g_idx) sorts the columns by group here and the activation's columns by `order` at call.
@@ -23,7 +25,7 @@ Not here: formats on disk; the kernel (weight_only.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +43,7 @@ class PackedWeight:
     words: int16 `[Kp * bits / 16, Np]`; params: int32 `[Gp, Np]`; Kp, Np: K and N padded.
     order: int64 `[K]`, the columns of the activation in the order of the packed ones, or None.
     group: columns per scale, 0 for per channel. has_zero: whether `params` holds zeros; else zero is 2^(bits-1).
+    rest: what zeros displaced of float32 scales, uint8 `[N, G]`, or None; the kernel does without it.
     """
 
     words: Tensor
@@ -51,12 +54,13 @@ class PackedWeight:
     bits: int
     group: int
     has_zero: bool
+    rest: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the weight on another device."""
-        order = None if self.order is None else self.order.to(device)
+        order, rest = (None if t is None else t.to(device) for t in (self.order, self.rest))
         shape = (self.N, self.K, self.bits, self.group, self.has_zero)
-        return PackedWeight(self.words.to(device), self.params.to(device), order, *shape)
+        return PackedWeight(self.words.to(device), self.params.to(device), order, *shape, rest)
 
 
 def sub_rows(bits: int, group: int) -> int:
@@ -75,47 +79,52 @@ def pack(
     """Pack unsigned codes (uint8, below 2^bits) and float scales; `zero_NG` None means 2^(bits-1) everywhere.
 
     A single group is per channel. g_idx: `[K]`, the group of every column, in any order.
-    Raises KernelError for bits, groups or scales that the kernel cannot take.
+    Raises KernelError for bits, groups, zeros or shapes that the kernel cannot take, as `check` does.
     """
+    check(codes_NK, scale_NG, zero_NG, bits, g_idx=g_idx)
     N, K = codes_NK.shape
     G = scale_NG.shape[1]
-    _check(codes_NK, scale_NG, zero_NG, bits)
     if zero_NG is not None and bool((zero_NG == 2 ** (bits - 1)).all()):
         zero_NG = None
-    group = 0 if G == 1 else _group_size(K, G)
+    group = 0 if G == 1 else K // G
     order = None
     if g_idx is not None and G > 1:
-        codes_NK, order = _sort_columns(codes_NK, g_idx, group, G)
+        codes_NK, order = _sort_columns(codes_NK, g_idx)
     size = tile(bits, group)
     Kp, Np = -(-K // size) * size, -(-N // N_MULTIPLE) * N_MULTIPLE
     params = torch.zeros((-(-Kp // group) if group else 1, Np), dtype=torch.int32, device=codes_NK.device)
-    params[:G, :N] = _params(scale_NG, zero_NG).t()
+    words_NG, rest = _params(scale_NG, zero_NG)
+    params[:G, :N] = words_NG.t()
     # The padded columns meet activations of 0 and the padded rows are never stored: any code will do.
     padded = torch.zeros((Np, Kp), dtype=torch.uint8, device=codes_NK.device)
     padded[:N, :K] = codes_NK
     words = _words(padded, bits, sub_rows(bits, group))
-    return PackedWeight(words, params, order, N, K, bits, group, zero_NG is not None)
+    return PackedWeight(words, params, order, N, K, bits, group, zero_NG is not None, rest)
 
 
 def unpack(w: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes uint8 `[N, K]` in packed column order, scales float32 `[N, G]` and zeros int32 `[N, G]`."""
+    """Return codes uint8 `[N, K]` in packed column order, scales float32 `[N, G]` and zeros int32 `[N, G]`, exactly."""
     codes = _codes(w.words, w.bits, sub_rows(w.bits, w.group))[: w.N, : w.K]
     G = w.K // w.group if w.group else 1
     params = w.params[:G, : w.N].t().contiguous()
     if w.has_zero:
-        return codes, (params & ~0xFF).view(torch.float32), params & 0xFF
+        scale = params & ~0xFF if w.rest is None else params & ~0xFF | w.rest.to(torch.int32)
+        return codes, scale.view(torch.float32), params & 0xFF
     return codes, params.view(torch.float32), torch.full_like(params, 2 ** (w.bits - 1))
 
 
 def dequantize(w: PackedWeight) -> Tensor:
-    """Return the weight, float32 `[N, K]`, in packed column order."""
-    codes, scale, zero = unpack(w)
+    """Return the weight that the kernel multiplies with, float32 `[N, K]`, in packed column order."""
+    codes, scale, zero = unpack(replace(w, rest=None))
     if w.group:
         scale, zero = (p.repeat_interleave(w.group, dim=1) for p in (scale, zero))
     return (codes - zero).float() * scale
 
 
-def _check(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, bits: int) -> None:
+def check(
+    codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, bits: int, *, g_idx: Tensor | None = None
+) -> None:
+    """Raise the KernelError that `pack` would raise, without packing."""
     if bits not in FIELDS:
         raise KernelError(f"no kernel for {bits}-bit weights; there are {', '.join(map(str, FIELDS))}")
     if codes_NK.dtype != torch.uint8 or scale_NG.shape[0] != codes_NK.shape[0]:
@@ -125,41 +134,47 @@ def _check(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, bits: int
         )
     if zero_NG is not None and zero_NG.shape != scale_NG.shape:
         raise KernelError(f"zeros are {list(zero_NG.shape)} but scales {list(scale_NG.shape)}; they must be alike")
+    (N, K), G = codes_NK.shape, scale_NG.shape[1]
+    if G > 1:
+        _check_groups(K, G, g_idx)
+    size = tile(bits, K // G if G > 1 else 0)
+    if -(-K // size) * size * bits // 16 * -(-N // N_MULTIPLE) * N_MULTIPLE >= 2**31:
+        raise KernelError(f"N x K = {N} x {K} in {bits} bits is beyond the kernel's 32-bit offsets; split N")
     if int(codes_NK.max()) >= 2**bits:
         raise KernelError(f"a code is {int(codes_NK.max())}, beyond {bits} bits; give unsigned codes")
     if zero_NG is not None and not 0 <= int(zero_NG.min()) <= int(zero_NG.max()) < 2**bits:
         raise KernelError(f"a zero lies outside 0 .. {2**bits - 1}; give unsigned zeros")
 
 
-def _group_size(K: int, G: int) -> int:
+def _check_groups(K: int, G: int, g_idx: Tensor | None) -> None:
     if K % G or (K // G) % 32:
         raise KernelError(
             f"{G} groups over K = {K} are not groups of a multiple of 32 columns, which the weight-only kernel needs; "
             "use group size 32, 64, 128 or per channel"
         )
-    return K // G
-
-
-def _sort_columns(codes_NK: Tensor, g_idx: Tensor, group: int, G: int) -> tuple[Tensor, Tensor | None]:
-    K = codes_NK.shape[1]
+    if g_idx is None:
+        return
     if g_idx.shape != (K,):
         raise KernelError(f"g_idx is {list(g_idx.shape)}, not [{K}]: one group for every column")
     counts = torch.bincount(g_idx.long(), minlength=G)
-    if not torch.equal(counts, torch.full_like(counts, group)):
-        raise KernelError(f"g_idx does not put {group} columns into every group; re-quantize with equal groups")
+    if not torch.equal(counts, torch.full_like(counts, K // G)):
+        raise KernelError(f"g_idx does not put {K // G} columns into every group; re-quantize with equal groups")
+
+
+def _sort_columns(codes_NK: Tensor, g_idx: Tensor) -> tuple[Tensor, Tensor | None]:
     order = torch.argsort(g_idx.long(), stable=True)
-    if torch.equal(order, torch.arange(K, device=order.device)):
+    if torch.equal(order, torch.arange(len(order), device=order.device)):
         return codes_NK, None
     return codes_NK[:, order], order
 
 
-def _params(scale_NG: Tensor, zero_NG: Tensor | None) -> Tensor:
+def _params(scale_NG: Tensor, zero_NG: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return int32 `[N, G]` and `rest`, of which there is none for fp16 and bf16 scales (see the module)."""
     word = scale_NG.float().contiguous().view(torch.int32)
     if zero_NG is None:
-        return word
-    if bool((word & 0xFF).any()):
-        raise KernelError("asymmetric weights need fp16 or bf16 scales: the low bits of float32 scales hold the zeros")
-    return word | zero_NG.to(torch.int32)
+        return word, None
+    rest = (word & 0xFF).to(torch.uint8)
+    return word & ~0xFF | zero_NG.to(torch.int32), rest if bool(rest.any()) else None
 
 
 def _words(codes_NK: Tensor, bits: int, sub: int) -> Tensor:

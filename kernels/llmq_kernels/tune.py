@@ -4,8 +4,8 @@
 
 The answers of a device lie in one JSON file, `<cache>/<device name>-<triton version>.json`, replaced atomically, so
 that several processes may write: the last one wins, and each loses at most a measurement. Nothing is measured where
-there is one candidate, while a CUDA graph is captured, or after `measuring(False)`: then the first candidate is taken
-and not recorded. No device is asked anything before the first choice on it.
+there is one candidate, in Triton's interpreter, while a CUDA graph is captured, or after `measuring(False)`: then the
+first candidate is taken and not recorded. No device is asked anything before the first choice on it.
 
 Not here: the candidates, which belong to their kernels.
 """
@@ -26,6 +26,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import OPTIONS
 
 log = logging.getLogger(__name__)
@@ -86,8 +87,11 @@ def measuring(on: bool) -> None:
 def choose(
     op: str, device: torch.device, key: Sequence[Any], candidates: Sequence[Config], run: Callable[[Config], Any]
 ) -> Config:
-    """Return the fastest of `candidates` for `key` on `device`, timing `run(config)` where it is not known."""
-    if len(candidates) == 1:
+    """Return the fastest of `candidates` for `key` on `device`, timing `run(config)` where it is not known.
+
+    Raises KernelError where the device has the resources for none of them.
+    """
+    if len(candidates) == 1 or device.type == "cpu":
         return candidates[0]
     file = _state.folder / f"{_slug(device)}-triton{triton.__version__}.json"
     name = " ".join(map(str, (op, *key)))
@@ -100,7 +104,7 @@ def choose(
         return candidates[0]
     times = {c: t for c in candidates if (t := _time(run, c)) is not None}
     if not times:
-        raise OutOfResources(0, 0, f"any configuration of {op} for {key}")
+        raise KernelError(f"{_slug(device)} has too little shared memory for any configuration of {op}")
     known[name] = min(times, key=lambda c: times[c])
     _write(file, known)
     return known[name]

@@ -9,6 +9,8 @@ One program makes a tile [BM, BN] of y over a contiguous run of K tiles (layout.
 Scaling the float32 accumulator instead of the weights costs one multiply per group and output, and is more exact.
 With SPLIT_K > 1 every split stores its float32 partial, and a second kernel adds them in a fixed order: no atomics,
 equal bits on every run. Padding of K and N keeps the divisibility hints without which Triton drops every async copy.
+A float32 x is multiplied in fp16 too, each row first divided by the power of two at its maximum, so that nothing
+overflows and 11 bits of it are kept; the sums are float32 and are not rounded.
 
 Beside it: `reference`, what the kernel must equal; it is also what the op does with CPU tensors, exact and slow.
 Not here: the layout (layout.py), W8A8 (int8.py), which configuration is fastest (tune.py).
@@ -26,7 +28,7 @@ from triton import constexpr_function
 from llmq_kernels import tune
 from llmq_kernels.dequant import code3_minus_zero, code_minus_zero
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import DTYPES, OPTIONS, on, uses_asm
+from llmq_kernels.launch import DTYPES, OPTIONS, on, runs_on, uses_asm
 from llmq_kernels.layout import FIELDS, N_MULTIPLE, PackedWeight, dequantize, sub_rows, tile
 
 
@@ -52,7 +54,7 @@ def weight_only_kernel(
     w_ptr,  # [K * BITS / 16, NP] int16
     param_ptr,  # [K / GROUP, NP] int32
     bias_ptr,  # [N], in x's dtype, if HAS_BIAS
-    y_ptr,  # [M, N] in x's dtype, or partials [SPLIT_K, M, N] float32
+    y_ptr,  # [M, N] in x's dtype or float32, or partials [SPLIT_K, M, N] float32
     M,
     N,
     NP,
@@ -164,7 +166,7 @@ def reference(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
 
 
 def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """Map `x` `[..., K]` (fp16 or bf16; any float on the CPU) to `[..., N]` in its dtype; bias `[N]`.
+    """Map `x` `[..., K]` (fp16, bf16 or float32; any float on the CPU) to `[..., N]` in its dtype; bias `[N]`.
 
     Raises KernelError for a shape, dtype or device that the kernel cannot take.
     """
@@ -186,14 +188,22 @@ def _op(
 ) -> Tensor:
     w = PackedWeight(words, params, order, n, k, bits, group, has_zero)
     _check(x, w, bias)
-    if x.device.type == "cpu" or not x.numel():
+    if not runs_on(x) or not x.numel():
         return reference(x, w, bias)
     x_MK = x.reshape(-1, k)
-    choices = configs(x_MK.shape[0], w)
+    unit = power_of_two(x_MK) if x.dtype == torch.float32 else None
+    if unit is not None:
+        x_MK = (x_MK / unit).half()
+
+    def run(config: tune.Config) -> Tensor:
+        return launch(x_MK, w, bias if unit is None else None, config, x.dtype)
+
     key = (tune.bucket(x_MK.shape[0]), n, k, bits, group, has_zero, str(x.dtype))
     with on(x.device):
-        config = tune.choose("weight_only", x.device, key, choices, lambda c: launch(x_MK, w, bias, c))
-        return launch(x_MK, w, bias, config).reshape(*x.shape[:-1], n)
+        y = run(tune.choose("weight_only", x.device, key, configs(x_MK.shape[0], w), run))
+    if unit is not None:
+        y = y * unit if bias is None else y * unit + bias
+    return y.reshape(*x.shape[:-1], n)
 
 
 @_op.register_fake
@@ -208,8 +218,15 @@ def _check(x: Tensor, w: PackedWeight, bias: Tensor | None) -> None:
         raise KernelError(f"the activation is on {x.device}, the packed weight on {w.words.device}; move one")
     if bias is not None and bias.shape != (w.N,):
         raise KernelError(f"the bias is {list(bias.shape)}, not [{w.N}]")
-    if x.device.type != "cpu" and x.dtype not in DTYPES:
-        raise KernelError(f"the weight-only kernel multiplies fp16 or bf16 activations, not {x.dtype}; convert x")
+    if x.device.type != "cpu" and x.dtype not in (*DTYPES, torch.float32):
+        raise KernelError(f"the weight-only kernel takes fp16, bf16 or float32 activations, not {x.dtype}; convert x")
+
+
+def power_of_two(x_MK: Tensor) -> Tensor:
+    """Return `[M, 1]`: the power of two below the maximum of every row of float32 `x`, 1 where there is none."""
+    top = x_MK.abs().amax(-1, keepdim=True)
+    unit = (top.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return unit.masked_fill(unit == 0, 1)
 
 
 def configs(M: int, w: PackedWeight) -> list[tune.Config]:
@@ -231,14 +248,16 @@ def configs(M: int, w: PackedWeight) -> list[tune.Config]:
     return list(dict.fromkeys(c for c in found if 1 <= c.split_k <= tiles and Np % c.BN == 0))
 
 
-def launch(x_MK: Tensor, w: PackedWeight, bias: Tensor | None, config: tune.Config) -> Tensor:
-    """Run the kernel on `x` `[M, K]` with a given configuration. Returns `[M, N]` in its dtype."""
+def launch(
+    x_MK: Tensor, w: PackedWeight, bias: Tensor | None, config: tune.Config, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Run the kernel on fp16 or bf16 `x` `[M, K]` in a given configuration. Returns `[M, N]` in `dtype`, else x's."""
     M = x_MK.shape[0]
     size = tile(w.bits, w.group)
     Kp, Np = -(-w.K // size) * size, w.words.shape[1]
     x = x_MK if w.order is None else x_MK[:, w.order]
     x = F.pad(x, (0, Kp - w.K)) if Kp != w.K else x.contiguous()
-    y = torch.empty((M, w.N), dtype=x.dtype, device=x.device)
+    y = torch.empty((M, w.N), dtype=dtype or x.dtype, device=x.device)
     if M == 0:
         return y
     splits = config.split_k

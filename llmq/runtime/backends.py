@@ -2,11 +2,13 @@
 
 A back-end is one file with one class, a `Prepacked` weight. `refuses` says why it cannot run a linear, or None where it
 can; `choose` takes the first of `BACKENDS` that can, and the reference (reference.py) where none can, which is always
-right. A prepacked weight replaces the tensors of the file and gives them back without loss (`restore`), so a model
-never holds both and `save_pretrained` writes what was read.
+right. On a GPU one line is logged for each reason why it is taken. A prepacked weight replaces the tensors of the file
+and gives them back without loss (`restore`), so a model never holds both and `save_pretrained` writes what was read.
 
 | back-end | takes | how |
 |---|---|---|
+| triton_weight_only | 2, 3, 4, 8 bits, weights only, a GPU | our Triton kernel, which decodes in registers |
+| triton_w8a8 | W8A8, a GPU | our Triton kernels, int8 x int8 -> int32 |
 | int4loop | 4 bits, weights only, no AVX-512 | a compiled loop for few rows, panels decoded to float32 for many |
 | int4pack | 4 bits, weights only | torch's int4 packed product for few rows, panels decoded to float32 for many |
 | int_mm   | W8A8, a CPU with VNNI | int8 x int8 -> int32 by `torch._int_mm` |
@@ -19,6 +21,7 @@ Not here: the layer itself (linear.py), bits on disk (formats/).
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -26,6 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq.types import LinearSpec, LlmqError, QTensor
+
+log = logging.getLogger(__name__)
 
 MANY_ROWS = {"AVX2": 32}
 """By CPU capability, the most rows of `x` for which torch's packed products beat decoding the weight to float32.
@@ -39,9 +44,11 @@ class Prepacked(nn.Module, ABC):
     """A weight in the layout that one back-end multiplies with. Its tensors are buffers outside the `state_dict`.
 
     Subclasses are made from a `QTensor` and a `LinearSpec` that `refuses` had nothing against.
+    devices: the types of device it is for.
     """
 
     name: ClassVar[str]
+    devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
 
     @classmethod
     @abstractmethod
@@ -79,14 +86,36 @@ def backends() -> tuple[type[Prepacked], ...]:
     from llmq.runtime.int4pack import Int4Pack
     from llmq.runtime.int8pack import Int8Pack
     from llmq.runtime.int_mm import IntMM
+    from llmq.runtime.triton_w8a8 import TritonW8A8
+    from llmq.runtime.triton_weight_only import TritonWeightOnly
 
-    return (Int4Loop, Int4Pack, IntMM, Fbgemm, Int8Pack)
+    return (TritonWeightOnly, TritonW8A8, Int4Loop, Int4Pack, IntMM, Fbgemm, Int8Pack)
 
 
 def choose(spec: LinearSpec, q: QTensor) -> type[Prepacked] | None:
-    """Return the first back-end that can run `spec` where `q` is, None for the reference."""
+    """Return the first back-end that can run `spec` where `q` is, None for the reference (logged on a GPU)."""
     device = q.codes.device
-    return next((b for b in backends() if b.refuses(spec, device) is None and b.holds(q)), None)
+    found = next((b for b in backends() if b.refuses(spec, device) is None and b.holds(q)), None)
+    if found is None and device.type not in ("cpu", "meta"):
+        _tell(device.type, why_reference(spec, device), spec.name)
+    return found
+
+
+def why_reference(spec: LinearSpec, device: torch.device) -> str:
+    """Return in words why none of the back-ends for `device` takes `spec`."""
+    asked = [b for b in backends() if device.type in b.devices]
+    held = "its zeros or its groups are not what it can hold"
+    return "; ".join(f"{b.name}: {b.refuses(spec, device) or held}" for b in asked) or f"none is for {device.type}"
+
+
+_told: set[tuple[str, str]] = set()
+
+
+def _tell(device: str, reason: str, name: str) -> None:
+    """Log, once for each reason, that linears go to the reference."""
+    if (device, reason) not in _told:
+        _told.add((device, reason))
+        log.warning("%s and all like it run the reference on %s: %s", name, device, reason)
 
 
 def centred(q: QTensor) -> bool:

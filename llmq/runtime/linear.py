@@ -7,7 +7,7 @@ It is made with the tensors of the file as buffers, under the names they have on
 the first back-end that can run it (backends.py); the tensors of the file are dropped and come back from the back-end,
 bit for bit, whenever a `state_dict` is asked for. So a model is always its checkpoint, and never holds two copies.
 A buffer keeps the dtype it was stored in whatever happens to the model: rounding scales to the model's dtype would
-change every weight. Moving the layer to another kind of device undoes `prepack()`.
+change every weight. A layer that is moved to another kind of device is prepacked anew there.
 
 Not here: bits on disk (formats/), replacing the linears of a model (integrations/).
 """
@@ -134,13 +134,18 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Let `.to()`, `.half()` and the like move the buffers but never change their dtype."""
+        leaves = False
         if self.prepacked is not None:
             device = next(self.prepacked.buffers()).device
-            if fn(torch.empty(0, device=device)).device.type != device.type:
-                self.undo_prepack()
+            leaves = fn(torch.empty(0, device=device)).device.type != device.type
+        if leaves:
+            self.undo_prepack()
 
         def move(t: Tensor) -> Tensor:
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        if leaves:
+            self.prepack()
+        return self

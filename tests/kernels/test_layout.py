@@ -40,6 +40,20 @@ def test_the_padded_size_is_that_of_the_bits(bits):
     assert w.words.numel() * 16 == 128 * 1024 * bits
 
 
+def test_float32_scales_give_their_low_bits_to_zeros_and_get_them_back():
+    codes, scale, zeros = make(4, 40, 256, 4, True, dtype=torch.float32)
+    w = layout.pack(codes, scale, zeros, 4)
+    found_codes, found_scale, found_zero = layout.unpack(w)
+    assert w.rest is not None and torch.equal(found_scale, scale)
+    assert torch.equal(found_codes, codes) and torch.equal(found_zero, zeros)
+    cut = layout.unpack(layout.PackedWeight(w.words, w.params, None, 40, 256, 4, 64, True))[1]
+    assert not torch.equal(cut, scale) and ((cut / scale - 1).abs() <= 2**-15).all()
+    exact = (codes - zeros.repeat_interleave(64, 1)).float() * cut.repeat_interleave(64, 1)
+    assert torch.equal(layout.dequantize(w), exact)
+    assert layout.pack(codes, scale, None, 4).rest is None
+    assert torch.equal(w.to("cpu").rest, w.rest)
+
+
 def test_field_j_of_row_r_is_column_j_sub_plus_r():
     codes = torch.zeros(128, 256, dtype=torch.uint8)
     codes[7, 128 + 2 * 32 + 5] = 9  # tile 1, field 2, row 5
@@ -77,7 +91,7 @@ def test_a_zero_in_the_middle_everywhere_is_symmetric():
         (lambda c, s, z: (c + 8, s, z, 4), "beyond 4 bits"),
         (lambda c, s, z: (c, s, z + 8, 4), "a zero lies outside"),
         (lambda c, s, z: (c, s, z[:, :1], 4), "must be alike"),
-        (lambda c, s, z: (c, s.float() + 1e-7, z, 4), "fp16 or bf16 scales"),
+        (lambda c, s, z: (c[:1].expand(2**26, 128), s[:1].expand(2**26, 2), None, 4), "32-bit offsets"),
     ],
 )
 def test_what_it_cannot_take_is_refused(change, message):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmq_kernels import tune
+from llmq_kernels.errors import KernelError
 
 A, B = tune.Config(16, 64, 1, 4, 3), tune.Config(16, 128, 2, 4, 4, 128)
 DEVICE = torch.device("cuda")
@@ -78,6 +79,12 @@ def test_a_broken_file_is_said_and_replaced(clock, tmp_path, caplog):
 def test_a_configuration_that_does_not_fit_the_device_is_passed_over(clock, monkeypatch):
     monkeypatch.setattr(tune, "_time", lambda run, config: None if config == B else 1.0)
     assert choose() == A
+
+
+def test_a_device_that_takes_no_configuration_is_named(clock, monkeypatch):
+    monkeypatch.setattr(tune, "_time", lambda run, config: None)
+    with pytest.raises(KernelError, match="some-gpu has too little shared memory for any configuration of op"):
+        choose()
 
 
 @pytest.mark.parametrize(("M", "bucket"), [(1, 1), (3, 4), (16, 16), (17, 32), (100_000, 2048)])

@@ -1,0 +1,95 @@
+"""Weights of 2, 3, 4 or 8 bits, float activations, on a GPU through our Triton kernel (llmq_kernels.weight_only).
+
+    y = x @ W^T,    W = scale * (code - zero), decoded in registers; float32 sums, scaled group by group, rounded once
+
+float16 and bfloat16 activations enter as they are. float32 ones are multiplied in float16 after a power of two a row
+has brought them into its range: 11 bits of each activation are kept (about 70 dB), and nothing is rounded after that.
+So a float32 checkpoint runs on a GPU as it is, with less rounding than bfloat16 has; who wants every bit loads it with
+`backend="reference"`.
+
+Symmetric and asymmetric grids, groups that 32 divides or per channel, any N and K (padded when packed), act-order.
+Kept: `words` and `params` (layout.py there has the picture), `order` and `g_idx` for act-order, and `rest`, what zeros
+displaced of float32 scales, which the product does without (2^-15 of a scale) and `restore` gives back.
+Not here: 8-bit activations (triton_w8a8.py), what a GPU must have (gpu.py).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmq.runtime.backends import Prepacked
+from llmq.runtime.gpu import DEVICES, refuses_device, run
+from llmq.types import LinearSpec, LlmqError, Params, QTensor
+
+BITS = (2, 3, 4, 8)
+
+
+class TritonWeightOnly(Prepacked):
+    """A weight for `llmq_kernels.weight_only`."""
+
+    name = "triton_weight_only"
+    devices: ClassVar[frozenset[str]] = DEVICES
+    words: Tensor
+    params: Tensor
+    order: Tensor | None
+    rest: Tensor | None
+    g_idx: Tensor | None
+
+    @classmethod
+    def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:
+        """See `Prepacked.refuses`."""
+        grid = spec.scheme.weight
+        size = grid.group_size or spec.K
+        if device.type not in cls.devices:
+            return refuses_device(device, cls.devices)
+        if spec.scheme.activation is not None:
+            return "it takes float activations"
+        if grid.bits not in BITS:
+            return f"it takes weights of {', '.join(map(str, BITS))} bits, not {grid.bits}"
+        if size != spec.K and (size % 32 or spec.K % size):
+            return f"32 does not divide the group size {size}" if size % 32 else f"{size} does not divide K = {spec.K}"
+        return refuses_device(device, cls.devices)
+
+    @classmethod
+    def holds(cls, q: QTensor) -> bool:
+        """See `Prepacked.holds`: zeros out of range, or uneven groups of act-order, are no kernel's."""
+        from llmq_kernels import KernelError, layout
+
+        try:
+            layout.check(q.codes, q.params.scale, q.params.zero, q.grid.bits, g_idx=q.g_idx)
+        except KernelError:
+            return False
+        return True
+
+    def __init__(self, q: QTensor, spec: LinearSpec) -> None:
+        super().__init__(q, spec)
+        from llmq_kernels import KernelError, layout
+
+        try:
+            w = layout.pack(q.codes, q.params.scale, q.params.zero, q.grid.bits, g_idx=q.g_idx)
+        except KernelError as e:
+            raise LlmqError(f"{spec.name}: {e}") from e
+        self.linear = spec.name
+        self.bits, self.group, self.has_zero = w.bits, w.group, w.has_zero
+        self.scale_dtype = q.params.scale.dtype
+        self.keep(words=w.words, params=w.params, order=w.order, rest=w.rest, g_idx=q.g_idx)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Prepacked.forward`. Raises LlmqError for activations other than float16, bfloat16 and float32."""
+        shape = (self.N, self.K, self.bits, self.group, self.has_zero)
+        op = torch.ops.llmq.weight_only_linear
+        return run(self.linear, op, x, self.words, self.params, self.order, None, *shape)
+
+    def restore(self) -> QTensor:
+        """See `Prepacked.restore`."""
+        from llmq_kernels import layout
+
+        shape = (self.N, self.K, self.bits, self.group, self.has_zero)
+        codes, scale, zero = layout.unpack(layout.PackedWeight(self.words, self.params, self.order, *shape, self.rest))
+        codes = codes.contiguous()
+        if self.order is not None:
+            codes = torch.empty_like(codes).index_copy_(1, self.order, codes)
+        return QTensor(codes, Params(scale.to(self.scale_dtype), zero), self.grid, self.g_idx)
