@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llmq.types import GgmlParams, LlmqError
 
-_CHUNK = 2**18  # weights of one chunk: temporaries of 1 MB stay in the cache, calls cost little beside them
+_CHUNK = 2**20  # weights of one chunk: enough that torch's calls cost little beside what they do for its superblocks
 _ROUND = torch.tensor(12582912.0)  # 1.5 * 2^23
 _LARGEST = 1e9  # beyond what any type reaches (65504 * 128 * 32); keeps squares and their sums finite
 _HEAVIEST = 1e4  # of a weight without importance, for the same reason

@@ -87,7 +87,8 @@ class Affine(GgmlGrid):
         n = W_nK.shape[0]
         x = W_nK.reshape(-1, self.group_size)
         w = error_weights(x, importance)
-        fit = _Compiled(self, x, w) if x.device.type == "cpu" and _loop() else _Torch(self, x, w)
+        loop = _loop() if x.device.type == "cpu" else None
+        fit = _Torch(self, x, w) if loop is None else _Compiled(loop, self, x, w)
         lo, hi = extremes(x, self)
         if self.qblock > self.group_size:
             lo = lo.clamp(max=0)
@@ -202,17 +203,15 @@ class _Torch:
 class _Compiled:
     """`_Torch` by a compiled loop, which reads the values as they lie."""
 
-    def __init__(self, grid: Affine, x: Tensor, w: Tensor) -> None:
-        self.grid, self.x, self.w = grid, x, w
+    def __init__(self, loop: Loop, grid: Affine, x: Tensor, w: Tensor) -> None:
+        self.loop, self.grid, self.x, self.w = loop, grid, x, w
 
     def best(self, origin: Tensor, steps: Tensor, starts: Sequence[float]) -> tuple[Tensor, Tensor, _Moments]:
         """See `_Torch.best`."""
         out = torch.empty(7, *origin.shape)
         arrays = [t.detach().numpy() for t in (self.x, self.w, origin, steps, torch.tensor(starts), out.flatten(1))]
         top, groups = 2.0**self.grid.bits - 1, origin.shape[0]
-        loop = _loop()
-        assert loop is not None
-        in_threads(len(self.x), lambda first, last: loop(*arrays, top, groups, first, last))
+        in_threads(len(self.x), lambda first, last: self.loop(*arrays, top, groups, first, last))
         s, o, *moments = out
         return s, o, _Moments(*moments)
 
@@ -245,9 +244,9 @@ def _best(x, w, origin, steps, starts, out, top, groups, first, last):  # type: 
                 D += wq * x[r, j]
             det = A * C - B * B
             s = max((D * C - E * B) / det, zero) if det > flat * A * C else zero
-            o = (E - B * s) / C if C > zero else zero
+            o = (E - B * s) / C if zero < C else zero
             if groups > 1 and o > zero:
-                s, o = (max(D / A, zero) if A > zero else zero), zero
+                s, o = (max(D / A, zero) if zero < A else zero), zero
             slope = B * o - D
             error = s * (A * s + slope + slope) + o * (C * o - E - E)
             if f == 0 or error < least:

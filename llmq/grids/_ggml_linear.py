@@ -70,7 +70,8 @@ class Linear(GgmlGrid):
         n = W_nK.shape[0]
         x = W_nK.reshape(-1, self.group_size)
         w = error_weights(x, importance)
-        fit = _Compiled(self, x, w) if x.device.type == "cpu" and _loop() else _Torch(self, x, w)
+        loop = _loop() if x.device.type == "cpu" else None
+        fit = _Torch(self, x, w) if loop is None else _Compiled(loop, self, x, w)
         scale, A, _ = fit.best(inverse(larger(*extremes(x, self))), self.starts)
         best: tuple[Tensor, ...] = ()
         for _ in range(_ROUNDS):
@@ -128,8 +129,8 @@ class _Torch:
 class _Compiled:
     """`_Torch` by a compiled loop, which reads the values as they lie."""
 
-    def __init__(self, grid: Linear, x: Tensor, w: Tensor) -> None:
-        self.grid, self.x, self.w = grid, x, w
+    def __init__(self, loop: Loop, grid: Linear, x: Tensor, w: Tensor) -> None:
+        self.loop, self.grid, self.x, self.w = loop, grid, x, w
 
     def best(self, steps: Tensor, starts: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
         """See `_Torch.best`."""
@@ -137,9 +138,7 @@ class _Compiled:
         tensors = (self.x, self.w, steps, torch.tensor(starts), self.grid._half_steps(), out.flatten(1))
         arrays = [t.detach().numpy() for t in tensors]
         bounds = -float(self.grid.zero), 2.0**self.grid.bits - 1 - self.grid.zero
-        loop = _loop()
-        assert loop is not None
-        in_threads(len(self.x), lambda first, last: loop(*arrays, *bounds, len(steps), first, last))
+        in_threads(len(self.x), lambda first, last: self.loop(*arrays, *bounds, len(steps), first, last))
         return tuple(out)  # type: ignore[return-value]
 
 
@@ -171,7 +170,7 @@ def _best(x, w, steps, starts, table, out, low, high, groups, first, last):  # t
                     v = min(max(np.rint(x[r, j] * step), low), high)
                     A += w[m, j] * v * v
                     D += w[m, j] * v * x[r, j]
-            s = D / A if A > zero else zero
+            s = D / A if zero < A else zero
             if f == 0 or s * D > greatest:
                 greatest = s * D
                 for k, value in enumerate((s, A, D)):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llmq import spec
-from llmq.grids._ggml import GgmlGrid, Stored
+from llmq.grids import _ggml_affine, _ggml_linear
+from llmq.grids._ggml import GgmlGrid, Stored, error_weights
 from llmq.types import GgmlParams, LlmqError, QTensor
 
 NAMES = [n for n in spec.names("grids") if issubclass(spec.find("grids", n), GgmlGrid)]
@@ -184,6 +185,29 @@ def test_rows_are_fitted_alone(grid):
         assert (part.scale == alone.scale).float().mean() > 0.8
         errors = [(grid.decode(grid.nearest(rows, c), c) - rows).square().sum() for c in map(spread, (part, alone))]
         assert abs(errors[0] / errors[1] - 1) < 0.01
+
+
+@every_grid
+@pytest.mark.parametrize("rows", ["random", "hard"])
+@pytest.mark.parametrize("importance", [None, torch.logspace(-3, 3, K)], ids=["plain", "weighted"])
+def test_compiled_and_torch_searches_agree(monkeypatch, grid, rows, importance):
+    """Row by row to a tie's worth, on the whole to 1e-4, by the error that the search weighs."""
+    assert _ggml_affine._loop() and _ggml_linear._loop(), "numba is a dependency"
+    W_NK = 0.02 * randn(256, K) if rows == "random" else hard_rows()
+    if importance is None:
+        weight = error_weights(W_NK.reshape(-1, grid.group_size), None).reshape(W_NK.shape)
+    else:
+        weight = importance
+    errors = []
+    for path in ("compiled", "torch"):
+        if path == "torch":
+            for module in (_ggml_affine, _ggml_linear):
+                monkeypatch.setattr(module, "_loop", lambda: None)
+        params = grid.fit(W_NK, importance).columns(K)
+        square = (grid.decode(grid.nearest(W_NK, params), params) - W_NK).double().square()
+        errors.append((square * weight).sum(1))
+    torch.testing.assert_close(*errors, rtol=0.03, atol=1e-12)
+    assert rows == "hard" or abs(errors[0].sum() / errors[1].sum() - 1) < 1e-4
 
 
 @every_grid
