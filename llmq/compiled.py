@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
 
 Loop = Callable[..., None]
 
@@ -17,8 +21,8 @@ Loop = Callable[..., None]
 def compiled(loop: Loop, kinds: str, *, reassociate: bool = False) -> Loop | None:
     """Return `loop` as machine code that runs without the interpreter's lock, or None where numba is not installed.
 
-    kinds: the argument types, space-separated: `f`, `i` scalars of 32 and 64 bits; `f1 i1 f2 u2` contiguous arrays of
-    1 or 2 dimensions (u: uint8). reassociate: sums may be taken in another order, in vector lanes.
+    kinds: the argument types, space-separated: `f`, `i` scalars of 32 and 64 bits; `f1 i1 f2 u2` contiguous arrays of as
+    many dimensions (u: uint8). reassociate: sums may be taken in another order, in vector lanes.
     """
     if importlib.util.find_spec("numba") is None:
         return None
@@ -36,3 +40,18 @@ def compiled(loop: Loop, kinds: str, *, reassociate: bool = False) -> Loop | Non
         return make(cache=True)
     except RuntimeError:  # numba found no folder to keep its code in
         return make(cache=False)
+
+
+def in_threads(count: int, work: Callable[[int, int], None]) -> None:
+    """Call `work(first, last)` on equal runs of `range(count)`, in as many threads as torch uses.
+
+    `work` is to call a compiled loop, which runs without the interpreter's lock. Raises what it raises.
+    """
+    parts = torch.get_num_threads()
+    if parts == 1:
+        work(0, count)
+        return
+    cuts = [count * i // parts for i in range(parts + 1)]
+    with ThreadPoolExecutor(parts) as pool:
+        for done in [pool.submit(work, a, b) for a, b in itertools.pairwise(cuts)]:
+            done.result()

@@ -6,9 +6,10 @@ groups whose scales are small integers times one float16:
     w = d * sc * level(code)                 q4_0 q5_0 q8_0 iq4_nl (no sc) | q3_k q6_k iq4_xs       _ggml_linear.py
     w = d * sc * code - dmin * m             q4_1 q5_1 (no sc, no m)       | q2_k q4_k q5_k         _ggml_affine.py
 
-Every factor of a product fits 24 bits, so float32 decodes exactly as ggml does. `fit` works on chunks of rows that stay
-in the cache, transposed to `[g, M]` (M groups in all), where sums over a group run at full vector width; so do sums
-over the groups of a superblock, in `[groups, M / groups]`.
+Every factor of a product fits 24 bits, so float32 decodes exactly as ggml does. `fit` works on chunks of rows. Groups
+are searched by a loop that numba compiles, which reads the rows as they lie; without it in torch, on rows transposed to
+`[g, groups, B]` (B qblocks in all). What is found of a group is `[groups, B]`, where sums over the groups of a
+superblock run at full vector width.
 Facts: the block structures of ggml-common.h (ggml-org/llama.cpp). Not here: the container (formats/).
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from llmq.types import GgmlParams, Lattice, LlmqError
 
-_CHUNK = 2**18  # weights of one chunk: its dozen temporaries of 1 MB stay in the cache, calls cost little beside them
+_CHUNK = 2**20  # weights of one chunk: enough that torch's calls cost little beside what they do for its superblocks
 _ROUND = torch.tensor(12582912.0)  # 1.5 * 2^23
 _LARGEST = 1e9  # beyond what any type reaches (65504 * 128 * 32); keeps squares and their sums finite
 _HEAVIEST = 1e4  # of a weight without importance, for the same reason
@@ -179,10 +180,16 @@ def nearest_integer(t: Tensor) -> Tensor:
     return t.add_(_ROUND).sub_(_ROUND)
 
 
-def by_group(W_nK: Tensor, grid: GgmlGrid) -> Tensor:
-    """Return rows `[n, K]` as `[g, M]`, column by column of every group; M is `[groups of a qblock, qblocks]`, flat."""
+def by_group(x_Mg: Tensor, grid: GgmlGrid) -> Tensor:
+    """Return groups `[M, g]`, in the order of columns, as `[g, groups, B]`."""
     groups = grid.qblock // grid.group_size
-    return W_nK.reshape(-1, groups, grid.group_size).permute(2, 1, 0).reshape(grid.group_size, -1).contiguous()
+    return x_Mg.view(-1, groups, grid.group_size).permute(2, 1, 0).contiguous()
+
+
+def extremes(x_Mg: Tensor, grid: GgmlGrid) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest value of every group, `[groups, B]` each."""
+    least, greatest = x_Mg.aminmax(dim=1)
+    return tuple(p.view(-1, grid.qblock // grid.group_size).T.contiguous() for p in (least, greatest))  # type: ignore[return-value]
 
 
 def spread(first: float, last: float, count: int) -> tuple[float, ...]:
@@ -190,22 +197,22 @@ def spread(first: float, last: float, count: int) -> tuple[float, ...]:
     return tuple(torch.linspace(first, last, count).tolist())
 
 
-def error_weights(x_gM: Tensor, grid: GgmlGrid, importance_K: Tensor | None) -> Tensor:
-    """Return how much every squared error counts, `[g, M]`.
+def error_weights(x_Mg: Tensor, importance_K: Tensor | None) -> Tensor:
+    """Return how much the squared errors of every group count, `[M, g]`, or `[K / g, g]` where all rows are alike.
 
     Without importance that is |x| + rms of the group, as llama.cpp weighs Q4_K and Q5_K. Equal weights would make the
     squared error 2 to 6 % lower still, but would pull every weight towards 0 (3 % in Q3_K, 9 % in Q2_K): an error that
     does not average out over columns.
     """
-    if importance_K is None:
-        return (x_gM.abs() + x_gM.square().mean(0).sqrt()).clamp_(max=_HEAVIEST)
-    rows = x_gM.numel() // len(importance_K)
-    return by_group(importance_K.expand(rows, -1), grid)
+    g = x_Mg.shape[1]
+    if importance_K is not None:
+        return importance_K.reshape(-1, g).contiguous()
+    rms = torch.linalg.vector_norm(x_Mg, dim=1, keepdim=True).div_(g**0.5)
+    return x_Mg.abs().add_(rms).clamp_(max=_HEAVIEST)
 
 
-def peak(x: Tensor) -> Tensor:
-    """Return the values of largest magnitude along dim 0."""
-    least, greatest = x.amin(0), x.amax(0)
+def larger(least: Tensor, greatest: Tensor) -> Tensor:
+    """Return whichever of the two is of larger magnitude."""
     return torch.where(greatest > -least, greatest, least)
 
 
@@ -218,6 +225,11 @@ def better(found: tuple[Tensor, ...], best: tuple[Tensor, ...]) -> tuple[Tensor,
         return found
     lower = found[0] < best[0]
     return tuple(torch.where(lower, f, b) for f, b in zip(found, best, strict=True))
+
+
+def inverse(s: Tensor) -> Tensor:
+    """Return 1 / s, 0 where s is 0 or too near it to divide by."""
+    return torch.where(s.abs() < 1e-30, 0.0, 1 / s)
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -14,13 +14,27 @@ next to s / d, with the best m for each; then d and dmin are solved for over the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import GgmlGrid, Stored, better, by_group, error_weights, half, nearest_integer, ratio
+from llmq.compiled import Loop, compiled, in_threads
+from llmq.grids._ggml import (
+    GgmlGrid,
+    Stored,
+    better,
+    by_group,
+    error_weights,
+    extremes,
+    half,
+    inverse,
+    nearest_integer,
+    ratio,
+)
 from llmq.types import GgmlParams, Lattice
 
 _ROUNDS = 3
@@ -28,7 +42,7 @@ _SHRINK = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8)  # of the largest scale: what `d` is
 
 
 class _Moments(NamedTuple):
-    """The quadratic of every group, `[M]` or `[groups, M / groups]` each."""
+    """The quadratic of every group, `[groups, B]` each."""
 
     A: Tensor
     B: Tensor
@@ -74,30 +88,31 @@ class Affine(GgmlGrid):
         return nearest_integer(t).clamp_(0, 2**self.bits - 1)
 
     def _fit_rows(self, W_nK: Tensor, importance: Tensor | None) -> Stored:
-        n, groups = W_nK.shape[0], self.qblock // self.group_size
-        x = by_group(W_nK, self)
-        w = error_weights(x, self, importance)
-        fit = _Fit(self, x, w)
-        s, o, moments = fit.search()
+        n = W_nK.shape[0]
+        x = W_nK.reshape(-1, self.group_size)
+        w = error_weights(x, importance)
+        loop = _loop() if x.device.type == "cpu" else None
+        fit = _Torch(self, x, w) if loop is None else _Compiled(loop, self, x, w)
+        lo, hi = extremes(x, self)
+        if self.qblock > self.group_size:
+            lo = lo.clamp(max=0)
+        s, o, moments = fit.best(lo, inverse(hi - lo), self.starts)
         best: tuple[Tensor, ...] = ()
         for _ in range(_ROUNDS):
-            in_blocks = _Moments(*(p.view(groups, -1) for p in moments))
-            d, dmin, sc, m = self._store(s.view(groups, -1), o.view(groups, -1), in_blocks, best[1:3])
-            s, o = (d.float() * sc).view(-1), (dmin.float() * -m).view(-1)
-            moments = fit.moments(fit.rounded(s, o))
-            error = moments.error(s, o).view(groups, -1).sum(0)
-            best = better((error, d, dmin, sc, m), best)
-            s, o = fit.solve(moments)
+            d, dmin, sc, m = self._store(s, o, moments, best[1:3])
+            stored_s, stored_o = d.float() * sc, dmin.float() * -m
+            s, o, moments = fit.best(stored_o, inverse(stored_s), (1.0,))
+            best = better((moments.error(stored_s, stored_o).sum(0), d, dmin, sc, m), best)
         _, d, dmin, *small = best
-        kept = (None, None) if groups == 1 else (p.T.to(torch.int16).reshape(n, -1) for p in small)
+        kept = (None, None) if len(s) == 1 else (p.T.to(torch.int16).reshape(n, -1) for p in small)
         return Stored(d.view(n, -1), dmin.view(n, -1), *kept)
 
     def _store(
         self, s: Tensor, o: Tensor, q: _Moments, halves: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return d, dmin `[M / groups]` as float16 and sc, m `[groups, M / groups]` as float32 integers.
+        """Return d, dmin `[B]` as float16 and sc, m `[groups, B]` as float32 integers.
 
-        s, o: solved scales and offsets `[groups, M / groups]` of the quadratics `q`.
+        s, o: solved scales and offsets `[groups, B]` of the quadratics `q`.
         halves: d and dmin to start from, none at first.
         """
         if self.qblock == self.group_size:
@@ -120,7 +135,7 @@ class Affine(GgmlGrid):
         return (s / d).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(*self.small_range)
 
     def _first(self, s: Tensor, stiffness: Tensor) -> Tensor:
-        """Return the float16 `[M / groups]`, as float32, whose multiples lie nearest to scales `s` (>= 0)."""
+        """Return the float16 `[B]`, as float32, whose multiples lie nearest to scales `s` (>= 0)."""
         greatest = s.amax(0)
         best: tuple[Tensor, ...] = ()
         for shrink in _SHRINK:
@@ -151,25 +166,35 @@ class Affine(GgmlGrid):
         return best[1], best[2]
 
 
-class _Fit:
-    """One chunk: values x and error weights w, `[g, M]`."""
+class _Torch:
+    """The groups of one chunk: values `x[M, g]` and their error weights, as `error_weights` gives them."""
 
     def __init__(self, grid: Affine, x: Tensor, w: Tensor) -> None:
-        self.grid, self.x, self.w = grid, x, w
-        self.wx = w * x
-        self.C, self.E = w.sum(0), self.wx.sum(0)
+        self.grid = grid
+        self.x = by_group(x, grid)
+        self.w = by_group(w.repeat(len(x) // len(w), 1), grid)
+        self.wx = self.w * self.x
+        self.C, self.E = self.w.sum(0), self.wx.sum(0)
 
-    def rounded(self, s: Tensor, o: Tensor) -> Tensor:
-        """Return the codes nearest on scale s and offset o, `[M]` each."""
-        return self.grid._round(((self.x - o) / s).nan_to_num_(0.0, 0.0, 0.0))
+    def best(self, origin: Tensor, steps: Tensor, starts: Sequence[float]) -> tuple[Tensor, Tensor, _Moments]:
+        """Return the solved scale and offset of least error, `[groups, B]`, and their quadratics.
 
-    def moments(self, q: Tensor) -> _Moments:
-        """Return the quadratic of every group at codes q."""
+        Every start f is tried: the codes nearest to `(x - origin) * f * steps`; origin and steps are `[groups, B]`.
+        """
+        x = self.x - origin
+        best: tuple[Tensor, ...] = ()
+        for start in starts:
+            q = self._moments(self.grid._round(x * (start * steps)))
+            s, o = self._solve(q)
+            best = better((q.error(s, o), s, o, *q), best)
+        return best[1], best[2], _Moments(*best[3:])
+
+    def _moments(self, q: Tensor) -> _Moments:
         wq = self.w * q
         return _Moments(wq.mul(q).sum(0), wq.sum(0), self.C, (self.wx * q).sum(0), self.E)
 
-    def solve(self, q: _Moments) -> tuple[Tensor, Tensor]:
-        """Return the best scale >= 0 and offset (<= 0 in superblocks), `[M]`."""
+    def _solve(self, q: _Moments) -> tuple[Tensor, Tensor]:
+        """Return the best scale >= 0 and offset (<= 0 in superblocks)."""
         det = q.A * q.C - q.B * q.B
         s = torch.where(det > 1e-6 * q.A * q.C, (q.D * q.C - q.E * q.B) / det, 0.0).clamp_(min=0)
         o = q.offset(s)
@@ -178,18 +203,57 @@ class _Fit:
             o = o.clamp_(max=0)
         return s, o
 
-    def search(self) -> tuple[Tensor, Tensor, _Moments]:
-        """Return the best scale and offset over the starts, `[M]`, and their quadratics."""
-        lo, hi = self.x.amin(0), self.x.amax(0)
-        if self.grid.qblock > self.grid.group_size:
-            lo = lo.clamp(max=0)
-        reach = 1 / (hi - lo)
-        reach = torch.where(hi - lo < 1e-30, 0.0, reach)
-        x = self.x - lo
-        best: tuple[Tensor, ...] = ()
-        for start in self.grid.starts:
-            q = self.moments(self.grid._round(x * (start * reach)))
-            s, o = self.solve(q)
-            best = better((q.error(s, o), s, o, q.A, q.B, q.D), best)
-        _, s, o, A, B, D = best
-        return s, o, _Moments(A, B, self.C, D, self.E)
+
+class _Compiled:
+    """`_Torch` by a compiled loop, which reads the values as they lie."""
+
+    def __init__(self, loop: Loop, grid: Affine, x: Tensor, w: Tensor) -> None:
+        self.loop, self.grid, self.x, self.w = loop, grid, x, w
+
+    def best(self, origin: Tensor, steps: Tensor, starts: Sequence[float]) -> tuple[Tensor, Tensor, _Moments]:
+        """See `_Torch.best`."""
+        out = torch.empty(7, *origin.shape)
+        arrays = [t.detach().numpy() for t in (self.x, self.w, origin, steps, torch.tensor(starts), out.flatten(1))]
+        top, groups = 2.0**self.grid.bits - 1, origin.shape[0]
+        in_threads(len(self.x), lambda first, last: self.loop(*arrays, top, groups, first, last))
+        s, o, *moments = out
+        return s, o, _Moments(*moments)
+
+
+def _loop() -> Loop | None:
+    return compiled(_best, "f2 f2 f2 f2 f1 f2 f i i i", reassociate=True)
+
+
+def _best(x, w, origin, steps, starts, out, top, groups, first, last):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+    """Write scale, offset, A, B, C, D, E of groups first to last to `out[7, M]`; see `_Torch.best`.
+
+    Group r is weighed by row `r % len(w)` of `w`. Where groups is 1 offsets may be of any sign.
+    """
+    zero, flat = np.float32(0), np.float32(1e-6)
+    for r in range(first, last):
+        m, i, b = r % w.shape[0], r % groups, r // groups
+        C = E = zero
+        for j in range(x.shape[1]):
+            C += w[m, j]
+            E += w[m, j] * x[r, j]
+        least = zero
+        for f in range(starts.shape[0]):
+            step, start = starts[f] * steps[i, b], origin[i, b]
+            A = B = D = zero
+            for j in range(x.shape[1]):
+                q = min(max(np.rint((x[r, j] - start) * step), zero), top)
+                wq = w[m, j] * q
+                A += wq * q
+                B += wq
+                D += wq * x[r, j]
+            det = A * C - B * B
+            s = max((D * C - E * B) / det, zero) if det > flat * A * C else zero
+            o = (E - B * s) / C if zero < C else zero
+            if groups > 1 and o > zero:
+                s, o = (max(D / A, zero) if zero < A else zero), zero
+            slope = B * o - D
+            error = s * (A * s + slope + slope) + o * (C * o - E - E)
+            if f == 0 or error < least:
+                least = error
+                for k, value in enumerate((s, o, A, B, C, D, E)):
+                    out[k, i * (x.shape[0] // groups) + b] = value

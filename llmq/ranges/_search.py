@@ -8,15 +8,13 @@ Not here: which intervals are tried (mse.py, output.py).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmq.compiled import compiled
+from llmq.compiled import compiled, in_threads
 from llmq.types import AffineGrid
 
 Interval = tuple[Tensor, Tensor]
@@ -72,11 +70,7 @@ def best_squares(w: Tensor, grid: AffineGrid, tried: Iterator[Interval], mass: T
     low, high = grid.bounds()
     floats = (rows, mass.reshape(-1, w.shape[-1]), params.scale, params.zero)
     arrays = (*(t.float().contiguous().numpy() for t in floats), chosen.numpy())
-    parts = torch.get_num_threads()
-    cuts = [R * i // parts for i in range(parts + 1)]
-    with ThreadPoolExecutor(parts) as pool:  # the loop runs without the interpreter's lock
-        for done in [pool.submit(search, *arrays, a, b, low, high) for a, b in itertools.pairwise(cuts)]:
-            done.result()
+    in_threads(R, lambda first, last: search(*arrays, first, last, low, high))
     picked = chosen[None]
     return tuple(ends.gather(0, picked)[0].reshape(w.shape[:-1]) for ends in (lo, hi))  # type: ignore[return-value]
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llmq import spec
-from llmq.grids._ggml import GgmlGrid, Stored
+from llmq.grids import _ggml_affine, _ggml_linear
+from llmq.grids._ggml import GgmlGrid, Stored, error_weights
 from llmq.types import GgmlParams, LlmqError, QTensor
 
 NAMES = [n for n in spec.names("grids") if issubclass(spec.find("grids", n), GgmlGrid)]
@@ -184,6 +185,24 @@ def test_rows_are_fitted_alone(grid):
         assert (part.scale == alone.scale).float().mean() > 0.8
         errors = [(grid.decode(grid.nearest(rows, c), c) - rows).square().sum() for c in map(spread, (part, alone))]
         assert abs(errors[0] / errors[1] - 1) < 0.01
+
+
+@every_grid
+@pytest.mark.parametrize("importance", [None, torch.logspace(-3, 3, K)], ids=["plain", "weighted"])
+def test_compiled_and_torch_searches_agree(monkeypatch, grid, importance):
+    """By the error that the search weighs; ties, turned by sums in another order, move single rows by a few percent."""
+    assert _ggml_affine._loop() and _ggml_linear._loop(), "numba is a dependency"
+    W_NK = 0.02 * randn(1024, K)
+    plain = error_weights(W_NK.reshape(-1, grid.group_size), None).reshape(W_NK.shape)
+    errors = []
+    for path in ("compiled", "torch"):
+        if path == "torch":
+            for module in (_ggml_affine, _ggml_linear):
+                monkeypatch.setattr(module, "_loop", lambda: None)
+        params = grid.fit(W_NK, importance).columns(K)
+        square = (grid.decode(grid.nearest(W_NK, params), params) - W_NK).double().square()
+        errors.append((square * (plain if importance is None else importance)).sum())
+    assert abs(errors[0] / errors[1] - 1) < 5e-4
 
 
 @every_grid
