@@ -21,8 +21,8 @@ Loop = Callable[..., None]
 def compiled(loop: Loop, kinds: str, *, reassociate: bool = False) -> Loop | None:
     """Return `loop` as machine code that runs without the interpreter's lock, or None where numba is not installed.
 
-    kinds: the argument types, space-separated: `f`, `i` scalars of 32 and 64 bits; `f1 i1 u2` contiguous arrays of as many
-    dimensions (u: uint8). reassociate: sums may be taken in another order, in vector lanes.
+    kinds: the argument types, space-separated: `f`, `i` scalars of 32 and 64 bits; `f1 i1 u2` contiguous arrays of 1, 1
+    and 2 dimensions (u: uint8). reassociate: sums may be taken in another order, in vector lanes.
     """
     if importlib.util.find_spec("numba") is None:
         return None
