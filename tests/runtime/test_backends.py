@@ -10,7 +10,7 @@ import torch
 from llmq.formats.awq import AWQ
 from llmq.formats.gptq import GPTQ
 from llmq.grids.int import Int
-from llmq.runtime import backends, fbgemm, int4pack
+from llmq.runtime import backends, fbgemm, int4loop, int4pack
 from llmq.runtime.backends import choose
 from llmq.types import ActivationGrid, LinearSpec, LlmqError, Params, QTensor, Scheme
 
@@ -105,6 +105,24 @@ def test_prepacking_loses_nothing(name, backend, solved):
         assert torch.equal(a, b)
     assert (back.g_idx is None) == (q.g_idx is None)
     assert torch.equal(back.dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("rows", [1, 6, 40])
+@pytest.mark.parametrize("name", ["w4g64", "w4g128_asym"])
+def test_int4loop_gives_the_same_bits_in_torchs_threads_as_in_one(name, rows, solved):
+    q, spec = make(name, solved)
+    w, x, threads = prepacked(q, spec, "int4loop"), torch.randn(rows, spec.K), torch.get_num_threads()
+    assert int4loop._team() is not None, "the torch of these tests brings GNU OpenMP"
+    try:
+        torch.set_num_threads(1)
+        alone = w(x)
+        torch.set_num_threads(3)
+        together = w(x)
+    finally:
+        torch.set_num_threads(threads)
+    assert (
+        torch.allclose(alone, together, rtol=1e-6, atol=1e-6) if rows > int4loop.FEW else torch.equal(alone, together)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
