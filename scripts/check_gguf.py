@@ -3,7 +3,7 @@
     python scripts/check_gguf.py MODEL [--types Q4_K_M ...] [--out DIR]
 
 MODEL is a float checkpoint. The F16 file's log-probabilities are compared with transformers' in float32 on the same
-float16 weights. Prints a table; ends with status 1 where anything disagrees.
+float16 weights. Prints a row for each; ends with status 1 where anything disagrees.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from pathlib import Path
 import _measure as measure
 import torch
 from _llama_cpp import LlamaCpp
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TYPES = [
@@ -41,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the files, one at a time (default: a temporary one)")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    table = Table("type", "MB", "s", "tokenizes alike", f"after {PROMPT!r}", title=measure.machine())
+    print(f"{measure.machine()}\n| type | MB | CPU s | tokenizes alike | after {PROMPT!r} |\n|---|---|---|---|---|")
     failed = False
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         for kind in args.types:
@@ -49,15 +47,14 @@ def main() -> None:
             taken = measure.llmq("quantize", args.model, file, "--type", kind, "--method", "rtn", "--overwrite")
             llama = LlamaCpp(file)
             alike = sum(llama.tokenize(t) == tokenizer(t)["input_ids"] for t in TEXTS)
-            words = str(tokenizer.decode(llama.generate(llama.tokenize(PROMPT), 8)))
+            words = str(tokenizer.decode(llama.generate(llama.tokenize(PROMPT), 8))).replace("\n", "\\n")
             failed |= alike < len(TEXTS)
             size = f"{file.stat().st_size / 1e6:.1f}"
-            table.add_row(kind, size, f"{taken.seconds:.1f}", f"{alike} of {len(TEXTS)}", words.replace("\n", "\\n"))
+            print(f"| {kind} | {size} | {taken.cpu_seconds:.0f} | {alike} of {len(TEXTS)} | {words} |", flush=True)
             if kind == "F16":
                 worst = _difference(llama, args.model, tokenizer)
                 failed |= not worst < MOST
-                table.caption = f"F16: log-probabilities within {worst:.4f} of transformers'"
-    Console(width=120).print(table)
+                print(f"F16: log-probabilities within {worst:.4f} of transformers'", flush=True)
     sys.exit(int(failed))
 
 
