@@ -181,7 +181,9 @@ def _files(path: Path, tokenizer: Any) -> Iterator[str]:
                 for where, row in _jsonl(file) if file.suffix == ".jsonl" else _columnar(file):
                     yield _row_text(row, tokenizer, where)
         except UnicodeDecodeError as e:
-            raise LlmqError(f"{file} is not UTF-8 text: {e.reason} at byte {e.start}") from e
+            raise LlmqError(
+                f"{file} is not UTF-8 text ({e.reason} at byte {e.start}); convert it (iconv -t utf-8)"
+            ) from e
         except OSError as e:
             raise LlmqError(f"cannot read {file}: {e.strerror or e}") from e
 

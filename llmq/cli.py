@@ -40,6 +40,21 @@ def main() -> None:
         sys.exit(1)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from llmq import __version__
+
+        console.print(f"llmq {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Quantize Llama-family checkpoints, load them, measure them."""
+
+
 @app.command()
 def quantize(
     src: Annotated[str, typer.Argument(help="Float checkpoint: a local folder or a Hub id.")],
@@ -217,7 +232,7 @@ def inspect(
 
 @app.command(name="list")
 def list_() -> None:
-    """List algorithms, ranges, grids, formats and families, each with a line on what it is.
+    """List algorithms, ranges, grids, formats and families, with a line on each and the options of `NAME:option=value`.
 
     Example: `llmq list`
     """
@@ -227,6 +242,8 @@ def list_() -> None:
         table = Table("name", "what it is", title=folder, title_justify="left", box=None)
         for name, line in spec.describe(folder):
             table.add_row(name, line)
+            if folder in ("algorithms", "ranges") and (known := spec.options(folder, name)):
+                table.add_row("", f"[dim]:{known}[/dim]")
         console.print(table)
 
 

@@ -52,7 +52,8 @@ def find(folder: str, name: str) -> type:
         if module_name not in names(folder):
             near = difflib.get_close_matches(module_name, names(folder), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise LlmqError(f"no {folder} named {name!r} (there are: {', '.join(names(folder))}){hint}")
+            there = ", ".join(names(folder))
+            raise LlmqError(f"{name!r} is none of llmq's {folder} (there are: {there}){hint}")
         module_name = f"llmq.{folder}.{module_name}"
     elif importlib.util.find_spec(module_name.partition(".")[0]) is None:
         raise LlmqError(f"{name!r}: no such Python module; install it or correct the name")
@@ -78,6 +79,12 @@ def describe(folder: str) -> Iterator[tuple[str, str]]:
     for name in names(folder):
         doc = importlib.import_module(f"llmq.{folder}.{name}").__doc__ or ""
         yield name, doc.strip().partition("\n")[0]
+
+
+def options(folder: str, name: str) -> str:
+    """Return the options of a name with their defaults, as they are written: `damp=0.01:act_order=True`."""
+    fields = dataclasses.fields(find(folder, name))
+    return ":".join(f"{f.name}={f.default}" for f in fields if f.init and f.default is not dataclasses.MISSING)
 
 
 def dump(obj: Any) -> str:

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+import llmq
+
 
 def run(*args, **kwargs):
     env = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
@@ -61,6 +63,10 @@ def test_help_has_an_example_for_every_command():
     for command in ("quantize", "eval", "generate", "inspect", "list"):
         done = run(command, "--help")
         assert done.returncode == 0 and f"llmq {command}" in done.stdout and "Example" in done.stdout
+
+
+def test_the_version_is_printed():
+    assert run("--version").stdout.strip() == f"llmq {llmq.__version__}"
 
 
 def test_list_names_every_file():

@@ -49,3 +49,8 @@ def test_a_third_party_file_is_loaded_by_its_dotted_name(tmp_path, monkeypatch):
     (tmp_path / "their_package/__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert spec.load("algorithms", "their_package.step:x=3").x == 3
+
+
+def test_options_are_listed_as_they_are_written():
+    assert spec.options("algorithms", "gptq") == "damp=0.01:act_order=True:desc_act=False"
+    assert spec.dump(spec.load("algorithms", f"gptq:{spec.options('algorithms', 'gptq')}")) == "gptq"

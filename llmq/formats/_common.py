@@ -32,7 +32,7 @@ def groups(spec: LinearSpec) -> int:
     size = spec.scheme.weight.group_size or spec.K
     if spec.K % size:
         fitting = ", ".join(str(g) for g in range(32, spec.K + 1, 32) if spec.K % g == 0)
-        remedy = f"take one of {fitting}" if fitting else "quantize it per channel"
+        remedy = f"--group-size takes {fitting} there" if fitting else "say --group-size channel"
         raise LlmqError(f"{spec.name}: group size {size} does not divide K = {spec.K}; {remedy}, or --skip the module")
     return spec.K // size
 

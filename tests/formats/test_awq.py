@@ -80,7 +80,7 @@ def test_symmetric_is_written_with_true_zeros(q_of: Callable[..., QTensor], spec
         (Int(3, True, 32), (64, 64), "awq holds 4 bits, not 3; use --format gptq or compressed-tensors"),
         (Int(8, True, 32), (64, 64), "awq holds 4 bits, not 8; use --format gptq or compressed-tensors"),
         (Int(5, True, 32), (64, 64), "awq holds 4 bits, not 5; use --format compressed-tensors"),
-        (Int(4, True, 128), (64, 576), "K = 576; take one of 32, 64, 96, 192, 288, 576, or --skip"),
+        (Int(4, True, 128), (64, 576), "K = 576; --group-size takes 32, 64, 96, 192, 288, 576 there, or --skip"),
         (Int(4, True, 32), (60, 64), "N = 60 is no multiple of 8"),
         (object(), (64, 64), "awq holds integer grids, not object; use --format gguf"),
     ],

@@ -218,8 +218,13 @@ def test_other_keys_are_kept(model_of: Callable[..., list[LinearSpec]]) -> None:
 @pytest.mark.parametrize(
     ("grid", "K", "activation", "message"),
     [
-        (Int(4, True, 128), 576, None, "K = 576; take one of 32, 64, 96, 192, 288, 576, or --skip the module"),
-        (Int(4, True, 128), 40, None, "K = 40; quantize it per channel, or --skip the module"),
+        (
+            Int(4, True, 128),
+            576,
+            None,
+            "K = 576; --group-size takes 32, 64, 96, 192, 288, 576 there, or --skip the module",
+        ),
+        (Int(4, True, 128), 40, None, "K = 40; say --group-size channel, or --skip the module"),
         (object(), 64, None, "compressed-tensors holds integer grids, not object; use --format gguf"),
         (Int(8, True, None), 64, ActivationGrid(bits=4), "activations have 8 bits in compressed-tensors, not 4"),
     ],

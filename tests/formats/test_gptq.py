@@ -118,7 +118,12 @@ def test_scales_keep_the_dtype_of_the_file(q_of: Callable[..., QTensor], spec_of
 @pytest.mark.parametrize(
     ("form", "grid", "shape", "message"),
     [
-        (GPTQ(), Int(4, True, 128), (64, 576), "K = 576; take one of 32, 64, 96, 192, 288, 576, or --skip"),
+        (
+            GPTQ(),
+            Int(4, True, 128),
+            (64, 576),
+            "K = 576; --group-size takes 32, 64, 96, 192, 288, 576 there, or --skip",
+        ),
         (GPTQ(), Int(5, True, 32), (64, 64), "not 5; use --format compressed-tensors"),
         (GPTQ(), Int(4, True, None), (64, 52), "K = 52 codes of 4 bits do not fill 32-bit words"),
         (GPTQ(), Int(3, True, 32), (40, 64), "N = 40 codes of 3 bits do not fill 32-bit words"),
