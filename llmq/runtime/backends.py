@@ -118,6 +118,20 @@ def _tell(device: str, reason: str, name: str) -> None:
         log.warning("%s and all like it run the reference on %s: %s", name, device, reason)
 
 
+def by_group(q: QTensor) -> tuple[Tensor, Tensor | None]:
+    """Return the codes with the columns of each group side by side, and their order; None where they lie so already."""
+    K, G = q.codes.shape[1], q.params.scale.shape[1]
+    if q.g_idx is None or torch.equal(q.g_idx.long().cpu(), torch.arange(K) // (K // G)):
+        return q.codes, None
+    order = q.g_idx.long().argsort(stable=True)
+    return q.codes[:, order], order
+
+
+def as_they_lay(codes: Tensor, order: Tensor | None) -> Tensor:
+    """Undo `by_group`."""
+    return codes.contiguous() if order is None else torch.empty_like(codes).index_copy_(1, order, codes)
+
+
 def centred(q: QTensor) -> bool:
     """Return whether every zero of an 8-bit weight and of its static input is 128, so that none has to be added."""
     zeros = [q.params.zero, *([] if q.input is None else [q.input.zero])]

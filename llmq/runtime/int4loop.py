@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmq.compiled import Loop, compiled
-from llmq.runtime.backends import Prepacked
+from llmq.runtime.backends import Prepacked, as_they_lay, by_group
 from llmq.types import LinearSpec, Params, QTensor
 
 FEW = 16
@@ -46,7 +46,7 @@ class Int4Loop(Prepacked):
     codes: Tensor
     scale: Tensor
     zero: Tensor
-    order: Tensor
+    order: Tensor | None
     g_idx: Tensor | None
 
     @classmethod
@@ -66,13 +66,8 @@ class Int4Loop(Prepacked):
 
     def __init__(self, q: QTensor, spec: LinearSpec) -> None:
         super().__init__(q, spec)
-        G = q.params.scale.shape[1]
-        order = None
-        codes = q.codes
-        if q.g_idx is not None and not torch.equal(q.g_idx.long(), torch.arange(self.K) // (self.K // G)):
-            order = q.g_idx.long().argsort(stable=True)
-            codes = codes[:, order]
-        low, high = codes.view(self.N, G, 2, -1).unbind(2)
+        codes, order = by_group(q)
+        low, high = codes.view(self.N, q.params.scale.shape[1], 2, -1).unbind(2)
         zero = q.params.zero.to(torch.uint8)
         self.scale_dtype = q.params.scale.dtype
         self.keep(
@@ -82,20 +77,18 @@ class Int4Loop(Prepacked):
             order=order,
             g_idx=q.g_idx,
         )
-        self.has_order = order is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Prepacked.forward`."""
         run = _linear_op if torch.compiler.is_compiling() else _linear
-        if self.has_order:
+        if self.order is not None:
             x = x.index_select(-1, self.order)
         return run(x, self.codes, self.scale, self.zero)
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
         codes = torch.stack([self.codes & 15, self.codes >> 4], dim=2).reshape(self.N, self.K)
-        if self.has_order:
-            codes = torch.empty_like(codes).index_copy_(1, self.order, codes)
+        codes = as_they_lay(codes, self.order)
         zero = self.zero.to(torch.int32).expand(self.scale.shape).contiguous()
         return QTensor(codes, Params(self.scale.to(self.scale_dtype), zero), self.grid, self.g_idx)
 

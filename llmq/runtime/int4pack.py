@@ -24,7 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, many_rows
+from llmq.runtime.backends import Prepacked, as_they_lay, by_group, many_rows
 from llmq.types import LinearSpec, Params, QTensor
 
 _GROUPS = (256, 128, 64, 32)  # the group sizes that the product takes
@@ -38,7 +38,7 @@ class Int4Pack(Prepacked):
     codes: Tensor
     sz: Tensor
     residual: Tensor | None
-    order: Tensor
+    order: Tensor | None
     g_idx: Tensor | None
 
     @classmethod
@@ -63,11 +63,7 @@ class Int4Pack(Prepacked):
         size = self.K // G
         self.group = next(g for g in _GROUPS if size % g == 0)
         self.repeats = size // self.group
-        order = None
-        codes = q.codes
-        if q.g_idx is not None and not _in_order(q.g_idx, size):
-            order = q.g_idx.long().argsort(stable=True)
-            codes = codes[:, order]
+        codes, order = by_group(q)
         scale = q.params.scale.repeat_interleave(self.repeats, dim=1).T
         zero = q.params.zero.repeat_interleave(self.repeats, dim=1).T
         s = scale.to(torch.bfloat16)
@@ -81,12 +77,11 @@ class Int4Pack(Prepacked):
             order=order,
             g_idx=q.g_idx,
         )
-        self.has_order = order is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Prepacked.forward`."""
         run = _linear_op if torch.compiler.is_compiling() else _linear
-        if self.has_order:
+        if self.order is not None:
             x = x.index_select(-1, self.order)
         return run(x, self.codes, self.sz, self.residual, self.group)
 
@@ -94,12 +89,11 @@ class Int4Pack(Prepacked):
         """See `Prepacked.restore`."""
         N, K = self.N, self.K
         codes = _nibbles(_blocks(self.codes, N, K)).transpose(1, 2).reshape(N, K)
-        if self.has_order:
-            codes = torch.empty_like(codes).index_copy_(1, self.order, codes)
+        codes = as_they_lay(codes, self.order)
         first = slice(None, None, self.repeats)
         scale, zero = exact_params(self.sz[first], None if self.residual is None else self.residual[first])
         params = Params(scale.T.to(self.scale_dtype).contiguous(), zero.T.to(torch.int32).contiguous())
-        return QTensor(codes.contiguous(), params, self.grid, self.g_idx)
+        return QTensor(codes, params, self.grid, self.g_idx)
 
 
 def exact_params(sz_GN2: Tensor, residual_GN: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -122,10 +116,6 @@ def _residual(scale: Tensor) -> Tensor | None:
     exact = scale.float().contiguous()
     difference = exact.view(torch.int32) - exact.bfloat16().float().view(torch.int32)
     return (difference >> 13).to(torch.int8) if scale.dtype == torch.float16 else difference
-
-
-def _in_order(g_idx: Tensor, size: int) -> bool:
-    return torch.equal(g_idx.long().cpu(), torch.arange(len(g_idx)) // size)
 
 
 def _linear(x: Tensor, codes: Tensor, sz: Tensor, residual: Tensor | None, group: int) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, centred, many_rows
+from llmq.runtime.backends import Prepacked, as_they_lay, by_group, centred, many_rows
 from llmq.types import LinearSpec, Params, QTensor
 
 _PANEL = 256  # rows of W decoded at once: fewer halve the speed of the product
@@ -28,7 +28,7 @@ class Int8Pack(Prepacked):
     name = "int8pack"
     w: Tensor
     scale: Tensor
-    order: Tensor
+    order: Tensor | None
     g_idx: Tensor | None
 
     @classmethod
@@ -51,29 +51,21 @@ class Int8Pack(Prepacked):
 
     def __init__(self, q: QTensor, spec: LinearSpec) -> None:
         super().__init__(q, spec)
-        G = q.params.scale.shape[1]
-        size = self.K // G
-        order = None
-        codes = q.codes
-        if q.g_idx is not None and not torch.equal(q.g_idx.long(), torch.arange(self.K) // size):
-            order = q.g_idx.long().argsort(stable=True)
-            codes = codes[:, order]
-        w = (codes ^ 0x80).view(torch.int8).view(self.N, G, size).transpose(0, 1).contiguous()
+        codes, order = by_group(q)
+        w = (codes ^ 0x80).view(torch.int8).view(self.N, q.params.scale.shape[1], -1).transpose(0, 1).contiguous()
         self.keep(w=w, scale=q.params.scale.T.contiguous(), order=order, g_idx=q.g_idx)
-        self.has_order = order is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Prepacked.forward`."""
         run = _linear_op if torch.compiler.is_compiling() else _linear
-        if self.has_order:
+        if self.order is not None:
             x = x.index_select(-1, self.order)
         return run(x, self.w, self.scale)
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
         codes = self.w.transpose(0, 1).reshape(self.N, self.K).view(torch.uint8) ^ 0x80
-        if self.has_order:
-            codes = torch.empty_like(codes).index_copy_(1, self.order, codes)
+        codes = as_they_lay(codes, self.order)
         scale = self.scale.T.contiguous()
         zero = torch.full(scale.shape, 128, dtype=torch.int32, device=scale.device)
         return QTensor(codes, Params(scale, zero), self.grid, self.g_idx)
