@@ -95,18 +95,16 @@ def quantize(
 
     Example: `llmq quantize ./my-llama ./my-llama-int4 --method gptq --bits 4 --group-size 128 --calib text.txt`
     """
+    given = {
+        k.rstrip("_"): v
+        for k, v in locals().copy().items()
+        if v is not None and k not in ("src", "out", "recipe", "device", "overwrite")
+    }
     from llmq.gguf.container import check_out
     from llmq.job import prepare
     from llmq.quantize import quantize as run
     from llmq.recipe import Recipe
 
-    named = {"range_": "range", "format_": "format", "type_": "type"}
-    given = {
-        named.get(k, k): v
-        for k, v in locals().copy().items()
-        if v is not None
-        and k not in ("src", "out", "recipe", "device", "overwrite", "prepare", "run", "Recipe", "named", "check_out")
-    }
     start = time.monotonic()
     what = Recipe.load(recipe, given if out.suffix != ".gguf" else {"format": "gguf"} | given)
     if what.gguf:

@@ -84,10 +84,8 @@ def _torch_leaf(args: tuple[Any, ...], lo: int, hi: int) -> None:
 def _leaf(F, W, T, E, codes, divisor, scale, zero, offset, group, lo, hi, low, high):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     """Round columns lo to hi, each first fed with the errors of those before it in the leaf. numba compiles this.
 
-    F: the leaf's own diagonal block of the factor.
-
-    divisor: the scale, infinite where that is 0. Adding and taking away 1.5 * 2^23 rounds half to even, as the grids'
-    `nearest` does, and vectorises.
+    F: the leaf's own diagonal block of the factor. divisor: the scale, infinite where that is 0. Adding and taking away
+    1.5 * 2^23 rounds half to even, as the grids' `nearest` does, and vectorises.
     """
     magic = W.dtype.type(12582912.0)
     N = W.shape[1]

@@ -118,6 +118,17 @@ def _tell(device: str, reason: str, name: str) -> None:
         log.warning("%s and all like it run the reference on %s: %s", name, device, reason)
 
 
+def refuses_weight_only(spec: LinearSpec, device: torch.device, bits: int, divisor: int) -> str | None:
+    """Return why a CPU's product of `bits`-bit weights cannot run a linear; `divisor` is to divide its groups."""
+    grid = spec.scheme.weight
+    size = grid.group_size or spec.K
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
+    if grid.bits != bits or grid.per_tensor or spec.scheme.activation is not None:
+        return f"it takes {bits}-bit weights with scales per group or channel and float activations"
+    return f"{divisor} does not divide the {size} columns of a group" if size % divisor or spec.K % size else None
+
+
 def by_group(q: QTensor) -> tuple[Tensor, Tensor | None]:
     """Return the codes with the columns of each group side by side, and their order; None where they lie so already."""
     K, G = q.codes.shape[1], q.params.scale.shape[1]

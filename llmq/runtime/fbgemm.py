@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, centred, has_vnni
-from llmq.runtime.int_mm import activation_of, refuses_scheme
+from llmq.runtime._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
+from llmq.runtime.backends import has_vnni
 from llmq.runtime.reference import quantize_activation
-from llmq.types import LinearSpec, Params, QTensor
+from llmq.types import LinearSpec, QTensor
 
 _SAFE = 128
 _FEW = 8  # rows; a sum of columns that are this short costs more than it adds
@@ -39,16 +39,13 @@ _weights: weakref.WeakValueDictionary[int, Fbgemm] = weakref.WeakValueDictionary
 """Weights by number: how a compiled graph, which can hold no fbgemm object, names one."""
 
 
-class Fbgemm(Prepacked):
+class Fbgemm(PrepackedW8A8):
     """An int8 weight for fbgemm, and what is left of it as a sparse matrix."""
 
     name = "fbgemm"
     index: Tensor
     offset: Tensor
     value: Tensor
-    scale: Tensor
-    in_scale: Tensor | None
-    in_zero: Tensor | None
 
     @classmethod
     def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:
@@ -61,18 +58,11 @@ class Fbgemm(Prepacked):
             return "this torch has no fbgemm"
         return refuses_scheme(spec) or ("2 does not divide K" if spec.K % 2 else None)
 
-    @classmethod
-    def holds(cls, q: QTensor) -> bool:
-        """See `Prepacked.holds`."""
-        return centred(q)
-
     def __init__(self, q: QTensor, spec: LinearSpec) -> None:
         super().__init__(q, spec)
-        self.activation = activation_of(spec)
-        A_NK, index, offset, value = split((q.codes ^ 0x80).view(torch.int8))
+        A_NK, index, offset, value = split(centred_int8(q))
         self.packed = _prepack(A_NK)
-        static = (None, None) if q.input is None else (q.input.scale, q.input.zero)
-        self.keep(index=index, offset=offset, value=value, scale=q.params.scale, in_scale=static[0], in_zero=static[1])
+        self.keep(index=index, offset=offset, value=value, scale=q.params.scale)
         self._enter()
 
     def _enter(self) -> None:
@@ -88,13 +78,6 @@ class Fbgemm(Prepacked):
         memo[id(self)] = copy
         copy._enter()
         return copy
-
-    @property
-    def input(self) -> Params | None:
-        """The static grid of the activation."""
-        if self.in_scale is None or self.in_zero is None:
-            return None
-        return Params(self.in_scale, self.in_zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Prepacked.forward`."""
@@ -127,8 +110,7 @@ class Fbgemm(Prepacked):
         counts = torch.diff(self.offset, append=self.offset.new_tensor([len(self.value)]))
         rows = torch.arange(self.N).repeat_interleave(counts.long())
         w[rows, self.index.long()] += self.value
-        zero = torch.full(self.scale.shape, 128, dtype=torch.int32)
-        return QTensor(w.view(torch.uint8) ^ 0x80, Params(self.scale, zero), self.grid, None, self.input)
+        return self.quantized(w, self.scale)
 
 
 def split(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

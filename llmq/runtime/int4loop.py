@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmq.compiled import Loop, compiled
-from llmq.runtime.backends import Prepacked, as_they_lay, by_group
+from llmq.runtime.backends import Prepacked, as_they_lay, by_group, refuses_weight_only
 from llmq.types import LinearSpec, Params, QTensor
 
 FEW = 16
@@ -52,14 +52,8 @@ class Int4Loop(Prepacked):
     @classmethod
     def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:
         """See `Prepacked.refuses`."""
-        grid = spec.scheme.weight
-        size = grid.group_size or spec.K
-        if device.type != "cpu":
-            return f"it runs on the CPU, not on {device.type}"
-        if grid.bits != 4 or grid.per_tensor or spec.scheme.activation is not None:
-            return "it takes 4-bit weights with scales per group or channel and float activations"
-        if size % 16 or spec.K % size:
-            return f"16 does not divide the group size {size}"
+        if reason := refuses_weight_only(spec, device, bits=4, divisor=16):
+            return reason
         if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
             return "torch's int4 product is taken on AVX-512"
         return None if compiled(_one, _KINDS, reassociate=True) else "numba is not installed"

@@ -24,7 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, as_they_lay, by_group, many_rows
+from llmq.runtime.backends import Prepacked, as_they_lay, by_group, many_rows, refuses_weight_only
 from llmq.types import LinearSpec, Params, QTensor
 
 _GROUPS = (256, 128, 64, 32)  # the group sizes that the product takes
@@ -44,14 +44,8 @@ class Int4Pack(Prepacked):
     @classmethod
     def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:
         """See `Prepacked.refuses`."""
-        grid = spec.scheme.weight
-        size = grid.group_size or spec.K
-        if device.type != "cpu":
-            return f"it runs on the CPU, not on {device.type}"
-        if grid.bits != 4 or grid.per_tensor or spec.scheme.activation is not None:
-            return "it takes 4-bit weights with scales per group or channel and float activations"
-        if size % 32 or spec.K % size:
-            return f"32 does not divide the group size {size}"
+        if reason := refuses_weight_only(spec, device, bits=4, divisor=32):
+            return reason
         rows = block_rows()
         if rows is None:
             return "this torch has no int4 product, or packs in an unknown order"

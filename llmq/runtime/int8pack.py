@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, as_they_lay, by_group, centred, many_rows
+from llmq.runtime.backends import Prepacked, as_they_lay, by_group, centred, many_rows, refuses_weight_only
 from llmq.types import LinearSpec, Params, QTensor
 
 _PANEL = 256  # rows of W decoded at once: fewer halve the speed of the product
@@ -34,15 +34,11 @@ class Int8Pack(Prepacked):
     @classmethod
     def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:
         """See `Prepacked.refuses`."""
-        grid = spec.scheme.weight
-        size = grid.group_size or spec.K
-        if device.type != "cpu":
-            return f"it runs on the CPU, not on {device.type}"
-        if grid.bits != 8 or not grid.sym or grid.per_tensor or spec.scheme.activation is not None:
-            return "it takes symmetric 8-bit weights with scales per group or channel and float activations"
-        if not hasattr(torch.ops.aten, "_weight_int8pack_mm"):
-            return "this torch has no int8 product"
-        return f"16 does not divide the {size} columns of a group" if size % 16 or spec.K % size else None
+        if reason := refuses_weight_only(spec, device, bits=8, divisor=16):
+            return reason
+        if not spec.scheme.weight.sym:
+            return "it takes symmetric weights"
+        return None if hasattr(torch.ops.aten, "_weight_int8pack_mm") else "this torch has no int8 product"
 
     @classmethod
     def holds(cls, q: QTensor) -> bool:

@@ -15,21 +15,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, centred
+from llmq.runtime._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
 from llmq.runtime.gpu import DEVICES, refuses_device, run
-from llmq.runtime.int_mm import refuses_scheme
-from llmq.types import LinearSpec, LlmqError, Params, QTensor
+from llmq.types import LinearSpec, LlmqError, QTensor
 
 
-class TritonW8A8(Prepacked):
+class TritonW8A8(PrepackedW8A8):
     """An int8 weight for `llmq_kernels.int8`."""
 
     name = "triton_w8a8"
     devices: ClassVar[frozenset[str]] = DEVICES
     w: Tensor
-    scale: Tensor
-    in_scale: Tensor | None
-    in_zero: Tensor | None
 
     @classmethod
     def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:
@@ -38,23 +34,16 @@ class TritonW8A8(Prepacked):
             return refuses_device(device, cls.devices)
         return refuses_scheme(spec) or refuses_device(device, cls.devices)
 
-    @classmethod
-    def holds(cls, q: QTensor) -> bool:
-        """See `Prepacked.holds`."""
-        return centred(q)
-
     def __init__(self, q: QTensor, spec: LinearSpec) -> None:
         super().__init__(q, spec)
         from llmq_kernels import KernelError, int8
 
         try:
-            w = int8.pack((q.codes ^ 0x80).view(torch.int8), q.params.scale)
+            w = int8.pack(centred_int8(q), q.params.scale)
         except KernelError as e:
             raise LlmqError(f"{spec.name}: {e}") from e
         self.linear = spec.name
-        self.scale_dtype = q.params.scale.dtype
-        static = (None, None) if q.input is None else (q.input.scale, q.input.zero)
-        self.keep(w=w.q, scale=w.scale, in_scale=static[0], in_zero=static[1])
+        self.keep(w=w.q, scale=w.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Prepacked.forward`. Raises LlmqError for activations other than float16, bfloat16 and float32."""
@@ -63,8 +52,4 @@ class TritonW8A8(Prepacked):
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
-        codes = self.w[: self.N, : self.K].contiguous().view(torch.uint8) ^ 0x80
-        scale = self.scale[: self.N, None].to(self.scale_dtype)
-        zero = torch.full(scale.shape, 128, dtype=torch.int32, device=scale.device)
-        static = None if self.in_scale is None or self.in_zero is None else Params(self.in_scale, self.in_zero)
-        return QTensor(codes, Params(scale, zero), self.grid, None, static)
+        return self.quantized(self.w[: self.N, : self.K].contiguous(), self.scale[: self.N, None])

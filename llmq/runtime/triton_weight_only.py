@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked
+from llmq.runtime.backends import Prepacked, as_they_lay
 from llmq.runtime.gpu import DEVICES, refuses_device, run
 from llmq.types import LinearSpec, LlmqError, Params, QTensor
 
@@ -89,7 +89,4 @@ class TritonWeightOnly(Prepacked):
 
         shape = (self.N, self.K, self.bits, self.group, self.has_zero)
         codes, scale, zero = layout.unpack(layout.PackedWeight(self.words, self.params, self.order, *shape, self.rest))
-        codes = codes.contiguous()
-        if self.order is not None:
-            codes = torch.empty_like(codes).index_copy_(1, self.order, codes)
-        return QTensor(codes, Params(scale.to(self.scale_dtype), zero), self.grid, self.g_idx)
+        return QTensor(as_they_lay(codes, self.order), Params(scale.to(self.scale_dtype), zero), self.grid, self.g_idx)

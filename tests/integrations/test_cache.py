@@ -107,8 +107,9 @@ def test_packed_attention_is_undone(model):
 
 def test_a_packed_cache_given_to_another_attention_is_an_error(model, tiny_llama):
     other = tiny_llama()
-    with packed_attention(model), pytest.raises(LlmqError, match="packed"):
+    with packed_attention(model), pytest.raises(LlmqError) as refused:
         other(IDS, past_key_values=llmq.QuantizedCache(model.config))
+    assert "packed" in str(refused.value)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

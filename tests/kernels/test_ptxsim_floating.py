@@ -64,11 +64,11 @@ def floats(name, seed):
     return bits.astype(np.uint32 if width == 32 else np.uint16)
 
 
-def same(got, exact, name):
-    """Compare bits with rounded fractions; the two zeros are one."""
+def differing(got, exact, name):
+    """Bits and rounded fractions, as bits, where they are not the same; the two zeros are one."""
     sign = 1 << (31 if name == "f32" else 15)
-    want = [bits_of(e, name) for e in exact]
-    assert [g if g != sign else 0 for g in got.tolist()] == [w if w != sign else 0 for w in want]
+    pairs = zip(got.tolist(), (bits_of(e, name) for e in exact), strict=True)
+    return [(g, w) for g, w in pairs if (0 if g == sign else g) != (0 if w == sign else w)]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -77,15 +77,23 @@ def test_float_arithmetic_rounds_once(name):
     dtype = a.dtype.type
     A, B, C = ([value_of(int(x), name) for x in v] for v in (a, b, c))
     products = [x * y for x, y in zip(A, B, strict=True)]
-    same(per_thread(f"add.rn.{name} d, a, b;", a, b, out=dtype), [x + y for x, y in zip(A, B, strict=True)], name)
-    same(per_thread(f"sub.{name} d, a, b;", a, b, out=dtype), [x - y for x, y in zip(A, B, strict=True)], name)
-    same(per_thread(f"mul.{name} d, a, b;", a, b, out=dtype), products, name)
+    assert not differing(
+        per_thread(f"add.rn.{name} d, a, b;", a, b, out=dtype), [x + y for x, y in zip(A, B, strict=True)], name
+    )
+    assert not differing(
+        per_thread(f"sub.{name} d, a, b;", a, b, out=dtype), [x - y for x, y in zip(A, B, strict=True)], name
+    )
+    assert not differing(per_thread(f"mul.{name} d, a, b;", a, b, out=dtype), products, name)
     fused = [p + z for p, z in zip(products, C, strict=True)]
-    same(per_thread(f"fma.rn.{name} d, a, b, c;", a, b, c, out=dtype), fused, name)
-    same(per_thread(f"min.{name} d, a, b;", a, b, out=dtype), [min(x, y) for x, y in zip(A, B, strict=True)], name)
-    same(per_thread(f"max.{name} d, a, b;", a, b, out=dtype), [max(x, y) for x, y in zip(A, B, strict=True)], name)
-    same(per_thread(f"neg.{name} d, a;", a, out=dtype), [-x for x in A], name)
-    same(per_thread(f"abs.{name} d, a;", a, out=dtype), [abs(x) for x in A], name)
+    assert not differing(per_thread(f"fma.rn.{name} d, a, b, c;", a, b, c, out=dtype), fused, name)
+    assert not differing(
+        per_thread(f"min.{name} d, a, b;", a, b, out=dtype), [min(x, y) for x, y in zip(A, B, strict=True)], name
+    )
+    assert not differing(
+        per_thread(f"max.{name} d, a, b;", a, b, out=dtype), [max(x, y) for x, y in zip(A, B, strict=True)], name
+    )
+    assert not differing(per_thread(f"neg.{name} d, a;", a, out=dtype), [-x for x in A], name)
+    assert not differing(per_thread(f"abs.{name} d, a;", a, out=dtype), [abs(x) for x in A], name)
 
 
 def test_fused_multiply_add_sees_what_a_float64_sum_loses():
@@ -95,7 +103,7 @@ def test_fused_multiply_add_sees_what_a_float64_sum_loses():
         rounded_twice = (a.astype(np.float64) * b * sign + c * sign).astype(np.float32)
         got = per_thread("fma.rn.f32 d, a, b, c;", a, sign * b, sign * c, out=np.uint32)
         exact = sign * (Fraction(float(a[0])) * Fraction(float(b[0])) + Fraction(float(c[0])))
-        same(got, [exact] * 32, "f32")
+        assert not differing(got, [exact] * 32, "f32")
         assert (got.view(np.float32) == sign * c).all() and (rounded_twice != sign * c).all()
 
 
@@ -106,10 +114,12 @@ def test_pairs_are_two_halves(name):
     for op, f in {"add": Fraction.__add__, "sub": Fraction.__sub__, "mul": Fraction.__mul__}.items():
         got = per_thread(f"{op}.rn.{name}x2 d, a, b;", *packed[:2], out=np.uint32).view(np.uint16)
         exact = [f(value_of(int(x), name), value_of(int(y), name)) for x, y in zip(a.flat, b.flat, strict=True)]
-        same(got, exact, name)
+        assert not differing(got, exact, name)
     got = per_thread(f"fma.rn.{name}x2 d, a, b, c;", *packed, out=np.uint32).view(np.uint16)
     triples = zip(a.flat, b.flat, c.flat, strict=True)
-    same(got, [value_of(int(x), name) * value_of(int(y), name) + value_of(int(z), name) for x, y, z in triples], name)
+    assert not differing(
+        got, [value_of(int(x), name) * value_of(int(y), name) + value_of(int(z), name) for x, y, z in triples], name
+    )
 
 
 def test_special_values_and_flushing():
@@ -138,14 +148,16 @@ def test_functions():
 def test_convert_between_floats():
     a = floats("f32", 1)
     exact = [value_of(int(x), "f32") for x in a]
-    same(per_thread("cvt.rn.f16.f32 d, a;", a, out=np.uint16), exact, "f16")
-    same(per_thread("cvt.rn.bf16.f32 d, a;", a, out=np.uint16), exact, "bf16")
+    assert not differing(per_thread("cvt.rn.f16.f32 d, a;", a, out=np.uint16), exact, "f16")
+    assert not differing(per_thread("cvt.rn.bf16.f32 d, a;", a, out=np.uint16), exact, "bf16")
     for name in ("f16", "bf16"):
         h = floats(name, 2)
-        same(per_thread(f"cvt.f32.{name} d, a;", h, out=np.uint32), [value_of(int(x), name) for x in h], "f32")
+        assert not differing(
+            per_thread(f"cvt.f32.{name} d, a;", h, out=np.uint32), [value_of(int(x), name) for x in h], "f32"
+        )
         pair = per_thread(f"cvt.rn.{name}x2.f32 d, a, b;", a, floats("f32", 3), out=np.uint32).view(np.uint16)
-        same(pair[1::2], exact, name)
-        same(pair[::2], [value_of(int(x), "f32") for x in floats("f32", 3)], name)
+        assert not differing(pair[1::2], exact, name)
+        assert not differing(pair[::2], [value_of(int(x), "f32") for x in floats("f32", 3)], name)
     assert per_thread("cvt.rn.bf16.f32 d, a;", np.full(32, np.inf, np.float32), out=np.uint16)[0] == 0x7F80
 
 
@@ -178,8 +190,8 @@ def test_convert_integers():
     assert np.array_equal(per_thread("cvt.u16.u32 d, a;", a, out=np.int32), a.astype(np.uint16).astype(np.int32))
     assert np.array_equal(per_thread("cvt.sat.s8.s32 d, a;", a, out=np.int32), np.clip(a, -128, 127))
     assert np.array_equal(per_thread("cvt.rn.f32.s32 d, a;", a, out=np.float32), a.astype(np.float32))
-    same(per_thread("cvt.rn.f16.s32 d, a;", a, out=np.uint16), [Fraction(int(x)) for x in a], "f16")
-    same(per_thread("cvt.rn.bf16.s32 d, a;", a, out=np.uint16), [Fraction(int(x)) for x in a], "bf16")
+    assert not differing(per_thread("cvt.rn.f16.s32 d, a;", a, out=np.uint16), [Fraction(int(x)) for x in a], "f16")
+    assert not differing(per_thread("cvt.rn.bf16.s32 d, a;", a, out=np.uint16), [Fraction(int(x)) for x in a], "bf16")
 
 
 def test_float_comparison_knows_nan():

@@ -1,0 +1,61 @@
+"""What the W8A8 back-ends share: which linears they take, the static grid of the input, the way back to a QTensor.
+
+Not here: the products (int_mm.py, fbgemm.py, triton_w8a8.py), how activations are rounded (reference.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmq.runtime.backends import Prepacked, centred
+from llmq.types import LinearSpec, Params, QTensor
+
+
+class PrepackedW8A8(Prepacked):
+    """An int8 weight, the codes less 128, for inputs that are rounded to int8."""
+
+    scale: Tensor
+    in_scale: Tensor | None
+    in_zero: Tensor | None
+
+    @classmethod
+    def holds(cls, q: QTensor) -> bool:
+        """See `Prepacked.holds`."""
+        return centred(q)
+
+    def __init__(self, q: QTensor, spec: LinearSpec) -> None:
+        super().__init__(q, spec)
+        if spec.scheme.activation is None:
+            raise ValueError(f"{spec.name} has float activations")
+        self.activation = spec.scheme.activation
+        self.scale_dtype = q.params.scale.dtype
+        self.keep(in_scale=None, in_zero=None)
+        if q.input is not None:
+            self.keep(in_scale=q.input.scale, in_zero=q.input.zero)
+
+    @property
+    def input(self) -> Params | None:
+        """The static grid of the activation."""
+        if self.in_scale is None or self.in_zero is None:
+            return None
+        return Params(self.in_scale, self.in_zero)
+
+    def quantized(self, w_NK: Tensor, scale: Tensor) -> QTensor:
+        """Return the `QTensor` of int8 `w_NK` and scales `[N, 1]`."""
+        zero = torch.full(scale.shape, 128, dtype=torch.int32, device=scale.device)
+        params = Params(scale.to(self.scale_dtype), zero)
+        return QTensor(w_NK.view(torch.uint8) ^ 0x80, params, self.grid, None, self.input)
+
+
+def centred_int8(q: QTensor) -> Tensor:
+    """Return the codes less 128, int8 `[N, K]`."""
+    return (q.codes ^ 0x80).view(torch.int8)
+
+
+def refuses_scheme(spec: LinearSpec) -> str | None:
+    """Return why an int8 x int8 product cannot run a linear: its scheme, or a sum that int32 might not hold."""
+    grid, activation = spec.scheme.weight, spec.scheme.activation
+    if activation is None or grid.bits != 8 or not grid.sym or grid.group_size is not None:
+        return "it takes symmetric 8-bit weights with a scale per channel or tensor, and 8-bit activations"
+    return "the sum over K might not fit int32" if spec.K > 131071 else None
