@@ -61,6 +61,15 @@ def scores(model: Path, baseline: Path, text: Path, windows: int, *options: obje
         return figures
 
 
+def write_tokens(file: Path, model: Path, calib: Path, samples: int, seq_len: int) -> Path:
+    """Write the rows of token ids that `llmq quantize --calib CALIB --seed 0` takes from a text, for the rivals."""
+    from llmq.calibration import tokens
+    from llmq.loading import load_tokenizer
+
+    file.write_text(json.dumps(tokens(str(calib), load_tokenizer(str(model)), samples, seq_len, 0).tolist()))
+    return file
+
+
 def machine() -> str:
     """Return one line on what the figures were measured on."""
     import platform

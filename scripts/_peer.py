@@ -2,9 +2,9 @@
 
 Runs in a rival's environment, beside `peer_*.py`: torch and transformers are there, llmq is not.
 
-The calibration text is tokenised without special tokens and its first SAMPLES * SEQ_LEN ids become SAMPLES rows of
-SEQ_LEN ids, so that every rival calibrates on the same tokens. Seconds by the clock depend on what else the machine
-does; CPU seconds (user + system, of this process and its children) hardly do.
+Calibration comes as token ids, which `_measure.write_tokens` writes: the very rows that llmq takes from a text. Seconds
+by the clock depend on what else the machine does; CPU seconds (user + system, of this process and its children) hardly
+do.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("src", type=Path, help="float checkpoint folder, with its tokenizer")
     p.add_argument("out", type=Path, help="folder for the quantized checkpoint")
-    p.add_argument("--calib", type=Path, required=True, help="UTF-8 text file")
-    p.add_argument("--samples", type=int, default=32)
-    p.add_argument("--seq-len", type=int, default=512)
+    p.add_argument("--tokens", type=Path, required=True, help="JSON file of rows of token ids, all of one length")
     p.add_argument("--bits", type=int, default=4)
     p.add_argument("--group-size", type=int, default=64)
     p.add_argument("--dtype", default="auto", help="what activations are computed in: auto, float32, bfloat16")
@@ -41,15 +39,8 @@ def dtype_of(args: argparse.Namespace) -> Any:
 
 
 def calibration_rows(args: argparse.Namespace) -> list[list[int]]:
-    """Return `args.samples` rows of `args.seq_len` token ids, from the start of the text. Exits where it is shorter."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.src)
-    ids = tokenizer(args.calib.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    n, L = args.samples, args.seq_len
-    if len(ids) < n * L:
-        raise SystemExit(f"{args.calib} has {len(ids)} tokens, {n * L} are needed")
-    return [ids[i * L : (i + 1) * L] for i in range(n)]
+    """Return the rows of token ids to calibrate on."""
+    return json.loads(args.tokens.read_text())
 
 
 class Clock:
@@ -79,7 +70,7 @@ def report(args: argparse.Namespace, clock: Clock, packages: tuple[str, ...], **
     """Print one JSON object on one line: settings, times, peak memory, versions and what else is given."""
     import torch
 
-    settings = {k: v for k, v in vars(args).items() if k not in ("src", "out", "calib")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("src", "out", "tokens")}
     wall = sum(v for k, v in clock.stages.items() if not k.endswith("_cpu_s"))
     print(
         json.dumps(

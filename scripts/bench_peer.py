@@ -3,7 +3,7 @@
     python scripts/bench_peer.py MODEL --peer-python ENV/bin/python --calib FILE --text FILE [--rounds 2]
 
 ENV is the environment that scripts/interop.sh builds. GPTQModel compiles kernels at its first use: warm it up once.
-Each calibrates on 32 windows of 512 tokens of the same text. Both checkpoints are scored by llmq's decoder.
+Each calibrates on the same 32 windows of 512 tokens. Both checkpoints are scored by llmq's decoder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import _measure as measure
 
-OPTIONS = ("--bits", 4, "--group-size", 64, "--samples", 32, "--seq-len", 512)
+OPTIONS = ("--bits", 4, "--group-size", 64)
+SAMPLES, SEQ_LEN = 32, 512
 
 
 def main() -> None:
@@ -32,12 +33,13 @@ def main() -> None:
     ours, peers = args.out / "llmq-w4g64", args.out / "gptqmodel-w4g64"
     peer = Path(__file__).with_name("peer_gptqmodel.py")
     taken: dict[str, list[measure.Measured]] = {"llmq": [], "GPTQModel": []}
+    calib = ("--calib", args.calib, "--samples", SAMPLES, "--seq-len", SEQ_LEN)
+    tokens = measure.write_tokens(args.out / "tokens.json", args.model, args.calib, SAMPLES, SEQ_LEN)
     for _ in range(args.rounds):
-        calib = ("--calib", args.calib)
         taken["llmq"].append(
             measure.llmq("quantize", args.model, ours, "--method", "gptq", *OPTIONS, *calib, "--overwrite")
         )
-        taken["GPTQModel"].append(measure.run(args.peer_python, peer, args.model, peers, *OPTIONS, *calib))
+        taken["GPTQModel"].append(measure.run(args.peer_python, peer, args.model, peers, *OPTIONS, "--tokens", tokens))
     print(measure.machine())
     for (name, runs), out in zip(taken.items(), (ours, peers), strict=True):
         figures = measure.scores(out, args.model, args.text, args.windows)

@@ -81,15 +81,18 @@ def measure_row(name: str, args: argparse.Namespace) -> Row:
 
 def quantize(tool: str, out: Path, options: tuple[object, ...], args: argparse.Namespace) -> Row:
     """Run a tool, and return what it took and says of itself."""
-    options = (*options, "--samples", args.samples, "--seq-len", args.seq_len)
     row: Row = {"command": " ".join(str(o) for o in options), "threads": torch.get_num_threads()}
-    files = (args.model, out, "--calib", args.calib)
+    row["samples"], row["seq_len"] = args.samples, args.seq_len
     if tool == "llmq":
-        ran = measure.llmq("quantize", *files, *options)
+        calib = ("--calib", args.calib, "--samples", args.samples, "--seq-len", args.seq_len)
+        ran = measure.llmq("quantize", args.model, out, *calib, *options)
         row |= {"versions": {"torch": str(torch.__version__)}}
     else:
         python, driver = args.envs / tool / "bin/python", Path(__file__).with_name(f"peer_{tool}.py")
-        ran = measure.run(python, driver, *files, *options)
+        tokens = out.with_suffix(".tokens.json")
+        measure.write_tokens(tokens, args.model, args.calib, args.samples, args.seq_len)
+        ran = measure.run(python, driver, args.model, out, "--tokens", tokens, *options)
+        tokens.unlink()
         row["driver"] = json.loads(next(s for s in reversed(ran.output.splitlines()) if s.startswith("{")))
         row["versions"] = row["driver"].pop("versions")
     return row | {"seconds": ran.seconds, "cpu_seconds": ran.cpu_seconds, "peak_bytes": ran.peak_bytes}

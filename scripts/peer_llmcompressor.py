@@ -84,8 +84,8 @@ def main() -> None:
             tokenizer=AutoTokenizer.from_pretrained(src),
             dataset=data,
             recipe=recipe(args),
-            num_calibration_samples=args.samples,
-            max_seq_length=args.seq_len,
+            num_calibration_samples=len(rows),
+            max_seq_length=len(rows[0]),
             batch_size=args.batch_size,
             shuffle_calibration_samples=False,
         )
