@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from llmq import LlmqError, evaluation
+from llmq import LlmqError, evaluation, windows
 
 SAMPLE = Path(__file__).parent / "data" / "sample.txt"
 
@@ -26,8 +26,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=description)
     text = out.add_mutually_exclusive_group()
     text.add_argument("--text", type=Path, help=f"text file to score [{SAMPLE.name}]")
-    text.add_argument("--dataset", help=f"Hub data set to score: {', '.join(evaluation.EVAL_SETS)}")
-    out.add_argument("--convention", default="gptq", help=f"{', '.join(evaluation.CONVENTIONS)} [gptq]")
+    text.add_argument("--dataset", help=f"Hub data set to score: {', '.join(windows.EVAL_SETS)}")
+    out.add_argument("--convention", default="gptq", help=f"{', '.join(windows.CONVENTIONS)} [gptq]")
     out.add_argument("--window", type=int, help="tokens in a window, in place of the convention's")
     out.add_argument("--windows", type=int, help="score only the first so many windows (lm-eval: documents)")
     out.add_argument("--json", type=Path, help="write the figures to this file")
@@ -38,7 +38,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def report(args: argparse.Namespace, models: list[str], baseline: str | None) -> None:
     """Evaluate the models one after the other, print the table and write the JSON file if one is asked for."""
-    how = evaluation.find_convention(args.convention, args.window)
+    how = windows.find_convention(args.convention, args.window)
     text = args.text or (None if args.dataset else SAMPLE)
     rows: dict[str, evaluation.Evaluation] = {}
     with Progress(console=Console(stderr=True), transient=True) as bar:

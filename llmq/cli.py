@@ -138,6 +138,7 @@ def evaluate(
     Example: `llmq eval ./my-llama-int4 --baseline ./my-llama --text sample.txt`
     """
     from llmq import evaluation
+    from llmq.windows import find_convention
 
     with _progress() as step:
         rows = evaluation.compare(
@@ -145,7 +146,7 @@ def evaluate(
             baseline,
             text=text,
             dataset=None if text else dataset,
-            convention=evaluation.find_convention(convention, window),
+            convention=find_convention(convention, window),
             windows=windows,
             dtype=dtype,
             device=device,

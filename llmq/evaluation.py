@@ -4,23 +4,19 @@
     KL         = mean_t sum_v p_t(v) log(p_t(v) / q_t(v))      p: the float baseline, at the same positions
     top-1      = share of positions where argmax p = argmax q
 
-Perplexities by different conventions do not compare: state it with the number. Perplexity alone misleads, since it can
-fall while the model drifts from the baseline; KL cannot. Standard errors take tokens as independent, as llama.cpp does.
-Logits are compared in float32, a few positions at a time: `[2048, vocab]` in float32 never exists.
+Perplexity alone misleads, since it can fall while the model drifts from the baseline; KL cannot. Standard errors take
+tokens as independent, as llama.cpp does. Logits are compared in float32, a few positions at a time: `[2048, vocab]` in
+float32 never exists.
 
-Sources: `gptq` is the script of Frantar et al. 2022, arXiv:2210.17323; `llama.cpp` is its tools/perplexity; `lm-eval`
-is the task `wikitext` of lm-evaluation-harness.
-Not here: loading models (loading), text to calibrate on (calibration).
+Not here: which windows of a text are scored (windows), loading models (loading), text to calibrate on (calibration).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,50 +26,12 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from llmq.calibration import HubText, bos_id, encode, hub_rows
 from llmq.types import LlmqError
+from llmq.windows import Convention, Text, Window, cut, find_convention, fit, load_text
 
 KV_CHUNK = 32
 """Tokens fed at once where the key-value cache is quantized: with whole windows nothing would be read back from it."""
 CHUNK = 64  # positions whose logits are held at once: 13 MB a copy at 49152 entries; twice as fast on CPU as 256
-
-
-Text = str | Sequence[str]  # one text, or documents
-
-
-@dataclass(frozen=True)
-class Convention:
-    """How a text becomes windows, and what is scored in them.
-
-    window: tokens a model reads at once; 0 is the model's max_position_embeddings.
-    bos: before the "text", before each "document", or in place of the first token of each "window".
-    half: score only the second half of a window, so that every scored token has context.
-    unit: what perplexity is per, "token" or "word".
-    joiner: what joins the rows of a data set to one text.
-    """
-
-    name: str
-    window: int
-    bos: str
-    half: bool
-    unit: str
-    joiner: str
-
-
-CONVENTIONS = {
-    c.name: c
-    for c in (
-        Convention("gptq", window=2048, bos="text", half=False, unit="token", joiner="\n\n"),
-        Convention("llama.cpp", window=512, bos="window", half=True, unit="token", joiner=""),
-        Convention("lm-eval", window=0, bos="document", half=False, unit="word", joiner=""),
-    )
-}
-
-EVAL_SETS = {
-    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "test", stream=False),
-    "c4": HubText("allenai/c4", "en", "validation"),
-}
-"""The short names of evaluation sets."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +67,6 @@ class Evaluation:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def find_convention(name: str, window: int | None = None) -> Convention:
-    """Return the convention `name`, with another window length if one is given. Raises LlmqError for a wrong one."""
-    if name not in CONVENTIONS:
-        raise LlmqError(f"no convention {name!r} (there are: {', '.join(CONVENTIONS)})")
-    if window is not None and window < 4:
-        raise LlmqError(f"a window of {window} tokens is too short: give 4 or more")
-    how = CONVENTIONS[name]
-    return how if window is None else dataclasses.replace(how, window=window)
-
-
 def evaluate(  # noqa: PLR0913, what is measured and how
     model: Any,
     tokenizer: Any,
@@ -141,10 +89,10 @@ def evaluate(  # noqa: PLR0913, what is measured and how
     reads, a baseline with another vocabulary, and logits that are not finite (naming the window).
     """
     began = time.perf_counter()
-    how = _fit(convention, model)
+    how = fit(convention, model)
     if windows is not None and windows < 1:
         raise LlmqError(f"give 1 window or more, not {windows}")
-    pieces, words, bytes_ = _windows(text, tokenizer, how, windows)
+    pieces, words, bytes_ = cut(text, tokenizer, how, windows)
     scored = _Model(model.eval(), "the model", kv_bits)
     truth = None if baseline is None else _Model(baseline.eval(), "the baseline")
     if truth and truth.vocab != scored.vocab:
@@ -208,22 +156,6 @@ def compare(  # noqa: PLR0913, the options of `llmq eval` one for one
     return {model: evaluate(loaded, tokenizer, content, how, truth, windows, scoring, kv_bits=kv_bits)}
 
 
-def load_text(text: Path | None, dataset: str | None, convention: Convention) -> str | list[str]:
-    """Return the text of a file, or of a Hub data set of `EVAL_SETS`. Raises LlmqError where it cannot be had."""
-    if text is not None:
-        try:
-            return Path(text).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise LlmqError(f"cannot read {text} as UTF-8 text: {getattr(e, 'strerror', None) or e}") from e
-    if dataset not in EVAL_SETS:
-        raise LlmqError(f"no evaluation set {dataset!r} (there are: {', '.join(EVAL_SETS)}): or give --text FILE")
-    rows = (row["text"] for row in hub_rows(EVAL_SETS[dataset], "give a text, as --text FILE"))
-    if dataset == "wikitext2":  # rows are lines, a blank one is empty; the GPTQ script joins them as they are
-        return convention.joiner.join(rows if convention.name == "gptq" else (row or " \n" for row in rows))
-    documents = list(itertools.islice(rows, 1100))  # as many as the GPTQ script takes
-    return documents if convention.unit == "word" else " ".join(documents)
-
-
 def table(rows: Mapping[str, Evaluation]) -> Table:
     """Return a rich table, 80 columns wide, with a row per named evaluation and one for the first baseline."""
     first = next(iter(rows.values()))
@@ -244,98 +176,6 @@ def table(rows: Mapping[str, Evaluation]) -> Table:
             cells = [change, f"{e.kl_mean:.5f}", f"{e.kl_p999:.4f}", f"{e.top1:.2%}"]
         out.add_row(name, f"{e.perplexity:.3f} ± {e.standard_error:.3f}", *cells, f"{e.seconds:.1f}")
     return out
-
-
-# Windows
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Token ids, of which `ids[first:]` are scored; the last is only predicted, never read."""
-
-    ids: list[int]
-    first: int
-
-
-def _fit(convention: Convention, model: Any) -> Convention:
-    """Return the convention with its window resolved against what the model can read."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    window = convention.window or longest or 2048
-    if longest and window > longest:
-        raise LlmqError(f"the model reads {longest} tokens, not a window of {window}: give a shorter window")
-    return dataclasses.replace(convention, window=window)
-
-
-def _windows(text: Text, tokenizer: Any, how: Convention, limit: int | None) -> tuple[list[_Window], int, int]:
-    """Return the windows with the words and bytes of the text that they cover (0 where the unit is the token)."""
-    L, bos = how.window, bos_id(tokenizer)
-    if how.bos == "document":
-        return _rolling(text, tokenizer, L, limit)
-    stream = encode(tokenizer, text if isinstance(text, str) else how.joiner.join(text))
-    stream = stream if bos is None else [bos, *stream]
-    if len(stream) < L:
-        raise LlmqError(f"the text has {len(stream)} tokens, one window needs {L}: give a longer text")
-    first = L // 2 + 1 if how.half else 1
-    windows = [_Window(stream[i : i + L], first) for i in range(0, len(stream) - L + 1, L)][:limit]
-    if how.bos == "window" and bos is not None:
-        windows = [_Window([bos, *w.ids[1:]], first) for w in windows]
-    return windows, 0, 0
-
-
-def _rolling(text: Text, tokenizer: Any, L: int, limit: int | None) -> tuple[list[_Window], int, int]:
-    """Return windows that score every token of every document once, each with up to `L` tokens before it.
-
-    The first token of a document is predicted from BOS, or from EOS where the tokenizer has no BOS.
-    """
-    documents = [d for d in (articles(text) if isinstance(text, str) else text) if d.strip()][:limit]
-    if not documents:
-        raise LlmqError("the text is empty: give a longer text")
-    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if prefix is None:
-        raise LlmqError("lm-eval predicts the first token from BOS or EOS: the tokenizer has neither")
-    tokenised = any(mark in d for d in documents for mark in (" @-@ ", " @,@ ", " @.@ "))
-    windows = []
-    for document in documents:
-        ids = [prefix, *encode(tokenizer, detokenise(document) if tokenised else document)]
-        windows.append(_Window(ids[: L + 1], 1))
-        for start in range(L + 1, len(ids), L):
-            end = min(start + L, len(ids))
-            windows.append(_Window(ids[end - L - 1 : end], L + 1 - (end - start)))
-    words = sum(len(re.split(r"\s+", d)) for d in documents)
-    return windows, words, sum(len(d.encode()) for d in documents)
-
-
-def articles(text: str) -> list[str]:
-    """Return the articles of a WikiText file, each from its title line ` = Title = `; a text without titles is one."""
-    found: list[list[str]] = [[]]
-    for line in text.split("\n"):
-        flat = line.replace("= = =", "===").replace("= =", "==").strip()
-        if flat.startswith("= ") and flat.endswith(" ="):
-            found = [*found, []] if "".join(found[-1]).strip() else [[]]
-        found[-1].append(line)
-    return ["\n".join(lines) for lines in found]
-
-
-def detokenise(text: str) -> str:
-    """Return WikiText with its spaced punctuation and ` @-@ ` marks undone, as lm-eval's `wikitext` task reads it.
-
-    The order of the replacements, and that some of them miss, is part of the convention.
-    """
-    text = text.replace("s '", "s'")
-    for mark in "-,.":
-        text = text.replace(f" @{mark}@ ", mark)
-    for mark in ":;.!?,":
-        text = text.replace(f" {mark} ", f"{mark} ")
-    for a, b in ("()", "[]", "{}", '""', "''"):
-        text = re.sub(rf"{re.escape(a)}\s*([^{re.escape(b)}]*?)\s*{re.escape(b)}", rf"{a}\1{b}", text)
-    for spaced, plain in (("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" \xb0 ", "\xb0")):
-        text = text.replace(spaced, plain)
-    for spaced, plain in ((" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")):
-        text = text.replace(spaced, plain)
-    return text
-
-
-# Scores
 
 
 class _Model:
@@ -375,7 +215,7 @@ class _Model:
         return F.log_softmax((states if self.head is None else self.head(states)).float(), dim=-1)
 
 
-def _score(window: _Window, where: str, model: _Model, baseline: _Model | None) -> Iterator[Tensor]:
+def _score(window: Window, where: str, model: _Model, baseline: _Model | None) -> Iterator[Tensor]:
     """Yield, for a few of the scored tokens at a time, float64 `[t, 1]` on the CPU: -log q; with a baseline `[t, 4]`.
 
     The other columns are -log p, the KL divergence and 1 where both rank the same token first.

@@ -14,8 +14,9 @@ from rich.console import Console
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from llmq import evaluation
-from llmq.evaluation import articles, detokenise, evaluate, find_convention, load_text
+from llmq.evaluation import evaluate
 from llmq.types import LlmqError
+from llmq.windows import articles, detokenise, find_convention
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,16 +54,6 @@ def test_disjoint_windows_equal_a_naive_loop(request, tiny_llama, prose, bos, na
     error = torch.tensor(nll).std() / math.sqrt(len(nll))
     assert got.standard_error == pytest.approx(got.perplexity * error.item(), rel=1e-4)
     assert (got.convention, got.window, got.unit, got.kl_mean) == (name, window, "token", None)
-
-
-def test_published_windows():
-    def shape(name: str) -> tuple:
-        c = find_convention(name)
-        return c.window, c.half, c.bos, c.unit
-
-    assert shape("gptq") == (2048, False, "text", "token")
-    assert shape("llama.cpp") == (512, True, "window", "token")
-    assert shape("lm-eval") == (0, False, "document", "word")
 
 
 def test_llama_cpp_scores_255_of_512(tiny_llama, tokenizer_bos, prose):
@@ -137,17 +128,6 @@ def test_logits_capped_after_the_head_are_honoured(tokenizer_bos, prose, cap):
     assert (evaluation._Model(model, "").head is None) == (cap is not None)
 
 
-def test_detokenise():
-    tokenised = (
-        ' = Title = \n \n The player \'s 5 @-@ year , $ 1 @.@ 5 million ( or 1 @,@ 000 ) deal : " fine " . It is 5'
-        " \xb0 C ; so ? \n = = Part = = \n The players ' [ old ] team . \n"
-    )
-    assert detokenise(tokenised) == (
-        ' = Title =\n\nThe player\'s 5-year, $ 1.5 million (or 1,000) deal: "fine". It is 5\xb0C; so?\n'
-        "== Part ==\nThe players' [old] team.\n"
-    )
-
-
 def test_plain_text_is_not_detokenised(tiny_llama, tokenizer_bos):
     """Undoing a tokenisation that is not there would join words: the players ' team."""
     plain = "He said ' yes ' . Then nothing ."
@@ -166,7 +146,7 @@ def test_progress_and_limit(tiny_llama, tokenizer_bos, prose):
     assert got.tokens == 3 * 31
 
 
-def test_errors_are_one_line(tiny_llama, tokenizer_bos, prose, tmp_path):
+def test_errors_are_one_line(tiny_llama, tokenizer_bos, prose):
     model, how = tiny_llama(), find_convention("gptq", 64)
 
     def refuses(match: str, *args, **kwargs) -> None:
@@ -180,17 +160,6 @@ def test_errors_are_one_line(tiny_llama, tokenizer_bos, prose, tmp_path):
     refuses("reads 512 tokens, not a window of 2048", model, tokenizer_bos, prose(9), find_convention("gptq"))
     refuses("1 window or more", model, tokenizer_bos, prose(99), how, windows=0)
     refuses("baseline has 256", model, tokenizer_bos, prose(99), how, baseline=tiny_llama(vocab_size=256))
-    with pytest.raises(LlmqError, match=r"no convention 'ggml' \(there are: gptq, llama.cpp, lm-eval\)"):
-        find_convention("ggml")
-    with pytest.raises(LlmqError, match="too short"):
-        find_convention("gptq", 2)
-    with pytest.raises(LlmqError, match=r"cannot read .*none.txt"):
-        load_text(tmp_path / "none.txt", None, how)
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(LlmqError, match=r"latin.txt as UTF-8"):
-        load_text(tmp_path / "latin.txt", None, how)
-    with pytest.raises(LlmqError, match=r"no evaluation set 'wiki'.*--text FILE"):
-        load_text(None, "wiki", how)
 
 
 def test_broken_logits_name_the_window(tiny_llama, tokenizer_bos, prose):
@@ -207,26 +176,6 @@ def test_broken_logits_name_the_window(tiny_llama, tokenizer_bos, prose):
         evaluate(tiny_llama(), tokenizer_bos, text, how, baseline=broken)
 
 
-def test_data_sets_join_rows_by_convention(monkeypatch):
-    rows = [" = One = \n", "", " text . \n"]
-    monkeypatch.setattr(evaluation, "hub_rows", lambda place, remedy: ({"text": t} for t in rows))
-    assert load_text(None, "wikitext2", find_convention("gptq")) == " = One = \n\n\n\n\n text . \n"
-    assert load_text(None, "wikitext2", find_convention("llama.cpp")) == " = One = \n \n text . \n"
-    assert load_text(None, "c4", find_convention("lm-eval")) == rows
-    assert load_text(None, "c4", find_convention("gptq")) == " ".join(rows)
-
-
-def test_data_set_out_of_reach(monkeypatch):
-    import datasets
-
-    def offline(*args, **kwargs):
-        raise ConnectionError("Couldn't reach it\non the Hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(LlmqError, match=r"Salesforce/wikitext: Couldn't reach it: give a text, as --text FILE$"):
-        load_text(None, "wikitext2", find_convention("gptq"))
-
-
 def test_table_and_json(tiny_llama, tokenizer_bos, prose):
     got = evaluate(tiny_llama(1), tokenizer_bos, prose(99), find_convention("gptq", 64), baseline=tiny_llama(0))
     console = Console(width=80, record=True, file=io.StringIO())
@@ -236,14 +185,6 @@ def test_table_and_json(tiny_llama, tokenizer_bos, prose):
         assert cell in shown
     assert json.loads(json.dumps(got.to_json())) == dataclasses.asdict(got)
     assert dataclasses.replace(got, perplexity=math.inf).to_json()["perplexity"] is None
-
-
-def test_sample_text_is_long_enough():
-    """8 windows of 2048 must fit; byte-level BPE of 49152 entries takes 4.4 characters a token here."""
-    sample = (ROOT / "eval/data/sample.txt").read_text(encoding="utf-8")
-    assert len(articles(sample)) == 4
-    assert len(sample) / 5.5 > 8 * 2048
-    assert "CC BY-SA 3.0" in (ROOT / "eval/data/LICENSE.md").read_text(encoding="utf-8")
 
 
 def test_scripts(tiny_checkpoint, tmp_path, monkeypatch, capsys):

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Phi
 import llmq
 from llmq import calibration, spec
 from llmq.checkpoint import Source
-from llmq.evaluation import evaluate, find_convention
+from llmq.evaluation import evaluate
 from llmq.job import prepare
 from llmq.quantize import quantize
 from llmq.recipe import Recipe
 from llmq.types import LinearSpec, LlmqError
+from llmq.windows import find_convention
 
 IDS = torch.randint(2, 300, (2, 32), generator=torch.Generator().manual_seed(0))
 BASE = {"samples": 8, "seq_len": 32, "group_size": 32, "dtype": "float32"}
