@@ -23,7 +23,7 @@ from llmq.grids.int import Int
 from llmq.job import Job
 from llmq.kv_scales import Watch
 from llmq.stats import Hessian, Histogram, MeanSquare
-from llmq.stream import Call, Lanes, discover, family_sites, run
+from llmq.stream import Call, Lanes, discover, family_sites, no_table, run
 from llmq.types import BlockView, LlmqError, Params, Site, SiteView, Solved, Target
 
 
@@ -186,11 +186,7 @@ def block_sites(job: Job, block: nn.Module, hidden: Sequence[Tensor], at: Sequen
     if known:
         return known
     if job.plan.transforms:
-        names = ", ".join(spec.names("families"))
-        raise LlmqError(
-            f"model_type {job.skeleton.config.model_type!r} has no table of producers, which "
-            f"{spec.dump(job.plan.transforms[0])} needs (there are: {names}); use rtn or gptq alone"
-        )
+        raise LlmqError(no_table(job.skeleton.config.model_type, spec.dump(job.plan.transforms[0])))
     if hidden:
         return discover(block, hidden[0][:1], at[0])
     return tuple(Site((n,)) for n, m in block.named_modules() if isinstance(m, nn.Linear))
@@ -219,8 +215,8 @@ def _transform(
         if found:
             grids = [s.scheme.weight if (s := job.linears.get(prefix + n)) else None for n in site.linears]
             calls = recorded.get(site.parent, [])
-            head_dim = _head_dim(job.skeleton.config)
-            view = SiteView(site, modules, found, calls, grids, job.skeleton.stored_dtype, head_dim)
+            skeleton = job.skeleton
+            view = SiteView(site, modules, found, calls, grids, skeleton.stored_dtype, skeleton.head_dim)
             folds.append((site, step.search(view)))
     return {prefix + n: line for site, apply in folds if apply for line in [apply()] for n in site.linears}
 
@@ -249,7 +245,3 @@ def _floats(job: Job, block: nn.Module, prefix: str) -> dict[str, Tensor]:
     """Return the block's tensors that stay float, in the stored dtype: norms, biases, skipped linears."""
     quantized = {n.removeprefix(prefix) + ".weight" for n in job.linears if n.startswith(prefix)}
     return {prefix + n: t.to(job.skeleton.stored_dtype) for n, t in block.state_dict().items() if n not in quantized}
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -76,10 +76,10 @@ class Source:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_config(path)
-        self._file: dict[str, str] = {}
+        self._place: dict[str, tuple[str, str]] = {}  # the file of a tensor, and its name there
         for file in self._files():
             with _open(path / file) as f:
-                self._file.update(dict.fromkeys(f.keys(), file))
+                self._place |= {name: (file, name) for name in f.keys()}  # noqa: SIM118, not a dict
 
     def _files(self) -> list[str]:
         index = self.path / "model.safetensors.index.json"
@@ -106,24 +106,30 @@ class Source:
 
     def names(self) -> list[str]:
         """Return all tensor names."""
-        return list(self._file)
+        return list(self._place)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file
+        return name in self._place
 
     def get(self, name: str) -> Tensor:
         """Return one tensor in its stored dtype. Raises LlmqError where the checkpoint does not have it."""
-        if name not in self._file:
+        if name not in self._place:
             raise LlmqError(f"tensor {name} is missing from {self.path}; the checkpoint does not match its config.json")
-        with _open(self.path / self._file[name]) as f:
-            return f.get_tensor(name)
+        file, there = self._place[name]
+        with _open(self.path / file) as f:
+            return f.get_tensor(there)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the checkpoint is stored in: the dtype of its first tensor."""
+        return Source.get(self, next(iter(self._place))).dtype
 
     def headers(self) -> dict[str, tuple[str, list[int]]]:
         """Return the dtype (in safetensors' spelling) and shape of every tensor, without reading any."""
         out = {}
-        for name, file in self._file.items():
+        for name, (file, there) in self._place.items():
             with _open(self.path / file) as f:
-                view = f.get_slice(name)
+                view = f.get_slice(there)
                 out[name] = (view.get_dtype(), list(view.get_shape()))
         return out
 
@@ -133,11 +139,11 @@ class Source:
 
     def bytes(self) -> int:
         """Return the size of all weight files."""
-        return sum((self.path / f).stat().st_size for f in set(self._file.values()))
+        return sum((self.path / f).stat().st_size for f in {file for file, _ in self._place.values()})
 
     def check(self) -> None:
         """Read every tensor once. Raises LlmqError naming the first that is not float or not finite."""
-        for name in self._file:
+        for name in self._place:
             tensor = self.get(name)
             if tensor.dtype not in _FLOATS:
                 kind = str(tensor.dtype).removeprefix("torch.")

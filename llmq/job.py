@@ -17,6 +17,7 @@ from llmq import card, spec
 from llmq.checkpoint import Source, resolve
 from llmq.gguf.pipeline import Blueprint, blueprint
 from llmq.recipe import Plan, Recipe, check_patterns, plan
+from llmq.rotation import Rotated
 from llmq.stream import Skeleton, refuse_other_matrices
 from llmq.types import LinearSpec, LlmqError, Scheme
 
@@ -42,7 +43,7 @@ class Job:
     @property
     def head(self) -> str | None:
         """The full name of the output head, where it is quantized."""
-        name = head_name(self.skeleton)
+        name = self.skeleton.name_of(self.skeleton.model.get_output_embeddings())
         return name if name in self.linears else None
 
     def bytes(self) -> int:
@@ -70,10 +71,12 @@ def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
     if "quantization_config" in source.config:
         raise LlmqError(f"{src} is quantized already; give the float checkpoint that it was made from")
     where = _device(device)
-    stored = source.get(source.names()[0]).dtype
+    stored = source.dtype
     steps = plan(recipe, stored)
     skeleton = Skeleton(source, _compute_dtype(steps, stored, where))
     refuse_other_matrices(skeleton.blocks[0])
+    for step in steps.rotations:
+        skeleton = Skeleton(Rotated(skeleton, step), skeleton.dtype)
     if recipe.gguf:
         return _prepare_gguf(source, skeleton, steps, where)
     linears, skipped = {}, []
@@ -87,10 +90,10 @@ def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
     if not linears:
         raise LlmqError("every linear is skipped; nothing to quantize")
     if not recipe.lm_head:
-        skipped.append(head_name(skeleton))
+        skipped.append(skeleton.name_of(skeleton.model.get_output_embeddings()))
     warnings = steps.format.plan(_mixed(linears, recipe) if recipe.target_bpw else list(linears.values()))
     source.check()
-    return Job(source, skeleton, steps, linears, skipped, where, warnings)
+    return Job(skeleton.source, skeleton, steps, linears, skipped, where, warnings)
 
 
 def _mixed(linears: dict[str, LinearSpec], recipe: Recipe) -> list[LinearSpec]:
@@ -116,8 +119,8 @@ def _prepare_gguf(source: Source, skeleton: Skeleton, steps: Plan, device: torch
     for step in steps.tuners:
         raise LlmqError(f"{spec.dump(step)} tunes integer grids only; for GGUF leave it out")
     tokenizer = load_tokenizer(str(source.path))
-    plan_ = blueprint(source, skeleton.config, recipe, pre=pre, calibrated=calibrated, tokenizer=tokenizer)
-    headers, blocks = source.headers(), dict(skeleton.linears())
+    plan_ = blueprint(skeleton.source, skeleton.config, recipe, pre=pre, calibrated=calibrated, tokenizer=tokenizer)
+    headers, blocks = skeleton.source.headers(), dict(skeleton.linears())
     linears: dict[str, LinearSpec] = {}
     rows: dict[str, LinearSpec] = {}
     for tensor, kind in plan_.quantized().items():
@@ -128,20 +131,14 @@ def _prepare_gguf(source: Source, skeleton: Skeleton, steps: Plan, device: torch
     skipped = [n for n in blocks if n not in linears]
     warnings = [*steps.format.plan([*linears.values(), *rows.values()]), *plan_.warnings]
     source.check()
-    return Job(source, skeleton, steps, linears, skipped, device, warnings, rows, plan_)
+    return Job(skeleton.source, skeleton, steps, linears, skipped, device, warnings, rows, plan_)
 
 
 def _linears(skeleton: Skeleton, *, with_head: bool) -> Iterator[tuple[str, nn.Linear]]:
     yield from skeleton.linears()
     head = skeleton.model.get_output_embeddings()
     if with_head and isinstance(head, nn.Linear):
-        yield head_name(skeleton), head
-
-
-def head_name(skeleton: Skeleton) -> str:
-    """Return the full name of the output head."""
-    head = skeleton.model.get_output_embeddings()
-    return next((n for n, m in skeleton.model.named_modules() if m is head), "lm_head")
+        yield skeleton.name_of(head), head
 
 
 def _device(name: str) -> torch.device:
@@ -158,11 +155,11 @@ def _device(name: str) -> torch.device:
 
 
 def _compute_dtype(steps: Plan, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return what activations are computed in; transforms edit the weights, which takes float32."""
-    name = steps.recipe.dtype
-    if steps.transforms and name == "bfloat16":
-        raise LlmqError(f"{spec.dump(steps.transforms[0])} folds scales into weights, which takes --dtype float32")
-    if name != "auto" or steps.transforms:
+    """Return what activations are computed in; rotations and transforms edit the weights, which takes float32."""
+    name, editing = steps.recipe.dtype, (*steps.rotations, *steps.transforms)
+    if editing and name == "bfloat16":
+        raise LlmqError(f"{spec.dump(editing[0])} edits the weights before rounding, which takes --dtype float32")
+    if name != "auto" or editing:
         return torch.float32 if name == "auto" else getattr(torch, name)
     return stored if device.type != "cpu" or (stored == torch.bfloat16 and _cpu_has_bfloat16()) else torch.float32
 

@@ -100,7 +100,7 @@ def _outside(job: Job, streams: Streams, sink: Sink) -> dict[str, Any]:
     if head is None:
         return record
     tied = f"{head}.weight" not in job.source
-    embedding = next(n for n, m in job.skeleton.model.named_modules() if m is job.skeleton.model.get_input_embeddings())
+    embedding = job.skeleton.name_of(job.skeleton.model.get_input_embeddings())
     weight = job.source.get(f"{embedding}.weight" if tied else f"{head}.weight")
     target = Target(head, weight.to(job.device, torch.float32), job.linears[head].scheme.weight)
     stats = {c: c() for c in job.plan.needs([target.grid])}

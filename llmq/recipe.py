@@ -25,6 +25,7 @@ from llmq.types import (
     Format,
     LlmqError,
     Refiner,
+    Rotation,
     Scheme,
     Solver,
     Transform,
@@ -41,8 +42,8 @@ class Recipe:
     """How to quantize a model. Defaults that depend on other fields are None here and filled in by `resolved`.
 
     quality: "fast" or "balanced": a method and a range by measurement, where no method is given.
-    method: comma-separated steps, each `name[:option=value...]`, in the order transforms, corrections, one solver,
-        refiners, tuners.
+    method: comma-separated steps, each `name[:option=value...]`, in the order rotations, transforms, corrections,
+        one solver, refiners, tuners.
     bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (None: 128; "channel" for W8A8).
     range: which interval a grid covers (None: what the method prefers, else minmax).
     act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic) or per "tensor" (static, `act_range`).
@@ -194,7 +195,8 @@ _W8A8_QUALITY = {"fast": "smoothquant,rtn", "balanced": "smoothquant,rtn"}
 
 
 _KINDS = {
-    "search": "transform", "correct": "correction", "solve": "solver", "refine": "refiner", "tune": "tuner",
+    "rotate": "rotation", "search": "transform", "correct": "correction",
+    "solve": "solver", "refine": "refiner", "tune": "tuner",
 }  # fmt: skip
 
 
@@ -203,6 +205,7 @@ class Plan:
     """A resolved recipe with its objects made."""
 
     recipe: Recipe
+    rotations: tuple[Rotation, ...]
     transforms: tuple[Transform, ...]
     corrections: tuple[Correction, ...]
     solver: Solver
@@ -238,6 +241,7 @@ def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
     base, overrides, skip = (None, (), ()) if recipe.gguf else _schemes(recipe, fmt, model_dtype)
     return Plan(
         recipe=recipe,
+        rotations=tuple(steps["rotation"]),
         transforms=tuple(steps["transform"]),
         corrections=tuple(steps["correction"]),
         solver=solver,
@@ -282,7 +286,7 @@ def _steps(method: str) -> dict[str, list[Any]]:
         if order.index(kind) < order.index(last) or (kind == "solver" and steps[kind]):
             raise LlmqError(
                 f"method {method!r}: {spec.dump(step)} is a {kind} and cannot follow a {last}; the order is "
-                "transforms, corrections, one solver, refiners, tuners"
+                "rotations, transforms, corrections, one solver, refiners, tuners"
             )
         steps[kind].append(step)
         last = kind

@@ -40,6 +40,8 @@ class Skeleton:
         self.source, self.dtype = source, dtype
         try:
             self.config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+            if not source.config.get("tie_word_embeddings", True):  # a rotation unties them
+                self.config.tie_word_embeddings = False
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False).eval()
         except (ValueError, KeyError, ImportError) as e:
@@ -52,7 +54,7 @@ class Skeleton:
         if not blocks:
             raise LlmqError(f"{source.path}: no list of {depth} decoder blocks; only decoder-only models are quantized")
         self.prefix, self.blocks = blocks[0]
-        self.stored_dtype = source.get(next(iter(source.names()))).dtype
+        self.stored_dtype = source.dtype
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -83,6 +85,16 @@ class Skeleton:
         finally:
             block.to("meta")
             _trim_heap()
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        explicit = getattr(self.config, "head_dim", None)
+        return int(explicit or self.config.hidden_size // self.config.num_attention_heads)
+
+    def name_of(self, module: nn.Module | None) -> str:
+        """Return the full name of a module of the model; "lm_head" where there is none."""
+        return next((n for n, m in self.model.named_modules() if m is module), "lm_head")
 
     def outside(self) -> list[str]:
         """Return the checkpoint's tensors that belong to no block."""
@@ -293,6 +305,17 @@ def refuse_other_matrices(block: nn.Module) -> None:
         raise LlmqError(
             f"the decoder blocks hold weights outside nn.Linear, which llmq does not quantize: {', '.join(others[:4])}"
         )
+
+
+def no_table(model_type: str, step: str) -> str:
+    """Return what to say of a step that needs a family's table where the model_type has none."""
+    from llmq import spec
+
+    names = ", ".join(spec.names("families"))
+    return (
+        f"model_type {model_type!r} has no table of producers, which {step} needs (there are: {names}); use rtn or "
+        "gptq alone"
+    )
 
 
 def family_sites(model_type: str, block: nn.Module) -> tuple[Site, ...] | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -158,11 +158,14 @@ class Site:
     linears: module names relative to the block.
     producer: the module whose output they read and that can absorb a per-channel scale (a norm or a linear), or None.
     parent: the smallest module whose output shows the effect of quantizing them (AWQ's loss); "" is the block.
+    per_head: attention alone lies between the producer's channels and the linears. It mixes tokens, not channels: any
+        change of basis within a head passes through it.
     """
 
     linears: tuple[str, ...]
     producer: str | None = None
     parent: str = ""
+    per_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,25 @@ class Stat(Protocol):
 
 Stats = Mapping[type, Any]
 """The accumulators of one site by their class."""
+
+
+class Bases(NamedTuple):
+    """Orthogonal matrices, float32: of the channels of one value head `[d, d]`, of the residual stream `[H, H]`."""
+
+    head: Tensor | None
+    stream: Tensor | None
+
+
+class Rotation(Protocol):
+    """Floats to floats, for the whole checkpoint: another basis for its weights; the function is unchanged.
+
+    untie: whether a head that is tied to the embedding may become a tensor of its own.
+    """
+
+    untie: bool
+
+    def rotate(self, head_dim: int, hidden_size: int) -> Bases:
+        """Return the bases to write a model of these sizes in."""
 
 
 class Correction(Protocol):
