@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmq import spec
@@ -33,6 +34,7 @@ class Streams:
 
     hidden: what the quantized blocks so far made of it. floats: what the float blocks made of its first batches, as
     many as the steps that compare the two want. calls: the other arguments of a block's call, indexed `[batch][block]`.
+    squares: of every linear by full name, the squared gradients at its output, `[T]` a batch, where tokens are weighed.
     measured: importance of every linear's input so far, where an importance matrix is to be written.
     watch: sees the keys and values of the present quantized block, where their scales are wanted.
     """
@@ -40,6 +42,7 @@ class Streams:
     hidden: list[Tensor] = field(default_factory=list)
     floats: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
+    squares: dict[str, list[Tensor]] = field(default_factory=dict)
     measured: dict[str, MeanSquare] = field(default_factory=dict)
     watch: Watch | None = None
 
@@ -115,7 +118,8 @@ def _solve_site(
     wanted = (needs if specs else set()) | measured
     stats: dict[type, Any] = {c: c() for c in sorted(wanted, key=lambda c: c.__name__)}
     if lanes:
-        accumulate(stats, lanes.advance(), reference.advance() if reference else None)
+        roots = _roots(job, [streams.squares.pop(prefix + n) for n in site.linears] if streams.squares else [])
+        accumulate(stats, lanes.advance(), reference.advance() if reference else None, roots)
     if measured:
         streams.measured |= {prefix + n: stats[MeanSquare] for n in site.linears}
     if not specs:
@@ -134,15 +138,31 @@ def _solve_site(
     return solved
 
 
-def accumulate(stats: Mapping[type, Any], hidden: Iterable[Tensor], floats: Iterator[Tensor] | None) -> None:
-    """Add activations `[T, K]` batch by batch; `floats` are the float model's of the first of these batches."""
+def _roots(job: Job, squares: Sequence[Sequence[Tensor]]) -> Iterator[Tensor]:
+    """Yield the square roots of the tokens' weights `[T, 1]`, batch by batch; nothing where no step weighs tokens."""
+    for weighting in job.plan.weightings if squares else ():
+        weight_T = weighting.weigh([torch.cat(list(s)) for s in squares])
+        yield from weight_T.sqrt()[:, None].split([len(s) for s in squares[0]])
+
+
+def accumulate(
+    stats: Mapping[type, Any],
+    hidden: Iterable[Tensor],
+    floats: Iterator[Tensor] | None,
+    roots: Iterator[Tensor] | None = None,
+) -> None:
+    """Add activations `[T, K]` batch by batch; `floats` are the float model's of the first of these batches.
+
+    roots: what the activations of a token are multiplied by in sums of products, `[T, 1]` a batch.
+    """
     for X_TK in hidden:
         F_TK = next(floats, None) if floats else None
+        root = next(roots, None) if roots else None
         for a in stats.values():
-            if not a.paired:
-                a.update(X_TK)
-            elif F_TK is not None:
-                a.update(X_TK, F_TK)
+            given = [X_TK, F_TK] if a.paired else [X_TK]
+            pair = [x for x in given if x is not None]
+            if len(pair) == len(given):
+                a.update(*(x * root if a.weighed and root is not None else x for x in pair))
 
 
 def solve(job: Job, targets: list[Target], stats: Mapping[type, Any]) -> list[tuple[Target, Solved]]:

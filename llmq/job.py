@@ -58,7 +58,7 @@ class Job:
         static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in self.linears.values())
         recipe, plan = self.plan.recipe, self.plan
         measured = recipe.target_bpw is not None or recipe.imatrix_out is not None or recipe.kv_bits is not None
-        return measured or static or bool(plan.transforms) or bool(plan.tuners) or bool(plan.needs(grids))
+        return measured or static or bool(plan.transforms or plan.tuners or plan.weightings or plan.needs(grids))
 
     def paired(self) -> float:
         """Return the share of the calibration that runs through the float model too, for steps that compare the two."""

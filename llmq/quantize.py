@@ -25,6 +25,7 @@ from llmq.checkpoint import Sink
 from llmq.gguf.pipeline import GgufSink
 from llmq.job import Job
 from llmq.publish import publish, publish_gguf, write_importance
+from llmq.saliency import squared_gradients
 from llmq.stream import embed
 from llmq.types import LinearSpec, LlmqError, QTensor, Target
 
@@ -74,7 +75,10 @@ def _enter(job: Job, report: Progress) -> Streams:
     writer = partial(_writer, job)
     tokens = calibration.tokens(recipe.calib, tokenizer, recipe.samples, recipe.seq_len, recipe.seed, writer)
     hidden, calls = embed(job.skeleton, tokens, max(1, BATCH_TOKENS // recipe.seq_len), job.device)
-    return Streams(hidden, hidden[: math.ceil(job.paired() * len(hidden))], calls)
+    squares = {}
+    if job.plan.weightings:
+        squares = squared_gradients(job.skeleton, hidden, calls, job.device, recipe.seed, report)
+    return Streams(hidden, hidden[: math.ceil(job.paired() * len(hidden))], calls, squares)
 
 
 def _writer(job: Job) -> nn.Module:

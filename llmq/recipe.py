@@ -30,6 +30,7 @@ from llmq.types import (
     Solver,
     Transform,
     Tuner,
+    Weighting,
 )
 
 STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
@@ -42,8 +43,8 @@ class Recipe:
     """How to quantize a model. Defaults that depend on other fields are None here and filled in by `resolved`.
 
     quality: "fast" or "balanced": a method and a range by measurement, where no method is given.
-    method: comma-separated steps, each `name[:option=value...]`, in the order rotations, transforms, corrections,
-        one solver, refiners, tuners.
+    method: comma-separated steps, each `name[:option=value...]`, in the order rotations, one weighting,
+        transforms, corrections, one solver, refiners, tuners.
     bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (None: 128; "channel" for W8A8).
     range: which interval a grid covers (None: what the method prefers, else minmax).
     act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic) or per "tensor" (static, `act_range`).
@@ -195,9 +196,10 @@ _W8A8_QUALITY = {"fast": "smoothquant,rtn", "balanced": "smoothquant,rtn"}
 
 
 _KINDS = {
-    "rotate": "rotation", "search": "transform", "correct": "correction",
+    "rotate": "rotation", "weigh": "weighting", "search": "transform", "correct": "correction",
     "solve": "solver", "refine": "refiner", "tune": "tuner",
 }  # fmt: skip
+_ALONE = ("weighting", "solver")  # kinds of which a method has one at most
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,7 @@ class Plan:
 
     recipe: Recipe
     rotations: tuple[Rotation, ...]
+    weightings: tuple[Weighting, ...]
     transforms: tuple[Transform, ...]
     corrections: tuple[Correction, ...]
     solver: Solver
@@ -242,6 +245,7 @@ def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
     return Plan(
         recipe=recipe,
         rotations=tuple(steps["rotation"]),
+        weightings=tuple(steps["weighting"]),
         transforms=tuple(steps["transform"]),
         corrections=tuple(steps["correction"]),
         solver=solver,
@@ -283,10 +287,10 @@ def _steps(method: str) -> dict[str, list[Any]]:
     for text in method.split(","):
         step = spec.load("algorithms", text)
         kind = next(k for verb, k in _KINDS.items() if hasattr(step, verb))
-        if order.index(kind) < order.index(last) or (kind == "solver" and steps[kind]):
+        if order.index(kind) < order.index(last) or (kind in _ALONE and steps[kind]):
             raise LlmqError(
                 f"method {method!r}: {spec.dump(step)} is a {kind} and cannot follow a {last}; the order is "
-                "rotations, transforms, corrections, one solver, refiners, tuners"
+                "rotations, one weighting, transforms, corrections, one solver, refiners, tuners"
             )
         steps[kind].append(step)
         last = kind

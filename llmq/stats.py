@@ -2,7 +2,8 @@
 
 Every class has a no-argument constructor, `update(X_TK)` and `merge(other)`; a block makes one of each class that a
 step needs, per site, and drops them when the site is solved. A `paired` one is updated with `(X_TK, F_TK)`: the same
-tokens' activations in the quantized and in the float model.
+tokens' activations in the quantized and in the float model. A `weighed` one, a sum of products of two activations, is
+given them times the square root of the token's weight, where a step weighs tokens.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Hessian:
     """
 
     paired: ClassVar[bool] = False
+    weighed: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.count = 0
@@ -87,6 +89,7 @@ class Drift:
     """
 
     paired: ClassVar[bool] = True
+    weighed: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.fit = self.held = self.held_hessian = torch.zeros(0, 0)
@@ -131,6 +134,7 @@ class AbsMax:
     """The largest magnitude of every channel."""
 
     paired: ClassVar[bool] = False
+    weighed: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.max: Tensor | None = None
@@ -150,6 +154,7 @@ class _ChannelMean(ABC):
     """The mean of some function of every channel."""
 
     paired: ClassVar[bool] = False
+    weighed: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
@@ -198,6 +203,7 @@ class Histogram:
     """Magnitudes of all channels together in `BINS` bins, whose width doubles until the largest value fits."""
 
     paired: ClassVar[bool] = False
+    weighed: ClassVar[bool] = False
     BINS = 2048
 
     def __init__(self) -> None:

@@ -156,7 +156,7 @@ def embed(
     owner = model.get_submodule(parent)
     hidden: list[Tensor] = []
     calls: dict[int, list[Call]] = {}
-    with _front(skeleton, device):
+    with outside_loaded(skeleton, device):
         for ids in tokens.split(batch):
             recorders = [_Recorder(b, i == len(blocks) - 1) for i, b in enumerate(blocks)]
             setattr(owner, leaf, nn.ModuleList(recorders))
@@ -171,17 +171,25 @@ def embed(
 
 
 @contextmanager
-def _front(skeleton: Skeleton, device: torch.device) -> Iterator[None]:
-    """Load everything that is neither a block nor the head; embeddings stay in their stored dtype, outputs are cast."""
-    head = skeleton.model.get_output_embeddings()
+def outside_loaded(skeleton: Skeleton, device: torch.device, *, head: bool = False) -> Iterator[None]:
+    """Load everything that is no block: with the head, or all but it.
+
+    Embeddings stay in their stored dtype, their outputs are cast; the head computes in the skeleton's.
+    """
+    output = skeleton.model.get_output_embeddings()
     modules = [
         (n, m)
         for n, m in skeleton.model.named_modules()
-        if not f"{n}.".startswith(f"{skeleton.prefix}.") and m is not head
+        if not f"{n}.".startswith(f"{skeleton.prefix}.") and (head or m is not output)
     ]
+    tied = f"{skeleton.name_of(skeleton.model.get_input_embeddings())}.weight"
     for name, module in modules:
-        for leaf, _ in module.named_parameters(recurse=False):
-            tensor = skeleton.source.get(f"{name}.{leaf}" if name else leaf).to(device)
+        for leaf, _ in list(module.named_parameters(recurse=False)):
+            full = f"{name}.{leaf}" if name else leaf
+            if module is output:
+                tensor = skeleton.source.get(full if full in skeleton.source else tied).to(device, skeleton.dtype)
+            else:
+                tensor = skeleton.source.get(full).to(device)
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
         for leaf, buffer in module.named_buffers(recurse=False):
             setattr(module, leaf, buffer.to(device))

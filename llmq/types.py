@@ -196,9 +196,11 @@ class Stat(Protocol):
     """An accumulator over the activations of a site; merging two ranks' accumulators is exact.
 
     paired: whether `update` also wants the activations of the float model for the same tokens.
+    weighed: whether the activations come times the square root of their token's weight, where tokens are weighed.
     """
 
     paired: ClassVar[bool]
+    weighed: ClassVar[bool]
 
     def update(self, X_TK: Tensor, F_TK: Tensor | None = None) -> None:
         """Add a batch of activations `[T, K]`, `F_TK` those of the float model where `paired`."""
@@ -228,6 +230,16 @@ class Rotation(Protocol):
 
     def rotate(self, head_dim: int, hidden_size: int) -> Bases:
         """Return the bases to write a model of these sizes in."""
+
+
+class Weighting(Protocol):
+    """Says how much each calibration token counts in the errors that later steps lower."""
+
+    def weigh(self, squares: Sequence[Tensor]) -> Tensor:
+        """Return the weights of the tokens of a site `[T]`, 1 on average.
+
+        squares: for each of its linears, the squared gradient of the model's loss at its output, float32 `[T]`.
+        """
 
 
 class Correction(Protocol):
