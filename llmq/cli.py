@@ -60,7 +60,7 @@ def quantize(
     src: Annotated[str, typer.Argument(help="Float checkpoint: a local folder or a Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to write, or OUT.gguf.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML or JSON file with any of these options.")] = None,
-    quality: Annotated[str | None, typer.Option(help="fast or balanced: time against error. [balanced]")] = None,
+    quality: Annotated[str | None, typer.Option(help="fast, balanced or best: time against error. [balanced]")] = None,
     method: Annotated[str | None, typer.Option(help="Steps by name in place of a quality: awq,gptq:damp=0.01")] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")] = None,
     group_size: Annotated[str | None, typer.Option(help="Columns per scale, 'channel' or 'tensor'. [128]")] = None,

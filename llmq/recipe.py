@@ -42,7 +42,7 @@ _OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-si
 class Recipe:
     """How to quantize a model. Defaults that depend on other fields are None here and filled in by `resolved`.
 
-    quality: "fast" or "balanced": a method and a range by measurement, where no method is given.
+    quality: "fast", "balanced" or "best": a method and a range by measurement, where no method is given.
     method: comma-separated steps, each `name[:option=value...]`, in the order rotations, one weighting,
         transforms, corrections, one solver, refiners, tuners.
     bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (None: 128; "channel" for W8A8).
@@ -180,7 +180,7 @@ class Recipe:
         methods = _GGUF_QUALITY if self.gguf else _W8A8_QUALITY if self.act_bits else _QUALITY
         if quality not in methods:
             raise LlmqError(f"quality is {', '.join(methods)}, not {quality!r}")
-        range_ = self.range or (None if self.act_bits or self.gguf else "mse")
+        range_ = self.range or (None if self.gguf else "mse")
         return dataclasses.replace(self, quality=None, method=methods[quality], range=range_)
 
     def to_yaml(self) -> str:
@@ -190,9 +190,17 @@ class Recipe:
 
 
 _DEFAULT_RANGE = "minmax"
-_QUALITY = {"fast": "gptq,descent", "balanced": "qep,gptq,descent"}
-_GGUF_QUALITY = {"fast": "rtn", "balanced": "qep,gptq,descent"}
-_W8A8_QUALITY = {"fast": "smoothquant,rtn", "balanced": "smoothquant,rtn"}
+_QUALITY = {
+    "fast": "gptq,descent",
+    "balanced": "qep,gptq,descent",
+    "best": "rotate,fisher,qep,gptq,descent",
+}
+_GGUF_QUALITY = _QUALITY | {"fast": "rtn"}
+_W8A8_QUALITY = {
+    "fast": "smoothquant,rtn",
+    "balanced": "smoothquant,qep,gptq,descent",
+    "best": "smoothquant,qep,gptq,descent",
+}
 
 
 _KINDS = {

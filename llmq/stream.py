@@ -321,8 +321,8 @@ def no_table(model_type: str, step: str) -> str:
 
     names = ", ".join(spec.names("families"))
     return (
-        f"model_type {model_type!r} has no table of producers, which {step} needs (there are: {names}); use rtn or "
-        "gptq alone"
+        f"model_type {model_type!r} has no table of producers, which {step} needs (there are: {names}); leave it "
+        "out, as --quality balanced does"
     )
 
 

@@ -35,10 +35,17 @@ LADDER: dict[str, tuple[object, ...]] = {
     "qep,gptq,descent mse, alpha .5": ("--method", "qep:alpha=0.5,gptq,descent", *MSE),
     "qep,gptq,descent:scales=false mse": ("--method", "qep,gptq,descent:scales=false", *MSE),
     "awq,qep,gptq,descent mse": ("--method", "awq,qep,gptq,descent", *MSE),
+    "rotate,qep,gptq,descent mse": ("--method", "rotate,qep,gptq,descent", *MSE),
+    "fisher,qep,gptq,descent mse": ("--method", "fisher,qep,gptq,descent", *MSE),
+    "residual rotation,qep,gptq,descent mse": (
+        "--method",
+        "rotate:residual=true:untie=true,qep,gptq,descent",
+        *MSE,
+    ),
     "qep,gptq,descent,signround mse": ("--method", "qep,gptq,descent,signround", *MSE),
     "rtn,signround mse": ("--method", "rtn,signround", *MSE),
 }
-PRESETS = {f"quality {q}": ("--quality", q) for q in ("fast", "balanced")}
+PRESETS = {f"quality {q}": ("--quality", q) for q in ("fast", "balanced", "best")}
 OTHERS: dict[str, tuple[object, ...]] = {
     "gptq desc_act": ("--method", "gptq:desc_act=true"),
     "gptq asym": ("--method", "gptq", "--asym"),
@@ -53,6 +60,7 @@ EIGHT: dict[str, tuple[object, ...]] = {
     "w8a8 smoothquant": ("--method", "smoothquant,rtn"),
     "w8a8 smoothquant .8 norms": ("--method", "smoothquant:alpha=0.8:linears=false,rtn"),
     "w8a8 smoothquant+gptq": ("--method", "smoothquant,gptq"),
+    "w8a8 quality balanced": ("--quality", "balanced"),
     "w8a8 static": ("--method", "smoothquant,rtn", "--act", "tensor"),
 }
 ROWS = {

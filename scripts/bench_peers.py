@@ -50,7 +50,7 @@ ROWS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "autoround 2 x200": ("autoround", 2, ("--iters", 200, "--batch-size", 4)),
     "llmq 4 rtn": ("llmq", 4, ("--method", "rtn")),
     "llmq 4 gptq": ("llmq", 4, ("--method", "gptq")),
-    **{f"llmq {b} {q}": ("llmq", b, ("--quality", q)) for b in (4, 3, 2) for q in ("fast", "balanced")},
+    **{f"llmq {b} {q}": ("llmq", b, ("--quality", q)) for b in (4, 3, 2) for q in ("fast", "balanced", "best")},
 }
 
 

@@ -18,17 +18,17 @@ def test_defaults_that_depend_on_other_options():
 
 
 def test_a_quality_stands_for_a_method_and_a_range():
-    names = ("fast", "balanced")
+    names = ("fast", "balanced", "best")
     resolved = {q: Recipe(quality=q).resolved() for q in names}
     assert Recipe().resolved() == resolved["balanced"]
-    assert len({r.method for r in resolved.values()}) == 2 and {r.range for r in resolved.values()} == {"mse"}
+    assert len({r.method for r in resolved.values()}) == 3 and {r.range for r in resolved.values()} == {"mse"}
     assert all(Recipe(**{**vars(r)}).resolved() == r for r in resolved.values()), "what is recorded repeats the run"
     assert Recipe(quality="fast", range="minmax").resolved().range == "minmax"
     for quality in names:
         assert plan(Recipe(quality=quality, bits=8, act_bits=8), torch.float16).transforms
     with pytest.raises(LlmqError, match="not both"):
         Recipe(quality="fast", method="rtn")
-    with pytest.raises(LlmqError, match="fast, balanced, not"):
+    with pytest.raises(LlmqError, match="fast, balanced, best, not"):
         Recipe(quality="good").resolved()
 
 
