@@ -193,7 +193,7 @@ _DEFAULT_RANGE = "minmax"
 _QUALITY = {
     "fast": "gptq,descent",
     "balanced": "qep,gptq,descent",
-    "best": "rotate,fisher,qep,gptq,descent",
+    "best": "fisher,qep,gptq,descent",
 }
 _GGUF_QUALITY = _QUALITY | {"fast": "rtn"}
 _W8A8_QUALITY = {
