@@ -35,6 +35,7 @@ class Streams:
     hidden: what the quantized blocks so far made of it. floats: what the float blocks made of its first batches, as
     many as the steps that compare the two want. calls: the other arguments of a block's call, indexed `[batch][block]`.
     squares: of every linear by full name, the squared gradients at its output, `[T]` a batch, where tokens are weighed.
+    tokens: the calibration itself, int64 `[samples, seq_len]`.
     measured: importance of every linear's input so far, where an importance matrix is to be written.
     watch: sees the keys and values of the present quantized block, where their scales are wanted.
     """
@@ -43,6 +44,7 @@ class Streams:
     floats: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
     squares: dict[str, list[Tensor]] = field(default_factory=dict)
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     measured: dict[str, MeanSquare] = field(default_factory=dict)
     watch: Watch | None = None
 

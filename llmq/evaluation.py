@@ -93,8 +93,8 @@ def evaluate(  # noqa: PLR0913, what is measured and how
     if windows is not None and windows < 1:
         raise LlmqError(f"give 1 window or more, not {windows}")
     pieces, words, bytes_ = cut(text, tokenizer, how, windows)
-    scored = _Model(model.eval(), "the model", kv_bits)
-    truth = None if baseline is None else _Model(baseline.eval(), "the baseline")
+    scored = Predictor(model.eval(), "the model", kv_bits)
+    truth = None if baseline is None else Predictor(baseline.eval(), "the baseline")
     if truth and truth.vocab != scored.vocab:
         raise LlmqError(f"the baseline has {truth.vocab} tokens in its vocabulary, the model {scored.vocab}")
     parts: list[Tensor] = []
@@ -178,7 +178,7 @@ def table(rows: Mapping[str, Evaluation]) -> Table:
     return out
 
 
-class _Model:
+class Predictor:
     """A model as the states of a window and their logits, so that logits exist for a few positions at a time.
 
     The states are the last hidden states where the output embedding alone makes them the model's logits. A short probe
@@ -215,7 +215,7 @@ class _Model:
         return F.log_softmax((states if self.head is None else self.head(states)).float(), dim=-1)
 
 
-def _score(window: Window, where: str, model: _Model, baseline: _Model | None) -> Iterator[Tensor]:
+def _score(window: Window, where: str, model: Predictor, baseline: Predictor | None) -> Iterator[Tensor]:
     """Yield, for a few of the scored tokens at a time, float64 `[t, 1]` on the CPU: -log q; with a baseline `[t, 4]`.
 
     The other columns are -log p, the KL divergence and 1 where both rank the same token first.

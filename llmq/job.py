@@ -58,7 +58,8 @@ class Job:
         static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in self.linears.values())
         recipe, plan = self.plan.recipe, self.plan
         measured = recipe.target_bpw is not None or recipe.imatrix_out is not None or recipe.kv_bits is not None
-        return measured or static or bool(plan.transforms or plan.tuners or plan.weightings or plan.needs(grids))
+        steps = (plan.weightings, plan.transforms, plan.needs(grids), plan.tuners, plan.finishers)
+        return measured or static or any(steps)
 
     def paired(self) -> float:
         """Return the share of the calibration that runs through the float model too, for steps that compare the two."""
@@ -79,6 +80,8 @@ def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
         skeleton = Skeleton(Rotated(skeleton, step), skeleton.dtype)
     if recipe.gguf:
         return _prepare_gguf(source, skeleton, steps, where)
+    if steps.finishers and recipe.act_bits:
+        raise LlmqError(f"{spec.dump(steps.finishers[0])} tunes models with float activations only; leave it out")
     linears, skipped = {}, []
     for name, module in _linears(skeleton, with_head=recipe.lm_head):
         scheme = steps.scheme(name)
@@ -116,7 +119,7 @@ def _prepare_gguf(source: Source, skeleton: Skeleton, steps: Plan, device: torch
         raise LlmqError(f"method {recipe.method} calibrates its own importance; --imatrix goes with --method rtn")
     if recipe.imatrix_out and (Path(recipe.imatrix_out).is_dir() or not Path(recipe.imatrix_out).parent.is_dir()):
         raise LlmqError(f"--imatrix-out {recipe.imatrix_out} is no file in a folder that exists; name one")
-    for step in steps.tuners:
+    for step in (*steps.tuners, *steps.finishers):
         raise LlmqError(f"{spec.dump(step)} tunes integer grids only; for GGUF leave it out")
     tokenizer = load_tokenizer(str(source.path))
     plan_ = blueprint(skeleton.source, skeleton.config, recipe, pre=pre, calibrated=calibrated, tokenizer=tokenizer)

@@ -16,12 +16,16 @@ from torch import Tensor
 
 from llmq import __version__, card
 from llmq.checkpoint import Sink
+from llmq.finish import finish
 from llmq.gguf import imatrix, pipeline
 from llmq.job import Job
 
 
-def publish(job: Job, sink: Sink, record: dict[str, Any]) -> dict[str, Any]:
-    """Join the shards and write everything else a runtime or a reader wants. Returns quantization.json's content."""
+def publish(job: Job, sink: Sink, record: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+    """Join the shards, finish them, and write everything else that a runtime or a reader wants.
+
+    tokens: the calibration, int64 `[samples, seq_len]`. Returns quantization.json's content.
+    """
     recipe, fmt = job.plan.recipe, job.plan.format
     qconfig = fmt.config(list(job.linears.values()), job.skipped)
     config = job.source.config | {"quantization_config": qconfig}
@@ -34,6 +38,8 @@ def publish(job: Job, sink: Sink, record: dict[str, Any]) -> dict[str, Any]:
     sink.text("recipe.yaml", recipe.to_yaml())
     total = sink.join()
     summary = _summary(job, total, record)
+    if job.plan.finishers:
+        summary["finished"] = finish(job.plan.finishers, sink.stage, job.source.path, tokens, recipe.seed)
     sink.text("quantization.json", json.dumps(summary, indent=2) + "\n")
     sink.text("README.md", card.model_card(job.source.path.name, summary, config))
     return summary

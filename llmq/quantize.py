@@ -55,7 +55,10 @@ def quantize(job: Job, out: Path, *, overwrite: bool = False, progress: Progress
         record |= _outside(job, streams, sink)
         if streams.measured:
             write_importance(job, {n: (m.sum, m.count) for n, m in streams.measured.items() if m.sum is not None})
-        summary = publish_gguf(job, sink, record) if isinstance(sink, GgufSink) else publish(job, sink, record)
+        if isinstance(sink, GgufSink):
+            summary = publish_gguf(job, sink, record)
+        else:
+            summary = publish(job, sink, record, streams.tokens)
         sink.commit()
     return summary
 
@@ -78,7 +81,7 @@ def _enter(job: Job, report: Progress) -> Streams:
     squares = {}
     if job.plan.weightings:
         squares = squared_gradients(job.skeleton, hidden, calls, job.device, recipe.seed, report)
-    return Streams(hidden, hidden[: math.ceil(job.paired() * len(hidden))], calls, squares)
+    return Streams(hidden, hidden[: math.ceil(job.paired() * len(hidden))], calls, squares, tokens)
 
 
 def _writer(job: Job) -> nn.Module:

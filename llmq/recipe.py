@@ -22,6 +22,7 @@ from llmq.grids.int import Int
 from llmq.types import (
     ActivationGrid,
     Correction,
+    Finisher,
     Format,
     LlmqError,
     Refiner,
@@ -44,7 +45,7 @@ class Recipe:
 
     quality: "fast", "balanced" or "best": a method and a range by measurement, where no method is given.
     method: comma-separated steps, each `name[:option=value...]`, in the order rotations, one weighting,
-        transforms, corrections, one solver, refiners, tuners.
+        transforms, corrections, one solver, refiners, tuners, finishers.
     bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (None: 128; "channel" for W8A8).
     range: which interval a grid covers (None: what the method prefers, else minmax).
     act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic) or per "tensor" (static, `act_range`).
@@ -205,7 +206,7 @@ _W8A8_QUALITY = {
 
 _KINDS = {
     "rotate": "rotation", "weigh": "weighting", "search": "transform", "correct": "correction",
-    "solve": "solver", "refine": "refiner", "tune": "tuner",
+    "solve": "solver", "refine": "refiner", "tune": "tuner", "finish": "finisher",
 }  # fmt: skip
 _ALONE = ("weighting", "solver")  # kinds of which a method has one at most
 
@@ -222,6 +223,7 @@ class Plan:
     solver: Solver
     refiners: tuple[Refiner, ...]
     tuners: tuple[Tuner, ...]
+    finishers: tuple[Finisher, ...]
     format: Format
     base: Scheme | None  # None where the format's own types take its place (GGUF)
     overrides: tuple[tuple[re.Pattern[str], dict[str, Any]], ...]
@@ -259,6 +261,7 @@ def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
         solver=solver,
         refiners=tuple(steps["refiner"]),
         tuners=tuple(steps["tuner"]),
+        finishers=tuple(steps["finisher"]),
         format=fmt,
         base=base,
         overrides=overrides,
@@ -298,7 +301,7 @@ def _steps(method: str) -> dict[str, list[Any]]:
         if order.index(kind) < order.index(last) or (kind in _ALONE and steps[kind]):
             raise LlmqError(
                 f"method {method!r}: {spec.dump(step)} is a {kind} and cannot follow a {last}; the order is "
-                "rotations, one weighting, transforms, corrections, one solver, refiners, tuners"
+                "rotations, one weighting, transforms, corrections, one solver, refiners, tuners, finishers"
             )
         steps[kind].append(step)
         last = kind

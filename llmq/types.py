@@ -306,6 +306,30 @@ class Tuner(Protocol):
 
 
 @dataclass(frozen=True)
+class ModelView:
+    """What a finisher sees of the whole quantized model.
+
+    scales: for each linear the change of its group scales, relative to them, float32 `[N, G]`. norms: gains of norms.
+        Leaves that ask for gradients, to be moved in place.
+    loss: returns the mean KL from the float model's predictions over one calibration sequence, of so many `rows`.
+    seed: for whatever the finisher draws at random.
+    """
+
+    scales: list[Tensor]
+    norms: list[Tensor]
+    loss: Callable[[int], Tensor]
+    rows: int
+    seed: int
+
+
+class Finisher(Protocol):
+    """Scales and norms to better ones, for the whole model together, by its predictions."""
+
+    def finish(self, view: ModelView) -> dict[str, float]:
+        """Move the parameters of the view; return what is recorded. Never to a greater loss on what it judges by."""
+
+
+@dataclass(frozen=True)
 class SiteView:
     """What a transform sees of one site of a float block.
 

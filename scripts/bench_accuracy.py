@@ -42,6 +42,8 @@ LADDER: dict[str, tuple[object, ...]] = {
         "rotate:residual=true:untie=true,qep,gptq,descent",
         *MSE,
     ),
+    "qep,gptq,descent,distill mse": ("--method", "qep,gptq,descent,distill", *MSE),
+    "fisher,qep,gptq,descent,distill mse": ("--method", "fisher,qep,gptq,descent,distill", *MSE),
     "qep,gptq,descent,signround mse": ("--method", "qep,gptq,descent,signround", *MSE),
     "rtn,signround mse": ("--method", "rtn,signround", *MSE),
 }

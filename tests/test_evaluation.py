@@ -125,7 +125,7 @@ def test_logits_capped_after_the_head_are_honoured(tokenizer_bos, prose, cap):
     got = evaluate(model, tokenizer_bos, text, find_convention("gptq", 64), windows=1)
     want = -naive(model, ids).gather(1, torch.tensor(ids[1:])[:, None]).mean()
     assert got.perplexity == pytest.approx(math.exp(want), rel=1e-4)
-    assert (evaluation._Model(model, "").head is None) == (cap is not None)
+    assert (evaluation.Predictor(model, "").head is None) == (cap is not None)
 
 
 def test_plain_text_is_not_detokenised(tiny_llama, tokenizer_bos):

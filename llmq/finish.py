@@ -1,0 +1,121 @@
+"""The whole quantized model, once more, with gradients: what finishers see, and what they changed, written back.
+
+The checkpoint as it stands before it is moved to OUT is opened beside its float model, each linear as its decoded
+weight times a factor for each group; both are held in memory, and the blocks' activations are computed twice.
+Not here: what moves the parameters (algorithms/distill.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmq import spec
+from llmq.evaluation import Predictor
+from llmq.runtime.linear import QuantLinear
+from llmq.types import Finisher, ModelView, QTensor
+
+_POSITIONS = 128  # whose logits exist at a time
+
+
+class _Scaled(nn.Module):
+    """A quantized linear as its decoded weight `[N, K]` with one factor, 1 + change, for each group `[N, G]`."""
+
+    def __init__(self, linear: QuantLinear) -> None:
+        super().__init__()
+        self.linear, self.q = [linear], linear.unpack()  # in a list: no submodule
+        self.weight = self.q.dequantize()
+        N, K = self.weight.shape
+        G = self.q.params.scale.shape[1]
+        self.group_K = torch.arange(K) // (K // G) if self.q.g_idx is None else self.q.g_idx.long()
+        self.change = nn.Parameter(torch.zeros(N, G))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.linear[0].bias
+        return F.linear(x, self.weight * (1 + self.change)[:, self.group_K], None if bias is None else bias.to(x.dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the file with the scales as they are now."""
+        scale = self.q.params.scale
+        moved = (scale.float() * (1 + self.change.detach())).to(scale.dtype)
+        params = dataclasses.replace(self.q.params, scale=torch.where(moved == 0, scale, moved))
+        linear = self.linear[0]
+        return linear.fmt.pack(QTensor(self.q.codes, params, self.q.grid, self.q.g_idx, self.q.input), linear.spec)
+
+
+def finish(finishers: Sequence[Finisher], folder: Path, source: Path, tokens: Tensor, seed: int) -> dict[str, Any]:
+    """Run finishers on the checkpoint in `folder`, made from the float one at `source`, and rewrite its shards.
+
+    tokens: int64 `[samples, seq_len]`. Returns a report line for each finisher.
+    """
+    from llmq.loading import load
+
+    teacher = Predictor(load(source, dtype=torch.float32, device="cpu"), "the float model")
+    with torch.no_grad():
+        truth = [teacher.states(row.tolist()) for row in tokens]
+    teacher.model = None  # the head is all that is still needed
+    student = load(folder, dtype=torch.float32, device="cpu", backend="reference")
+    predictor = Predictor(student, "the quantized model")
+    linears = dict(_open_up(student))
+    norms = {n: p for n, p in student.named_parameters() if "norm" in n}
+    for p in student.parameters():
+        p.requires_grad_(False)
+    tuned = [*norms.values(), *(m.change for m in linears.values())]
+    for p in tuned:
+        p.requires_grad_(True)
+
+    def loss(row: int) -> Tensor:
+        states = predictor.states(tokens[row].tolist())
+        parts = zip(states.split(_POSITIONS), truth[row].split(_POSITIONS), strict=True)
+        sums = [checkpoint(_divergence, s, t, predictor, teacher, use_reentrant=False) for s, t in parts]
+        return torch.stack(sums).sum() / len(states)
+
+    view = ModelView([m.change for m in linears.values()], list(norms.values()), loss, len(tokens), seed)
+    report = {spec.dump(f): f.finish(view) for f in finishers}
+    changed = {f"{n}.{k}": t for n, m in linears.items() for k, t in m.tensors().items()}
+    _rewrite(folder, changed | {n: p.detach() for n, p in norms.items()})
+    return report
+
+
+def _open_up(model: Any) -> Iterator[tuple[str, _Scaled]]:
+    """Replace every quantized linear, have the blocks recompute their activations, and yield the replacements."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            parent, _, leaf = name.rpartition(".")
+            scaled = _Scaled(module)
+            setattr(model.get_submodule(parent), leaf, scaled)
+            yield name, scaled
+    depth = model.config.get_text_config().num_hidden_layers
+    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    for block in blocks:
+        block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return call
+
+
+def _divergence(states: Tensor, truth: Tensor, student: Predictor, teacher: Predictor) -> Tensor:
+    """Return the sum over some positions of KL(teacher || student)."""
+    with torch.no_grad():
+        log_p = teacher.log_probs(truth)
+    return (log_p.exp() * (log_p - student.log_probs(states))).sum()
+
+
+def _rewrite(folder: Path, changed: dict[str, Tensor]) -> None:
+    """Put tensors in the place of those of the same name, in the dtype they were stored in."""
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        tensors |= {n: changed[n].to(t.dtype).contiguous() for n, t in tensors.items() if n in changed}
+        save_file(tensors, file, {"format": "pt"})
