@@ -51,7 +51,8 @@ def quantize(job: Job, out: Path, *, overwrite: bool = False, progress: Progress
         for i in range(len(job.skeleton)):
             report(i, len(job.skeleton), f"block {i}")
             record |= quantize_block(job, i, streams, sink)
-        report(len(job.skeleton), len(job.skeleton), "writing")
+        what = "tuning the whole model, writing" if job.plan.finishers else "writing"
+        report(len(job.skeleton), len(job.skeleton), what)
         record |= _outside(job, streams, sink)
         if streams.measured:
             write_importance(job, {n: (m.sum, m.count) for n, m in streams.measured.items() if m.sum is not None})

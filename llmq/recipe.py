@@ -44,7 +44,7 @@ class Recipe:
     """How to quantize a model. Defaults that depend on other fields are None here and filled in by `resolved`.
 
     quality: "fast", "balanced" or "best": a method and a range by measurement, where no method is given.
-    method: comma-separated steps, each `name[:option=value...]`, in the order rotations, one weighting,
+    method: comma-separated steps, each `name[:option=value...]`, in the order one rotation, one weighting,
         transforms, corrections, one solver, refiners, tuners, finishers.
     bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (None: 128; "channel" for W8A8).
     range: which interval a grid covers (None: what the method prefers, else minmax).
@@ -208,7 +208,7 @@ _KINDS = {
     "rotate": "rotation", "weigh": "weighting", "search": "transform", "correct": "correction",
     "solve": "solver", "refine": "refiner", "tune": "tuner", "finish": "finisher",
 }  # fmt: skip
-_ALONE = ("weighting", "solver")  # kinds of which a method has one at most
+_ALONE = ("rotation", "weighting", "solver")  # kinds of which a method has one at most
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ def _steps(method: str) -> dict[str, list[Any]]:
         if order.index(kind) < order.index(last) or (kind in _ALONE and steps[kind]):
             raise LlmqError(
                 f"method {method!r}: {spec.dump(step)} is a {kind} and cannot follow a {last}; the order is "
-                "rotations, one weighting, transforms, corrections, one solver, refiners, tuners, finishers"
+                "one rotation, one weighting, transforms, corrections, one solver, refiners, tuners, finishers"
             )
         steps[kind].append(step)
         last = kind
