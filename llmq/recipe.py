@@ -181,8 +181,10 @@ class Recipe:
         methods = _GGUF_QUALITY if self.gguf else _W8A8_QUALITY if self.act_bits else _QUALITY
         if quality not in methods:
             raise LlmqError(f"quality is {', '.join(methods)}, not {quality!r}")
-        range_ = self.range or (None if self.gguf else "mse")
-        return dataclasses.replace(self, quality=None, method=methods[quality], range=range_)
+        method, range_ = methods[quality], self.range or (None if self.gguf else "mse")
+        if quality == "best" and self.bits == 2 and not self.gguf:
+            method += ",distill"
+        return dataclasses.replace(self, quality=None, method=method, range=range_)
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML that `load` reads back equal."""

@@ -24,6 +24,7 @@ def test_a_quality_stands_for_a_method_and_a_range():
     assert len({r.method for r in resolved.values()}) == 3 and {r.range for r in resolved.values()} == {"mse"}
     assert all(Recipe(**{**vars(r)}).resolved() == r for r in resolved.values()), "what is recorded repeats the run"
     assert Recipe(quality="fast", range="minmax").resolved().range == "minmax"
+    assert Recipe(quality="best", bits=2).resolved().method == f"{resolved['best'].method},distill"
     for quality in names:
         assert plan(Recipe(quality=quality, bits=8, act_bits=8), torch.float16).transforms
     with pytest.raises(LlmqError, match="not both"):
