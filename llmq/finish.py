@@ -35,8 +35,9 @@ class _Scaled(nn.Module):
         self.weight = self.q.dequantize()
         N, K = self.weight.shape
         G = self.q.params.scale.shape[1]
-        self.group_K = torch.arange(K) // (K // G) if self.q.g_idx is None else self.q.g_idx.long()
-        self.change = nn.Parameter(torch.zeros(N, G))
+        at = self.weight.device
+        self.group_K = torch.arange(K, device=at) // (K // G) if self.q.g_idx is None else self.q.g_idx.long()
+        self.change = nn.Parameter(torch.zeros(N, G, device=at))
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.linear[0].bias
@@ -51,18 +52,20 @@ class _Scaled(nn.Module):
         return linear.fmt.pack(QTensor(self.q.codes, params, self.q.grid, self.q.g_idx, self.q.input), linear.spec)
 
 
-def finish(finishers: Sequence[Finisher], folder: Path, source: Path, tokens: Tensor, seed: int) -> dict[str, Any]:
+def finish(
+    finishers: Sequence[Finisher], folder: Path, source: Path, tokens: Tensor, seed: int, device: torch.device
+) -> dict[str, Any]:
     """Run finishers on the checkpoint in `folder`, made from the float one at `source`, and rewrite its shards.
 
     tokens: int64 `[samples, seq_len]`. Returns a report line for each finisher.
     """
     from llmq.loading import load
 
-    teacher = Predictor(load(source, dtype=torch.float32, device="cpu"), "the float model")
+    teacher = Predictor(load(source, dtype=torch.float32, device=device), "the float model")
     with torch.no_grad():
         truth = [teacher.states(row.tolist()) for row in tokens]
     teacher.model = None  # the head is all that is still needed
-    student = load(folder, dtype=torch.float32, device="cpu", backend="reference")
+    student = load(folder, dtype=torch.float32, device=device, backend="reference")
     predictor = Predictor(student, "the quantized model")
     linears = dict(_open_up(student))
     norms = {n: p for n, p in student.named_parameters() if "norm" in n}
@@ -117,5 +120,5 @@ def _rewrite(folder: Path, changed: dict[str, Tensor]) -> None:
     """Put tensors in the place of those of the same name, in the dtype they were stored in."""
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
-        tensors |= {n: changed[n].to(t.dtype).contiguous() for n, t in tensors.items() if n in changed}
+        tensors |= {n: changed[n].cpu().to(t.dtype).contiguous() for n, t in tensors.items() if n in changed}
         save_file(tensors, file, {"format": "pt"})

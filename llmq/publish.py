@@ -39,7 +39,8 @@ def publish(job: Job, sink: Sink, record: dict[str, Any], tokens: Tensor) -> dic
     total = sink.join()
     summary = _summary(job, total, record)
     if job.plan.finishers:
-        summary["finished"] = finish(job.plan.finishers, sink.stage, job.source.path, tokens, recipe.seed)
+        where = (sink.stage, job.source.path)
+        summary["finished"] = finish(job.plan.finishers, *where, tokens, recipe.seed, job.device)
     sink.text("quantization.json", json.dumps(summary, indent=2) + "\n")
     sink.text("README.md", card.model_card(job.source.path.name, summary, config))
     return summary
