@@ -161,10 +161,15 @@ def accumulate(
         F_TK = next(floats, None) if floats else None
         root = next(roots, None) if roots else None
         for a in stats.values():
-            given = [X_TK, F_TK] if a.paired else [X_TK]
-            pair = [x for x in given if x is not None]
-            if len(pair) == len(given):
-                a.update(*(x * root if a.weighed and root is not None else x for x in pair))
+            by = root if a.weighed else None
+            if not a.paired:
+                a.update(_times(X_TK, by))
+            elif F_TK is not None:
+                a.update(_times(X_TK, by), _times(F_TK, by))
+
+
+def _times(x: Tensor, by: Tensor | None) -> Tensor:
+    return x if by is None else x * by
 
 
 def solve(job: Job, targets: list[Target], stats: Mapping[type, Any]) -> list[tuple[Target, Solved]]:
