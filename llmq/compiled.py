@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -32,14 +33,20 @@ def compiled(loop: Loop, kinds: str, *, reassociate: bool = False) -> Loop | Non
     types = [numba.types.Array(scalars[k[0]], int(k[1:]), "C") if k[1:] else scalars[k] for k in kinds.split()]
     fastmath = {"reassoc", "contract"} if reassociate else False
 
-    def make(cache: bool) -> Loop:
-        options = {"cache": cache, "nogil": True, "error_model": "numpy", "fastmath": fastmath}
-        return numba.njit(numba.void(*types), **options)(loop)  # type: ignore[call-overload, no-any-return]
+    options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
+    return cached(numba.njit, numba.void(*types), **options)(loop)  # type: ignore[no-any-return]
 
-    try:
-        return make(cache=True)
-    except RuntimeError:  # numba found no folder to keep its code in
-        return make(cache=False)
+
+def cached(decorator: Callable[..., Any], *args: Any, **options: Any) -> Callable[[Any], Any]:
+    """Return numba's decorator with these arguments, which keeps the machine code on disk where a folder can be had."""
+
+    def decorate(function: Any) -> Any:
+        try:
+            return decorator(*args, cache=True, **options)(function)
+        except RuntimeError:  # numba found no folder to keep its code in
+            return decorator(*args, cache=False, **options)(function)
+
+    return decorate
 
 
 def in_threads(count: int, work: Callable[[int, int], None]) -> None:

@@ -220,7 +220,7 @@ def crossover(args: argparse.Namespace) -> None:
     """Print milliseconds of the packed and of the decoded product of each weight-only back-end, by rows of x."""
     from llmq.formats.compressed_tensors import CompressedTensors
     from llmq.grids.int import Int
-    from llmq.runtime import backends, int4loop, int4pack, int8pack
+    from llmq.runtime import backends, int4pack, int8pack, intloop
     from llmq.types import ActivationGrid, LinearSpec, QTensor, Scheme
 
     now, (N, K) = clock(args.clock), (2048, 5632)
@@ -233,16 +233,18 @@ def crossover(args: argparse.Namespace) -> None:
         return q, LinearSpec("x", N, K, Scheme(grid, activation))
 
     four = weight(Int(4, True, 64, scale_dtype=torch.bfloat16))
-    loop, pack = int4loop.Int4Loop(*four), int4pack.Int4Pack(*four)
-    eight = int8pack.Int8Pack(*weight(Int(8, True, None, scale_dtype=torch.bfloat16)))
+    of_eight = weight(Int(8, True, None, scale_dtype=torch.bfloat16))
+    pack, eight = int4pack.Int4Pack(*four), int8pack.Int8Pack(*of_eight)
+    loops = {bits: intloop.IntLoop(*weight(Int(bits, True, 64, scale_dtype=torch.bfloat16))) for bits in (2, 3, 4)}
+    loops[8] = intloop.IntLoop(*of_eight)
     w8a8 = weight(Int(8, True, None, restricted=True, scale_dtype=torch.bfloat16), ActivationGrid())
     layer = QuantLinear(CompressedTensors(), w8a8[1])
     layer.load_state_dict(CompressedTensors().pack(*w8a8), assign=True)
     layer.prepack()
     runs: dict[str, Callable[[Any], Any]] = {
         "float32": lambda x: F.linear(x, W),
-        "int4 loop": lambda x: int4loop.loop_product(x, loop.codes, loop.scale, loop.zero),
-        "int4 loop, decoded": lambda x: int4loop.decoded_product(x, loop.codes, loop.scale, loop.zero),
+        **{f"int{b} loop": lambda x, w=w: _loop(intloop.dot_product, w, x) for b, w in loops.items()},
+        "int4 loop, decoded": lambda x: _loop(intloop.decoded_product, loops[4], x),
         "int4 pack": lambda x: int4pack.packed_product(x, pack.codes, pack.sz, pack.group),
         "int4 pack, decoded": lambda x: int4pack.decoded_product(x, pack.codes, pack.sz, pack.residual, pack.group),
         "int8 pack": lambda x: int8pack.packed_product(x.bfloat16(), eight.w, eight.scale),
@@ -254,7 +256,11 @@ def crossover(args: argparse.Namespace) -> None:
         x = torch.randn(rows, K)
         cells = [_least(lambda run=run, x=x: run(x), args.rounds, now) for run in runs.values()]
         print(f"| {rows} | {' | '.join(f'{1e3 * c:.2f}' for c in cells)} |", flush=True)
-    print(f"rows up to which the first of two is used: int4loop {int4loop.FEW}, the others {backends.many_rows()}")
+    print(f"rows up to which the first of two is used: intloop {intloop.FEW}, the others {backends.many_rows()}")
+
+
+def _loop(product: Callable[..., Any], w: Any, x: torch.Tensor) -> Any:
+    return product(x, w.words, w.scale, w.zero, w.field)
 
 
 @torch.inference_mode()

@@ -9,13 +9,13 @@ and gives them back without loss (`restore`), so a model never holds both and `s
 |---|---|---|
 | triton_weight_only | 2, 3, 4, 8 bits, weights only, a GPU | our Triton kernel, which decodes in registers |
 | triton_w8a8 | W8A8, a GPU | our Triton kernels, int8 x int8 -> int32 |
-| int4loop | 4 bits, weights only, no AVX-512 | a compiled loop for few rows, panels decoded to float32 for many |
+| intloop | 2, 3, 4, 8 bits, weights only | compiled integer dot products for few rows, panels decoded for many |
 | int4pack | 4 bits, weights only | torch's int4 packed product for few rows, panels decoded to float32 for many |
 | int_mm   | W8A8, a CPU with VNNI | int8 x int8 -> int32 by `torch._int_mm` |
 | fbgemm   | W8A8, x86 without VNNI | fbgemm's uint8 x int8 product, kept exact by splitting the weight |
 | int8pack | 8 bits, weights only | torch's int8 product for few rows, panels decoded to float32 for many |
 
-A back-end for another device is one more file in this tuple.
+On AVX-512 torch's int4 and int8 products come before intloop. A back-end for another device is one more file here.
 Not here: the layer itself (linear.py), bits on disk (formats/).
 """
 
@@ -82,14 +82,16 @@ class Prepacked(nn.Module, ABC):
 def backends() -> tuple[type[Prepacked], ...]:
     """Return the back-ends in the order they are asked."""
     from llmq.runtime.fbgemm import Fbgemm
-    from llmq.runtime.int4loop import Int4Loop
     from llmq.runtime.int4pack import Int4Pack
     from llmq.runtime.int8pack import Int8Pack
     from llmq.runtime.int_mm import IntMM
+    from llmq.runtime.intloop import IntLoop
     from llmq.runtime.triton_w8a8 import TritonW8A8
     from llmq.runtime.triton_weight_only import TritonWeightOnly
 
-    return (TritonWeightOnly, TritonW8A8, Int4Loop, Int4Pack, IntMM, Fbgemm, Int8Pack)
+    ours, torchs = (IntLoop,), (Int4Pack, Int8Pack)
+    weight_only = torchs + ours if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else ours + torchs
+    return (TritonWeightOnly, TritonW8A8, *weight_only, IntMM, Fbgemm)
 
 
 def choose(spec: LinearSpec, q: QTensor) -> type[Prepacked] | None:

@@ -1,0 +1,164 @@
+"""2-, 3-, 4- and 8-bit weights, float activations, on a CPU: loops of our own, compiled by numba.
+
+    few rows of x:   integer dot products of the codes and of x rounded to 16 bits, a scale for each segment
+    many rows:       panels of W decoded to float32, exactly as the reference does, and multiplied by torch
+
+A segment is 128 columns at most, within a group; the layout and the arithmetic are in _int_loops.py. 3-bit codes lie in
+fields of 4 bits. Columns are sorted by group where the checkpoint has an activation order, and x follows.
+On AVX-512 torch's own products come first (int4pack.py, int8pack.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmq.runtime.backends import Prepacked, as_they_lay, by_group, refuses_weight_only
+from llmq.types import LinearSpec, Params, QTensor
+
+FEW = 64
+"""The most rows that go to the integer product; the times of both sides are in docs/runtime.md."""
+_PANEL = 256  # rows of W decoded at once
+_FIELD = {2: 2, 3: 4, 4: 4, 8: 8}  # bits that a code takes
+
+
+class IntLoop(Prepacked):
+    """A weight for loops of our own. `words` int16 `[N, S, L]`, `scale` float32 and `zero` uint8 `[N or 1, G]`."""
+
+    name = "intloop"
+    words: Tensor
+    scale: Tensor
+    zero: Tensor
+    order: Tensor | None
+    g_idx: Tensor | None
+
+    @classmethod
+    def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:
+        """See `Prepacked.refuses`."""
+        bits = spec.scheme.weight.bits
+        if bits not in _FIELD:
+            return f"it takes 2, 3, 4 and 8 bits, not {bits}"
+        if reason := refuses_weight_only(spec, device, bits, divisor=_columns(_FIELD[bits], 8)):
+            return reason
+        return None if importlib.util.find_spec("numba") else "numba is not installed"
+
+    def __init__(self, q: QTensor, spec: LinearSpec) -> None:
+        super().__init__(q, spec)
+        codes, order = by_group(q)
+        self.field = _FIELD[q.grid.bits]
+        self.lanes = 16 if self.K // q.params.scale.shape[1] % _columns(self.field, 16) == 0 else 8
+        zero = q.params.zero.to(torch.uint8)
+        self.scale_dtype = q.params.scale.dtype
+        self.keep(
+            words=self._pack(codes),
+            scale=q.params.scale.float().contiguous(),
+            zero=(zero[:1] if (zero == zero[:1]).all() else zero).contiguous(),
+            order=order,
+            g_idx=q.g_idx,
+        )
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        fields = codes.view(self.N, -1, 16 // self.field, self.lanes).unbind(2)
+        words = torch.zeros(fields[0].shape, dtype=torch.int16)
+        for q, field in enumerate(fields):
+            words |= field.to(torch.int16) << self.field * q
+        return words
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Prepacked.forward`."""
+        run = _linear_op if torch.compiler.is_compiling() else _linear
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
+        return run(x, self.words, self.scale, self.zero, self.field)
+
+    def restore(self) -> QTensor:
+        """See `Prepacked.restore`."""
+        mask = 2**self.field - 1
+        fields = [(self.words >> shift & mask).to(torch.uint8) for shift in range(0, 16, self.field)]
+        codes = as_they_lay(torch.stack(fields, dim=2).view(self.N, self.K), self.order)
+        zero = self.zero.to(torch.int32).expand(self.scale.shape).contiguous()
+        return QTensor(codes, Params(self.scale.to(self.scale_dtype), zero), self.grid, self.g_idx)
+
+
+def _columns(field: int, lanes: int) -> int:
+    """Return the columns of a segment."""
+    return 16 // field * lanes
+
+
+def _linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field: int) -> Tensor:
+    """Return `x @ W^T` in the dtype of `x`."""
+    x_MK = x.reshape(-1, x.shape[-1]).float()
+    product = dot_product if x_MK.shape[0] <= FEW else decoded_product
+    return product(x_MK, words, scale, zero, field).to(x.dtype).reshape(*x.shape[:-1], words.shape[0])
+
+
+def dot_product(x_MK: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field: int) -> Tensor:
+    """Return `x @ W^T` in float32 with `x` rounded to 16 bits."""
+    M, N = x_MK.shape[0], words.shape[0]
+    y_MN = torch.empty(M, N)
+    if M:
+        _run(field, (words, scale, zero, x_MK.contiguous(), y_MN), M, decoding=False)
+    return y_MN
+
+
+def decoded_product(x_MK: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field: int) -> Tensor:
+    """Return `x @ W^T` in float32, decoding `_PANEL` rows of W at a time."""
+    (M, K), N = x_MK.shape, words.shape[0]
+    W = torch.empty(min(_PANEL, N), K)
+    y_MN = torch.empty(M, N)
+    for n in range(0, N, _PANEL):
+        rows = slice(n, n + _PANEL)
+        some = words[rows]
+        _run(field, (some, scale[rows], zero[rows] if zero.shape[0] == N else zero, W, W), M, decoding=True)
+        y_MN[:, rows] = F.linear(x_MK, W[: len(some)])
+    return y_MN
+
+
+_linear_op = torch.library.custom_op(
+    "llmq::intloop_linear",
+    _linear,
+    mutates_args=(),
+    schema="(Tensor x, Tensor words, Tensor scale, Tensor zero, int field) -> Tensor",
+)
+
+
+@_linear_op.register_fake
+def _(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], words.shape[0])
+
+
+def _run(field: int, tensors: tuple[Tensor, ...], M: int, decoding: bool) -> None:
+    """Run a loop over all rows of the weight, in torch's threads where they can be had, else in this one."""
+    from llmq.runtime import _int_loops
+
+    words, scale, zero = tensors[:3]
+    sizes = (ctypes.c_int64 * 8)(decoding, field, *words.shape, scale.shape[1], zero.shape[0], M)
+    data = (ctypes.c_void_p * 6)(*(t.data_ptr() for t in tensors), ctypes.addressof(sizes))
+    threads = torch.get_num_threads()
+    fork = _fork() if threads > 1 else None
+    if fork is None:
+        _int_loops.alone(data)
+    else:
+        fork(_int_loops.share(), data, threads, 0)
+
+
+@cache
+def _fork() -> Any:
+    """Return what runs a function in torch's OpenMP threads, None where torch brings another runtime than GNU OpenMP.
+
+    Threads of our own would share the cores with torch's, which spin for some milliseconds after every parallel region:
+    a decode step took four times as long. `GOMP_parallel(function, data, threads, flags)` is the entry that compilers
+    call (gcc, libgomp ABI).
+    """
+    process = ctypes.CDLL(None)
+    if not all(hasattr(process, n) for n in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")):
+        return None
+    fork = process.GOMP_parallel
+    fork.argtypes, fork.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return fork
