@@ -8,7 +8,8 @@
 All models of a row are in memory at once and take turns, so that a ratio is of neighbours in time: the median over the
 rounds. `--clock cpu --threads 1` counts this process's processor time in place of wall time, for machines that others
 use too. `--llama-python` names a Python that has `xllamacpp`; llama.cpp then runs the same checkpoint, as Q4_0, in a
-process of its own. Figures go to docs/runtime.md by hand.
+process of its own; so does `--gptqmodel-python`, with a GPTQ checkpoint on GPTQModel's CPU kernels and the float32 model
+beside it. Figures go to docs/runtime.md by hand.
 """
 
 from __future__ import annotations
@@ -25,9 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import _measure as measure
+import _speed
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import llmq
 from llmq.integrations.cache import packed_attention
@@ -37,7 +49,6 @@ TINYLLAMA = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
     "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048, "tie_word_embeddings": False,
 }  # fmt: skip
-PROMPT, NEW, PREFILL = 128, 64, 512
 SCHEMES = {
     "int4 g64": ("--bits", 4, "--group-size", 64, "--format", "compressed-tensors"),
     "int8 channel": ("--bits", 8, "--group-size", "channel", "--format", "compressed-tensors"),
@@ -56,6 +67,10 @@ def random_llama(folder: Path, blocks: int) -> Path:
         torch.manual_seed(0)
         config = LlamaConfig(**TINYLLAMA | {"num_hidden_layers": blocks})
         LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    if not (folder / "tokenizer.json").exists():  # of bytes and one merge: the rivals load no model without them
+        words = Tokenizer(BPE({c: i for i, c in enumerate([*sorted(ByteLevel.alphabet()), "th"])}, [("t", "h")]))
+        words.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     return folder
 
 
@@ -68,9 +83,7 @@ def models(source: Path, out: Path, only: list[str], compiled: bool) -> dict[str
     for name, options in SCHEMES.items():
         if only and name not in only:
             continue
-        folder = out / f"{source.name}-{name.replace(' ', '-')}"
-        if not folder.exists():
-            measure.llmq("quantize", source, folder, "--method", "rtn", *options)
+        folder = _quantized(out / f"{source.name}-{name.replace(' ', '-')}", source, *options)
         found[name] = llmq.load(folder, dtype=torch.float32, device="cpu")
     if compiled:
         for model in found.values():
@@ -78,23 +91,11 @@ def models(source: Path, out: Path, only: list[str], compiled: bool) -> dict[str
     return found
 
 
-@torch.inference_mode()
-def decode(model: Any, prompt: torch.Tensor, new: int, now: Callable[[], float]) -> float:
-    """Return the tokens per second of `new` greedy steps after a prompt that is not timed."""
-    cache = DynamicCache(config=model.config)
-    token = model(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-    began = now()
-    for _ in range(new):
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-    return new / (now() - began)
-
-
-@torch.inference_mode()
-def prefill(model: Any, prompt: torch.Tensor, now: Callable[[], float]) -> float:
-    """Return the tokens per second of one forward over a prompt."""
-    began = now()
-    model(prompt, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
-    return prompt.shape[1] / (now() - began)
+def _quantized(out: Path, source: Path, *options: object) -> Path:
+    """Return `out`, a checkpoint of `source`, rounded to nearest unless it is there."""
+    if not out.exists():
+        measure.llmq("quantize", source, out, "--method", "rtn", *options)
+    return out
 
 
 def weight_bytes(model: Any) -> tuple[int, int, int, int]:
@@ -122,19 +123,20 @@ def shapes(args: argparse.Namespace) -> None:
     print(f"{measure.machine()}; {args.threads} threads, {args.clock} time, {'compiled' if args.compile else 'eager'}")
     for source in sources:
         found = models(source, args.out, args.only, args.compile)
-        vocab = next(iter(found.values())).config.vocab_size
-        ids = torch.randint(3, vocab, (1, PREFILL), generator=torch.Generator().manual_seed(0))
+        ids = _speed.token_ids(next(iter(found.values())).config.vocab_size)
         speed: dict[tuple[str, str], list[float]] = {}
         for turn in range(args.rounds + 1):
             for name, model in found.items():
-                rows = {"decode": decode(model, ids[:, :PROMPT], args.new, now)}
+                rows = {"decode": _speed.decode(model, ids, args.new, now)}
                 if name != "bfloat16" or args.slow:
-                    rows["prefill"] = prefill(model, ids, now)
+                    rows["prefill"] = _speed.prefill(model, ids, now)
                 for what, value in rows.items():
                     speed.setdefault((name, what), []).extend([value] if turn else [])  # the first turn warms up
         _print(source.name, found, speed)
         found.clear()
         gc.collect()
+        if args.gptqmodel_python:
+            _gptqmodel(args, source)
         if args.llama_python:
             _llama(args, source)
 
@@ -168,14 +170,28 @@ print(json.dumps([(json.loads(a) if isinstance(a, str) else a)["timings"] for a 
 
 def _llama(args: argparse.Namespace, source: Path) -> None:
     """Print what llama.cpp makes of the same checkpoint as Q4_0, by its own wall clock."""
-    gguf = args.out / f"{source.name}.Q4_0.gguf"
-    if not gguf.exists():
-        sys.exit(f"{gguf} is missing: llmq quantize {source} {gguf} --format gguf --type Q4_0 --method rtn")
-    for prompt, new, key in ((PROMPT, args.new, "predicted_per_second"), (PREFILL, 1, "prompt_per_second")):
+    gguf = _quantized(args.out / f"{source.name}.Q4_0.gguf", source, "--format", "gguf", "--type", "Q4_0")
+    asked = (_speed.PROMPT, args.new, "predicted_per_second"), (_speed.PREFILL, 1, "prompt_per_second")
+    for prompt, new, key in asked:
         words = [args.llama_python, "-c", _LLAMA, gguf, args.threads, prompt, new, args.rounds + 1]
         done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=True)  # noqa: S603
         timings = json.loads(done.stdout.strip().splitlines()[-1])
         print(f"llama.cpp Q4_0, {key}: {statistics.median(t[key] for t in timings):.2f} (wall)")
+
+
+def _gptqmodel(args: argparse.Namespace, source: Path) -> None:
+    """Print what GPTQModel's CPU kernels make of a GPTQ checkpoint of the same grid, beside float32 in turns."""
+    options = ("--bits", 4, "--group-size", 64, "--format", "gptq")
+    folder = _quantized(args.out / f"{source.name}-gptq-int4-g64", source, *options)
+    driver = Path(__file__).with_name("peer_runtime_gptqmodel.py")
+    settings = ("--threads", args.threads, "--new", args.new, "--rounds", args.rounds)
+    ran = measure.run(args.gptqmodel_python, driver, folder, source, *settings)
+    found = json.loads(ran.output.strip().splitlines()[-1])
+    for what in ("decode", "prefill"):
+        speed = statistics.median(theirs for theirs, _ in found[what])
+        ratio = statistics.median(theirs / float32 for theirs, float32 in found[what])
+        kernels = f"gptqmodel {found['version']}, {', '.join(found['kernels'])}"
+        print(f"{kernels}, {what}: {speed:.2f} tok/s (wall), {ratio:.2f} x float32 beside it")
 
 
 def cache(args: argparse.Namespace) -> None:
@@ -288,10 +304,11 @@ def main() -> None:
     one.add_argument("--out", type=Path, default=Path("bench"))
     one.add_argument("--only", nargs="+", default=[], help=f"of float32, bfloat16, {', '.join(SCHEMES)}")
     one.add_argument("--blocks", type=int, default=22, help="of the random model; the output head weighs more in fewer")
-    one.add_argument("--new", type=int, default=NEW)
+    one.add_argument("--new", type=int, default=_speed.NEW)
     one.add_argument("--compile", action="store_true", help="torch.compile on every side")
     one.add_argument("--slow", action="store_true", help="bfloat16 prefill too, which takes minutes without AMX")
-    one.add_argument("--llama-python", type=Path)
+    one.add_argument("--llama-python", type=Path, help="a Python that has xllamacpp")
+    one.add_argument("--gptqmodel-python", type=Path, help="a Python that has gptqmodel")
     two.add_argument("model", type=Path)
     two.add_argument("--text", type=Path, required=True)
     two.add_argument("--tokens", type=int, default=8192)

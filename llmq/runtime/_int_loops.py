@@ -19,7 +19,6 @@ Not here: packing, threads, which of the two products is taken (intloop.py).
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 
 import llvmlite.binding
@@ -31,6 +30,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llmq.compiled import cached
+from llmq.runtime import _team
 
 _INFINITE, _TINY = np.int32(0x7F800000), np.float32(2**-120)
 _BLOCK = 16  # rows of W that meet all rows of x before the next: they stay in cache
@@ -211,38 +211,34 @@ def decode(field, words, scale, zero, W, first, last):
 
 @_jit
 def _part(data, thread, threads):
-    """Run one thread's share of a loop: `data` points at five arrays and at eight sizes."""
-    sizes = carray(data[5], 8, np.int64)
+    """Run one thread's share of `decode`, whose array W comes fourth, or of `few`, with x and y."""
+    sizes = carray(data[0], 8, np.int64)
     field, N, S, L, G, Z, M = sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]
-    words, scale = carray(data[0], (N, S, L), np.int16), carray(data[1], (N, G), np.float32)
-    zero, begin, end = carray(data[2], (Z, G), np.uint8), N * thread // threads, N * (thread + 1) // threads
+    words, scale = carray(data[1], (N, S, L), np.int16), carray(data[2], (N, G), np.float32)
+    zero, begin, end = carray(data[3], (Z, G), np.uint8), N * thread // threads, N * (thread + 1) // threads
     if sizes[0]:
-        decode(field, words, scale, zero, carray(data[3], (N, S, 16 // field, L), np.float32), begin, end)
+        decode(field, words, scale, zero, carray(data[4], (N, S, 16 // field, L), np.float32), begin, end)
     else:
-        x, y = carray(data[3], (M, S, 16 // field * L), np.float32), carray(data[4], (M, N), np.float32)
+        x, y = carray(data[4], (M, S, 16 // field * L), np.float32), carray(data[5], (M, N), np.float32)
         few(field, words, scale, zero, x, y, begin, end)
 
 
-_thread = types.ExternalFunction("omp_get_thread_num", types.int32())
-_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
-_ENTRY = types.void(types.CPointer(types.voidptr))
-
-
-@cached(numba.cfunc, _ENTRY)
+@cached(numba.cfunc, _team.ENTRY)
 def _alone(data):
     _part(data, np.int64(0), np.int64(1))
 
 
-alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_alone.address)
-"""Runs the whole of a loop in the thread that calls."""
+def alone() -> int:
+    """See _team.py."""
+    return int(_alone.address)
 
 
 @cache
 def share() -> int:
-    """Return the address of what each thread of an OpenMP team runs; the team's symbols must be in the process."""
+    """See _team.py."""
 
-    @cached(numba.cfunc, _ENTRY)
+    @cached(numba.cfunc, _team.ENTRY)
     def _share(data):
-        _part(data, np.int64(_thread()), np.int64(_threads()))
+        _part(data, np.int64(_team.thread()), np.int64(_team.threads()))
 
     return int(_share.address)

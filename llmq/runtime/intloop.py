@@ -10,10 +10,7 @@ On AVX-512 torch's own products come first (int4pack.py, int8pack.py).
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +21,7 @@ from llmq.types import LinearSpec, Params, QTensor
 
 FEW = 64
 """The most rows that go to the integer product; the times of both sides are in docs/runtime.md."""
-_PANEL = 256  # rows of W decoded at once
+_PANEL = 2**21  # weights decoded at once, 8 MB: smaller panels slow the product down, larger ones leave the cache
 _FIELD = {2: 2, 3: 4, 4: 4, 8: 8}  # bits that a code takes
 
 
@@ -108,14 +105,14 @@ def dot_product(x_MK: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field:
 
 
 def decoded_product(x_MK: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field: int) -> Tensor:
-    """Return `x @ W^T` in float32, decoding `_PANEL` rows of W at a time."""
+    """Return `x @ W^T` in float32, decoding some rows of W at a time."""
     (M, K), N = x_MK.shape, words.shape[0]
-    W = torch.empty(min(_PANEL, N), K)
-    y_MN = torch.empty(M, N)
-    for n in range(0, N, _PANEL):
-        rows = slice(n, n + _PANEL)
+    panel = min(max(_PANEL // K, 64), N)
+    W, y_MN = torch.empty(panel, K), torch.empty(M, N)
+    for n in range(0, N, panel):
+        rows = slice(n, n + panel)
         some = words[rows]
-        _run(field, (some, scale[rows], zero[rows] if zero.shape[0] == N else zero, W, W), M, decoding=True)
+        _run(field, (some, scale[rows], zero[rows] if zero.shape[0] == N else zero, W), M, decoding=True)
         y_MN[:, rows] = F.linear(x_MK, W[: len(some)])
     return y_MN
 
@@ -134,31 +131,9 @@ def _(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field: int) -> Tens
 
 
 def _run(field: int, tensors: tuple[Tensor, ...], M: int, decoding: bool) -> None:
-    """Run a loop over all rows of the weight, in torch's threads where they can be had, else in this one."""
-    from llmq.runtime import _int_loops
+    """Run a loop over all rows of the weight."""
+    from llmq.runtime import _int_loops, _team
 
     words, scale, zero = tensors[:3]
-    sizes = (ctypes.c_int64 * 8)(decoding, field, *words.shape, scale.shape[1], zero.shape[0], M)
-    data = (ctypes.c_void_p * 6)(*(t.data_ptr() for t in tensors), ctypes.addressof(sizes))
-    threads = torch.get_num_threads()
-    fork = _fork() if threads > 1 else None
-    if fork is None:
-        _int_loops.alone(data)
-    else:
-        fork(_int_loops.share(), data, threads, 0)
-
-
-@cache
-def _fork() -> Any:
-    """Return what runs a function in torch's OpenMP threads, None where torch brings another runtime than GNU OpenMP.
-
-    Threads of our own would share the cores with torch's, which spin for some milliseconds after every parallel region:
-    a decode step took four times as long. `GOMP_parallel(function, data, threads, flags)` is the entry that compilers
-    call (gcc, libgomp ABI).
-    """
-    process = ctypes.CDLL(None)
-    if not all(hasattr(process, n) for n in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")):
-        return None
-    fork = process.GOMP_parallel
-    fork.argtypes, fork.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return fork
+    sizes = (decoding, field, *words.shape, scale.shape[1], zero.shape[0], M)
+    _team.run(_int_loops.alone, _int_loops.share, sizes, *tensors)

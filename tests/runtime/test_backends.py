@@ -10,7 +10,7 @@ import torch
 from llmq.formats.awq import AWQ
 from llmq.formats.gptq import GPTQ
 from llmq.grids.int import Int
-from llmq.runtime import backends, fbgemm, int4pack, intloop
+from llmq.runtime import _team, backends, fbgemm, int4pack, intloop
 from llmq.runtime.backends import choose
 from llmq.types import ActivationGrid, LinearSpec, LlmqError, Params, QTensor, Scheme
 
@@ -123,7 +123,7 @@ def test_prepacking_loses_nothing(name, backend, solved):
 def test_intloop_gives_the_same_bits_in_torchs_threads_as_in_one(name, rows, solved, decibel):
     q, spec = make(name, solved)
     w, x, threads = prepacked(q, spec, "intloop"), torch.randn(rows, spec.K), torch.get_num_threads()
-    assert intloop._fork() is not None, "the torch of these tests brings GNU OpenMP"
+    assert _team.omp_fork() is not None, "the torch of these tests brings GNU OpenMP"
     try:
         torch.set_num_threads(1)
         alone = w(x)
