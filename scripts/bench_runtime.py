@@ -8,8 +8,8 @@
 All models of a row are in memory at once and take turns, so that a ratio is of neighbours in time: the median over the
 rounds. `--clock cpu --threads 1` counts this process's processor time in place of wall time, for machines that others
 use too. `--llama-python` names a Python that has `xllamacpp`; llama.cpp then runs the same checkpoint, as Q4_0, in a
-process of its own; so does `--gptqmodel-python`, with a GPTQ checkpoint on GPTQModel's CPU kernels and the float32 model
-beside it. Figures go to docs/runtime.md by hand.
+process of its own; so does `--gptqmodel-python`, with a GPTQ checkpoint on GPTQModel's CPU kernels and the float32
+model beside it. Figures go to docs/runtime.md by hand.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ params.model.path, params.n_ctx, params.cpuparams.n_threads = sys.argv[1], 1024,
 server = xllamacpp.Server(params)
 ask = {"prompt": list(range(3, 3 + int(sys.argv[3]))), "n_predict": int(sys.argv[4]), "temperature": 0,
        "ignore_eos": True, "cache_prompt": False}
-answers = [server.handle_completions(json.dumps(ask)) for _ in range(int(sys.argv[5]))]
+answers = [server.handle_completions(ask) for _ in range(int(sys.argv[5]))]
 print(json.dumps([(json.loads(a) if isinstance(a, str) else a)["timings"] for a in answers[1:]]))
 """
 

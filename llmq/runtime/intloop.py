@@ -98,7 +98,7 @@ def _linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field: int) -
 def dot_product(x_MK: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field: int) -> Tensor:
     """Return `x @ W^T` in float32 with `x` rounded to 16 bits."""
     M, N = x_MK.shape[0], words.shape[0]
-    y_MN = torch.empty(M, N)
+    y_MN = torch.empty(M, N, dtype=torch.float32)
     if M:
         _run(field, (words, scale, zero, x_MK.contiguous(), y_MN), M, decoding=False)
     return y_MN
@@ -108,7 +108,7 @@ def decoded_product(x_MK: Tensor, words: Tensor, scale: Tensor, zero: Tensor, fi
     """Return `x @ W^T` in float32, decoding some rows of W at a time."""
     (M, K), N = x_MK.shape, words.shape[0]
     panel = min(max(_PANEL // K, 64), N)
-    W, y_MN = torch.empty(panel, K), torch.empty(M, N)
+    W, y_MN = (torch.empty(*shape, dtype=torch.float32) for shape in ((panel, K), (M, N)))
     for n in range(0, N, panel):
         rows = slice(n, n + panel)
         some = words[rows]

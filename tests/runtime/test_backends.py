@@ -138,7 +138,7 @@ def exact(q, x, segment):
     """The integers of x, their scales, and the product that intloop is to compute, in float64."""
     parts = x.unflatten(-1, (-1, segment))
     step = parts.abs().amax(-1, keepdim=True) / 32767
-    whole = (parts / step).round().nan_to_num() * step
+    whole = (parts * (1 / step)).round().nan_to_num() * step
     return whole.flatten(-2).double() @ q.dequantize().double().T
 
 
@@ -173,6 +173,18 @@ def test_intloop_hides_no_broken_activation(bad, rows, solved):
     y = prepacked(q, spec, "intloop")(x)
     assert not y[0].isfinite().any()
     assert y[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 65])
+def test_intloop_minds_no_default_dtype(rows, solved):
+    q, spec = make("w4g64", solved)
+    w, x = prepacked(q, spec, "intloop"), torch.randn(rows, spec.K)
+    want = w(x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(w(x), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_intloop_takes_activations_near_the_ends_of_float32(solved, decibel):
