@@ -142,18 +142,21 @@ def shapes(args: argparse.Namespace) -> None:
 
 
 def _print(title: str, found: dict[str, Any], speed: dict[tuple[str, str], list[float]]) -> None:
-    print(f"\n{title}\n| model | back-ends | decode tok/s | x float32 | prefill tok/s | x float32 | linears | model |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = [("decode", ("float32", "bfloat16")), ("prefill", ("float32",))]
+    heads = [h for what, bases in columns for h in (f"{what} tok/s", *(f"x {b}" for b in bases))]
+    print(f"\n{title}\n| model | back-ends | {' | '.join(heads)} | linears | model |\n{'|---' * (len(heads) + 4)}|")
     for name, model in found.items():
         cells = []
-        for what in ("decode", "prefill"):
-            values, base = speed.get((name, what), []), speed["float32", what]
-            ratio = statistics.median(a / b for a, b in zip(values, base, strict=True)) if values else None
-            cells += [f"{statistics.median(values):.2f}", f"{ratio:.2f}"] if values else ["", ""]
+        for what, bases in columns:
+            values = speed.get((name, what), [])
+            cells.append(f"{statistics.median(values):.2f}" if values else "")
+            for base in (speed.get((b, what), []) for b in bases):
+                both = list(zip(values, base, strict=False))  # of neighbours in time
+                cells.append(f"{statistics.median(a / b for a, b in both):.2f}" if both else "")
         used = sorted({m.backend for m in model.modules() if isinstance(m, QuantLinear)})
         packed, bf16, whole, whole_bf16 = weight_bytes(model)
         cells += [f"{packed / bf16:.3f}", f"{whole / whole_bf16:.3f}"] if used else ["", ""]
-        print(f"| {name} | {', '.join(used)} | {' | '.join(cells)} |")
+        print(f"| {name} | {', '.join(used)} | {' | '.join(cells)} |", flush=True)
 
 
 _LLAMA = """
