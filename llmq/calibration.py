@@ -31,6 +31,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from llmq.heads import head_dim, kv_heads
 from llmq.types import LlmqError
 
 READ_FACTOR = 8
@@ -314,9 +315,7 @@ def _draw(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
 def _write_batch(model: Any, seq_len: int) -> int:
     """Return how many sequences the cache holds: a function of the model alone, so that a seed means one text."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 2 * config.num_hidden_layers * heads * head_dim * seq_len * model.dtype.itemsize
+    each = 2 * config.num_hidden_layers * kv_heads(config) * head_dim(config) * seq_len * model.dtype.itemsize
     room = max(WRITE_CACHE_BYTES, sum(p.nbytes for p in model.parameters()))
     return max(1, min(WRITE_BATCH, room // each))
 

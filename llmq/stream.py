@@ -21,6 +21,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from llmq.checkpoint import Source
+from llmq.heads import head_dim
 from llmq.types import LlmqError, Site
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -89,8 +90,7 @@ class Skeleton:
     @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
-        explicit = getattr(self.config, "head_dim", None)
-        return int(explicit or self.config.hidden_size // self.config.num_attention_heads)
+        return head_dim(self.config)
 
     def name_of(self, module: nn.Module | None) -> str:
         """Return the full name of a module of the model; "lm_head" where there is none."""

@@ -22,6 +22,7 @@ import gguf
 import torch
 from torch import Tensor
 
+from llmq.heads import head_dim, kv_heads
 from llmq.types import LlmqError
 
 _ARCHITECTURES = {
@@ -59,13 +60,12 @@ class Architecture:
     @property
     def kv_heads(self) -> int:
         """Key-value heads."""
-        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+        return kv_heads(self.config)
 
     @property
     def head_dim(self) -> int:
         """Channels of one head."""
-        explicit = getattr(self.config, "head_dim", None)
-        return int(explicit or self.config.hidden_size // self.config.num_attention_heads)
+        return head_dim(self.config)
 
     @property
     def tied(self) -> bool:

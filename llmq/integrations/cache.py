@@ -25,6 +25,7 @@ from transformers.cache_utils import BaseQuantizedLayer, Cache, get_layer_types_
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llmq.heads import head_dim
 from llmq.runtime.kv import RUN, TILE, KVGrid, Store, attend
 from llmq.types import LlmqError
 
@@ -315,7 +316,7 @@ def _check(config: Any, bits: int, keys: str, window: int, scales: Mapping[int, 
         raise LlmqError(
             f"with keys per {keys} the window is {f'a multiple of {RUN}' if keys == 'channel' else '0 or more'}"
         )
-    D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    D = head_dim(config)
     if D * bits % 8:
         raise LlmqError(f"a head of {D} channels does not fill whole bytes at {bits} bits; use bits=8")
     if scales is not None and (bits != 8 or keys != "token" or set(scales) != set(range(config.num_hidden_layers))):
