@@ -9,7 +9,7 @@ whose sums are multiply-adds of neighbours, 16 x 16 bits -> 32 bits, in L/2 lane
 2 x 2 x 255 x 32767 < 2^31. Nothing is rounded but the activations, to 2^-16 of the largest of their segment, and sums
 in float32.
 
-    words int16 [N, S, L]   scale float32 [N, G]   zero uint8 [N, G], or [1, G] where all rows agree   S = G P
+    words int16 [N, S, L]   scale float32 [N, G]   zero uint8 [N, G], or [1, G] where all rows agree
 
 Not here: packing, threads, which of the two products is taken (intloop.py).
 """
@@ -19,6 +19,7 @@ Not here: packing, threads, which of the two products is taken (intloop.py).
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import llvmlite.binding
@@ -33,6 +34,8 @@ from llmq.compiled import cached
 from llmq.runtime import _team
 
 _INFINITE, _TINY = np.int32(0x7F800000), np.float32(2**-120)
+_LAYOUTS = (2, 4, 8), (8, 16), (1, 4)
+"""F, L and rows of x that there is code for, in every combination."""
 _BLOCK = 16  # rows of W that meet all rows of x before the next: they stay in cache
 _I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
 
@@ -73,47 +76,53 @@ def _sum(b, terms):
 def _load(b, address, index, kind):
     """Return the value of a kind at an index in its units; only its numbers are aligned."""
     value = b.load(b.gep(b.inttoptr(address, kind.as_pointer()), [index]))
-    value.align = 4 if kind is _F32 else 2
+    value.align = 2 if isinstance(kind, ir.VectorType) else 4
     return value
 
 
-@intrinsic(prefer_literal=True)
-def _dots(_typing, F, L, R, words, x, scale, x_scale, G, P, out):
-    """Store at `out`, float32 [R], the dots of a row of words with R rows of x; F, L and R are literals.
+def _dots_of(b, layout, words, x, scale, group, x_scale, S, out):
+    """Emit `_dots` for one layout."""
+    F, L, R = layout
+    kind, half, size = ir.VectorType(_I16, L), ir.VectorType(_F32, L // 2), S.type
+    totals = [cgutils.alloca_once(b, half) for _ in range(R)]
+    for total in totals:
+        b.store(ir.Constant(half, [0.0] * (L // 2)), total)
+    with cgutils.for_range(b, S) as loop:
+        codes = _fields(b, _load(b, words, loop.index, kind), F)
+        s = _load(b, scale, b.zext(_load(b, group, loop.index, _I32), size), _F32)
+        for r, total in enumerate(totals):
+            place = b.add(b.mul(S, ir.Constant(size, r)), loop.index)
+            first = b.mul(place, ir.Constant(size, len(codes)))
+            near = [_load(b, x, b.add(first, ir.Constant(size, q)), kind) for q in range(len(codes))]
+            dot = b.sitofp(_sum(b, [_pairs(b, *pair) for pair in zip(codes, near, strict=True)]), half)
+            factor = b.fmul(s, _load(b, x_scale, place, _F32))
+            spread = b.insert_element(ir.Constant(half, ir.Undefined), factor, ir.Constant(_I32, 0))
+            spread = b.shuffle_vector(spread, spread, ir.Constant(ir.VectorType(_I32, L // 2), None))
+            term = b.fmul(dot, spread, flags=("contract",))
+            b.store(b.fadd(b.load(total), term, flags=("contract",)), total)
+    kind = ir.FunctionType(_F32, [_F32, half])
+    add_up = cgutils.get_or_insert_function(b.module, kind, f"llvm.vector.reduce.fadd.v{L // 2}f32")
+    for r, total in enumerate(totals):
+        y = b.call(add_up, [ir.Constant(_F32, 0.0), b.load(total)], fastmath=("reassoc",))
+        b.store(y, b.gep(b.inttoptr(out, _F32.as_pointer()), [ir.Constant(size, r)]))
 
-    x int16 [R, S, 16/F, L], x_scale float32 [R, S], scale float32 [G]; addresses are integers.
+
+@intrinsic
+def _dots(_typing, field, lanes, rows, words, x, scale, group, x_scale, S, out):
+    """Store at `out`, float32 [rows], the dots of a row of words with rows of x, 1 or 4; addresses are integers.
+
+    x int16 [rows, S, 16/field, lanes], x_scale float32 [rows, S], scale float32 [G], group int32 [S] (whose scale).
     """
-    field, lanes, rows = (t.literal_value for t in (F, L, R))
-    half = ir.VectorType(_F32, lanes // 2)
 
     def generate(context, b, _signature, arguments):
-        words, x, scale, x_scale, G, P, out = arguments[3:]
-        kind, size = ir.VectorType(_I16, lanes), G.type
-        totals = [cgutils.alloca_once_value(b, ir.Constant(half, [0.0] * (lanes // 2))) for _ in range(rows)]
-        with cgutils.for_range(b, G) as group, cgutils.for_range(b, P) as part:
-            segment = b.add(b.mul(group.index, P), part.index)
-            s = _load(b, scale, group.index, _F32)
-            codes = _fields(b, _load(b, words, segment, kind), field)
-            for r, total in enumerate(totals):
-                place = b.add(b.mul(b.mul(G, P), ir.Constant(size, r)), segment)
-                first = b.mul(place, ir.Constant(size, len(codes)))
-                near = [_load(b, x, b.add(first, ir.Constant(size, q)), kind) for q in range(len(codes))]
-                dot = b.sitofp(_sum(b, [_pairs(b, *pair) for pair in zip(codes, near, strict=True)]), half)
-                factor = b.fmul(s, _load(b, x_scale, place, _F32))
-                spread = b.insert_element(ir.Constant(half, ir.Undefined), factor, ir.Constant(_I32, 0))
-                spread = b.shuffle_vector(spread, spread, ir.Constant(ir.VectorType(_I32, lanes // 2), None))
-                term = b.fmul(dot, spread, flags=("contract",))
-                b.store(b.fadd(b.load(total), term, flags=("contract",)), total)
-        add_up = cgutils.get_or_insert_function(
-            b.module, ir.FunctionType(_F32, [_F32, half]), f"llvm.vector.reduce.fadd.v{lanes // 2}f32"
-        )
-        for r, total in enumerate(totals):
-            y = b.call(add_up, [ir.Constant(_F32, 0.0), b.load(total)], fastmath=("reassoc",))
-            b.store(y, b.gep(b.inttoptr(out, _F32.as_pointer()), [ir.Constant(size, r)]))
+        for layout in itertools.product(*_LAYOUTS):
+            asked = [b.icmp_signed("==", a, ir.Constant(a.type, n)) for a, n in zip(arguments, layout, strict=False)]
+            with b.if_then(b.and_(b.and_(*asked[:2]), asked[2])):
+                _dots_of(b, layout, *arguments[3:])
         return context.get_dummy_value()
 
-    numbers = (types.uintp, types.uintp, types.uintp, types.uintp, types.intp, types.intp, types.uintp)
-    return types.void(F, L, R, *numbers), generate
+    sizes, address = types.intp, types.uintp
+    return types.void(sizes, sizes, sizes, address, address, address, address, address, sizes, address), generate
 
 
 def _jit(function):
@@ -121,39 +130,7 @@ def _jit(function):
 
 
 @_jit
-def _one(field, lanes, words, x, scale, x_scale, G, P, out):
-    if field == 2 and lanes == 8:
-        _dots(2, 8, 1, words, x, scale, x_scale, G, P, out)
-    elif field == 2 and lanes == 16:
-        _dots(2, 16, 1, words, x, scale, x_scale, G, P, out)
-    elif field == 4 and lanes == 8:
-        _dots(4, 8, 1, words, x, scale, x_scale, G, P, out)
-    elif field == 4 and lanes == 16:
-        _dots(4, 16, 1, words, x, scale, x_scale, G, P, out)
-    elif field == 8 and lanes == 8:
-        _dots(8, 8, 1, words, x, scale, x_scale, G, P, out)
-    elif field == 8 and lanes == 16:
-        _dots(8, 16, 1, words, x, scale, x_scale, G, P, out)
-
-
-@_jit
-def _four(field, lanes, words, x, scale, x_scale, G, P, out):
-    if field == 2 and lanes == 8:
-        _dots(2, 8, 4, words, x, scale, x_scale, G, P, out)
-    elif field == 2 and lanes == 16:
-        _dots(2, 16, 4, words, x, scale, x_scale, G, P, out)
-    elif field == 4 and lanes == 8:
-        _dots(4, 8, 4, words, x, scale, x_scale, G, P, out)
-    elif field == 4 and lanes == 16:
-        _dots(4, 16, 4, words, x, scale, x_scale, G, P, out)
-    elif field == 8 and lanes == 8:
-        _dots(8, 8, 4, words, x, scale, x_scale, G, P, out)
-    elif field == 8 and lanes == 16:
-        _dots(8, 16, 4, words, x, scale, x_scale, G, P, out)
-
-
-@_jit
-def _round(x, P, a, t, sums):
+def _round(x, group, a, t, sums):
     """Fill a, t and sums `[M, G]` with integers, their scales and the sums over groups of what they stand for."""
     bits = x.view(np.int32)
     for m in range(x.shape[0]):
@@ -169,7 +146,7 @@ def _round(x, P, a, t, sums):
                 a[m, s, k] = n
                 total = np.int32(total + n)
             t[m, s] = step
-            sums[m, s // P] += step * np.float32(total)
+            sums[m, group[s]] += step * np.float32(total)
 
 
 @_jit
@@ -178,16 +155,15 @@ def few(field, words, scale, zero, x, y, first, last):
     M, (S, L), G = x.shape[0], words.shape[1:], scale.shape[1]
     rows = 1 if M == 1 else -(-M // 4) * 4
     a, t = np.zeros((rows, S, x.shape[2]), np.int16), np.zeros((rows, S), np.float32)
-    sums, dots, P = np.zeros((M, G), np.float32), np.empty(4, np.float32), S // G
-    _round(x, P, a, t, sums)
+    sums, dots = np.zeros((M, G), np.float32), np.empty(4, np.float32)
+    group = (np.arange(S) // (S // G)).astype(np.int32)
+    _round(x, group, a, t, sums)
     for begin in range(first, last, _BLOCK):
         for m in range(0, M, 4):
             for n in range(begin, min(begin + _BLOCK, last)):
-                places = words[n].ctypes.data, a[m].ctypes.data, scale[n].ctypes.data, t[m].ctypes.data
-                if M == 1:
-                    _one(field, L, places[0], places[1], places[2], places[3], G, P, dots.ctypes.data)
-                else:
-                    _four(field, L, places[0], places[1], places[2], places[3], G, P, dots.ctypes.data)
+                w, s = words[n].ctypes.data, scale[n].ctypes.data
+                x_near, t_near = a[m].ctypes.data, t[m].ctypes.data
+                _dots(field, L, min(rows, 4), w, x_near, s, group.ctypes.data, t_near, S, dots.ctypes.data)
                 z = zero[min(n, zero.shape[0] - 1)]
                 for r in range(m, min(m + 4, M)):
                     offset = np.float32(0)

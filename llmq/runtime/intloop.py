@@ -90,6 +90,9 @@ def _columns(field: int, lanes: int) -> int:
 
 def _linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field: int) -> Tensor:
     """Return `x @ W^T` in the dtype of `x`."""
+    K = words.shape[1] * _columns(field, words.shape[2])
+    if x.shape[-1] != K:  # what follows hands addresses on
+        raise ValueError(f"the weight has {K} columns, x {x.shape[-1]}")
     x_MK = x.reshape(-1, x.shape[-1]).float()
     product = dot_product if x_MK.shape[0] <= FEW else decoded_product
     return product(x_MK, words, scale, zero, field).to(x.dtype).reshape(*x.shape[:-1], words.shape[0])

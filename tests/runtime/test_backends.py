@@ -175,6 +175,17 @@ def test_intloop_hides_no_broken_activation(bad, rows, solved):
     assert y[1:].isfinite().all()
 
 
+def test_intloop_refuses_activations_of_another_width(solved):
+    q, spec = make("w4g64", solved)
+    with pytest.raises(ValueError, match="320 columns, x 64"):
+        prepacked(q, spec, "intloop")(torch.randn(5, 64))
+
+
+def test_intloop_of_no_rows(solved):
+    q, spec = make("w4g64", solved)
+    assert prepacked(q, spec, "intloop")(torch.randn(2, 0, spec.K)).shape == (2, 0, spec.N)
+
+
 @pytest.mark.parametrize("rows", [1, 65])
 def test_intloop_minds_no_default_dtype(rows, solved):
     q, spec = make("w4g64", solved)
