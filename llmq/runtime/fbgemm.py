@@ -32,6 +32,7 @@ from llmq.runtime.reference import quantize_activation
 from llmq.types import LinearSpec, QTensor
 
 _SAFE = 128
+_ROWS = 64  # of x that meet R at once: what they make stays in cache
 _FEW = 8  # rows; a sum of columns that are this short costs more than it adds
 _ENGINE = threading.Lock()  # torch's choice of quantized engine is global
 _numbers = count()
@@ -89,7 +90,8 @@ class Fbgemm(PrepackedW8A8):
         x_int = x_int.float()
         y_MN = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x_int, 1.0, 128, self.packed)
         if len(self.value):
-            y_MN += self._rest(x_int)
+            for y, part in zip(y_MN.split(_ROWS), x_int.split(_ROWS), strict=True):
+                y.add_(self._rest(part))
         y_MN *= self.scale.float().T
         y_MN *= s_x.float()
         return y_MN.to(x.dtype).reshape(*x.shape[:-1], self.N)
