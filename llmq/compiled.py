@@ -22,14 +22,15 @@ Loop = Callable[..., None]
 def compiled(loop: Loop, kinds: str, *, reassociate: bool = False) -> Loop | None:
     """Return `loop` as machine code that runs without the interpreter's lock, or None where numba is not installed.
 
-    kinds: the argument types, space-separated: `f`, `i` scalars of 32 and 64 bits; `f1 i1 u2` contiguous arrays of 1, 1
-    and 2 dimensions (u: uint8). reassociate: sums may be taken in another order, in vector lanes.
+    kinds: the argument types, space-separated: scalars `f` float32, `i` int64, `w` int32, `u` uint8, `b` int8; with a
+    number, `f1 u2`, contiguous arrays of that many dimensions. reassociate: sums may be taken in another order, in
+    vector lanes.
     """
     if importlib.util.find_spec("numba") is None:
         return None
     import numba
 
-    scalars = {"f": numba.float32, "i": numba.int64, "u": numba.uint8}
+    scalars = {"f": numba.float32, "i": numba.int64, "w": numba.int32, "u": numba.uint8, "b": numba.int8}
     types = [numba.types.Array(scalars[k[0]], int(k[1:]), "C") if k[1:] else scalars[k] for k in kinds.split()]
     fastmath = {"reassoc", "contract"} if reassociate else False
 

@@ -23,9 +23,11 @@ import weakref
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from llmq.compiled import compiled
 from llmq.runtime._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
 from llmq.runtime.backends import has_vnni
 from llmq.runtime.reference import quantize_activation
@@ -33,7 +35,7 @@ from llmq.types import LinearSpec, QTensor
 
 _SAFE = 128
 _ROWS = 64  # of x that meet R at once: what they make stays in cache
-_FEW = 8  # rows; a sum of columns that are this short costs more than it adds
+_FEW = 4  # rows; weighted sums of columns that are this short cost more than they add
 _ENGINE = threading.Lock()  # torch's choice of quantized engine is global
 _numbers = count()
 _weights: weakref.WeakValueDictionary[int, Fbgemm] = weakref.WeakValueDictionary()
@@ -90,21 +92,20 @@ class Fbgemm(PrepackedW8A8):
         x_int = x_int.float()
         y_MN = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x_int, 1.0, 128, self.packed)
         if len(self.value):
-            for y, part in zip(y_MN.split(_ROWS), x_int.split(_ROWS), strict=True):
-                y.add_(self._rest(part))
+            self._add_rest(x_int, y_MN)
         y_MN *= self.scale.float().T
         y_MN *= s_x.float()
         return y_MN.to(x.dtype).reshape(*x.shape[:-1], self.N)
 
-    def _rest(self, x_MK: Tensor) -> Tensor:
-        """Return `x @ R^T` for integers `x`, exact: by running sums for few rows, else as weighted sums of columns."""
-        if len(x_MK) <= _FEW:
-            terms = x_MK.double().index_select(1, self.index) * self.value
-            sums = torch.nn.functional.pad(terms.cumsum(1), (1, 0))
-            starts = torch.cat([self.offset, self.offset.new_tensor([len(self.value)])])
-            return sums.index_select(1, starts).diff(dim=1).float()
-        bags = torch.ops.aten._embedding_bag_forward_only
-        return bags(x_MK.T.contiguous(), self.index, self.offset, False, 0, False, self.value.float())[0].T
+    def _add_rest(self, x_MK: Tensor, y_MN: Tensor) -> None:
+        """Add `x @ R^T` for integers `x`, exact: gathered for few rows, else as weighted sums of columns."""
+        gather = compiled(_gather, "f2 w1 w1 b1 f2") if len(x_MK) <= _FEW else None
+        if gather is not None:
+            gather(*(t.numpy() for t in (x_MK.contiguous(), self.index, self.offset, self.value, y_MN)))
+            return
+        bags, value = torch.ops.aten._embedding_bag_forward_only, self.value.float()
+        for x, y in zip(x_MK.split(_ROWS), y_MN.split(_ROWS), strict=True):
+            y.add_(bags(x.T.contiguous(), self.index, self.offset, False, 0, False, value)[0].T)
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
@@ -113,6 +114,16 @@ class Fbgemm(PrepackedW8A8):
         rows = torch.arange(self.N).repeat_interleave(counts.long())
         w[rows, self.index.long()] += self.value
         return self.quantized(w, self.scale)
+
+
+def _gather(x, index, offset, value, y):  # type: ignore[no-untyped-def]
+    """Add `x @ R^T` to `y`. numba compiles this."""
+    for m in range(x.shape[0]):
+        for n in range(len(offset)):
+            total = np.float32(0)
+            for j in range(offset[n], offset[n + 1] if n + 1 < len(offset) else len(value)):
+                total += np.float32(value[j]) * x[m, index[j]]
+            y[m, n] += total
 
 
 def split(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
