@@ -11,6 +11,7 @@ decode step took four times as long. Not here: the loops (_int_loops.py).
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -45,7 +46,7 @@ def omp_fork() -> Any:
 
     `GOMP_parallel(function, data, threads, flags)` is the entry that compilers call (gcc, libgomp ABI).
     """
-    process = ctypes.CDLL(None)
+    process: Any = ctypes.CDLL(None) if os.name == "posix" else None
     if not all(hasattr(process, n) for n in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")):
         return None
     fork = process.GOMP_parallel
