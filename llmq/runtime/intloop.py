@@ -111,7 +111,11 @@ def decoded_product(x_MK: Tensor, words: Tensor, scale: Tensor, zero: Tensor, fi
     """Return `x @ W^T` in float32, decoding some rows of W at a time."""
     (M, K), N = x_MK.shape, words.shape[0]
     panel = min(max(_PANEL // K, 64), N)
-    W, y_MN = (torch.empty(*shape, dtype=torch.float32) for shape in ((panel, K), (M, N)))
+    W = torch.empty(panel, K, dtype=torch.float32)
+    if panel == N:  # its result needs no copying
+        _run(field, (words, scale, zero, W), M, decoding=True)
+        return F.linear(x_MK, W)
+    y_MN = torch.empty(M, N, dtype=torch.float32)
     for n in range(0, N, panel):
         rows = slice(n, n + panel)
         some = words[rows]
