@@ -97,13 +97,14 @@ def test_writes_a_checkpoint_that_loads_and_answers_like_its_decoded_weights(
                 p.copy_(source.get(name))  # norms, which a transform may have changed
         for name, W_NK in decoded(out).items():
             reference.get_submodule(name).weight.copy_(W_NK)
-        loaded = llmq.load(out, dtype=torch.float32)
-        got, want = loaded(IDS).logits, reference(IDS).logits
+        plain, fast = (llmq.load(out, dtype=torch.float32, backend=b)(IDS).logits for b in ("reference", "auto"))
+        want = reference(IDS).logits
     if options.get("act_bits"):
-        assert (got - want).norm() / want.norm() < 0.2  # the activations are rounded too
-        assert not torch.equal(got, want)
+        assert (fast - want).norm() / want.norm() < 0.2  # the activations are rounded too
+        assert not torch.equal(fast, want)
     else:
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plain, want, rtol=1e-4, atol=1e-4)
+        assert (fast - want).norm() / want.norm() < 1e-3  # what a back-end may round
 
 
 def test_out_holds_what_a_runtime_wants(tiny_checkpoint, tmp_path, text):
