@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +33,16 @@ class _Scaled(nn.Module):
         super().__init__()
         self.linear, self.q = [linear], linear.unpack()  # in a list: no submodule
         self.weight = self.q.dequantize()
-        N, K = self.weight.shape
-        G = self.q.params.scale.shape[1]
-        at = self.weight.device
-        self.group_K = torch.arange(K, device=at) // (K // G) if self.q.g_idx is None else self.q.g_idx.long()
-        self.change = nn.Parameter(torch.zeros(N, G, device=at))
+        self.change = nn.Parameter(torch.zeros_like(self.q.params.scale, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.linear[0].bias
-        return F.linear(x, self.weight * (1 + self.change)[:, self.group_K], None if bias is None else bias.to(x.dtype))
+        factor, g_idx = 1 + self.change, self.q.g_idx
+        if g_idx is None:  # groups of neighbours: the gradient is a sum, where that of an index is a scatter
+            weight = (self.weight.unflatten(1, (factor.shape[1], -1)) * factor.unsqueeze(-1)).flatten(1)
+        else:
+            weight = self.weight * factor[:, g_idx.long()]
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the file with the scales as they are now."""
@@ -77,9 +78,9 @@ def finish(
 
     def loss(row: int) -> Tensor:
         states = predictor.states(tokens[row].tolist())
-        parts = zip(states.split(_POSITIONS), truth[row].split(_POSITIONS), strict=True)
-        sums = [checkpoint(_divergence, s, t, predictor, teacher, use_reentrant=False) for s, t in parts]
-        return torch.stack(sums).sum() / len(states)
+        parts = zip(states.detach().split(_POSITIONS), truth[row].split(_POSITIONS), strict=True)
+        values, slopes = zip(*(_divergence(s, t, predictor, teacher) for s, t in parts), strict=True)
+        return cast(Tensor, _Known.apply(states, torch.stack(values).sum(), torch.cat(slopes))) / len(states)
 
     view = ModelView([m.change for m in linears.values()], list(norms.values()), loss, len(tokens), seed)
     report = {spec.dump(f): f.finish(view) for f in finishers}
@@ -109,11 +110,28 @@ def _recomputed(forward: Any) -> Any:
     return call
 
 
-def _divergence(states: Tensor, truth: Tensor, student: Predictor, teacher: Predictor) -> Tensor:
-    """Return the sum over some positions of KL(teacher || student)."""
+class _Known(torch.autograd.Function):
+    """A number whose gradient is known when it is: no logits live until the backward pass, none are computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.saved_tensors[0], None, None
+
+
+def _divergence(states: Tensor, truth: Tensor, student: Predictor, teacher: Predictor) -> tuple[Tensor, Tensor]:
+    """Return the sum over some positions of KL(teacher || student), and its gradient by the student's states."""
     with torch.no_grad():
         log_p = teacher.log_probs(truth)
-    return (log_p.exp() * (log_p - student.log_probs(states))).sum()
+    with torch.enable_grad():
+        at = states.requires_grad_()
+        value = (log_p.exp() * (log_p - student.log_probs(at))).sum()
+    (slope,) = torch.autograd.grad(value, at)
+    return value.detach(), slope
 
 
 def _rewrite(folder: Path, changed: dict[str, Tensor]) -> None:
