@@ -1,11 +1,13 @@
 """Weight-only linear: y = x @ W^T (+ bias) with W = scale * (code - zero) in 2, 3, 4 or 8 bits, x in fp16 or bf16.
 
-One program makes a tile [BM, BN] of y over a contiguous run of K tiles (layout.py). Per tile:
+One program makes a tile [BN, BM] of y^T over a contiguous run of K tiles (layout.py). Per tile:
 
-    words [SUB, BN] -> field j -> code - zero, exact in x's dtype       in registers, dequant.py
-    part += x[:, j * SUB + r] @ (code - zero)                           tensor cores, float32
+    words [BN, SUB] -> field j -> code - zero, exact in x's dtype       in registers, dequant.py
+    part += (code - zero) @ x[:, j * SUB + r]^T                         tensor cores, float32
     acc  += scale * part                                                once per group
 
+The weights are the first operand, which tensor cores take 16 features tall: the second needs 8 tokens only, so decode
+multiplies, and scales, half as many sums that nobody asked for as with the tokens first.
 Scaling the float32 accumulator instead of the weights costs one multiply per group and output, and is more exact.
 With SPLIT_K > 1 every split stores its float32 partial, and a second kernel adds them in a fixed order: no atomics,
 equal bits on every run. Padding of K and N keeps the divisibility hints without which Triton drops every async copy.
@@ -87,10 +89,10 @@ def weight_only_kernel(
     begin = split * per_split
     end = tl.minimum(begin + per_split, tiles)
 
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * K + (begin * BK + offs_r)[None, :]
-    x_mask = offs_m[:, None] < M
-    w_ptrs = w_ptr + (begin * ROWS + offs_r)[:, None] * NP + offs_n[None, :]
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * K + (begin * BK + offs_r)[:, None]
+    x_mask = offs_m[None, :] < M
+    w_ptrs = w_ptr + (begin * ROWS + offs_r)[None, :] * NP + offs_n[:, None]
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
     if GROUP == 0:
         word = tl.load(param_ptr + offs_n)
     for t in tl.range(begin, end, num_stages=STAGES):
@@ -102,35 +104,36 @@ def weight_only_kernel(
             if GROUP == 0:
                 part = acc
             else:
-                part = tl.zeros((BM, BN), dtype=tl.float32)
+                part = tl.zeros((BN, BM), dtype=tl.float32)
                 word = tl.load(param_ptr + (t * BK + first * SUB) // GROUP * NP + offs_n)
             z = None
             if HAS_ZERO:
-                z = (word & 0xFF).to(tl.int16)[None, :]
+                z = (word & 0xFF).to(tl.int16)[:, None]
             for j in tl.static_range(first, first + RUN):
                 x = tl.load(x_ptrs + j * SUB, mask=x_mask, other=0.0)
                 if BITS == 3:
-                    b = code3_minus_zero(w if j < 8 else w8, high, z, j, dtype, ASM)
+                    a = code3_minus_zero(w if j < 8 else w8, high, z, j, dtype, ASM)
                 else:
-                    b = code_minus_zero(w, z, j, BITS, dtype, ASM)
-                part = tl.dot(x, b, part)
+                    a = code_minus_zero(w, z, j, BITS, dtype, ASM)
+                part = tl.dot(a, x, part)
             if GROUP == 0:
                 acc = part
             else:
-                acc += part * _scale_of(word, HAS_ZERO)[None, :]
+                acc += part * _scale_of(word, HAS_ZERO, BITS)[:, None]
         x_ptrs += BK
         w_ptrs += ROWS * NP
     if GROUP == 0:
-        acc *= _scale_of(word, HAS_ZERO)[None, :]
+        acc *= _scale_of(word, HAS_ZERO, BITS)[:, None]
     if HAS_BIAS and SPLIT_K == 1:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + (split.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=x_mask & (offs_n[None, :] < N))
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
+    y_ptrs = y_ptr + (split.to(tl.int64) * M + offs_m)[None, :] * N + offs_n[:, None]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=x_mask & (offs_n[:, None] < N))
 
 
 @triton.jit
-def _scale_of(word, HAS_ZERO: tl.constexpr):
-    if HAS_ZERO:
+def _scale_of(word, HAS_ZERO: tl.constexpr, BITS: tl.constexpr):
+    """Return the float32 scale; a zero of at most 4 bits stays in it and is 2^-19 of it at most."""
+    if HAS_ZERO and BITS > 4:
         return (word & ~0xFF).to(tl.float32, bitcast=True)
     else:
         return word.to(tl.float32, bitcast=True)
@@ -229,20 +232,29 @@ def power_of_two(x_MK: Tensor) -> Tensor:
     return unit.masked_fill(unit == 0, 1)
 
 
-def configs(M: int, w: PackedWeight) -> list[tune.Config]:
-    """Return the configurations worth trying for M tokens, the safest guess first."""
+def configs(M: int, w: PackedWeight, *, asm: bool | None = None) -> list[tune.Config]:
+    """Return the configurations worth trying for M tokens, the safest guess first.
+
+    asm: as for `constants`. AMD's matrix instructions take no fewer than 16 tokens, and its shared memory three stages.
+    Two warps a program keep sm_90 from its warp-group products, whose second operand goes through shared memory and
+    fences: they pay from 32 tokens on.
+    """
+    asm = uses_asm() if asm is None else asm
     tiles = -(-w.K // tile(w.bits, w.group))
     split = max(1, min(8, tiles // 4))
-    Config = tune.Config
-    BN, n = (64, 3) if w.bits == 3 else (128, 4)
+    Config, wide, stages = tune.Config, 64 if w.bits == 3 else 128, 4 if asm else 3
     if M <= 16:
-        found = [Config(16, BN, s, 4, n, 128) for s in (split, split // 2, 1)]
-        found += [Config(16, 64, split, 4, n, 128), Config(16, BN, split, 4, 3, 168), Config(16, BN, split, 8, 3)]
+        BM = 8 if M <= 8 and asm else 16
+        splits = split, split // 2, 1
+        found = [Config(BM, 128, s, 2, 4, 168 if BM == 8 else 200) for s in splits] if w.bits in (2, 4) else []
+        found += [Config(BM, 64, s, 2, 3, 144) if w.bits == 3 else Config(BM, 64, s, 2, 4, 128) for s in splits]
+        found += [Config(BM, wide, split, 4, 3), Config(BM, wide, 1, 4, 3)]
     elif M <= 64:
-        BM = 32 if M <= 32 else 64
-        found = [Config(BM, bn, s, 4, 3) for s in (max(1, split // 2), 1) for bn in (BN, 64)]
+        BM, n = (32, stages) if M <= 32 else (64, 2)  # more stages spill
+        found = [Config(BM, bn, s, 4, n) for s in (max(1, split // 2), 1) for bn in (wide, 64)]
     else:
-        found = [Config(64, BN, 1, 4, 3), Config(128, BN, 1, 8, 3), Config(64, BN, 2, 4, 3), Config(64, 64, 1, 4, 3)]
+        found = [Config(64, wide, 1, 4, stages), Config(128, wide, 1, 8, 3), Config(64, wide, 2, 4, 3)]
+        found += [Config(64, 64, 1, 4, 3)]
         found += [Config(64, 256, 1, 8, 3), Config(128, 64, 1, 4, 3)] if w.bits == 4 else []
     Np = -(-w.N // N_MULTIPLE) * N_MULTIPLE
     return list(dict.fromkeys(c for c in found if 1 <= c.split_k <= tiles and Np % c.BN == 0))

@@ -31,18 +31,18 @@ def make_weight(gen, bits, N, K, group, zero, order=False):
 
 WEIGHT_ONLY = {
     # name: (bits, M, N, K, group, zero, order, config)
-    "w4 g128 asym, N and K not of a tile, split": (4, 5, 100, 384, 128, True, False, Config(16, 64, 2, 4, 2)),
+    "w4 g128 asym, N and K not of a tile, split": (4, 5, 100, 384, 128, True, False, Config(8, 64, 2, 4, 2)),
     "w4 g32 sym, K of 5 groups": (4, 3, 64, 160, 32, False, False, Config(16, 64, 1, 4, 2)),
-    "w4 g64 asym, act-order": (4, 2, 33, 192, 64, True, True, Config(16, 64, 1, 4, 2)),
-    "w4 channel asym, M beyond a tile": (4, 17, 64, 160, None, True, False, Config(16, 64, 2, 4, 2)),
+    "w4 g64 asym, act-order": (4, 2, 33, 192, 64, True, True, Config(8, 64, 1, 4, 2)),
+    "w4 channel asym, M beyond a tile": (4, 17, 64, 160, None, True, False, Config(8, 64, 2, 4, 2)),
     "w4 g96 sym": (4, 1, 64, 288, 96, False, False, Config(16, 64, 1, 4, 2)),
     "w4 more splits than tiles divide": (4, 1, 64, 640, 128, True, False, Config(16, 64, 4, 4, 2)),
-    "w8 channel sym": (8, 3, 64, 200, None, False, False, Config(16, 64, 1, 4, 2)),
+    "w8 channel sym": (8, 3, 64, 200, None, False, False, Config(8, 64, 1, 4, 2)),
     "w8 g32 asym": (8, 3, 70, 96, 32, True, False, Config(16, 64, 1, 4, 2)),
     "w8 g64 asym": (8, 2, 64, 192, 64, True, False, Config(16, 64, 2, 4, 2)),
-    "w2 g64 asym": (2, 3, 64, 320, 64, True, False, Config(16, 64, 1, 4, 2)),
+    "w2 g64 asym": (2, 3, 64, 320, 64, True, False, Config(8, 64, 1, 4, 2)),
     "w3 g64 asym": (3, 3, 50, 320, 64, True, False, Config(16, 64, 1, 4, 2)),
-    "w3 channel sym": (3, 1, 64, 544, None, False, False, Config(16, 64, 1, 4, 2)),
+    "w3 channel sym": (3, 1, 64, 544, None, False, False, Config(8, 64, 1, 4, 2)),
 }
 
 

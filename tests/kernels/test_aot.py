@@ -28,14 +28,14 @@ def test_the_machine_code_keeps_what_the_case_promises(case, target):
 
 def test_a_broken_promise_is_seen():
     case = CASES[0]
-    good = Facts("sm_90", 128, 0, 0, 38400, ("HMMA",), 290, 2.3, 0, 4, 5)
+    good = Facts("sm_90", 128, 0, 0, 32256, ("HMMA",), 460, 1.8, 0, 8, 5)
     assert not violations(case, good)
     for change in (
         {"spills": 1},
         {"stack": 8},
         {"shared": 233_000},
         {"mma": ()},
-        {"ipw": 2.7},
+        {"ipw": 2.0},
         {"i2f": 1},
         {"async128": 0},
     ):
