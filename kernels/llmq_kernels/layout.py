@@ -14,9 +14,8 @@ tensor-core fragments without any shuffle. As groups are multiples of SUB, a sub
 
     params int32 [G, N]   the bits of the float32 scale; where there are zeros, its low 8 mantissa bits hold the zero,
                           which costs nothing for fp16 and bf16 scales (at least 13 low bits are clear)
-    rest   uint8 [N, G]   those low 8 bits, where float32 scales have any, so that `unpack` gives back every bit. The
-                          kernel does without: it clears them in 8 bits, up to 2^-15 of a scale, and below leaves the
-                          zero in its place, up to 2^-19
+    rest   uint8 [N, G]   those low 8 bits, where float32 scales have any: the kernel multiplies with scales cut by up
+                          to 2^-15 of themselves, and `unpack` still gives back every bit
 
 K is padded to whole tiles and N to 128 with weights of value 0, so that the kernel's divisibility hints hold.
 act-order (g_idx) sorts the columns by group here and the activation's columns by `order` at call.
@@ -117,8 +116,6 @@ def unpack(w: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
 def dequantize(w: PackedWeight) -> Tensor:
     """Return the weight that the kernel multiplies with, float32 `[N, K]`, in packed column order."""
     codes, scale, zero = unpack(replace(w, rest=None))
-    if w.has_zero and w.bits <= 4:
-        scale = (scale.view(torch.int32) | zero).view(torch.float32)
     if w.group:
         scale, zero = (p.repeat_interleave(w.group, dim=1) for p in (scale, zero))
     return (codes - zero).float() * scale

@@ -119,11 +119,11 @@ def weight_only_kernel(
             if GROUP == 0:
                 acc = part
             else:
-                acc += part * _scale_of(word, HAS_ZERO, BITS)[:, None]
+                acc += part * _scale_of(word, HAS_ZERO)[:, None]
         x_ptrs += BK
         w_ptrs += ROWS * NP
     if GROUP == 0:
-        acc *= _scale_of(word, HAS_ZERO, BITS)[:, None]
+        acc *= _scale_of(word, HAS_ZERO)[:, None]
     if HAS_BIAS and SPLIT_K == 1:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
     y_ptrs = y_ptr + (split.to(tl.int64) * M + offs_m)[None, :] * N + offs_n[:, None]
@@ -131,9 +131,8 @@ def weight_only_kernel(
 
 
 @triton.jit
-def _scale_of(word, HAS_ZERO: tl.constexpr, BITS: tl.constexpr):
-    """Return the float32 scale; a zero of at most 4 bits stays in it and is 2^-19 of it at most."""
-    if HAS_ZERO and BITS > 4:
+def _scale_of(word, HAS_ZERO: tl.constexpr):
+    if HAS_ZERO:
         return (word & ~0xFF).to(tl.float32, bitcast=True)
     else:
         return word.to(tl.float32, bitcast=True)
