@@ -8,7 +8,7 @@ one chunk of the cache. Per tile of BT tokens, words [DP / F, BT] and [BT, DP / 
 
 bf16 queries are multiplied in fp16, which is more exact, after a power of two per row brings them into its range; so
 are p and the values. Chunks store (acc, max, sum), and a second kernel merges them in order: equal bits on every run,
-no atomics.
+no atomics. The latest tokens may still be floats, a window behind the cache: one more part for the merge.
 Dao, Flash-Decoding (2023), for the split; KIVI (arXiv:2402.02750) and others for scales outside the dot product.
 
 Beside it: `reference`, which is also what the op does with CPU tensors.
@@ -56,21 +56,23 @@ def _power_of_two(size, dtype: tl.constexpr):
         return tl.where(unit > 0.0, unit, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PARTS", "WINDOW"])
 def attend_kernel(
     q_ptr,  # [B, H * GQ, TQ, D] fp16 or bf16, contiguous
     k_ptr,  # [B, H, T, DP * BITS / 16] int16
     k_param_ptr,  # [B, H, T] int32
     v_ptr,
     v_param_ptr,
-    length_ptr,  # [B] int32: tokens in the cache, the TQ new ones included
-    acc_ptr,  # [B * H, splits, TQ * GQ, DP] float32
-    stat_ptr,  # [B * H, splits, TQ * GQ, 2] float32: max (base 2) and sum
+    length_ptr,  # [B] int32: tokens in the cache
+    acc_ptr,  # [B * H, PARTS, TQ * GQ, DP] float32
+    stat_ptr,  # [B * H, PARTS, TQ * GQ, 2] float32: max (base 2) and sum
     softmax_scale,  # times log2(e)
     H,
     TQ,
     T,
     CHUNK,
+    PARTS,
+    WINDOW,  # tokens behind those in the cache; the TQ new ones are the last of all
     GQ: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -94,7 +96,7 @@ def attend_kernel(
     real = rows < TQ * GQ
     new = rows // GQ
     length = tl.load(length_ptr + bh // H)
-    limit = length - TQ + 1 + new
+    limit = length + WINDOW - TQ + 1 + new
     offs_r = tl.arange(0, PART)
     offs_t = tl.arange(0, BT)
     # Head bh of [B, H * GQ, TQ, D] starts at bh * GQ: b * H * GQ + h * GQ.
@@ -164,7 +166,7 @@ def attend_kernel(
         v_ptrs += BT * PART
         k_params += BT
         v_params += BT
-    at = (bh.to(tl.int64) * tl.num_programs(1) + split) * TQ * GQ + rows
+    at = (bh.to(tl.int64) * PARTS + split) * TQ * GQ + rows
     out = acc_ptr + at[:, None] * DP + offs_r[None, :]
     tl.store(out, acc0 * (1 / LIFT), mask=real[:, None])
     tl.store(out + PART, acc1 * (1 / LIFT), mask=real[:, None])
@@ -205,29 +207,43 @@ def merge_kernel(
     tl.store(y, (acc / total).to(y_ptr.dtype.element_ty), mask=offs_d < D)
 
 
-def reference(q: Tensor, cache: KVCache, lengths: Tensor, softmax_scale: float) -> Tensor:
+Window = tuple[Tensor, Tensor]
+"""Float keys and values `[B, H, W, D]` of the tokens behind those in the cache."""
+
+
+def reference(q: Tensor, cache: KVCache, lengths: Tensor, softmax_scale: float, window: Window | None = None) -> Tensor:
     """Return attention `[B, HQ, TQ, D]` over the dequantized cache, in float32, rounded once to q's dtype."""
     _B, HQ, TQ, D = q.shape
     k = dequantize(cache.k_words, cache.k_params, D, cache.bits, sym=cache.sym)
     v = dequantize(cache.v_words, cache.v_params, D, cache.bits, sym=cache.sym)
+    at = torch.arange(k.shape[2], device=q.device).expand(len(q), -1)
+    at = at.masked_fill(at >= lengths[:, None], torch.iinfo(torch.int64).max)  # nothing was stored there
+    W = 0
+    if window is not None:
+        W = window[0].shape[2]
+        k, v = (torch.cat([old, new.float()], dim=2) for old, new in zip((k, v), window, strict=True))
+        at = torch.cat([at, lengths[:, None] + torch.arange(W, device=q.device)], dim=1)
     k, v = (t.repeat_interleave(HQ // t.shape[1], dim=1) for t in (k, v))
     s = q.float() @ k.transpose(-1, -2) * softmax_scale
-    new = torch.arange(TQ, device=q.device)
-    limit = lengths[:, None].to(q.device) - TQ + 1 + new[None, :]
-    hidden = torch.arange(k.shape[2], device=q.device)[None, None, :] >= limit[:, :, None]
+    last = lengths[:, None] + W - TQ + torch.arange(TQ, device=q.device)
+    hidden = at[:, None, :] > last[:, :, None]
     return (s.masked_fill(hidden[:, None], -math.inf).softmax(-1) @ v).to(q.dtype)
 
 
-def attend(q: Tensor, cache: KVCache, lengths: Tensor, softmax_scale: float | None = None) -> Tensor:
+def attend(
+    q: Tensor, cache: KVCache, lengths: Tensor, softmax_scale: float | None = None, window: Window | None = None
+) -> Tensor:
     """Return causal attention `[B, HQ, TQ, D]` of the last TQ tokens over the cache, without unpacking it in memory.
 
     q: fp16 or bf16 `[B, HQ, TQ, D]` (any float on the CPU), HQ a multiple of the cache's heads; lengths: int32 `[B]`,
-    tokens in the cache with the TQ new ones, at least TQ. softmax_scale: 1 / sqrt(D) unless given.
+    tokens in the cache. window: what follows them, still in float. The TQ new tokens are the last of cache and window.
+    softmax_scale: 1 / sqrt(D) unless given.
     Raises KernelError for shapes, dtypes or devices that the kernel cannot take.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     tensors = (cache.k_words, cache.k_params, cache.v_words, cache.v_params)
-    return torch.ops.llmq.kv_attend(q, *tensors, lengths, scale, cache.bits, cache.sym)
+    k, v = window or (None, None)
+    return torch.ops.llmq.kv_attend(q, *tensors, lengths, k, v, scale, cache.bits, cache.sym)
 
 
 @torch.library.custom_op("llmq::kv_attend", mutates_args=(), device_types=("cpu", "cuda"))
@@ -238,26 +254,31 @@ def _op(
     v_words: Tensor,
     v_params: Tensor,
     lengths: Tensor,
+    window_k: Tensor | None,
+    window_v: Tensor | None,
     softmax_scale: float,
     bits: int,
     sym: bool,
 ) -> Tensor:
     B, HQ, _TQ, D = q.shape
     cache = KVCache(k_words, k_params, v_words, v_params, D, bits, sym)
+    window = None if window_k is None or window_v is None else (window_k, window_v)
     if k_words.shape[0] != B or HQ % k_words.shape[1] or padded(D) * bits != k_words.shape[3] * 16:
         raise KernelError(f"queries {list(q.shape)} do not fit a cache of words {list(k_words.shape)} in {bits} bits")
+    if window is not None and not window[0].shape == window[1].shape == (B, k_words.shape[1], window[0].shape[2], D):
+        raise KernelError(f"a window {list(window[0].shape)} does not fit a cache of words {list(k_words.shape)}")
     if q.device != k_words.device or lengths.device != q.device:
         raise KernelError(f"queries on {q.device}, cache on {k_words.device}, lengths on {lengths.device}; move them")
     if q.device.type == "cpu":
-        return reference(q, cache, lengths, softmax_scale)
+        return reference(q, cache, lengths, softmax_scale, window)
     if q.dtype not in DTYPES:
         raise KernelError(f"the attention kernel takes fp16 or bf16 queries, not {q.dtype}; convert q")
     with on(q.device):
-        return launch(q, cache, lengths, softmax_scale, splits(q, cache))
+        return launch(q, cache, lengths, softmax_scale, splits(q, cache), window)
 
 
 @_op.register_fake
-def _(q, k_words, k_params, v_words, v_params, lengths, softmax_scale, bits, sym):  # type: ignore[no-untyped-def]
+def _(q, k_words, k_params, v_words, v_params, lengths, window_k, window_v, softmax_scale, bits, sym):  # type: ignore[no-untyped-def]
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -270,26 +291,47 @@ def splits(q: Tensor, cache: KVCache) -> int:
     return max(1, min(triton.cdiv(wanted, programs), triton.cdiv(T, 256)))
 
 
-def launch(q: Tensor, cache: KVCache, lengths: Tensor, softmax_scale: float, parts: int) -> Tensor:
+def launch(
+    q: Tensor, cache: KVCache, lengths: Tensor, softmax_scale: float, parts: int, window: Window | None = None
+) -> Tensor:
     """Run both kernels with the cache in at most `parts` chunks."""
     B, HQ, TQ, D = q.shape
     H, T = cache.k_params.shape[1:]
     rows, DP, BT = TQ * HQ // H, padded(D), tile_tokens(D)
     chunk = triton.cdiv(triton.cdiv(T, parts), BT) * BT
-    parts = triton.cdiv(T, chunk)
+    chunks = triton.cdiv(T, chunk)
     q = q.contiguous()
     y = torch.empty_like(q)
     if not q.numel():
         return y
+    softmax_scale *= math.log2(math.e)
+    W = 0 if window is None else window[0].shape[2]
+    parts = chunks + (W > 0)
     acc = torch.empty((B * H, parts, rows, DP), dtype=torch.float32, device=q.device)
     stat = torch.empty((B * H, parts, rows, 2), dtype=torch.float32, device=q.device)
-    attend_kernel[(B * H, parts, triton.cdiv(rows, ROWS))](
+    if window is not None and W:
+        acc[:, -1, :, :D], stat[:, -1, :, 0], stat[:, -1, :, 1] = _window_part(q, window, softmax_scale)
+    attend_kernel[(B * H, chunks, triton.cdiv(rows, ROWS))](
         q, cache.k_words, cache.k_params, cache.v_words, cache.v_params, lengths, acc, stat,
-        softmax_scale * math.log2(math.e), H, TQ, T, chunk,
-        **constants(HQ // H, D, cache.bits, sym=cache.sym, TQ=TQ), **LAUNCH, **OPTIONS,
+        softmax_scale, H, TQ, T, chunk, parts, W,
+        **constants(HQ // H, D, cache.bits, sym=cache.sym, TQ=TQ, W=W), **LAUNCH, **OPTIONS,
     )  # fmt: skip
     merge_kernel[(B * H, rows)](acc, stat, y, TQ, parts, GQ=HQ // H, D=D, DP=DP, **OPTIONS)
     return y
+
+
+def _window_part(q: Tensor, window: Window, softmax_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a chunk stores, acc `[B * H, TQ * GQ, D]`, max and sum, for the float tokens; they are few."""
+    k, v = (t.flatten(0, 1).float() for t in window)
+    TQ, D, W = q.shape[2], q.shape[3], k.shape[1]
+    rows = q.reshape(len(k), -1, TQ, D).transpose(1, 2).reshape(len(k), -1, D).float()
+    s = rows @ k.transpose(1, 2) * softmax_scale
+    row = torch.arange(rows.shape[1], device=q.device) // (rows.shape[1] // TQ)
+    hidden = torch.arange(W, device=q.device) > (row + W - TQ)[:, None]
+    s = s.masked_fill(hidden, -1e30)
+    top = s.amax(-1)
+    p = torch.exp2(s - top[..., None])
+    return p @ v, top, p.sum(-1)
 
 
 LAUNCH = {"num_warps": 4, "num_stages": 3}
@@ -300,8 +342,8 @@ def tile_tokens(D: int) -> int:
     return 64 if padded(D) <= 128 else 32
 
 
-def constants(GQ: int, D: int, bits: int, *, sym: bool, TQ: int, asm: bool | None = None) -> dict[str, int]:
-    """Return the compile-time arguments of the attention kernel."""
+def constants(GQ: int, D: int, bits: int, *, sym: bool, TQ: int, W: int = 0, asm: bool | None = None) -> dict[str, int]:
+    """Return the compile-time arguments of the attention kernel; a window of W tokens may hold all new ones."""
     asm = uses_asm() if asm is None else asm
-    shape = {"GQ": GQ, "D": D, "DP": padded(D), "BITS": bits, "HAS_ZERO": not sym, "CAUSAL": TQ > 1}
+    shape = {"GQ": GQ, "D": D, "DP": padded(D), "BITS": bits, "HAS_ZERO": not sym, "CAUSAL": TQ > W + 1}
     return shape | {"ASM": asm, "BR": ROWS, "BT": tile_tokens(D), "STAGES": LAUNCH["num_stages"]}

@@ -119,9 +119,11 @@ def attend_build(
     """Return the Build of attention over the cache, for TQ new tokens (1, or more with a causal mask)."""
     types = {"q_ptr": f"*{dtype}", "k_ptr": "*i16", "k_param_ptr": "*i32", "v_ptr": "*i16", "v_param_ptr": "*i32"}
     types |= {"length_ptr": "*i32", "acc_ptr": "*fp32", "stat_ptr": "*fp32", "softmax_scale": "fp32"}
-    types |= dict.fromkeys(("H", "TQ", "T", "CHUNK"), "i32")
+    types |= dict.fromkeys(("H", "TQ", "T", "CHUNK", "PARTS", "WINDOW"), "i32")
     constants = attention.constants(GQ, D, bits, sym=sym, TQ=TQ, asm=asm)
-    return Build(attention.attend_kernel, types, constants, ("H", "TQ", "softmax_scale"), attention.LAUNCH)
+    return Build(
+        attention.attend_kernel, types, constants, ("H", "TQ", "PARTS", "WINDOW", "softmax_scale"), attention.LAUNCH
+    )
 
 
 def _merge_build() -> Build:

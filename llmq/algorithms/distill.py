@@ -28,7 +28,7 @@ class Distill:
     """
 
     epochs: int = 2
-    batch: int = 4
+    batch: int = 1
     lr: float = 1e-3
     norm_lr: float = 1e-3
 

@@ -116,6 +116,11 @@ def kv_cases():
         q = torch.randn(B, H * GQ, TQ, D, generator=gen).half()
         y = attention.launch(q, found, lengths, D**-0.5, parts)
         yield f"{name}: rounded", sqnr(y, attention.reference(q.float(), found, lengths, D**-0.5))
+        for W in (TQ, max(1, TQ - 2)):  # all new tokens are in the window, or some are in the cache already
+            window = tuple(torch.randn(B, H, W, D, generator=gen).half() for _ in range(2))
+            y = attention.launch(q, found, lengths, D**-0.5, parts, window)
+            wanted = attention.reference(q.float(), found, lengths, D**-0.5, window)
+            yield f"{name}: window of {W}, rounded", sqnr(y, wanted)
     static = torch.tensor([0.01, 0.02])
     found = kv.empty(B, H, 16, 64, 8, sym=True, device="cpu")
     start = torch.tensor([0, 14], dtype=torch.int32)

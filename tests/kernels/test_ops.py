@@ -65,7 +65,8 @@ def test_attention_over_the_cache_is_near_attention_over_floats(bits, bound, sym
     found = attention.attend(q, cache, lengths)
     assert 10 * torch.log10(wanted.square().mean() / (wanted - found).square().mean()) > bound
     tensors = (cache.k_words, cache.k_params, cache.v_words, cache.v_params)
-    check(torch.ops.llmq.kv_attend, q, *tensors, lengths, D**-0.5, bits, sym)
+    check(torch.ops.llmq.kv_attend, q, *tensors, lengths, None, None, D**-0.5, bits, sym)
+    check(torch.ops.llmq.kv_attend, q, *tensors, lengths, k[:, :, :5], v[:, :, :5], D**-0.5, bits, sym)
     check(torch.ops.llmq.kv_append, k[:, :, :1], cache.k_words, cache.k_params, lengths - 2, None, bits, sym)
 
 
@@ -74,9 +75,12 @@ def test_new_tokens_see_themselves_and_the_past_only():
     k, v, q = (torch.randn(1, 1, 9, 64) for _ in range(3))
     cache = kv.empty(1, 1, 9, 64, 8, sym=True, device="cpu")
     kv.append(cache, k, v, torch.zeros(1, dtype=torch.int32))
-    found = attention.attend(q[:, :, 4:], cache, torch.tensor([9], dtype=torch.int32))
     wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, 4:]
-    assert (found - wanted).abs().max() < 0.05
+    for packed in (9, 6, 2):  # the rest is a window
+        window = (k[:, :, packed:], v[:, :, packed:])
+        lengths = torch.tensor([packed], dtype=torch.int32)
+        found = attention.attend(q[:, :, 4:], cache, lengths, window=window if packed < 9 else None)
+        assert (found - wanted).abs().max() < 0.05, packed
 
 
 def test_torch_compile_traces_through():
