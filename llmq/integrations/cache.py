@@ -8,8 +8,9 @@ what the cache holds, in the first call too: the latest tokens in float, all oth
 
 By default `update` decodes the store for whatever attention the model has. `packed_attention(model)` registers the
 attention implementation "llmq" and sets it on the model, until the `with` statement ends: attention then reads the
-packed store a tile at a time, and the float keys and values never exist as a whole.
-Not here: the arithmetic (runtime/kv.py), static scales on disk (formats/compressed_tensors.py).
+packed store a tile at a time, and the float keys and values never exist as a whole. On a GPU the store is that of our
+Triton kernels where they can hold it, and they read it for a step of decode.
+Not here: the arithmetic (runtime/kv.py, runtime/triton_kv.py), static scales on disk (formats/compressed_tensors.py).
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmq.heads import head_dim
+from llmq.runtime import triton_kv
 from llmq.runtime.kv import RUN, TILE, KVGrid, Store, attend
+from llmq.runtime.triton_kv import KernelStore
 from llmq.types import LlmqError
 
 ATTENTION = "llmq"
 """The name of the attention implementation."""
+_FEW = 32  # queries for which the kernels read the cache: more are a prefill, for which tiles are decoded once
 WINDOW = 64
 """How many of the latest tokens may stay in float, if nothing else is asked for."""
 
@@ -84,11 +88,12 @@ class QuantizedLayer(BaseQuantizedLayer):
     is_croppable = True
     keys: Any  # tensors once there are tokens, None before
     values: Any
-    _quantized_keys: Any  # a Store each
+    _quantized_keys: Any  # a Store each, or a KernelStore
     _quantized_values: Any
 
     def __init__(self, key_grid: KVGrid, value_grid: KVGrid, window: int, config: Any) -> None:
         super().__init__()
+        self._grids = key_grid, value_grid
         self._quantized_keys, self._quantized_values = Store(key_grid), Store(value_grid)
         self.window = window
         self.run = max(key_grid.run, value_grid.run)
@@ -97,13 +102,14 @@ class QuantizedLayer(BaseQuantizedLayer):
     def _quantize(self, tensor: Tensor) -> None:
         raise NotImplementedError("llmq quantizes as it appends (runtime/kv.py)")
 
-    def _dequantize(self, q_tensor: Store) -> Tensor:
+    def _dequantize(self, q_tensor: Store | KernelStore) -> Tensor:
         return q_tensor.decode(self.dtype)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append tokens `[B, H, T, D]`; return all keys and values, or a handle on them for the packed attention."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            self._quantized_keys, self._quantized_values = triton_kv.stores(self._grids, key_states)
             shape = (*key_states.shape[:2], 0)
             self.keys, self.values = (t.new_empty(*shape, t.shape[3]) for t in (key_states, value_states))
         self.keys = torch.cat([self.keys, key_states], dim=2)
@@ -119,7 +125,7 @@ class QuantizedLayer(BaseQuantizedLayer):
             return _Handle.of(self, key_states), _Handle.of(self, value_states)
         return self._whole(self._quantized_keys, self.keys), self._whole(self._quantized_values, self.values)
 
-    def _whole(self, store: Store, window: Tensor) -> Tensor:
+    def _whole(self, store: Store | KernelStore, window: Tensor) -> Tensor:
         return torch.cat([self._dequantize(store), window], dim=2) if store.length else window
 
     def tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -140,9 +146,9 @@ class QuantizedLayer(BaseQuantizedLayer):
 
     def reset(self) -> None:
         """Empty the layer."""
-        grids = self._quantized_keys.grid, self._quantized_values.grid
+        stores = self._quantized_keys, self._quantized_values
         super().reset()
-        self._quantized_keys, self._quantized_values = (Store(grid) for grid in grids)
+        self._quantized_keys, self._quantized_values = (type(s)(s.grid) for s in stores)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the latest `-tokens_to_remove` tokens; with keys per channel, a cut run returns to float."""
@@ -245,6 +251,10 @@ def attention(
         return torch.arange(start, end, device=query.device)[None] <= position
 
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    keys, values = layer._quantized_keys, layer._quantized_values
+    if isinstance(keys, KernelStore) and keys.length and attention_mask is None and Q <= _FEW:
+        y = triton_kv.attend(query, keys, values, (layer.keys, layer.values), scale)
+        return y.transpose(1, 2).contiguous(), None
     return attend(query, layer.tiles(), scale, visible).transpose(1, 2).contiguous(), None
 
 

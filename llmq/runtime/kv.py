@@ -29,7 +29,8 @@ from torch import Tensor
 RUN = 64
 """Tokens whose keys share the scales of their channels."""
 TILE = 1024  # tokens decoded at once in attention; a multiple of RUN
-_STEP = 128  # tokens by which the store grows
+STEP = 128
+"""Tokens by which a store grows."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Store:
         """Quantize tokens and add them; T is a multiple of `grid.run`."""
         new, end = quantize(x_BHTD, self.grid), self.length + x_BHTD.shape[2]
         if self._room is None or end > self._room.codes.shape[2]:
-            self._grow(new, -(-end // _STEP) * _STEP)
+            self._grow(new, -(-end // STEP) * STEP)
         for room, part in self._parts(new):
             run = self.length * part.shape[2] // x_BHTD.shape[2]
             room[:, :, run : run + part.shape[2]] = part

@@ -10,6 +10,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import llmq
 from llmq.integrations.cache import packed_attention, static_scales
+from llmq.runtime import triton_kv
+from llmq.runtime.kv import KVGrid, Store
+from llmq.runtime.triton_kv import KernelStore
 from llmq.types import LlmqError
 
 IDS = torch.arange(2, 302).reshape(2, 150)
@@ -75,6 +78,45 @@ def test_packed_attention_equals_decoding(kind, size, model, decibel):
         got = feed(model, cache, size)
     assert decibel(got, want) > 70  # float32 rounding, and codes that it tips over an edge
     assert cache.layers[0].keys.shape[2] <= cache.window
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels' store and attention, on the CPU by their references."""
+    monkeypatch.setattr(KernelStore, "devices", frozenset({"cpu"}))
+
+
+@pytest.mark.parametrize("size", [1, 32, 150])
+@pytest.mark.parametrize("kind", ["int8", "int4_token", "no_window"])
+def test_the_store_of_the_kernels(kernels, kind, size, model, truth, decibel):
+    """Near the float cache, read as packed as decoded, and as good as the store without kernels."""
+    caches = [llmq.QuantizedCache(model.config, **KINDS[kind]) for _ in range(2)]
+    decoded = feed(model, caches[0], size)
+    calls = []
+    attend = triton_kv.attend
+    with packed_attention(model), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_kv, "attend", lambda *args: calls.append(0) or attend(*args))
+        packed = feed(model, caches[1], size)
+    assert calls or size > 1
+    assert not calls or size <= 32  # more queries are a prefill
+    assert isinstance(caches[1].layers[0]._quantized_keys, KernelStore)
+    assert decibel(packed, decoded) > 70
+    low, high = (38, 60) if KINDS[kind].get("bits", 8) == 8 else (14, 38)
+    assert low < decibel(decoded, truth) < high
+    caches[0].crop(-40)
+    caches[0].reorder_cache(torch.tensor([1, 0]))
+    again = feed(model, caches[0], 40, ids=IDS.flip(0)[:, 110:])
+    assert decibel(again, decoded.flip(0)[:, 110:]) > 30 if size == 150 else again.isfinite().all()
+    caches[0].reset()
+    assert decibel(feed(model, caches[0], size), decoded) > 100
+
+
+def test_keys_per_channel_are_not_for_the_kernels(kernels, model):
+    cache = llmq.QuantizedCache(model.config, bits=4)
+    feed(model, cache, 150)
+    assert isinstance(cache.layers[0]._quantized_keys, Store)
+    grids = KVGrid(4, "channel"), KVGrid(4)
+    assert "keys='token'" in KernelStore.refuses(grids, torch.zeros(1, 1, 1, 64))
 
 
 def test_packed_attention_reads_padding_and_leaves_other_caches_to_sdpa(model, decibel):
