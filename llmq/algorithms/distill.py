@@ -29,8 +29,8 @@ class Distill:
 
     epochs: int = 2
     batch: int = 1
-    lr: float = 1e-3
-    norm_lr: float = 1e-3
+    lr: float = 8e-4
+    norm_lr: float = 8e-4
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch < 1:
