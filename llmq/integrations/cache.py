@@ -94,7 +94,7 @@ class QuantizedLayer(BaseQuantizedLayer):
     def __init__(self, key_grid: KVGrid, value_grid: KVGrid, window: int, config: Any) -> None:
         super().__init__()
         self._grids = key_grid, value_grid
-        self._quantized_keys, self._quantized_values = Store(key_grid), Store(value_grid)
+        self._quantized_keys, self._quantized_values = (Store(grid) for grid in self._grids)
         self.window = window
         self.run = max(key_grid.run, value_grid.run)
         self._config = config
@@ -146,9 +146,8 @@ class QuantizedLayer(BaseQuantizedLayer):
 
     def reset(self) -> None:
         """Empty the layer."""
-        stores = self._quantized_keys, self._quantized_values
         super().reset()
-        self._quantized_keys, self._quantized_values = (type(s)(s.grid) for s in stores)
+        self._quantized_keys, self._quantized_values = (Store(grid) for grid in self._grids)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the latest `-tokens_to_remove` tokens; with keys per channel, a cut run returns to float."""
