@@ -1,6 +1,7 @@
 """Autotune choices: what is measured, what is kept, what is on disk."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -50,10 +51,19 @@ def test_two_processes_keep_each_other_s_choices(clock, tmp_path):
     tune._known.clear()
     (file,) = tmp_path.iterdir()
     theirs = json.loads(file.read_text())
-    file.write_text(json.dumps(theirs | {"op 2": theirs["op 1"] | {"BM": 32}}))
+    file.write_text(json.dumps(theirs | {"op 2": asdict(A)}))
     choose((3,))
-    assert choose((2,)).BM == 32
+    assert choose((2,)) == A
     assert set(json.loads(file.read_text())) == {"op 1", "op 2", "op 3"}
+
+
+def test_what_is_no_candidate_any_more_is_measured_again(clock, tmp_path):
+    choose()
+    (file,) = tmp_path.iterdir()
+    file.write_text(json.dumps({"op 1": asdict(A) | {"BM": 32}}))
+    tune.cache_folder(tmp_path)
+    assert choose() == B
+    assert json.loads(file.read_text())["op 1"] == asdict(B)
 
 
 def test_nothing_is_measured_when_told_so_or_in_a_graph_capture(clock, monkeypatch, tmp_path):
