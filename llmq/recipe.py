@@ -182,8 +182,8 @@ class Recipe:
         if quality not in methods:
             raise LlmqError(f"quality is {', '.join(methods)}, not {quality!r}")
         method, range_ = methods[quality], self.range or (None if self.gguf else "mse")
-        if quality == "best" and self.bits == 2 and not self.gguf:
-            method += ",distill"
+        if quality == "best" and not self.gguf:
+            method += _FINISHERS.get(self.bits, "")
         return dataclasses.replace(self, quality=None, method=method, range=range_)
 
     def to_yaml(self) -> str:
@@ -198,6 +198,7 @@ _QUALITY = {
     "balanced": "qep,gptq,descent",
     "best": "fisher,qep,gptq,descent",
 }
+_FINISHERS = {2: ",distill", 3: ",distill:epochs=1:lr=0.0005:norm_lr=0.0005"}  # of "best", by bits; at 4 nothing pays
 _GGUF_QUALITY = _QUALITY | {"fast": "rtn"}
 _W8A8_QUALITY = {
     "fast": "smoothquant,rtn",

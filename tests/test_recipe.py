@@ -25,6 +25,7 @@ def test_a_quality_stands_for_a_method_and_a_range():
     assert all(Recipe(**{**vars(r)}).resolved() == r for r in resolved.values()), "what is recorded repeats the run"
     assert Recipe(quality="fast", range="minmax").resolved().range == "minmax"
     assert Recipe(quality="best", bits=2).resolved().method == f"{resolved['best'].method},distill"
+    assert ",distill:epochs=1" in str(Recipe(quality="best", bits=3).resolved().method)
     for quality in names:
         assert plan(Recipe(quality=quality, bits=8, act_bits=8), torch.float16).transforms
     with pytest.raises(LlmqError, match="not both"):
