@@ -64,9 +64,9 @@ def finish(
     """
     from llmq.loading import load
 
-    parts = -(-tokens.shape[1] // _LENGTH)
-    if tokens.shape[1] % parts == 0:
-        tokens = tokens.reshape(len(tokens) * parts, -1)
+    pieces = -(-tokens.shape[1] // _LENGTH)
+    if tokens.shape[1] % pieces == 0:
+        tokens = tokens.reshape(len(tokens) * pieces, -1)
     teacher = Predictor(load(source, dtype=torch.float32, device=device), "the float model")
     with torch.no_grad():
         truth = [teacher.states(row.tolist()) for row in tokens]
