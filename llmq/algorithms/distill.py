@@ -4,8 +4,8 @@ min mean_t KL(p_t || q_t) over the calibration tokens, by Adam, the learning rat
 zeros stay. After each epoch the KL is measured on sequences that are never trained on, and the best point is kept, the
 start among them.
 What EfficientQAT calls end-to-end training of quantization parameters (Chen et al. 2024, arXiv:2407.11062, section
-3.3), here against the float model's predictions in place of the text, and with the norms. It pays at 2 bits
-(docs/accuracy.md; at 3 it was not measured), and needs the float and the decoded model in memory at once.
+3.3), here against the float model's predictions in place of the text, and with the norms. It pays at 2 and 3 bits, a
+step for each sequence (docs/accuracy.md), and needs the float and the decoded model in memory at once.
 Not here: the model and its gradients (finish.py).
 """
 
