@@ -33,7 +33,7 @@ class KernelStore:
     devices: ClassVar[frozenset[str]] = DEVICES
 
     def __init__(self, grid: KVGrid) -> None:
-        self.grid = grid
+        self.grid, self.sym = grid, grid.bits == 8
         self.length = 0
         self.D = 0
         self._room: tuple[Tensor, Tensor] | None = None
@@ -70,15 +70,15 @@ class KernelStore:
         if static is not None:
             static = static.float().flatten().to(x_BHTD.device).expand(H).contiguous()
         lengths = torch.full((B,), self.length, dtype=torch.int32, device=x_BHTD.device)
-        torch.ops.llmq.kv_append(x_BHTD, *self.room, lengths, static, self.grid.bits, self.grid.bits == 8)
+        torch.ops.llmq.kv_append(x_BHTD, *self.room, lengths, static, self.grid.bits, self.sym)
         self.length += T
 
     def _grow(self, like_BHTD: Tensor, tokens: int) -> None:
         from llmq_kernels import kv
 
         B, H, _, D = like_BHTD.shape
-        new = kv.empty(B, H, tokens, D, self.grid.bits, sym=self.grid.bits == 8, device=like_BHTD.device)
-        room = (new.k_words, new.k_params)
+        words = like_BHTD.new_zeros(B, H, tokens, kv.padded(D) * self.grid.bits // 16, dtype=torch.int16)
+        room = words, like_BHTD.new_zeros(B, H, tokens, dtype=torch.int32)
         if self._room is not None:
             for to, old in zip(room, self._room, strict=True):
                 to[:, :, : self.length] = old[:, :, : self.length]
@@ -89,7 +89,7 @@ class KernelStore:
         from llmq_kernels import kv
 
         words, params = (t[:, :, start : self.length if end is None else end] for t in self.room)
-        return kv.dequantize(words, params, self.D, self.grid.bits, sym=self.grid.bits == 8).to(dtype)
+        return kv.dequantize(words, params, self.D, self.grid.bits, sym=self.sym).to(dtype)
 
     def truncate(self, length: int) -> None:
         """Forget what comes after `length` tokens; the room stays."""
@@ -131,7 +131,6 @@ def attend(
     from llmq_kernels import attention
     from llmq_kernels.kv import KVCache
 
-    bits = keys.grid.bits
-    cache_ = KVCache(*keys.room, *values.room, keys.D, bits, bits == 8)
+    packed = KVCache(*keys.room, *values.room, keys.D, keys.grid.bits, keys.sym)
     lengths = torch.full((len(query),), keys.length, dtype=torch.int32, device=query.device)
-    return attention.attend(query, cache_, lengths, scaling, window if window[0].shape[2] else None)
+    return attention.attend(query, packed, lengths, scaling, window if window[0].shape[2] else None)

@@ -111,6 +111,18 @@ def test_the_store_of_the_kernels(kernels, kind, size, model, truth, decibel):
     assert decibel(feed(model, caches[0], size), decoded) > 100
 
 
+def test_static_scales_mean_the_same_in_both_stores():
+    x = torch.randn(2, 2, 140, 80, generator=torch.Generator().manual_seed(3))
+    for static in (torch.tensor([0.01]), torch.tensor([[[0.01]], [[0.03]]])):
+        stores = Store(KVGrid(8, static=static)), KernelStore(KVGrid(8, static=static))
+        for store in stores:
+            store.append(x[:, :, :90])
+            store.append(x[:, :, 90:])
+        want, got = (s.decode(torch.float32) for s in stores)
+        assert torch.equal(got, want) and want.abs().max() > 1
+        assert torch.equal(stores[1].decode(torch.float32, 60, 130), want[:, :, 60:130])
+
+
 def test_keys_per_channel_are_not_for_the_kernels(kernels, model):
     cache = llmq.QuantizedCache(model.config, bits=4)
     feed(model, cache, 150)
