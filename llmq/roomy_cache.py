@@ -31,7 +31,7 @@ class _RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append tokens `[B, H, T, D]`, no more in all than there is room for, and return views of all."""
-        if self.rooms is None:
+        if not self.is_initialized or self.rooms is None:
             self.lazy_initialization(key_states, value_states)
             self.rooms = self._room(key_states), self._room(value_states)
         start = self.get_seq_length()
