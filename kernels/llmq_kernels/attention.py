@@ -7,8 +7,8 @@ one chunk of the cache. Per tile of BT tokens, words [DP / F, BT] and [BT, DP / 
     p    = exp2(s - max);   acc_j += (p * v_scale[t]) @ (v_j - zero)      online softmax, float32 sums
 
 bf16 queries are multiplied in fp16, which is more exact, after a power of two per row brings them into its range; so
-are p and the values. Chunks store (acc, max, sum), and a second kernel merges them in order: equal bits on every run,
-no atomics. The latest tokens may still be floats, a window behind the cache: one more part for the merge.
+are p and the values. Chunks store (acc, max, sum), and a second kernel merges them in a fixed order: equal bits on
+every run, no atomics. The latest tokens may still be floats, a window behind the cache: one more part for the merge.
 Dao, Flash-Decoding (2023), for the split; KIVI (arXiv:2402.02750) and others for scales outside the dot product.
 
 Beside it: `reference`, which is also what the op does with CPU tensors.
@@ -24,20 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq_kernels.dequant import code_minus_zero
+from llmq_kernels.dequant import code_minus_zero, scale_of, zero_of
 from llmq_kernels.errors import KernelError
 from llmq_kernels.kv import KVCache, dequantize, padded
 from llmq_kernels.launch import DTYPES, OPTIONS, on, uses_asm
 
 ROWS = 16  # query rows of a program: the least that tensor cores take
-
-
-@triton.jit
-def _scale_and_zero(word, HAS_ZERO: tl.constexpr):
-    if HAS_ZERO:
-        return (word & ~0xFF).to(tl.float32, bitcast=True), (word & 0xFF).to(tl.int16)
-    else:
-        return word.to(tl.float32, bitcast=True), None
 
 
 @triton.jit
@@ -131,10 +123,10 @@ def attend_kernel(
     for t in tl.range(begin, end, BT, num_stages=STAGES):
         there = t + offs_t < end
         k = tl.load(k_ptrs, mask=there[None, :], other=0)
-        k_scale, k_zero = _scale_and_zero(tl.load(k_params, mask=there, other=0), HAS_ZERO)
+        k_param = tl.load(k_params, mask=there, other=0)
         zk = None
         if HAS_ZERO:
-            zk = k_zero[None, :]
+            zk = zero_of(k_param)[None, :]
         s = tl.dot(q0, code_minus_zero(k, zk, 0, BITS, tl.float16, ASM))
         s = tl.dot(q1, code_minus_zero(k, zk, 1, BITS, tl.float16, ASM), s)
         if FIELDS == 4:
@@ -143,7 +135,7 @@ def attend_kernel(
         if q_ptr.dtype.element_ty != tl.float16:
             s *= unit[:, None]
         # A chunk whose tokens are all hidden from a row ends with top = -1e30, and the merge gives it no weight.
-        s = s * (k_scale * softmax_scale)[None, :] + tl.where(there, 0.0, -1e30)[None, :]
+        s = s * (scale_of(k_param, HAS_ZERO) * softmax_scale)[None, :] + tl.where(there, 0.0, -1e30)[None, :]
         if CAUSAL:
             s = tl.where((t + offs_t)[None, :] < limit[:, None], s, -1e30)
         higher = tl.maximum(top, tl.max(s, 1))
@@ -152,11 +144,11 @@ def attend_kernel(
         total = total * shrink[:, None] + p
         top = higher
         v = tl.load(v_ptrs, mask=there[:, None], other=0)
-        v_scale, v_zero = _scale_and_zero(tl.load(v_params, mask=there, other=0), HAS_ZERO)
+        v_param = tl.load(v_params, mask=there, other=0)
         zv = None
         if HAS_ZERO:
-            zv = v_zero[:, None]
-        p16 = (p * (v_scale * LIFT)[None, :]).to(tl.float16)
+            zv = zero_of(v_param)[:, None]
+        p16 = (p * (scale_of(v_param, HAS_ZERO) * LIFT)[None, :]).to(tl.float16)
         acc0 = tl.dot(p16, code_minus_zero(v, zv, 0, BITS, tl.float16, ASM), acc0 * shrink[:, None])
         acc1 = tl.dot(p16, code_minus_zero(v, zv, 1, BITS, tl.float16, ASM), acc1 * shrink[:, None])
         if FIELDS == 4:
@@ -188,23 +180,29 @@ def merge_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """Merge the chunks of one query row, in order."""
+    """Merge the chunks of one query row, BP at a time: one by one, each would wait for memory alone."""
+    BP: tl.constexpr = 32
     bh = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     offs_d = tl.arange(0, DP)
+    offs_p = tl.arange(0, BP)
     rows = TQ * GQ
-    top = -1e30
-    for i in range(SPLITS):
-        top = tl.maximum(top, tl.load(stat_ptr + ((bh * SPLITS + i) * rows + row) * 2))
-    total = 0.0
-    acc = tl.zeros((DP,), dtype=tl.float32)
-    for i in range(SPLITS):
-        at = (bh * SPLITS + i) * rows + row
-        weight = tl.exp2(tl.load(stat_ptr + at * 2) - top)
-        total += weight * tl.load(stat_ptr + at * 2 + 1)
-        acc += weight * tl.load(acc_ptr + at * DP + offs_d)
+    top = tl.full((BP,), -1e30, dtype=tl.float32)
+    for i in range(0, SPLITS, BP):
+        at = (bh * SPLITS + i + offs_p) * rows + row
+        top = tl.maximum(top, tl.load(stat_ptr + at * 2, mask=i + offs_p < SPLITS, other=-1e30))
+    highest = tl.max(top, 0)
+    total = tl.zeros((BP,), dtype=tl.float32)
+    acc = tl.zeros((BP, DP), dtype=tl.float32)
+    for i in range(0, SPLITS, BP):
+        there = i + offs_p < SPLITS
+        at = (bh * SPLITS + i + offs_p) * rows + row
+        weight = tl.exp2(tl.load(stat_ptr + at * 2, mask=there, other=-1e30) - highest)
+        total += weight * tl.load(stat_ptr + at * 2 + 1, mask=there, other=0.0)
+        part = tl.load(acc_ptr + at[:, None] * DP + offs_d[None, :], mask=there[:, None], other=0.0)
+        acc += weight[:, None] * part
     y = y_ptr + ((bh * GQ + row % GQ) * TQ + row // GQ) * D + offs_d
-    tl.store(y, (acc / total).to(y_ptr.dtype.element_ty), mask=offs_d < D)
+    tl.store(y, (tl.sum(acc, 0) / tl.sum(total, 0)).to(y_ptr.dtype.element_ty), mask=offs_d < D)
 
 
 Window = tuple[Tensor, Tensor]

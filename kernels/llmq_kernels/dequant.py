@@ -14,7 +14,8 @@ The words are int16 lanes; the inline PTX works on the two lanes of a 32-bit reg
 Every function has a branch without assembly (ASM = False), which AMD compiles and Triton's interpreter runs.
 Such magic numbers are described for Marlin (arXiv:2408.11743); the layout and the fields without shifts are ours.
 
-Not here: where the words come from (layout.py) and what the results multiply (weight_only.py).
+Beside it, what a parameter word holds. Not here: where words come from (layout.py), what the results multiply
+(weight_only.py).
 """
 
 import triton
@@ -125,6 +126,21 @@ def _unscale(x, zero, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
         return x - zero
     else:
         return x * SCALE - (zero - (_base(dtype) - _base(dtype) * SCALE))
+
+
+@triton.jit
+def scale_of(word, HAS_ZERO: tl.constexpr):
+    """Return the float32 scale of a parameter word: all of it, or the upper 24 bits above an 8-bit zero point."""
+    if HAS_ZERO:
+        return (word & ~0xFF).to(tl.float32, bitcast=True)
+    else:
+        return word.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def zero_of(word):
+    """Return the int16 zero point of a parameter word that has one."""
+    return (word & 0xFF).to(tl.int16)
 
 
 @triton.jit

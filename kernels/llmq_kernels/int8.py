@@ -183,7 +183,8 @@ def sum_int32_kernel(
 def quantize_reference(x_MK: Tensor, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return int8 codes `[M, K]` and float32 scales `[M]` (or `[1]`), as `quantize_kernel` makes them."""
     if static is None:
-        scale = x_MK.abs().amax(-1, keepdim=True) / 127.5
+        top = x_MK.abs().amax(-1, keepdim=True)
+        scale = top / torch.full_like(top, 127.5)  # by a number, torch multiplies with the reciprocal on a GPU
         scale = scale.masked_fill(scale == 0, torch.finfo(x_MK.dtype).eps)
     else:
         scale = static.reshape(1, 1).to(x_MK.dtype)

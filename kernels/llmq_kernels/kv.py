@@ -149,10 +149,9 @@ def quantize_reference(x: Tensor, bits: int, *, sym: bool, static: Tensor | None
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
     if static is not None:
         scale = static.float()[None, :, None].expand_as(low).contiguous()
-    elif sym:
-        scale = (torch.maximum(high, -low) / (top / 2)).clamp(min=_FLOOR)
-    else:
-        scale = ((high - low) / top).clamp(min=_FLOOR)
+    else:  # by a tensor: by a number, torch multiplies with the reciprocal on a GPU
+        steps = torch.full_like(low, top / 2 if sym else top)
+        scale = ((torch.maximum(high, -low) if sym else high - low) / steps).clamp(min=_FLOOR)
     params = scale.view(torch.int32)
     zero = torch.full_like(scale, 2 ** (bits - 1))
     if not sym:

@@ -1,6 +1,7 @@
 """Which configuration is fastest: measured once per device, shape and bucket of M, and kept on disk.
 
     choose(op, device, key, candidates, run)  ->  Config
+    milliseconds(run, repeats)                ->  float
 
 The answers of a device lie in one JSON file, `<cache>/<device name>-<triton version>.json`, replaced atomically, so
 that several processes may write: the last one wins, and each loses at most a measurement. Nothing is measured where
@@ -120,10 +121,23 @@ def _time(run: Callable[[Config], Any], config: Config, repeats: int = 10) -> fl
         run(config)
     except OutOfResources:
         return None
+    return milliseconds(lambda: run(config), repeats)
+
+
+def milliseconds(run: Callable[[], Any], repeats: int) -> float:
+    """Return the median time of `run` on the current device, weights in memory and not in the L2 cache.
+
+    A kernel of a decode step takes less time than its launch. What is written to empty the cache also keeps the device
+    busy until the launch has been queued, so that it is the kernel that is timed, and not the processor.
+    """
+    size = max(torch.cuda.get_device_properties().L2_cache_size, 32 << 20)
+    other = torch.empty(2 * size, dtype=torch.uint8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for begin, end in events:
+        for _ in range(4):
+            other.zero_()
         begin.record()
-        run(config)
+        run()
         end.record()
     torch.cuda.synchronize()
     return statistics.median(b.elapsed_time(e) for b, e in events)

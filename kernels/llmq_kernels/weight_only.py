@@ -28,7 +28,7 @@ from torch import Tensor
 from triton import constexpr_function
 
 from llmq_kernels import tune
-from llmq_kernels.dequant import code3_minus_zero, code_minus_zero
+from llmq_kernels.dequant import code3_minus_zero, code_minus_zero, scale_of, zero_of
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import DTYPES, OPTIONS, on, runs_on, uses_asm
 from llmq_kernels.layout import FIELDS, N_MULTIPLE, PackedWeight, dequantize, sub_rows, tile
@@ -108,7 +108,7 @@ def weight_only_kernel(
                 word = tl.load(param_ptr + (t * BK + first * SUB) // GROUP * NP + offs_n)
             z = None
             if HAS_ZERO:
-                z = (word & 0xFF).to(tl.int16)[:, None]
+                z = zero_of(word)[:, None]
             for j in tl.static_range(first, first + RUN):
                 x = tl.load(x_ptrs + j * SUB, mask=x_mask, other=0.0)
                 if BITS == 3:
@@ -119,23 +119,15 @@ def weight_only_kernel(
             if GROUP == 0:
                 acc = part
             else:
-                acc += part * _scale_of(word, HAS_ZERO)[:, None]
+                acc += part * scale_of(word, HAS_ZERO)[:, None]
         x_ptrs += BK
         w_ptrs += ROWS * NP
     if GROUP == 0:
-        acc *= _scale_of(word, HAS_ZERO)[:, None]
+        acc *= scale_of(word, HAS_ZERO)[:, None]
     if HAS_BIAS and SPLIT_K == 1:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
     y_ptrs = y_ptr + (split.to(tl.int64) * M + offs_m)[None, :] * N + offs_n[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=x_mask & (offs_n[:, None] < N))
-
-
-@triton.jit
-def _scale_of(word, HAS_ZERO: tl.constexpr):
-    if HAS_ZERO:
-        return (word & ~0xFF).to(tl.float32, bitcast=True)
-    else:
-        return word.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -249,11 +241,14 @@ def configs(M: int, w: PackedWeight, *, asm: bool | None = None) -> list[tune.Co
         found += [Config(BM, 64, s, 2, 3, 144) if w.bits == 3 else Config(BM, 64, s, 2, 4, 128) for s in splits]
         found += [Config(BM, wide, split, 4, 3), Config(BM, wide, 1, 4, 3)]
     elif M <= 64:
-        BM, n = (32, stages) if M <= 32 else (64, 2)  # more stages spill
+        BM, n = (32, stages) if M <= 32 else (64, 2)  # more stages spill, but not on sm_90
         found = [Config(BM, bn, s, 4, n) for s in (max(1, split // 2), 1) for bn in (wide, 64)]
+        found += [Config(BM, wide, s, 8, stages) for s in (max(1, split // 2), 1)]
+        found += [Config(64, wide, 1, 8, 3), Config(64, 64, max(1, split // 2), 4, stages)] if M > 32 else []
+        found += [Config(32, wide, max(1, split // 2), 4, stages)]
     else:
         found = [Config(64, wide, 1, 4, stages), Config(128, wide, 1, 8, 3), Config(64, wide, 2, 4, 3)]
-        found += [Config(64, 64, 1, 4, 3)]
+        found += [Config(64, 64, 1, 4, 3), Config(64, wide, 1, 8, 3), Config(64, wide, 2, 8, 3)]
         found += [Config(64, 256, 1, 8, 3), Config(128, 64, 1, 4, 3)] if w.bits == 4 else []
     Np = -(-w.N // N_MULTIPLE) * N_MULTIPLE
     return list(dict.fromkeys(c for c in found if 1 <= c.split_k <= tiles and Np % c.BN == 0))

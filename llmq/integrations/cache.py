@@ -3,7 +3,7 @@
     cache = llmq.QuantizedCache(model.config, bits=8)
     model.generate(**inputs, past_key_values=cache)
 
-`QuantizedCache` is a `Cache` whose layers derive from transformers' `BaseQuantizedLayer`. What attention sees is always
+`QuantizedCache` is a `Cache` whose layers derive from transformers' `DynamicLayer`. What attention sees is always
 what the cache holds, in the first call too: the latest tokens in float, all others as they were quantized.
 
 By default `update` decodes the store for whatever attention the model has. `packed_attention(model)` registers the
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import BaseQuantizedLayer, Cache, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DynamicLayer, get_layer_types_and_kwargs
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -82,7 +82,7 @@ class QuantizedCache(Cache):
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, QuantizedLayer))
 
 
-class QuantizedLayer(BaseQuantizedLayer):
+class QuantizedLayer(DynamicLayer):
     """One layer: two packed stores, and behind them a window of float tokens in `keys` and `values`."""
 
     is_croppable = True
@@ -93,17 +93,16 @@ class QuantizedLayer(BaseQuantizedLayer):
 
     def __init__(self, key_grid: KVGrid, value_grid: KVGrid, window: int, config: Any) -> None:
         super().__init__()
+        self.cumulative_length = 0
         self._grids = key_grid, value_grid
         self._quantized_keys, self._quantized_values = (Store(grid) for grid in self._grids)
         self.window = window
         self.run = max(key_grid.run, value_grid.run)
         self._config = config
 
-    def _quantize(self, tensor: Tensor) -> None:
-        raise NotImplementedError("llmq quantizes as it appends (runtime/kv.py)")
-
-    def _dequantize(self, q_tensor: Store | KernelStore) -> Tensor:
-        return q_tensor.decode(self.dtype)
+    def get_seq_length(self) -> int:
+        """Return how many tokens the layer holds."""
+        return self.cumulative_length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append tokens `[B, H, T, D]`; return all keys and values, or a handle on them for the packed attention."""
@@ -126,7 +125,7 @@ class QuantizedLayer(BaseQuantizedLayer):
         return self._whole(self._quantized_keys, self.keys), self._whole(self._quantized_values, self.values)
 
     def _whole(self, store: Store | KernelStore, window: Tensor) -> Tensor:
-        return torch.cat([self._dequantize(store), window], dim=2) if store.length else window
+        return torch.cat([store.decode(self.dtype), window], dim=2) if store.length else window
 
     def tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield float32 keys and values `[B, H, t, D]`, oldest first, at most `TILE` tokens at once."""

@@ -1,0 +1,159 @@
+"""What llmq does on this machine's GPU, beside the same on its CPU: quantization, the loaded model, its cache.
+
+    python scripts/check_gpu.py MODEL --calib FILE [--out DIR] [--only NAME ...] [--tokens 64]
+
+For each way to quantize: seconds on both, the share of weights that both rounded alike (sums of floats in another order
+move a few), the relative distance between the two models' weights, and how far the model's logits through the GPU's
+kernels lie from those of the exact back-end on the CPU. Then greedy tokens per second with every cache, and how many of
+them are those of the float cache. Ends with an error where a model is not close, or where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import _measure as measure
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import llmq
+from llmq.integrations.cache import packed_attention
+from llmq.runtime.linear import QuantLinear
+
+FOUR = ("--bits", 4, "--group-size", 64)
+W8A8 = ("--bits", 8, "--act-bits", 8, "--group-size", "channel", "--format", "compressed-tensors")
+RECIPES: dict[str, tuple[object, ...]] = {
+    "rtn": (*FOUR, "--method", "rtn"),
+    "4 bits fast": (*FOUR, "--quality", "fast"),
+    "4 bits balanced": (*FOUR, "--quality", "balanced"),
+    "4 bits balanced asym": (*FOUR, "--quality", "balanced", "--asym"),
+    "4 bits best": (*FOUR, "--quality", "best"),
+    "2 bits best": ("--bits", 2, "--group-size", 64, "--quality", "best"),
+    "awq": (*FOUR, "--method", "awq,rtn", "--format", "awq"),
+    "rotate": (*FOUR, "--method", "rotate,gptq"),
+    "W8A8": W8A8,
+    "W8A8 static": (*W8A8, "--act", "tensor"),
+}
+LEAST_DB = 30  # of logits, in bfloat16, or of int8 activations, through every layer; a wrong kernel leaves none
+CACHES: dict[str, dict[str, Any]] = {
+    "int8": {"bits": 8},
+    "int4, scale per token": {"bits": 4, "keys": "token"},
+    "int4, keys per channel": {"bits": 4},
+}
+
+
+def decibel(found: Tensor, wanted: Tensor) -> float:
+    """Return the signal-to-noise ratio of `found`."""
+    noise = (found.double() - wanted.double()).square().sum().item()
+    return 10 * math.log10(wanted.double().square().sum().item() / noise) if noise else math.inf
+
+
+def linears(model: torch.nn.Module) -> dict[str, QuantLinear]:
+    """Return the quantized linears of a model by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def compare(gpu: Path, cpu: Path) -> tuple[float, float]:
+    """Return the share of equal codes of two checkpoints, and the relative distance of their weights."""
+    equal = total = 0
+    apart = size = 0.0
+    ours, theirs = (linears(llmq.load(f, device="cpu", backend="reference")) for f in (gpu, cpu))
+    for name, linear in ours.items():
+        a, b = linear.unpack(), theirs[name].unpack()
+        equal += int((a.codes == b.codes).sum())
+        total += a.codes.numel()
+        apart += (a.dequantize() - b.dequantize()).square().sum().item()
+        size += b.dequantize().square().sum().item()
+    return equal / total, math.sqrt(apart / size)
+
+
+@torch.inference_mode()
+def logits(folder: Path, ids: Tensor, device: str, backend: str) -> tuple[Tensor, str]:
+    """Return the logits of a checkpoint, in bfloat16 on a GPU and in float32 on the CPU, and its back-ends."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model: Any = llmq.load(folder, dtype=dtype, device=device, backend=backend)
+    used = ", ".join(sorted({m.backend for m in linears(model).values()}))
+    return model(ids.to(device)).logits[0].cpu().float(), used
+
+
+@torch.inference_mode()
+def decode(model: Any, ids: Tensor, cache: Any, new: int) -> tuple[list[int], float]:
+    """Return greedy tokens after `ids`, and how many a second."""
+    token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+    found, began = [token], 0.0
+    for i in range(new):
+        if i == new // 4:  # what comes first compiles kernels
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        found.append(token)
+    torch.cuda.synchronize()
+    return torch.cat(found, 1)[0].tolist(), (new - new // 4) / (time.perf_counter() - began)
+
+
+def caches(folder: Path, ids: Tensor, new: int) -> Iterator[str]:
+    """Yield a line for each cache."""
+    model: Any = llmq.load(folder, dtype=torch.bfloat16, device="cuda")
+    wanted, rate = decode(model, ids.cuda(), DynamicCache(config=model.config), new)
+    yield f"| float | {rate:.1f} | |"
+    for name, options in CACHES.items():
+        for packed in (True, False):
+            with packed_attention(model) if packed else nullcontext():
+                cache = llmq.QuantizedCache(model.config, **options)
+                found, rate = decode(model, ids.cuda(), cache, new)
+            same = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b), len(wanted))
+            yield f"| {name}{', packed attention' if packed else ''} | {rate:.1f} | {same} of {len(wanted)} |"
+
+
+def main() -> None:
+    """Quantize on both, compare, load, generate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("bench"))
+    parser.add_argument("--only", nargs="*", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=64, help="that each cache is asked for")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("check_gpu.py needs a GPU, and torch sees none here")
+    print(f"{torch.cuda.get_device_name()}; {measure.machine()}\n")
+    config = llmq.load(args.model, device="cpu").config
+    ids = torch.randint(3, config.vocab_size, (1, 200), generator=torch.Generator().manual_seed(0))
+    print(
+        "| recipe | s, GPU | s, CPU | equal codes | weights apart | back-ends | logits |\n|---|---|---|---|---|---|---|"
+    )
+    wrong = 0
+    for name in args.only:
+        folders = {d: args.out / f"{name.replace(' ', '-')}-{d}" for d in ("cuda", "cpu")}
+        options = (*RECIPES[name], "--calib", args.calib, "--samples", args.samples, "--seq-len", 512)
+        options += ("--dtype", "float32", "--overwrite")
+        with ThreadPoolExecutor() as pool:
+            jobs = {d: pool.submit(measure.llmq, "quantize", args.model, f, *options, "--device", d)
+                    for d, f in folders.items()}  # fmt: skip
+            took = {d: job.result() for d, job in jobs.items()}
+        equal, apart = compare(folders["cuda"], folders["cpu"])
+        exact, _ = logits(folders["cuda"], ids, "cpu", "reference")
+        found, used = logits(folders["cuda"], ids, "cuda", "auto")
+        db = decibel(found, exact)
+        wrong += not db >= LEAST_DB
+        seconds = f"{took['cuda'].seconds:.0f} | {took['cpu'].seconds:.0f}"
+        print(f"| {name} | {seconds} | {equal:.2%} | {apart:.4f} | {used} | {db:.1f} dB |", flush=True)
+    if args.only:
+        print("\n| cache | tokens/s | as with the float cache |\n|---|---|---|")
+        for line in caches(folders["cuda"], ids, args.tokens):
+            print(line, flush=True)
+    sys.exit(f"{wrong} models are not close to their weights" if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
