@@ -83,7 +83,7 @@ def models(source: Path, out: Path, only: list[str], compiled: bool) -> dict[str
     for name, options in SCHEMES.items():
         if only and name not in only:
             continue
-        folder = _quantized(out / f"{source.name}-{name.replace(' ', '-')}", source, *options)
+        folder = quantized(out / f"{source.name}-{name.replace(' ', '-')}", source, *options)
         found[name] = llmq.load(folder, dtype=torch.float32, device="cpu")
     if compiled:
         for model in found.values():
@@ -91,7 +91,7 @@ def models(source: Path, out: Path, only: list[str], compiled: bool) -> dict[str
     return found
 
 
-def _quantized(out: Path, source: Path, *options: object) -> Path:
+def quantized(out: Path, source: Path, *options: object) -> Path:
     """Return `out`, a checkpoint of `source`, rounded to nearest unless it is there."""
     if not out.exists():
         measure.llmq("quantize", source, out, "--method", "rtn", *options)
@@ -173,7 +173,7 @@ print(json.dumps([(json.loads(a) if isinstance(a, str) else a)["timings"] for a 
 
 def _llama(args: argparse.Namespace, source: Path) -> None:
     """Print what llama.cpp makes of the same checkpoint as Q4_0, by its own wall clock."""
-    gguf = _quantized(args.out / f"{source.name}.Q4_0.gguf", source, "--format", "gguf", "--type", "Q4_0")
+    gguf = quantized(args.out / f"{source.name}.Q4_0.gguf", source, "--format", "gguf", "--type", "Q4_0")
     asked = (_speed.PROMPT, args.new, "predicted_per_second"), (_speed.PREFILL, 1, "prompt_per_second")
     for prompt, new, key in asked:
         words = [args.llama_python, "-c", _LLAMA, gguf, args.threads, prompt, new, args.rounds + 1]
@@ -185,7 +185,7 @@ def _llama(args: argparse.Namespace, source: Path) -> None:
 def _gptqmodel(args: argparse.Namespace, source: Path) -> None:
     """Print what GPTQModel's CPU kernels make of a GPTQ checkpoint of the same grid, beside float32 in turns."""
     options = ("--bits", 4, "--group-size", 64, "--format", "gptq")
-    folder = _quantized(args.out / f"{source.name}-gptq-int4-g64", source, *options)
+    folder = quantized(args.out / f"{source.name}-gptq-int4-g64", source, *options)
     driver = Path(__file__).with_name("peer_runtime_gptqmodel.py")
     settings = ("--threads", args.threads, "--new", args.new, "--rounds", args.rounds)
     ran = measure.run(args.gptqmodel_python, driver, folder, source, *settings)

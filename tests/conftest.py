@@ -1,10 +1,12 @@
 """Shared fixtures: two tiny byte-level tokenizers, tiny random Llamas, and checkpoints of both, built in code.
 
-Everything is seeded, so that a checkpoint made twice with the same arguments has identical bytes.
+Everything is seeded, so that a checkpoint made twice with the same arguments has identical bytes. No test sees a GPU, so
+that all of them are of the same device everywhere; scripts/check_gpu.py and bench_kernels.py check what is on one.
 """
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from _llama_cpp import LlamaCpp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks torch for a device
 VOCAB = 320
 PHRASES = (
     "the of and in to was is for on as with by at from that his it an were which are this also be had first "
@@ -56,6 +59,12 @@ def make_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE, **special)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Draw the same numbers in every run of a test: a bound that holds once holds always."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

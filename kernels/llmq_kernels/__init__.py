@@ -4,8 +4,8 @@
     int8.linear(x, int8.pack(codes, scale), static, bias)                  W8A8
     kv.append(cache, k, v, lengths); attention.attend(q, cache, lengths)   the int8 or int4 key-value cache
 
-Every op is a `torch.library.custom_op` with a fake implementation, so that torch.compile traces through it. CPU tensors
-go to the reference, which is exact and slow; other devices to the kernel. Nothing is asked of a device at import.
+Every op is torch's own, with a fake implementation, so that torch.compile traces through it. CPU tensors go to the
+reference, which is exact and slow; other devices to the kernel. Nothing is asked of a device at import.
 
 dequant.py    codes to floats in registers        layout.py    what the weight-only kernel reads
 aot.py, facts.py, cases.py    compile for GPUs that are not here, and check what the machine code shows

@@ -27,7 +27,7 @@ from torch import Tensor
 from llmq_kernels.dequant import code_minus_zero, scale_of, zero_of
 from llmq_kernels.errors import KernelError
 from llmq_kernels.kv import KVCache, dequantize, padded
-from llmq_kernels.launch import DTYPES, OPTIONS, on, uses_asm
+from llmq_kernels.launch import DTYPES, OPTIONS, cdiv, on, operator, uses_asm
 
 ROWS = 16  # query rows of a program: the least that tensor cores take
 
@@ -244,7 +244,7 @@ def attend(
     return torch.ops.llmq.kv_attend(q, *tensors, lengths, k, v, scale, cache.bits, cache.sym)
 
 
-@torch.library.custom_op("llmq::kv_attend", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("llmq::kv_attend")
 def _op(
     q: Tensor,
     k_words: Tensor,
@@ -275,7 +275,7 @@ def _op(
         return launch(q, cache, lengths, softmax_scale, splits(q, cache), window)
 
 
-@_op.register_fake
+@torch.library.register_fake("llmq::kv_attend")
 def _(q, k_words, k_params, v_words, v_params, lengths, window_k, window_v, softmax_scale, bits, sym):  # type: ignore[no-untyped-def]
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
@@ -284,9 +284,9 @@ def splits(q: Tensor, cache: KVCache) -> int:
     """Return into how many chunks the cache is cut, so that the programs fill the device twice."""
     B, HQ, TQ, _D = q.shape
     H, T = cache.k_params.shape[1:]
-    programs = B * H * triton.cdiv(TQ * HQ // H, ROWS)
+    programs = B * H * cdiv(TQ * HQ // H, ROWS)
     wanted = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count
-    return max(1, min(triton.cdiv(wanted, programs), triton.cdiv(T, 256)))
+    return max(1, min(cdiv(wanted, programs), cdiv(T, 256)))
 
 
 def launch(
@@ -296,8 +296,8 @@ def launch(
     B, HQ, TQ, D = q.shape
     H, T = cache.k_params.shape[1:]
     rows, DP, BT = TQ * HQ // H, padded(D), tile_tokens(D)
-    chunk = triton.cdiv(triton.cdiv(T, parts), BT) * BT
-    chunks = triton.cdiv(T, chunk)
+    chunk = cdiv(cdiv(T, parts), BT) * BT
+    chunks = cdiv(T, chunk)
     q = q.contiguous()
     y = torch.empty_like(q)
     if not q.numel():
@@ -309,7 +309,7 @@ def launch(
     stat = torch.empty((B * H, parts, rows, 2), dtype=torch.float32, device=q.device)
     if window is not None and W:
         acc[:, -1, :, :D], stat[:, -1, :, 0], stat[:, -1, :, 1] = _window_part(q, window, softmax_scale)
-    attend_kernel[(B * H, chunks, triton.cdiv(rows, ROWS))](
+    attend_kernel[(B * H, chunks, cdiv(rows, ROWS))](
         q, cache.k_words, cache.k_params, cache.v_words, cache.v_params, lengths, acc, stat,
         softmax_scale, H, TQ, T, chunk, parts, W,
         **constants(HQ // H, D, cache.bits, sym=cache.sym, TQ=TQ, W=W), **LAUNCH, **OPTIONS,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llmq_kernels import tune
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import DTYPES, OPTIONS, on, runs_on
+from llmq_kernels.launch import DTYPES, OPTIONS, cdiv, on, operator, runs_on
 
 TILE_K = 128
 N_MULTIPLE = 128
@@ -210,7 +210,7 @@ def linear(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tensor 
     return torch.ops.llmq.int8_linear(x, w.q, w.scale, static, bias, w.N, w.K)
 
 
-@torch.library.custom_op("llmq::int8_linear", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("llmq::int8_linear")
 def _op(x: Tensor, q: Tensor, scale: Tensor, static: Tensor | None, bias: Tensor | None, n: int, k: int) -> Tensor:
     w = PackedInt8(q, scale, n, k)
     if x.shape[-1] != k:
@@ -224,18 +224,19 @@ def _op(x: Tensor, q: Tensor, scale: Tensor, static: Tensor | None, bias: Tensor
     if x.dtype not in (*DTYPES, torch.float32):
         raise KernelError(f"the W8A8 kernel takes fp16, bf16 or float32 activations, not {x.dtype}; convert x")
     x_MK = x.reshape(-1, k)
-    key = (tune.bucket(x_MK.shape[0]), n, k, str(x.dtype))
+    M = x_MK.shape[0]
+    key = (tune.bucket(M), n, k, x.dtype)
     with on(x.device):
         quantized = quantize(x_MK, q.shape[1], static)
 
         def run(config: tune.Config) -> Tensor:
             return launch(*quantized, w, bias, config, x.dtype)
 
-        config = tune.choose("int8", x.device, key, configs(x_MK.shape[0], k), run)
+        config = tune.choose("int8", x.device, key, lambda: configs(M, k), run)
         return run(config).reshape(*x.shape[:-1], n)
 
 
-@_op.register_fake
+@torch.library.register_fake("llmq::int8_linear")
 def _(x, q, scale, static, bias, n, k):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], n)
 
@@ -278,14 +279,14 @@ def launch(
     if M == 0:
         return y
     out = y if splits == 1 else torch.empty((splits, M, w.N), dtype=torch.int32, device=y.device)
-    grid = (triton.cdiv(M, config.BM) * triton.cdiv(w.N, config.BN), splits)
+    grid = (cdiv(M, config.BM) * cdiv(w.N, config.BN), splits)
     b = y if bias is None else bias
     int8_kernel[grid](
         q_MK, w.q, x_scale, w.scale, b, out, M, w.N, q_MK.shape[1], STATIC=static, HAS_BIAS=has_bias, SPLIT_K=splits,
         BM=config.BM, BN=config.BN, STAGES=config.stages, **config.options(),
     )  # fmt: skip
     if splits > 1:
-        sum_int32_kernel[(triton.cdiv(M * w.N, 1024),)](
+        sum_int32_kernel[(cdiv(M * w.N, 1024),)](
             out, x_scale, w.scale, b, y, M * w.N, w.N, STATIC=static, HAS_BIAS=has_bias, SPLIT_K=splits, BLOCK=1024,
             **OPTIONS,
         )  # fmt: skip

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import OPTIONS, on
+from llmq_kernels.launch import OPTIONS, cdiv, on, operator
 
 _FLOOR = 1e-8
 
@@ -187,7 +187,7 @@ def append(cache: KVCache, k: Tensor, v: Tensor, lengths: Tensor, static: tuple[
     torch.ops.llmq.kv_append(v, cache.v_words, cache.v_params, lengths, v_scale, cache.bits, cache.sym)
 
 
-@torch.library.custom_op("llmq::kv_append", mutates_args=("words", "params"), device_types=("cpu", "cuda"))
+@operator("llmq::kv_append", mutates=("words", "params"))
 def _op(x: Tensor, words: Tensor, params: Tensor, lengths: Tensor, static: Tensor | None, bits: int, sym: bool) -> None:
     if x.dim() != 4 or x.shape[:2] != params.shape[:2] or padded(x.shape[3]) * bits != words.shape[3] * 16:
         raise KernelError(
@@ -206,7 +206,7 @@ def _op(x: Tensor, words: Tensor, params: Tensor, lengths: Tensor, static: Tenso
     return None
 
 
-@_op.register_fake
+@torch.library.register_fake("llmq::kv_append")
 def _(x, words, params, lengths, static, bits, sym):  # type: ignore[no-untyped-def]
     return None
 
@@ -221,7 +221,7 @@ def launch_append(
     if x.stride(3) != 1:
         x = x.contiguous()
     BT = 4 if TN <= 4 else 16
-    append_kernel[(B * H, triton.cdiv(TN, BT))](
+    append_kernel[(B * H, cdiv(TN, BT))](
         x, words, params, lengths, params if static is None else static, H, TN, words.shape[2], *x.stride()[:3],
         D=D, DP=padded(D), BITS=bits, SYM=sym, STATIC=static is not None, BT=BT, num_warps=4, **OPTIONS,
     )  # fmt: skip

@@ -1,8 +1,11 @@
-"""What every launch shares: where kernels run, the dtypes, whether inline PTX may be used, the compile options."""
+"""What every op shares: how it is registered, where kernels run, dtypes, whether inline PTX may be used, options."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 OPTIONS = {"enable_fp_fusion": True}
 
 
+@functools.cache
 def uses_asm() -> bool:
     """Say whether kernels may contain PTX: not on AMD, and not in Triton's interpreter."""
     return torch.version.hip is None and not knobs.runtime.interpret
@@ -30,3 +34,22 @@ def runs_on(x: Tensor) -> bool:
 def on(device: torch.device) -> AbstractContextManager[None]:
     """Return a context in which kernels are launched on `device`, which need not be the current one."""
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up. Triton's own is a function of its language too, and 10 us slower."""
+    return -(-a // b)
+
+
+def operator(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make of a function the operator `name` for the CPU and GPUs; `mutates` names the arguments that it writes.
+
+    What `torch.library.custom_op` does, less its bookkeeping of gradients: 18 us of each call's 26.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.define(name, torch.library.infer_schema(function, mutates_args=tuple(mutates)))
+        torch.library.impl(name, ("cpu", "cuda"))(function)
+        return function
+
+    return register

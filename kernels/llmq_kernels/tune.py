@@ -31,7 +31,6 @@ from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import OPTIONS
 
 log = logging.getLogger(__name__)
-_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,14 @@ class _State:
 
 _state = _State()
 _known: dict[Path, dict[str, Config]] = {}
+"""What the files say, by file and name."""
+_chosen: dict[tuple[str, torch.device, tuple[Any, ...]], Config] = {}
+"""What this process has been told, by what it asked."""
 
 
 def bucket(M: int) -> int:
     """Return the bucket of M tokens: the next power of two, at most 2048."""
-    return next((b for b in _BUCKETS if b >= M), _BUCKETS[-1])
+    return min(2048, 1 << (M - 1).bit_length())
 
 
 def cache_folder(folder: Path | str | None = None) -> Path:
@@ -77,35 +79,57 @@ def cache_folder(folder: Path | str | None = None) -> Path:
     if folder is not None:
         _state.folder = Path(folder)
         _known.clear()
+        _chosen.clear()
     return _state.folder
 
 
 def measuring(on: bool) -> None:
     """Say whether `choose` may time kernels; off, every choice that is not known is the first candidate."""
     _state.measuring = on
+    _chosen.clear()
 
 
 def choose(
-    op: str, device: torch.device, key: Sequence[Any], candidates: Sequence[Config], run: Callable[[Config], Any]
+    op: str,
+    device: torch.device,
+    key: tuple[Any, ...],
+    candidates: Callable[[], Sequence[Config]],
+    run: Callable[[Config], Any],
 ) -> Config:
-    """Return the fastest of `candidates` for `key` on `device`, timing `run(config)` where it is not known.
+    """Return the fastest of `candidates()` for `key` on `device`, timing `run(config)` where it is not known.
 
     Raises KernelError where the device has the resources for none of them.
     """
-    if len(candidates) == 1 or device.type == "cpu":
-        return candidates[0]
+    asked = op, device, key
+    if asked in _chosen:  # as in every step of decode but the first: what follows takes longer than the kernel
+        return _chosen[asked]
+    options = candidates()
+    if len(options) > 1 and device.type != "cpu":
+        name = " ".join(map(str, (op, *key)))
+        found = _measured(device, name, options, run)
+        if found is None and torch.cuda.is_current_stream_capturing():
+            return options[0]
+    else:
+        found = None
+    _chosen[asked] = found or options[0]
+    return _chosen[asked]
+
+
+def _measured(
+    device: torch.device, name: str, options: Sequence[Config], run: Callable[[Config], Any]
+) -> Config | None:
+    """Return the fastest, known or timed now; None where nothing may be timed."""
     file = _state.folder / f"{_slug(device)}-triton{triton.__version__}.json"
-    name = " ".join(map(str, (op, *key)))
     known = _known.setdefault(file, {})
     if name not in known:  # another process may have measured it since
         known.update(_read(file))
-    if known.get(name) in candidates:  # and not what another version of the kernel chose
+    if known.get(name) in options:  # and not what another version of the kernel chose
         return known[name]
     if not _state.measuring or torch.cuda.is_current_stream_capturing():
-        return candidates[0]
-    times = {c: t for c in candidates if (t := _time(run, c)) is not None}
+        return None
+    times = {c: t for c in options if (t := _time(run, c)) is not None}
     if not times:
-        raise KernelError(f"{_slug(device)} has too little shared memory for any configuration of {op}")
+        raise KernelError(f"{_slug(device)} has too little shared memory for any configuration of {name}")
     known[name] = min(times, key=lambda c: times[c])
     _write(file, known)
     return known[name]

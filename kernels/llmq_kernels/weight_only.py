@@ -20,6 +20,8 @@ Not here: the layout (layout.py), W8A8 (int8.py), which configuration is fastest
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -30,7 +32,7 @@ from triton import constexpr_function
 from llmq_kernels import tune
 from llmq_kernels.dequant import code3_minus_zero, code_minus_zero, scale_of, zero_of
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import DTYPES, OPTIONS, on, runs_on, uses_asm
+from llmq_kernels.launch import DTYPES, OPTIONS, cdiv, on, operator, runs_on, uses_asm
 from llmq_kernels.layout import FIELDS, N_MULTIPLE, PackedWeight, dequantize, sub_rows, tile
 
 
@@ -167,7 +169,7 @@ def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     return torch.ops.llmq.weight_only_linear(x, w.words, w.params, w.order, bias, w.N, w.K, w.bits, w.group, w.has_zero)
 
 
-@torch.library.custom_op("llmq::weight_only_linear", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("llmq::weight_only_linear")
 def _op(
     x: Tensor,
     words: Tensor,
@@ -192,15 +194,16 @@ def _op(
     def run(config: tune.Config) -> Tensor:
         return launch(x_MK, w, bias if unit is None else None, config, x.dtype)
 
-    key = (tune.bucket(x_MK.shape[0]), n, k, bits, group, has_zero, str(x.dtype))
+    M = x_MK.shape[0]
+    key = (tune.bucket(M), n, k, bits, group, has_zero, x.dtype)
     with on(x.device):
-        y = run(tune.choose("weight_only", x.device, key, configs(x_MK.shape[0], w), run))
+        y = run(tune.choose("weight_only", x.device, key, lambda: configs(M, w), run))
     if unit is not None:
         y = y * unit if bias is None else y * unit + bias
     return y.reshape(*x.shape[:-1], n)
 
 
-@_op.register_fake
+@torch.library.register_fake("llmq::weight_only_linear")
 def _(x, words, params, order, bias, n, k, bits, group, has_zero):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], n)
 
@@ -259,8 +262,7 @@ def launch(
 ) -> Tensor:
     """Run the kernel on fp16 or bf16 `x` `[M, K]` in a given configuration. Returns `[M, N]` in `dtype`, else x's."""
     M = x_MK.shape[0]
-    size = tile(w.bits, w.group)
-    Kp, Np = -(-w.K // size) * size, w.words.shape[1]
+    Kp, Np = w.words.shape[0] * 16 // w.bits, w.words.shape[1]
     x = x_MK if w.order is None else x_MK[:, w.order]
     x = F.pad(x, (0, Kp - w.K)) if Kp != w.K else x.contiguous()
     y = torch.empty((M, w.N), dtype=dtype or x.dtype, device=x.device)
@@ -268,13 +270,13 @@ def launch(
         return y
     splits = config.split_k
     out = y if splits == 1 else torch.empty((splits, M, w.N), dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(M, config.BM) * triton.cdiv(w.N, config.BN), splits)
+    grid = (cdiv(M, config.BM) * cdiv(w.N, config.BN), splits)
     weight_only_kernel[grid](
         x, w.words, w.params, y if bias is None else bias.to(x.dtype), out, M, w.N, Np, Kp,
         **constants(w, config, has_bias=bias is not None), **config.options(),
     )  # fmt: skip
     if splits > 1:
-        sum_splits_kernel[(triton.cdiv(M * w.N, 1024),)](
+        sum_splits_kernel[(cdiv(M * w.N, 1024),)](
             out, y if bias is None else bias, y, M * w.N, w.N, HAS_BIAS=bias is not None, SPLIT_K=splits, BLOCK=1024,
             **OPTIONS,
         )  # fmt: skip
@@ -283,13 +285,18 @@ def launch(
 
 def constants(w: PackedWeight, config: tune.Config, *, has_bias: bool = False, asm: bool | None = None) -> dict:
     """Return the compile-time arguments of the kernel for a weight and a configuration."""
+    return _constants(w.bits, w.group, w.has_zero, has_bias, uses_asm() if asm is None else asm, config)
+
+
+@functools.cache
+def _constants(bits: int, group: int, has_zero: bool, has_bias: bool, asm: bool, config: tune.Config) -> dict:
     return {
-        "BITS": w.bits,
-        "SUB": sub_rows(w.bits, w.group),
-        "GROUP": w.group,
-        "HAS_ZERO": w.has_zero,
+        "BITS": bits,
+        "SUB": sub_rows(bits, group),
+        "GROUP": group,
+        "HAS_ZERO": has_zero,
         "HAS_BIAS": has_bias,
-        "ASM": uses_asm() if asm is None else asm,
+        "ASM": asm,
         "SPLIT_K": config.split_k,
         "BM": config.BM,
         "BN": config.BN,

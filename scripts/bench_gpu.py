@@ -1,0 +1,137 @@
+"""Decode and prefill of whole models on this machine's GPU: bfloat16 beside what llmq writes, batch 1.
+
+    python scripts/bench_gpu.py [--out DIR] [--rounds 5] [--blocks 22]
+
+A random Llama of TinyLlama-1.1B's shape, rounded to nearest; every model computes in bfloat16. Decode is timed eager,
+as `generate` runs it, and as one CUDA graph a step, as servers run it. Models take turns, and a ratio is of neighbours
+in time. Ends with an error where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _measure as measure
+import _speed
+import torch
+from bench_runtime import quantized, random_llama, weight_bytes
+from torch import Tensor
+from transformers import AutoModelForCausalLM, StaticCache
+
+import llmq
+from llmq.runtime.linear import QuantLinear
+
+SCHEMES = {
+    "int4 g128": ("--bits", 4, "--group-size", 128, "--format", "compressed-tensors"),
+    "int8 channel": ("--bits", 8, "--group-size", "channel", "--format", "compressed-tensors"),
+    "w8a8": ("--bits", 8, "--act-bits", 8, "--group-size", "channel", "--format", "compressed-tensors"),
+}
+PREFILL = 2048
+
+
+def now() -> float:
+    """Return the time once the GPU is done."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Step:
+    """One step of greedy decode, captured in a CUDA graph after a prompt."""
+
+    @torch.inference_mode()
+    def __init__(self, model: Any, ids: Tensor, steps: int) -> None:
+        cache = StaticCache(config=model.config, max_cache_len=_speed.PROMPT + steps + 4)
+        self.kept = cache  # the graph reads and writes it, and does not hold it
+        self.token = model(ids[:, : _speed.PROMPT], past_key_values=cache).logits[:, -1:].argmax(-1)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # tunes the kernels, and sets libraries up
+                self._run(model, cache)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._run(model, cache)
+
+    def _run(self, model: Any, cache: Any) -> None:
+        self.token.copy_(model(self.token, past_key_values=cache).logits[:, -1:].argmax(-1))
+
+    def rate(self, new: int) -> float:
+        """Return the tokens per second of `new` steps."""
+        began = now()
+        for _ in range(new):
+            self.graph.replay()
+        return new / (now() - began)
+
+
+def models(out: Path, blocks: int) -> dict[str, Any]:
+    """Return the models by name, all on the GPU."""
+    source = random_llama(out / f"random-tinyllama-{blocks}", blocks)
+    found: dict[str, Any] = {
+        "bfloat16": AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).cuda().eval()
+    }
+    for name, options in SCHEMES.items():
+        folder = quantized(out / f"{source.name}-{name.replace(' ', '-')}", source, *options)
+        found[name] = llmq.load(folder, dtype=torch.bfloat16, device="cuda")
+    return found
+
+
+def measured(name: str, model: Any, ids: Tensor, new: int, rounds: int) -> dict[str, Callable[[], float]]:
+    """Return what is timed of a model; a step that cannot be captured is told and left out."""
+    found = {
+        "decode": lambda: _speed.decode(model, ids, new, now),
+        "prefill": lambda: _speed.prefill(model, ids, now),
+    }
+    try:
+        step = Step(model, ids, new * (rounds + 1))
+    except RuntimeError as e:
+        print(f"{name}: no CUDA graph of a step: {str(e).splitlines()[0]}")
+        return found
+    return found | {"graph": lambda: step.rate(new)}
+
+
+def main() -> None:
+    """Time all models in turns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=22)
+    parser.add_argument("--new", type=int, default=_speed.NEW)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench_gpu.py needs a GPU, and torch sees none here")
+    print(f"{torch.cuda.get_device_name()}; {measure.machine()}")
+    found = models(args.out, args.blocks)
+    ids = torch.randint(3, 32000, (1, PREFILL), generator=torch.Generator().manual_seed(0)).cuda()
+    runs = {name: measured(name, model, ids, args.new, args.rounds) for name, model in found.items()}
+    speed: dict[tuple[str, str], list[float]] = {}
+    for turn in range(args.rounds + 1):
+        for name, each in runs.items():
+            for what, run in each.items():
+                value = run()
+                speed.setdefault((name, what), []).extend([value] if turn else [])  # the first turn warms up
+    print("| model | back-ends | decode tok/s, eager | as a graph | prefill 2048 tok/s | linears |")
+    print(f"{'|---' * 6}|")
+    for name, model in found.items():
+        used = sorted({m.backend for m in model.modules() if isinstance(m, QuantLinear)})
+        cells = [_cell(speed, name, what) for what in ("decode", "graph", "prefill")]
+        packed, bf16, *_ = weight_bytes(model)
+        print(f"| {name} | {', '.join(used)} | {' | '.join(cells)} | {packed / bf16 if used else 1:.3f} |")
+
+
+def _cell(speed: dict[tuple[str, str], list[float]], name: str, what: str) -> str:
+    values, base = speed.get((name, what)), speed.get(("bfloat16", what))
+    if not values:
+        return ""
+    ratio = statistics.median(a / b for a, b in zip(values, base, strict=True)) if base else 0
+    return f"{statistics.median(values):.1f} ({ratio:.2f}x)"
+
+
+if __name__ == "__main__":
+    main()
