@@ -1,7 +1,7 @@
 """Shared fixtures: two tiny byte-level tokenizers, tiny random Llamas, and checkpoints of both, built in code.
 
-Everything is seeded, so that a checkpoint made twice with the same arguments has identical bytes. No test sees a GPU, so
-that all of them are of the same device everywhere; scripts/check_gpu.py and bench_kernels.py check what is on one.
+Everything is seeded, so that a checkpoint made twice with the same arguments has identical bytes. No test sees a GPU,
+so that a test is the same everywhere; scripts/check_gpu.py and bench_kernels.py check what runs on one.
 """
 
 from __future__ import annotations
