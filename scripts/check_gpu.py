@@ -75,10 +75,10 @@ def alike(gpu: Path, cpu: Path) -> float:
 
 
 @torch.inference_mode()
-def logits(folder: Path, ids: Tensor, device: str = "cpu", backend: str = "reference") -> tuple[Tensor, str]:
+def logits(checkpoint: Path, ids: Tensor, device: str = "cpu", backend: str = "reference") -> tuple[Tensor, str]:
     """Return the logits of a checkpoint, in bfloat16 on a GPU and in float32 on the CPU, and its back-ends."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model: Any = llmq.load(folder, dtype=dtype, device=device, backend=backend)
+    model: Any = llmq.load(checkpoint, dtype=dtype, device=device, backend=backend)
     used = ", ".join(sorted({m.backend for m in linears(model).values()}))
     return model(ids.to(device)).logits[0].cpu().float(), used
 
@@ -98,9 +98,9 @@ def decode(model: Any, ids: Tensor, cache: Any, new: int) -> tuple[list[int], fl
     return torch.cat(found, 1)[0].tolist(), (new - new // 4) / (time.perf_counter() - began)
 
 
-def caches(folder: Path, ids: Tensor, new: int) -> Iterator[str]:
+def caches(checkpoint: Path, ids: Tensor, new: int) -> Iterator[str]:
     """Yield a line for each cache."""
-    model: Any = llmq.load(folder, dtype=torch.bfloat16, device="cuda")
+    model: Any = llmq.load(checkpoint, dtype=torch.bfloat16, device="cuda")
     wanted, rate = decode(model, ids.cuda(), DynamicCache(config=model.config), new)
     yield f"| float | {rate:.1f} | |"
     for name, options in CACHES.items():
@@ -112,13 +112,35 @@ def caches(folder: Path, ids: Tensor, new: int) -> Iterator[str]:
             yield f"| {name}{', packed attention' if packed else ''} | {rate:.1f} | {same} of {len(wanted)} |"
 
 
+def recipe_row(name: str, args: argparse.Namespace, ids: Tensor, wanted: Tensor) -> tuple[str, float]:
+    """Quantize on both devices; return a line of the table, and the dB of the GPU's kernels."""
+    folders = {device: folder(args.out, name, device) for device in ("cuda", "cpu")}
+    options = (*RECIPES[name], "--calib", args.calib, "--samples", args.samples, "--seq-len", 512)
+    options += ("--dtype", "float32", "--overwrite")
+    with ThreadPoolExecutor() as pool:
+        jobs = {d: pool.submit(measure.llmq, "quantize", args.model, f, *options, "--device", d)
+                for d, f in folders.items()}  # fmt: skip
+        seconds = " | ".join(f"{job.result().seconds:.0f}" for job in jobs.values())
+    exact = {d: logits(f, ids)[0] for d, f in folders.items()}
+    found, used = logits(folders["cuda"], ids, "cuda", "auto")
+    db = decibel(found, exact["cuda"])
+    errors = ", ".join(f"{decibel(e, wanted):.1f}" for e in exact.values())
+    equal = alike(*folders.values())
+    return f"| {name} | {seconds} | {equal:.1%} | {errors} dB | {used} | {db:.1f} dB |", db
+
+
+def folder(out: Path, name: str, device: str) -> Path:
+    """Return where a recipe's checkpoint goes."""
+    return out / f"{name.replace(' ', '-')}-{device}"
+
+
 def main() -> None:
     """Quantize on both, compare, load, generate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calib", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("bench"))
-    parser.add_argument("--only", nargs="*", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64, help="that each cache is asked for")
     args = parser.parse_args()
@@ -127,30 +149,17 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}; {measure.machine()}\n")
     config = llmq.load(args.model, device="cpu").config
     ids = torch.randint(3, config.vocab_size, (1, 200), generator=torch.Generator().manual_seed(0))
-    print(
-        "| recipe | s, GPU | s, CPU | equal codes | weights apart | back-ends | logits |\n|---|---|---|---|---|---|---|"
-    )
+    wanted, _ = logits(args.model, ids)
+    print("| recipe | s, GPU | s, CPU | equal codes | to float, GPU's, CPU's | back-ends | kernels to exact |")
+    print(f"{'|---' * 7}|")
     wrong = 0
     for name in args.only:
-        folders = {d: args.out / f"{name.replace(' ', '-')}-{d}" for d in ("cuda", "cpu")}
-        options = (*RECIPES[name], "--calib", args.calib, "--samples", args.samples, "--seq-len", 512)
-        options += ("--dtype", "float32", "--overwrite")
-        with ThreadPoolExecutor() as pool:
-            jobs = {d: pool.submit(measure.llmq, "quantize", args.model, f, *options, "--device", d)
-                    for d, f in folders.items()}  # fmt: skip
-            took = {d: job.result() for d, job in jobs.items()}
-        exact = {d: logits(f, ids)[0] for d, f in folders.items()}
-        found, used = logits(folders["cuda"], ids, "cuda", "auto")
-        db = decibel(found, exact["cuda"])
+        line, db = recipe_row(name, args, ids, wanted)
         wrong += not db >= LEAST_DB
-        seconds = f"{took['cuda'].seconds:.0f} | {took['cpu'].seconds:.0f}"
-        errors = ", ".join(f"{decibel(e, wanted):.1f}" for e in exact.values())
-        equal = alike(*folders.values())
-        print(f"| {name} | {seconds} | {equal:.1%} | {errors} dB | {used} | {db:.1f} dB |", flush=True)
-    if args.only:
-        print("\n| cache | tokens/s | as with the float cache |\n|---|---|---|")
-        for line in caches(folders["cuda"], ids, args.tokens):
-            print(line, flush=True)
+        print(line, flush=True)
+    print("\n| cache | tokens/s | as with the float cache |\n|---|---|---|")
+    for line in caches(folder(args.out, args.only[-1], "cuda"), ids, args.tokens):
+        print(line, flush=True)
     sys.exit(f"{wrong} models are not close to their weights" if wrong else 0)
 
 
