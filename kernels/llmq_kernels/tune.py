@@ -1,7 +1,7 @@
 """Which configuration is fastest: measured once per device, shape and bucket of M, and kept on disk.
 
     choose(op, device, key, candidates, run)  ->  Config
-    milliseconds(run, repeats)                ->  float
+    milliseconds(run, repeats)                ->  list of floats
 
 The answers of a device lie in one JSON file, `<cache>/<device name>-<triton version>.json`, replaced atomically, so
 that several processes may write: the last one wins, and each loses at most a measurement. Nothing is measured where
@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -139,17 +138,20 @@ def _slug(device: torch.device) -> str:
     return "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(device))
 
 
-def _time(run: Callable[[Config], Any], config: Config, repeats: int = 10) -> float | None:
-    """Return the median milliseconds of `run(config)`, or None where the device lacks the resources for it."""
+def _time(run: Callable[[Config], Any], config: Config) -> float | None:
+    """Return the least milliseconds of `run(config)`, or None where the device lacks the resources for it.
+
+    The least, as all that disturbs makes it longer: by the median of ten, an H200 chose some that took three times it.
+    """
     try:
         run(config)
     except OutOfResources:
         return None
-    return milliseconds(lambda: run(config), repeats)
+    return min(milliseconds(lambda: run(config), 20))
 
 
-def milliseconds(run: Callable[[], Any], repeats: int) -> float:
-    """Return the median time of `run` on the current device, weights in memory and not in the L2 cache.
+def milliseconds(run: Callable[[], Any], repeats: int) -> list[float]:
+    """Return the times of `run` on the current device, weights in memory and not in the L2 cache.
 
     A kernel of a decode step takes less time than its launch. What is written to empty the cache also keeps the device
     busy until the launch has been queued, so that it is the kernel that is timed, and not the processor.
@@ -158,13 +160,13 @@ def milliseconds(run: Callable[[], Any], repeats: int) -> float:
     other = torch.empty(2 * size, dtype=torch.uint8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for begin, end in events:
-        for _ in range(4):
+        for _ in range(8):
             other.zero_()
         begin.record()
         run()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(b.elapsed_time(e) for b, e in events)
+    return [b.elapsed_time(e) for b, e in events]
 
 
 def _read(file: Path) -> dict[str, Config]:
