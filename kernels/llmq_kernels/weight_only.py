@@ -244,11 +244,11 @@ def configs(M: int, w: PackedWeight, *, asm: bool | None = None) -> list[tune.Co
         found += [Config(BM, 64, s, 2, 3, 144) if w.bits == 3 else Config(BM, 64, s, 2, 4, 128) for s in splits]
         found += [Config(BM, wide, split, 4, 3), Config(BM, wide, 1, 4, 3)]
     elif M <= 64:
-        BM, n = (32, stages) if M <= 32 else (64, 2)  # more stages spill, but not on sm_90
-        found = [Config(BM, bn, s, 4, n) for s in (max(1, split // 2), 1) for bn in (wide, 64)]
-        found += [Config(BM, wide, s, 8, stages) for s in (max(1, split // 2), 1)]
-        found += [Config(64, wide, 1, 8, 3), Config(64, 64, max(1, split // 2), 4, stages)] if M > 32 else []
-        found += [Config(32, wide, max(1, split // 2), 4, stages)]
+        BM, half = 32 if M <= 32 else 64, max(1, split // 2)
+        n = stages if M <= 32 else 2  # more stages spill on sm_80, and are faster on sm_90
+        found = [Config(BM, bn, s, 4, n) for s in (half, 1) for bn in (wide, 64)]
+        found += [Config(BM, wide, s, 8, t) for s in (half, 1) for t in (stages, 3)]
+        found += [Config(32, wide, half, 4, stages), Config(64, 64, half, 4, stages)]
     else:
         found = [Config(64, wide, 1, 4, stages), Config(128, wide, 1, 8, 3), Config(64, wide, 2, 4, 3)]
         found += [Config(64, 64, 1, 4, 3), Config(64, wide, 1, 8, 3), Config(64, wide, 2, 8, 3)]
