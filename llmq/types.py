@@ -56,10 +56,12 @@ class Grid(Protocol):
     def lattice(self, params: Any) -> Lattice | None:
         """Return `[N, G]` parameters as evenly spaced values; None where the values of a group are not."""
 
-    def refine(self, W_NK: Tensor, codes: Tensor, params: Any, H_KK: Tensor, group_K: Tensor) -> Any:
+    def refine(
+        self, error_NK: Tensor, gradient_NK: Tensor, codes: Tensor, params: Any, H_KK: Tensor, group_K: Tensor
+    ) -> Any:
         """Return other params for solved codes `[N, K]`, proposed to lower `tr (W - Q) H (W - Q)^T` row by row.
 
-        group_K: int64 `[K]`, the group of each column.
+        error_NK, gradient_NK: W - Q and (W - Q) H. group_K: int64 `[K]`, the group of each column.
         """
 
 

@@ -13,6 +13,7 @@ Not here: the loop (_sweep.py), the scales of a kind of grid (grids/_int_refine.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,13 @@ class _State:
         self.W_NK, self.H_KK, self.group_K = W_NK, H_KK, group_K
         self.Q_NK, self.gradient_NK, self.loss_N = self._measure(q.codes, q.params)
 
+    @functools.cached_property
+    def _factor(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The order of the columns, their H_jj in it, and H_ij / H_jj."""
+        order = torch.argsort(self.H_KK.diagonal(), descending=True, stable=True)
+        diagonal_K = self.H_KK.diagonal()[order]
+        return order, diagonal_K, self.H_KK[order][:, order].div_(diagonal_K)
+
     def _measure(self, codes: Tensor, params: Any) -> tuple[Tensor, Tensor, Tensor]:
         Q_NK = self.grid.decode(codes, params.columns(codes.shape[1], self.group_K))
         error = self.W_NK - Q_NK
@@ -102,16 +110,15 @@ class _State:
 
     def fit_scales(self) -> None:
         """Propose, for each row, the scales that its grid finds best."""
-        params = self.grid.refine(self.W_NK, self.codes, self.params, self.H_KK, self.group_K)
+        error_NK = self.W_NK - self.Q_NK
+        params = self.grid.refine(error_NK, self.gradient_NK, self.codes, self.params, self.H_KK, self.group_K)
         self._accept(self.codes, params)
 
     def descend(self) -> None:
         """Propose, for each row, codes that are each the best given the others, in one sweep."""
-        diagonal_K = self.H_KK.diagonal()
-        order = torch.argsort(diagonal_K, descending=True, stable=True)
-        F_KK = self.H_KK[order][:, order].div_(diagonal_K[order])
+        order, diagonal_K, F_KK = self._factor
         Q_KN = self.Q_NK.T[order].contiguous()
-        T_KN = Q_KN + self.gradient_NK.T[order].contiguous().div_(diagonal_K[order][:, None])
+        T_KN = Q_KN + self.gradient_NK.T[order].contiguous().div_(diagonal_K[:, None])
         codes_KN = sweep(Q_KN, T_KN, F_KK, self.grid, self.params, self.group_K[order])
         codes = torch.empty_like(codes_KN)
         codes[order] = codes_KN

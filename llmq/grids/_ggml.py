@@ -89,16 +89,16 @@ class GgmlGrid(ABC):
         return self.params(Stored(*joined))
 
     def refine(
-        self, W_NK: Tensor, codes: Tensor, params: GgmlParams, H_KK: Tensor, group_K: Tensor | None = None
+        self, error_NK: Tensor, gradient_NK: Tensor, codes: Tensor, params: GgmlParams, H_KK: Tensor, group_K: Tensor
     ) -> GgmlParams:
         """Return params with no higher `tr (W - Q) H (W - Q)^T` for solved codes `[N, K]`; see `_ggml_refine`.
 
-        group_K: not asked: blocks hold the columns as they lie.
+        gradient_NK: not asked: it changes block by block. group_K: nor this: blocks hold the columns as they lie.
         """
         from llmq.grids._ggml_refine import refine
 
         stored = Stored(params.d, params.dmin, params.sc, params.m)
-        return self.params(refine(W_NK, self._decoded_levels(codes), stored, H_KK, self))
+        return self.params(refine(error_NK, self._decoded_levels(codes), stored, H_KK, self))
 
     def params(self, stored: Stored) -> GgmlParams:
         """Return the parameters that `stored` means."""

@@ -61,24 +61,20 @@ class _Scales:
     sc: Tensor
     m: Tensor
 
-    def decode(self, levels_NK: Tensor) -> Tensor:
-        """Return the weights, `[N, K]`."""
-        g = levels_NK.shape[1] // self.sc[0].numel()
-        value = levels_NK * _columns((self.d[..., None] * self.sc).flatten(1), g)
-        return value if self.dmin is None else value - _columns((self.dmin[..., None] * self.m).flatten(1), g)
 
-
-def refine(W_NK: Tensor, levels_NK: Tensor, stored: Stored, H_KK: Tensor, grid: Any) -> Stored:
+def refine(error_NK: Tensor, levels_NK: Tensor, stored: Stored, H_KK: Tensor, grid: Any) -> Stored:
     """Return scales with a loss no higher for the same codes, after one sweep over the qblocks.
 
-    levels_NK: what the codes stand for, float32 (the code less its zero, or a table entry).
+    error_NK: W - Q. levels_NK: what the codes stand for, float32 (the code less its zero, or a table entry).
     grid: gives `qblock`, `group_size` and `small_range`, the least and the greatest of sc and m.
     """
     N, B = stored.d.shape
     groups = grid.qblock // grid.group_size
-    small = [W_NK.new_ones(N, B, groups) if p is None else p.float().view(N, B, groups) for p in (stored.sc, stored.m)]
+    small = [
+        error_NK.new_ones(N, B, groups) if p is None else p.float().view(N, B, groups) for p in (stored.sc, stored.m)
+    ]
     scales = _Scales(stored.d.float(), None if stored.dmin is None else stored.dmin.float(), *small)
-    error_NK = W_NK - scales.decode(levels_NK)
+    error_NK = error_NK.clone()
     for b in range(B):
         at = slice(b * grid.qblock, (b + 1) * grid.qblock)
         qblock = _Qblock(error_NK[:, at], error_NK @ H_KK[:, at], H_KK[at, at])

@@ -1,7 +1,8 @@
 """Group scales for solved codes, by least squares on `tr (W - Q) H (W - Q)^T`.
 
-With the codes fixed, a row is Q = sum_g s_g u_g, u_g = (code - zero) on group g and 0 elsewhere, so its best scales
-solve   A s = b,   A_gh = u_g H u_h^T,   b_g = u_g H w^T,   in float64; they are then rounded to their stored dtype.
+With the codes fixed, a row is Q = sum_g s_g u_g, u_g = (code - zero) on group g and 0 elsewhere, so the best change of
+its scales solves   A ds = b,   A_gh = u_g H u_h^T,   b_g = u_g H (w - q)^T,   in float64; the sums are then rounded to
+the dtype that scales are stored in.
 Not here: rounding the codes again (algorithms/descent.py).
 """
 
@@ -12,28 +13,40 @@ from torch import Tensor
 
 from llmq.types import Params
 
-_ROWS = 2048  # rows whose G x G systems are in memory together
+_ROWS = 512  # whose products with H and whose G x G systems are in memory together
 
 
-def refine(W_NK: Tensor, codes: Tensor, params: Params, H_KK: Tensor, group_K: Tensor) -> Params:
-    """Return params with the least-squares scales, zeros unchanged.
+def refine(gradient_NK: Tensor, codes: Tensor, params: Params, H_KK: Tensor, group_K: Tensor) -> Params:
+    """Return params with the least-squares scales, zeros unchanged. gradient_NK: (W - Q) H.
 
     A scale that would halve, double or change sign stays: its group's codes hardly bear on the output.
     """
-    N, G = params.scale.shape
-    order = torch.argsort(group_K, stable=True)
-    H_GgK = H_KK[order][:, order].reshape(G, -1, H_KK.shape[0])
-    U_NK = (codes.float() - params.zero[:, group_K].float())[:, order]
-    b_NK = U_NK * (W_NK @ H_KK)[:, order]
-    scale = torch.empty(N, G, dtype=torch.float64, device=U_NK.device)
-    for rows in torch.arange(N, device=U_NK.device).split(_ROWS):
-        U_NGg = U_NK[rows].reshape(len(rows), G, -1)
-        A = torch.stack([((U_NGg[:, g] @ H_GgK[g]).reshape(U_NGg.shape) * U_NGg).sum(-1) for g in range(G)], 1)
-        A = A.double()
-        A.diagonal(dim1=1, dim2=2).add_(1e-6 * A.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30)
-        b = b_NK[rows].reshape(len(rows), G, -1).sum(-1).double()
-        scale[rows] = torch.linalg.solve(A, b)
+    G = params.scale.shape[1]
+    U_NK = codes.float() - params.zero[:, group_K].float()
+    b_NK = U_NK * gradient_NK
+    if bool((group_K.diff() < 0).any()):
+        order = torch.argsort(group_K, stable=True)
+        U_NK, b_NK, H_KK = U_NK[:, order], b_NK[:, order], H_KK[order][:, order]
+    parts = zip(U_NK.split(_ROWS), b_NK.split(_ROWS), strict=True)
+    change = torch.cat([torch.linalg.solve(_normal(U, H_KK, G), _by_group(b, G).sum(-1).double()) for U, b in parts])
     old = params.scale.double()
-    ratio = scale / old
+    ratio = 1 + change / old
     sane = (ratio > 0.5) & (ratio < 2)
-    return Params(torch.where(sane, scale, old).to(params.scale.dtype), params.zero)
+    return Params(torch.where(sane, old + change, old).to(params.scale.dtype), params.zero)
+
+
+def _normal(U_NK: Tensor, H_KK: Tensor, G: int) -> Tensor:
+    """Return A, float64 `[N, G, G]`, with a little on its diagonal: a group of zeros has none."""
+    g = U_NK.shape[1] // G
+    A = torch.zeros(len(U_NK), G, G, dtype=torch.float64, device=U_NK.device)
+    for i in range(G):
+        at = slice(i * g, (i + 1) * g)
+        row = _by_group((U_NK[:, at] @ H_KK[at, i * g :]).mul_(U_NK[:, i * g :]), G - i).sum(-1).double()
+        A[:, i, i:], A[:, i:, i] = row, row
+    diagonal = A.diagonal(dim1=1, dim2=2)
+    diagonal.add_(1e-6 * diagonal.mean(1, keepdim=True) + 1e-30)
+    return A
+
+
+def _by_group(x_NK: Tensor, G: int) -> Tensor:
+    return x_NK.reshape(len(x_NK), G, -1)

@@ -120,7 +120,9 @@ class Int:
         scale = params.scale.float()
         return Lattice(scale, params.zero.float(), torch.zeros_like(scale), *self.bounds())
 
-    def refine(self, W_NK: Tensor, codes: Tensor, params: Params, H_KK: Tensor, group_K: Tensor) -> Params:
+    def refine(
+        self, error_NK: Tensor, gradient_NK: Tensor, codes: Tensor, params: Params, H_KK: Tensor, group_K: Tensor
+    ) -> Params:
         """Return params whose scales are the least-squares ones for these codes; see `_int_refine`.
 
         One scale for the whole tensor stays as it is.
@@ -129,7 +131,7 @@ class Int:
             return params
         from llmq.grids._int_refine import refine
 
-        return refine(W_NK, codes, params, H_KK, group_K)
+        return refine(gradient_NK, codes, params, H_KK, group_K)
 
 
 def _group_weight(H_KK: Tensor | None, G: int, range_: Range | None) -> Tensor | None:

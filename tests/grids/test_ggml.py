@@ -241,6 +241,11 @@ def test_stored_scales_give_the_params():
     assert torch.equal(oracle(grid, grid.to_bytes(codes, params)), raw_bits(want))
 
 
+def refined_params(grid, W_NK, codes, params, H_KK):
+    E = W_NK - grid.decode(codes, params.columns(W_NK.shape[1]))
+    return grid.refine(E, E @ H_KK, codes, params, H_KK, torch.arange(W_NK.shape[1]))
+
+
 def quadratic(W_NK, Q_NK, H_KK):
     E = (W_NK - Q_NK).double()
     return ((E @ H_KK.double()) * E).sum()
@@ -254,7 +259,7 @@ def test_refined_scales_lower_the_loss_of_solved_codes(grid):
     codes, params = encode(grid, W_NK, H_KK)
     losses = [quadratic(W_NK, grid.decode(codes, params.columns(K)), H_KK)]
     for _ in range(2):
-        params = grid.refine(W_NK, codes, params, H_KK)
+        params = refined_params(grid, W_NK, codes, params, H_KK)
         losses.append(quadratic(W_NK, grid.decode(codes, params.columns(K)), H_KK))
     again, read = grid.from_bytes(grid.to_bytes(codes, params))
     assert torch.equal(again, codes) and torch.equal(read.scale, params.scale)
@@ -262,7 +267,7 @@ def test_refined_scales_lower_the_loss_of_solved_codes(grid):
     shrunk = grid.params(Stored(params.d * 0.7, params.dmin, params.sc, params.m))
     before, refined = (
         quadratic(W_NK, grid.decode(codes, p.columns(K)), H_KK)
-        for p in (shrunk, grid.refine(W_NK, codes, shrunk, H_KK))
+        for p in (shrunk, refined_params(grid, W_NK, codes, shrunk, H_KK))
     )
     assert refined < 0.2 * before
 
@@ -274,6 +279,6 @@ def test_refining_solves_a_lone_qblock_like_least_squares(grid):
     codes, params = encode(grid, randn(6, grid.qblock))
     W_NK = grid.decode(codes, params.columns(grid.qblock))
     off = grid.params(Stored(params.d * 1.01, params.dmin, params.sc, params.m))
-    refined = grid.refine(W_NK, codes, off, H_KK)
+    refined = refined_params(grid, W_NK, codes, off, H_KK)
     before = quadratic(W_NK, grid.decode(codes, off.columns(grid.qblock)), H_KK)
     assert quadratic(W_NK, grid.decode(codes, refined.columns(grid.qblock)), H_KK) < 2e-2 * before
