@@ -36,7 +36,7 @@ class Descent:
     damp: as GPTQ's.
     """
 
-    rounds: int = 2
+    rounds: int = 6
     scales: bool = True
     damp: float = 0.01
 
