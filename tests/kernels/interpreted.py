@@ -121,6 +121,14 @@ def kv_cases():
             y = attention.launch(q, found, lengths, D**-0.5, parts, window)
             wanted = attention.reference(q.float(), found, lengths, D**-0.5, window)
             yield f"{name}: window of {W}, rounded", sqnr(y, wanted)
+    acc, top = torch.randn(B * H, 70, 3, 64, generator=gen), 9 * torch.randn(B * H, 70, 3, generator=gen)
+    acc[:, 40:], top[:, 40:] = 1e9, -1e30  # hidden from every row
+    stat = torch.stack([top, torch.rand(B * H, 70, 3, generator=gen) + 1], -1)
+    y = torch.empty(B, H * 3, 1, 60, dtype=torch.float16)
+    attention.merge_kernel[(B * H, 3)](acc, stat, y, 1, 70, GQ=3, D=60, DP=64)
+    weight = torch.exp2(top - top.amax(1, keepdim=True)).double()
+    wanted = (weight[..., None] * acc).sum(1) / (weight * stat[..., 1]).sum(1)[..., None]
+    yield "merge of 70 chunks, rounded", sqnr(y, wanted[..., :60].reshape(y.shape))
     static = torch.tensor([0.01, 0.02])
     found = kv.empty(B, H, 16, 64, 8, sym=True, device="cpu")
     start = torch.tensor([0, 14], dtype=torch.int32)

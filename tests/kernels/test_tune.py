@@ -46,6 +46,19 @@ def test_the_fastest_is_chosen_once_and_found_on_disk_by_the_next_process(clock,
     assert json.loads(file.read_text())["op 1"]["registers"] == 128
 
 
+def test_what_was_chosen_is_looked_up_and_nothing_else(clock, monkeypatch):
+    choose()
+    monkeypatch.setattr(tune, "_slug", None)
+    assert tune.choose("op", DEVICE, (1,), None, None) == B
+
+
+def test_the_first_candidate_of_a_capture_is_not_kept(clock, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose() == A
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert choose() == B
+
+
 def test_two_processes_keep_each_other_s_choices(clock, tmp_path):
     choose((1,))
     tune._known.clear()
