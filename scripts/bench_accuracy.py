@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ ROWS = {
 def measure_row(name: str, args: argparse.Namespace) -> Row:
     """Quantize, score, and drop the checkpoint."""
     row, _, seed = name.partition(", seed ")
-    out = args.out / "checkpoint"
+    out = args.out / f"checkpoint-{os.getpid()}"  # several may run at a time
     common = ("--samples", args.samples, "--seq-len", args.seq_len, "--seed", seed or 0, "--dtype", args.dtype)
     options = ROWS[row] if "--calib" in ROWS[row] else (*ROWS[row], "--calib", args.calib)
     taken = measure.llmq("quantize", args.model, out, *options, *common, "--overwrite")
