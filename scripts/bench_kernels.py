@@ -232,8 +232,8 @@ def bench_attention(bandwidth: float) -> None:
             for i, cache in enumerate(caches):
                 kv.append(cache, *floats[i % len(floats)], torch.zeros_like(lengths))
             t = milliseconds([partial(attention.attend, q, cache, lengths) for cache in caches])
-            size = 2 * (caches[0].k_words.nbytes + caches[0].k_params.nbytes)
-            share = f"{size / t * 1e3 / bandwidth:.0%}"
+            packed = 2 * (caches[0].k_words.nbytes + caches[0].k_params.nbytes)
+            share = f"{packed / t * 1e3 / bandwidth:.0%}"
             print(f"| attention T={T} | int{bits} | {t:.4f} ({share}, {base / t:.2f}x) |", flush=True)
 
 

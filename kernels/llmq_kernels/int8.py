@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llmq_kernels import tune
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import DTYPES, OPTIONS, cdiv, on, operator, runs_on
+from llmq_kernels.launch import DTYPES, OPTIONS, cdiv, no_gradient, on, operator, runs_on
 
 TILE_K = 128
 N_MULTIPLE = 128
@@ -233,7 +233,7 @@ def _op(x: Tensor, q: Tensor, scale: Tensor, static: Tensor | None, bias: Tensor
             return launch(*quantized, w, bias, config, x.dtype)
 
         config = tune.choose("int8", x.device, key, lambda: configs(M, k), run)
-        return run(config).reshape(*x.shape[:-1], n)
+        return no_gradient(x, run(config).reshape(*x.shape[:-1], n))
 
 
 @torch.library.register_fake("llmq::int8_linear")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from llmq_kernels.errors import KernelError
+
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 # a * b + c in one rounding wherever the source writes it; Triton's default changes between 3.9 and 3.10.
 OPTIONS = {"enable_fp_fusion": True}
@@ -44,7 +46,8 @@ def cdiv(a: int, b: int) -> int:
 def operator(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make of a function the operator `name` for the CPU and GPUs; `mutates` names the arguments that it writes.
 
-    What `torch.library.custom_op` does, less its bookkeeping of gradients: 18 us of each call's 26.
+    What `torch.library.custom_op` does, less its bookkeeping of gradients: 18 us of each call's 26. What a kernel made,
+    the function gives to `no_gradient`.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,3 +56,18 @@ def operator(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., 
         return function
 
     return register
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise KernelError("the kernels have no gradients; load the model with backend='reference' to train around it")
+
+
+def no_gradient(x: Tensor, y: Tensor) -> Tensor:
+    """Return `y`, which a kernel made of `x`, so that a backward pass is an error, not a missing gradient."""
+    return _NoGradient.apply(x, y) if x.requires_grad and torch.is_grad_enabled() else y

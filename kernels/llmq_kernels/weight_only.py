@@ -32,7 +32,7 @@ from triton import constexpr_function
 from llmq_kernels import tune
 from llmq_kernels.dequant import code3_minus_zero, code_minus_zero, scale_of, zero_of
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import DTYPES, OPTIONS, cdiv, on, operator, runs_on, uses_asm
+from llmq_kernels.launch import DTYPES, OPTIONS, cdiv, no_gradient, on, operator, runs_on, uses_asm
 from llmq_kernels.layout import FIELDS, N_MULTIPLE, PackedWeight, dequantize, sub_rows, tile
 
 
@@ -200,7 +200,7 @@ def _op(
         y = run(tune.choose("weight_only", x.device, key, lambda: configs(M, w), run))
     if unit is not None:
         y = y * unit if bias is None else y * unit + bias
-    return y.reshape(*x.shape[:-1], n)
+    return no_gradient(x, y.reshape(*x.shape[:-1], n))
 
 
 @torch.library.register_fake("llmq::weight_only_linear")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from llmq_kernels import attention, int8, kv, layout, weight_only
 from llmq_kernels.errors import KernelError
+from llmq_kernels.launch import no_gradient
 
 
 def weight(bits=4, N=40, K=128, G=2, seed=0):
@@ -108,3 +109,11 @@ def test_torch_compile_traces_through():
 def test_what_an_op_cannot_take_is_refused(call, message):
     with pytest.raises(KernelError, match=message):
         call(weight()[0])
+
+
+def test_a_backward_pass_through_a_kernel_is_refused():
+    x, y = torch.ones(2, 3, requires_grad=True), torch.ones(2, 4)
+    with pytest.raises(KernelError, match="the kernels have no gradients"):
+        (x.sum() + no_gradient(x, y).sum()).backward()
+    with torch.no_grad():
+        assert no_gradient(x, y) is y
