@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,17 +29,31 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
 console = Console()
+_interrupted = threading.Event()  # C code that a KeyboardInterrupt meets can raise another error in its place, or none
 
 
 def main() -> None:
     """Run the command line: every foreseen failure becomes one line and a non-zero status."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     error = Console(stderr=True, soft_wrap=True, highlight=False)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else someone chose to ignore it
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
-    except LlmqError as e:
-        error.print(f"[red]error:[/red] {e}", markup=True)
-        sys.exit(1)
+    except BaseException as e:
+        done = isinstance(e, SystemExit) and not e.code
+        if _interrupted.is_set() and not done:
+            error.print("interrupted; nothing was written")
+            sys.exit(130)
+        if isinstance(e, LlmqError):
+            error.print(f"[red]error:[/red] {e}", markup=True)
+            sys.exit(1)
+        raise
+
+
+def _interrupt(*_: Any) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
 
 
 def _version(wanted: bool) -> None:
@@ -254,11 +270,13 @@ def _progress() -> Iterator[Any]:
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
-        try:
-            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
-        except KeyboardInterrupt as e:
-            Console(stderr=True).print("interrupted; nothing was written")
-            raise typer.Exit(130) from e
+
+        def step(done: int, total: int, what: str) -> None:
+            if _interrupted.is_set():
+                raise KeyboardInterrupt
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield step
 
 
 def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:

@@ -1,15 +1,18 @@
 """The command line as a user meets it: each command in a process of its own, and one line for each failure."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 import llmq
+from llmq import cli
 
 
 def run(*args, **kwargs):
@@ -117,6 +120,38 @@ def test_an_interrupt_leaves_nothing(tiny_checkpoint, tmp_path, text):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr
     assert not (tmp_path / "out").exists() and not stage.exists()
+
+
+def test_an_interrupt_that_c_code_turned_into_an_error_is_an_interrupt(monkeypatch, capsys):
+    def app():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    with interruptible(monkeypatch, app), pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted; nothing was written\n"
+
+
+def test_an_interrupt_that_c_code_lost_ends_the_next_step(monkeypatch):
+    with interruptible(monkeypatch, None), cli._progress() as step:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            step(1, 2, "block 1")
+
+
+@contextlib.contextmanager
+def interruptible(monkeypatch, app):
+    """Run `app` for the command line, its handler of SIGINT in place and no interrupt seen; all put back at the end."""
+    before = signal.signal(signal.SIGINT, cli._interrupt)
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(cli, "_interrupted", threading.Event())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_gguf_quantize_export_inspect(tiny_checkpoint, tmp_path):
