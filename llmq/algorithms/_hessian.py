@@ -1,4 +1,9 @@
-"""What the steps of a site do with its Hessian: damp it until it factors, and solve with it.
+"""What the steps of a site do with its Hessian: regularize it, damp it until it factors, and solve with it.
+
+H is an estimate from T tokens, and its K^2 / 2 products are the less certain the fewer tokens there are for a column.
+So each step first adds to the tokens `prior * K` made-up ones in which no two columns are correlated:
+H <- (T H + prior K diag H) / (T + prior K), the mean of H under an inverse Wishart prior; a shrinkage toward the
+diagonal (Schaefer and Strimmer 2005, doi:10.2202/1544-6115.1175, target D). The diagonal stays as it is.
 
 Damping adds `damp * mean(diag H)` to the diagonal, tenfold more at each retry. A dead column, which no token excites
 (H_jj = 0), gets H_jj = 1: it takes no part in any feedback.
@@ -6,10 +11,37 @@ Damping adds `damp * mean(diag H)` to the diagonal, tenfold more at each retry. 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 _RETRIES = 6  # each multiplies the damping by 10
+
+
+@dataclass(frozen=True)
+class Regularized:
+    """What the steps that solve with a Hessian have in common.
+
+    damp: added to the diagonal of H, as a fraction of its mean; raised tenfold until H factors.
+    prior: how many tokens without correlations H counts beside the calibration's, in multiples of its columns.
+    """
+
+    damp: float = 0.01
+    prior: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damp < 1:
+            raise ValueError(f"damp lies between 0 and 1, not {self.damp}")
+        if not self.prior >= 0:
+            raise ValueError(f"prior is 0 or more, not {self.prior}")
+
+    def regularize(self, H_KK: Tensor, tokens: int) -> Tensor:
+        """Shrink H, the mean over so many tokens, toward its diagonal by the prior, in place; return it."""
+        made_up = self.prior * len(H_KK)
+        diagonal = H_KK.diagonal().clone()
+        H_KK.mul_(tokens / (tokens + made_up)).diagonal().copy_(diagonal)
+        return H_KK
 
 
 def revive(H_KK: Tensor) -> tuple[Tensor, int]:

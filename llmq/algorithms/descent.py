@@ -21,28 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.algorithms._hessian import damped, revive
+from llmq.algorithms._hessian import Regularized, damped, revive
 from llmq.algorithms._sweep import split, stacks, sweep
 from llmq.stats import Hessian
 from llmq.types import QTensor, Solved, Stats, Target
 
 
 @dataclass(frozen=True)
-class Descent:
+class Descent(Regularized):
     """Least squares on the scales, coordinate descent on the codes.
 
     rounds: how often both are done.
     scales: whether the scales move at all.
-    damp: as GPTQ's.
+    damp, prior: as in _hessian.py.
     """
 
     rounds: int = 6
     scales: bool = True
-    damp: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or not 0 < self.damp < 1:
-            raise ValueError("rounds is at least 1, damp lies between 0 and 1")
+        super().__post_init__()
+        if self.rounds < 1:
+            raise ValueError(f"rounds is at least 1, not {self.rounds}")
 
     def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
         """Return the Hessian."""
@@ -50,7 +50,7 @@ class Descent:
 
     def refine(self, targets: Sequence[Target], solved: Sequence[Solved], stats: Stats) -> list[Solved]:
         """Lower the loss of every row, or leave the row as it is."""
-        H_KK = damped(revive(stats[Hessian].mean())[0], self.damp)
+        H_KK = self.regularize(damped(revive(stats[Hessian].mean())[0], self.damp), stats[Hessian].count)
         by_name = {t.name: s for t, s in zip(targets, solved, strict=True)}
         out: dict[str, Solved] = {}
         for stack in stacks(targets):

@@ -20,28 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.algorithms._hessian import cholesky, revive
+from llmq.algorithms._hessian import Regularized, cholesky, revive
 from llmq.algorithms._sweep import split, stacks, sweep
 from llmq.stats import Hessian
 from llmq.types import QTensor, Solved, Stats, Target
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(Regularized):
     """Second-order rounding with error feedback.
 
-    damp: added to the diagonal of H, as a fraction of its mean; raised tenfold until H factors.
+    damp, prior: as in _hessian.py.
     act_order: round the columns with the largest activations first.
     desc_act: with act_order, groups follow that order (needs g_idx in the format); else groups stay as they lie.
     """
 
-    damp: float = 0.01
     act_order: bool = True
     desc_act: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.damp < 1:
-            raise ValueError(f"damp lies between 0 and 1, not {self.damp}")
+        super().__post_init__()
         if self.desc_act and not self.act_order:
             raise ValueError("desc_act needs act_order")
 
@@ -53,7 +51,7 @@ class Gptq:
         """Round the linears of a site; those on equal grids in one column loop."""
         H_KK, dead = revive(stats[Hessian].mean())
         order = torch.argsort(H_KK.diagonal(), descending=True, stable=True) if self.act_order else None
-        F_KK, damping = factor(H_KK, self.damp, order)
+        F_KK, damping = self.factor(H_KK, stats[Hessian].count, order)
         report = {"damp": damping, "dead_columns": dead, "tokens": stats[Hessian].count}
         if F_KK is None:
             report["fallback"] = f"rtn: H does not factor with damping up to {damping:g}"
@@ -64,6 +62,17 @@ class Gptq:
             for t, part in zip(stack, split(q, [t.W_NK.shape[0] for t in stack]), strict=True):
                 solved[t.name] = Solved(part, dict(report))
         return [solved[t.name] for t in targets]
+
+    def factor(self, H_KK: Tensor, tokens: int, order: Tensor | None = None) -> tuple[Tensor | None, float]:
+        """Return F, unit upper triangular with `H = F D F^T` for the regularized and damped H, and the damping used.
+
+        F is None where H resists. order: int64 `[K]`, the columns in the order that they are rounded in; None is as
+        they lie. The Cholesky factor of H with both axes reversed, reversed back, is upper triangular; its columns over
+        their pivots are F.
+        """
+        reverse = torch.arange(len(H_KK), device=H_KK.device).flip(0) if order is None else order.flip(0)
+        L, used = cholesky(self.regularize(H_KK[reverse[:, None], reverse], tokens), self.damp)
+        return (None if L is None else L.flip(0, 1).div_(L.diagonal().flip(0))), used
 
     def _solve_stack(self, W_NK: Tensor, grid: Any, H_KK: Tensor, F_KK: Tensor | None, order: Tensor | None) -> QTensor:
         K = W_NK.shape[1]
@@ -87,15 +96,3 @@ class Gptq:
             codes = codes_KN.T.contiguous()
         real_g_idx = g_idx.to(torch.int32) if self.desc_act and order is not None else None
         return QTensor(codes.to(torch.uint8), params, grid, real_g_idx)
-
-
-def factor(H_KK: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor | None, float]:
-    """Return F, unit upper triangular with `H = F D F^T` for the damped H, and the damping used; None where H resists.
-
-    order: int64 `[K]`, the columns in the order that they are rounded in; None is as they lie.
-    The Cholesky factor of H with both axes reversed, reversed back, is upper triangular; its columns over their pivots
-    are F.
-    """
-    reverse = torch.arange(len(H_KK), device=H_KK.device).flip(0) if order is None else order.flip(0)
-    L, used = cholesky(H_KK[reverse[:, None], reverse], damp)
-    return (None if L is None else L.flip(0, 1).div_(L.diagonal().flip(0))), used

@@ -21,31 +21,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.algorithms._hessian import cholesky, revive
+from llmq.algorithms._hessian import Regularized, cholesky, revive
 from llmq.stats import Drift, Hessian
 from llmq.types import Stats, Target
 
 
 @dataclass(frozen=True)
-class Qep:
+class Qep(Regularized):
     """Quantization error propagation.
 
     alpha: how far to move, 0 to 1; None chooses it for each linear on held-out tokens.
-    damp: added to the diagonal of Xq^T Xq, as a fraction of its mean.
+    damp, prior: of Xq^T Xq, as in _hessian.py.
     most: the largest alpha chosen.
     share: of the calibration, how much runs through the float model too, at the cost of its forward.
     """
 
     alpha: float | None = None
-    damp: float = 0.01
     most: float = 1.0
     share: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha lies between 0 and 1, not {self.alpha}")
-        if not 0 < self.damp < 1 or not 0 < self.most <= 1 or not 0 < self.share <= 1:
-            raise ValueError("damp lies between 0 and 1, most and share above 0 and at most 1")
+        if not 0 < self.most <= 1 or not 0 < self.share <= 1:
+            raise ValueError("most and share lie above 0 and are at most 1")
 
     def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
         """Return the Hessian and the drift of the activations."""
@@ -57,7 +57,7 @@ class Qep:
         if not drift.fit.any():
             return list(targets)
         W_NK = torch.cat([t.W_NK for t in targets])
-        D_NK = self._move(W_NK, (drift.fit + drift.held) / drift.count, hessian.mean())
+        D_NK = self._move(W_NK, (drift.fit + drift.held) / drift.count, hessian.mean(), hessian.count)
         sizes = [t.W_NK.shape[0] for t in targets]
         alphas = [self.alpha] * len(sizes) if self.alpha is not None else self._choose(W_NK, hessian, drift, sizes)
         return [
@@ -67,8 +67,9 @@ class Qep:
 
     def _choose(self, W_NK: Tensor, hessian: Hessian, drift: Drift, sizes: list[int]) -> list[float]:
         """Return, for each linear of the site, the alpha of least error on the held-out tokens."""
-        unseen = (hessian.mean() * hessian.count - drift.held_hessian) / (hessian.count - drift.held_count)
-        D_NK = self._move(W_NK, drift.fit / (drift.count - drift.held_count), unseen)
+        tokens = hessian.count - drift.held_count
+        unseen = (hessian.mean() * hessian.count - drift.held_hessian) / tokens
+        D_NK = self._move(W_NK, drift.fit / (drift.count - drift.held_count), unseen, tokens)
         slope_N = ((W_NK @ drift.held) * D_NK).sum(1)
         curvature_N = ((D_NK @ drift.held_hessian) * D_NK).sum(1)
         return [
@@ -76,9 +77,9 @@ class Qep:
             for slope, curvature in zip(slope_N.split(sizes), curvature_N.split(sizes), strict=True)
         ]
 
-    def _move(self, W_NK: Tensor, drift_KK: Tensor, H_KK: Tensor) -> Tensor:
+    def _move(self, W_NK: Tensor, drift_KK: Tensor, H_KK: Tensor, tokens: int) -> Tensor:
         """Return W (X - Xq)^T Xq (Xq^T Xq)^-1; zero where the Hessian does not factor."""
-        L, _ = cholesky(revive(H_KK)[0], self.damp)
+        L, _ = cholesky(self.regularize(revive(H_KK)[0].clone(), tokens), self.damp)
         if L is None:
             return torch.zeros_like(W_NK)
         return torch.cholesky_solve((W_NK @ drift_KK).T, L).T

@@ -37,7 +37,7 @@ def test_no_row_gets_worse_and_the_sum_gets_better(bits, sym, group):
     target = [Target("w", W_NK, Int(bits, sym, group))]
     before = Gptq().solve(target, {Hessian: h})
     after = Descent().refine(target, before, {Hessian: h})
-    H_KK = damped(h.mean(), Descent.damp)
+    H_KK = Descent().regularize(damped(h.mean(), Descent.damp), h.count)
     old, new = row_loss(W_NK, before[0].q, H_KK), row_loss(W_NK, after[0].q, H_KK)
     assert (new <= old * (1 + 1e-5)).all() and new.sum() < old.sum()
     assert after[0].report["descent"] == pytest.approx(float(new.sum() / old.sum()), abs=1e-3)
@@ -51,7 +51,7 @@ def test_ggml_grids_are_refined_in_what_they_store(name):
     target = [Target("w", W_NK, grid)]
     before = Gptq().solve(target, {Hessian: h})
     (after,) = Descent().refine(target, before, {Hessian: h})
-    H_KK = damped(h.mean(), Descent.damp)
+    H_KK = Descent().regularize(damped(h.mean(), Descent.damp), h.count)
     old, new = row_loss(W_NK, before[0].q, H_KK), row_loss(W_NK, after.q, H_KK)
     assert (new <= old * (1 + 1e-5)).all() and new.sum() < 0.99 * old.sum()
     codes, params = grid.from_bytes(grid.to_bytes(after.q.codes, after.q.params))

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from llmq import spec
-from llmq.algorithms.gptq import Gptq, factor
+from llmq.algorithms.gptq import Gptq
 from llmq.algorithms.rtn import Rtn
 from llmq.grids.int import Int
 from llmq.stats import Hessian
-from llmq.types import QTensor, Target
+from llmq.types import LlmqError, QTensor, Target
 
 
 def hessian(X_TK):
@@ -30,7 +30,7 @@ def loss(W_NK, q, H_KK):
 
 
 def reference(W_NK, H_KK, grid, damp, act_order, desc_act):
-    """The paper's algorithm, column by column in float64."""
+    """The paper's algorithm, column by column in float64. H as the step regularizes it."""
     W, H = W_NK.double(), H_KK.double().clone()
     K = W.shape[1]
     order = torch.argsort(H_KK.diagonal(), descending=True, stable=True) if act_order else torch.arange(K)
@@ -58,7 +58,9 @@ def test_equals_the_float64_reference(sym, options):
     grid = Int(4, sym, 32)
     (solved,) = Gptq(**options).solve([Target("w", W_NK, grid)], {Hessian: h})
     step = Gptq(**options)
-    want = reference(W_NK, h.mean(), grid, step.damp, step.act_order, step.desc_act)
+    H_KK = h.mean() * 2000 / (2000 + 96)  # as many tokens without correlations as there are columns
+    H_KK.diagonal().copy_(h.mean().diagonal())
+    want = reference(W_NK, H_KK, grid, step.damp, step.act_order, step.desc_act)
     assert (solved.q.codes != want).float().mean() < 0.002  # float32 may turn a tie
 
 
@@ -108,13 +110,28 @@ def test_dead_columns_are_rounded_to_nearest_and_counted():
 def test_damping_is_raised_until_the_hessian_factors_and_the_value_is_reported():
     H = torch.eye(8)
     H[0, 1] = H[1, 0] = 1.05  # an eigenvalue of -0.05
-    F, damp = factor(H, 0.01)
+    F, damp = Gptq(prior=0).factor(H, 100)
     assert damp == pytest.approx(0.1)
     H.diagonal().add_(damp)
     inverse = torch.linalg.inv(F)
     D = inverse @ H @ inverse.T
     torch.testing.assert_close(D, torch.diag(D.diagonal()), rtol=0, atol=1e-5)
     assert torch.equal(F, F.triu()) and (F.diagonal() == 1).all()
+
+
+def test_the_prior_is_as_many_tokens_without_correlations():
+    X_TK, prior = correlated(96, T=160), 2.0
+    root = X_TK.square().mean(0).sqrt()
+    made_up = torch.diag(root * 96**0.5).repeat(2, 1)  # 2 * 96 tokens, one channel each, of the same mean squares
+    want = hessian(torch.cat([X_TK, made_up])).mean()
+    got = Gptq(prior=prior).regularize(hessian(X_TK).mean(), 160)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("text", ["gptq:prior=-1", "gptq:damp=0", "descent:damp=1", "qep:prior=nan"])
+def test_impossible_regularization_is_refused(text):
+    with pytest.raises(LlmqError, match="damp lies between 0 and 1|prior is 0 or more"):
+        spec.load("algorithms", text)
 
 
 def test_a_hessian_that_never_factors_falls_back_on_rtn_and_says_so():

@@ -33,7 +33,7 @@ def target(K=48, N=20, name="w"):
 def test_alpha_one_is_the_float64_closed_form():
     X, F = activations()
     t = target()
-    (moved,) = Qep(alpha=1.0, damp=1e-3).correct([t], gathered(X, F))
+    (moved,) = Qep(alpha=1.0, damp=1e-3, prior=0).correct([t], gathered(X, F))
     x, f, w = X.double(), F.double(), t.W_NK.double()
     H = x.T @ x
     H += 1e-3 * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
@@ -68,6 +68,17 @@ def test_noise_that_cannot_be_undone_gets_a_small_alpha():
     assert moved.report["qep_alpha"] < 0.3
 
 
+def test_with_few_tokens_the_prior_lowers_the_error_on_others():
+    X, F = activations(T=4000)
+    t, stats = target(), gathered(X[:80], F[:80] + torch.randn(80, 48, generator=torch.Generator().manual_seed(2)) / 2)
+
+    def error(prior):
+        (moved,) = Qep(prior=prior).correct([t], stats)
+        return (F[2000:] @ t.W_NK.T - X[2000:] @ moved.W_NK.T).square().sum()
+
+    assert error(Qep.prior) < 0.95 * error(0)
+
+
 def test_an_input_without_drift_leaves_the_weights_alone():
     X, _ = activations()
     t = target()
@@ -99,7 +110,7 @@ def test_merging_two_ranks_is_exact():
 
 @pytest.mark.parametrize("text", ["qep:alpha=1.5", "qep:damp=0", "qep:most=0"])
 def test_impossible_options_are_refused(text):
-    with pytest.raises(LlmqError, match="lies between|lie between|damp|alpha"):
+    with pytest.raises(LlmqError, match="lies between|lie above"):
         spec.load("algorithms", text)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from llmq import spec
 from llmq.algorithms import _sweep
-from llmq.algorithms.gptq import factor
+from llmq.algorithms.gptq import Gptq
 from llmq.compiled import compiled
 from llmq.grids.int import Int
 
@@ -13,7 +13,7 @@ from llmq.grids.int import Int
 def problem(N, K, grid, seed=0):
     g = torch.Generator().manual_seed(seed)
     W_NK, X_TK = torch.randn(N, K, generator=g), torch.randn(400, K, generator=g) @ torch.randn(K, K, generator=g)
-    F_KK, _ = factor(X_TK.T @ X_TK / 400, 0.01)
+    F_KK, _ = Gptq().factor(X_TK.T @ X_TK / 400, 400)
     W_KN = W_NK.T.contiguous()
     return W_KN, F_KK, grid.fit(W_NK), torch.arange(K) // grid.group_size
 
