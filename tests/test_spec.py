@@ -52,5 +52,5 @@ def test_a_third_party_file_is_loaded_by_its_dotted_name(tmp_path, monkeypatch):
 
 
 def test_options_are_listed_as_they_are_written():
-    assert spec.options("algorithms", "gptq") == "damp=0.01:act_order=True:desc_act=False"
+    assert spec.options("algorithms", "gptq") == "damp=0.01:prior=1.0:act_order=True:desc_act=False"
     assert spec.dump(spec.load("algorithms", f"gptq:{spec.options('algorithms', 'gptq')}")) == "gptq"

@@ -5,10 +5,10 @@ Both lower  tr((W - Q) H (W - Q)^T), row by row, with the damped H of the solver
 scales   with the codes fixed, those that the grid finds (`refine`: least squares), rounded to what is stored. A row
          keeps its old scales unless the loss falls with the new ones.
 codes    one after the other, each the best given all others:  q_j = nearest(q_j + [(W - Q) H]_j / H_jj).
-         A sweep over all columns is GPTQ's column loop with H_ij / H_jj for its factor, and so as fast.
+         Where no loop is compiled, a sweep over all columns is GPTQ's column loop with H_ij / H_jj for its factor.
 
 Coordinate descent on the codes is the local search of QuantEase (Behdin et al. 2023, arXiv:2309.01885, equation 11).
-Not here: the loop (_sweep.py), the scales of a kind of grid (grids/_int_refine.py, grids/_ggml_refine.py).
+Not here: the loops (_walk.py, _sweep.py), the scales of a kind of grid (grids/_int_refine.py, grids/_ggml_refine.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llmq.algorithms._hessian import Regularized, damped, revive
 from llmq.algorithms._sweep import split, stacks, sweep
+from llmq.algorithms._walk import walk
 from llmq.stats import Hessian
 from llmq.types import QTensor, Solved, Stats, Target
 
@@ -31,18 +32,19 @@ from llmq.types import QTensor, Solved, Stats, Target
 class Descent(Regularized):
     """Least squares on the scales, coordinate descent on the codes.
 
-    rounds: how often both are done.
+    rounds: how often both are done. sweeps: how often a round goes over all codes.
     scales: whether the scales move at all.
     damp, prior: as in _hessian.py.
     """
 
-    rounds: int = 6
+    rounds: int = 4
+    sweeps: int = 3
     scales: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rounds < 1:
-            raise ValueError(f"rounds is at least 1, not {self.rounds}")
+        if self.rounds < 1 or self.sweeps < 1:
+            raise ValueError("rounds and sweeps are at least 1")
 
     def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
         """Return the Hessian."""
@@ -71,7 +73,7 @@ class Descent(Regularized):
         for _ in range(self.rounds):
             if self.scales:
                 state.fit_scales()
-            state.descend()
+            state.descend(self.sweeps)
         return QTensor(state.codes, state.params, q.grid, q.g_idx), float(state.loss_N.sum() / before)
 
 
@@ -80,16 +82,19 @@ class _State:
 
     def __init__(self, W_NK: Tensor, q: QTensor, H_KK: Tensor, group_K: Tensor) -> None:
         self.grid: Any = q.grid
-        self.params, self.codes = q.params, q.codes
+        self.params, self.codes = q.params, q.codes.clone(memory_format=torch.contiguous_format)  # moved in place
         self.W_NK, self.H_KK, self.group_K = W_NK, H_KK, group_K
         self.Q_NK, self.gradient_NK, self.loss_N = self._measure(q.codes, q.params)
 
     @functools.cached_property
-    def _factor(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The order of the columns, their H_jj in it, and H_ij / H_jj."""
-        order = torch.argsort(self.H_KK.diagonal(), descending=True, stable=True)
-        diagonal_K = self.H_KK.diagonal()[order]
-        return order, diagonal_K, self.H_KK[order][:, order].div_(diagonal_K)
+    def _order(self) -> Tensor:
+        return torch.argsort(self.H_KK.diagonal(), descending=True, stable=True)
+
+    @functools.cached_property
+    def _factor(self) -> tuple[Tensor, Tensor]:
+        """H_jj in the order of the columns, and H_ij / H_jj."""
+        diagonal_K = self.H_KK.diagonal()[self._order]
+        return diagonal_K, self.H_KK[self._order][:, self._order].div_(diagonal_K)
 
     def _measure(self, codes: Tensor, params: Any) -> tuple[Tensor, Tensor, Tensor]:
         Q_NK = self.grid.decode(codes, params.columns(codes.shape[1], self.group_K))
@@ -114,9 +119,19 @@ class _State:
         params = self.grid.refine(error_NK, self.gradient_NK, self.codes, self.params, self.H_KK, self.group_K)
         self._accept(self.codes, params)
 
-    def descend(self) -> None:
+    def descend(self, sweeps: int = 1) -> None:
+        """Make each code the best given the others, `sweeps` times."""
+        state = (self.codes, self.gradient_NK, self.loss_N, self.H_KK)
+        if walk(*state, self._order, self.grid, self.params, self.group_K, sweeps):
+            self.Q_NK = self.grid.decode(self.codes, self.params.columns(self.codes.shape[1], self.group_K))
+        else:
+            for _ in range(sweeps):
+                self._sweep()
+
+    def _sweep(self) -> None:
         """Propose, for each row, codes that are each the best given the others, in one sweep."""
-        order, diagonal_K, F_KK = self._factor
+        order = self._order
+        diagonal_K, F_KK = self._factor
         Q_KN = self.Q_NK.T[order].contiguous()
         T_KN = Q_KN + self.gradient_NK.T[order].contiguous().div_(diagonal_K[:, None])
         codes_KN = sweep(Q_KN, T_KN, F_KK, self.grid, self.params, self.group_K[order])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llmq import spec
+from llmq.algorithms import _walk
 from llmq.algorithms._hessian import damped
 from llmq.algorithms.descent import Descent, _State
 from llmq.algorithms.gptq import Gptq
@@ -67,6 +68,35 @@ def test_each_step_alone_lowers_the_loss():
         before = state.loss_N.clone()
         getattr(state, step)()
         assert (state.loss_N <= before).all() and state.loss_N.sum() < 0.95 * before.sum()
+
+
+@pytest.mark.parametrize("name", ["int4", "int2", "q4_k", "q4_1", "q6_k"])
+def test_walking_the_codes_finds_what_sweeping_them_does(name):
+    grid = Int(int(name[3:]), True, 32) if name.startswith("int") else spec.load("grids", name)
+    W_NK, h = weight(27, 256), hessian(256)
+    (start,) = Gptq().solve([Target("w", W_NK, grid)], {Hessian: h})
+    group_K = torch.arange(256) // (256 // start.q.params.scale.shape[1])
+    walked, swept = (_State(W_NK, start.q, h.mean(), group_K) for _ in range(2))
+    walked.descend(sweeps=2)
+    for _ in range(2):
+        swept._sweep()
+    assert (walked.codes != start.q.codes).any()
+    assert (walked.codes != swept.codes).float().mean() < 0.005  # sums in another order may turn a tie
+    Q_NK, gradient_NK, loss_N = walked._measure(walked.codes, walked.params)
+    torch.testing.assert_close(walked.loss_N, loss_N, rtol=1e-4, atol=0)
+    torch.testing.assert_close(walked.gradient_NK, gradient_NK, rtol=1e-3, atol=1e-4)
+    assert torch.equal(walked.Q_NK, Q_NK)
+
+
+def test_without_a_compiled_loop_the_codes_are_swept(monkeypatch):
+    W_NK, H_KK, grid = weight(16, 64), hessian(64).mean(), Int(3, True, 32)
+    (start,) = Rtn().solve([Target("w", W_NK, grid)], {})
+    plain, walked = (_State(W_NK, start.q, H_KK, torch.arange(64) // 32) for _ in range(2))
+    walked.descend(sweeps=3)
+    monkeypatch.setattr(_walk, "compiled", lambda *_: None)
+    plain.descend(sweeps=3)
+    assert (plain.codes != walked.codes).float().mean() < 0.005
+    torch.testing.assert_close(plain.loss_N, walked.loss_N, rtol=1e-2, atol=0)
 
 
 def test_where_it_ends_no_single_code_lowers_the_loss():
