@@ -40,7 +40,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
-    except BaseException as e:
+    except BaseException as e:  # an interrupt comes in any guise; what is neither it nor ours goes on
         done = isinstance(e, SystemExit) and not e.code
         if _interrupted.is_set() and not done:
             error.print("interrupted; nothing was written")

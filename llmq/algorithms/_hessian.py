@@ -61,17 +61,14 @@ def damped(H_KK: Tensor, damp: float) -> Tensor:
 def cholesky(H_KK: Tensor, damp: float) -> tuple[Tensor | None, float]:
     """Return the lower Cholesky factor of the damped H and the damping used; None where H resists every retry.
 
-    H is damped in place and put back: another copy of it would be the largest thing in memory.
+    H is the caller's own, and damped in place: another copy of it would be the largest thing in memory.
     """
     diagonal = H_KK.diagonal()
     given = diagonal.clone()
-    try:
-        for _ in range(_RETRIES):
-            diagonal.copy_(given).add_(damp * given.mean())
-            L, info = torch.linalg.cholesky_ex(H_KK)
-            if info == 0 and torch.isfinite(L.diagonal()).all():
-                return L, damp
-            damp *= 10
-        return None, damp / 10
-    finally:
-        diagonal.copy_(given)
+    for _ in range(_RETRIES):
+        diagonal.copy_(given).add_(damp * given.mean())
+        L, info = torch.linalg.cholesky_ex(H_KK)
+        if info == 0 and torch.isfinite(L.diagonal()).all():
+            return L, damp
+        damp *= 10
+    return None, damp / 10

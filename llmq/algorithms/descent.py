@@ -1,6 +1,6 @@
 """Descent: after rounding, alternate the group scales by least squares and the codes by coordinate descent.
 
-Both lower  tr((W - Q) H (W - Q)^T), row by row, with the damped H of the solver, and neither can raise it:
+Both lower  tr((W - Q) H (W - Q)^T), row by row, with the H of the solver, and neither can raise it:
 
 scales   with the codes fixed, those that the grid finds (`refine`: least squares), rounded to what is stored. A row
          keeps its old scales unless the loss falls with the new ones.

@@ -1,6 +1,6 @@
 """GPTQ: round column by column, pushing each error onto the columns not yet rounded.
 
-min |(W - Q) X^T|^2;  H = X^T X / T + damp * mean(diag H) * I;  H = F D F^T with F unit upper triangular.
+min |(W - Q) X^T|^2;  H = X^T X / T, with a prior and damped (_hessian.py);  H = F D F^T with F unit upper triangular.
 For each column j:  q_j = nearest(w_j + sum_(i<j) (w_i - q_i) F_ij).
 Frantar et al. 2022, arXiv:2210.17323, Algorithm 1, in the form that Chee et al. 2023, arXiv:2307.13304, section 4 prove
 equal to it: the errors are those against the original weights, so H is factored once and never inverted. Columns run in
