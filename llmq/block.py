@@ -240,10 +240,10 @@ def _transform(
     folds = []
     for site, found in zip(sites, stats, strict=True):
         if found:
-            grids = [s.scheme.weight if (s := job.linears.get(prefix + n)) else None for n in site.linears]
+            schemes = [s.scheme if (s := job.linears.get(prefix + n)) else None for n in site.linears]
             calls = recorded.get(site.parent, [])
             skeleton = job.skeleton
-            view = SiteView(site, modules, found, calls, grids, skeleton.stored_dtype, skeleton.head_dim)
+            view = SiteView(site, modules, found, calls, schemes, skeleton.stored_dtype, skeleton.head_dim)
             folds.append((site, step.search(view)))
     return {prefix + n: line for site, apply in folds if apply for line in [apply()] for n in site.linears}
 

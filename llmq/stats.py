@@ -199,6 +199,34 @@ class MeanSquare(_ChannelMean):
         return X_TK.float().square()
 
 
+class Sample:
+    """Some of the tokens, each as likely as any other: every token draws a number, and the `MOST` least stay."""
+
+    paired: ClassVar[bool] = False
+    weighed: ClassVar[bool] = False
+    MOST = 1024
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+        self._numbers = torch.zeros(0)
+        self._draw = torch.Generator().manual_seed(0)
+
+    def update(self, X_TK: Tensor) -> None:
+        """Add a batch."""
+        self._add(torch.rand(len(X_TK), generator=self._draw), X_TK)
+
+    def merge(self, other: Sample) -> None:
+        """Keep the least numbers of two ranks."""
+        if other.rows is not None:
+            self._add(other._numbers, other.rows)
+
+    def _add(self, numbers: Tensor, X_TK: Tensor) -> None:
+        rows, everyone = X_TK[:0] if self.rows is None else self.rows, torch.cat([self._numbers, numbers])
+        kept = everyone.argsort()[: self.MOST].sort().values
+        old, new = (k.to(X_TK.device) for k in (kept[kept < len(rows)], kept[kept >= len(rows)] - len(rows)))
+        self.rows, self._numbers = torch.cat([rows[old], X_TK[new]]), everyone[kept]
+
+
 class Histogram:
     """Magnitudes of all channels together in `BINS` bins, whose width doubles until the largest value fits."""
 

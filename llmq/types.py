@@ -338,7 +338,7 @@ class SiteView:
     modules: the block's modules by relative name (weights float32, edited in place by the transform).
     stats: the accumulators of the site's activation.
     calls: recorded `(args, kwargs)` of the parent module, where the transform asked for them.
-    grids: the grid that each linear of the site will be put on, None where it stays float.
+    schemes: what each linear of the site becomes, None where it stays float.
     stored_dtype: the dtype in which parameters that stay float are written.
     head_dim: channels of one attention head.
     """
@@ -347,9 +347,14 @@ class SiteView:
     modules: Mapping[str, Any]
     stats: Stats
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
-    grids: Sequence[Any]
+    schemes: Sequence[Scheme | None]
     stored_dtype: torch.dtype
     head_dim: int
+
+    @property
+    def grids(self) -> list[Any]:
+        """The grid of each linear's weight, None where it stays float."""
+        return [s.weight if s else None for s in self.schemes]
 
 
 class Transform(Protocol):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmq.stats import AbsMax, AbsMean, Hessian, Histogram
+from llmq.stats import AbsMax, AbsMean, Hessian, Histogram, Sample
 
 
 @pytest.fixture(name="X")
@@ -51,6 +51,21 @@ def test_histogram_counts_every_value_and_keeps_the_exact_maximum(X):
     values, counts = whole.values()
     assert values[-1].item() == pytest.approx(X.abs().max().item(), rel=1e-6)
     assert (values * counts).sum().item() / X.numel() == pytest.approx(X.abs().mean().item(), rel=0.02)
+
+
+def test_a_sample_keeps_any_token_as_likely_as_another():
+    tokens = torch.arange(20_000.0)[:, None]
+    whole = Sample()
+    for part in tokens.split(700):
+        whole.update(part)
+    kept = whole.rows[:, 0]
+    assert len(kept) == Sample.MOST and torch.equal(kept, kept.unique())
+    assert (kept / 20_000).mean().item() == pytest.approx(0.5, abs=0.05)
+    assert torch.histc(kept, 10, 0, 20_000).min() > 60  # of 102 expected in each tenth
+    merged = halves(Sample, tokens)
+    assert len(merged.rows) == Sample.MOST
+    few = halves(Sample, tokens[:300])
+    assert torch.equal(few.rows, tokens[:300])
 
 
 def test_a_statistic_without_data_says_so():

@@ -1,6 +1,7 @@
 """Transforms leave the float function unchanged and lower the loss they claim to lower."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,14 +9,15 @@ from transformers import LlamaConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from llmq.algorithms import migrate, smoothquant
 from llmq.algorithms._fold import fold, shares, tie
 from llmq.algorithms.awq import Awq
 from llmq.algorithms.smoothquant import SmoothQuant
 from llmq.families.llama import Llama
 from llmq.grids.int import Int
-from llmq.stats import AbsMax, AbsMean, Hessian
+from llmq.stats import AbsMax, AbsMean, Hessian, MeanSquare, Sample
 from llmq.stream import Lanes
-from llmq.types import SiteView
+from llmq.types import ActivationGrid, Scheme, SiteView
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -36,7 +38,7 @@ def make_block(kind="llama", kv_heads=2):
     return config, block, x, ((), {"position_embeddings": rope})
 
 
-def views(block, x, call, grid, kinds=(AbsMax, AbsMean, Hessian)):
+def views(block, x, call, grid, activation=None):
     """Collect every statistic at every site, and the calls of the parents, from one batch."""
     modules, recorded = dict(block.named_modules()), {}
     sites = Llama().sites
@@ -48,7 +50,7 @@ def views(block, x, call, grid, kinds=(AbsMax, AbsMean, Hessian)):
     out = []
     with torch.no_grad(), Lanes(block, sites, [x], [call]) as lanes:
         for site in sites:
-            stats = {k: k() for k in kinds}
+            stats = {k: k() for k in (AbsMax, AbsMean, MeanSquare, Sample, Hessian)}
             for X_TK in lanes.advance():
                 for s in stats.values():
                     s.update(X_TK)
@@ -57,8 +59,9 @@ def views(block, x, call, grid, kinds=(AbsMax, AbsMean, Hessian)):
             out.append((site, stats))
     for h in hooks:
         h.remove()
-    grids = lambda site: [grid] * len(site.linears)  # noqa: E731
-    return [SiteView(s, modules, st, recorded.get(s.parent, []), grids(s), torch.float32, 16) for s, st in out]
+    scheme = grid and Scheme(grid, activation)
+    schemes = lambda site: [scheme] * len(site.linears)  # noqa: E731
+    return [SiteView(s, modules, st, recorded.get(s.parent, []), schemes(s), torch.float32, 16) for s, st in out]
 
 
 def run(block, x, call):
@@ -70,7 +73,9 @@ def run(block, x, call):
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(
-    "step", [Awq(), SmoothQuant(linears=False), SmoothQuant(alpha=0.5)], ids=["awq", "norms", "smoothquant"]
+    "step",
+    [Awq(), SmoothQuant(linears=False), SmoothQuant(alpha=0.5), migrate.Migrate()],
+    ids=["awq", "norms", "smoothquant", "migrate"],
 )
 def test_the_float_function_is_unchanged(kind, kv_heads, step):
     _, block, x, call = make_block(kind, kv_heads)
@@ -110,11 +115,65 @@ def test_smoothquant_scales_by_its_formula():
     torch.testing.assert_close(view.modules["input_layernorm"].weight, gain / want)
 
 
+DYNAMIC, STATIC = ActivationGrid(), ActivationGrid(dynamic=False)
+
+
+def product_errors(view, scale_K):
+    """The squared error of the site's products, a token on average, when everything is rounded to nearest."""
+    X_TK = view.stats[Sample].rows
+    x, error = X_TK / scale_K, 0.0
+    for name, scheme in zip(view.site.linears, view.schemes, strict=True):
+        W_NK = view.modules[name].weight.detach()
+        params = scheme.weight.fit(W_NK * scale_K).columns(W_NK.shape[1])
+        W = scheme.weight.decode(scheme.weight.nearest(W_NK * scale_K, params), params)
+        if scheme.activation:
+            step = (x.abs().amax(1, keepdim=True) if scheme.activation.dynamic else x.abs().amax()) / 127
+            x = (x / step).round() * step
+        error += (x @ W.T - X_TK @ W_NK.T).square().sum(1).mean().item()
+    return error
+
+
+@pytest.mark.parametrize("activation", [DYNAMIC, STATIC, None], ids=["token", "tensor", "weights"])
+def test_migrate_expects_the_error_that_rounding_makes(activation):
+    _, block, x, call = make_block()
+    for view in views(block, x, call, Int(8, group_size=None if activation else 32), activation):
+        scale_K = torch.rand(view.modules[view.site.linears[0]].weight.shape[1]) + 0.5
+        expected = migrate._ExpectedError(view, feedback=1.0)(scale_K)[0] / 12
+        assert expected == pytest.approx(product_errors(view, scale_K), rel=0.15)
+
+
+@pytest.mark.parametrize("activation", [DYNAMIC, STATIC, None], ids=["token", "tensor", "weights"])
+def test_the_error_that_migrate_lowers_is_convex_in_the_logarithms(activation):
+    _, block, x, call = make_block()
+    for view in views(block, x, call, Int(4, group_size=32), activation):
+        error = migrate._ExpectedError(view, feedback=0.5)
+        a, b = torch.randn(2, view.modules[view.site.linears[0]].weight.shape[1])
+        (at_a, slope_K), (at_b, _), (between, _) = (error(p.exp()) for p in (a, b, (a + b) / 2))
+        assert between < math.sqrt(at_a * at_b)
+        nearby, _ = error((a + 1e-3 * b).exp())
+        assert nearby - at_a == pytest.approx(1e-3 * (b @ slope_K).item(), rel=0.05)
+
+
+@pytest.mark.parametrize("activation", [DYNAMIC, STATIC], ids=["token", "tensor"])
+def test_migrate_lowers_the_error_of_rounded_products_below_smoothquants(activation, monkeypatch):
+    _, block, x, call = make_block()
+    errors = {}
+    for module, step in ((migrate, migrate.Migrate(feedback=1.0)), (smoothquant, SmoothQuant())):
+        scales, sites = [], views(block, x, call, Int(8, group_size=None), activation)
+        monkeypatch.setattr(module, "fold", lambda view, scale_K, *_, to=scales: to.append(scale_K))
+        with torch.no_grad():
+            reports = [step.search(view)() for view in sites]
+        errors[module] = [product_errors(view, s) for view, s in zip(sites, scales, strict=True)]
+        assert module is smoothquant or all(r["migrate"]["expected_error_over_start"] < 1 for r in reports)
+    ours, theirs = errors.values()
+    assert all(a < b for a, b in zip(ours, theirs, strict=True))
+
+
 def test_a_stored_dtype_rounds_the_gain_and_the_columns_take_the_exact_ratio():
     _, block, x, call = make_block()
     before = run(block, x, call)
     view = views(block, x, call, Int(4))[0]
-    view = SiteView(view.site, view.modules, view.stats, (), view.grids, torch.bfloat16, 16)
+    view = SiteView(view.site, view.modules, view.stats, (), view.schemes, torch.bfloat16, 16)
     with torch.no_grad():
         fold(view, torch.rand(64) + 0.5, 1, 16)
     gain = view.modules["input_layernorm"].weight
