@@ -204,9 +204,9 @@ _FINISHERS = {
 }  # of "best", by bits; at 4 a prototype gained 1 %
 _GGUF_QUALITY = _QUALITY | {"fast": "rtn"}
 _W8A8_QUALITY = {
-    "fast": "smoothquant,rtn",
-    "balanced": "smoothquant,qep,gptq,descent",
-    "best": "smoothquant,qep,gptq,descent",
+    "fast": "migrate,rtn",
+    "balanced": "migrate,qep,gptq,descent",
+    "best": "migrate,qep,gptq,descent",
 }
 
 

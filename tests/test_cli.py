@@ -74,7 +74,7 @@ def test_the_version_is_printed():
 
 def test_list_names_every_file():
     done = run("list")
-    for name in ("gptq", "awq", "smoothquant", "rtn", "mse", "entropy", "compressed_tensors", "qwen3"):
+    for name in ("gptq", "awq", "migrate", "rtn", "mse", "entropy", "compressed_tensors", "qwen3"):
         assert name in done.stdout
 
 

@@ -74,6 +74,7 @@ def linears_of(folder):
         ({"method": "awq,gptq", "format": "awq", "range": "mse"}, "awq"),
         ({"method": "gptq", "bits": 3, "format": "compressed-tensors", "sym": False}, "compressed-tensors"),
         ({"method": "smoothquant,rtn", "bits": 8, "act_bits": 8, "group_size": None}, "compressed-tensors"),
+        ({"method": "migrate,rtn", "bits": 8, "act_bits": 8, "group_size": None}, "compressed-tensors"),
         (
             {"method": "smoothquant,gptq", "bits": 8, "act_bits": 8, "act": "tensor", "group_size": None},
             "compressed-tensors",
@@ -290,7 +291,7 @@ def test_a_quantized_source_is_refused(tiny_checkpoint, tmp_path, text):
         prepare(str(tmp_path / "a"), Recipe(**BASE), "cpu")
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "smoothquant,rtn"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "migrate,rtn"])
 @pytest.mark.parametrize("kv", ["tensor", "head"])
 def test_static_scales_of_the_cache_are_those_of_the_quantized_model(kv, method, tiny_checkpoint, prose, tmp_path):
     from transformers import DynamicCache

@@ -31,11 +31,11 @@ class Migrate:
     """Scales by expected error.
 
     feedback: the share of the weights' expected error that the solver leaves (gptq about half of it, rtn all).
-    steps: of Adam, on log s, from sqrt(max|X_j| / max|W_j|).
+    steps: of Adam, on log s, from sqrt(max|X_j| / max|W_j|); 30 come within 1 % of the least error.
     """
 
     feedback: float = 0.5
-    steps: int = 60
+    steps: int = 30
 
     preferred_range: ClassVar[str | None] = None
     call_tokens: ClassVar[int] = 0
@@ -70,7 +70,7 @@ class Migrate:
     ) -> tuple[Tensor, float]:
         """Return the log scales with the least error, and that error in parts of the start's."""
         point = start_K.clone()
-        optimizer = torch.optim.Adam([point], lr=0.08)
+        optimizer = torch.optim.Adam([point], lr=0.1)
         falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
         best, values = start_K, [float("inf")]
         for _ in range(self.steps):
@@ -133,5 +133,6 @@ def _largest(values_MK: Tensor, factor_K: Tensor, group: int) -> Tensor:
     held_K = torch.zeros_like(factor_K)
     for values in values_MK.split(panel):
         at = torch.mul(values, factor_K, out=products[: len(values)]).square_().unflatten(1, (-1, group))
-        held_K += at.mul_(at >= at.amax(2, keepdim=True)).sum(0).flatten()
+        largest = at.amax(2, keepdim=True)
+        held_K += at.eq_(largest).mul_(largest).sum(0).flatten()
     return held_K
