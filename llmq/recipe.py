@@ -48,7 +48,8 @@ class Recipe:
         transforms, corrections, one solver, refiners, tuners, finishers.
     bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (None: 128; "channel" for W8A8).
     range: which interval a grid covers (None: what the method prefers, else minmax).
-    act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic) or per "tensor" (static, `act_range`).
+    act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic; `act_sym`: or with a zero point
+        each) or per "tensor" (static, `act_range`).
     format: how the result is stored (None: gptq; compressed-tensors for W8A8 and kv_bits).
     kv_bits: 8 writes static scales of the key-value cache too, one per "tensor" or per "head" (`kv`).
     override: `REGEX:bits=8,group_size=32` on full module names, later ones win. skip: regexes of linears left float.
@@ -71,6 +72,7 @@ class Recipe:
     range: str | None = None
     act_bits: int | None = None
     act: str = "token"
+    act_sym: bool = True
     act_range: str = "minmax"
     kv_bits: int | None = None
     kv: str = "tensor"
@@ -95,6 +97,8 @@ class Recipe:
             raise LlmqError("quality names a method by what it costs; give --quality or --method, not both")
         if self.act not in ("token", "tensor"):
             raise LlmqError(f"act is 'token' (dynamic) or 'tensor' (static), not {self.act!r}")
+        if not self.act_sym and (self.act == "tensor" or not self.act_bits):
+            raise LlmqError("asymmetric activations (--act-asym) are for --act-bits 8 per token")
         if self.act_bits not in (None, 8):
             raise LlmqError(f"act_bits is 8 or left out, not {self.act_bits}")
         if self.act_bits and self.bits != 8:
@@ -277,7 +281,7 @@ def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
 
 def _schemes(recipe: Recipe, fmt: Format, model_dtype: torch.dtype) -> tuple[Scheme, Any, tuple[re.Pattern[str], ...]]:
     """Return the scheme of most linears, how some differ from it, and which stay float."""
-    activation = ActivationGrid(8, recipe.act == "token") if recipe.act_bits else None
+    activation = ActivationGrid(8, recipe.act == "token", recipe.act_sym) if recipe.act_bits else None
     try:
         grid = Int(
             bits=recipe.bits,

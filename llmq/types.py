@@ -126,13 +126,19 @@ class QTensor:
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """How the input activation of a linear is quantized: int8, symmetric.
+    """How the input activation of a linear is quantized: int8.
 
     dynamic: one scale per token, computed at run time; else one scale per tensor, fixed by calibration.
+    sym: symmetric about zero; else a token has a zero point too. Static scales are symmetric.
     """
 
     bits: int = 8
     dynamic: bool = True
+    sym: bool = True
+
+    def __post_init__(self) -> None:
+        if not (self.dynamic or self.sym):
+            raise ValueError("static activation scales are symmetric")
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def linears_of(folder):
         ({"method": "gptq", "bits": 3, "format": "compressed-tensors", "sym": False}, "compressed-tensors"),
         ({"method": "smoothquant,rtn", "bits": 8, "act_bits": 8, "group_size": None}, "compressed-tensors"),
         ({"method": "migrate,rtn", "bits": 8, "act_bits": 8, "group_size": None}, "compressed-tensors"),
+        ({"method": "rtn", "bits": 8, "act_bits": 8, "act_sym": False, "group_size": None}, "compressed-tensors"),
         (
             {"method": "smoothquant,gptq", "bits": 8, "act_bits": 8, "act": "tensor", "group_size": None},
             "compressed-tensors",

@@ -79,7 +79,9 @@ def test_a_bad_file_is_named(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(
-    "options", [{"act": "row"}, {"act_bits": 4}, {"act_bits": 8}, {"samples": 0}, {"dtype": "int8"}], ids=str
+    "options",
+    [{"act": "row"}, {"act_bits": 4}, {"act_bits": 8}, {"act_sym": False}, {"samples": 0}, {"dtype": "int8"}],
+    ids=str,
 )
 def test_impossible_combinations_are_refused(options):
     with pytest.raises(LlmqError):

@@ -214,7 +214,7 @@ class CompressedTensors:
         """Return the format of a compressed-tensors `quantization_config` and the scheme of each linear by its name.
 
         Raises LlmqError for float8 and other formats, sparsity, transforms, activation order with g_idx, targets that
-        are no linears, and activations other than symmetric int8 per token or static per tensor.
+        are no linears, and activations other than int8 per token or static symmetric per tensor.
         """
         _common.need(config, "quantization_status", ("compressed",), _REQUANTIZE)
         sparsity = config.get("sparsity_config") or {}
@@ -278,7 +278,8 @@ def _args(scheme: Scheme) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if scheme.activation is None:
         return weights, None
     dynamic = scheme.activation.dynamic
-    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token" if dynamic else "tensor"}
+    inputs = {"num_bits": 8, "type": "int", "symmetric": scheme.activation.sym}
+    inputs |= {"strategy": "token" if dynamic else "tensor"}
     return weights, inputs | {"group_size": None, "dynamic": dynamic}
 
 
@@ -342,14 +343,15 @@ def _read_inputs(args: Mapping[str, Any] | None, where: str) -> ActivationGrid |
     if not args:
         return None
     dynamic = args.get("dynamic", False)
-    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token" if dynamic is True else "tensor"}
+    sym = args.get("symmetric", True) is not False or dynamic is not True
+    wanted = {"num_bits": 8, "type": "int", "symmetric": sym, "strategy": "token" if dynamic is True else "tensor"}
     for key, value in (wanted | {"dynamic": dynamic is True}).items():
         if args.get(key, value) != value:
             raise LlmqError(
-                f"quantization_config.{where}.input_activations.{key} is {args[key]!r}; llmq reads symmetric int8, per "
-                f"token dynamic or per tensor static; {_REQUANTIZE}"
+                f"quantization_config.{where}.input_activations.{key} is {args[key]!r}; llmq reads int8, per token "
+                f"dynamic or symmetric per tensor static; {_REQUANTIZE}"
             )
-    return ActivationGrid(dynamic=dynamic)
+    return ActivationGrid(dynamic=dynamic, sym=sym)
 
 
 def _warnings(linears: Sequence[LinearSpec]) -> list[str]:
@@ -372,4 +374,6 @@ def _warnings(linears: Sequence[LinearSpec]) -> list[str]:
         warnings.append("vLLM reads weight-only quantization per group or per channel, not per tensor")
     if any(s.scheme.activation is not None and not s.scheme.weight.sym for s in linears):
         warnings.append("vLLM reads int8 activations with symmetric weights only")
+    if any(s.scheme.activation is not None and not s.scheme.activation.sym for s in linears):
+        warnings.append("vLLM multiplies asymmetric activations through CUTLASS (NVIDIA) only, not on AMD's GPUs")
     return warnings

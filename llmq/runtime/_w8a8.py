@@ -13,9 +13,13 @@ from llmq.types import LinearSpec, Params, QTensor
 
 
 class PrepackedW8A8(Prepacked):
-    """An int8 weight, the codes less 128, for inputs that are rounded to int8."""
+    """An int8 weight, the codes less 128, for inputs that are rounded to int8.
+
+    sums: of each row of the weight `[1, N]`, float32, where tokens have zero points.
+    """
 
     scale: Tensor
+    sums: Tensor | None
     in_scale: Tensor | None
     in_zero: Tensor | None
 
@@ -30,7 +34,8 @@ class PrepackedW8A8(Prepacked):
             raise ValueError(f"{spec.name} has float activations")
         self.activation = spec.scheme.activation
         self.scale_dtype = q.params.scale.dtype
-        self.keep(in_scale=None, in_zero=None)
+        sums = None if self.activation.sym else centred_int8(q).float().sum(1)[None]
+        self.keep(in_scale=None, in_zero=None, sums=sums)
         if q.input is not None:
             self.keep(in_scale=q.input.scale, in_zero=q.input.zero)
 
@@ -40,6 +45,12 @@ class PrepackedW8A8(Prepacked):
         if self.in_scale is None or self.in_zero is None:
             return None
         return Params(self.in_scale, self.in_zero)
+
+    def rescaled(self, y_MN: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Return the product that float32 `y_MN` of integers stands for, the input having had `scale` and `zero`."""
+        if zero is not None and self.sums is not None:
+            y_MN -= zero.float() * self.sums
+        return y_MN.mul_(self.scale.float().T).mul_(scale.float())
 
     def quantized(self, w_NK: Tensor, scale: Tensor) -> QTensor:
         """Return the `QTensor` of int8 `w_NK` and scales `[N, 1]`."""

@@ -88,13 +88,12 @@ class Fbgemm(PrepackedW8A8):
 
     def product(self, x: Tensor) -> Tensor:
         """Return `Q(x) @ W^T` in the dtype of `x`."""
-        x_int, s_x = quantize_activation(x.reshape(-1, self.K), self.activation, self.input)
+        x_int, s_x, zero = quantize_activation(x.reshape(-1, self.K), self.activation, self.input)
         x_int = x_int.float()
         y_MN = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x_int, 1.0, 128, self.packed)
         if len(self.value):
             self._add_rest(x_int, y_MN)
-        y_MN *= self.scale.float().T
-        y_MN *= s_x.float()
+        y_MN = self.rescaled(y_MN, s_x, zero)
         return y_MN.to(x.dtype).reshape(*x.shape[:-1], self.N)
 
     def _add_rest(self, x_MK: Tensor, y_MN: Tensor) -> None:

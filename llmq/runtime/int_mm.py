@@ -1,6 +1,6 @@
 """W8A8 on CPUs with int8 dot products: int8 x int8 -> int32 by `torch._int_mm`, rescaled in float32.
 
-    y[m, n] = (sum_k x_int[m, k] * w_int[n, k]) * s_x[m] * s_w[n]
+    y[m, n] = (sum_k x_int[m, k] * w_int[n, k] - z_x[m] * sum_k w_int[n, k]) * s_x[m] * s_w[n]
 
 The sum is exact: K * 2^14 stays below 2^31 up to K = 131071. Without VNNI, oneDNN computes this product one scalar at a
 time, 20 to 70 times slower than float32 (docs/runtime.md): there fbgemm.py is asked instead.
@@ -38,9 +38,8 @@ class IntMM(PrepackedW8A8):
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Prepacked.forward`."""
-        x_int, s_x = quantize_activation(x.reshape(-1, self.K), self.activation, self.input)
-        acc = torch._int_mm(x_int.to(torch.int8), self.w.T)
-        y = acc.float().mul_(self.scale.float().T).mul_(s_x.float())
+        x_int, s_x, zero = quantize_activation(x.reshape(-1, self.K), self.activation, self.input)
+        y = self.rescaled(torch._int_mm(x_int.to(torch.int8), self.w.T).float(), s_x, zero)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.N)
 
     def restore(self) -> QTensor:

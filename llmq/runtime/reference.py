@@ -37,29 +37,36 @@ def decode(q: QTensor, dtype: torch.dtype) -> Tensor:
     return W_NK
 
 
-def quantize_activation(x: Tensor, grid: ActivationGrid, static: Params | None = None) -> tuple[Tensor, Tensor]:
-    """Round activations `x` `[..., K]` to signed integers, held in the dtype of `x`; return them and their scale.
+def quantize_activation(
+    x: Tensor, grid: ActivationGrid, static: Params | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round activations `x` `[..., K]` to integers, held in the dtype of `x`; return them, their scale and their zero.
 
-    dynamic: a scale per token `[..., 1]`, max|x| / ((2^b - 1) / 2), computed in the dtype of `x`; integers from
-        -2^(b-1) to 2^(b-1) - 1.
-    static: `static` holds the one scale of the tensor and its zero, an unsigned code; the integers include the zero.
+    Integers lie from -2^(b-1) to 2^(b-1) - 1 and stand for `scale * (integer - zero)`, no zero being 0.
+    dynamic: a scale per token `[..., 1]`, max|x| / ((2^b - 1) / 2), computed in the dtype of `x`; asymmetric, (max -
+        min) / (2^b - 1) with min <= 0 <= max, and a zero per token.
+    static: `static` holds the one scale of the tensor and its zero, an unsigned code.
     The order of operations is that of compressed-tensors 0.20 (`calculate_qparams`, `_quantize`), and so are the bits
     of the result. Raises ValueError for a static grid without parameters.
     """
     half = 2 ** (grid.bits - 1)
-    if grid.dynamic:
+    if grid.dynamic and grid.sym:
         scale = x.abs().amax(-1, keepdim=True) / ((2 * half - 1) / 2)
         scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
-        return (x / scale).clamp_(-half, half - 1).round_(), scale
+        return (x / scale).clamp_(-half, half - 1).round_(), scale, None
+    if grid.dynamic:
+        low, high = x.amin(-1, keepdim=True).clamp_(max=0), x.amax(-1, keepdim=True).clamp_(min=0)
+        scale = (high - low) / (2 * half - 1)
+        zero = (-half - low / scale).nan_to_num_(-half).clamp_(-half, half - 1).round_()
+        scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
+        return (x / scale).add_(zero).clamp_(-half, half - 1).round_(), scale, zero
     if static is None:
         raise ValueError("a static activation grid needs the scale that calibration chose")
     scale, zero = static.scale.to(x.dtype), (static.zero - half).to(x.dtype)
-    return (x / scale).add_(zero).clamp_(-half, half - 1).round_(), scale
+    return (x / scale).add_(zero).clamp_(-half, half - 1).round_(), scale, zero
 
 
 def fake_quantize(x: Tensor, grid: ActivationGrid, static: Params | None = None) -> Tensor:
     """Return the values that `quantize_activation` rounds `x` `[..., K]` to, in the dtype of `x`."""
-    integers, scale = quantize_activation(x, grid, static)
-    if not grid.dynamic and static is not None:
-        integers -= (static.zero - 2 ** (grid.bits - 1)).to(x.dtype)
-    return integers * scale
+    integers, scale, zero = quantize_activation(x, grid, static)
+    return (integers if zero is None else integers.sub_(zero)) * scale

@@ -32,6 +32,8 @@ class TritonW8A8(PrepackedW8A8):
         """See `Prepacked.refuses`."""
         if device.type not in cls.devices:
             return refuses_device(device, cls.devices)
+        if spec.scheme.activation and not spec.scheme.activation.sym:
+            return "its kernel takes symmetric activations"
         return refuses_scheme(spec) or refuses_device(device, cls.devices)
 
     def __init__(self, q: QTensor, spec: LinearSpec) -> None:

@@ -23,7 +23,7 @@ def spec_like(q: QTensor, activation: ActivationGrid | None = None) -> LinearSpe
     return LinearSpec("model.layers.0.mlp.down_proj", *q.codes.shape, Scheme(q.grid, activation))
 
 
-DYNAMIC, STATIC = ActivationGrid(), ActivationGrid(dynamic=False)
+DYNAMIC, ASYMMETRIC, STATIC = ActivationGrid(), ActivationGrid(sym=False), ActivationGrid(dynamic=False)
 LAYOUTS = {  # group size, per tensor
     "group": (32, False),
     "channel": (None, False),
@@ -202,6 +202,17 @@ def test_targets_by_name_pattern_and_class(spec_of: Callable[..., LinearSpec]) -
     assert [g["targets"] for g in anew["config_groups"].values()] == [[n] for n in names]
 
 
+def test_the_zero_points_of_tokens_are_in_the_config_alone(model_of: Callable[..., list[LinearSpec]]) -> None:
+    configs = [
+        CompressedTensors().config(model_of(Int(8, True, None), activation=a), []) for a in (DYNAMIC, ASYMMETRIC)
+    ]
+    symmetric, asymmetric = (c["config_groups"]["group_0"]["input_activations"] for c in configs)
+    assert symmetric | {"symmetric": False} == asymmetric and symmetric["symmetric"] is True
+    QuantizationScheme(**configs[1]["config_groups"]["group_0"])  # the library takes it
+    scheme = CompressedTensors.read(configs[1])[1]("model.layers.0.mlp.up_proj", 64, 64)
+    assert scheme is not None and scheme.activation == ASYMMETRIC
+
+
 def test_other_keys_are_kept(model_of: Callable[..., list[LinearSpec]]) -> None:
     config = CompressedTensors().config(model_of(Int(8, True, None), activation=DYNAMIC), ["lm_head"])
     config |= {"kv_cache_scheme": {"num_bits": 8}, "version": "0.15.0"}
@@ -268,6 +279,8 @@ def test_warnings(model_of: Callable[..., list[LinearSpec]]) -> None:
     assert "vLLM" in tensor
     (w8a8,) = plan(Int(8, False, None), activation=DYNAMIC)
     assert "symmetric weights only" in w8a8
+    (zeros,) = plan(Int(8, True, None), activation=ASYMMETRIC)
+    assert "CUTLASS" in zeros
     linears = model_of(Int(4, True, 32))
     linears[0] = replace(linears[0], scheme=replace(linears[0].scheme, weight=Int(8, True, 32)))
     (fused,) = CompressedTensors().plan(linears)

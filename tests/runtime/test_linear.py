@@ -112,7 +112,7 @@ def test_w8a8_is_integer_arithmetic_rescaled(name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["token", "tensor", "asymmetric"])
+@pytest.mark.parametrize("case", ["token", "asymmetric token", "tensor", "asymmetric"])
 def test_activation_rounding_has_the_bits_of_compressed_tensors(dtype, case):
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize as peer
@@ -124,13 +124,14 @@ def test_activation_rounding_has_the_bits_of_compressed_tensors(dtype, case):
     args = QuantizationArgs(
         num_bits=8,
         type="int",
-        symmetric=case != "asymmetric",
-        strategy="token" if case == "token" else "tensor",
-        dynamic=case == "token",
+        symmetric="asymmetric" not in case,
+        strategy="token" if "token" in case else "tensor",
+        dynamic="token" in case,
     )
-    if case == "token":
+    if "token" in case:
+        x[0, 4], x[0, 5] = x[0, 4].abs(), -x[0, 5].abs()
         scale, zero = compute_dynamic_scales_and_zp(x, args, None)
-        got = fake_quantize(x, ActivationGrid())
+        got = fake_quantize(x, ActivationGrid(sym=case == "token"))
     else:
         scale, zero = torch.tensor([0.0371], dtype=dtype), torch.tensor([-7 if case == "asymmetric" else 0])
         got = fake_quantize(x, ActivationGrid(dynamic=False), Params(scale, zero.int() + 128))

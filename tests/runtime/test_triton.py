@@ -157,6 +157,7 @@ REFUSED = {  # back-end, spec, device, reason
     "group 16": (TritonWeightOnly, spec(Int(4, True, 16)), CUDA, "32 does not divide the group size 16"),
     "group and K": (TritonWeightOnly, spec(Int(4, True, 96)), CUDA, "96 does not divide K = 128"),
     "8-bit activations": (TritonWeightOnly, spec(W8, ActivationGrid()), CUDA, "float activations"),
+    "zero points": (TritonW8A8, spec(W8, ActivationGrid(sym=False)), CUDA, "symmetric activations"),
     "float activations": (TritonW8A8, spec(W8), CUDA, "8-bit activations"),
     "4-bit W8A8": (TritonW8A8, spec(Int(4, True, None), ActivationGrid()), CUDA, "symmetric 8-bit"),
     "K": (TritonW8A8, spec(W8, ActivationGrid(), K=131072), CUDA, "int32"),

@@ -55,7 +55,7 @@ def exact(linear, q, x):
     activation = linear.spec.scheme.activation
     y = x.double()
     if activation is not None:
-        integers, scale = quantize_activation(x, activation, q.input)
+        integers, scale, _ = quantize_activation(x, activation, q.input)
         y = integers.double() * scale.double()
     return y @ q.dequantize().double().T + linear.bias.double()
 
