@@ -66,6 +66,7 @@ EIGHT: dict[str, tuple[object, ...]] = {
     "w8a8 migrate": ("--method", "migrate,rtn"),
     "w8a8 quality fast": ("--quality", "fast"),
     "w8a8 quality balanced": ("--quality", "balanced"),
+    "w8a8 quality balanced act-asym": ("--quality", "balanced", "--act-asym"),
     "w8a8 static": ("--method", "smoothquant,rtn", "--act", "tensor"),
     "w8a8 migrate static": ("--method", "migrate,rtn", "--act", "tensor"),
 }
