@@ -208,7 +208,7 @@ _FINISHERS = {
 }  # of "best", by bits; at 4 a prototype gained 1 %
 _GGUF_QUALITY = _QUALITY | {"fast": "rtn"}
 _W8A8_QUALITY = {
-    "fast": "migrate,rtn",
+    "fast": "migrate:feedback=1,rtn",
     "balanced": "migrate,qep,gptq,descent",
     "best": "migrate,qep,gptq,descent",
 }

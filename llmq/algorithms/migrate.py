@@ -4,14 +4,17 @@ Rounding to a step d errs by d^2 / 12 on average. Where x / s and W * s are roun
 token and weights with one for each row (or group), the product's expected squared error is, but for the 1 / 12,
     sum_r mean_t d_t^2 sum_j (W_rj s_j)^2            d_t = max_j |x_tj / s_j| / 127
     + f sum_rg d_rg^2 sum_j mean_t (x_tj / s_j)^2    d_rg = max_j |W_rj s_j| / ((2^b - 1) / 2), j in group g
-f being what the solver's error feedback leaves of it. Sums, products and maxima of monomials in s are convex in log s,
-so that descent ends at the least value there is, wherever it starts.
+f being what the solver's error feedback leaves of it. Zero points of tokens count as if there were none. Sums, products
+and maxima of monomials in s are convex in log s, so that descent ends at the least value there is, wherever it starts.
+A static scale is d_t = max_tj |x_tj / s_j| / 127 for all tokens; as only ratios in s matter, s_j >= max_t |x_tj| makes
+it 1 / 127.
 The migration is that of SmoothQuant (Xiao et al. 2023, arXiv:2211.10438, section 4), which takes s from a formula in
 maxima; the scales of all channels at once and the objective are ours. A transform: rtn or gptq rounds afterwards.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -55,8 +58,10 @@ class Migrate:
             return None
         head_dim = view.head_dim
         error = _ExpectedError(view, self.feedback)
-        start_K = (view.stats[AbsMax].max.clamp(min=1e-5) / error.largest().clamp(min=1e-5)).log() / 2
-        log_K, ratio = self._descend(error, tie(start_K, share, head_dim), lambda g_K: tie(g_K, share, head_dim))
+        largest_K = tie(view.stats[AbsMax].max, share, head_dim, largest=True).clamp(min=1e-5).log()
+        floor_K = largest_K if error.static else torch.full_like(largest_K, -math.inf)
+        start_K = tie(largest_K - error.largest().clamp(min=1e-5).log(), share, head_dim) / 2
+        log_K, ratio = self._descend(error, start_K, floor_K, lambda g_K: tie(g_K, share, head_dim))
         scale_K = log_K.exp()
 
         def apply() -> dict[str, Any]:
@@ -66,22 +71,23 @@ class Migrate:
         return apply
 
     def _descend(
-        self, error: _ExpectedError, start_K: Tensor, tied: Callable[[Tensor], Tensor]
+        self, error: _ExpectedError, start_K: Tensor, floor_K: Tensor, tied: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, float]:
-        """Return the log scales with the least error, and that error in parts of the start's."""
-        point = start_K.clone()
+        """Return the log scales with the least error, none below its floor, and that error in parts of the start's."""
+        point = torch.maximum(start_K, floor_K)
         optimizer = torch.optim.Adam([point], lr=0.1)
         falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
-        best, values = start_K, [float("inf")]
+        best, values = point, list[float]()
         for _ in range(self.steps):
             value, gradient_K = error(point.exp())
-            if value < min(values):
+            if value < min(values, default=math.inf):
                 best = point.clone()
             values.append(value)
             point.grad = tied(gradient_K).div_(max(value, 1e-30))  # of its logarithm
             optimizer.step()
+            torch.maximum(point, floor_K, out=point)
             falling.step()
-        return best, min(values) / max(values[1], 1e-30)
+        return best, min(values) / max(values[0], 1e-30)
 
 
 class _ExpectedError:
@@ -96,8 +102,8 @@ class _ExpectedError:
             if scheme
         ]
         activation = next(s for s in view.schemes if s).activation  # that of all
-        tokens = view.stats[AbsMax].max[None] if activation and not activation.dynamic else view.stats[Sample].rows
-        self.tokens_TK = tokens.float() if activation else None
+        self.static = activation is not None and not activation.dynamic
+        self.tokens_TK = view.stats[Sample].rows.float() if activation and activation.dynamic else None
         self.energy_K = torch.stack([W_NK.square().sum(0) for W_NK, _ in self.weights]).sum(0)
 
     def largest(self) -> Tensor:
@@ -108,8 +114,11 @@ class _ExpectedError:
         """Return the error, and its derivatives by the logarithms of the scales, float32 `[K]`."""
         K = len(scale_K)
         total, gradient_K = 0.0, torch.zeros_like(scale_K)
+        energy_K = self.energy_K * scale_K.square()
+        if self.static:
+            total += energy_K.sum().item() / 127**2
+            gradient_K += 2 * energy_K / 127**2
         if self.tokens_TK is not None:
-            energy_K = self.energy_K * scale_K.square()
             step_K = _largest(self.tokens_TK, 1 / scale_K, K).div_(len(self.tokens_TK) * 127**2)
             total += (energy_K.sum() * step_K.sum()).item()
             gradient_K += 2 * (energy_K * step_K.sum() - energy_K.sum() * step_K)
