@@ -1,4 +1,4 @@
-"""Statistics: what calibration accumulates at a site. Raw sums and maxima, so that merging two ranks is exact.
+"""Statistics: what calibration accumulates at a site. Sums, maxima and samples, which merge.
 
 Every class has a no-argument constructor, `update(X_TK)` and `merge(other)`; a block makes one of each class that a
 step needs, per site, and drops them when the site is solved. A `paired` one is updated with `(X_TK, F_TK)`: the same

@@ -63,12 +63,12 @@ EIGHT: dict[str, tuple[object, ...]] = {
     "w8a8 smoothquant": ("--method", "smoothquant,rtn"),
     "w8a8 smoothquant .8 norms": ("--method", "smoothquant:alpha=0.8:linears=false,rtn"),
     "w8a8 smoothquant+gptq": ("--method", "smoothquant,gptq"),
-    "w8a8 migrate": ("--method", "migrate,rtn"),
+    "w8a8 migrate": ("--method", "migrate:feedback=1,rtn"),
     "w8a8 quality fast": ("--quality", "fast"),
     "w8a8 quality balanced": ("--quality", "balanced"),
     "w8a8 quality balanced act-asym": ("--quality", "balanced", "--act-asym"),
     "w8a8 static": ("--method", "smoothquant,rtn", "--act", "tensor"),
-    "w8a8 migrate static": ("--method", "migrate,rtn", "--act", "tensor"),
+    "w8a8 migrate static": ("--method", "migrate:feedback=1,rtn", "--act", "tensor"),
 }
 ROWS = {
     **{f"{bits}-bit {n}": (*o, "--bits", bits, "--group-size", 64) for bits in (4, 3, 2) for n, o in LADDER.items()},

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmq.algorithms._fold import fold, shares, tie
 from llmq.stats import AbsMax, MeanSquare, Sample
-from llmq.types import Site, SiteView
+from llmq.types import LlmqError, Site, SiteView
 
 _PANEL = 2**18  # products at a time
 
@@ -61,8 +61,10 @@ class Migrate:
         largest_K = tie(view.stats[AbsMax].max, share, head_dim, largest=True).clamp(min=1e-5).log()
         floor_K = largest_K if error.static else torch.full_like(largest_K, -math.inf)
         start_K = tie(largest_K - error.largest().clamp(min=1e-5).log(), share, head_dim) / 2
+        if error.static:
+            start_K = start_K - (start_K - floor_K).amin()
         log_K, ratio = self._descend(error, start_K, floor_K, lambda g_K: tie(g_K, share, head_dim))
-        scale_K = log_K.exp()
+        scale_K = (log_K - log_K.mean()).exp()  # fp16's scales of the producer's rows have a floor
 
         def apply() -> dict[str, Any]:
             fold(view, scale_K, share, head_dim)
@@ -74,12 +76,16 @@ class Migrate:
         self, error: _ExpectedError, start_K: Tensor, floor_K: Tensor, tied: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, float]:
         """Return the log scales with the least error, none below its floor, and that error in parts of the start's."""
-        point = torch.maximum(start_K, floor_K)
+        point = start_K.clone()
         optimizer = torch.optim.Adam([point], lr=0.1)
         falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
-        best, values = point, list[float]()
+        best, values = start_K, list[float]()
         for _ in range(self.steps):
             value, gradient_K = error(point.exp())
+            if not math.isfinite(value):
+                raise LlmqError(
+                    "activations or weights are not finite, so that no scale can be chosen; try --dtype float32"
+                )
             if value < min(values, default=math.inf):
                 best = point.clone()
             values.append(value)
@@ -124,8 +130,10 @@ class _ExpectedError:
             gradient_K += 2 * (energy_K * step_K.sum() - energy_K.sum() * step_K)
         moment_K = self.moments_K / scale_K.square()
         for W_NK, grid in self.weights:
+            rows = len(W_NK) if getattr(grid, "per_tensor", False) else 1  # that share a scale
+            held = _largest(W_NK.reshape(-1, rows * K), scale_K.repeat(rows), grid.group_size or rows * K)
+            step_K = held.view(rows, K).sum(0).mul_(rows * self.feedback / ((2**grid.bits - 1) / 2) ** 2)
             group = grid.group_size or K
-            step_K = _largest(W_NK, scale_K, group).mul_(self.feedback / ((2**grid.bits - 1) / 2) ** 2)
             steps_G1, moments_G1 = (x.view(-1, group).sum(1, keepdim=True) for x in (step_K, moment_K))
             total += (steps_G1 * moments_G1).sum().item()
             gradient_K += 2 * (step_K.view(-1, group) * moments_G1 - steps_G1 * moment_K.view(-1, group)).flatten()

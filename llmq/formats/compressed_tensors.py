@@ -343,7 +343,7 @@ def _read_inputs(args: Mapping[str, Any] | None, where: str) -> ActivationGrid |
     if not args:
         return None
     dynamic = args.get("dynamic", False)
-    sym = args.get("symmetric", True) is not False or dynamic is not True
+    sym = not (dynamic is True and args.get("symmetric") is False)
     wanted = {"num_bits": 8, "type": "int", "symmetric": sym, "strategy": "token" if dynamic is True else "tensor"}
     for key, value in (wanted | {"dynamic": dynamic is True}).items():
         if args.get(key, value) != value:
@@ -375,5 +375,5 @@ def _warnings(linears: Sequence[LinearSpec]) -> list[str]:
     if any(s.scheme.activation is not None and not s.scheme.weight.sym for s in linears):
         warnings.append("vLLM reads int8 activations with symmetric weights only")
     if any(s.scheme.activation is not None and not s.scheme.activation.sym for s in linears):
-        warnings.append("vLLM multiplies asymmetric activations through CUTLASS (NVIDIA) only, not on AMD's GPUs")
+        warnings.append("vLLM multiplies asymmetric activations on NVIDIA GPUs (CUTLASS) and CPUs, not on AMD's GPUs")
     return warnings

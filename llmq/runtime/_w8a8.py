@@ -1,4 +1,4 @@
-"""What the W8A8 back-ends share: which linears they take, the static grid of the input, the way back to a QTensor.
+"""What the W8A8 back-ends share: which linears they take, the input's static grid, what sums stand for, the way back.
 
 Not here: the products (int_mm.py, fbgemm.py, triton_w8a8.py), how activations are rounded (reference.py).
 """
@@ -49,7 +49,7 @@ class PrepackedW8A8(Prepacked):
     def rescaled(self, y_MN: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Return the product that float32 `y_MN` of integers stands for, the input having had `scale` and `zero`."""
         if zero is not None and self.sums is not None:
-            y_MN -= zero.float() * self.sums
+            y_MN.addcmul_(zero.float(), self.sums, value=-1)
         return y_MN.mul_(self.scale.float().T).mul_(scale.float())
 
     def quantized(self, w_NK: Tensor, scale: Tensor) -> QTensor:

@@ -1,6 +1,6 @@
 """W8A8 on x86 CPUs without VNNI: fbgemm's uint8 x int8 -> int32 product, kept exact by splitting the weight.
 
-    y[m, n] = (sum_k x_int[m, k] * w_int[n, k]) * s_x[m] * s_w[n],    x_u8 = x_int + 128
+    y[m, n] = (sum_k x_int[m, k] * w_int[n, k] - z_x[m] * sum_k w_int[n, k]) * s_x[m] * s_w[n],    x_u8 = x_int + 128
 
 Without VNNI the product is `vpmaddubsw`: two neighbouring products are added in 16 bits, and saturate silently where
 the sum leaves them. A pair of columns (2i, 2i+1) is safe for every x_u8 <= 255 when weights of one sign in it have

@@ -44,7 +44,7 @@ def quantize_activation(
 
     Integers lie from -2^(b-1) to 2^(b-1) - 1 and stand for `scale * (integer - zero)`, no zero being 0.
     dynamic: a scale per token `[..., 1]`, max|x| / ((2^b - 1) / 2), computed in the dtype of `x`; asymmetric, (max -
-        min) / (2^b - 1) with min <= 0 <= max, and a zero per token.
+        min) / (2^b - 1) with min <= 0 <= max, and a zero per token (max - min has to be below float16's limit there).
     static: `static` holds the one scale of the tensor and its zero, an unsigned code.
     The order of operations is that of compressed-tensors 0.20 (`calculate_qparams`, `_quantize`), and so are the bits
     of the result. Raises ValueError for a static grid without parameters.

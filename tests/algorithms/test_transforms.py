@@ -133,14 +133,19 @@ def product_errors(view, scale_K):
     return error
 
 
+@pytest.mark.parametrize("per_tensor", [False, True])
 @pytest.mark.parametrize("activation", [DYNAMIC, STATIC, None], ids=["token", "tensor", "weights"])
-def test_migrate_expects_the_error_that_rounding_makes(activation):
+def test_migrate_expects_the_error_that_rounding_makes(activation, per_tensor):
     _, block, x, call = make_block()
-    for view in views(block, x, call, Int(8, group_size=None if activation else 32), activation):
+    for p in block.parameters():
+        p.data *= torch.linspace(0.5, 2, len(p)).view(-1, *[1] * (p.dim() - 1))  # rows of unequal size
+    grid = Int(8, group_size=None if activation or per_tensor else 32, per_tensor=per_tensor)
+    for view in views(block, x, call, grid, activation):
         scale_K = torch.rand(view.modules[view.site.linears[0]].weight.shape[1]) + 0.5
         scale_K *= (view.stats[AbsMax].max / scale_K).max()  # as static scales want it
         expected = migrate._ExpectedError(view, feedback=1.0)(scale_K)[0] / 12
-        assert expected == pytest.approx(product_errors(view, scale_K), rel=0.15)
+        rel = 0.3 if activation is STATIC else 0.15  # many values are smaller than a static step, and err by less
+        assert expected == pytest.approx(product_errors(view, scale_K), rel=rel)
 
 
 @pytest.mark.parametrize("activation", [DYNAMIC, STATIC, None], ids=["token", "tensor", "weights"])
@@ -153,6 +158,20 @@ def test_the_error_that_migrate_lowers_is_convex_in_the_logarithms(activation):
         assert between < math.sqrt(at_a * at_b)
         nearby, _ = error((a + 1e-3 * b).exp())
         assert nearby - at_a == pytest.approx(1e-3 * (b @ slope_K).item(), rel=0.05)
+
+
+@pytest.mark.parametrize("activation", [DYNAMIC, STATIC], ids=["token", "tensor"])
+def test_only_ratios_of_activations_move_migrate(activation, monkeypatch):
+    _, block, x, call = make_block()
+    view, scales = views(block, x, call, Int(8, group_size=None), activation)[-1], []
+    monkeypatch.setattr(migrate, "fold", lambda _, scale_K, *rest: scales.append(scale_K))
+    for factor in (1, 100):
+        for stat, moment in ((AbsMax, "max"), (Sample, "rows")):
+            setattr(view.stats[stat], moment, getattr(view.stats[stat], moment) * factor)
+        view.stats[MeanSquare].sum *= factor**2
+        with torch.no_grad():
+            migrate.Migrate().search(view)()
+    torch.testing.assert_close(*scales, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("activation", [DYNAMIC, STATIC], ids=["token", "tensor"])

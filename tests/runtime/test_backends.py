@@ -416,13 +416,13 @@ def test_moving_to_another_device_undoes_prepacking(solved, layer):
     assert moved.backend == "reference"
 
 
-@pytest.mark.parametrize("kind", ["w4g64", "w4g32_asym_act_order", "w8g32", "w8a8", "reference"])
+@pytest.mark.parametrize("kind", ["w4g64", "w4g32_asym_act_order", "w8g32", "w8a8", "w8a8_zeros", "reference"])
 def test_torch_compile(kind, solved, layer):
     if kind in WEIGHT_ONLY:
         q, spec = make(kind, solved)
         linear = layer(q, spec, GPTQ(desc_act=q.g_idx is not None))
-    elif kind == "w8a8":
-        linear = layer(*solved(64, 96, Int(8, True, None), ActivationGrid()))
+    elif kind.startswith("w8a8"):
+        linear = layer(*solved(64, 96, Int(8, True, None), ActivationGrid(sym=kind == "w8a8")))
     else:
         linear = layer(*solved(24, 96, Int(3, True, 8)))
     linear.prepack()
