@@ -84,9 +84,7 @@ def quantize(
     range_: Annotated[str | None, typer.Option("--range", help="minmax, mse, percentile, entropy, output.")] = None,
     act_bits: Annotated[int | None, typer.Option(help="8: quantize activations too (W8A8).")] = None,
     act: Annotated[str | None, typer.Option(help="Activation scales: per 'token' or static per 'tensor'.")] = None,
-    act_sym: Annotated[
-        bool | None, typer.Option("--act-sym/--act-asym", help="Activations symmetric, or with zero points. [sym]")
-    ] = None,
+    act_sym: Annotated[bool | None, typer.Option("--act-sym/--act-asym", help="Zero points per token. [sym]")] = None,
     act_range: Annotated[str | None, typer.Option(help="Range of static activation scales.")] = None,
     kv_bits: Annotated[int | None, typer.Option(help="8: write static scales of the key-value cache too.")] = None,
     kv: Annotated[str | None, typer.Option(help="Those scales per 'tensor' or per 'head'. [tensor]")] = None,
