@@ -49,21 +49,21 @@ def quantize_activation(
     The order of operations is that of compressed-tensors 0.20 (`calculate_qparams`, `_quantize`), and so are the bits
     of the result. Raises ValueError for a static grid without parameters.
     """
-    half = 2 ** (grid.bits - 1)
+    half, zero = 2 ** (grid.bits - 1), None
     if grid.dynamic and grid.sym:
         scale = x.abs().amax(-1, keepdim=True) / ((2 * half - 1) / 2)
-        scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
-        return (x / scale).clamp_(-half, half - 1).round_(), scale, None
-    if grid.dynamic:
+    elif grid.dynamic:
         low, high = x.amin(-1, keepdim=True).clamp_(max=0), x.amax(-1, keepdim=True).clamp_(min=0)
         scale = (high - low) / (2 * half - 1)
         zero = (-half - low / scale).nan_to_num_(-half).clamp_(-half, half - 1).round_()
-        scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
-        return (x / scale).add_(zero).clamp_(-half, half - 1).round_(), scale, zero
-    if static is None:
+    elif static is None:
         raise ValueError("a static activation grid needs the scale that calibration chose")
-    scale, zero = static.scale.to(x.dtype), (static.zero - half).to(x.dtype)
-    return (x / scale).add_(zero).clamp_(-half, half - 1).round_(), scale, zero
+    else:
+        scale, zero = static.scale.to(x.dtype), (static.zero - half).to(x.dtype)
+    if grid.dynamic:
+        scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
+    integers = x / scale if zero is None else (x / scale).add_(zero)
+    return integers.clamp_(-half, half - 1).round_(), scale, zero
 
 
 def fake_quantize(x: Tensor, grid: ActivationGrid, static: Params | None = None) -> Tensor:
