@@ -95,7 +95,7 @@ def quantize(
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave float; repeatable.")] = None,
     target_bpw: Annotated[float | None, typer.Option(help="Bits per weight to spend where they help most.")] = None,
-    bit_choices: Annotated[str | None, typer.Option(help="Bits that --target-bpw chooses from. [3,4,8]")] = None,
+    bit_choices: Annotated[str | None, typer.Option(help="Bits that --target-bpw chooses from. [3,4,5,6,8]")] = None,
     lm_head: Annotated[bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output head.")] = None,
     calib: Annotated[str | None, typer.Option(help="A text file or folder, a dataset, or 'self'. [wikitext2]")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,

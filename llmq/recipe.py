@@ -80,7 +80,7 @@ class Recipe:
     override: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     target_bpw: float | None = None
-    bit_choices: str = "3,4,8"
+    bit_choices: str = "3,4,5,6,8"
     lm_head: bool = False
     calib: str = "wikitext2"
     samples: int = 128

@@ -58,6 +58,12 @@ OTHERS: dict[str, tuple[object, ...]] = {
     "awq+gptq": ("--method", "awq,gptq", "--format", "awq"),
     "gptq calib self": ("--method", "gptq", "--calib", "self"),
 }
+BUDGETS: dict[str, tuple[object, ...]] = {
+    "target-bpw 3.75": ("--target-bpw", 3.75),
+    "target-bpw 4.25": ("--target-bpw", 4.25),
+    "target-bpw 4.5": ("--target-bpw", 4.5),
+    "target-bpw 4.5 of 4,8": ("--target-bpw", 4.5, "--bit-choices", "4,8"),
+}
 EIGHT: dict[str, tuple[object, ...]] = {
     "w8a8 rtn": ("--method", "rtn"),
     "w8a8 smoothquant": ("--method", "smoothquant,rtn"),
@@ -74,6 +80,8 @@ ROWS = {
     **{f"{bits}-bit {n}": (*o, "--bits", bits, "--group-size", 64) for bits in (4, 3, 2) for n, o in LADDER.items()},
     **{f"{bits}-bit {n}": (*o, "--bits", bits, "--group-size", 64) for bits in (4, 3, 2) for n, o in PRESETS.items()},
     **{f"4-bit {n}": (*o, "--bits", 4, "--group-size", 64) for n, o in OTHERS.items()},
+    **{f"{n} quality balanced": ("--quality", "balanced", *o, "--group-size", 64) for n, o in BUDGETS.items()},
+    "4-bit quality balanced group 32": ("--quality", "balanced", "--bits", 4, "--group-size", 32),
     **{n: (*o, *W8A8) for n, o in EIGHT.items()},
 }
 

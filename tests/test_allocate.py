@@ -60,7 +60,7 @@ def test_the_written_model_fits_the_budget_with_sites_alike(tiny_checkpoint, tmp
     summary = quantize(prepare(str(tiny_checkpoint()), recipe, "cpu"), tmp_path / "out")
     bits = {n: line["bits"] for n, line in summary["linears"].items()}
     assert summary["size"]["bits_per_weight"] <= 5.0
-    assert len(set(bits.values())) > 1 and set(bits.values()) <= {3, 4, 8}
+    assert len(set(bits.values())) > 1 and set(bits.values()) <= {3, 4, 5, 6, 8}
     for block in ("model.layers.0", "model.layers.1"):
         assert len({bits[f"{block}.self_attn.{n}_proj"] for n in "qkv"}) == 1
         assert bits[f"{block}.mlp.gate_proj"] == bits[f"{block}.mlp.up_proj"]

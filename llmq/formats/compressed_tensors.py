@@ -368,8 +368,9 @@ def _warnings(linears: Sequence[LinearSpec]) -> list[str]:
             "stock transformers cannot load asymmetric pack-quantized weights beside another scheme: dequantize=True, "
             "which they need, decodes every module by the first config group"
         )
-    for bits in sorted({grid.bits for grid in weight_only} - {4, 8}):
-        warnings.append(f"{bits}-bit pack-quantized weights are read by few runtimes (compressed-tensors 0.19 is one)")
+    if odd := sorted({grid.bits for grid in weight_only} - {4, 8}):
+        widths = ", ".join(map(str, odd))
+        warnings.append(f"vLLM 0.32 reads weights of {widths} bits on NVIDIA GPUs alone, with its humming kernels")
     if any(grid.per_tensor for grid in weight_only):
         warnings.append("vLLM reads weight-only quantization per group or per channel, not per tensor")
     if any(s.scheme.activation is not None and not s.scheme.weight.sym for s in linears):

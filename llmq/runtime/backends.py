@@ -7,9 +7,9 @@ and gives them back without loss (`restore`), so a model never holds both and `s
 
 | back-end | takes | how |
 |---|---|---|
-| triton_weight_only | 2, 3, 4, 8 bits, weights only, a GPU | our Triton kernel, which decodes in registers |
+| triton_weight_only | 2 to 8 bits, weights only, a GPU | our Triton kernel, which decodes in registers |
 | triton_w8a8 | W8A8, symmetric activations, a GPU | our Triton kernels, int8 x int8 -> int32 |
-| intloop | 2, 3, 4, 8 bits, weights only | compiled integer dot products for few rows, panels decoded for many |
+| intloop | 2 to 8 bits, weights only | compiled integer dot products for few rows, panels decoded for many |
 | int4pack | 4 bits, weights only | torch's int4 packed product for few rows, panels decoded to float32 for many |
 | int_mm   | W8A8, a CPU with VNNI | int8 x int8 -> int32 by `torch._int_mm` |
 | fbgemm   | W8A8, x86 without VNNI | fbgemm's uint8 x int8 product, kept exact by splitting the weight |

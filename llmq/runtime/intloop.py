@@ -1,10 +1,11 @@
-"""2-, 3-, 4- and 8-bit weights, float activations, on a CPU: loops of our own, compiled by numba.
+"""Weights of 2 to 8 bits, float activations, on a CPU: loops of our own, compiled by numba.
 
     few rows of x:   integer dot products of the codes and of x rounded to 16 bits, a scale for each segment
     many rows:       panels of W decoded to float32, exactly as the reference does, and multiplied by torch
 
 A segment is 128 columns at most, within a group; the layout and the arithmetic are in _int_loops.py. 3-bit codes lie in
-fields of 4 bits. Columns are sorted by group where the checkpoint has an activation order, and x follows.
+fields of 4 bits, those of 5 to 7 bits in fields of 8. Columns are sorted by group where the checkpoint has an
+activation order, and x follows.
 On AVX-512 torch's own products come first (int4pack.py, int8pack.py).
 """
 
@@ -22,7 +23,7 @@ from llmq.types import LinearSpec, Params, QTensor
 FEW = 64
 """The most rows that go to the integer product; the times of both sides are in docs/runtime.md."""
 _PANEL = 2**21  # weights decoded at once, 8 MB: smaller panels slow the product down, larger ones leave the cache
-_FIELD = {2: 2, 3: 4, 4: 4, 8: 8}  # bits that a code takes
+_FIELD = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}  # bits that a code takes
 
 
 class IntLoop(Prepacked):
@@ -39,8 +40,6 @@ class IntLoop(Prepacked):
     def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:
         """See `Prepacked.refuses`."""
         bits = spec.scheme.weight.bits
-        if bits not in _FIELD:
-            return f"it takes 2, 3, 4 and 8 bits, not {bits}"
         if reason := refuses_weight_only(spec, device, bits, divisor=_columns(_FIELD[bits], 8)):
             return reason
         return None if importlib.util.find_spec("numba") else "numba is not installed"

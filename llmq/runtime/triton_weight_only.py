@@ -1,4 +1,4 @@
-"""Weights of 2, 3, 4 or 8 bits, float activations, on a GPU through our Triton kernel (llmq_kernels.weight_only).
+"""Weights of 2 to 8 bits, float activations, on a GPU through our Triton kernel (llmq_kernels.weight_only).
 
     y = x @ W^T,    W = scale * (code - zero), decoded in registers; float32 sums, scaled group by group, rounded once
 
@@ -6,6 +6,8 @@ float16 and bfloat16 activations enter as they are. float32 ones are multiplied 
 has brought them into its range: 11 bits of each activation are kept (about 70 dB), and nothing is rounded after that.
 So a float32 checkpoint runs on a GPU as it is, with less rounding than bfloat16 has; who wants every bit loads it with
 `backend="reference"`.
+
+Codes of 5 to 7 bits, and their zeros, are lifted to the middle of 8 bits and take the kernel for those.
 
 Symmetric and asymmetric grids, groups that 32 divides or per channel, any N and K (padded when packed), act-order.
 Kept: `words` and `params` (layout.py there has the picture), `order` and `g_idx` for act-order, and `rest`, what zeros
@@ -23,8 +25,6 @@ from torch import Tensor
 from llmq.runtime.backends import Prepacked, as_they_lay
 from llmq.runtime.gpu import DEVICES, refuses_device, run
 from llmq.types import LinearSpec, LlmqError, Params, QTensor
-
-BITS = (2, 3, 4, 8)
 
 
 class TritonWeightOnly(Prepacked):
@@ -47,8 +47,6 @@ class TritonWeightOnly(Prepacked):
             return refuses_device(device, cls.devices)
         if spec.scheme.activation is not None:
             return "it takes float activations"
-        if grid.bits not in BITS:
-            return f"it takes weights of {', '.join(map(str, BITS))} bits, not {grid.bits}"
         if size != spec.K and (size % 32 or spec.K % size):
             return f"32 does not divide the group size {size}" if size % 32 else f"{size} does not divide K = {spec.K}"
         return refuses_device(device, cls.devices)
@@ -59,7 +57,7 @@ class TritonWeightOnly(Prepacked):
         from llmq_kernels import KernelError, layout
 
         try:
-            layout.check(q.codes, q.params.scale, q.params.zero, q.grid.bits, g_idx=q.g_idx)
+            layout.check(*_lifted(q), g_idx=q.g_idx)
         except KernelError:
             return False
         return True
@@ -69,7 +67,7 @@ class TritonWeightOnly(Prepacked):
         from llmq_kernels import KernelError, layout
 
         try:
-            w = layout.pack(q.codes, q.params.scale, q.params.zero, q.grid.bits, g_idx=q.g_idx)
+            w = layout.pack(*_lifted(q), g_idx=q.g_idx)
         except KernelError as e:
             raise LlmqError(f"{spec.name}: {e}") from e
         self.linear = spec.name
@@ -89,4 +87,17 @@ class TritonWeightOnly(Prepacked):
 
         shape = (self.N, self.K, self.bits, self.group, self.has_zero)
         codes, scale, zero = layout.unpack(layout.PackedWeight(self.words, self.params, self.order, *shape, self.rest))
-        return QTensor(as_they_lay(codes, self.order), Params(scale.to(self.scale_dtype), zero), self.grid, self.g_idx)
+        lift = _lift(self.grid.bits)
+        params = Params(scale.to(self.scale_dtype), zero - lift)
+        return QTensor(as_they_lay(codes - lift, self.order), params, self.grid, self.g_idx)
+
+
+def _lift(bits: int) -> int:
+    """Return what is added to codes and zeros, so that the middle of `bits` bits becomes the middle of the kernel's."""
+    return 2**7 - 2 ** (bits - 1) if bits in (5, 6, 7) else 0
+
+
+def _lifted(q: QTensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return codes, scales, zeros and bits as the kernel takes them."""
+    lift = _lift(q.grid.bits)
+    return q.codes + lift, q.params.scale, q.params.zero + lift, 8 if lift else q.grid.bits

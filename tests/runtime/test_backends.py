@@ -31,6 +31,9 @@ WEIGHT_ONLY = {  # bits, sym, group, N, K, scale dtype, act order
     "w2g128_act_order": (2, True, 128, 40, 256, torch.bfloat16, True),
     "w3g32": (3, True, 32, 64, 96, torch.float16, False),
     "w3g64_asym": (3, False, 64, 33, 128, torch.float32, False),
+    "w5g32": (5, True, 32, 64, 96, torch.float16, False),
+    "w6g64_asym_act_order": (6, False, 64, 33, 128, torch.bfloat16, True),
+    "w7_channel": (7, True, None, 24, 80, torch.float32, False),
     "w8g64_asym": (8, False, 64, 24, 128, torch.float16, False),
     "w8_channel": (8, True, None, 40, 48, torch.float16, False),
     "w8g32": (8, True, 32, 56, 160, torch.bfloat16, False),
@@ -314,7 +317,6 @@ def test_int_mm_equals_the_reference_on_any_cpu(solved, layer, decibel):
 
 REFUSED = {
     "cuda": (Int(4, True, 32), None, 64, 64, torch.device("cuda"), "not on cuda"),
-    "5 bits": (Int(5, True, 32), None, 64, 64, CPU, "not 5"),
     "group 8": (Int(4, True, 8), None, 64, 64, CPU, "32 does not divide"),
     "2 bits, group 32": (Int(2, True, 32), None, 64, 64, CPU, "64 does not divide"),
     "8-bit K 40": (Int(8, True, None), None, 64, 40, CPU, "16 does not divide"),

@@ -153,7 +153,6 @@ W4, W8 = Int(4, True, 32), Int(8, True, None)
 REFUSED = {  # back-end, spec, device, reason
     "cpu": (TritonWeightOnly, spec(W4), CPU, "on a GPU, not on cpu"),
     "mps": (TritonW8A8, spec(W8, ActivationGrid()), torch.device("mps"), "on a GPU, not on mps"),
-    "5 bits": (TritonWeightOnly, spec(Int(5, True, 32)), CUDA, "2, 3, 4, 8 bits, not 5"),
     "group 16": (TritonWeightOnly, spec(Int(4, True, 16)), CUDA, "32 does not divide the group size 16"),
     "group and K": (TritonWeightOnly, spec(Int(4, True, 96)), CUDA, "96 does not divide K = 128"),
     "8-bit activations": (TritonWeightOnly, spec(W8, ActivationGrid()), CUDA, "float activations"),

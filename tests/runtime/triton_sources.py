@@ -37,6 +37,8 @@ SOURCES = {  # format, grid, activation, act-order, N, K
     "ct w8 channel": (CompressedTensors(), Int(8, True, None, scale_dtype=BF16), None, False, 50, 200),
     "ct w8 tensor": (CompressedTensors(), Int(8, True, None, per_tensor=True, scale_dtype=FP32), None, False, 40, 64),
     "ct w3g96": (CompressedTensors(), Int(3, True, 96), None, False, 40, 192),
+    "ct w5g64": (CompressedTensors(), Int(5, True, 64, scale_dtype=BF16), None, False, 48, 128),
+    "ct w6 asym channel": (CompressedTensors(), Int(6, False, None), None, False, 40, 160),
     "ct w8a8 per token": (CompressedTensors(), Int(8, True, None, scale_dtype=BF16), ActivationGrid(), False, 50, 200),
     "ct w8a8 static": (CompressedTensors(), Int(8, True, None), ActivationGrid(dynamic=False), False, 64, 128),
 }
