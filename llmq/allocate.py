@@ -1,10 +1,13 @@
 """Bits where they matter: measure what each site costs at each number of bits, then spend a budget where it helps most.
 
-For every block, on the first batch of the calibration and with all else float, each site is rounded to nearest at each
-number of bits; its sensitivity is the squared error of the block's output relative to the output's energy, averaged
-over the tokens. Errors relative to the residual stream compare across blocks, and small ones add up. The least sum
-within the budget is approached by upgrading, time and again, the site whose error falls most per byte.
-The linears of a site share their bits, as runtimes that fuse q, k, v and gate, up need.
+What rounding a linear W to Q costs is estimated, on the first batch of the calibration, as
+
+    KL(float model, quantized model) per token  ~  1/(2T) sum_t s_t |(W - Q) x_t|^2
+
+with s_t the squared gradient of the float model's loss at token t of the linear's output (saliency.py): the second
+order of the divergence, its Fisher matrix cut down to one number for each token. Q is W rounded to nearest. Small costs
+add up; the least sum within the budget is approached by upgrading, time and again, the site whose cost falls most per
+byte. The linears of a site share their bits, as runtimes that fuse q, k, v and gate, up need.
 Not here: the quantization itself, which sees only `--override REGEX:bits=...` lines.
 """
 
@@ -13,28 +16,31 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from llmq.block import Streams, block_sites
 from llmq.card import packed_bytes
 from llmq.job import Job, prepare
+from llmq.saliency import squared_gradients
 from llmq.stats import Hessian
-from llmq.stream import Call, Lanes, run
+from llmq.stream import Call, Lanes
 from llmq.types import LinearSpec, LlmqError
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one site costs at one number of bits: bytes on disk, and the relative error of its block's output."""
+    """What one site costs at one number of bits: bytes on disk, and the divergence it adds, in nats per token."""
 
     bits: int
     size: int
     error: float
+
+    def __add__(self, other: Choice) -> Choice:
+        """Return what two linears cost together at the same number of bits."""
+        return Choice(self.bits, self.size + other.size, self.error + other.error)
 
 
 def allocate(job: Job, streams: Streams, report: Callable[[int, int, str], None]) -> Job:
@@ -45,12 +51,7 @@ def allocate(job: Job, streams: Streams, report: Callable[[int, int, str], None]
     recipe = job.plan.recipe
     if recipe.target_bpw is None:
         return job
-    units: dict[tuple[str, ...], list[Choice]] = {}
-    hidden = streams.hidden[:1]
-    for i in range(len(job.skeleton)):
-        report(i, len(job.skeleton), f"sensitivity of block {i}")
-        hidden, found = _measure(job, i, hidden, [c[i] for c in streams.calls])
-        units |= found
+    units = costs(job, streams, report)
     budget = recipe.target_bpw * sum(job.linears[n].N * job.linears[n].K for names in units for n in names) / 8
     chosen = spend(units, budget)
     overrides = tuple(
@@ -58,6 +59,19 @@ def allocate(job: Job, streams: Streams, report: Callable[[int, int, str], None]
     )
     settled = dataclasses.replace(recipe, override=(*recipe.override, *overrides), target_bpw=None)
     return prepare(str(job.source.path), settled, str(job.device))
+
+
+def costs(job: Job, streams: Streams, report: Callable[[int, int, str], None]) -> dict[tuple[str, ...], list[Choice]]:
+    """Return what the sites cost at each of the recipe's choices of bits, by the full names of their linears."""
+    hidden, calls = streams.hidden[:1], streams.calls[:1]
+    squares = streams.squares
+    if not squares:
+        squares = squared_gradients(job.skeleton, hidden, calls, job.device, job.plan.recipe.seed, report)
+    found: dict[tuple[str, ...], list[Choice]] = {}
+    for i in range(len(job.skeleton)):
+        report(i, len(job.skeleton), f"sensitivity of block {i}")
+        hidden = _measure(job, i, hidden, [calls[0][i]], squares, found)
+    return found
 
 
 def spend(units: dict[tuple[str, ...], list[Choice]], budget: float) -> dict[tuple[str, ...], Choice]:
@@ -103,54 +117,47 @@ def _slope(a: Choice, b: Choice) -> float:
 
 
 def _measure(
-    job: Job, i: int, hidden: list[Tensor], at: list[Call]
-) -> tuple[list[Tensor], dict[tuple[str, ...], list[Choice]]]:
-    """Return what float block `i` makes of `hidden`, and the choices of each of its sites, by their linears' names."""
+    job: Job,
+    i: int,
+    hidden: list[Tensor],
+    at: list[Call],
+    squares: Mapping[str, Sequence[Tensor]],
+    found: dict[tuple[str, ...], list[Choice]],
+) -> list[Tensor]:
+    """Return what float block `i` makes of `hidden`, one batch, and add what its sites cost to `found`.
+
+    squares: s of every linear by full name, `[T]` a batch.
+    """
     prefix = f"{job.skeleton.prefix}.{i}."
-    found: dict[tuple[str, ...], list[Choice]] = {}
     with job.skeleton.loaded(i, job.device) as block:
         sites = block_sites(job, block, hidden, at)
-        hessians = [Hessian() for _ in sites]
         with Lanes(block, sites, hidden, at) as lanes:
-            for hessian in hessians:
-                for X_TK in lanes.advance():
-                    hessian.update(X_TK)
-            outputs = list(lanes.finish())
-        for site, hessian in zip(sites, hessians, strict=True):
-            linears = [job.linears[prefix + n] for n in site.linears if prefix + n in job.linears]
-            if linears:
-                choices = [
-                    _try(job, block, prefix, linears, bits, hessian.mean(), (hidden, at, outputs))
-                    for bits in job.plan.recipe.choices()
-                ]
-                found[tuple(s.name for s in linears)] = choices
-    return outputs, found
+            for site in sites:
+                (X_TK,) = lanes.advance()
+                linears = [job.linears[prefix + n] for n in site.linears if prefix + n in job.linears]
+                if not linears:
+                    continue
+                hessian = Hessian()
+                hessian.update(X_TK)
+                each = []
+                for spec in linears:
+                    linear, s_T = block.get_submodule(spec.name.removeprefix(prefix)), squares[spec.name][0]
+                    each.append(_choices(job, spec, linear, (X_TK, hessian.mean(), s_T)))
+                found[tuple(s.name for s in linears)] = [sum(alike[1:], alike[0]) for alike in zip(*each, strict=True)]
+            return list(lanes.finish())
 
 
-def _try(
-    job: Job,
-    block: nn.Module,
-    prefix: str,
-    linears: Sequence[LinearSpec],
-    bits: int,
-    H_KK: Tensor,
-    sample: tuple[list[Tensor], list[Call], list[Tensor]],
-) -> Choice:
-    """Return what these linears cost at so many bits; the block is left as it was."""
-    size, kept = 0, []
-    for s in linears:
-        grid = dataclasses.replace(s.scheme.weight, bits=bits)
-        size += packed_bytes(job.plan.format, dataclasses.replace(s, scheme=dataclasses.replace(s.scheme, weight=grid)))
-        module: Any = block.get_submodule(s.name.removeprefix(prefix))
-        kept.append((module, module.weight.data))
-        W_NK = module.weight.data.float()
-        params = grid.fit(W_NK, H_KK)
-        columns = params.columns(W_NK.shape[1])
-        module.weight.data = grid.decode(grid.nearest(W_NK, columns), columns).to(job.skeleton.dtype)
-    errors = []
-    for x, call, y in zip(*sample, strict=False):
-        miss = (run(block, x, call) - y).float().square().sum(-1)
-        errors.append((miss / y.float().square().sum(-1).clamp(min=1e-12)).mean())
-    for module, weight in kept:
-        module.weight.data = weight
-    return Choice(bits, size, float(torch.stack(errors).mean()))
+def _choices(job: Job, spec: LinearSpec, linear: nn.Module, sample: tuple[Tensor, Tensor, Tensor]) -> list[Choice]:
+    """Return what one linear costs at each number of bits; sample: its input `[T, K]`, `X^T X / T`, and `s_T`."""
+    X_TK, H_KK, s_T = sample
+    W_NK = linear.get_parameter("weight").float()
+    found = []
+    for bits in job.plan.recipe.choices():
+        grid = dataclasses.replace(spec.scheme.weight, bits=bits)
+        scheme = dataclasses.replace(spec.scheme, weight=grid)
+        size = packed_bytes(job.plan.format, dataclasses.replace(spec, scheme=scheme))
+        params = grid.fit(W_NK, H_KK).columns(W_NK.shape[1])
+        E_NK = grid.decode(grid.nearest(W_NK, params), params) - W_NK
+        error = s_T @ (X_TK.float() @ E_NK.T).square().sum(-1) / (2 * len(s_T))
+        found.append(Choice(bits, size, error.item()))
+    return found

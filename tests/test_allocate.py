@@ -1,15 +1,22 @@
 """Bits under a budget: the choice is near the best there is, fits, and is what gets written."""
 
+import dataclasses
 import itertools
 import json
 import random
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from llmq.allocate import Choice, spend
+from llmq import calibration
+from llmq.allocate import Choice, costs, spend
+from llmq.block import Streams
 from llmq.job import prepare
+from llmq.loading import load_tokenizer
 from llmq.quantize import quantize
 from llmq.recipe import Recipe
+from llmq.stream import embed
 from llmq.types import LlmqError
 
 
@@ -68,6 +75,32 @@ def test_the_written_model_fits_the_budget_with_sites_alike(tiny_checkpoint, tmp
     assert len(config["config_groups"]) == len(set(bits.values()))
     again = quantize(prepare(str(tiny_checkpoint()), Recipe(**summary["recipe"]), "cpu"), tmp_path / "again")
     assert {n: line["bits"] for n, line in again["linears"].items()} == bits, "the recipe repeats the run"
+
+
+def test_costs_are_the_divergence_that_rounding_a_site_adds(tiny_checkpoint, tmp_path, prose):
+    text = tmp_path / "calibration.txt"
+    text.write_text(prose(2000))
+    folder = tiny_checkpoint(initializer_range=0.15)
+    job = prepare(str(folder), Recipe(method="rtn", target_bpw=5.0, group_size=32, samples=4, seq_len=64,
+                                      calib=str(text), dtype="float32"), "cpu")  # fmt: skip
+    tokens = calibration.tokens(str(text), load_tokenizer(str(folder)), 64, 64, 1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        hidden, calls = embed(job.skeleton, tokens, len(tokens), torch.device("cpu"))
+        found = costs(job, Streams(hidden, [], calls), lambda *_: None)
+        want, ratios = model(tokens).logits.log_softmax(-1), []
+        for names, choices in found.items():
+            floats = {n: model.get_submodule(n).weight.data.clone() for n in names}
+            for c in choices[:2]:  # 3 and 4 bits
+                for n, W in floats.items():
+                    grid = dataclasses.replace(job.linears[n].scheme.weight, bits=c.bits)
+                    params = grid.fit(W).columns(W.shape[1])
+                    model.get_submodule(n).weight.data = grid.decode(grid.nearest(W, params), params)
+                log_p = model(tokens).logits.log_softmax(-1)
+                ratios.append(c.error / (want.exp() * (want - log_p)).sum(-1).mean().item())
+            for n, W in floats.items():
+                model.get_submodule(n).weight.data = W
+    assert min(ratios) > 0.5 and max(ratios) < 2
 
 
 @pytest.mark.parametrize(
