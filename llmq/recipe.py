@@ -206,7 +206,7 @@ _FINISHERS = {
     2: ",distill",
     3: ",distill:epochs=1:lr=0.0005:norm_lr=0.0005",
 }  # of "best", by bits; at 4 a prototype gained 1 %
-_GGUF_QUALITY = _QUALITY | {"fast": "rtn"}
+_GGUF_QUALITY = _QUALITY | {"fast": "rtn", "best": _QUALITY["balanced"]}  # weighing tokens gains nothing (docs/gguf.md)
 _W8A8_QUALITY = {
     "fast": "migrate:feedback=1,rtn",
     "balanced": "migrate,qep,gptq,descent",

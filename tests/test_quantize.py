@@ -16,6 +16,7 @@ from llmq.evaluation import evaluate
 from llmq.job import prepare
 from llmq.quantize import quantize
 from llmq.recipe import Recipe
+from llmq.runtime.linear import QuantLinear
 from llmq.types import LinearSpec, LlmqError
 from llmq.windows import find_convention
 
@@ -99,14 +100,16 @@ def test_writes_a_checkpoint_that_loads_and_answers_like_its_decoded_weights(
                 p.copy_(source.get(name))  # norms, which a transform may have changed
         for name, W_NK in decoded(out).items():
             reference.get_submodule(name).weight.copy_(W_NK)
-        plain, fast = (llmq.load(out, dtype=torch.float32, backend=b)(IDS).logits for b in ("reference", "auto"))
+        loaded = llmq.load(out, dtype=torch.float32)
+        plain, fast = (m(IDS).logits for m in (llmq.load(out, dtype=torch.float32, backend="reference"), loaded))
         want = reference(IDS).logits
     if options.get("act_bits"):
         assert (fast - want).norm() / want.norm() < 0.2  # the activations are rounded too
         assert not torch.equal(fast, want)
     else:
         torch.testing.assert_close(plain, want, rtol=1e-4, atol=1e-4)
-        assert (fast - want).norm() / want.norm() < 1e-3  # what a back-end may round
+        halves = {"int4pack", "int8pack"} & {m.backend for m in loaded.modules() if isinstance(m, QuantLinear)}
+        assert (fast - want).norm() / want.norm() < (2e-2 if halves else 1e-3)  # torch's products round to bfloat16
 
 
 def test_out_holds_what_a_runtime_wants(tiny_checkpoint, tmp_path, text):

@@ -28,6 +28,8 @@ def test_a_quality_stands_for_a_method_and_a_range():
     assert ",distill:epochs=1" in str(Recipe(quality="best", bits=3).resolved().method)
     for quality in names:
         assert plan(Recipe(quality=quality, bits=8, act_bits=8), torch.float16).transforms
+    gguf = [Recipe(quality=q, format="gguf").resolved().method for q in names]
+    assert gguf == ["rtn", "qep,gptq,descent", "qep,gptq,descent"]
     with pytest.raises(LlmqError, match="not both"):
         Recipe(quality="fast", method="rtn")
     with pytest.raises(LlmqError, match="fast, balanced, best, not"):
