@@ -6,6 +6,7 @@ Not here: running it (quantize.py).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,11 +101,18 @@ def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
 
 
 def _mixed(linears: dict[str, LinearSpec], recipe: Recipe) -> list[LinearSpec]:
-    """Return the linears with every choice of bits among them, for the format to refuse before any work."""
-    choices = recipe.choices()
+    """Return the linears with the choices of bits among them, those of one parent alike, for the format to refuse.
+
+    As a budget will mix them: what runtimes fuse lies within one parent, and shares its bits.
+    """
+    choices = itertools.cycle(recipe.choices())
+    bits: dict[str, int] = {}
     mixed = []
-    for i, s in enumerate(linears.values()):
-        grid = dataclasses.replace(s.scheme.weight, bits=choices[i % len(choices)])
+    for s in linears.values():
+        parent = s.name.rpartition(".")[0]
+        if parent not in bits:
+            bits[parent] = next(choices)
+        grid = dataclasses.replace(s.scheme.weight, bits=bits[parent])
         mixed.append(dataclasses.replace(s, scheme=dataclasses.replace(s.scheme, weight=grid)))
     return mixed
 
