@@ -70,7 +70,8 @@ def costs(job: Job, streams: Streams, report: Callable[[int, int, str], None]) -
     found: dict[tuple[str, ...], list[Choice]] = {}
     for i in range(len(job.skeleton)):
         report(i, len(job.skeleton), f"sensitivity of block {i}")
-        hidden = _measure(job, i, hidden, [calls[0][i]], squares, found)
+        hidden, of_block = _measure(job, i, hidden, [calls[0][i]], squares)
+        found |= of_block
     return found
 
 
@@ -117,18 +118,14 @@ def _slope(a: Choice, b: Choice) -> float:
 
 
 def _measure(
-    job: Job,
-    i: int,
-    hidden: list[Tensor],
-    at: list[Call],
-    squares: Mapping[str, Sequence[Tensor]],
-    found: dict[tuple[str, ...], list[Choice]],
-) -> list[Tensor]:
-    """Return what float block `i` makes of `hidden`, one batch, and add what its sites cost to `found`.
+    job: Job, i: int, hidden: list[Tensor], at: list[Call], squares: Mapping[str, Sequence[Tensor]]
+) -> tuple[list[Tensor], dict[tuple[str, ...], list[Choice]]]:
+    """Return what float block `i` makes of `hidden`, one batch, and what its sites cost, by their linears' names.
 
     squares: s of every linear by full name, `[T]` a batch.
     """
     prefix = f"{job.skeleton.prefix}.{i}."
+    found: dict[tuple[str, ...], list[Choice]] = {}
     with job.skeleton.loaded(i, job.device) as block:
         sites = block_sites(job, block, hidden, at)
         with Lanes(block, sites, hidden, at) as lanes:
@@ -144,7 +141,7 @@ def _measure(
                     linear, s_T = block.get_submodule(spec.name.removeprefix(prefix)), squares[spec.name][0]
                     each.append(_choices(job, spec, linear, (X_TK, hessian.mean(), s_T)))
                 found[tuple(s.name for s in linears)] = [sum(alike[1:], alike[0]) for alike in zip(*each, strict=True)]
-            return list(lanes.finish())
+            return list(lanes.finish()), found
 
 
 def _choices(job: Job, spec: LinearSpec, linear: nn.Module, sample: tuple[Tensor, Tensor, Tensor]) -> list[Choice]:

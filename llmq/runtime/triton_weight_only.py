@@ -99,5 +99,7 @@ def _lift(bits: int) -> int:
 
 def _lifted(q: QTensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """Return codes, scales, zeros and bits as the kernel takes them."""
-    lift = _lift(q.grid.bits)
-    return q.codes + lift, q.params.scale, q.params.zero + lift, 8 if lift else q.grid.bits
+    codes, scale, zero = q.codes, q.params.scale, q.params.zero
+    if lift := _lift(q.grid.bits):
+        return codes + lift, scale, zero + lift, 8
+    return codes, scale, zero, q.grid.bits
