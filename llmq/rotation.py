@@ -47,7 +47,7 @@ class Rotated(Source):
                     "MB; say so with untie=true, or leave residual out"
                 )
             self.config |= {"tie_word_embeddings": False}
-            self._place.setdefault(self._head, self._place[self._embedding])
+            self._entries.setdefault(self._head, self._entries[self._embedding])
 
     def get(self, name: str) -> Tensor:
         """Return one tensor, rotated."""

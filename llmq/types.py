@@ -24,13 +24,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from llmq.errors import LlmqError as LlmqError  # noqa: PLC0414
 from llmq.params import GgmlParams as GgmlParams  # noqa: PLC0414
 from llmq.params import Lattice as Lattice  # noqa: PLC0414
 from llmq.params import Params as Params  # noqa: PLC0414
-
-
-class LlmqError(Exception):
-    """A failure that a user can mend: one line that names the thing and the remedy."""
 
 
 class Grid(Protocol):

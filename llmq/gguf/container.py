@@ -20,12 +20,12 @@ from typing import Any
 
 import gguf
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from llmq.gguf.architecture import Architecture
 from llmq.gguf.mixture import FLOATS
 from llmq.gguf.tokenizer import Vocabulary
+from llmq.reading import Entry
 from llmq.types import LlmqError
 
 _SIZE = re.compile(r"(\d+)([MG])")
@@ -46,10 +46,9 @@ class Header:
 
 @dataclass(frozen=True)
 class Part:
-    """Where a staged tensor lies: a safetensors file and its name there, and the ggml type that its bytes are."""
+    """Where a staged tensor lies, under the checkpoint's name, and the ggml type that its bytes are."""
 
-    file: Path
-    name: str
+    entry: Entry
     kind: str
 
 
@@ -89,7 +88,7 @@ def write(stage: Path, out: Path, header: Header, parts: Sequence[Part], split: 
     Raises LlmqError where a tensor has no place in the architecture or the disk is full; OUT is then untouched.
     """
     arch = header.architecture
-    named = [(ggml, part) for part in parts if (ggml := arch.tensor(part.name)) is not None]
+    named = [(ggml, part) for part in parts if (ggml := arch.tensor(part.entry.name)) is not None]
     with _writing(out):
         writer = gguf.GGUFWriter(stage / out.name, arch.name, split_max_size=split)
         _describe(writer, header)
@@ -130,8 +129,7 @@ def _describe(writer: gguf.GGUFWriter, header: Header) -> None:
 
 def _declare(writer: gguf.GGUFWriter, name: str, part: Part) -> None:
     kind = gguf.GGMLQuantizationType[part.kind]
-    with safe_open(part.file, "pt") as f:
-        shape = list(f.get_slice(part.name).get_shape())
+    shape = list(part.entry.shape)
     if part.kind not in FLOATS:
         shape = list(gguf.quant_shape_from_byte_shape(shape, kind))
     block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -140,11 +138,10 @@ def _declare(writer: gguf.GGUFWriter, name: str, part: Part) -> None:
 
 
 def _load(arch: Architecture, part: Part) -> Tensor:
-    with safe_open(part.file, "pt") as f:
-        tensor = f.get_tensor(part.name)
+    tensor = part.entry.read()
     if part.kind in FLOATS:
-        tensor = as_float(tensor, part.kind, part.name)
-    rows = arch.rows(part.name)
+        tensor = as_float(tensor, part.kind, part.entry.name)
+    rows = arch.rows(part.entry.name)
     return tensor if rows is None else tensor[rows]
 
 

@@ -111,7 +111,7 @@ class GgufSink(Sink):
     def write(self, plan: Blueprint, name: str, keys: Mapping[str, str | int]) -> list[Path]:
         """Write OUT from the staged parts, with `keys` beside the model's own; return its files."""
         header = container.Header(plan.architecture, plan.vocabulary, name, mixture.file_type(plan.mix), keys)
-        parts = [container.Part(file, n, plan.types[n]) for file, n in self.staged() if n in plan.types]
+        parts = [container.Part(t, plan.types[t.name]) for t in self.staged() if t.name in plan.types]
         return container.write(self.stage, self.out, header, parts, plan.split)
 
 

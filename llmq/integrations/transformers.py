@@ -20,10 +20,10 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
@@ -31,24 +31,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq import spec
+from llmq.reading import DTYPES, tensor_entries
 from llmq.runtime.linear import QuantLinear
 from llmq.types import Format, LinearSpec, LlmqError
 
 METHODS = ("gptq", "awq", "compressed-tensors")
 """The `quant_method`s that llmq reads. A closed list: a checkpoint must not name a module to import."""
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _OTHER = torch.float8_e4m3fn  # stands for any dtype that no packed tensor has
 _KV_SCALE = re.compile(r"[kv]_(scale|zero_point)")
 
@@ -161,14 +150,8 @@ def read_headers(files: Sequence[str]) -> dict[str, Tensor]:
         raise LlmqError("llmq loads packed weights from .safetensors files only; save the model in that format first")
     headers = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as f:
-                for name in f.keys():  # noqa: SIM118  (not a dict: it cannot be iterated)
-                    t = f.get_slice(name)
-                    dtype = _DTYPES.get(t.get_dtype(), _OTHER)
-                    headers[name] = torch.empty(t.get_shape(), dtype=dtype, device="meta")
-        except SafetensorError as e:
-            raise LlmqError(f"{file}: damaged or truncated ({e}); download or write it again") from e
+        for name, entry in tensor_entries(Path(file)).items():
+            headers[name] = torch.empty(entry.shape, dtype=DTYPES.get(entry.dtype, _OTHER), device="meta")
     return headers
 
 

@@ -1,0 +1,201 @@
+"""The one reader of small structured files: JSON, YAML and the headers of safetensors files, with limits.
+
+A file may lie, so nothing here trusts one: sizes, depth and types are checked, and every failure is an LlmqError that
+names the file. What the values mean is the caller's; `field` takes one out of an object by its type.
+
+    safetensors    u64 length of the header | JSON {"name": {"dtype", "shape", "data_offsets"}} | data, without gaps
+
+Not here: which files make a checkpoint (checkpoint/), GGUF (gguf/reader.py), calibration text (calibration.py).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import yaml
+from torch import Tensor
+
+from llmq.errors import LlmqError, one_line, printable
+
+JSON_BYTES = 256 * 2**20  # tokenizer.json of the largest vocabularies is a tenth of this
+YAML_BYTES = 2**20
+HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
+_DEEPEST = 200
+
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+"""Bits of an element, by safetensors' name of its dtype."""
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""torch's dtype for those that it has."""
+
+T = TypeVar("T")
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Return the value of a JSON text. Raises LlmqError, naming `where`, for one that is broken, deep or no Unicode."""
+    try:
+        value = json.loads(text)
+        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]  # an escape can be half a pair
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as e:
+        raise LlmqError(f"{where} is nested too deep to be read") from e
+    except ValueError as e:  # JSONDecodeError, UnicodeError, integers of thousands of digits
+        raise LlmqError(f"{where} is not valid JSON ({one_line(e, 200)})") from e
+    _check_depth(value, where)
+    return value
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises LlmqError where it is missing, too large, or holds another thing."""
+    return _object(parse_json(_bytes(file, JSON_BYTES), str(file)), file)
+
+
+def yaml_object(file: Path) -> dict[str, Any]:
+    """Return the object in a YAML (or JSON) file; an empty file is an empty object.
+
+    Raises LlmqError as `json_object`, and for aliases: a few of them can stand for gigabytes.
+    """
+    try:
+        value = yaml.load(_bytes(file, YAML_BYTES).decode(), _Yaml)  # noqa: S506  (a SafeLoader)
+    except RecursionError as e:
+        raise LlmqError(f"{file} is nested too deep to be read") from e
+    except (ValueError, yaml.YAMLError) as e:
+        raise LlmqError(f"{file} is not valid YAML ({one_line(e, 200)})") from e
+    _check_depth(value, str(file))
+    return _object({} if value is None else value, file)
+
+
+class _Yaml(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read; write the value out")
+        return super().compose_node(parent, index)
+
+
+def field(found: Mapping[str, Any], key: str, kind: type[T], where: str, default: T | None = None) -> T:
+    """Return `found[key]`, `default` where it is missing. Raises LlmqError where it is of another type, or missing.
+
+    A bool is no int here; an int will do for a float.
+    """
+    value = found.get(key, default)
+    good = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not good or (isinstance(value, bool) and kind is not bool):
+        said = f"is {printable(repr(value), 80)}" if key in found else "is missing"
+        raise LlmqError(f"{where}: {key} {said}; it must be of type {kind.__name__}")
+    return value  # type: ignore[return-value]
+
+
+class Entry(NamedTuple):
+    """A tensor in a safetensors file: where its bytes lie and what they are. dtype: in safetensors' spelling."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def read(self) -> Tensor:
+        """Return the tensor. Raises LlmqError where torch has no such dtype or the file has shrunk."""
+        if self.dtype not in DTYPES:
+            raise LlmqError(f"{self.file}: tensor {self.name} is {self.dtype}, which torch does not have")
+        data = torch.empty(self.nbytes, dtype=torch.uint8)
+        try:
+            with self.file.open("rb") as f:
+                f.seek(self.start)
+                got = f.readinto(data.numpy())  # type: ignore[arg-type]  # an array is a buffer
+        except OSError as e:
+            raise LlmqError(f"cannot read {self.file} ({one_line(e)})") from e
+        if got != self.nbytes:
+            raise LlmqError(f"{self.file} ended early at tensor {self.name}; was it changed while it was being read?")
+        return data.view(DTYPES[self.dtype]).reshape(self.shape)
+
+    def meta(self) -> Tensor | None:
+        """Return the tensor's shape and dtype without its data, None where torch has no such dtype."""
+        return torch.empty(self.shape, dtype=DTYPES[self.dtype], device="meta") if self.dtype in DTYPES else None
+
+
+def tensor_entries(file: Path) -> dict[str, Entry]:
+    """Return the tensors of a safetensors file by name, from its header, which is read once.
+
+    Raises LlmqError for a file that is truncated or no safetensors file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            start = f.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            text = f.read(length) if 0 < length <= min(HEADER_BYTES, size - 8) else b""
+    except OSError as e:
+        raise LlmqError(f"cannot read {file} ({one_line(e)})") from e
+    damaged = f"{file} is truncated or not safetensors"
+    if not text:
+        raise LlmqError(f"{damaged} (its header does not fit the file); download it again")
+    header = parse_json(text, f"the header of {file}")
+    if not isinstance(header, dict):
+        raise LlmqError(f"{damaged} (its header is no object); download it again")
+    entries = {n: _entry(file, n, e, 8 + length) for n, e in header.items() if n != "__metadata__"}
+    at = 8 + length
+    for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
+        if entry.start != at:
+            raise LlmqError(f"{damaged} (tensor {entry.name} leaves a gap or an overlap); download it again")
+        at += entry.nbytes
+    if at != size:
+        raise LlmqError(f"{damaged} (its tensors end at byte {at:,} of {size:,}); download it again")
+    return entries
+
+
+def _entry(file: Path, name: str, said: Any, data: int) -> Entry:
+    where = f"{file}, tensor {printable(name, 200)}"
+    if not isinstance(said, dict):
+        raise LlmqError(f"{where}: its header is no object; download the file again")
+    dtype = field(said, "dtype", str, where)
+    shape, offsets = field(said, "shape", list, where), field(said, "data_offsets", list, where)
+    whole = all(type(n) is int and 0 <= n < 2**62 for n in (*shape, *offsets))
+    if dtype not in BITS or not whole or len(offsets) != 2 or len(shape) > 16:
+        raise LlmqError(f"{where}: no dtype, shape or place that llmq knows ({dtype}); download the file again")
+    nbytes = offsets[1] - offsets[0]
+    if 8 * nbytes != prod(shape) * BITS[dtype]:
+        raise LlmqError(f"{where}: {nbytes} bytes are not {dtype} {shape}; download the file again")
+    return Entry(file, name, dtype, tuple(shape), data + offsets[0], nbytes)
+
+
+def _bytes(file: Path, limit: int) -> bytes:
+    try:
+        with file.open("rb") as f:
+            data = f.read(limit + 1)
+    except (OSError, ValueError) as e:
+        raise LlmqError(f"cannot read {file} ({one_line(e)})") from e
+    if len(data) > limit:
+        raise LlmqError(f"{file} is larger than {limit / 2**20:.0f} MiB, which no such file should be")
+    return data
+
+
+def _object(value: Any, file: Path) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
+        raise LlmqError(f"{file} must hold an object of named values, not {printable(repr(value), 60)}")
+    return value
+
+
+def _check_depth(value: Any, where: str) -> None:
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [v for x in level if isinstance(x, dict | list) for v in (x.values() if isinstance(x, dict) else x)]
+        if not level:
+            return
+    raise LlmqError(f"{where} is nested more than {_DEEPEST} deep, too deep to be read")
