@@ -200,23 +200,29 @@ class MeanSquare(_ChannelMean):
 
 
 class Sample:
-    """Some of the tokens, each as likely as any other: every token draws a number, and the `MOST` least stay."""
+    """Some of the tokens, each as likely as any other: every token draws a number, and the `MOST` least stay.
+
+    rank: of the process that sees the tokens. Ranks draw from different seeds, so that their merge is a sample too.
+    """
 
     paired: ClassVar[bool] = False
     weighed: ClassVar[bool] = False
     MOST = 1024
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0) -> None:
         self.rows: Tensor | None = None
+        self._rank = rank
         self._numbers = torch.zeros(0)
-        self._draw = torch.Generator().manual_seed(0)
+        self._draw = torch.Generator().manual_seed(rank)
 
     def update(self, X_TK: Tensor) -> None:
         """Add a batch."""
         self._add(torch.rand(len(X_TK), generator=self._draw), X_TK)
 
     def merge(self, other: Sample) -> None:
-        """Keep the least numbers of two ranks."""
+        """Keep the least numbers of two ranks. Raises ValueError where both drew the same ones."""
+        if other._rank == self._rank:
+            raise ValueError(f"two samples of rank {self._rank} draw the same numbers; make each with its own rank")
         if other.rows is not None:
             self._add(other._numbers, other.rows)
 

@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Phi
 
 import llmq
 from llmq import calibration, spec
+from llmq.algorithms.qep import Qep
 from llmq.checkpoint import Source
 from llmq.evaluation import evaluate
 from llmq.job import prepare
 from llmq.quantize import quantize
 from llmq.recipe import Recipe
 from llmq.runtime.linear import QuantLinear
+from llmq.stats import Drift, Hessian
 from llmq.types import LinearSpec, LlmqError
 from llmq.windows import find_convention
 
@@ -234,6 +236,40 @@ def test_families_and_discovered_architectures(config, tokenizer_bos, tmp_path, 
         with pytest.raises(LlmqError, match="no table of producers.*as --quality balanced does"):
             job(folder, tmp_path / "x", calib=text, method="awq,rtn")
         assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
+
+
+@pytest.mark.parametrize(("share", "batches"), [(0.25, 2), (0.3, 3), (1.0, 8)])
+def test_share_of_the_calibration_runs_through_the_float_model(
+    tiny_checkpoint, tmp_path, text, monkeypatch, share, batches
+):
+    seen, correct = set(), Qep.correct
+
+    def watched(self, targets, stats):
+        seen.add((stats[Drift].count, stats[Hessian].count))
+        return correct(self, targets, stats)
+
+    monkeypatch.setattr(Qep, "correct", watched)
+    monkeypatch.setattr("llmq.quantize.BATCH_TOKENS", 32)
+    job(tiny_checkpoint(), tmp_path / "out", calib=text, method=f"qep:share={share},gptq")
+    assert seen == {(32 * batches, 32 * 8)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_static_activation_scales_are_those_of_the_inputs_seen(tiny_checkpoint, tmp_path, text, dtype):
+    folder, out = tiny_checkpoint(dtype=dtype), tmp_path / "out"
+    options = {"method": "rtn", "bits": 8, "act_bits": 8, "act": "tensor", "act_range": "minmax", "group_size": None}
+    job(folder, out, calib=text, **options)
+    largest, model = {}, llmq.load(folder, dtype=torch.float32)
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(lambda _m, args, n=name: largest.update({n: args[0].abs().max()}))
+    with torch.no_grad():
+        model(calibration.tokens(text, llmq.load_tokenizer(folder), 8, 32, seed=0))
+    source = Source(out)
+    for name, top in largest.items():
+        first = name.startswith("model.layers.0.self_attn") and "o_proj" not in name  # nothing before it is rounded
+        scale = source.get(f"{name}.input_scale").float().squeeze()
+        torch.testing.assert_close(scale, top / 127.5, rtol=2**-8 if first else 0.05, atol=0)
 
 
 def test_overrides_and_skips_reach_the_file(tiny_checkpoint, tmp_path, text):

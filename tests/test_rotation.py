@@ -1,11 +1,12 @@
 """Rotations leave the function of the whole model unchanged, spread outliers, and say what a tied head costs."""
 
 import json
+from functools import partial
 
 import gguf
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from llmq.algorithms.rotate import Rotate, orthogonal
 from llmq.checkpoint import Source
@@ -23,6 +24,9 @@ SIZES = {
     "vocab_size": 320, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 12, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
+
+
+BIASED = partial(LlamaConfig, attention_bias=True, mlp_bias=True)  # also where the stream is written: o_proj, down_proj
 
 
 @pytest.mark.parametrize("n", [1, 12, 64, 576])
@@ -45,7 +49,7 @@ def rotated(folder, step):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("config", [MistralConfig, Qwen2Config, Qwen3Config])
+@pytest.mark.parametrize("config", [MistralConfig, Qwen2Config, Qwen3Config, BIASED])
 @pytest.mark.parametrize("options", [{}, {"residual": True, "untie": True}, {"residual": True, "heads": False}])
 def test_the_function_is_unchanged(config, options, tied, tmp_path):
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
 from llmq import saliency
 from llmq.algorithms.fisher import Fisher
+from llmq.algorithms.gptq import Gptq
 from llmq.block import accumulate
 from llmq.checkpoint import Source
 from llmq.job import prepare
@@ -91,6 +92,25 @@ def test_sums_of_products_are_weighed_and_no_others():
     torch.testing.assert_close(stats[Hessian].mean(), (X * w[:, None]).T @ X / 8)
     torch.testing.assert_close(stats[Drift].fit + stats[Drift].held, ((F - X) * w[:, None]).T @ X)
     torch.testing.assert_close(stats[MeanSquare].mean(), X.square().mean(0))
+
+
+def test_a_token_counts_by_its_weight_in_every_sum_of_products(tiny_checkpoint, prose, tmp_path, monkeypatch):
+    """Not by its square: an activation is multiplied by the root of the weight, and then by another such activation."""
+    text, sums, solve = tmp_path / "calibration.txt", [], Gptq.solve
+    text.write_text(prose(400))
+
+    def watched(self, targets, stats):
+        sums.append(stats[Hessian].mean().clone())
+        return solve(self, targets, stats)
+
+    monkeypatch.setattr(Gptq, "solve", watched)
+    monkeypatch.setattr(Fisher, "weigh", lambda self, squares: torch.full_like(squares[0], 9.0**self.power))
+    folder = str(tiny_checkpoint(num_hidden_layers=1))
+    for power in (0, 1):
+        method = f"fisher:power={power},gptq"
+        recipe = Recipe(method=method, group_size=32, samples=4, seq_len=32, calib=str(text), dtype="float32")
+        quantize(prepare(folder, recipe, "cpu"), tmp_path / str(power))
+    torch.testing.assert_close(sums[len(sums) // 2], 9 * sums[0])  # the first site's, whose inputs are alike in both
 
 
 def test_the_main_job_weighs_tokens(tiny_checkpoint, prose, tmp_path):

@@ -12,7 +12,7 @@ def activations():
 
 
 def halves(kind, X):
-    a, b = kind(), kind()
+    a, b = (Sample(0), Sample(1)) if kind is Sample else (kind(), kind())
     a.update(X[:100])
     b.update(X[100:])
     a.merge(b)
@@ -66,6 +66,20 @@ def test_a_sample_keeps_any_token_as_likely_as_another():
     assert len(merged.rows) == Sample.MOST
     few = halves(Sample, tokens[:300])
     assert torch.equal(few.rows, tokens[:300])
+
+
+def test_ranks_merge_into_a_sample_of_all_their_tokens():
+    mine, theirs = Sample(0), Sample(1)
+    mine.update(torch.arange(10_000.0)[:, None])
+    theirs.update(torch.arange(30_000.0)[:, None] + 1e6)
+    mine.merge(theirs)
+    kept = mine.rows[:, 0]
+    others = kept[kept >= 1e6] - 1e6
+    assert len(kept) == Sample.MOST and len(others) / len(kept) == pytest.approx(0.75, abs=0.05)
+    assert torch.histc(others, 10, 0, 30_000).min() > 45  # of 77 expected in each tenth
+    assert torch.isin(kept, others).sum() < 40  # 20 by chance; with the same numbers, every token of the rarer rank
+    with pytest.raises(ValueError, match="rank 1 draw the same numbers"):
+        theirs.merge(Sample(1))
 
 
 def test_a_statistic_without_data_says_so():

@@ -64,6 +64,17 @@ def test_lowers_the_error_of_the_output(bits, sym):
         assert torch.equal(s.q.params.zero, before.params.zero)
 
 
+def test_never_trains_on_the_sequences_that_it_judges_by():
+    v, seen = view(), {True: set(), False: set()}
+    place = {tuple(x.flatten()[:4].tolist()): i for i, x in enumerate(torch.cat(v.inputs))}
+    v.block.register_forward_pre_hook(
+        lambda _, args: seen[torch.is_grad_enabled()].add(place[tuple(args[0].flatten()[:4].tolist())])
+    )
+    with torch.no_grad():
+        SignRound(steps=20).tune(v)
+    assert seen == {True: set(range(14)), False: {14, 15}}
+
+
 def test_starts_from_the_solved_point():
     v = view(bits=3)
     for n, s in v.solved.items():
