@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import shlex
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +23,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from llmq.types import LlmqError
+from llmq.errors import LlmqError, one_line, printable
+from llmq.show import Rows, labelled, lines, plain
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -40,15 +42,25 @@ def main() -> None:
         signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
-    except BaseException as e:  # an interrupt comes in any guise; what is neither it nor ours goes on
+    except BaseException as e:  # an interrupt comes in any guise
         done = isinstance(e, SystemExit) and not e.code
         if _interrupted.is_set() and not done:
             error.print("interrupted; nothing was written")
             sys.exit(130)
-        if isinstance(e, LlmqError):
-            error.print(f"[red]error:[/red] {e}", markup=True)
-            sys.exit(1)
-        raise
+        if isinstance(e, SystemExit) or "--debug" in sys.argv:
+            raise
+        error.print(labelled("error", "red", e if isinstance(e, LlmqError) else _unexpected(e)))
+        sys.exit(1)
+
+
+def _unexpected(e: BaseException) -> str:
+    """Return what to say of an exception that nobody foresaw: where it came from and what was being done."""
+    if isinstance(e, MemoryError):
+        return f"out of memory, running llmq {shlex.join(sys.argv[1:])}"
+    here = [f for f in traceback.extract_tb(e.__traceback__) if f"{Path(__file__).parent}" in f.filename]
+    at = f" ({Path(here[-1].filename).name}:{here[-1].lineno})" if here else ""
+    doing = printable(shlex.join(sys.argv[1:]), 500)
+    return f"{type(e).__name__}{at}: {one_line(e)}: unforeseen, a fault of llmq; `llmq --debug {doing}` shows the rest"
 
 
 def _interrupt(*_: Any) -> None:
@@ -67,6 +79,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
 ) -> None:
     """Quantize Llama-family checkpoints, load them, measure them."""
 
@@ -128,7 +141,7 @@ def quantize(
         check_out(out, overwrite=overwrite)
     job = prepare(src, what, device)
     for warning in job.warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}")
+        console.print(labelled("warning", "yellow", warning))
     with _progress() as step:
         summary = run(job, out, overwrite=overwrite, progress=step)
     _print_summary(out, summary, time.monotonic() - start)
@@ -194,7 +207,7 @@ def generate(
     if not inputs["input_ids"].numel():
         raise LlmqError("the prompt is empty; give some text to continue")
     out = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    console.print(tokenizer.decode(out[0], skip_special_tokens=True), markup=False, highlight=False)
+    console.print(lines(str(tokenizer.decode(out[0], skip_special_tokens=True))))
 
 
 @app.command()
@@ -223,11 +236,11 @@ def export(
         overwrite=overwrite,
     )
     for warning in done["warnings"]:
-        console.print(f"[yellow]warning:[/yellow] {warning}")
-    table = Table(title=f"{out}", title_justify="left", show_header=False)
-    table.add_row("size", f"{done['bytes'] / 1e6:,.1f} MB in {len(done['files'])} file(s)")
-    table.add_row("tensors", ", ".join(f"{n} {kind}" for kind, n in done["types"].items()))
-    table.add_row("linears", ", ".join(f"{n} {outcome}" for outcome, n in done["outcomes"].items()))
+        console.print(labelled("warning", "yellow", warning))
+    table = Rows(out)
+    table.add("size", f"{done['bytes'] / 1e6:,.1f} MB in {len(done['files'])} file(s)")
+    table.add("tensors", ", ".join(f"{n} {kind}" for kind, n in done["types"].items()))
+    table.add("linears", ", ".join(f"{n} {outcome}" for outcome, n in done["outcomes"].items()))
     console.print(table)
 
 
@@ -255,11 +268,11 @@ def list_() -> None:
     from llmq import spec
 
     for folder in ("algorithms", "ranges", "grids", "formats", "families"):
-        table = Table("name", "what it is", title=folder, title_justify="left", box=None)
+        table = Rows(folder, "name", "what it is", box=None)
         for name, line in spec.describe(folder):
-            table.add_row(name, line)
+            table.add(name, line)
             if folder in ("algorithms", "ranges") and (known := spec.options(folder, name)):
-                table.add_row("", f"[dim]:{known}[/dim]")
+                table.add_row("", plain(f":{known}", "dim"))
         console.print(table)
 
 
@@ -267,7 +280,8 @@ def list_() -> None:
 def _progress() -> Iterator[Any]:
     """Yield `step(done, total, what)`, shown as a bar with the time left (only where the output is a terminal)."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
@@ -275,7 +289,7 @@ def _progress() -> Iterator[Any]:
         def step(done: int, total: int, what: str) -> None:
             if _interrupted.is_set():
                 raise KeyboardInterrupt
-            bar.update(task, completed=done, total=total, description=what)
+            bar.update(task, completed=done, total=total, description=printable(what, 100))
 
         yield step
 
@@ -284,16 +298,16 @@ def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:
     from llmq.card import error
 
     size = summary["size"]
-    table = Table(title=f"{out}", title_justify="left", show_header=False)
-    table.add_row("size", f"{size['float_bytes'] / 1e6:,.1f} MB -> {size['bytes'] / 1e6:,.1f} MB")
+    table = Rows(out)
+    table.add("size", f"{size['float_bytes'] / 1e6:,.1f} MB -> {size['bytes'] / 1e6:,.1f} MB")
     if summary["linears"]:  # none in a GGUF file of floats
         kind, mean, worst, worst_error = error(summary)
-        table.add_row("bits per quantized weight", f"{size['bits_per_weight']:.3f} (scales and zeros counted)")
-        table.add_row(f"mean {kind.replace('_', ' ')}", f"{mean:.3e} (squared, relative)")
-        table.add_row("worst linear", f"{worst_error:.3e} {worst}")
+        table.add("bits per quantized weight", f"{size['bits_per_weight']:.3f} (scales and zeros counted)")
+        table.add(f"mean {kind.replace('_', ' ')}", f"{mean:.3e} (squared, relative)")
+        table.add("worst linear", f"{worst_error:.3e} {worst}")
     fallbacks = [n for n, v in summary["linears"].items() if "fallback" in v]
     if fallbacks:
-        table.add_row("fallbacks", f"{len(fallbacks)}: {', '.join(fallbacks[:3])} (see quantization.json)")
-    table.add_row("seconds", f"{seconds:.1f}")
-    table.add_row("peak memory", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB")
+        table.add("fallbacks", f"{len(fallbacks)}: {', '.join(fallbacks[:3])} (see quantization.json)")
+    table.add("seconds", f"{seconds:.1f}")
+    table.add("peak memory", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB")
     console.print(table)

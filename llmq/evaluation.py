@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor
 
+from llmq.show import Rows
 from llmq.types import LlmqError
 from llmq.windows import Convention, Text, Window, cut, find_convention, fit, load_text
 
@@ -156,25 +156,25 @@ def compare(  # noqa: PLR0913, the options of `llmq eval` one for one
     return {model: evaluate(loaded, tokenizer, content, how, truth, windows, scoring, kv_bits=kv_bits)}
 
 
-def table(rows: Mapping[str, Evaluation]) -> Table:
+def table(rows: Mapping[str, Evaluation]) -> Rows:
     """Return a rich table, 80 columns wide, with a row per named evaluation and one for the first baseline."""
     first = next(iter(rows.values()))
     baseline = next((e.baseline_perplexity for e in rows.values() if e.baseline_perplexity is not None), None)
     versus = [] if baseline is None else ["change", "KL", "KL 99.9 %", "top-1"]
     title = f"{first.convention}: window {first.window}, {first.tokens} tokens scored, perplexity per {first.unit}"
     title += f", {first.kv_bits}-bit key-value cache" if first.kv_bits else ""
-    out = Table(title=title, title_justify="left", box=None)
+    out = Rows(title, box=None, show_header=True)
     out.add_column("model", overflow="fold", min_width=14)
     for head in ("perplexity", *versus, "seconds"):
         out.add_column(head, justify="right", no_wrap=True)
     if baseline is not None:
-        out.add_row("baseline", f"{baseline:.3f}")
+        out.add("baseline", f"{baseline:.3f}")
     for name, e in rows.items():
         cells = [""] * len(versus)
         if e.baseline_perplexity is not None:
             change = f"{100 * (e.perplexity / e.baseline_perplexity - 1):+.2f} %"
             cells = [change, f"{e.kl_mean:.5f}", f"{e.kl_p999:.4f}", f"{e.top1:.2%}"]
-        out.add_row(name, f"{e.perplexity:.3f} ± {e.standard_error:.3f}", *cells, f"{e.seconds:.1f}")
+        out.add(name, f"{e.perplexity:.3f} ± {e.standard_error:.3f}", *cells, f"{e.seconds:.1f}")
     return out
 
 

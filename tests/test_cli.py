@@ -185,3 +185,28 @@ def test_gguf_failures_are_one_line(tiny_checkpoint, tmp_path, arguments, messag
     done = run(*paths)
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "short.gguf"]
+
+
+def unforeseen(monkeypatch, capsys, error, *options):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("llmq.inspection.inspect", fail)
+    monkeypatch.setattr(sys, "argv", ["llmq", *options, "inspect", "m\x1b[2J"])
+    with pytest.raises((SystemExit, type(error))) as e:
+        cli.main()
+    return e.value, capsys.readouterr().err
+
+
+def test_an_exception_that_nobody_foresaw_is_one_line_with_the_way_to_the_rest(monkeypatch, capsys):
+    end, said = unforeseen(monkeypatch, capsys, ZeroDivisionError("division\nby zero"))
+    assert isinstance(end, SystemExit) and end.code == 1 and said.count("\n") == 1
+    assert said.startswith("error: ZeroDivisionError (cli.py:") and "division by zero" in said
+    assert "llmq --debug inspect" in said and "\x1b" not in said
+    end, said = unforeseen(monkeypatch, capsys, MemoryError())
+    assert isinstance(end, SystemExit) and "out of memory" in said
+
+
+def test_debug_shows_where_an_exception_comes_from(monkeypatch, capsys):
+    end, _ = unforeseen(monkeypatch, capsys, ZeroDivisionError("by zero"), "--debug")
+    assert isinstance(end, ZeroDivisionError)

@@ -11,6 +11,7 @@ from typing import Any
 
 import gguf
 
+from llmq.reading import field, parse_json
 from llmq.types import LlmqError
 
 
@@ -44,6 +45,12 @@ class GgufFile:
         """Return the value of a key, None where the file does not have it."""
         field = self._reader.get_field(key)
         return None if field is None else field.contents()
+
+    def report(self) -> dict[str, Any]:
+        """Return what llmq recorded of every linear, empty where it made no such record. Raises LlmqError for junk."""
+        text = self.value("llmq.report")
+        found = {} if text is None else parse_json(str(text), f"{self.path}, llmq.report")
+        return field({"llmq.report": found}, "llmq.report", dict, str(self.path))
 
     def keys(self) -> list[str]:
         """Return the names of all keys."""

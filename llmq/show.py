@@ -1,0 +1,45 @@
+r"""What is printed: text of files stays text, whatever it holds.
+
+A tensor may be called `[/red]` or `\x1b[2J`: rich would take the first for markup, the terminal the second for an
+order. Everything that comes from a file goes through `plain`, which makes both visible; tables do so by themselves.
+Not here: what is printed (cli.py, inspection.py, evaluation.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from llmq.errors import printable
+
+_LONGEST = 2000  # characters of a cell
+
+
+def plain(value: object, style: str = "", longest: int | None = _LONGEST) -> Text:
+    """Return a value as one line of text without markup or control characters."""
+    return Text(printable(str(value), longest), style)
+
+
+def lines(value: str) -> Text:
+    """Return text of several lines, each as `plain` makes it, its spaces kept."""
+    shown = ("".join(c if c.isprintable() else printable(c) or " " for c in line) for line in value.split("\n"))
+    return Text("\n".join(shown))
+
+
+def labelled(label: str, style: str, message: object) -> Text:
+    """Return `label: message`, the label in colour."""
+    return Text.assemble((f"{label}:", style), " ", plain(message, longest=None))
+
+
+class Rows(Table):
+    """A table with its title at the left whose cells are text."""
+
+    def __init__(self, title: object, *headers: str, **options: Any) -> None:
+        options.setdefault("show_header", bool(headers))
+        super().__init__(*headers, title=plain(title), title_justify="left", **options)
+
+    def add(self, *cells: object) -> None:
+        """Add a row."""
+        self.add_row(*(plain(c) for c in cells))
