@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from math import prod
 from typing import Any
 
+import yaml
+
+from llmq.checkpoint.hub import is_repository
+from llmq.errors import printable
 from llmq.types import Format, LinearSpec
 
 
@@ -37,35 +42,60 @@ def error(summary: dict[str, Any]) -> tuple[str, float, str, float]:
     return kind, sum(values.values()) / len(values), worst, values[worst]
 
 
-def model_card(name: str, summary: dict[str, Any], config: dict[str, Any]) -> str:
-    """Return README.md of the quantized checkpoint."""
-    recipe, sizes = summary["recipe"], summary["size"]
+def model_card(summary: dict[str, Any], config: dict[str, Any]) -> str:
+    """Return README.md of the quantized checkpoint. Names and values stay text, whatever characters they have."""
+    recipe, sizes, source = summary["recipe"], summary["size"], summary["source"]
     kind, mean, worst, worst_error = error(summary)
-    steps = "\n".join(f"{k}: {v}" for k, v in recipe.items() if v not in (None, [], ()))
+    method = config["quantization_config"]["quant_method"]
+    about = {
+        "base_model": _base_model(source["name"], config.get("_name_or_path")),
+        "library_name": "transformers",
+        "tags": [method, f"{recipe['bits']}-bit", "llmq"],
+    }
+    steps = _yaml({k: v for k, v in recipe.items() if v not in (None, [], ())})
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", steps)), default=0))
     act = f", {recipe['act_bits']}-bit activations" if recipe["act_bits"] else ""
     return f"""---
-base_model: {config.get("_name_or_path") or name}
-library_name: transformers
-tags: [{config["quantization_config"]["quant_method"]}, {recipe["bits"]}-bit, llmq]
----
-# {name}, {recipe["bits"]}-bit weights{act}
+{_yaml(about)}---
+# {_text(source["name"])}, {recipe["bits"]}-bit weights{act}
 
-Quantized with llmq {summary["llmq"]}; per-linear figures are in `quantization.json`, the recipe in `recipe.yaml`
-(`llmq quantize SRC OUT --recipe recipe.yaml` repeats it).
+Quantized with llmq {summary["llmq"]} from {_origin(source)}; per-linear figures are in `quantization.json`, the recipe
+in `recipe.yaml` (`llmq quantize SRC OUT --recipe recipe.yaml` repeats it).
 
 | | float | quantized |
 |---|---|---|
 | bytes | {sizes["float_bytes"]:,} | {sizes["bytes"]:,} |
 | bits per quantized weight, scales and zeros counted | | {sizes["bits_per_weight"]} |
 | mean {kind.replace("_", " ")}, squared and relative | | {mean:.3e} |
-| worst linear | | {worst_error:.3e} (`{worst}`) |
+| worst linear | | {worst_error:.3e} ({_text(worst)}) |
 
 ```python
 import llmq
 model = llmq.load("PATH")                       # an ordinary transformers model
 ```
 
-```yaml
-{steps}
-```
+{fence}yaml
+{steps}{fence}
 """
+
+
+def _base_model(name: str, said: object) -> str:
+    """Return what the Hub should link to: a repository, where the source or its config names one."""
+    return said if isinstance(said, str) and is_repository(said) and not is_repository(name) else name
+
+
+def _origin(source: dict[str, Any]) -> str:
+    """Return a source, its commit and its adapter in words."""
+    commit = f" at commit {_text(source['commit'])}" if source["commit"] else ""
+    return f"{_text(source['name'])}{commit}" + (
+        f" with the adapter {_origin(source['adapter'])}" if source.get("adapter") else ""
+    )
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=2**31)
+
+
+def _text(text: str) -> str:
+    """Return text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|&~])", r"\\\1", printable(text))

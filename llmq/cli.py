@@ -86,7 +86,7 @@ def _options(
 
 @app.command()
 def quantize(
-    src: Annotated[str, typer.Argument(help="Float checkpoint: a local folder or a Hub id.")],
+    src: Annotated[str, typer.Argument(help="Float checkpoint: a folder, org/name or org/name@REVISION.")],
     out: Annotated[Path, typer.Argument(help="Folder to write, or OUT.gguf.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML or JSON file with any of these options.")] = None,
     quality: Annotated[str | None, typer.Option(help="fast, balanced or best: time against error. [balanced]")] = None,
@@ -203,7 +203,8 @@ def generate(
 
     tokenizer = load_tokenizer(model)
     loaded: Any = load(model, device=device)
-    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    encoded = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    inputs = {k: encoded[k] for k in ("input_ids", "attention_mask") if k in encoded}  # not token_type_ids and the like
     if not inputs["input_ids"].numel():
         raise LlmqError("the prompt is empty; give some text to continue")
     out = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)

@@ -86,7 +86,7 @@ def export(
         counts = Counter(kind for name, kind in types.items() if kind not in mixture.FLOATS)
         main = counts.most_common(1)[0][0] if counts else "F16"
         plan = Blueprint(arch, words, _file_type_of(main), types, split=container.parse_size(split_max_size))
-        files = sink.write(plan, source.path.name, {"llmq.version": __version__, "llmq.source": reader.method})
+        files = sink.write(plan, source.origin.name, {"llmq.version": __version__, "llmq.source": reader.method})
     return {
         "types": dict(Counter(types.values())),
         "outcomes": dict(outcomes),

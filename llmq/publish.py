@@ -42,7 +42,7 @@ def publish(job: Job, sink: Sink, record: dict[str, Any], tokens: Tensor) -> dic
         where = (sink.stage, job.source.path)
         summary["finished"] = finish(job.plan.finishers, *where, tokens, recipe.seed, job.device)
     sink.text("quantization.json", json.dumps(summary, indent=2) + "\n")
-    sink.text("README.md", card.model_card(job.source.path.name, summary, config))
+    sink.text("README.md", card.model_card(summary, config))
     return summary
 
 
@@ -52,7 +52,7 @@ def publish_gguf(job: Job, sink: pipeline.GgufSink, record: dict[str, Any]) -> d
     if plan is None:
         raise TypeError("a GGUF sink without a blueprint")
     keys = pipeline.keys(recipe.to_yaml(), record, recipe.imatrix)
-    files = sink.write(plan, job.source.path.name, keys)
+    files = sink.write(plan, job.source.origin.name, keys)
     summary = _summary(job, sum(f.stat().st_size for f in files), record)
     return summary | {"files": [f.name for f in files]}
 
@@ -73,6 +73,7 @@ def _summary(job: Job, total: int, record: dict[str, Any]) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "device": job.device.type,
         "dtype": str(job.skeleton.dtype).removeprefix("torch."),
+        "source": dataclasses.asdict(job.source.origin),
         "recipe": json.loads(json.dumps(dataclasses.asdict(job.plan.recipe))),
         "warnings": job.warnings,
         "size": card.size((job.linears | job.rows).values(), job.plan.format, total, job.source.bytes()),

@@ -28,6 +28,15 @@ def text(tmp_path, prose):
     return tmp_path / "t.txt"
 
 
+def test_generate_leaves_out_what_no_model_takes(tiny_checkpoint, capsys):
+    folder = tiny_checkpoint()
+    file = folder / "tokenizer_config.json"
+    wanted = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask", "special_tokens_mask"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | wanted))
+    cli.generate(str(folder), "The first city", max_new_tokens=4, device="cpu")
+    assert capsys.readouterr().out.startswith("The first city")
+
+
 def test_quantize_eval_generate_inspect(tiny_checkpoint, tmp_path, text):
     folder, out = tiny_checkpoint(), tmp_path / "out"
     options = ["--group-size", 32, "--samples", 8, "--seq-len", 32, "--calib", text]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmq.checkpoint.source import COPIED
+from llmq.checkpoint.hub import COPIED
 from llmq.errors import LlmqError, one_line
 from llmq.reading import BITS, Entry, tensor_entries
 
@@ -84,9 +84,11 @@ class Sink:
         """Copy tokenizer, chat template, generation and preprocessor files: all that is not weights or config."""
         for pattern in COPIED:
             for file in source.glob(pattern):
+                target = self.stage / file.relative_to(source)
                 if not any(file.match(p) for p in _REPLACED):
-                    with _writing(self.stage / file.name):
-                        shutil.copyfile(file, self.stage / file.name)
+                    with _writing(target):
+                        target.parent.mkdir(exist_ok=True)
+                        shutil.copyfile(file, target)
 
     def staged(self) -> list[Entry]:
         """Return where each staged tensor lies, in the order they were added."""

@@ -1,6 +1,7 @@
 """A checkpoint read: which file and which tensor counts, answered one tensor at a time.
 
-Not here: what the tensors mean (stream, formats), reading a header (reading.py), writing (sink.py).
+Not here: which folder a name means (hub.py), what the tensors mean (stream, formats), reading a header (reading.py),
+writing (sink.py).
 """
 
 from __future__ import annotations
@@ -11,33 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.errors import LlmqError, one_line
+from llmq.checkpoint.hub import origin
+from llmq.errors import LlmqError
 from llmq.reading import DTYPES, Entry, json_object, tensor_entries
 
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-"""What a checkpoint holds beside its weights."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def resolve(name: str) -> Path:
-    """Return the local folder of a checkpoint: `name` itself, or a download of that Hub id.
-
-    Downloads configuration, tokenizer and safetensors only. Raises LlmqError where there is neither.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise LlmqError(f"{name} is a file; give the folder that holds config.json and the .safetensors files")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise LlmqError(f"{name} is not a folder; give a checkpoint folder or a Hub id such as org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*COPIED, "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        raise LlmqError(f"{name} is not a local folder and the Hub did not deliver it ({one_line(e)})") from e
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -59,6 +38,7 @@ class Source:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.origin = origin(path)
         self.config = read_config(path)
         self._entries: dict[str, Entry] = {}
         for file in self._files():
