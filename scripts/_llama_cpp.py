@@ -31,7 +31,9 @@ class LlamaCpp:
 
     def log_probabilities(self, ids: list[int], vocab: int) -> dict[int, float]:
         """Return the log-probability of every next id."""
-        answer = self._post("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=vocab)
+        letter = self.tokenize("a", special=False)[-1]  # generated whatever they are: half a character gives no answer
+        how = {"n_predict": 1, "temperature": 0, "n_probs": vocab, "logit_bias": [[letter, 1e4]]}
+        answer = self._post("/completion", prompt=ids, **how)
         return {p["id"]: p["logprob"] for p in answer["completion_probabilities"][0]["top_logprobs"]}
 
     def _post(self, path: str, **body: Any) -> Any:

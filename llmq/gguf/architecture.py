@@ -1,56 +1,83 @@
 """What llama.cpp calls a model: architecture, hyper-parameter keys, tensor names, and the order of q and k rows.
 
-    model_type        architecture   q and k rows    rotary scaling
-    llama, mistral    llama          reordered       llama3: tensor rope_freqs.weight; linear, yarn: keys
-    qwen2             qwen2          as they are     linear, yarn: keys
-    qwen3             qwen3          as they are     linear, yarn: keys
+    model_type        architecture   q and k rows    frequency table   biases read
+    llama, mistral    llama          reordered       yes               of every linear
+    qwen2             qwen2          as they are     no                of q, k, v
+    qwen3             qwen3          as they are     no                of q, k, v
 
 Hugging Face rotates channel i of a head with channel i + d/2, ggml's `llama` graph rotates neighbours 2i and 2i + 1, so
 that rows 0 .. d/2-1 and d/2 .. d-1 of every head are interleaved. Rows are independent in every quantizer: reordering
 packed rows equals packing reordered rows.
+
+An architecture of llama.cpp is a program, and a config can ask transformers for another one under the same model_type
+(another activation, a window, attention both ways). So what decides the function is read from the modules that
+transformers makes of the config: it is written, or refused, whatever the key is called.
 Source: the `gguf` package's tensor map; llama.cpp's `conversion/llama.py` and `src/models/*.cpp` for what is read.
-Not here: the tokenizer (tokenizer.py), types of tensors (mixture.py).
+Not here: rotary embedding (rope.py), the tokenizer (tokenizer.py), types of tensors (mixture.py).
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import gguf
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from llmq.errors import LlmqError
+from llmq.gguf.rope import Rotary, rotary
 from llmq.heads import head_dim, kv_heads
-from llmq.types import LlmqError
 
-_ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-}
-_KEYED_ROPE = ("default", "linear", "yarn")  # what llama.cpp reads from keys alone
-_YARN_KEYS = {  # transformers' name -> the writer's method
-    "attention_factor": "add_rope_scaling_yarn_attn_factor",
-    "beta_fast": "add_rope_scaling_yarn_beta_fast",
-    "beta_slow": "add_rope_scaling_yarn_beta_slow",
-}
+_ATTENTION = ("attn_q", "attn_k", "attn_v")
 _DROPPED = (".rotary_emb.inv_freq",)  # buffers of old checkpoints that every runtime computes itself
 
 
 @dataclass(frozen=True)
+class _Program:
+    """What one architecture of llama.cpp computes.
+
+    biases: which linears' it reads. table: whether it reads `rope_freqs.weight`. square: whether all heads together
+    must have as many channels as the residual stream.
+    """
+
+    arch: gguf.MODEL_ARCH
+    biases: tuple[str, ...] = _ATTENTION
+    table: bool = False
+    square: bool = False
+
+
+_LLAMA = _Program(gguf.MODEL_ARCH.LLAMA, (*_ATTENTION, "attn_output", "ffn_gate", "ffn_up", "ffn_down"), table=True)
+_PROGRAMS = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _Program(gguf.MODEL_ARCH.QWEN2, square=True),
+    "qwen3": _Program(gguf.MODEL_ARCH.QWEN3),
+}
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """One model's place in llama.cpp, made from its transformers config by `architecture`."""
+    """One model's place in llama.cpp, made from its transformers config by `architecture`.
+
+    tied: whether the head is the embedding; the file then holds `token_embd.weight` alone.
+    window: how far back attention sees, 0 for all the way.
+    parameters: the names of the tensors that transformers' model has.
+    """
 
     config: Any
-    arch: gguf.MODEL_ARCH
+    program: _Program
+    rope: Rotary
+    tied: bool
+    window: int
+    parameters: frozenset[str]
 
     @property
     def name(self) -> str:
         """The value of `general.architecture`."""
-        return gguf.MODEL_ARCH_NAMES[self.arch]
+        return gguf.MODEL_ARCH_NAMES[self.program.arch]
 
     @property
     def blocks(self) -> int:
@@ -68,34 +95,39 @@ class Architecture:
         return head_dim(self.config)
 
     @property
-    def tied(self) -> bool:
-        """Whether the head is the embedding; the file then holds `token_embd.weight` alone."""
-        return bool(self.config.tie_word_embeddings)
-
-    @property
     def large(self) -> bool:
         """Whether this is what llama.cpp calls a 70B model, whose attn_v gets more bits."""
         grouped = self.config.num_attention_heads != self.kv_heads
         return self.blocks == 80 and (self.name == "qwen2" or (self.name == "llama" and grouped))
 
+    @cached_property
+    def _names(self) -> gguf.TensorNameMap:
+        return gguf.get_tensor_name_map(self.program.arch, self.blocks)
+
     def tensor(self, name: str) -> str | None:
         """Return ggml's name of a checkpoint tensor, None for one that is not written.
 
-        Raises LlmqError for a tensor that this architecture has no place for.
+        Raises LlmqError for a tensor that transformers' model or this architecture has no place for.
         """
         if name.endswith(_DROPPED) or (self.tied and name == "lm_head.weight"):
             return None
-        found = gguf.get_tensor_name_map(self.arch, self.blocks).get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        found = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if name not in self.parameters:
             raise LlmqError(
-                f"tensor {name} has no place in llama.cpp's architecture {self.name!r}; write another format, or leave "
-                "out what was added to the model"
+                f"tensor {name} has no place in the model that config.json describes; correct config.json, or leave "
+                "out what was added to the checkpoint"
             )
+        if found is None or not self._reads(found):
+            raise LlmqError(f"llama.cpp's architecture {self.name!r} has no tensor {name}; write another format")
         return found
+
+    def _reads(self, ggml: str) -> bool:
+        linear, _, leaf = ggml.removeprefix("blk.").partition(".")[2].rpartition(".")
+        return leaf != "bias" or linear in self.program.biases
 
     def rows(self, name: str) -> Tensor | None:
         """Return the order in which the rows of a checkpoint tensor are written (int64 `[N]`), None for as it is."""
-        if self.arch is not gguf.MODEL_ARCH.LLAMA:
+        if self.program is not _LLAMA:
             return None
         leaf = name.rpartition("self_attn.")[2]
         heads = {"q_proj": int(self.config.num_attention_heads), "k_proj": self.kv_heads}.get(leaf.partition(".")[0])
@@ -104,28 +136,34 @@ class Architecture:
         return torch.arange(heads * self.head_dim).reshape(heads, 2, self.head_dim // 2).transpose(1, 2).reshape(-1)
 
     def extra(self) -> dict[str, Tensor]:
-        """Return tensors that no checkpoint holds, by ggml's names: Llama 3.1's frequency factors, float32 `[d/2]`."""
-        rope = _rope(self.config)
-        if rope["rope_type"] != "llama3":
-            return {}
-        return {"rope_freqs.weight": _llama3_factors(rope, self.head_dim)}
+        """Return tensors that no checkpoint holds, by ggml's names: the rotary divisors, float32 `[d/2]`."""
+        return {} if self.rope.divisors is None else {"rope_freqs.weight": self.rope.divisors}
 
     def warnings(self) -> list[str]:
-        """Return what llama.cpp does otherwise than the model's config says."""
-        window = getattr(self.config, "sliding_window", None)
-        used = getattr(self.config, "use_sliding_window", True)
-        if window and used and window < self.config.max_position_embeddings:
-            return [
-                f"llama.cpp's {self.name} has no sliding window: beyond {window} tokens its attention sees more than "
-                "the model was trained with"
-            ]
-        return []
+        """Return what a user of the file should know that the model's config does not say."""
+        found = []
+        if self.context < self.config.max_position_embeddings:
+            found.append(
+                f"llama.cpp's {self.name} has no sliding window, this model's is {self.window} tokens: the file says "
+                f"that its context is {self.context} tokens, up to which both compute the same"
+            )
+        if self.rope.divisors is not None and self.config.rope_parameters["rope_type"] != "llama3":
+            found.append(
+                "llama.cpp's keys alone cannot say this rotary scaling, so that a table of frequencies "
+                "(rope_freqs.weight) is in the file; readers other than llama.cpp may pass over it"
+            )
+        return found
+
+    @property
+    def context(self) -> int:
+        """How many tokens the model is trained for and llama.cpp computes rightly."""
+        return min(self.config.max_position_embeddings, self.window or self.config.max_position_embeddings)
 
     def describe(self, writer: gguf.GGUFWriter) -> None:
         """Add the hyper-parameter keys."""
-        config, rope = self.config, _rope(self.config)
+        config = self.config
         writer.add_vocab_size(config.vocab_size)
-        writer.add_context_length(config.max_position_embeddings)
+        writer.add_context_length(self.context)
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(self.blocks)
         writer.add_feed_forward_length(config.intermediate_size)
@@ -135,55 +173,61 @@ class Architecture:
         writer.add_key_length(self.head_dim)
         writer.add_value_length(self.head_dim)
         writer.add_rope_dimension_count(self.head_dim)
-        writer.add_rope_freq_base(rope["rope_theta"])
-        if rope["rope_type"] in ("linear", "yarn"):
-            writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
-            writer.add_rope_scaling_factor(rope["factor"])
-        if rope["rope_type"] == "yarn":
-            original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-            writer.add_rope_scaling_orig_ctx_len(original)
-            for key, method in _YARN_KEYS.items():
-                if rope.get(key) is not None:
-                    getattr(writer, method)(rope[key])
+        self.rope.describe(writer)
 
 
-def architecture(config: Any) -> Architecture:
+def architecture(config: Any, *, tied: bool | None = None) -> Architecture:
     """Return the architecture of a transformers config.
 
-    Raises LlmqError for a model that llama.cpp's tables here do not cover, and for a rotary scaling that it cannot
-    express.
+    tied: whether the head is the embedding; None for what the config says.
+    Raises LlmqError for a model that llama.cpp's tables here do not cover, and for one that computes another function
+    than llama.cpp does.
     """
     kind = config.model_type
-    if kind not in _ARCHITECTURES:
+    if kind not in _PROGRAMS:
         raise LlmqError(
-            f"model_type {kind!r} is not among those written as GGUF ({', '.join(_ARCHITECTURES)}); use --format gptq, "
+            f"model_type {kind!r} is not among those written as GGUF ({', '.join(_PROGRAMS)}); use --format gptq, "
             "awq or compressed-tensors"
         )
-    found = Architecture(config, _ARCHITECTURES[kind])
-    rope = _rope(config)["rope_type"]
-    if rope not in _KEYED_ROPE and not (rope == "llama3" and found.arch is gguf.MODEL_ARCH.LLAMA):
-        raise LlmqError(
-            f"rope_type {rope!r} cannot be expressed for llama.cpp's {found.name!r} ({', '.join(_KEYED_ROPE)}, and "
-            "llama3 for llama); remove the scaling from config.json and stay within the trained context"
-        )
-    return found
+    program, model = _PROGRAMS[kind], _model(config)
+    for reason in _differences(config, model, program):
+        raise LlmqError(f"{reason}, which llama.cpp's {kind} does not compute; write another format")
+    embedding = type(model.model.rotary_emb)(config)
+    return Architecture(
+        config,
+        program,
+        rotary(embedding, config, head_dim(config), divisors=program.table),
+        bool(config.tie_word_embeddings) if tied is None else tied,
+        max((_window(config, block) for block in model.model.layers), default=0),
+        frozenset(model.state_dict()),
+    )
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    """Return the rotary parameters with `rope_theta` and `rope_type` filled in, from either spelling of a config."""
-    given = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    given.setdefault("rope_type", given.pop("type", None) or "default")
-    given.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
-    return given
+def _model(config: Any) -> Any:
+    """Return transformers' model without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
-    """Return what each rotary frequency is divided by: 1 for short wavelengths, `factor` for long, smooth between.
+def _differences(config: Any, model: Any, program: _Program) -> Iterator[str]:
+    """Yield what transformers computes otherwise than a program of llama.cpp, as the subject of a sentence."""
+    probe, d = torch.linspace(-4, 4, 33), head_dim(config)
+    if not getattr(config, "is_causal", True):
+        yield "config.json asks for attention both ways (is_causal false)"
+    if d % 2 or (program.square and d * config.num_attention_heads != config.hidden_size):
+        yield f"{config.num_attention_heads} heads of {d} channels for a residual stream of {config.hidden_size}"
+    for block in model.model.layers[:1]:
+        if not torch.allclose(block.mlp.act_fn(probe), nn.functional.silu(probe), atol=1e-6):
+            yield f"config.json asks for the activation {config.hidden_act!r}"
+        if abs(block.self_attn.scaling - d**-0.5) > 1e-6 * d**-0.5:
+            yield f"attention is scaled by {block.self_attn.scaling}"
+        if block.input_layernorm.variance_epsilon != config.rms_norm_eps:
+            yield f"norms add {block.input_layernorm.variance_epsilon}"
 
-    Source: Llama 3.1's rope scaling as transformers computes it (`_compute_llama3_parameters`).
-    """
-    frequency = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # within the trained context
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float()
+
+def _window(config: Any, block: nn.Module) -> int:
+    """Return how far back the attention of a block sees, 0 for all the way."""
+    own = getattr(block.self_attn, "sliding_window", None)
+    return int((config.sliding_window if config.model_type == "mistral" else own) or 0)

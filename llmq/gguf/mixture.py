@@ -16,6 +16,7 @@ Source: llama.cpp `src/llama-quant.cpp` (`llama_tensor_get_type_impl`, `tensor_t
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -111,6 +112,25 @@ def assign(
                 )
             types[name] = kind
     return types
+
+
+def fallen_back(shapes: Mapping[str, Sequence[int]], types: Mapping[str, str], mix: str, model: Model) -> list[str]:
+    """Return a warning where rows do not take the types of the mixture: how many tensors became what instead."""
+    found: Counter[tuple[str, str]] = Counter()
+    columns = set()
+    for name, shape in shapes.items():
+        if len(shape) < 2 or types[name] != type_of(name, shape, mix, model):
+            continue  # a vector, or what the user chose
+        meant = _BASE[mix] if _BASE[mix] in FLOATS else _rule(name, 0, mix, model)  # every block divides 0 columns
+        if types[name] != meant:
+            found[types[name], meant] += 1
+            columns.add(shape[-1])
+    if not found:
+        return []
+    rows = ", ".join(map(str, sorted(columns)))
+    (first, n), *others = [(f"{kind} in place of {meant}", n) for (kind, meant), n in found.most_common()]
+    counts = ", ".join([f"{n} tensors are {first}", *(f"{n} are {said}" for said, n in others)])
+    return [f"rows of {rows} columns are no multiple of a block: {counts}; the file is larger than {mix} says"]
 
 
 def _rule(name: str, K: int, mix: str, model: Model) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmq import __version__
@@ -53,20 +54,20 @@ def blueprint(
 
     Raises LlmqError for a model, a tokenizer or a type that cannot go together.
     """
-    arch = architecture(config)
+    arch = architecture(config, tied=tied(source, config))
     mix = mixture.mixture(recipe.type or "Q4_K_M")
     shapes = {n: shape for n, (_, shape) in source.headers().items()}
     names = {n: ggml for n in shapes if (ggml := arch.tensor(n)) is not None}
-    tied = "output.weight" not in names.values()
     model = mixture.Model(
         blocks=arch.blocks,
         gqa=int(config.num_attention_heads) // arch.kv_heads,
-        tied=tied,
+        tied=arch.tied,
         large=arch.large,
         importance=calibrated or recipe.imatrix is not None,
     )
     overrides = [*overrides_of(recipe.override), *((re.compile(s), _SKIPPED) for s in recipe.skip)]
-    by_ggml = mixture.assign({names[n]: shapes[n] for n in names}, mix, model, overrides)
+    matrices = {names[n]: shapes[n] for n in names}
+    by_ggml = mixture.assign(matrices, mix, model, overrides)
     importance, warnings = _importance(recipe, names, shapes)
     words = vocabulary(tokenizer, shapes[_embedding(names)][0], config, pre)
     return Blueprint(
@@ -76,8 +77,16 @@ def blueprint(
         {n: by_ggml[ggml] for n, ggml in names.items()},
         importance,
         container.parse_size(recipe.split_max_size),
-        [*arch.warnings(), *words.warnings, *warnings],
+        [*arch.warnings(), *words.warnings, *mixture.fallen_back(matrices, by_ggml, mix, model), *warnings],
     )
+
+
+def tied(source: Source, config: Any) -> bool:
+    """Say whether the head is the embedding: where config.json says so, and no head of other values is stored."""
+    stored = [n for n in source.names() if n.startswith("lm_head.")]
+    if not config.tie_word_embeddings or not stored:
+        return bool(config.tie_word_embeddings)
+    return stored == ["lm_head.weight"] and torch.equal(source.get(stored[0]), source.get("model.embed_tokens.weight"))
 
 
 def overrides_of(texts: Sequence[str]) -> list[tuple[re.Pattern[str], str]]:

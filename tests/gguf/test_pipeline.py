@@ -7,6 +7,7 @@ import gguf
 import pytest
 import torch
 from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3Config
 
 from llmq import spec
@@ -192,6 +193,38 @@ def test_llama_cpp_computes_the_logits_of_transformers(tiny_checkpoint, tmp_path
         found = llama_cpp(out).log_probabilities(IDS, 320)
         assert len(found) == 320
         assert max(abs(wanted[i].item() - p) for i, p in found.items()) < 0.02, options
+
+
+def test_a_head_of_its_own_is_written_whatever_the_config_says_and_a_copy_of_the_embedding_is_not(
+    tiny_checkpoint, tmp_path, llama_cpp
+):
+    folder = tiny_checkpoint(num_hidden_layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    job(folder, tmp_path / "own.gguf", type="F16")
+    assert torch.equal(
+        values(opened(tmp_path / "own.gguf")[1]["output.weight"]), Source(folder).get("lm_head.weight").half().float()
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = model(torch.tensor([IDS])).logits[0, -1].log_softmax(-1)
+    found = llama_cpp(tmp_path / "own.gguf").log_probabilities(IDS, 320)
+    assert max(abs(wanted[i].item() - p) for i, p in found.items()) < 0.02
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    job(folder, tmp_path / "copy.gguf", type="Q8_0")
+    assert "output.weight" not in opened(tmp_path / "copy.gguf")[1]
+
+
+def test_what_rows_do_not_hold_is_said_before_the_work_and_recorded(tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint(hidden_size=96, intermediate_size=256, num_attention_heads=6, num_hidden_layers=1)
+    planned = prepare(str(folder), Recipe(**(BASE | {"type": "Q4_K_M", "override": ("attn_q:type=Q8_0",)})), "cpu")
+    said = next(w for w in planned.warnings if "columns" in w)
+    assert "rows of 96 columns are no multiple of a block" in said and "larger than Q4_K_M says" in said
+    assert "5 tensors are Q5_0 in place of Q4_K, 2 are Q8_0 in place of Q6_K" in said  # q was asked for
+    assert said in quantize(planned, tmp_path / "out.gguf")["warnings"]
+    wide = prepare(str(tiny_checkpoint(**WIDE)), Recipe(**(BASE | {"type": "Q4_K_M"})), "cpu")
+    assert not any("columns" in w for w in wide.warnings)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_L", "Q4_K_S", "Q5_K_M", "Q6_K",

@@ -1,0 +1,148 @@
+"""Rotary embedding by value: what transformers rotates by, and the keys by which llama.cpp rotates the same.
+
+Channel pair i of a head of d channels is turned by position * frequency_i, and its cosine and sine are multiplied by a
+magnitude. llama.cpp has one formula, of base b, type, factor s, trained context n and one divisor f_i for each pair:
+
+    frequency_i = b^(-2i/d) / f_i * (r_i + (1 - r_i) / s)        magnitude = attn_factor * (1 + 0.1 ln s if yarn else 1)
+
+    type none     r_i = 1                   linear   r_i = 0
+    type yarn     r_i = 1 - clamp((i - lo) / (hi - lo), 0, 1),   lo, hi = floor, ceil of d ln(n / (2 pi t)) / (2 ln b)
+                  where t = 32 turns within n for lo and 1 for hi
+
+Names of a config prove nothing (`mscale`, `truncate`, `beta_fast` are keys that change transformers' values and that no
+such file can say), so the config's numbers only propose; what is written is what gives transformers' own values. Where
+neither type does, the divisors (`rope_freqs.weight`) can say any frequencies, for the architectures that read them.
+Source: llama.cpp `ggml/src/ggml.c` (ggml_rope_yarn_corr_dims), `ggml-cpu/ops.cpp` (rope_yarn), `src/llama-context.cpp`
+(attn_factor); transformers' `modeling_rope_utils`. Not here: all other keys (architecture.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llmq.errors import LlmqError, printable
+
+_CLOSE = 1e-5  # relative. Both compute in float32, llama.cpp by up to d/2 = 128 products in a row: 128 * 2^-24 = 8e-6
+_STILL = 1e30  # the divisor of a pair that is not turned, as llama.cpp's own converter writes it
+_FAST, _SLOW = 32.0, 1.0  # turns; llama.cpp reads other values for architectures that are not written here
+_LONGEST, _GREATEST = 2**40, 1e38  # positions; float32
+_REMEDY = "write another format, or take the scaling out of config.json and stay within the trained context"
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """llama.cpp's rotary embedding: the symbols of the module's formula, `divisors` float32 `[d/2]`."""
+
+    base: float
+    kind: str = "none"
+    factor: float = 1.0
+    context: int = 0
+    attn_factor: float = 1.0
+    divisors: Tensor | None = None
+
+    def describe(self, writer: gguf.GGUFWriter) -> None:
+        """Add the keys; the divisors are a tensor of the file."""
+        writer.add_rope_freq_base(self.base)
+        if self.kind != "none":
+            writer.add_rope_scaling_type(gguf.RopeScalingType(self.kind))
+            writer.add_rope_scaling_factor(self.factor)
+        if self.kind == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(self.context)
+        if self.attn_factor != 1:
+            writer.add_rope_scaling_attn_factors(self.attn_factor)
+
+    def frequencies(self, d: int) -> Tensor:
+        """Return what llama.cpp turns each pair of a head of `d` channels by at position 1, float64 `[d/2]`."""
+        i = torch.arange(d // 2, dtype=torch.float64)
+        plain = float(np.float32(self.base)) ** (-2 * i / d)
+        if self.divisors is not None:
+            plain = plain / self.divisors.double()
+        kept = {"none": torch.ones_like(i), "linear": torch.zeros_like(i)}.get(self.kind)
+        kept = self._ramp(i, d) if kept is None else kept
+        return plain * (kept + (1 - kept) / float(np.float32(self.factor)))
+
+    def magnitude(self) -> float:
+        """Return what llama.cpp multiplies cosine and sine by."""
+        return self.attn_factor * (1 + 0.1 * math.log(max(self.factor, 1)) if self.kind == "yarn" else 1)
+
+    def _ramp(self, i: Tensor, d: int) -> Tensor:
+        """Return the share of each pair that is not interpolated; in float32 as there, since it is floored."""
+        with np.errstate(all="ignore"):
+            turns = np.array([_FAST, _SLOW], np.float32) * np.float32(2 * math.pi)
+            lo, hi = d * np.log(np.float32(self.context) / turns) / (2 * np.log(np.float32(self.base)))
+        lo, hi = max(0.0, float(np.floor(lo))), min(d - 1.0, float(np.ceil(hi)))
+        return 1 - ((i - lo) / max(0.001, hi - lo)).clamp(0, 1)
+
+
+def rotary(embedding: nn.Module, config: Any, d: int, *, divisors: bool) -> Rotary:
+    """Return the keys by which llama.cpp rotates as `embedding`, transformers' module, does heads of `d` channels.
+
+    divisors: whether the architecture reads `rope_freqs.weight`.
+    Raises LlmqError where no keys do.
+    """
+    given, limit = dict(config.rope_parameters), config.max_position_embeddings
+    said = f"rope_parameters {printable(repr(given), 200)}"
+    wanted, magnitude = _values(embedding, limit, d, said)
+    proposals = list(_proposals(given, limit, said))
+    for found in proposals:
+        if _equal(found.frequencies(d), wanted):
+            return _scaled(found, magnitude)
+    if divisors:  # over the kind that the config names, so that a reader without the table is not far off
+        found = next((p for p in proposals if p.kind == given["rope_type"]), proposals[0])
+        found = replace(found, divisors=(found.frequencies(d) / wanted).clamp(max=_STILL).float())
+        if _equal(found.frequencies(d), wanted):
+            return _scaled(found, magnitude)
+    raise LlmqError(f"llama.cpp has no keys that rotate as {said} say; {_REMEDY}")
+
+
+def _values(embedding: Any, limit: int, d: int, said: str) -> tuple[Tensor, float]:
+    """Return transformers' frequencies, float64 `[d/2]`, and magnitude, at whatever length of text.
+
+    Raises LlmqError where they depend on the length, or are not those of a whole head.
+    """
+    seen = []
+    for length in (1, min(limit, _LONGEST), 2 * min(limit, _LONGEST)):
+        embedding(torch.zeros(1), torch.tensor([[length - 1]]))  # dynamic kinds set their frequencies here
+        seen.append((embedding.inv_freq.double(), float(embedding.attention_scaling)))
+    wanted, magnitude = seen[0]
+    if any(not torch.equal(wanted, w) or m != magnitude for w, m in seen):
+        raise LlmqError(f"{said} rotate by the length of the text, which llama.cpp does not; {_REMEDY}")
+    if 2 * len(wanted) != d or not torch.isfinite(wanted).all() or not math.isfinite(magnitude):
+        raise LlmqError(f"{said} do not rotate the {d} channels of a head by finite numbers; {_REMEDY}")
+    return wanted, magnitude
+
+
+def _proposals(given: Mapping[str, Any], limit: int, said: str) -> Iterator[Rotary]:
+    """Yield what the numbers of a config may mean to llama.cpp, the plainest first."""
+    base, context = _number(given, "rope_theta"), _number(given, "original_max_position_embeddings")
+    if not base:
+        raise LlmqError(f"{said} have no rope_theta above 0, the base of the frequencies; correct config.json")
+    yield Rotary(base)
+    factor = _number(given, "factor") or (limit / context if context else 0)
+    if factor:
+        yield Rotary(base, "linear", factor)
+    if factor and 1 <= context < 2**32:
+        yield Rotary(base, "yarn", factor, int(context))
+
+
+def _number(given: Mapping[str, Any], key: str) -> float:
+    value = given.get(key)
+    return float(value) if isinstance(value, int | float) and 0 < value < _GREATEST else 0.0
+
+
+def _scaled(found: Rotary, magnitude: float) -> Rotary:
+    """Return `found` with the attn_factor that makes its magnitude transformers'."""
+    attn_factor = magnitude / found.magnitude()
+    return found if abs(attn_factor - 1) < _CLOSE else replace(found, attn_factor=attn_factor)
+
+
+def _equal(found: Tensor, wanted: Tensor) -> bool:
+    return torch.allclose(found, wanted, rtol=_CLOSE, atol=1 / _STILL)
