@@ -58,7 +58,7 @@ def allocate(job: Job, streams: Streams, report: Callable[[int, int, str], None]
         f"^({'|'.join(re.escape(n) for n in names)})$:bits={choice.bits}" for names, choice in chosen.items()
     )
     settled = dataclasses.replace(recipe, override=(*recipe.override, *overrides), target_bpw=None)
-    return prepare(str(job.source.path), settled, str(job.device))
+    return prepare(str(job.source.path), settled, str(job.device), job.source.adapter)
 
 
 def costs(job: Job, streams: Streams, report: Callable[[int, int, str], None]) -> dict[tuple[str, ...], list[Choice]]:

@@ -89,6 +89,7 @@ def quantize(
     src: Annotated[str, typer.Argument(help="Float checkpoint: a folder, org/name or org/name@REVISION.")],
     out: Annotated[Path, typer.Argument(help="Folder to write, or OUT.gguf.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML or JSON file with any of these options.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter to add to the weights: a folder or Hub id.")] = None,
     quality: Annotated[str | None, typer.Option(help="fast, balanced or best: time against error. [balanced]")] = None,
     method: Annotated[str | None, typer.Option(help="Steps by name in place of a quality: awq,gptq:damp=0.01")] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")] = None,
@@ -128,7 +129,7 @@ def quantize(
     given = {
         k.rstrip("_"): v
         for k, v in locals().copy().items()
-        if v is not None and k not in ("src", "out", "recipe", "device", "overwrite")
+        if v is not None and k not in ("src", "out", "recipe", "adapter", "device", "overwrite")
     }
     from llmq.gguf.container import check_out
     from llmq.job import prepare
@@ -139,7 +140,7 @@ def quantize(
     what = Recipe.load(recipe, given if out.suffix != ".gguf" else {"format": "gguf"} | given)
     if what.gguf:
         check_out(out, overwrite=overwrite)
-    job = prepare(src, what, device)
+    job = prepare(src, what, device, adapter)
     for warning in job.warnings:
         console.print(labelled("warning", "yellow", warning))
     with _progress() as step:

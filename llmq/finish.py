@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmq import spec
+from llmq.checkpoint import Source
 from llmq.evaluation import Predictor
 from llmq.runtime.linear import QuantLinear
+from llmq.stream import Skeleton
 from llmq.types import Finisher, ModelView, QTensor
 
 _POSITIONS = 128  # whose logits exist at a time
@@ -55,9 +57,9 @@ class _Scaled(nn.Module):
 
 
 def finish(
-    finishers: Sequence[Finisher], folder: Path, source: Path, tokens: Tensor, seed: int, device: torch.device
+    finishers: Sequence[Finisher], folder: Path, source: Source, tokens: Tensor, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """Run finishers on the checkpoint in `folder`, made from the float one at `source`, and rewrite its shards.
+    """Run finishers on the checkpoint in `folder`, made from the float one, and rewrite its shards.
 
     tokens: int64 `[samples, seq_len]`, cut into shorter sequences where they are long.
     Returns a report line for each finisher.
@@ -67,7 +69,7 @@ def finish(
     pieces = -(-tokens.shape[1] // _LENGTH)
     if tokens.shape[1] % pieces == 0:
         tokens = tokens.reshape(len(tokens) * pieces, -1)
-    teacher = Predictor(load(source, dtype=torch.float32, device=device), "the float model")
+    teacher = Predictor(Skeleton(source, torch.float32).filled(device), "the float model")
     with torch.no_grad():
         truth = [teacher.states(row.tolist()) for row in tokens]
     teacher.model = None  # the head is all that is still needed

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from llmq import card, spec
+from llmq.adapter import Adapted, Adapter
 from llmq.checkpoint import Source, resolve
 from llmq.gguf.pipeline import Blueprint, blueprint
 from llmq.recipe import Plan, Recipe, check_patterns, plan
@@ -47,6 +48,11 @@ class Job:
         name = self.skeleton.name_of(self.skeleton.model.get_output_embeddings())
         return name if name in self.linears else None
 
+    @property
+    def float_source(self) -> Source:
+        """The float model's weights, its adapter added, before any rotation: as a user would load it."""
+        return self.source.base if isinstance(self.source, Rotated) else self.source
+
     def bytes(self) -> int:
         """Return the size of the weights that will be written."""
         specs = self.linears | self.rows
@@ -67,9 +73,12 @@ class Job:
         return 1.0 if self.plan.tuners else max((c.share for c in self.plan.corrections), default=0.0)
 
 
-def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
-    """Read and plan. Raises LlmqError for everything that can be known to fail before any work."""
-    source = Source(resolve(src))
+def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path | None = None) -> Job:
+    """Read and plan. Raises LlmqError for everything that can be known to fail before any work.
+
+    adapter: a LoRA adapter to add to the weights, a folder or a Hub id.
+    """
+    source = Source(resolve(src), None if adapter is None else resolve(str(adapter)))
     if "quantization_config" in source.config:
         raise LlmqError(f"{src} is quantized already; give the float checkpoint that it was made from")
     where = _device(device)
@@ -77,6 +86,8 @@ def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
     steps = plan(recipe, stored)
     skeleton = Skeleton(source, _compute_dtype(steps, stored, where))
     refuse_other_matrices(skeleton.blocks[0])
+    if source.adapter:
+        skeleton.source = source = Adapted(skeleton, Adapter(source.adapter))
     for step in steps.rotations:
         skeleton = Skeleton(Rotated(skeleton, step), skeleton.dtype)
     if recipe.gguf:
@@ -97,7 +108,7 @@ def prepare(src: str, recipe: Recipe, device: str = "auto") -> Job:
         skipped.append(skeleton.name_of(skeleton.model.get_output_embeddings()))
     warnings = steps.format.plan(_mixed(linears, recipe) if recipe.target_bpw else list(linears.values()))
     source.check()
-    return Job(skeleton.source, skeleton, steps, linears, skipped, where, warnings)
+    return Job(skeleton.source, skeleton, steps, linears, skipped, where, [*source.warnings, *warnings])
 
 
 def _mixed(linears: dict[str, LinearSpec], recipe: Recipe) -> list[LinearSpec]:
@@ -142,7 +153,7 @@ def _prepare_gguf(source: Source, skeleton: Skeleton, steps: Plan, device: torch
     skipped = [n for n in blocks if n not in linears]
     warnings = [*steps.format.plan([*linears.values(), *rows.values()]), *plan_.warnings]
     source.check()
-    return Job(skeleton.source, skeleton, steps, linears, skipped, device, warnings, rows, plan_)
+    return Job(skeleton.source, skeleton, steps, linears, skipped, device, [*source.warnings, *warnings], rows, plan_)
 
 
 def _linears(skeleton: Skeleton, *, with_head: bool) -> Iterator[tuple[str, nn.Linear]]:

@@ -39,7 +39,7 @@ def publish(job: Job, sink: Sink, record: dict[str, Any], tokens: Tensor) -> dic
     total = sink.join()
     summary = _summary(job, total, record)
     if job.plan.finishers:
-        where = (sink.stage, job.source.path)
+        where = (sink.stage, job.float_source)
         summary["finished"] = finish(job.plan.finishers, *where, tokens, recipe.seed, job.device)
     sink.text("quantization.json", json.dumps(summary, indent=2) + "\n")
     sink.text("README.md", card.model_card(summary, config))

@@ -26,7 +26,7 @@ from llmq.gguf.pipeline import GgufSink
 from llmq.job import Job
 from llmq.publish import publish, publish_gguf, write_importance
 from llmq.saliency import squared_gradients
-from llmq.stream import embed
+from llmq.stream import Skeleton, embed
 from llmq.types import LinearSpec, LlmqError, QTensor, Target
 
 BATCH_TOKENS = 4096  # tokens of one suspended batch
@@ -87,11 +87,9 @@ def _enter(job: Job, report: Progress) -> Streams:
 
 def _writer(job: Job) -> nn.Module:
     """Load the whole float model, so that it can write its own calibration text."""
-    from llmq.loading import load
-
     dtype, stored = job.skeleton.dtype, job.skeleton.stored_dtype  # writing in bfloat16 takes minutes without its units
     calibration.check_memory(job.source.bytes() * dtype.itemsize // stored.itemsize, job.device)
-    return load(job.source.path, dtype=dtype, device=job.device)
+    return Skeleton(job.float_source, dtype).filled(job.device)
 
 
 def _outside(job: Job, streams: Streams, sink: Sink) -> dict[str, Any]:

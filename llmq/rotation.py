@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from llmq import spec
-from llmq.checkpoint import Source
+from llmq.checkpoint.source import View
 from llmq.stream import Skeleton, family_sites, no_table
 from llmq.types import LlmqError, Rotation
 
 
-class Rotated(Source):
+class Rotated(View):
     """A checkpoint in another basis, each tensor turned as it is read: linears in float32, the others as stored.
 
     Raises LlmqError for a family without a table of sites, and for a tied head that may not be untied.
     """
 
     def __init__(self, skeleton: Skeleton, step: Rotation) -> None:
-        super().__init__(skeleton.source.path)
+        super().__init__(skeleton.source)
         self._Q_dd, self._R_HH = step.rotate(skeleton.head_dim, skeleton.config.hidden_size)
         sites = family_sites(skeleton.config.model_type, skeleton.blocks[0])
         if sites is None:
@@ -51,7 +51,7 @@ class Rotated(Source):
 
     def get(self, name: str) -> Tensor:
         """Return one tensor, rotated."""
-        tensor = super().get(name)
+        tensor = self.base.get(name if name in self.base else self._embedding)  # a tied head is untied here
         if name.startswith(self._prefix):
             block, _, local = name.removeprefix(self._prefix).partition(".")
             return self._of_block(tensor, f"{self._prefix}{block}.", *local.rsplit(".", 1))
@@ -60,7 +60,7 @@ class Rotated(Source):
         if name == self._last_norm:
             return torch.ones_like(tensor)
         if name == self._head:
-            tensor = tensor.float() * super().get(self._last_norm).float()
+            tensor = tensor.float() * self.base.get(self._last_norm).float()
         return (tensor.float() @ self._R_HH).to(self.dtype) if name in (self._head, self._embedding) else tensor
 
     def _of_block(self, tensor: Tensor, prefix: str, module: str, kind: str) -> Tensor:
@@ -80,4 +80,4 @@ class Rotated(Source):
             return self._R_HH.T @ out
         if kind == "bias":
             return out
-        return (out * super().get(f"{prefix}{site.producer}.weight").float()) @ self._R_HH
+        return (out * self.base.get(f"{prefix}{site.producer}.weight").float()) @ self._R_HH

@@ -87,6 +87,13 @@ class Skeleton:
             block.to("meta")
             _trim_heap()
 
+    def filled(self, device: torch.device) -> Any:
+        """Return the whole model with its weights in memory, for good: of a skeleton that is used for nothing else."""
+        state = {n: self.source.get(n).to(device, self.dtype) for n in self.model.state_dict() if n in self.source}
+        self.model.load_state_dict(state, strict=False, assign=True)
+        self.model.tie_weights()
+        return self.model.to(device)
+
     @property
     def head_dim(self) -> int:
         """Channels of one attention head."""

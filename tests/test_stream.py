@@ -17,6 +17,7 @@ from transformers import (
 
 from llmq.checkpoint import Source
 from llmq.families.llama import Llama
+from llmq.loading import load
 from llmq.stream import Lanes, Skeleton, discover, embed, family_sites, refuse_other_matrices, run
 from llmq.types import LlmqError, Site
 
@@ -42,6 +43,16 @@ def blocks_outputs(skeleton, tokens, batch):
                         assert sum(x.shape[0] for x in lanes.advance()) == tokens.numel()
                     hidden = list(lanes.finish())
     return torch.cat(hidden)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_filled_skeleton_is_the_model_that_load_gives(changes, dtype, tiny_checkpoint):
+    folder = tiny_checkpoint(dtype=torch.bfloat16, **changes)
+    with torch.no_grad():
+        want = load(folder, dtype=dtype)(TOKENS).logits
+        model = Skeleton(Source(folder), dtype).filled(CPU)
+        assert torch.equal(model(TOKENS).logits, want) and not model.training and model.dtype == dtype
 
 
 @pytest.mark.parametrize(

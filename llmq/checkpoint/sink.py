@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmq.checkpoint.hub import COPIED
+from llmq.checkpoint.source import ADAPTER
 from llmq.errors import LlmqError, one_line
 from llmq.reading import BITS, Entry, tensor_entries
 
 SHARD_BYTES = 5 * 10**9
-_REPLACED = ("config.json", "*.index.json", "quantize_config.json", "quantization.json")
+_REPLACED = ("config.json", ADAPTER, "*.index.json", "quantize_config.json", "quantization.json")
 
 
 class Sink:

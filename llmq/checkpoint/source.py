@@ -16,6 +16,8 @@ from llmq.checkpoint.hub import origin
 from llmq.errors import LlmqError
 from llmq.reading import DTYPES, Entry, json_object, tensor_entries
 
+ADAPTER = "adapter_config.json"
+"""What a folder holds that peft has written an adapter to."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,15 +32,34 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def refuse_adapter(path: Path) -> None:
+    """Raise LlmqError for a folder with an adapter, which transformers adds or leaves out as it finds peft or not."""
+    if not (path / ADAPTER).is_file():
+        return
+    if (path / "config.json").is_file():
+        raise LlmqError(
+            f"{path} holds an adapter ({ADAPTER}) beside its weights; add it with --adapter {path}, or remove it"
+        )
+    raise LlmqError(
+        f"{path} is an adapter, not a model; quantize the model that it was trained on with --adapter {path}"
+    )
+
+
 class Source:
     """A checkpoint's tensors by name.
 
-    Raises LlmqError for a missing, truncated or pickle-only file, each by name.
+    adapter: the folder of one that is going to be added, and may therefore lie beside the weights.
+    warnings: what a user should know of the source.
+    Raises LlmqError for a missing, truncated or pickle-only file, each by name, and for an adapter not asked for.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, adapter: Path | None = None) -> None:
         self.path = path
         self.origin = origin(path)
+        self.adapter = adapter
+        self.warnings: list[str] = []
+        if adapter is None or adapter.resolve() != path.resolve():
+            refuse_adapter(path)
         self.config = read_config(path)
         self._entries: dict[str, Entry] = {}
         for file in self._files():
@@ -107,3 +128,16 @@ class Source:
                 raise LlmqError(f"tensor {name} is {kind}; llmq quantizes float32, bfloat16 and float16 checkpoints")
             if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():  # NaN is a minimum
                 raise LlmqError(f"tensor {name} holds NaN or Inf; the checkpoint is damaged, or its training diverged")
+
+
+class View(Source):
+    """A settled source seen through a change: what `get` returns is made of the base's tensors (rotation, adapters)."""
+
+    def __init__(self, base: Source) -> None:
+        self.base, self.path, self.origin, self.config = base, base.path, base.origin, dict(base.config)
+        self.adapter, self.warnings = base.adapter, list(base.warnings)
+        self._entries = dict(base._entries)
+
+    def get(self, name: str) -> Tensor:
+        """Return one tensor of the base."""
+        return self.base.get(name)
