@@ -57,7 +57,7 @@ def allocate(job: Job, streams: Streams, report: Callable[[int, int, str], None]
     overrides = tuple(
         f"^({'|'.join(re.escape(n) for n in names)})$:bits={choice.bits}" for names, choice in chosen.items()
     )
-    settled = dataclasses.replace(recipe, override=(*recipe.override, *overrides), target_bpw=None)
+    settled = dataclasses.replace(recipe, override=(*recipe.override, *overrides), target_bpw=None, bit_choices=None)
     return prepare(str(job.source.path), settled, str(job.device), job.source.adapter)
 
 

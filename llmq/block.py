@@ -260,7 +260,7 @@ def _record_calls(module: nn.Module, name: str, into: dict[str, list[Call]], tok
 
 def _input_params(job: Job, histogram: Histogram) -> Params:
     """Return the static int8 grid of a site's input, `[1]` each, scale in the format's dtype."""
-    range_ = spec.load("ranges", job.plan.recipe.act_range)
+    range_: Any = job.plan.act_range
     scale_dtype = job.plan.format.scale_dtype(job.skeleton.stored_dtype)
     grid = Int(8, True, None, scale_dtype=scale_dtype, range=range_)
     values, counts = histogram.values()

@@ -120,6 +120,7 @@ def quantize(
     imatrix_out: Annotated[str | None, typer.Option(help="GGUF: write the calibration's importance here.")] = None,
     split_max_size: Annotated[str | None, typer.Option(help="GGUF: files of at most so much, e.g. 4G.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let --recipe name modules to import.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when the run has succeeded.")] = False,
 ) -> None:
     """Quantize a checkpoint.
@@ -129,7 +130,7 @@ def quantize(
     given = {
         k.rstrip("_"): v
         for k, v in locals().copy().items()
-        if v is not None and k not in ("src", "out", "recipe", "adapter", "device", "overwrite")
+        if v is not None and k not in ("src", "out", "recipe", "adapter", "device", "allow_code", "overwrite")
     }
     from llmq.gguf.container import check_out
     from llmq.job import prepare
@@ -137,7 +138,8 @@ def quantize(
     from llmq.recipe import Recipe
 
     start = time.monotonic()
-    what = Recipe.load(recipe, given if out.suffix != ".gguf" else {"format": "gguf"} | given)
+    given = given if out.suffix != ".gguf" else {"format": "gguf"} | given
+    what = Recipe.load(recipe, given, allow_code=allow_code)
     if what.gguf:
         check_out(out, overwrite=overwrite)
     job = prepare(src, what, device, adapter)

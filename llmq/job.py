@@ -106,7 +106,7 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
         raise LlmqError("every linear is skipped; nothing to quantize")
     if not recipe.lm_head:
         skipped.append(skeleton.name_of(skeleton.model.get_output_embeddings()))
-    warnings = steps.format.plan(_mixed(linears, recipe) if recipe.target_bpw else list(linears.values()))
+    warnings = steps.format.plan(_mixed(linears, steps.recipe) if recipe.target_bpw else list(linears.values()))
     source.check()
     return Job(skeleton.source, skeleton, steps, linears, skipped, where, [*source.warnings, *warnings])
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -74,7 +75,7 @@ def yaml_object(file: Path) -> dict[str, Any]:
         value = yaml.load(_bytes(file, YAML_BYTES).decode(), _Yaml)  # noqa: S506  (a SafeLoader)
     except RecursionError as e:
         raise LlmqError(f"{file} is nested too deep to be read") from e
-    except (ValueError, yaml.YAMLError) as e:
+    except (ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as e:  # `!!bool x` is a KeyError there
         raise LlmqError(f"{file} is not valid YAML ({one_line(e, 200)})") from e
     _check_depth(value, str(file))
     return _object({} if value is None else value, file)
@@ -85,6 +86,13 @@ class _Yaml(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not read; write the value out")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if twice := [key for key, count in keys.items() if count > 1]:
+                raise yaml.YAMLError(f"{twice[0]!r} is given twice")
+        return super().construct_mapping(node, deep)
 
 
 def field(found: Mapping[str, Any], key: str, kind: type[T], where: str, default: T | None = None) -> T:

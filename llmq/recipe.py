@@ -1,30 +1,37 @@
 """What to do, as one frozen, serialisable value.
 
-`Recipe` holds what a user writes, on the command line or in a YAML/JSON file with the same keys. `Plan` is the recipe
-with its objects made: the steps, a format, and the scheme of every linear by name.
-Not here: running it (quantize.py).
+`Recipe` holds what a user writes, on the command line or in a YAML/JSON file with the same keys. An option that was not
+given is None, so that one which means nothing beside the others can be refused whatever its default; `resolved` fills
+in the defaults of those that do mean something. `Plan` is the recipe with its objects made: the steps, a format, and
+the scheme of every linear by name.
+Not here: what a value may be (options.py), running it (quantize.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import yaml
 
-from llmq import spec
+from llmq import options, spec
+from llmq.errors import printable
 from llmq.grids.int import Int
+from llmq.options import Between
+from llmq.reading import yaml_object
 from llmq.types import (
     ActivationGrid,
     Correction,
     Finisher,
     Format,
     LlmqError,
+    Range,
     Refiner,
     Rotation,
     Scheme,
@@ -39,126 +46,172 @@ STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
 _OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-size|sym|range)=.*)$")
 
 
+class When(NamedTuple):
+    """When an option means something: a test of the recipe that holds it, and what to say where the test fails."""
+
+    true: Callable[[Recipe], Any]
+    remedy: str
+
+
+_ALWAYS = When(lambda r: True, "")
+_INTEGERS = When(lambda r: not r.gguf, "GGUF's types fix bits, groups, ranges and the head; choose by --type alone")
+_GGUF = When(lambda r: r.gguf, "it is for GGUF; say --format gguf")
+_ACT = When(lambda r: r.act_bits, "it is for quantized activations; say --act-bits 8")
+_STATIC = When(lambda r: r.act_bits and r.act == "tensor", "it is for static scales; say --act-bits 8 --act tensor")
+_KV = When(lambda r: r.kv_bits, "it is for the key-value cache; say --kv-bits 8")
+_BUDGET = When(lambda r: r.target_bpw, "it is for a budget of bits; say --target-bpw")
+
+
+def option(default: Any = None, when: When = _ALWAYS) -> Any:
+    """Declare an option of `Recipe`: None until it is given, then of its annotated type."""
+    return dataclasses.field(default=None, metadata={"default": default, "when": when})
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize a model. Defaults that depend on other fields are None here and filled in by `resolved`.
+    """How to quantize a model. Every option that was not given is None, or empty where it is a list.
 
-    quality: "fast", "balanced" or "best": a method and a range by measurement, where no method is given.
+    quality: a method and a range by measurement, where no method is given.
     method: comma-separated steps, each `name[:option=value...]`, in the order one rotation, one weighting,
         transforms, corrections, one solver, refiners, tuners, finishers.
-    bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (None: 128; "channel" for W8A8).
-    range: which interval a grid covers (None: what the method prefers, else minmax).
+    bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (128; "channel" for W8A8).
+    range: which interval a grid covers (what the method prefers, else minmax).
     act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic; `act_sym`: or with a zero point
         each) or per "tensor" (static, `act_range`).
-    format: how the result is stored (None: gptq; compressed-tensors for W8A8 and kv_bits).
+    format: how the result is stored (gptq; compressed-tensors for W8A8, kv_bits and target_bpw).
     kv_bits: 8 writes static scales of the key-value cache too, one per "tensor" or per "head" (`kv`).
     override: `REGEX:bits=8,group_size=32` on full module names, later ones win. skip: regexes of linears left float.
     target_bpw: bits per quantized weight, scales counted, to spend where they help most; --bit-choices lists the bits
         that a site may get.
     lm_head: quantize the output head too.
-    type: for GGUF, which mixture of ggml's types (None: Q4_K_M); the fields above that shape integer grids then mean
-        nothing, overrides are `REGEX:type=Q6_K` on ggml's tensor names, and the head is quantized by the mixture.
+    type: for GGUF, which mixture of ggml's types; the head is quantized by the mixture, and overrides are
+        `REGEX:type=Q6_K` on ggml's tensor names.
     imatrix: an importance matrix in llama.cpp's form to weigh errors by. imatrix_out: where to write the calibration's.
     split_max_size: `4G`: write a GGUF model in files of at most so many bytes of tensors.
     calib: "self", a file or folder, or a dataset; samples x seq_len tokens chosen by `seed`.
-    dtype: what activations are computed in: "auto", "float32" or "bfloat16".
+    dtype: what activations are computed in.
     """
 
-    quality: str | None = None
-    method: str | None = None
-    bits: int = 4
-    group_size: int | str | None = None
-    sym: bool = True
-    range: str | None = None
-    act_bits: int | None = None
-    act: str = "token"
-    act_sym: bool = True
-    act_range: str = "minmax"
-    kv_bits: int | None = None
-    kv: str = "tensor"
-    format: str | None = None
+    quality: Literal["fast", "balanced", "best"] | None = option()
+    method: str = option()
+    bits: Annotated[int, Between(2, 8)] = option(4, _INTEGERS)
+    group_size: int | str = option(None, _INTEGERS)
+    sym: bool = option(True, _INTEGERS)
+    range: str | None = option(None, _INTEGERS)
+    act_bits: Literal[8] | None = option(None, _INTEGERS)
+    act: Literal["token", "tensor"] = option("token", _ACT)
+    act_sym: bool = option(True, _ACT)
+    act_range: str = option("minmax", _STATIC)
+    kv_bits: Literal[8] | None = option(None, _INTEGERS)
+    kv: Literal["tensor", "head"] = option("tensor", _KV)
+    format: str = option()
     override: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
-    target_bpw: float | None = None
-    bit_choices: str = "3,4,5,6,8"
-    lm_head: bool = False
-    calib: str = "wikitext2"
-    samples: int = 128
-    seq_len: int = 2048
-    seed: int = 0
-    dtype: str = "auto"
-    type: str | None = None
-    imatrix: str | None = None
-    imatrix_out: str | None = None
-    split_max_size: str | None = None
+    target_bpw: Annotated[float, Between(1, 16)] | None = option(None, _INTEGERS)
+    bit_choices: str | None = option("3,4,5,6,8", _BUDGET)
+    lm_head: bool = option(False, _INTEGERS)
+    calib: str = option("wikitext2")
+    samples: Annotated[int, Between(1, 2**20)] = option(128)
+    seq_len: Annotated[int, Between(2, 2**20)] = option(2048)
+    seed: Annotated[int, Between(0)] = option(0)
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto")
+    type: str = option("Q4_K_M", _GGUF)
+    imatrix: str | None = option(None, _GGUF)
+    imatrix_out: str | None = option(None, _GGUF)
+    split_max_size: str | None = option(None, _GGUF)
 
     def __post_init__(self) -> None:
+        for name, value in self._given():
+            options.check(_dashed(name), value, _KINDS_OF_OPTIONS[name])
+        for name in ("override", "skip"):
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+        if self.kv_bits and self.gguf:
+            raise LlmqError("format gguf holds no scales of a key-value cache; use --format compressed-tensors")
+        for f in dataclasses.fields(self):
+            when: When = f.metadata.get("when", _ALWAYS)
+            if getattr(self, f.name) is not None and not when.true(self):
+                raise LlmqError(f"{_dashed(f.name)} means nothing here: {when.remedy}")
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        """Refuse options that do not go with one another."""
         if self.quality is not None and self.method is not None:
             raise LlmqError("quality names a method by what it costs; give --quality or --method, not both")
-        if self.act not in ("token", "tensor"):
-            raise LlmqError(f"act is 'token' (dynamic) or 'tensor' (static), not {self.act!r}")
-        if not self.act_sym and (self.act == "tensor" or not self.act_bits):
+        if self.act_sym is False and self.act == "tensor":
             raise LlmqError("asymmetric activations (--act-asym) are for --act-bits 8 per token")
-        if self.act_bits not in (None, 8):
-            raise LlmqError(f"act_bits is 8 or left out, not {self.act_bits}")
-        if self.act_bits and self.bits != 8:
-            raise LlmqError(f"8-bit activations need 8-bit weights, not {self.bits}; say --bits 8")
-        if self.kv_bits and (self.format or "").startswith("gguf"):
-            raise LlmqError("format gguf holds no scales of a key-value cache; use --format compressed-tensors")
-        if self.kv_bits not in (None, 8) or self.kv not in STRATEGIES:
-            raise LlmqError(f"kv_bits is 8 or left out, per tensor or head, not {self.kv_bits} per {self.kv}")
         if self.target_bpw is not None and self.act_bits:
             raise LlmqError("target_bpw chooses bits of weights; with 8-bit activations they are always 8")
-        self.choices()
-        if self.samples < 1 or self.seq_len < 2:
-            raise LlmqError("samples is at least 1 and seq_len at least 2")
-        self._check_gguf()
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise LlmqError(f"dtype is auto, float32 or bfloat16, not {self.dtype!r}")
+        if self.act_bits and self.bits != 8:
+            raise LlmqError(f"8-bit activations need 8-bit weights, not {self.bits or 4}; say --bits 8")
+        if self.bit_choices is not None:
+            self.choices()
+        if self.group_size is not None:
+            _group(self.group_size)
+
+    def _given(self) -> Iterator[tuple[str, Any]]:
+        """Yield the options that were given with their values."""
+        yield from ((name, value) for name, value in vars(self).items() if value is not None and value != ())
 
     @property
     def gguf(self) -> bool:
         """Whether the result is a GGUF file."""
         return (self.format or "").partition(":")[0] == "gguf"
 
-    def _check_gguf(self) -> None:
-        if self.gguf and (self.group_size or self.range or self.act_bits or self.target_bpw):
-            raise LlmqError("GGUF's types fix bits, groups and ranges and hold no activations; choose by --type alone")
-        for option in ("type", "imatrix", "imatrix_out", "split_max_size"):
-            if getattr(self, option) is not None and not self.gguf:
-                raise LlmqError(f"--{option.replace('_', '-')} is for GGUF; say --format gguf")
+    @property
+    def steps(self) -> list[str]:
+        """The steps of the method as they are written, each `name[:option=value...]`."""
+        return self.method.split(",") if self.method else []
 
     @classmethod
-    def load(cls, file: Path | None, given: Mapping[str, Any]) -> Recipe:
+    def load(cls, file: Path | None, given: Mapping[str, Any], *, allow_code: bool = False) -> Recipe:
         """Return the recipe of a YAML or JSON file with the `given` options laid over it.
 
+        allow_code: the file may name third-party modules, which are imported; else only `given` may.
         Raises LlmqError for an unreadable file or a key that no option has.
         """
         values: dict[str, Any] = {}
-        if file is not None:
-            try:
-                values = yaml.safe_load(file.read_text()) or {}
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-                raise LlmqError(f"recipe {file} cannot be read ({' '.join(str(e).split())})") from e
-            if not isinstance(values, dict):
-                raise LlmqError(f"recipe {file} must hold `option: value` lines")
-        values = {k.replace("-", "_"): v for k, v in values.items()} | dict(given)
-        known = {f.name: f for f in dataclasses.fields(cls)}
+        for key, value in (yaml_object(file.expanduser()) if file else {}).items():
+            if (name := key.replace("-", "_")) in values:
+                raise LlmqError(f"recipe {file}: {name} is given twice")
+            values[name] = value
+        of_file = values.keys() - given.keys()
+        values |= given
         for key in values:
-            if key not in known:
-                raise LlmqError(f"recipe {file}: no option {key!r} (options: {', '.join(known)})")
-        for key in ("override", "skip"):
-            value = values.get(key, ())
-            values[key] = (value,) if isinstance(value, str) else tuple(value)
-        return cls(**values)
+            if key not in _KINDS_OF_OPTIONS:
+                raise LlmqError(f"recipe {file}: no option {key!r} (options: {', '.join(_KINDS_OF_OPTIONS)})")
+        for key in ("override", "skip"):  # a single one need not be a list
+            if isinstance(values.get(key), str):
+                values[key] = (values[key],)
+        recipe = cls(**values)
+        for key, text in recipe._names():
+            if key in of_file and spec.is_code(text) and not allow_code:
+                raise LlmqError(
+                    f"recipe {file}: {key} names code outside llmq ({text.partition(':')[0]}), which would "
+                    "be run; where you trust it say --allow-code, or name it on the command line"
+                )
+        return recipe
+
+    def _names(self) -> Iterator[tuple[str, str]]:
+        """Yield whatever the recipe names to be looked up, `NAME[:key=value...]`, with the option that names it."""
+        yield from (("method", step.strip()) for step in self.steps)
+        yield from ((key, text.strip()) for key in ("range", "act_range", "format") if (text := getattr(self, key)))
+        for override in self.override:
+            yield from (("override", value) for key, value in _changes(override) if key == "range")
 
     def resolved(self) -> Recipe:
-        """Return the recipe with every default that depends on another option filled in."""
+        """Return the recipe with a default for every option that means something and was not given."""
         if self.method is None:
             return self._of_quality().resolved()
-        if self.gguf:
-            return dataclasses.replace(self, type=self.type or "Q4_K_M")
-        steps = [spec.load("algorithms", s) for s in self.method.split(",")]
+        recipe = self
+        for f in dataclasses.fields(self):
+            default, when = f.metadata.get("default"), f.metadata.get("when", _ALWAYS)
+            if default is not None and getattr(recipe, f.name) is None and when.true(recipe):
+                recipe = dataclasses.replace(recipe, **{f.name: default})
+        return recipe if recipe.gguf else recipe._integers()
+
+    def _integers(self) -> Recipe:
+        """Return the recipe with the defaults that depend on its method and its other options."""
+        steps = [spec.load("algorithms", s, code=True) for s in self.steps]
         preferred = next((s.preferred_range for s in steps if getattr(s, "preferred_range", None)), None)
         override = self.override
         if self.range is None and preferred:  # AWQ's paper clips neither q nor k
@@ -174,8 +227,8 @@ class Recipe:
 
     def choices(self) -> tuple[int, ...]:
         """Return the bits that a site may get under `target_bpw`, ascending."""
-        words = self.bit_choices.split(",")
-        if not all(w.strip() in {"2", "3", "4", "5", "6", "7", "8"} for w in words):
+        words = [w.strip() for w in (self.bit_choices or "").split(",")]
+        if not set(words) <= set("2345678"):
             raise LlmqError(f"bit_choices is a list of bits from 2 to 8, such as 3,4,8, not {self.bit_choices!r}")
         return tuple(sorted({int(w) for w in words}))
 
@@ -183,19 +236,18 @@ class Recipe:
         """Return the recipe with the method that its quality stands for, in the words that repeat it."""
         quality = self.quality or "balanced"
         methods = _GGUF_QUALITY if self.gguf else _W8A8_QUALITY if self.act_bits else _QUALITY
-        if quality not in methods:
-            raise LlmqError(f"quality is {', '.join(methods)}, not {quality!r}")
         method, range_ = methods[quality], self.range or (None if self.gguf else "mse")
         if quality == "best" and not self.gguf:
             method += _FINISHERS.get(self.bits, "")
         return dataclasses.replace(self, quality=None, method=method, range=range_)
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML that `load` reads back equal."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Return the options that were given as YAML that `load` reads back equal."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in self._given()}
         return yaml.safe_dump(values, sort_keys=False)
 
 
+_KINDS_OF_OPTIONS = typing.get_type_hints(Recipe, include_extras=True)
 _DEFAULT_RANGE = "minmax"
 _QUALITY = {
     "fast": "gptq,descent",
@@ -235,6 +287,7 @@ class Plan:
     tuners: tuple[Tuner, ...]
     finishers: tuple[Finisher, ...]
     format: Format
+    act_range: Range | None  # of static activation scales
     base: Scheme | None  # None where the format's own types take its place (GGUF)
     overrides: tuple[tuple[re.Pattern[str], dict[str, Any]], ...]
     skip: tuple[re.Pattern[str], ...]
@@ -258,7 +311,7 @@ class Plan:
 def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
     """Make a recipe's objects. Raises LlmqError for anything in it that names nothing or does not go together."""
     recipe = recipe.resolved()
-    steps = _steps(recipe.method or "")
+    steps = _steps(recipe)
     (solver,) = steps["solver"]
     fmt = _format(recipe, solver)
     base, overrides, skip = (None, (), ()) if recipe.gguf else _schemes(recipe, fmt, model_dtype)
@@ -273,6 +326,7 @@ def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
         tuners=tuple(steps["tuner"]),
         finishers=tuple(steps["finisher"]),
         format=fmt,
+        act_range=_act_range(recipe),
         base=base,
         overrides=overrides,
         skip=skip,
@@ -289,7 +343,7 @@ def _schemes(recipe: Recipe, fmt: Format, model_dtype: torch.dtype) -> tuple[Sch
             **_group(recipe.group_size),
             restricted=activation is not None and recipe.sym,
             scale_dtype=fmt.scale_dtype(model_dtype),
-            range=spec.load("ranges", recipe.range or _DEFAULT_RANGE),
+            range=spec.load("ranges", recipe.range or _DEFAULT_RANGE, code=True),
         )
         overrides = tuple(_override(o, grid) for o in recipe.override)
         skip = tuple(re.compile(s) for s in recipe.skip)
@@ -300,14 +354,25 @@ def _schemes(recipe: Recipe, fmt: Format, model_dtype: torch.dtype) -> tuple[Sch
     return Scheme(grid, activation), overrides, skip
 
 
-def _steps(method: str) -> dict[str, list[Any]]:
+def _act_range(recipe: Recipe) -> Range | None:
+    if recipe.act_range is None:
+        return None
+    range_ = spec.load("ranges", recipe.act_range, code=True)
+    if getattr(range_, "uses_blocks", False):
+        raise LlmqError(f"--act-range {recipe.act_range} weighs errors of weights; choose another for activations")
+    return range_
+
+
+def _steps(recipe: Recipe) -> dict[str, list[Any]]:
     """Return the steps of a method by their kind. Raises LlmqError where they are out of order."""
     steps: dict[str, list[Any]] = {kind: [] for kind in _KINDS.values()}
-    order = list(steps)
+    order, method = list(steps), recipe.method
     last = order[0]
-    for text in method.split(","):
-        step = spec.load("algorithms", text)
-        kind = next(k for verb, k in _KINDS.items() if hasattr(step, verb))
+    for text in recipe.steps:
+        step = spec.load("algorithms", text, code=True)
+        kind = next((k for verb, k in _KINDS.items() if hasattr(step, verb)), None)
+        if kind is None:
+            raise LlmqError(f"method {method!r}: {text} is no step; a step has one of the methods {', '.join(_KINDS)}")
         if order.index(kind) < order.index(last) or (kind in _ALONE and steps[kind]):
             raise LlmqError(
                 f"method {method!r}: {spec.dump(step)} is a {kind} and cannot follow a {last}; the order is "
@@ -329,7 +394,7 @@ def check_patterns(recipe: Recipe, names: Sequence[str]) -> None:
 
 
 def _format(recipe: Recipe, solver: Any) -> Format:
-    fmt = spec.load("formats", recipe.format or "")
+    fmt = spec.load("formats", recipe.format, code=True)
     if getattr(solver, "desc_act", False):
         if not hasattr(fmt, "desc_act"):
             raise LlmqError(
@@ -345,15 +410,22 @@ def _format(recipe: Recipe, solver: Any) -> Format:
     return fmt
 
 
-def _group(value: Any) -> dict[str, Any]:
+def _group(value: int | str) -> dict[str, Any]:
     if value in ("channel", -1, "-1"):
         return {"group_size": None}
     if value == "tensor":
         return {"group_size": None, "per_tensor": True}
-    try:
+    if str(value).isdecimal() and 0 < len(str(value)) < 10 and int(value):
         return {"group_size": int(value)}
-    except ValueError as e:
-        raise LlmqError(f"group_size is a number of columns, 'channel' or 'tensor', not {value!r}") from e
+    raise LlmqError(f"group_size is a number of columns, 'channel' or 'tensor', not {printable(repr(value), 80)}")
+
+
+def _changes(override: str) -> Iterator[tuple[str, str]]:
+    """Yield what an override of integer grids changes, `key` and the text of its value."""
+    m = _OVERRIDE.match(override)
+    for change in m["options"].split(",") if m else ():
+        key, _, value = change.partition("=")
+        yield key.strip().replace("-", "_"), value.strip()
 
 
 def _override(text: str, grid: Int) -> tuple[re.Pattern[str], dict[str, Any]]:
@@ -361,21 +433,21 @@ def _override(text: str, grid: Int) -> tuple[re.Pattern[str], dict[str, Any]]:
     if not m:
         raise LlmqError(f"--override {text!r} does not read; write REGEX:bits=8,group_size=32 (also sym=, range=)")
     changes: dict[str, Any] = {}
-    for option in m["options"].split(","):
-        key, _, value = option.partition("=")
-        key = key.strip().replace("-", "_")
+    for key, value in _changes(text):
         if key == "group_size":
             changes |= _group(value)
         elif key == "range":
-            changes["range"] = spec.load("ranges", value)
-        elif key == "bits" and value.isdigit():
-            changes["bits"] = int(value)
-        elif key == "sym" and value.lower() in ("true", "false"):
-            changes["sym"] = value.lower() == "true"
+            changes["range"] = spec.load("ranges", value, code=True)
+        elif key in ("bits", "sym"):
+            changes[key] = options.parse(f"--override {text!r}: {key}", value, _KINDS_OF_OPTIONS[key])
         else:
-            raise LlmqError(f"--override {text!r}: cannot read {option!r}")
+            raise LlmqError(f"--override {text!r}: there is no {key!r} to change")
     dataclasses.replace(grid, **changes)  # raises ValueError for an impossible grid
     try:
         return re.compile(m["regex"]), changes
     except re.error as e:
         raise LlmqError(f"--override {text!r} does not start with a regular expression ({e})") from e
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")

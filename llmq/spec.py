@@ -2,7 +2,10 @@
 
 `load("algorithms", "gptq:damp=0.01")` imports `llmq/algorithms/gptq.py`, takes the one public dataclass defined in it
 and parses the options into its fields. One grammar serves the command line, recipes and `llmq list`. A dotted name
-(`mypackage.module:option=1`) admits third-party files; such names come from the user only, never from a checkpoint.
+(`mypackage.module:option=1`) admits third-party files. Naming one runs it, so only the user may: it is looked at only
+where the caller says so (`code=True`), and no text of a checkpoint gets there.
+
+Not here: what an option may be (options.py), which texts are the user's (recipe.py).
 """
 
 from __future__ import annotations
@@ -10,62 +13,104 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import importlib.util
 import inspect
 import pkgutil
+import re
 import typing
 from collections.abc import Iterator
+from types import ModuleType, TracebackType
 from typing import Any
 
-from llmq.types import LlmqError
+from llmq.errors import one_line, printable
+from llmq.options import parse
+from llmq.types import Format, LlmqError, Range
 
-_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_DOTTED = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
+_DUTIES: dict[str, type] = {"ranges": Range, "formats": Format}  # an algorithm shows its kind by its verb
 
 
-def load(folder: str, text: str) -> Any:
-    """Return the object that `NAME[:key=value[:key=value...]]` names in `folder`.
+def load(folder: str, text: str, *, code: bool = False) -> Any:
+    """Return the object that `NAME[:key=value[:key=value...]]` names in `folder`; code: as for `find`.
 
     Raises LlmqError for an unknown name, option or value, naming what is possible.
     """
-    name, *options = text.strip().split(":")
-    cls = find(folder, name)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    types = typing.get_type_hints(cls)
+    name, *given = text.strip().split(":")
+    cls = find(folder, name, code=code)
+    with _blaming(name):
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+        kinds = typing.get_type_hints(cls, include_extras=True)
     values: dict[str, Any] = {}
-    for option in options:
+    for option in given:
         key, sep, value = option.partition("=")
         key = key.strip().replace("-", "_")
         if not sep or key not in fields:
             known = ", ".join(fields) or "none"
             raise LlmqError(f"{text!r}: {name} has no option {key!r} (options, as key=value: {known})")
-        values[key] = _parse(value.strip(), types[key], f"{text!r}: option {key}")
-    try:
+        if key in values:
+            raise LlmqError(f"{text!r}: option {key} is given twice")
+        values[key] = parse(f"{text!r}: option {key}", value.strip(), kinds[key])
+    with _blaming(repr(text)):
         return cls(**values)
-    except ValueError as e:
-        raise LlmqError(f"{text!r}: {e}") from e
 
 
-def find(folder: str, name: str) -> type:
-    """Return the one public dataclass of `llmq/<folder>/<name>.py` or of a dotted third-party module."""
+def find(folder: str, name: str, *, code: bool = False) -> type:
+    """Return the one public dataclass of `llmq/<folder>/<name>.py`.
+
+    code: a dotted name is the user's own, and imported as a third-party module. Raises LlmqError for any other name.
+    """
+    if code and is_code(name):
+        return _third_party(folder, name)
     module_name = name.replace("-", "_")
-    if "." not in name:
-        if module_name not in names(folder):
-            near = difflib.get_close_matches(module_name, names(folder), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            there = ", ".join(names(folder))
-            raise LlmqError(f"{name!r} is none of llmq's {folder} (there are: {there}){hint}")
-        module_name = f"llmq.{folder}.{module_name}"
-    elif importlib.util.find_spec(module_name.partition(".")[0]) is None:
-        raise LlmqError(f"{name!r}: no such Python module; install it or correct the name")
-    module = importlib.import_module(module_name)
+    if module_name not in names(folder):
+        near = difflib.get_close_matches(module_name[:40], names(folder), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        there = ", ".join(names(folder))
+        raise LlmqError(f"{printable(repr(name), 80)} is none of llmq's {folder} (there are: {there}){hint}")
+    return _public_dataclass(importlib.import_module(f"llmq.{folder}.{module_name}"))
+
+
+def is_code(text: str) -> bool:
+    """Say whether `NAME[:key=value...]` names a module outside llmq, to be imported."""
+    return "." in text.partition(":")[0]
+
+
+def _third_party(folder: str, name: str) -> type:
+    """Return the class of a dotted module. Raises LlmqError for whatever goes wrong in it, in one line."""
+    if not _DOTTED.fullmatch(name) or name.startswith("llmq."):
+        raise LlmqError(
+            f"{printable(repr(name), 80)} is no third-party module; llmq's own {folder} are named without dots"
+        )
+    with _blaming(f"{name!r} cannot be imported"):
+        cls = _public_dataclass(importlib.import_module(name))
+    if lacking := [n for n in vars(_DUTIES.get(folder, object)) if not n.startswith("_") and not hasattr(cls, n)]:
+        raise LlmqError(f"{name!r} is none of the {folder}: {cls.__name__} has no {', '.join(lacking)}")
+    return cls
+
+
+def _public_dataclass(module: ModuleType) -> type:
     classes = [
         c
         for _, c in inspect.getmembers(module, dataclasses.is_dataclass)
         if isinstance(c, type) and c.__module__ == module.__name__ and not c.__name__.startswith("_")
     ]
     if len(classes) != 1:
-        raise LlmqError(f"{module_name} must define exactly one public dataclass, it has {len(classes)}")
+        raise LlmqError(f"{module.__name__} must define exactly one public dataclass, it has {len(classes)}")
     return classes[0]
+
+
+class _blaming:  # noqa: N801  (used as a statement: `with _blaming(...)`)
+    """Turn whatever a step raises while it is imported or made into one LlmqError; a third party may raise anything."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(e, Exception | SystemExit) and not isinstance(e, LlmqError):
+            said = one_line(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {one_line(e)}"
+            raise LlmqError(f"{self.what}: {said}") from e
 
 
 def names(folder: str) -> list[str]:
@@ -98,21 +143,3 @@ def dump(obj: Any) -> str:
         if f.init and getattr(obj, f.name) != f.default
     ]
     return ":".join([name, *changed])
-
-
-def _parse(value: str, kind: Any, where: str) -> Any:
-    kinds = typing.get_args(kind) or (kind,)
-    for k in kinds:
-        try:
-            if k is type(None) and value.lower() in ("none", ""):
-                return None
-            if k is bool and value.lower() in _WORDS:
-                return _WORDS[value.lower()]
-            if k in (int, float):
-                return k(value)
-            if k is str:
-                return value
-        except ValueError:
-            continue
-    wanted = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
-    raise LlmqError(f"{where} wants {wanted}, not {value!r}")

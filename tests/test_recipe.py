@@ -1,12 +1,17 @@
 """Recipes: defaults, files, and the errors of both."""
 
+import dataclasses
 import json
+import math
+import sys
 
 import pytest
 import torch
 
 from llmq.recipe import Recipe, plan
 from llmq.types import LlmqError
+
+NOT_OF_THE_RECIPE = {"adapter"}  # options of the command that say what is read, not what is made of it
 
 
 def test_defaults_that_depend_on_other_options():
@@ -32,7 +37,7 @@ def test_a_quality_stands_for_a_method_and_a_range():
     assert gguf == ["rtn", "qep,gptq,descent", "qep,gptq,descent"]
     with pytest.raises(LlmqError, match="not both"):
         Recipe(quality="fast", method="rtn")
-    with pytest.raises(LlmqError, match="fast, balanced, best, not"):
+    with pytest.raises(LlmqError, match="--quality takes fast or balanced or best or none, not 'good'"):
         Recipe(quality="good").resolved()
 
 
@@ -70,7 +75,18 @@ def test_yaml_and_json_files_round_trip(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("bitz: 4", "no option 'bitz'"), ("- 4", "option: value"), ("{", "cannot be read")],
+    [
+        ("bitz: 4", "no option 'bitz'"),
+        ("- 4", "an object of named values"),
+        ("{", "not valid YAML"),
+        ("1: 2", "an object of named values"),
+        ("bits: 4\nbits: 8", "'bits' is given twice"),
+        ("group-size: 32\ngroup_size: 64", "group_size is given twice"),
+        ("act: &a [lol]\nkv: *a", "aliases"),
+        ("a: " * 300, "not valid YAML"),
+        ("[" * 50000, "nested too deep"),
+        ("{a: " * 250 + "1" + "}" * 250, "nested"),
+    ],
 )
 def test_a_bad_file_is_named(tmp_path, content, message):
     (tmp_path / "r.yaml").write_text(content)
@@ -81,13 +97,144 @@ def test_a_bad_file_is_named(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"act": "row"}, {"act_bits": 4}, {"act_bits": 8}, {"act_sym": False}, {"samples": 0}, {"dtype": "int8"}],
-    ids=str,
+    ("options", "message"),
+    [
+        ({"act": "row"}, "--act takes token or tensor, not 'row'"),
+        ({"act_bits": 4}, "--act-bits takes 8 or none, not 4"),
+        ({"act_bits": 8}, "say --bits 8"),
+        ({"act_bits": 8, "bits": 8, "act": "tensor", "act_sym": False}, "per token"),
+        ({"act_bits": 8, "bits": 8, "act": "tensor", "act_range": "output"}, "--act-range output"),
+        ({"act_bits": 8, "bits": 8, "act": "tensor", "act_range": "entrpy"}, "did you mean 'entropy'"),
+        ({"dtype": "int8"}, "--dtype takes auto or float32 or bfloat16"),
+        ({"bits": 9}, "--bits takes a whole number from 2 to 8, not 9"),
+        ({"sym": "false"}, "--sym takes true or false, not 'false'"),
+        ({"lm_head": "no"}, "--lm-head takes true or false, not 'no'"),
+        ({"samples": 1.5}, "--samples takes a whole number from 1 to"),
+        ({"samples": "4"}, "--samples takes"),
+        ({"samples": True}, "--samples takes"),
+        ({"samples": 0}, "--samples takes"),
+        ({"seq_len": 10**12}, "--seq-len takes"),
+        ({"seed": -1}, "--seed takes a whole number from 0 to"),
+        ({"seed": 2**70}, "--seed takes"),
+        ({"seed": "abc"}, "--seed takes"),
+        ({"target_bpw": math.nan}, "--target-bpw takes a number from 1 to 16"),
+        ({"target_bpw": math.inf}, "--target-bpw takes"),
+        ({"target_bpw": 0.5}, "--target-bpw takes"),
+        ({"group_size": 0}, "group_size is"),
+        ({"group_size": "-5"}, "group_size is"),
+        ({"group_size": "9" * 5000}, "group_size is"),
+        ({"group_size": [32]}, "--group-size takes a whole number or a text"),
+        ({"group_size": math.nan}, "--group-size takes"),
+        ({"method": 5}, "--method takes a text, not 5"),
+        ({"skip": 5}, "--skip takes a list of texts"),
+        ({"override": [5]}, "--override takes a list of texts"),
+        ({"quality": ["best"]}, "--quality takes"),
+        ({"target_bpw": 4, "bit_choices": 3}, "--bit-choices takes a text"),
+        ({"format": {"a": 1}}, "--format takes a text"),
+        ({"format": "gguf", "split_max_size": 4}, "--split-max-size takes"),
+        ({"override": ("a:bits=9",)}, "bits takes a whole number from 2 to 8, not '9'"),
+        ({"override": ("a:sym=maybe",)}, "sym takes true or false"),
+        ({"override": ("a:bits=4,skip=b",)}, "no 'skip' to change"),
+    ],
+    ids=lambda v: str(v)[:40],
 )
-def test_impossible_combinations_are_refused(options):
-    with pytest.raises(LlmqError):
+def test_values_of_another_kind_and_impossible_combinations_are_refused(options, message):
+    with pytest.raises(LlmqError, match=message) as e:
+        plan(Recipe(**options), torch.float16)
+    assert len(str(e.value)) < 300
+
+
+def test_every_option_has_a_kind_and_the_command_line_has_every_option():
+    import inspect
+
+    from llmq import cli
+
+    fields = [f.name for f in dataclasses.fields(Recipe)]
+    asked = [p.rstrip("_") for p in inspect.signature(cli.quantize).parameters]
+    assert set(fields) == set(asked) - {"src", "out", "recipe", "device", "overwrite", "allow_code", *NOT_OF_THE_RECIPE}
+    for name in fields:
+        with pytest.raises(LlmqError, match=f"--{name.replace('_', '-')} takes "):
+            Recipe(**{name: object()})
+
+
+MEANINGLESS = [
+    *(
+        ({"format": "gguf"} | option, "choose by --type alone")
+        for option in ({"bits": 4}, {"bits": 3}, {"sym": True}, {"sym": False}, {"lm_head": False}, {"lm_head": True},
+                       {"group_size": 128}, {"range": "minmax"}, {"act_bits": 8}, {"target_bpw": 4.5})
+    ),
+    *(({"format": "gguf"} | {name: value}, f"--{name.replace('_', '-')} means nothing here")
+      for name, value in (("act", "token"), ("act_sym", True), ("act_range", "minmax"), ("kv", "tensor"),
+                          ("bit_choices", "3,4,5,6,8"))),
+    ({"act": "token"}, "--act means nothing here: .*--act-bits 8"),
+    ({"act_sym": False}, "--act-sym means nothing here"),
+    ({"act_range": "minmax"}, "--act-range means nothing here"),
+    ({"bits": 8, "act_bits": 8, "act_range": "minmax"}, "say --act-bits 8 --act tensor"),
+    ({"kv": "tensor"}, "say --kv-bits 8"),
+    ({"bit_choices": "3,4,5,6,8"}, "say --target-bpw"),
+    ({"type": "Q4_K_M"}, "say --format gguf"),
+    ({"imatrix": "a"}, "say --format gguf"),
+    ({"imatrix_out": "a"}, "say --format gguf"),
+    ({"split_max_size": "4G"}, "say --format gguf"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), MEANINGLESS, ids=lambda v: str(v)[:60])
+def test_an_option_that_means_nothing_beside_the_others_is_refused_whatever_its_default(tmp_path, options, message):
+    with pytest.raises(LlmqError, match=message):
         Recipe(**options)
+    (tmp_path / "r.json").write_text(json.dumps(options))
+    with pytest.raises(LlmqError, match=message):
+        Recipe.load(tmp_path / "r.json", {})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"quality": "best", "bits": 2}, {"method": "awq,rtn", "override": ("a:bits=8",), "skip": ["b"]},
+     {"kv_bits": 8},
+     {"bits": 8, "act_bits": 8}, {"bits": 8, "act_bits": 8, "act": "tensor"}, {"target_bpw": 4.5}, {"format": "gguf"},
+     {"format": "gguf:pre=llama-bpe", "type": "Q8_0", "method": "rtn", "split_max_size": "4G"}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_resolved_is_written_and_read_back_and_means_the_same(tmp_path, options):
+    resolved = Recipe(**options).resolved()
+    (tmp_path / "recipe.yaml").write_text(resolved.to_yaml())
+    again = Recipe.load(tmp_path / "recipe.yaml", {})
+    assert again == resolved == again.resolved()
+    assert again.to_yaml() == resolved.to_yaml() and "null" not in resolved.to_yaml()
+    assert Recipe(**json.loads(json.dumps(dataclasses.asdict(resolved)))) == resolved, "as quantization.json has it"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["method: evil.step", "method: 'awq, evil.step:x=1'", "method: gptq\nrange: evil.step", "format: evil.step",
+     "method: gptq\noverride: ['a:range=evil.step']", "override: 'a:bits=4, range = evil.step:x=1'",
+     "bits: 8\nact_bits: 8\nact: tensor\nact_range: evil.step", "method: .evil", "method: llmq.calibration"],
+)  # fmt: skip
+def test_a_file_names_no_code_unless_the_user_allows_it(tmp_path, monkeypatch, text):
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil/__init__.py").write_text("raise RuntimeError('it ran')\n")
+    (tmp_path / "evil/step.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(LlmqError, match="names code outside llmq .* --allow-code"):
+        Recipe.load(tmp_path / "r.yaml", {})
+    with pytest.raises(LlmqError, match="it ran|no third-party"):
+        plan(Recipe.load(tmp_path / "r.yaml", {}, allow_code=True), torch.float16)
+    if "method: evil" in text:  # what the command line says in its place, or says itself, is the user's own
+        assert Recipe.load(tmp_path / "r.yaml", {"method": "rtn"}).method == "rtn"
+        assert Recipe.load(None, {"method": "evil.step"}).method == "evil.step"
+    assert "evil" not in sys.modules
+
+
+def test_a_step_without_a_verb_is_named(tmp_path, monkeypatch):
+    (tmp_path / "lazy").mkdir()
+    (tmp_path / "lazy/step.py").write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass Lazy:\n    x: int = 1\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(LlmqError, match="lazy.step is no step; a step has one of the methods rotate, weigh"):
+        plan(Recipe(method="lazy.step,rtn"), torch.float16)
 
 
 def test_overrides_apply_in_order_and_keep_the_rest_of_the_grid():

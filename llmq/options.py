@@ -1,0 +1,92 @@
+"""What an option may be, by the annotation of its field: one reading for recipes and for `NAME:option=value`.
+
+    bool, int, float, str         itself; true is no number, a float is finite, an int at most `MOST` away from zero
+    Annotated[int, Between(1, 8)]    a number within
+    Literal["token", "tensor"]    one of these
+    tuple[str, ...]               a list of texts
+    A | B, A | None               either
+
+Not here: which options there are (recipe.py, the fields of a step), which of them go together.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple
+
+from llmq.errors import LlmqError, printable
+
+MOST = 2**31 - 1
+"""How far from zero an int may lie where its annotation does not say."""
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "none"}
+
+
+class Between(NamedTuple):
+    """The numbers that an option takes, ends included."""
+
+    least: float
+    most: float = MOST
+
+    def __str__(self) -> str:
+        return f"from {self.least} to {self.most}"
+
+
+def check(name: str, value: Any, kind: Any) -> None:
+    """Raise LlmqError, naming the option and what it takes, where `value` is not of an annotated `kind`."""
+    if not admits(kind, value):
+        raise LlmqError(f"{name} takes {wanted(kind)}, not {printable(repr(value), 80)}")
+
+
+def parse(name: str, text: str, kind: Any) -> Any:
+    """Return the value of an annotated `kind` that a text of the command line means. Raises LlmqError as `check`."""
+    for value in _readings(text):
+        if admits(kind, value):
+            return value
+    raise LlmqError(f"{name} takes {wanted(kind)}, not {printable(repr(text), 80)}")
+
+
+def admits(kind: Any, value: Any) -> bool:
+    """Say whether `value` is of an annotated `kind`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return admits(args[0], value) and (not isinstance(value, int | float) or args[1].least <= value <= args[1].most)
+    if origin in (typing.Union, UnionType):
+        return any(admits(a, value) for a in args)
+    if origin is Literal:
+        return any(type(value) is type(a) and value == a for a in args)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(admits(args[0], v) for v in value)
+    types = (int, float) if kind is float else (NoneType if kind is None else kind,)
+    return type(value) in types and (not isinstance(value, int | float) or abs(value) <= MOST)  # no NaN is
+
+
+def wanted(kind: Any) -> str:
+    """Return what an annotated `kind` admits, in words: `a whole number from 2 to 8 or none`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return f"{wanted(args[0])} {args[1]}"
+    if origin in (typing.Union, UnionType):
+        return " or ".join(wanted(a) for a in args)
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if origin is tuple:
+        return "a list of texts"
+    return _PLAIN.get(NoneType if kind is None else kind, str(kind))
+
+
+def _readings(text: str) -> Iterator[Any]:
+    """Yield what a text can mean, the narrowest first."""
+    word = text.lower()
+    if word in ("none", ""):
+        yield None
+    if word in _WORDS:
+        yield _WORDS[word]
+    for number in (int, float):
+        try:
+            yield number(text)
+        except ValueError:
+            continue
+    yield text
