@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from llmq import spec
 from llmq.checkpoint import Sink
+from llmq.folding import Fold, fold
 from llmq.grids.int import Int
 from llmq.job import Job
 from llmq.kv_scales import Watch
 from llmq.stats import Hessian, Histogram, MeanSquare
 from llmq.stream import Call, Lanes, discover, family_sites, no_table, run
-from llmq.types import BlockView, LlmqError, Params, Site, SiteView, Solved, Target
+from llmq.types import BlockView, LlmqError, Params, Scaling, Site, SiteView, Solved, Target
 
 
 @dataclass
@@ -237,15 +238,20 @@ def _transform(
             stats.append(accumulators)
     for hook in hooks:
         hook.remove()
-    folds = []
+    chosen: list[tuple[Site, Scaling]] = []
     for site, found in zip(sites, stats, strict=True):
         if found:
             schemes = [s.scheme if (s := job.linears.get(prefix + n)) else None for n in site.linears]
-            calls = recorded.get(site.parent, [])
-            skeleton = job.skeleton
-            view = SiteView(site, modules, found, calls, schemes, skeleton.stored_dtype, skeleton.head_dim)
-            folds.append((site, step.search(view)))
-    return {prefix + n: line for site, apply in folds if apply for line in [apply()] for n in site.linears}
+            view = SiteView(site, modules, found, recorded.get(site.parent, []), schemes, job.skeleton.head_dim)
+            scaling = step.search(view)
+            chosen += [(site, scaling)] if scaling else []
+    weights = {prefix + n: p.data for n, p in block.named_parameters()}
+    number = int(prefix.split(".")[-2])
+    for site, scaling in chosen:
+        linears, producer = tuple(prefix + n for n in site.linears), f"{prefix}{site.producer}"
+        by = Fold(spec.dump(step), number, linears, producer, job.skeleton.head_dim, scaling.scale)
+        fold(weights, by, job.source.dtype_of)
+    return {prefix + n: scaling.report for site, scaling in chosen for n in site.linears}
 
 
 def _record_calls(module: nn.Module, name: str, into: dict[str, list[Call]], tokens: int) -> Any:

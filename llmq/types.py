@@ -338,11 +338,10 @@ class Finisher(Protocol):
 class SiteView:
     """What a transform sees of one site of a float block.
 
-    modules: the block's modules by relative name (weights float32, edited in place by the transform).
+    modules: the block's modules by relative name (weights float32), left as they are.
     stats: the accumulators of the site's activation.
     calls: recorded `(args, kwargs)` of the parent module, where the transform asked for them.
     schemes: what each linear of the site becomes, None where it stays float.
-    stored_dtype: the dtype in which parameters that stay float are written.
     head_dim: channels of one attention head.
     """
 
@@ -351,7 +350,6 @@ class SiteView:
     stats: Stats
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
     schemes: Sequence[Scheme | None]
-    stored_dtype: torch.dtype
     head_dim: int
 
     @property
@@ -360,8 +358,20 @@ class SiteView:
         return [s.weight if s else None for s in self.schemes]
 
 
+class Scaling(NamedTuple):
+    """What a transform found for a site.
+
+    scale: float32 `[K]`, by which the columns of the site's linears are multiplied and its producer is divided;
+        alike for the channels that read one channel of the producer.
+    report: what `quantization.json` records of it at each of the linears.
+    """
+
+    scale: Tensor
+    report: dict[str, Any]
+
+
 class Transform(Protocol):
-    """Floats to floats: rescales a block in place so that it quantizes better; the function is unchanged.
+    """Floats to floats: finds scales with which a block quantizes better; its function is unchanged.
 
     preferred_range: the range a recipe that names none gets, or None; call_tokens: tokens of the parent's input that
     are kept for the search, 0 for none.
@@ -373,11 +383,10 @@ class Transform(Protocol):
     def needs(self, site: Site) -> tuple[type[Any], ...]:
         """Return the Stat classes to accumulate at a site; none means that the site is left alone."""
 
-    def search(self, view: SiteView) -> Callable[[], dict[str, Any]] | None:
-        """Return a function that folds what was found into the block, or None where nothing applies to the site.
+    def search(self, view: SiteView) -> Scaling | None:
+        """Return the scales to fold into the block (folding.py), or None where nothing applies to the site.
 
         All sites are searched before any is folded, so that each sees the block's original weights.
-        The folding function returns what `quantization.json` records.
         """
 
 

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from llmq.algorithms._fold import fold, shares, tie
+from llmq.algorithms._shares import shares, tie
 from llmq.stats import AbsMean, Hessian
-from llmq.types import Site, SiteView
+from llmq.types import Scaling, Site, SiteView
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Awq:
             return ()
         return (AbsMean, Hessian) if site.parent in site.linears else (AbsMean,)
 
-    def search(self, view: SiteView) -> Callable[[], dict[str, Any]] | None:
-        """Return the fold of the best scale, or None where no exponent beats r = 0."""
+    def search(self, view: SiteView) -> Scaling | None:
+        """Return the best scales, or None where no exponent beats r = 0."""
         share = shares(view)
         if share is None or all(g is None for g in view.grids):
             return None
@@ -63,13 +63,7 @@ class Awq:
                 best_scale, best_ratio, best = scale_K, ratio, value
         if best_scale is None or best_ratio == 0:
             return None
-        chosen: Tensor = best_scale
-
-        def apply() -> dict[str, Any]:
-            fold(view, chosen, share, head_dim)
-            return {"awq": {"ratio": best_ratio, "loss_over_unscaled": best / first if first else 1.0}}
-
-        return apply
+        return Scaling(best_scale, {"awq": {"ratio": best_ratio, "loss_over_unscaled": best / first if first else 1.0}})
 
     def _lone_loss(self, view: SiteView) -> Callable[[Tensor], float]:
         W_NK = view.modules[view.site.linears[0]].weight.detach().clone()

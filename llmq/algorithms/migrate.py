@@ -22,9 +22,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llmq.algorithms._fold import fold, shares, tie
+from llmq.algorithms._shares import shares, tie
 from llmq.stats import AbsMax, MeanSquare, Sample
-from llmq.types import LlmqError, Site, SiteView
+from llmq.types import LlmqError, Scaling, Site, SiteView
 
 _PANEL = 2**18  # products at a time
 
@@ -51,8 +51,8 @@ class Migrate:
         """Return what the error is expected from, where the site has a producer to fold into."""
         return (AbsMax, MeanSquare, Sample) if site.producer else ()
 
-    def search(self, view: SiteView) -> Callable[[], dict[str, Any]] | None:
-        """Return the fold of this site's scales."""
+    def search(self, view: SiteView) -> Scaling | None:
+        """Return this site's scales."""
         share = shares(view)
         if share is None or not any(view.schemes):
             return None
@@ -65,12 +65,7 @@ class Migrate:
             start_K = start_K - (start_K - floor_K).amin()
         log_K, ratio = self._descend(error, start_K, floor_K, lambda g_K: tie(g_K, share, head_dim))
         scale_K = (log_K - log_K.mean()).exp()  # fp16's scales of the producer's rows have a floor
-
-        def apply() -> dict[str, Any]:
-            fold(view, scale_K, share, head_dim)
-            return {"migrate": {"expected_error_over_start": ratio}}
-
-        return apply
+        return Scaling(scale_K, {"migrate": {"expected_error_over_start": ratio}})
 
     def _descend(
         self, error: _ExpectedError, start_K: Tensor, floor_K: Tensor, tied: Callable[[Tensor], Tensor]

@@ -7,15 +7,14 @@ Not here: how activations are quantized (the runtime; the stream calibrates stat
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from llmq.algorithms._fold import fold, shares, tie
+from llmq.algorithms._shares import shares, tie
 from llmq.stats import AbsMax
-from llmq.types import Site, SiteView
+from llmq.types import Scaling, Site, SiteView
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class SmoothQuant:
         norm = site.producer is not None and "norm" in site.producer
         return (AbsMax,) if norm or (self.linears and site.producer) else ()
 
-    def search(self, view: SiteView) -> Callable[[], dict[str, Any]] | None:
-        """Return the fold of this site's migration scales."""
+    def search(self, view: SiteView) -> Scaling | None:
+        """Return this site's migration scales."""
         share = shares(view)
         if share is None or all(g is None for g in view.grids):
             return None
@@ -53,15 +52,5 @@ class SmoothQuant:
         w_max = torch.stack([view.modules[n].weight.abs().amax(0) for n in view.site.linears]).amax(0)
         w_max = tie(w_max, share, head_dim, largest=True).clamp(min=1e-5)
         scale_K = (x_max**self.alpha / w_max ** (1 - self.alpha)).clamp(min=1e-5)
-
-        def apply() -> dict[str, Any]:
-            fold(view, scale_K, share, head_dim)
-            return {
-                "smoothquant": {
-                    "alpha": self.alpha,
-                    "scale_min": scale_K.min().item(),
-                    "scale_max": scale_K.max().item(),
-                }
-            }
-
-        return apply
+        line = {"alpha": self.alpha, "scale_min": scale_K.min().item(), "scale_max": scale_K.max().item()}
+        return Scaling(scale_K, {"smoothquant": line})

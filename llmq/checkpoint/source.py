@@ -107,6 +107,10 @@ class Source:
         """What the checkpoint is stored in: the dtype of its first tensor."""
         return DTYPES.get(next(iter(self._entries.values())).dtype, torch.float32)
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return what one tensor is stored in."""
+        return DTYPES[self._entries[name].dtype]
+
     def headers(self) -> dict[str, tuple[str, list[int]]]:
         """Return the dtype (in safetensors' spelling) and shape of every tensor, without reading any."""
         return {name: (e.dtype, list(e.shape)) for name, e in self._entries.items()}

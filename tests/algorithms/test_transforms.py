@@ -9,15 +9,16 @@ from transformers import LlamaConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from llmq.algorithms import migrate, smoothquant
-from llmq.algorithms._fold import fold, shares, tie
+from llmq.algorithms import migrate
+from llmq.algorithms._shares import shares, tie
 from llmq.algorithms.awq import Awq
 from llmq.algorithms.smoothquant import SmoothQuant
 from llmq.families.llama import Llama
+from llmq.folding import Fold, fold
 from llmq.grids.int import Int
 from llmq.stats import AbsMax, AbsMean, Hessian, MeanSquare, Sample
 from llmq.stream import Lanes
-from llmq.types import ActivationGrid, Scheme, SiteView
+from llmq.types import ActivationGrid, Scaling, Scheme, SiteView
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -61,7 +62,13 @@ def views(block, x, call, grid, activation=None):
         h.remove()
     scheme = grid and Scheme(grid, activation)
     schemes = lambda site: [scheme] * len(site.linears)  # noqa: E731
-    return [SiteView(s, modules, st, recorded.get(s.parent, []), schemes(s), torch.float32, 16) for s, st in out]
+    return [SiteView(s, modules, st, recorded.get(s.parent, []), schemes(s), 16) for s, st in out]
+
+
+def apply(block, view, scaling, stored=torch.float32):
+    """Fold what a transform found into the block."""
+    by = Fold("step", 0, view.site.linears, view.site.producer, 16, scaling.scale)
+    fold({n: p.data for n, p in block.named_parameters()}, by, lambda name: stored)
 
 
 def run(block, x, call):
@@ -82,9 +89,12 @@ def test_the_float_function_is_unchanged(kind, kv_heads, step):
     before = run(block, x, call)
     weights = copy.deepcopy(block.state_dict())
     with torch.no_grad():
-        folds = [step.search(v) for v in views(block, x, call, Int(4, True, 32)) if step.needs(v.site)]
-        applied = [f() for f in folds if f]
-    assert applied
+        found = [(v, step.search(v)) for v in views(block, x, call, Int(4, True, 32)) if step.needs(v.site)]
+        assert any(scaling for _, scaling in found)
+        assert all(torch.equal(weights[k], v) for k, v in block.state_dict().items())  # a search changes nothing
+        for view, scaling in found:
+            if scaling:
+                apply(block, view, scaling)
     assert any(not torch.equal(weights[k], v) for k, v in block.state_dict().items())
     torch.testing.assert_close(run(block, x, call), before, rtol=2e-4, atol=2e-4 * before.abs().max().item())
 
@@ -92,8 +102,8 @@ def test_the_float_function_is_unchanged(kind, kv_heads, step):
 def test_awq_reports_a_lower_loss_than_no_scaling():
     _, block, x, call = make_block()
     with torch.no_grad():
-        folds = [f for v in views(block, x, call, Int(3, True, 32)) if (f := Awq().search(v))]
-        reports = [f()["awq"] for f in folds]
+        found = [f for v in views(block, x, call, Int(3, True, 32)) if (f := Awq().search(v))]
+    reports = [f.report["awq"] for f in found]
     assert reports and all(r["loss_over_unscaled"] < 1 and 0 < r["ratio"] < 1 for r in reports)
     assert min(r["loss_over_unscaled"] for r in reports) < 0.9  # the site that reads the outlier channel
 
@@ -111,7 +121,9 @@ def test_smoothquant_scales_by_its_formula():
     want = view.stats[AbsMax].max ** 0.8 / w_max**0.2
     gain = view.modules["input_layernorm"].weight.clone()
     with torch.no_grad():
-        SmoothQuant(0.8).search(view)()
+        scaling = SmoothQuant(0.8).search(view)
+        apply(block, view, scaling)
+    torch.testing.assert_close(scaling.scale, want)
     torch.testing.assert_close(view.modules["input_layernorm"].weight, gain / want)
 
 
@@ -161,31 +173,30 @@ def test_the_error_that_migrate_lowers_is_convex_in_the_logarithms(activation):
 
 
 @pytest.mark.parametrize("activation", [DYNAMIC, STATIC], ids=["token", "tensor"])
-def test_only_ratios_of_activations_move_migrate(activation, monkeypatch):
+def test_only_ratios_of_activations_move_migrate(activation):
     _, block, x, call = make_block()
     view, scales = views(block, x, call, Int(8, group_size=None), activation)[-1], []
-    monkeypatch.setattr(migrate, "fold", lambda _, scale_K, *rest: scales.append(scale_K))
     for factor in (1, 100):
         for stat, moment in ((AbsMax, "max"), (Sample, "rows")):
             setattr(view.stats[stat], moment, getattr(view.stats[stat], moment) * factor)
         view.stats[MeanSquare].sum *= factor**2
         with torch.no_grad():
-            migrate.Migrate().search(view)()
+            scales.append(migrate.Migrate().search(view).scale)
     torch.testing.assert_close(*scales, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("activation", [DYNAMIC, STATIC], ids=["token", "tensor"])
-def test_migrate_lowers_the_error_of_rounded_products_below_smoothquants(activation, monkeypatch):
+def test_migrate_lowers_the_error_of_rounded_products_below_smoothquants(activation):
     _, block, x, call = make_block()
-    errors = {}
-    for module, step in ((migrate, migrate.Migrate(feedback=1.0)), (smoothquant, SmoothQuant())):
-        scales, sites = [], views(block, x, call, Int(8, group_size=None), activation)
-        monkeypatch.setattr(module, "fold", lambda view, scale_K, *_, to=scales: to.append(scale_K))
+    errors = []
+    for step in (migrate.Migrate(feedback=1.0), SmoothQuant()):
+        sites = views(block, x, call, Int(8, group_size=None), activation)
         with torch.no_grad():
-            reports = [step.search(view)() for view in sites]
-        errors[module] = [product_errors(view, s) for view, s in zip(sites, scales, strict=True)]
-        assert module is smoothquant or all(r["migrate"]["expected_error_over_start"] < 1 for r in reports)
-    ours, theirs = errors.values()
+            found = [step.search(view) for view in sites]
+        errors.append([product_errors(view, f.scale) for view, f in zip(sites, found, strict=True)])
+        if isinstance(step, migrate.Migrate):
+            assert all(f.report["migrate"]["expected_error_over_start"] < 1 for f in found)
+    ours, theirs = errors
     assert all(a < b for a, b in zip(ours, theirs, strict=True))
 
 
@@ -193,9 +204,8 @@ def test_a_stored_dtype_rounds_the_gain_and_the_columns_take_the_exact_ratio():
     _, block, x, call = make_block()
     before = run(block, x, call)
     view = views(block, x, call, Int(4))[0]
-    view = SiteView(view.site, view.modules, view.stats, (), view.schemes, torch.bfloat16, 16)
     with torch.no_grad():
-        fold(view, torch.rand(64) + 0.5, 1, 16)
+        apply(block, view, Scaling(torch.rand(64) + 0.5, {}), torch.bfloat16)
     gain = view.modules["input_layernorm"].weight
     assert torch.equal(gain, gain.bfloat16().float())
     torch.testing.assert_close(run(block, x, call), before, rtol=2e-4, atol=2e-4 * before.abs().max().item())
