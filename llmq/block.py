@@ -1,9 +1,12 @@
 """What happens inside one decoder block: transforms, then each site solved in turn, then the block tuned and packed.
 
-A site's linears are corrected, solved and refined with the statistics of the activation they read; their dequantized
-weights then take their place, and the suspended batches run on to the next site with them. Where a step wants the float
-model's activations too, a copy of the float block runs beside, suspended at the same points.
-Not here: the suspended forwards (stream.py), any method (algorithms/).
+Transforms say by which scales the float weights are folded; what stays float is then rounded to what is stored, so that
+what runs is what is written. A site's linears are corrected, solved and refined with the statistics of the activation
+they read; their dequantized weights take their place, and the suspended batches run on to the next site with them.
+Where a step wants the float model's activations too, a copy of the float block runs beside, suspended at the same
+points.
+Not here: the suspended forwards (stream.py), any method (algorithms/), making a fold (folding.py), measuring an error
+(records.py).
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from llmq import spec
-from llmq.checkpoint import Sink
+from llmq.checkpoint import Scratch, Sink
 from llmq.folding import Fold, fold
 from llmq.grids.int import Int
 from llmq.job import Job
 from llmq.kv_scales import Watch
+from llmq.records import Line, Record
 from llmq.stats import Hessian, Histogram, MeanSquare
 from llmq.stream import Call, Lanes, discover, family_sites, no_table, run
 from llmq.types import BlockView, LlmqError, Params, Scaling, Site, SiteView, Solved, Target
@@ -38,6 +42,7 @@ class Streams:
     squares: of every linear by full name, the squared gradients at its output, `[T]` a batch, where tokens are weighed.
     tokens: the calibration itself, int64 `[samples, seq_len]`.
     measured: importance of every linear's input so far, where an importance matrix is to be written.
+    hessians: H of every linear by full name, set aside where its error is measured again after the blocks.
     watch: sees the keys and values of the present quantized block, where their scales are wanted.
     """
 
@@ -47,98 +52,163 @@ class Streams:
     squares: dict[str, list[Tensor]] = field(default_factory=dict)
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     measured: dict[str, MeanSquare] = field(default_factory=dict)
+    hessians: Scratch | None = None
     watch: Watch | None = None
 
 
-def quantize_block(job: Job, i: int, streams: Streams, sink: Sink) -> dict[str, Any]:
-    """Quantize block `i`, write it, move the streams past it. Returns a report line for each of its linears."""
-    prefix = f"{job.skeleton.prefix}.{i}."
-    at = [c[i] for c in streams.calls]
-    with job.skeleton.loaded(i, job.device) as block:
-        sites = block_sites(job, block, streams.hidden, at)
-        record: dict[str, Any] = {}
+@dataclass(frozen=True)
+class _Block:
+    """A decoder block in memory, and what belongs to it.
+
+    number: from 0. calls: the other arguments of its call, batch by batch.
+    """
+
+    job: Job
+    number: int
+    module: nn.Module
+    sites: Sequence[Site]
+    calls: Sequence[Call]
+    streams: Streams
+
+    def full(self, name: str) -> str:
+        """Return the full name of what the block calls so."""
+        return f"{self.job.skeleton.prefix}.{self.number}.{name}"
+
+    @property
+    def moves_on(self) -> bool:
+        """Whether anything behind the block wants its output."""
+        last = self.number == len(self.job.skeleton) - 1
+        return bool(self.streams.hidden) and not (last and self.job.head is None)
+
+    def exact(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor of the block as the checkpoint has it: what is computed with may hold less."""
+        source = self.job.source
+        whole = tensor.dtype in (torch.float32, source.dtype_of(self.full(name)))
+        return tensor.detach() if whole else source.get(self.full(name)).to(tensor.device)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What was found for one linear, and what its errors are measured against.
+
+    name: within the block. target: what the solver was asked. W_NK: the float weight that it was made of. H_KK: the
+    mean `X^T X` of its site, where it was accumulated.
+    """
+
+    name: str
+    target: Target
+    solved: Solved
+    W_NK: Tensor
+    H_KK: Tensor | None
+
+
+def quantize_block(job: Job, i: int, streams: Streams, sink: Sink) -> Record:
+    """Quantize block `i`, write it, move the streams past it. Returns what is recorded of it."""
+    calls = [c[i] for c in streams.calls]
+    record = Record()
+    with job.skeleton.loaded(i, job.device) as module:
+        block = _Block(job, i, module, block_sites(job, module, streams.hidden, calls), calls, streams)
         for step in job.plan.transforms:
-            record |= _transform(job, step, block, sites, streams.hidden, at, prefix)
+            _transform(block, step, record)
+        packed = _settle(block)
         streams.watch = Watch() if job.plan.recipe.kv_bits else None
-        solved = _solve(job, block, sites, streams, at, prefix, last=i == len(job.skeleton) - 1)
-        packed: dict[str, Tensor] = {}
+        solved = _solve(block)
         if streams.watch is not None:
             dtype = job.plan.format.scale_dtype(job.skeleton.stored_dtype)
-            packed |= {prefix + n: t for n, t in streams.watch.tensors(block, job.plan.recipe.kv, dtype).items()}
+            packed |= {block.full(n): t for n, t in streams.watch.tensors(module, job.plan.recipe.kv, dtype).items()}
         for name, s in solved.items():
-            full = prefix + name
+            full = block.full(name)
             packed |= {f"{full}.{k}": t for k, t in job.plan.format.pack(s.q, job.linears[full]).items()}
-            record[full] = record.get(full, {}) | s.report
-        sink.add(packed | _floats(job, block, prefix))
+            record.note(full, s.report)
+        sink.add(packed)
     return record
 
 
-def _solve(
-    job: Job, block: nn.Module, sites: Sequence[Site], streams: Streams, at: list[Call], prefix: str, *, last: bool
-) -> dict[str, Solved]:
+def _solve(block: _Block) -> dict[str, Solved]:
     """Solve every site in the order they run, then tune the block; move the streams on."""
-    watched = streams.watch.into(at) if streams.watch is not None else at
+    job, module, streams = block.job, block.module, block.streams
+    watched = streams.watch.into(block.calls) if streams.watch is not None else block.calls
     solved: dict[str, Solved] = {}
-    targets: dict[str, Target] = {}
-    moves_on = bool(streams.hidden) and not (last and job.head is None)
+    for_tuners: list[_Answer] = []
     with ExitStack() as stack:
         lanes = reference = None
         if streams.floats:
-            original = copy.deepcopy(block)
-            reference = stack.enter_context(Lanes(original, sites, streams.floats, at))
+            original = copy.deepcopy(module)
+            reference = stack.enter_context(Lanes(original, block.sites, streams.floats, block.calls))
         if streams.hidden:
-            lanes = stack.enter_context(Lanes(block, sites, streams.hidden, watched))
-        for site in sites:
-            for target, answer in _solve_site(job, block, site, streams, lanes, reference, prefix):
-                targets[target.name], solved[target.name] = target, answer
-        outputs = list(reference.finish()) if reference and (moves_on or job.plan.tuners) else []
-        if lanes and moves_on and not job.plan.tuners:
+            lanes = stack.enter_context(Lanes(module, block.sites, streams.hidden, watched))
+        for site in block.sites:
+            solved |= _solve_site(block, site, lanes, reference, for_tuners)
+        outputs = list(reference.finish()) if reference and (block.moves_on or job.plan.tuners) else []
+        if lanes and block.moves_on and not job.plan.tuners:
             streams.hidden = list(lanes.finish())
     for tuner in job.plan.tuners:
-        view = BlockView(block, solved, targets, streams.hidden, outputs, at, job.plan.recipe.seed)
-        solved = tuner.tune(view)
-        _place(job, block, solved)
-    if job.plan.tuners and (moves_on or streams.watch is not None):
-        streams.hidden = [run(block, h, c) for h, c in zip(streams.hidden, watched, strict=True)]
+        targets = {a.name: a.target for a in for_tuners}
+        view = BlockView(module, solved, targets, streams.hidden, outputs, block.calls, job.plan.recipe.seed)
+        tuned = tuner.tune(view)
+        solved = {a.name: _placed(block, dataclasses.replace(a, solved=tuned[a.name])) for a in for_tuners}
+    if job.plan.tuners and (block.moves_on or streams.watch is not None):
+        streams.hidden = [run(module, h, c) for h, c in zip(streams.hidden, watched, strict=True)]
     streams.floats = outputs
     return solved
 
 
 def _solve_site(
-    job: Job,
-    block: nn.Module,
-    site: Site,
-    streams: Streams,
-    lanes: Lanes | None,
-    reference: Lanes | None,
-    prefix: str,
-) -> list[tuple[Target, Solved]]:
-    """Accumulate what the steps need, correct, solve, refine, and put the quantized weights in place."""
-    specs = {n: job.linears[prefix + n] for n in site.linears if prefix + n in job.linears}
+    block: _Block, site: Site, lanes: Lanes | None, reference: Lanes | None, for_tuners: list[_Answer]
+) -> dict[str, Solved]:
+    """Accumulate what the steps need, correct, solve, refine, and put the quantized weights in place.
+
+    for_tuners: gets what was found, where the block is tuned afterwards; else no weight and no H outlives its site.
+    """
+    job, streams = block.job, block.streams
+    specs = {n: job.linears[block.full(n)] for n in site.linears if block.full(n) in job.linears}
     static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in specs.values())
     needs = {*job.plan.needs([s.scheme.weight for s in specs.values()]), *((Histogram,) if static else ())}
     measured: set[type] = {MeanSquare} if job.plan.recipe.imatrix_out else set()
     wanted = (needs if specs else set()) | measured
     stats: dict[type, Any] = {c: c() for c in sorted(wanted, key=lambda c: c.__name__)}
     if lanes:
-        roots = _roots(job, [streams.squares.pop(prefix + n) for n in site.linears] if streams.squares else [])
+        roots = _roots(job, [streams.squares.pop(block.full(n)) for n in site.linears] if streams.squares else [])
         accumulate(stats, lanes.advance(), reference.advance() if reference else None, roots)
     if measured:
-        streams.measured |= {prefix + n: stats[MeanSquare] for n in site.linears}
+        streams.measured |= {block.full(n): stats[MeanSquare] for n in site.linears}
     if not specs:
-        return []
-    weights: dict[str, Any] = {n: block.get_submodule(n).weight for n in specs}
+        return {}
+    weights = {n: block.exact(f"{n}.weight", block.module.get_parameter(f"{n}.weight")).float() for n in specs}
     given = job.gguf.importance if job.gguf else {}
     targets = [
-        Target(n, weights[n].detach().float(), s.scheme.weight, importance=given.get(prefix + n))
-        for n, s in specs.items()
+        Target(n, W_NK, specs[n].scheme.weight, importance=given.get(block.full(n))) for n, W_NK in weights.items()
     ]
-    solved = solve(job, targets, stats)
+    found = solve(job, targets, stats)
     if static:
         inputs = _input_params(job, stats[Histogram])
-        solved = [(t, Solved(dataclasses.replace(s.q, input=inputs), s.report)) for t, s in solved]
-    _place(job, block, {t.name: s for t, s in solved})
-    return solved
+        found = [(t, Solved(dataclasses.replace(s.q, input=inputs), s.report)) for t, s in found]
+    H_KK = mean_of(stats)
+    if streams.hessians is not None and H_KK is not None:
+        streams.hessians.keep([block.full(n) for n in specs], H_KK)
+    answers = [_Answer(t.name, t, s, weights[t.name], H_KK) for t, s in found]
+    for_tuners += answers if job.plan.tuners else []
+    return {a.name: _placed(block, a) for a in answers}
+
+
+def mean_of(stats: Mapping[type, Any]) -> Tensor | None:
+    """Return H of a site, None where it was not accumulated."""
+    hessian = stats.get(Hessian)
+    return hessian.mean() if hessian else None
+
+
+def _placed(block: _Block, answer: _Answer) -> Solved:
+    """Put the weight that a runtime will multiply with into the block; return the linear with its line."""
+    Q_NK = answer.solved.q.dequantize()
+    module: Any = block.module.get_submodule(answer.name)
+    module.weight.data = Q_NK.to(block.job.skeleton.dtype)
+    return recorded(block.job, answer.solved, Q_NK, answer.W_NK, answer.H_KK)
+
+
+def recorded(job: Job, solved: Solved, Q_NK: Tensor, W_NK: Tensor, H_KK: Tensor | None) -> Solved:
+    """Return a solved linear with its line of quantization.json; see records.py for what is measured."""
+    line = {"method": job.plan.recipe.method, "bits": solved.q.grid.bits, **solved.report}
+    return Solved(solved.q, line | Line().add(solved.q, Q_NK, W_NK, H_KK).to_json())
 
 
 def _roots(job: Job, squares: Sequence[Sequence[Tensor]]) -> Iterator[Tensor]:
@@ -180,32 +250,7 @@ def solve(job: Job, targets: list[Target], stats: Mapping[type, Any]) -> list[tu
     answers = job.plan.solver.solve(targets, stats)
     for refiner in job.plan.refiners:
         answers = refiner.refine(targets, answers, stats)
-    hessian = stats.get(Hessian)
-    return [(t, Solved(a.q, _report_line(job, t, a, hessian))) for t, a in zip(targets, answers, strict=True)]
-
-
-def _place(job: Job, block: nn.Module, solved: dict[str, Solved]) -> None:
-    """Put the weights that a runtime will multiply with into the block."""
-    for name, s in solved.items():
-        module: Any = block.get_submodule(name)
-        module.weight.data = s.q.dequantize().to(job.skeleton.dtype)
-
-
-def _report_line(job: Job, target: Target, solved: Solved, hessian: Hessian | None) -> dict[str, Any]:
-    """Return a linear's line in quantization.json, with its squared error relative to the energy.
-
-    The error is that of the output over the calibration where there is a Hessian, else that of the weight.
-    """
-    W_NK = target.W_NK
-    E_NK = solved.q.dequantize() - W_NK
-    line: dict[str, Any] = {"method": job.plan.recipe.method, "bits": target.grid.bits}
-    if not hessian:
-        line["weight_error"] = (E_NK.square().sum() / W_NK.square().sum().clamp(min=1e-30)).item()
-    else:
-        H_KK = hessian.mean()
-        energy = ((W_NK @ H_KK) * W_NK).sum().clamp(min=1e-30)
-        line["output_error"] = (((E_NK @ H_KK) * E_NK).sum() / energy).item()
-    return line | dict(target.report) | dict(solved.report)
+    return [(t, Solved(a.q, {**t.report, **a.report})) for t, a in zip(targets, answers, strict=True)]
 
 
 def block_sites(job: Job, block: nn.Module, hidden: Sequence[Tensor], at: Sequence[Call]) -> tuple[Site, ...]:
@@ -220,38 +265,41 @@ def block_sites(job: Job, block: nn.Module, hidden: Sequence[Tensor], at: Sequen
     return tuple(Site((n,)) for n, m in block.named_modules() if isinstance(m, nn.Linear))
 
 
-def _transform(
-    job: Job, step: Any, block: nn.Module, sites: Sequence[Site], hidden: list[Tensor], at: list[Call], prefix: str
-) -> dict[str, Any]:
-    """Collect at every site of the float block, search all sites, then fold all."""
-    modules = dict(block.named_modules())
+def _transform(block: _Block, step: Any, record: Record) -> None:
+    """Collect at every site of the float block, search all sites, then fold all; note what was done."""
+    job, head_dim = block.job, block.job.skeleton.head_dim
+    modules = dict(block.module.named_modules())
+    stats, calls = _observe(block, step)
+    found: list[tuple[Site, Scaling]] = []
+    for site, seen in zip(block.sites, stats, strict=True):
+        schemes = [s.scheme if (s := job.linears.get(block.full(n))) else None for n in site.linears]
+        view = SiteView(site, modules, seen, calls.get(site.parent, []), schemes, head_dim)
+        scaling = step.search(view) if seen else None
+        found += [(site, scaling)] if scaling else []
+    weights = {block.full(n): p.data for n, p in block.module.named_parameters()}
+    for site, (scale_K, report) in found:
+        linears = tuple(block.full(n) for n in site.linears)
+        by = Fold(spec.dump(step), block.number, linears, block.full(site.producer or ""), head_dim, scale_K)
+        fold(weights, by, job.source.dtype_of)
+        record.folds.append(by)
+        for name in linears:
+            if name in job.linears:
+                record.note(name, report)
+
+
+def _observe(block: _Block, step: Any) -> tuple[list[dict[type, Any]], dict[str, list[Call]]]:
+    """Run the float block; return what a transform needs of each site, and calls of their parents by name."""
     stats: list[dict[type, Any]] = []
-    recorded: dict[str, list[Call]] = {}
-    parents = {s.parent for s in sites if step.call_tokens and s.parent not in s.linears}
-    hooks = [_record_calls(modules[p], p, recorded, step.call_tokens) for p in sorted(parents)]
-    with Lanes(block, sites, hidden, at) as lanes:
-        for site in sites:
-            accumulators = {c: c() for c in step.needs(site)}
-            for X_TK in lanes.advance():
-                for a in accumulators.values():
-                    a.update(X_TK)
-            stats.append(accumulators)
+    calls: dict[str, list[Call]] = {}
+    parents = {s.parent for s in block.sites if step.call_tokens and s.parent not in s.linears}
+    hooks = [_record_calls(block.module.get_submodule(p), p, calls, step.call_tokens) for p in sorted(parents)]
+    with Lanes(block.module, block.sites, block.streams.hidden, block.calls) as lanes:
+        for site in block.sites:
+            stats.append({c: c() for c in step.needs(site)})
+            accumulate(stats[-1], lanes.advance(), None)
     for hook in hooks:
         hook.remove()
-    chosen: list[tuple[Site, Scaling]] = []
-    for site, found in zip(sites, stats, strict=True):
-        if found:
-            schemes = [s.scheme if (s := job.linears.get(prefix + n)) else None for n in site.linears]
-            view = SiteView(site, modules, found, recorded.get(site.parent, []), schemes, job.skeleton.head_dim)
-            scaling = step.search(view)
-            chosen += [(site, scaling)] if scaling else []
-    weights = {prefix + n: p.data for n, p in block.named_parameters()}
-    number = int(prefix.split(".")[-2])
-    for site, scaling in chosen:
-        linears, producer = tuple(prefix + n for n in site.linears), f"{prefix}{site.producer}"
-        by = Fold(spec.dump(step), number, linears, producer, job.skeleton.head_dim, scaling.scale)
-        fold(weights, by, job.source.dtype_of)
-    return {prefix + n: scaling.report for site, scaling in chosen for n in site.linears}
+    return stats, calls
 
 
 def _record_calls(module: nn.Module, name: str, into: dict[str, list[Call]], tokens: int) -> Any:
@@ -274,7 +322,12 @@ def _input_params(job: Job, histogram: Histogram) -> Params:
     return grid.params(lo, hi)
 
 
-def _floats(job: Job, block: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """Return the block's tensors that stay float, in the stored dtype: norms, biases, skipped linears."""
-    quantized = {n.removeprefix(prefix) + ".weight" for n in job.linears if n.startswith(prefix)}
-    return {prefix + n: t.to(job.skeleton.stored_dtype) for n, t in block.state_dict().items() if n not in quantized}
+def _settle(block: _Block) -> dict[str, Tensor]:
+    """Round what stays float (norms, biases, skipped linears, buffers) to what is stored; return that by full name."""
+    floats: dict[str, Tensor] = {}
+    for name, tensor in block.module.state_dict().items():
+        full = block.full(name)
+        if full.removesuffix(".weight") not in block.job.linears:
+            floats[full] = block.exact(name, tensor).to(block.job.source.dtype_of(full))
+            tensor.copy_(floats[full])
+    return floats

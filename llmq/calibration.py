@@ -261,14 +261,18 @@ def check_memory(parameter_bytes: int, device: str | torch.device = "cpu") -> No
 
     Ask before loading it: `tokens` sees it loaded.
     """
-    device = torch.device(device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_memory(torch.device(device))
     need = parameter_bytes + max(parameter_bytes, WRITE_CACHE_BYTES)
     if need > free:
         raise LlmqError(
             f"calibration text `self` needs the whole model and its cache in memory, {need / 1e9:.1f} GB of which "
             f"{free / 1e9:.1f} GB are free: give a text file, as --calib FILE"
         )
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a device's memory that are free."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _write(model: Any, tokenizer: Any, samples: int, seq_len: int, seed: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""The whole quantized model, once more, with gradients: what finishers see, and what they changed, written back.
+"""The whole quantized model, once more, with gradients: what finishers see, and what they made of it.
 
 The checkpoint as it stands before it is moved to OUT is opened beside its float model, each linear as its decoded
 weight times a factor for each group; both are held in memory, and the blocks' activations are computed twice.
-Not here: what moves the parameters (algorithms/distill.py).
+Not here: what moves the parameters (algorithms/distill.py), writing and measuring them (quantize.py).
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmq import spec
+from llmq.calibration import free_memory
 from llmq.checkpoint import Source
 from llmq.evaluation import Predictor
+from llmq.job import Job
 from llmq.runtime.linear import QuantLinear
 from llmq.stream import Skeleton
-from llmq.types import Finisher, ModelView, QTensor
+from llmq.types import Finisher, LlmqError, ModelView, QTensor
 
 _POSITIONS = 128  # whose logits exist at a time
+_BYTES_A_WEIGHT = 6  # decoded in float32, its code, and its packed code; a block's backward pass beside that is small
 _LENGTH = 256  # tokens of a training sequence: twice the steps of 512 at the same cost, and a lower KL
 
 
@@ -47,22 +49,41 @@ class _Scaled(nn.Module):
             weight = self.weight * factor[:, g_idx.long()]
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the file with the scales as they are now."""
+    def moved(self) -> QTensor:
+        """Return the linear with the scales as they are now."""
         scale = self.q.params.scale
         moved = (scale.float() * (1 + self.change.detach())).to(scale.dtype)
         params = dataclasses.replace(self.q.params, scale=torch.where(moved == 0, scale, moved))
-        linear = self.linear[0]
-        return linear.fmt.pack(QTensor(self.q.codes, params, self.q.grid, self.q.g_idx, self.q.input), linear.spec)
+        return dataclasses.replace(self.q, params=params)
+
+
+class Finished(NamedTuple):
+    """What finishers made of the model: its linears, its norms' gains (both by full name), and a line for each."""
+
+    linears: dict[str, QTensor]
+    norms: dict[str, Tensor]
+    report: dict[str, Any]
+
+
+def check_memory(job: Job) -> None:
+    """Raise LlmqError where the models that finishers hold, and what they hand from one to the other, do not fit."""
+    recipe, width = job.plan.recipe, job.skeleton.config.hidden_size
+    weights = job.source.bytes() // job.skeleton.stored_dtype.itemsize
+    need = weights * _BYTES_A_WEIGHT + 4 * recipe.samples * recipe.seq_len * width
+    free = free_memory(job.device)
+    if need > free:
+        raise LlmqError(
+            f"{spec.dump(job.plan.finishers[0])} needs the whole model in memory, decoded, {need / 1e9:.1f} GB of "
+            f"which {free / 1e9:.1f} GB are free; leave it out of --method, or give fewer --samples"
+        )
 
 
 def finish(
     finishers: Sequence[Finisher], folder: Path, source: Source, tokens: Tensor, seed: int, device: torch.device
-) -> dict[str, Any]:
-    """Run finishers on the checkpoint in `folder`, made from the float one, and rewrite its shards.
+) -> Finished:
+    """Run finishers on the checkpoint in `folder`, made from the float one, `source`; neither is written to.
 
     tokens: int64 `[samples, seq_len]`, cut into shorter sequences where they are long.
-    Returns a report line for each finisher.
     """
     from llmq.loading import load
 
@@ -91,9 +112,7 @@ def finish(
 
     view = ModelView([m.change for m in linears.values()], list(norms.values()), loss, len(tokens), seed)
     report = {spec.dump(f): f.finish(view) for f in finishers}
-    changed = {f"{n}.{k}": t for n, m in linears.items() for k, t in m.tensors().items()}
-    _rewrite(folder, changed | {n: p.detach() for n, p in norms.items()})
-    return report
+    return Finished({n: m.moved() for n, m in linears.items()}, {n: p.detach() for n, p in norms.items()}, report)
 
 
 def _open_up(model: Any) -> Iterator[tuple[str, _Scaled]]:
@@ -139,11 +158,3 @@ def _divergence(states: Tensor, truth: Tensor, student: Predictor, teacher: Pred
         value = (log_p.exp() * (log_p - student.log_probs(at))).sum()
     (slope,) = torch.autograd.grad(value, at)
     return value.detach(), slope
-
-
-def _rewrite(folder: Path, changed: dict[str, Tensor]) -> None:
-    """Put tensors in the place of those of the same name, in the dtype they were stored in."""
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(file)
-        tensors |= {n: changed[n].cpu().to(t.dtype).contiguous() for n, t in tensors.items() if n in changed}
-        save_file(tensors, file, {"format": "pt"})

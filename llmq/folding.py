@@ -8,7 +8,7 @@ gain is rounded to the dtype that it is stored in first and the readers take the
 rounding cancels; channels whose gain is or becomes 0 keep scale 1.
 
 `fold` makes a fold in a block while it is quantized, and again wherever the float weights as they stood before rounding
-are wanted: a `Fold` is written to `quantization.json`, and `Folded` repeats it on the checkpoint.
+are wanted: a `Fold` is written to `quantization.json`, and `floats_of` repeats it on the checkpoint.
 Not here: what chooses the scales (algorithms/), the other transform of a checkpoint's weights (rotation.py).
 """
 
@@ -22,9 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq import spec
 from llmq.checkpoint import Source
 from llmq.errors import LlmqError, one_line, printable
 from llmq.reading import field
+from llmq.rotation import Rotated
+from llmq.stream import Skeleton
 
 Stored = Callable[[str], torch.dtype]
 """Gives the dtype that a tensor of the checkpoint is stored in, by its name."""
@@ -87,6 +90,23 @@ def fold(weights: Mapping[str, Tensor], by: Fold, stored: Stored) -> None:
         bias.div_(rows_N)
     for linear in by.linears:
         weights[f"{linear}.weight"].mul_(scale_K)
+
+
+def floats_of(source: Source, record: Mapping[str, Any], where: str) -> Folded:
+    """Return the tensors that were rounded and written, from the float checkpoint, as a record says; see `Folded`.
+
+    Raises LlmqError, naming `where`, for a record that is not as llmq writes it.
+    """
+    folds = []
+    for entry in field(record, "transforms", list, where):
+        step = field(entry, "step", str, where)
+        if "scale" in entry:
+            folds.append(Fold.from_json(entry, where))
+        elif step.partition(":")[0] in spec.names("algorithms"):  # a file's word imports nothing else
+            source = Rotated(Skeleton(source, torch.float32), spec.load("algorithms", step))
+        else:
+            raise LlmqError(f"{where}: {printable(step, 80)} is no rotation of llmq's own, and cannot be repeated")
+    return Folded(source, folds, field(record, "linears", dict, where))
 
 
 class Folded:

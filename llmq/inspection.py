@@ -72,17 +72,17 @@ def _gguf(file: GgufFile, *, linears: bool) -> Iterator[Rows]:
             lines.add(name, t.tensor_type.name, str([int(n) for n in reversed(t.shape)]))
         yield lines
         if report := file.report():
-            yield _errors(report, str(file.path))
+            yield _errors(field(report, "linears", dict, str(file.path)), str(file.path))
 
 
 def _errors(report: Mapping[str, Any], where: str) -> Rows:
     """Return the lines that llmq recorded, as a table. Raises LlmqError where they are no such lines."""
-    shown = Rows("", "linear", "bits", "error", "method", "damp", "fallback")
+    shown = Rows("", "linear", "bits", "weight error", "output error", "method", "damp", "fallback")
     for name in report:
         line = field(report, name, dict, where)
-        kind = "output_error" if "output_error" in line else "weight_error"
-        error = field(line, kind, float, f"{where}, {name}", math.nan)
-        shown.add(name, line.get("bits"), f"{error:.3e}", *(line.get(k, "") for k in ("method", "damp", "fallback")))
+        errors = (field(line, f"{kind}_error", float, f"{where}, {name}", math.nan) for kind in ("weight", "output"))
+        said = ("" if math.isnan(e) else f"{e:.3e}" for e in errors)
+        shown.add(name, line.get("bits"), *said, *(line.get(k, "") for k in ("method", "damp", "fallback")))
     return shown
 
 

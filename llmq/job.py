@@ -53,6 +53,12 @@ class Job:
         """The float model's weights, its adapter added, before any rotation: as a user would load it."""
         return self.source.base if isinstance(self.source, Rotated) else self.source
 
+    def weight_of(self, linear: str) -> str:
+        """Return the tensor that holds the float weight of a linear: the embedding's, where a head is tied to it."""
+        if f"{linear}.weight" in self.source:
+            return f"{linear}.weight"
+        return f"{self.skeleton.name_of(self.skeleton.model.get_input_embeddings())}.weight"
+
     def bytes(self) -> int:
         """Return the size of the weights that will be written."""
         specs = self.linears | self.rows

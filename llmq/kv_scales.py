@@ -34,7 +34,7 @@ class Watch(DynamicCache):
         self.largest = [torch.maximum(a, b) for a, b in zip(self.largest or seen, seen, strict=True)]
         return key_states, value_states
 
-    def into(self, calls: Sequence[Call]) -> list[Call]:
+    def into(self, calls: Sequence[Call]) -> Sequence[Call]:
         """Return the calls of a block with this cache among their arguments."""
         return [(args, {**kwargs, "past_key_values": self}) for args, kwargs in calls]
 

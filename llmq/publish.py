@@ -1,6 +1,8 @@
-"""What stands beside the weights: config, recipe, records and model card; and the shards joined.
+"""What stands beside the weights: config, recipe, record and model card; and the shards joined.
 
-Not here: the weights themselves, which each block adds to the sink as it is finished (block.py).
+First what makes a checkpoint that loads, which finishers then train (finish.py); last the record of what became of it.
+Not here: the weights themselves, which each block adds to the sink as it is finished (block.py), what is measured of
+them (records.py).
 """
 
 from __future__ import annotations
@@ -14,46 +16,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import __version__, card
+from llmq import __version__, card, spec
 from llmq.checkpoint import Sink
-from llmq.finish import finish
 from llmq.gguf import imatrix, pipeline
 from llmq.job import Job
+from llmq.records import Record, digest, file_digest, sealed
 
 
-def publish(job: Job, sink: Sink, record: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
-    """Join the shards, finish them, and write everything else that a runtime or a reader wants.
-
-    tokens: the calibration, int64 `[samples, seq_len]`. Returns quantization.json's content.
-    """
-    recipe, fmt = job.plan.recipe, job.plan.format
-    qconfig = fmt.config(list(job.linears.values()), job.skipped)
-    config = job.source.config | {"quantization_config": qconfig}
-    if job.head is not None:
-        config["tie_word_embeddings"] = False
+def publish_model(job: Job, sink: Sink) -> int:
+    """Join the shards and write what makes them a checkpoint that loads. Returns the bytes of its tensors."""
+    config = _config(job)
     sink.copy_files(job.source.path)
     sink.text("config.json", json.dumps(config, indent=2) + "\n")
-    if qconfig["quant_method"] == "gptq":
-        sink.text("quantize_config.json", json.dumps(qconfig, indent=2) + "\n")
-    sink.text("recipe.yaml", recipe.to_yaml())
-    total = sink.join()
-    summary = _summary(job, total, record)
-    if job.plan.finishers:
-        where = (sink.stage, job.float_source)
-        summary["finished"] = finish(job.plan.finishers, *where, tokens, recipe.seed, job.device)
+    if config["quantization_config"]["quant_method"] == "gptq":
+        sink.text("quantize_config.json", json.dumps(config["quantization_config"], indent=2) + "\n")
+    sink.text("recipe.yaml", job.plan.recipe.to_yaml())
+    return sink.join()
+
+
+def publish_record(job: Job, sink: Sink, record: Record, total: int) -> dict[str, Any]:
+    """Write what a reader wants: the model card, and the record, which seals all other files. Returns the record."""
+    summary = _summary(job, total, record, sink.digests)
+    sink.text("README.md", card.model_card(summary, _config(job)))
+    files = {p.relative_to(sink.stage).as_posix(): file_digest(p) for p in sink.files()}
+    summary = sealed(summary | {"files": files})
     sink.text("quantization.json", json.dumps(summary, indent=2) + "\n")
-    sink.text("README.md", card.model_card(summary, config))
     return summary
 
 
-def publish_gguf(job: Job, sink: pipeline.GgufSink, record: dict[str, Any]) -> dict[str, Any]:
-    """Write the GGUF file or files from the staged parts. Returns what quantization.json holds for other formats."""
-    recipe, plan = job.plan.recipe, job.gguf
+def publish_gguf(job: Job, sink: pipeline.GgufSink, record: Record) -> dict[str, Any]:
+    """Write the GGUF file or files from the staged parts, the record within. Returns it with the names of the files."""
+    plan = job.gguf
     if plan is None:
         raise TypeError("a GGUF sink without a blueprint")
-    keys = pipeline.keys(recipe.to_yaml(), record, recipe.imatrix)
-    files = sink.write(plan, job.source.origin.name, keys)
-    summary = _summary(job, sum(f.stat().st_size for f in files), record)
+    digests, total = {}, 0
+    for name, tensor in sink.contents(plan):
+        digests[name] = digest(tensor)
+        total += tensor.nbytes
+    name, keys = job.source.origin.name, pipeline.keys(job.plan.recipe)
+    summary = _summary(job, total, record, digests) | {"metadata": sink.metadata_digest(plan, name, keys)}
+    report = json.dumps(sealed(summary), separators=(",", ":"))
+    files = sink.write(plan, name, keys | {pipeline.REPORT: report})
+    summary["size"]["bytes"] = sum(f.stat().st_size for f in files)
     return summary | {"files": [f.name for f in files]}
 
 
@@ -66,8 +70,15 @@ def write_importance(job: Job, sums: Mapping[str, tuple[Tensor, int]]) -> None:
     imatrix.write(Path(recipe.imatrix_out), named, recipe.calib, recipe.seq_len)
 
 
-def _summary(job: Job, total: int, record: dict[str, Any]) -> dict[str, Any]:
-    """Return how the run went; `total` is the bytes written."""
+def _config(job: Job) -> dict[str, Any]:
+    """Return config.json of the quantized checkpoint."""
+    quantization = job.plan.format.config(list(job.linears.values()), job.skipped)
+    untied = {} if job.head is None else {"tie_word_embeddings": False}
+    return job.source.config | {"quantization_config": quantization} | untied
+
+
+def _summary(job: Job, total: int, record: Record, digests: Mapping[str, str]) -> dict[str, Any]:
+    """Return how the run went; total: the bytes of all tensors, digests: their checksums."""
     return {
         "llmq": __version__,
         "torch": str(torch.__version__),
@@ -77,5 +88,9 @@ def _summary(job: Job, total: int, record: dict[str, Any]) -> dict[str, Any]:
         "recipe": json.loads(json.dumps(dataclasses.asdict(job.plan.recipe))),
         "warnings": job.warnings,
         "size": card.size((job.linears | job.rows).values(), job.plan.format, total, job.source.bytes()),
-        "linears": record,
+        "linears": record.linears,
+        "transforms": [*({"step": spec.dump(r)} for r in job.plan.rotations), *(f.to_json() for f in record.folds)],
+        "finished": record.finished,
+        "tuned": record.tuned,
+        "tensors": dict(digests),
     }

@@ -1,8 +1,10 @@
 """The main job: a float checkpoint in, a packed one out, one decoder block at a time.
 
-    tokens -> [block: load, transform, solve site by site, refine, tune, pack, write, forward] -> join -> rename
+    tokens -> [block: load, transform, solve site by site, refine, tune, pack, write, forward]
+           -> join -> finish -> record -> rename
 
-Data goes one way: floats -> stats -> codes -> words -> shard.
+Data goes one way: floats -> stats -> codes -> words -> shard. What a finisher moves afterwards, the scales and norms of
+the whole model, is put into the shards and measured anew.
 Not here: what can be refused before (job.py), what happens inside a block (block.py), the suspended forwards
 (stream.py), the files (checkpoint.py, publish.py).
 """
@@ -20,11 +22,14 @@ from torch import Tensor, nn
 
 from llmq import calibration
 from llmq.allocate import allocate
-from llmq.block import Streams, accumulate, quantize_block, solve
-from llmq.checkpoint import Sink
+from llmq.block import Streams, accumulate, mean_of, quantize_block, recorded, solve
+from llmq.checkpoint import Scratch, Sink
+from llmq.finish import check_memory, finish
+from llmq.folding import Folded
 from llmq.gguf.pipeline import GgufSink
 from llmq.job import Job
-from llmq.publish import publish, publish_gguf, write_importance
+from llmq.publish import publish_gguf, publish_model, publish_record, write_importance
+from llmq.records import Line, Record
 from llmq.saliency import squared_gradients
 from llmq.stream import Skeleton, embed
 from llmq.types import LinearSpec, LlmqError, QTensor, Target
@@ -42,26 +47,41 @@ def quantize(job: Job, out: Path, *, overwrite: bool = False, progress: Progress
     cannot be written; OUT is then untouched.
     """
     report = progress or (lambda done, total, what: None)
+    blocks = len(job.skeleton)
     sink_class = GgufSink if job.gguf else Sink
     with sink_class(out, overwrite=overwrite) as sink, torch.no_grad():
-        sink.require(2 * job.bytes())  # parts and the shards joined from them
+        sink.require(2 * job.bytes() + _set_aside(job))  # parts and the shards joined from them
+        if job.plan.finishers:
+            check_memory(job)
         streams = _enter(job, report)
         job = allocate(job, streams, report)
-        record: dict[str, Any] = {}
-        for i in range(len(job.skeleton)):
-            report(i, len(job.skeleton), f"block {i}")
-            record |= quantize_block(job, i, streams, sink)
-        what = "tuning the whole model, writing" if job.plan.finishers else "writing"
-        report(len(job.skeleton), len(job.skeleton), what)
-        record |= _outside(job, streams, sink)
+        if job.plan.finishers:
+            streams.hessians = Scratch(sink.stage / "hessians")
+        record = Record()
+        for i in range(blocks):
+            report(i, blocks, f"block {i}")
+            record.add(quantize_block(job, i, streams, sink))
+        record.add(_outside(job, streams, sink))
         if streams.measured:
             write_importance(job, {n: (m.sum, m.count) for n, m in streams.measured.items() if m.sum is not None})
         if isinstance(sink, GgufSink):
+            report(blocks, blocks, "writing")
             summary = publish_gguf(job, sink, record)
         else:
-            summary = publish(job, sink, record, streams.tokens)
+            total = publish_model(job, sink)
+            if streams.hessians is not None:
+                report(blocks, blocks, "tuning the whole model")
+                _finish(job, streams, sink, record)
+                streams.hessians.drop()
+            report(blocks, blocks, "writing")
+            summary = publish_record(job, sink, record, total)
         sink.commit()
     return summary
+
+
+def _set_aside(job: Job) -> int:
+    """Return the bytes of what finishers need beside the weights: a Hessian for each linear at most."""
+    return sum(4 * s.K**2 for s in job.linears.values()) if job.plan.finishers else 0
 
 
 def _enter(job: Job, report: Progress) -> Streams:
@@ -92,47 +112,62 @@ def _writer(job: Job) -> nn.Module:
     return Skeleton(job.float_source, dtype).filled(job.device)
 
 
-def _outside(job: Job, streams: Streams, sink: Sink) -> dict[str, Any]:
+def _finish(job: Job, streams: Streams, sink: Sink, record: Record) -> None:
+    """Run the finishers on the staged checkpoint, put what they moved into it, and record its errors anew."""
+    done = finish(job.plan.finishers, sink.stage, job.float_source, streams.tokens, job.plan.recipe.seed, job.device)
+    record.finished, record.tuned = done.report, sorted(done.norms)
+    sink.replace(done.norms.items())
+    floats = Folded(job.source, record.folds, job.linears)
+    for name, q in done.linears.items():
+        sink.replace((f"{name}.{k}", t) for k, t in job.plan.format.pack(q, job.linears[name]).items())
+        W_NK = floats.get(job.weight_of(name)).to(job.device, torch.float32)
+        H_KK = streams.hessians.get(name) if streams.hessians is not None else None
+        line = Line().add(q, q.dequantize(), W_NK, None if H_KK is None else H_KK.to(job.device))
+        record.note(name, line.to_json())
+
+
+def _outside(job: Job, streams: Streams, sink: Sink) -> Record:
     """Write what belongs to no block: embeddings, final norm, head (quantized, if asked)."""
     head = job.head
-    record: dict[str, Any] = {}
+    record = Record()
     for name in job.skeleton.outside():
         module = name.removesuffix(".weight")
         if module in job.rows:
-            packed, record[module] = _round_rows(job, job.rows[module])
+            packed, line = _round_rows(job, job.rows[module])
+            record.note(module, line)
             sink.add({name: packed})
         elif module != head:
             sink.add({name: job.source.get(name)})
     if head is None:
         return record
-    tied = f"{head}.weight" not in job.source
-    embedding = job.skeleton.name_of(job.skeleton.model.get_input_embeddings())
-    weight = job.source.get(f"{embedding}.weight" if tied else f"{head}.weight")
-    target = Target(head, weight.to(job.device, torch.float32), job.linears[head].scheme.weight)
+    W_NK = job.source.get(job.weight_of(head)).to(job.device, torch.float32)
+    target = Target(head, W_NK, job.linears[head].scheme.weight)
     stats = {c: c() for c in job.plan.needs([target.grid])}
     if stats:
         accumulate(stats, _normed(job, streams.hidden), _normed(job, streams.floats) if streams.floats else None)
     ((_, solved),) = solve(job, [target], stats)
+    H_KK = mean_of(stats)
+    if streams.hessians is not None and H_KK is not None:
+        streams.hessians.keep([head], H_KK)
+    record.note(head, recorded(job, solved, solved.q.dequantize(), W_NK, H_KK).report)
     sink.add({f"{head}.{k}": v for k, v in job.plan.format.pack(solved.q, job.linears[head]).items()})
-    return {head: dict(solved.report)}
+    return record
 
 
 def _round_rows(job: Job, linear: LinearSpec) -> tuple[Tensor, dict[str, Any]]:
     """Round an embedding or a head to nearest, some rows at a time; return its stored rows and its report line."""
     grid, weight = linear.scheme.weight, job.source.get(f"{linear.name}.weight")
     importance = job.gguf.importance.get(linear.name) if job.gguf else None
-    step = max(1, _ROWS_AT_ONCE // linear.K)
-    packed, error, energy = [], 0.0, 0.0
-    for i in range(0, linear.N, step):
-        W_nK = weight[i : i + step].float()
+    packed: list[Tensor] = []
+    line = Line()
+    for rows in weight.split(max(1, _ROWS_AT_ONCE // linear.K)):
+        W_nK = rows.float()
         params = grid.fit(W_nK, importance)
         codes = grid.nearest(W_nK, params.columns(linear.K)).to(torch.uint8)
         q = QTensor(codes, params, grid)
-        (rows,) = job.plan.format.pack(q, linear).values()
-        packed.append(rows)
-        error += (q.dequantize() - W_nK).square().sum().item()
-        energy += W_nK.square().sum().item()
-    return torch.cat(packed), {"method": "rtn", "bits": grid.bits, "weight_error": error / max(energy, 1e-30)}
+        packed += job.plan.format.pack(q, linear).values()
+        line.add(q, q.dequantize(), W_nK)
+    return torch.cat(packed), {"method": "rtn", "bits": grid.bits, **line.to_json()}
 
 
 def _normed(job: Job, hidden: list[Tensor]) -> Iterator[Tensor]:

@@ -61,7 +61,9 @@ class Rotated(View):
             return torch.ones_like(tensor)
         if name == self._head:
             tensor = tensor.float() * self.base.get(self._last_norm).float()
-        return (tensor.float() @ self._R_HH).to(self.dtype) if name in (self._head, self._embedding) else tensor
+        if name in (self._head, self._embedding):
+            return (tensor.float() @ self._R_HH).to(self.dtype_of(name))
+        return tensor
 
     def _of_block(self, tensor: Tensor, prefix: str, module: str, kind: str) -> Tensor:
         """Return a tensor of a block: the `kind` (weight or bias) of a module."""

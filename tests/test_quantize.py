@@ -317,7 +317,7 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(tiny_checkpoint, tmp
 def test_a_disk_that_is_too_small_is_refused_before_any_work(tiny_checkpoint, tmp_path, text, monkeypatch):
     steps = prepare(str(tiny_checkpoint()), Recipe(**BASE, calib=text), "cpu")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("llmq.checkpoint.shutil.disk_usage", lambda _: usage._replace(free=2 * steps.bytes() - 1))
+    monkeypatch.setattr("llmq.checkpoint.sink.shutil.disk_usage", lambda _: usage._replace(free=2 * steps.bytes() - 1))
     with pytest.raises(LlmqError, match="make room"):
         quantize(steps, tmp_path / "out")
     monkeypatch.undo()

@@ -97,7 +97,7 @@ class Awq:
 
 def _rounded(W_NK: Tensor, scale_K: Tensor, grid: Any) -> Tensor:
     """Return the weight that scaling, rounding to nearest (min-max range) and unscaling give."""
-    plain = dataclasses.replace(grid, range=None)
+    plain = grid if grid.range is None else dataclasses.replace(grid, range=None)
     W_NK = W_NK.float() * scale_K
     params = plain.fit(W_NK)
     codes = plain.nearest(W_NK, params.columns(W_NK.shape[1]))

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,7 +24,8 @@ from torch import Tensor
 from llmq.checkpoint.hub import COPIED
 from llmq.checkpoint.source import ADAPTER
 from llmq.errors import LlmqError, one_line
-from llmq.reading import BITS, Entry, tensor_entries
+from llmq.reading import BITS, DTYPES, Entry, tensor_entries
+from llmq.records import digest
 
 SHARD_BYTES = 5 * 10**9
 _REPLACED = ("config.json", ADAPTER, "*.index.json", "quantize_config.json", "quantization.json")
@@ -36,6 +38,7 @@ class Sink:
         self.refuse(out, overwrite=overwrite)
         self.out = out
         self.stage = out.with_name(out.name + ".partial")
+        self.digests: dict[str, str] = {}  # sha256 of every tensor, by name, taken from memory
         self._parts: list[Path] = []
 
     def __enter__(self) -> Self:
@@ -66,9 +69,24 @@ class Sink:
             if tensor.data_ptr() in seen:  # linears of a site share a g_idx or an input scale; a file holds copies
                 own[name] = tensor.clone()
             seen.add(tensor.data_ptr())
-        with _writing(part):
+        with writing(part):
             save_file(own, part)
         self._parts.append(part)
+        self.digests |= {name: digest(tensor) for name, tensor in own.items()}
+
+    def replace(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Put tensors in the place of those of the same name in the joined shards, in the dtype that they have there.
+
+        In place: no byte of the stage counts before all of it is whole.
+        """
+        entries = {n: e for f in self.stage.glob("*.safetensors") for n, e in tensor_entries(f).items()}
+        for name, tensor in tensors:
+            entry = entries[name]
+            own = tensor.detach().cpu().to(DTYPES[entry.dtype]).contiguous()
+            with writing(entry.file), entry.file.open("r+b") as f:
+                f.seek(entry.start)
+                f.write(own.reshape(-1).view(torch.uint8).numpy().data)
+            self.digests[name] = digest(own)
 
     def require(self, need: int) -> None:
         """Raise LlmqError where the disk has less than `need` bytes free."""
@@ -78,7 +96,7 @@ class Sink:
 
     def text(self, name: str, content: str) -> None:
         """Write a text file."""
-        with _writing(self.stage / name):
+        with writing(self.stage / name):
             (self.stage / name).write_text(content)
 
     def copy_files(self, source: Path) -> None:
@@ -87,9 +105,13 @@ class Sink:
             for file in source.glob(pattern):
                 target = self.stage / file.relative_to(source)
                 if not any(file.match(p) for p in _REPLACED):
-                    with _writing(target):
+                    with writing(target):
                         target.parent.mkdir(exist_ok=True)
                         shutil.copyfile(file, target)
+
+    def files(self) -> list[Path]:
+        """Return the staged files that OUT will hold."""
+        return sorted(p for p in self.stage.rglob("*") if p.is_file())
 
     def staged(self) -> list[Entry]:
         """Return where each staged tensor lies, in the order they were added."""
@@ -102,7 +124,7 @@ class Sink:
         width, weight_map = len(shards), {}
         for i, shard in enumerate(shards):
             name = "model.safetensors" if width == 1 else f"model-{i + 1:05d}-of-{width:05d}.safetensors"
-            with _writing(self.stage / name):
+            with writing(self.stage / name):
                 _write_shard(self.stage / name, shard)
             weight_map.update({t.name: name for t in shard})
         total = sum(t.nbytes for t in tensors)
@@ -125,7 +147,8 @@ class Sink:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn what fails while a file is written into one line."""
     try:
         yield
     except (OSError, SafetensorError) as e:

@@ -11,12 +11,12 @@ Not here: what a model or a tokenizer needs in the header (architecture.py, toke
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import gguf
 import torch
@@ -29,6 +29,7 @@ from llmq.reading import Entry
 from llmq.types import LlmqError
 
 _SIZE = re.compile(r"(\d+)([MG])")
+_BEFORE_KEYS = 24  # bytes: magic, version, and the counts of tensors and keys
 _FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZATION_VERSION = gguf.GGML_QUANT_VERSION
 
@@ -88,7 +89,7 @@ def write(stage: Path, out: Path, header: Header, parts: Sequence[Part], split: 
     Raises LlmqError where a tensor has no place in the architecture or the disk is full; OUT is then untouched.
     """
     arch = header.architecture
-    named = [(ggml, part) for part in parts if (ggml := arch.tensor(part.entry.name)) is not None]
+    named = _named(arch, parts)
     with _writing(out):
         writer = gguf.GGUFWriter(stage / out.name, arch.name, split_max_size=split)
         _describe(writer, header)
@@ -101,16 +102,37 @@ def write(stage: Path, out: Path, header: Header, parts: Sequence[Part], split: 
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         files = writer.format_shard_names(stage / out.name)
-        for tensor in extra.values():
-            writer.write_tensor_data(tensor.numpy())
-        for _, part in named:
-            writer.write_tensor_data(_bytes(_load(arch, part)))
+        for _, tensor in contents(arch, parts):
+            writer.write_tensor_data(tensor.contiguous().view(-1).view(torch.uint8).numpy())
         writer.close()
         for old in (out, *shards(out)):
             old.unlink(missing_ok=True)
         for file in reversed(files):
             file.rename(out.with_name(file.name))
     return [out.with_name(f.name) for f in files]
+
+
+def contents(arch: Architecture, parts: Sequence[Part]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor by ggml's name, as it is written: converted, its rows in order."""
+    yield from arch.extra().items()
+    for ggml, part in _named(arch, parts):
+        yield ggml, _load(arch, part)
+
+
+def metadata_digest(stage: Path, header: Header) -> str:
+    """Return the sha256 of the header's keys and values as they lie in the file, one after another."""
+    file = stage / "header"
+    with _writing(file):
+        writer = gguf.GGUFWriter(file, header.architecture.name)
+        _describe(writer, header)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        return hashlib.sha256(file.read_bytes()[_BEFORE_KEYS:]).hexdigest()
+
+
+def _named(arch: Architecture, parts: Sequence[Part]) -> list[tuple[str, Part]]:
+    return [(ggml, part) for part in parts if (ggml := arch.tensor(part.entry.name)) is not None]
 
 
 def _describe(writer: gguf.GGUFWriter, header: Header) -> None:
@@ -151,10 +173,6 @@ def as_float(tensor: Tensor, kind: str, name: str) -> Tensor:
     if kind == "F16" and torch.isinf(out).any():
         raise LlmqError(f"{name} holds values beyond float16's 65504; take BF16 or F32 in place of F16")
     return out
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
 @contextmanager

@@ -5,9 +5,8 @@ Not here: the loop (quantize.py), solving (block.py).
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from llmq.gguf.tokenizer import Vocabulary, vocabulary
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 
+REPORT = "llmq.report"
 _SKIPPED = "F16"  # what --skip leaves float
 
 
@@ -117,21 +117,30 @@ class GgufSink(Sink):
     def commit(self) -> None:
         """Do nothing: `write` has moved the files into place."""
 
+    def contents(self, plan: Blueprint) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor of the file by ggml's name, as it will be written."""
+        return container.contents(plan.architecture, self._planned(plan))
+
+    def metadata_digest(self, plan: Blueprint, name: str, keys: Mapping[str, str | int]) -> str:
+        """Return the checksum of the keys that `write` writes when it is given the same."""
+        return container.metadata_digest(self.stage, _header(plan, name, keys))
+
     def write(self, plan: Blueprint, name: str, keys: Mapping[str, str | int]) -> list[Path]:
         """Write OUT from the staged parts, with `keys` beside the model's own; return its files."""
-        header = container.Header(plan.architecture, plan.vocabulary, name, mixture.file_type(plan.mix), keys)
-        parts = [container.Part(t, plan.types[t.name]) for t in self.staged() if t.name in plan.types]
-        return container.write(self.stage, self.out, header, parts, plan.split)
+        return container.write(self.stage, self.out, _header(plan, name, keys), self._planned(plan), plan.split)
+
+    def _planned(self, plan: Blueprint) -> list[container.Part]:
+        return [container.Part(t, plan.types[t.name]) for t in self.staged() if t.name in plan.types]
 
 
-def keys(recipe_yaml: str, report: Mapping[str, Any], importance_file: str | None) -> dict[str, str | int]:
-    """Return llmq's own keys: how the file was made, and the report line of every tensor as JSON."""
-    own: dict[str, str | int] = {
-        "llmq.version": __version__,
-        "llmq.recipe": recipe_yaml,
-        "llmq.report": json.dumps(report, separators=(",", ":")),
-    }
-    return own | ({"quantize.imatrix.file": importance_file} if importance_file else {})
+def _header(plan: Blueprint, name: str, keys: Mapping[str, str | int]) -> container.Header:
+    return container.Header(plan.architecture, plan.vocabulary, name, mixture.file_type(plan.mix), keys)
+
+
+def keys(recipe: Recipe) -> dict[str, str | int]:
+    """Return llmq's own keys, which say how the file was made; REPORT, the record of the run, comes beside them."""
+    own: dict[str, str | int] = {"llmq.version": __version__, "llmq.recipe": recipe.to_yaml()}
+    return own | ({"quantize.imatrix.file": recipe.imatrix} if recipe.imatrix else {})
 
 
 def _importance(

@@ -47,10 +47,14 @@ class GgufFile:
         return None if field is None else field.contents()
 
     def report(self) -> dict[str, Any]:
-        """Return what llmq recorded of every linear, empty where it made no such record. Raises LlmqError for junk."""
-        text = self.value("llmq.report")
-        found = {} if text is None else parse_json(str(text), f"{self.path}, llmq.report")
-        return field({"llmq.report": found}, "llmq.report", dict, str(self.path))
+        """Return the record of the run that wrote the file, empty where there is none. Raises LlmqError for junk.
+
+        Older files hold the lines of the linears alone.
+        """
+        text, where = self.value("llmq.report"), f"{self.path}, llmq.report"
+        found = {} if text is None else parse_json(str(text), where)
+        report = field({"llmq.report": found}, "llmq.report", dict, str(self.path))
+        return report if "linears" in report or not report else {"linears": report}
 
     def keys(self) -> list[str]:
         """Return the names of all keys."""

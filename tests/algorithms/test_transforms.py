@@ -16,6 +16,7 @@ from llmq.algorithms.smoothquant import SmoothQuant
 from llmq.families.llama import Llama
 from llmq.folding import Fold, fold
 from llmq.grids.int import Int
+from llmq.grids.q4_0 import Q4_0
 from llmq.stats import AbsMax, AbsMean, Hessian, MeanSquare, Sample
 from llmq.stream import Lanes
 from llmq.types import ActivationGrid, Scaling, Scheme, SiteView
@@ -99,10 +100,11 @@ def test_the_float_function_is_unchanged(kind, kv_heads, step):
     torch.testing.assert_close(run(block, x, call), before, rtol=2e-4, atol=2e-4 * before.abs().max().item())
 
 
-def test_awq_reports_a_lower_loss_than_no_scaling():
+@pytest.mark.parametrize("grid", [Int(3, True, 32), Q4_0()], ids=["int", "ggml"])
+def test_awq_reports_a_lower_loss_than_no_scaling(grid):
     _, block, x, call = make_block()
     with torch.no_grad():
-        found = [f for v in views(block, x, call, Int(3, True, 32)) if (f := Awq().search(v))]
+        found = [f for v in views(block, x, call, grid) if (f := Awq().search(v))]
     reports = [f.report["awq"] for f in found]
     assert reports and all(r["loss_over_unscaled"] < 1 and 0 < r["ratio"] < 1 for r in reports)
     assert min(r["loss_over_unscaled"] for r in reports) < 0.9  # the site that reads the outlier channel

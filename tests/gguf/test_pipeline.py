@@ -270,7 +270,7 @@ def test_the_recipe_and_the_report_are_in_the_file(tiny_checkpoint, tmp_path):
     job(folder, out, type="Q8_0")
     keys, _ = opened(out)
     assert "type: Q8_0" in keys["llmq.recipe"]
-    report = json.loads(keys["llmq.report"])
+    report = json.loads(keys["llmq.report"])["linears"]
     assert report["model.layers.0.mlp.up_proj"]["bits"] == 8 and "lm_head" in report
 
 
