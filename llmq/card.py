@@ -59,8 +59,12 @@ def model_card(summary: dict[str, Any], config: dict[str, Any]) -> str:
 {_yaml(about)}---
 # {_text(source["name"])}, {recipe["bits"]}-bit weights{act}
 
-Quantized with llmq {summary["llmq"]} from {_origin(source)}; per-linear figures are in `quantization.json`, the recipe
-in `recipe.yaml` (`llmq quantize SRC OUT --recipe recipe.yaml` repeats it).
+Quantized with llmq {summary["llmq"]} from {_origin(source)}; per-linear figures are in `quantization.json`. The recipe
+in `recipe.yaml` repeats it:
+
+```bash
+{_command(source)}
+```
 
 | | float | quantized |
 |---|---|---|
@@ -87,9 +91,19 @@ def _base_model(name: str, said: object) -> str:
 def _origin(source: dict[str, Any]) -> str:
     """Return a source, its commit and its adapter in words."""
     commit = f" at commit {_text(source['commit'])}" if source["commit"] else ""
-    return f"{_text(source['name'])}{commit}" + (
-        f" with the adapter {_origin(source['adapter'])}" if source.get("adapter") else ""
-    )
+    adapter = f" with the adapter {_origin(source['adapter'])}" if source.get("adapter") else ""
+    return f"{_text(source['name'])}{commit}{adapter}"
+
+
+def _command(source: dict[str, Any]) -> str:
+    """Return what repeats a run; a folder, which another reader does not have, is left to be filled in."""
+    adapter = f" --adapter {_argument(source['adapter'], 'ADAPTER')}" if source["adapter"] else ""
+    return f"llmq quantize {_argument(source, 'SRC')} OUT --recipe recipe.yaml{adapter}"
+
+
+def _argument(source: dict[str, Any], otherwise: str) -> str:
+    name = f"{source['name']}@{source['commit']}"
+    return name if is_repository(source["name"]) and re.fullmatch(r"\w+", source["commit"] or "") else otherwise
 
 
 def _yaml(values: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from llmq.recipe import Recipe
 from llmq.stream import Skeleton
 from llmq.types import LlmqError
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of peft, transformers
 BASE = {"group_size": 32, "samples": 8, "seq_len": 32}
 Q = "model.layers.0.self_attn.q_proj"
 

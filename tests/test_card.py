@@ -77,3 +77,8 @@ def test_the_base_model_is_a_repository_where_one_is_named(name, said, base):
 def test_the_card_names_the_commit_and_the_adapter():
     summary = {"name": "org/name", "commit": "c0ffee", "adapter": {"name": "me/lora", "commit": "beef"}}
     assert card._origin(summary) == "org/name at commit c0ffee with the adapter me/lora at commit beef"
+    command = "llmq quantize org/name@c0ffee OUT --recipe recipe.yaml --adapter me/lora@beef"
+    assert card._command(summary) == command
+    assert card._command({"name": "a/b", "commit": "$(reboot)", "adapter": None}) == (
+        "llmq quantize SRC OUT --recipe recipe.yaml"
+    )
