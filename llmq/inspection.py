@@ -58,18 +58,19 @@ def _gguf(file: GgufFile, *, linears: bool) -> Iterator[Rows]:
     for key in _SHOWN:
         if (value := file.value(key)) is not None:
             table.add(key, str(value))
-    count = sum(int(t.n_elements) for t in file.tensors.values())
+    count = sum(t.n_elements for t in file.tensors.values())
     table.add("tensors", f"{file.data_bytes() / 1e6:,.1f} MB in {len(file.tensors)} tensors, {count:,} weights")
     if count:
         table.add("bits per weight", f"{8 * file.data_bytes() / count:.3f}")
     table.add("types", ", ".join(f"{n} {kind}" for kind, n in file.kinds().most_common()))
-    if (shards := file.value("split.count")) is not None:
-        table.add("shard", f"{file.value('split.no') + 1} of {shards}")
+    number, shards = file.value("split.no"), file.value("split.count")
+    if shards is not None:
+        table.add("shard", f"{number + 1 if isinstance(number, int) else '?'} of {shards}")
     yield table
     if linears:
         lines = Rows("", "tensor", "type", "shape")
         for name, t in file.tensors.items():
-            lines.add(name, t.tensor_type.name, str([int(n) for n in reversed(t.shape)]))
+            lines.add(name, t.tensor_type.name, list(reversed(t.shape)))
         yield lines
         if report := file.report():
             yield _errors(field(report, "linears", dict, str(file.path)), str(file.path))

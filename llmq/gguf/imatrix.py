@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmq.gguf import reader
-from llmq.types import LlmqError
+from llmq.errors import LlmqError
+from llmq.gguf.reader import GgufFile, Stored
 
 Sums = Mapping[str, tuple[Tensor, int]]
 """By ggml's tensor name: the sum of squares of each channel, `[K]`, and over how many tokens."""
@@ -53,8 +53,13 @@ def read(path: Path) -> dict[str, Tensor]:
 
     Raises LlmqError for a file that is not an importance matrix in GGUF form, or holds numbers that cannot be one.
     """
-    file = reader.GgufFile(path)
-    if file.value("general.type") != "imatrix":
+    if path.suffix == ".dat" and path.is_file():
+        raise LlmqError(
+            f"{path} is an importance matrix in llama.cpp's old form; llama-imatrix --in-file {path} -o NEW.gguf turns "
+            "it into the one that is read"
+        )
+    file = GgufFile(path)
+    if str(file.value("general.type")) != "imatrix":
         raise LlmqError(
             f"{path} is a GGUF file, but no importance matrix; make one with llama-imatrix or --imatrix-out"
         )
@@ -63,14 +68,24 @@ def read(path: Path) -> dict[str, Tensor]:
         name, _, kind = entry.name.rpartition(".")
         if kind != "in_sum2":
             continue
-        if f"{name}.counts" not in file.tensors or entry.data.size != entry.data.shape[-1]:
+        counts = file.tensors.get(f"{name}.counts")
+        if counts is None or entry.n_elements != entry.shape[0] or counts.n_elements != 1:
             raise LlmqError(f"{path}: {entry.name} is not one row of sums with its count; llmq reads dense models only")
-        total = torch.from_numpy(np.array(entry.data.reshape(-1), np.float32))
-        count = float(file.tensors[f"{name}.counts"].data.reshape(-1)[0])
-        if not torch.isfinite(total).all() or total.min() < 0 or not np.isfinite(count):
-            raise LlmqError(f"{path}: {name} holds negative or infinite sums; make the importance matrix again")
+        total, count = _numbers(path, entry), _numbers(path, counts).item()
         if count > 0:  # a tensor that no token reached says nothing
             means[name] = total / count
     if not means:
         raise LlmqError(f"{path} holds no sums; make the importance matrix again")
     return means
+
+
+def _numbers(path: Path, stored: Stored) -> Tensor:
+    """Return the numbers of a tensor, float32 `[K]`. Raises LlmqError for another type, and for what no sum can be."""
+    if stored.tensor_type is not gguf.GGMLQuantizationType.F32:
+        raise LlmqError(
+            f"{path}: {stored.name} is {stored.tensor_type.name}, not F32; make the importance matrix again"
+        )
+    numbers = torch.from_numpy(np.array(stored.data.reshape(-1), np.float32))
+    if not torch.isfinite(numbers).all() or (numbers < 0).any():
+        raise LlmqError(f"{path}: {stored.name} holds negative or infinite sums; make the importance matrix again")
+    return numbers
