@@ -27,7 +27,7 @@ import regex
 from torch import Tensor
 
 from llmq.checkpoint.hub import is_repository, origin
-from llmq.checkpoint.source import ADAPTER, View
+from llmq.checkpoint.source import ADAPTER, View, refuse_links
 from llmq.errors import LlmqError, one_line, printable
 from llmq.reading import Entry, field, json_object, tensor_entries
 from llmq.stream import Skeleton
@@ -72,6 +72,7 @@ class Adapter:
         for file in (folder / ADAPTER, self.file):
             if not file.is_file():
                 raise LlmqError(f"{folder} has no {file.name}; --adapter takes what peft saves, as safetensors")
+        refuse_links(folder)
         self.said = json_object(folder / ADAPTER)
         self._refuse_other_kinds()
         self.parts = self._read()

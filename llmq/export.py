@@ -24,11 +24,13 @@ from torch import Tensor
 
 from llmq import __version__, spec
 from llmq.checkpoint import Source, resolve
+from llmq.checkpoint.names import own_head, settle
 from llmq.gguf import container, mixture
 from llmq.gguf.architecture import architecture
 from llmq.gguf.pipeline import Blueprint, GgufSink
 from llmq.gguf.reader import GgufFile
 from llmq.gguf.tokenizer import vocabulary
+from llmq.pretrained import blank_model, model_config
 from llmq.types import GgmlParams, LinearSpec, LlmqError, QTensor
 
 EXACT, ROUNDED, REQUANTIZED = "values exact", "codes exact, minimum rounded", "requantized"
@@ -100,22 +102,25 @@ class _Reader:
     """A quantized checkpoint read linear by linear."""
 
     def __init__(self, source: Source) -> None:
-        from transformers import AutoConfig
-
         self.source = source
-        quantization = source.config["quantization_config"]
+        quantization = source.quantization or {}
         self.method = str(quantization.get("quant_method"))
         if self.method.replace("-", "_") not in spec.names("formats"):
             raise LlmqError(f"{source.path}: quant_method {self.method!r} is not one that llmq reads")
         found: Any = spec.find("formats", self.method)
         self.format, self.scheme = found.read(quantization)
-        self.config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-        self.linears = _linears(self.config)
+        self.config: Any = model_config(source)
+        model = blank_model(source, self.config)
+        settle(source, model)
+        if own_head(source, model):
+            self.config.tie_word_embeddings = False
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        self.linears = {n: (m.out_features, m.in_features) for n, m in linears.items()}
 
     def warnings(self) -> list[str]:
         """Return what of the checkpoint a GGUF file cannot hold."""
         schemes = [s for n, (N, K) in self.linears.items() if (s := self.scheme(n, N, K))]
-        found = []
+        found = list(self.source.warnings)
         if any(s.activation for s in schemes):
             found.append(
                 "the checkpoint quantizes activations too; llama.cpp has its own way, their scales are left out"
@@ -241,7 +246,7 @@ def _source(src: str) -> Source:
             f"{src} is a GGUF file already; export takes the folder of a GPTQ, AWQ or compressed-tensors one"
         )
     source = Source(resolve(src))
-    if "quantization_config" not in source.config:
+    if source.quantization is None:
         raise LlmqError(f"{src} is a float checkpoint; write it with llmq quantize {src} OUT.gguf --type Q4_K_M")
     return source
 
@@ -251,19 +256,6 @@ def _checked(kind: str | None, option: str) -> str | None:
     if kind is not None and kind.upper() not in mixture.TYPES:
         raise LlmqError(f"{option} {kind!r} is no ggml type (there are: {', '.join(mixture.TYPES)})")
     return None if kind is None else kind.upper()
-
-
-def _linears(config: Any) -> dict[str, tuple[int, int]]:
-    """Return `(N, K)` of every linear of the architecture by name."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
-    plain = AutoConfig.for_model(**values)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    return {n: (m.out_features, m.in_features) for n, m in linears.items()}
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

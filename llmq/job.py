@@ -17,10 +17,11 @@ from torch import nn
 from llmq import card, spec
 from llmq.adapter import Adapted, Adapter
 from llmq.checkpoint import Source, resolve
+from llmq.errors import one_line
 from llmq.gguf.pipeline import Blueprint, blueprint
 from llmq.recipe import Plan, Recipe, check_patterns, plan
 from llmq.rotation import Rotated
-from llmq.stream import Skeleton, refuse_other_matrices
+from llmq.stream import Skeleton
 from llmq.types import LinearSpec, LlmqError, Scheme
 
 
@@ -85,13 +86,14 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     adapter: a LoRA adapter to add to the weights, a folder or a Hub id.
     """
     source = Source(resolve(src), None if adapter is None else resolve(str(adapter)))
-    if "quantization_config" in source.config:
+    if source.quantization is not None:
         raise LlmqError(f"{src} is quantized already; give the float checkpoint that it was made from")
     where = _device(device)
     stored = source.dtype
     steps = plan(recipe, stored)
     skeleton = Skeleton(source, _compute_dtype(steps, stored, where))
-    refuse_other_matrices(skeleton.blocks[0])
+    if recipe.lm_head:
+        _check_head(skeleton)
     if source.adapter:
         skeleton.source = source = Adapted(skeleton, Adapter(source.adapter))
     for step in steps.rotations:
@@ -115,6 +117,15 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     warnings = steps.format.plan(_mixed(linears, steps.recipe) if recipe.target_bpw else list(linears.values()))
     source.check()
     return Job(skeleton.source, skeleton, steps, linears, skipped, where, [*source.warnings, *warnings])
+
+
+def _check_head(skeleton: Skeleton) -> None:
+    """Refuse to quantize a head that is no linear behind a final norm `norm`, where calibration finds its input."""
+    owner, _, _ = skeleton.prefix.rpartition(".")
+    head = skeleton.model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not hasattr(skeleton.model.get_submodule(owner), "norm"):
+        kind = skeleton.config.model_type
+        raise LlmqError(f"--lm-head: the final norm or the head of model_type {kind!r} is not known; leave it float")
 
 
 def _mixed(linears: dict[str, LinearSpec], recipe: Recipe) -> list[LinearSpec]:
@@ -176,9 +187,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise LlmqError(
-            f"device {name!r} cannot be used ({str(e).partition(chr(10))[0]}); say cpu, cuda or auto"
-        ) from e
+        raise LlmqError(f"device {name!r} cannot be used ({one_line(e)}); say cpu, cuda or auto") from e
     return device
 
 

@@ -8,19 +8,20 @@ Not here: reading tensors one at a time, which quantizing uses (checkpoint.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.checkpoint import Source, resolve
+from llmq.checkpoint.names import settle
+from llmq.errors import LlmqError, one_line
 from llmq.integrations.transformers import METHODS, registered
-from llmq.types import LlmqError
+from llmq.pretrained import blank_model, foreign, model_config, shut, tokenizer_of
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -39,26 +40,27 @@ def load(
         weights exactly and rounds nothing else, slowly.
     Raises LlmqError, one line, for whatever is wrong with the path or the checkpoint.
     """
-    folder = resolve(str(path))
-    packed = Source(folder).config.get("quantization_config")
+    source = Source(resolve(str(path)))
+    folder, packed = source.path, source.quantization
     if packed is not None and packed.get("quant_method") not in METHODS:
         method = packed.get("quant_method")
         raise LlmqError(f"{folder}: quant_method {method!r} is not one that llmq reads ({', '.join(METHODS)})")
-    target = _device(device)
-    try:
-        with registered(backend=backend), _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype="auto" if dtype is None else dtype,
-                device_map=None if target.type == "cpu" else {"": target},
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, StrictDataclassError) as e:
-        raise LlmqError(f"{folder}: transformers cannot load it: {_line(e)}") from e
+    target, config = _device(device), model_config(source)
+    settle(source, blank_model(source, config), converts=True)
+    for warning in source.warnings:
+        log.warning(warning)
+    with registered(backend=backend), foreign(f"{folder}: transformers cannot load it"), shut():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            device_map=None if target.type == "cpu" else {"": target},
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
     model, info = loaded
     _check_loaded(folder, info)
     return model.eval()
@@ -66,11 +68,7 @@ def load(
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer at `path`, a local folder or a Hub id. Raises LlmqError, one line, where there is none."""
-    folder = resolve(str(path))
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise LlmqError(f"{folder}: no tokenizer that transformers can load: {_line(e)}") from e
+    return tokenizer_of(resolve(str(path)))
 
 
 def as_dtype(name: str | None) -> torch.dtype | None:
@@ -102,30 +100,11 @@ def _device(device: torch.device | str) -> torch.device:
     try:
         target = torch.device(device)
     except RuntimeError as e:
-        raise LlmqError(f"device {device!r} is not one that torch knows: {_line(e)}") from e
+        raise LlmqError(f"device {device!r} is not one that torch knows: {one_line(e)}") from e
     if target.type == "meta":
         raise LlmqError("device 'meta' holds no weights; use device='cpu'")
     try:
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise LlmqError(f"device {str(device)!r} cannot be used here ({_line(e)}); use device='cpu'") from e
+        raise LlmqError(f"device {str(device)!r} cannot be used here ({one_line(e)}); use device='cpu'") from e
     return target
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back transformers' bars and its table of missing tensors, which are refused here in one line."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-
-
-def _line(e: BaseException) -> str:
-    """Return an exception's text as one line, of 300 characters at most."""
-    return (" ".join(str(e).split()) or type(e).__name__)[:300]

@@ -28,11 +28,12 @@ from llmq.finish import check_memory, finish
 from llmq.folding import Folded
 from llmq.gguf.pipeline import GgufSink
 from llmq.job import Job
+from llmq.pretrained import tokenizer_of
 from llmq.publish import publish_gguf, publish_model, publish_record, write_importance
 from llmq.records import Line, Record
 from llmq.saliency import squared_gradients
 from llmq.stream import Skeleton, embed
-from llmq.types import LinearSpec, LlmqError, QTensor, Target
+from llmq.types import LinearSpec, QTensor, Target
 
 BATCH_TOKENS = 4096  # tokens of one suspended batch
 _ROWS_AT_ONCE = 2**24  # weights of an embedding in float32 at a time
@@ -88,14 +89,9 @@ def _enter(job: Job, report: Progress) -> Streams:
     """Return the calibration tokens as they enter block 0; empty where no step needs them."""
     if not job.calibrates():
         return Streams()
-    from transformers import AutoTokenizer
-
     recipe = job.plan.recipe
     report(0, len(job.skeleton), f"calibration text: {recipe.calib}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(job.source.path, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise LlmqError(f"{job.source.path} has no tokenizer, which calibration needs; copy its tokenizer files") from e
+    tokenizer = tokenizer_of(job.source.path)
     writer = partial(_writer, job)
     tokens = calibration.tokens(recipe.calib, tokenizer, recipe.samples, recipe.seq_len, recipe.seed, writer)
     hidden, calls = embed(job.skeleton, tokens, max(1, BATCH_TOKENS // recipe.seq_len), job.device)
@@ -137,7 +133,7 @@ def _outside(job: Job, streams: Streams, sink: Sink) -> Record:
             record.note(module, line)
             sink.add({name: packed})
         elif module != head:
-            sink.add({name: job.source.get(name)})
+            sink.add({job.source.written(name): job.source.get(name)})
     if head is None:
         return record
     W_NK = job.source.get(job.weight_of(head)).to(job.device, torch.float32)
@@ -173,9 +169,7 @@ def _round_rows(job: Job, linear: LinearSpec) -> tuple[Tensor, dict[str, Any]]:
 def _normed(job: Job, hidden: list[Tensor]) -> Iterator[Tensor]:
     """Yield the head's input, batch by batch: the last block's output behind the final norm."""
     owner = job.skeleton.model.get_submodule(job.skeleton.prefix.rpartition(".")[0])
-    norm = getattr(owner, "norm", None)
-    if norm is None:
-        raise LlmqError("the final norm of this architecture is not known; leave the head float (no --lm-head)")
+    norm: Any = owner.norm
     weight = job.source.get(f"{job.skeleton.prefix.rpartition('.')[0]}.norm.weight")
     norm.weight = nn.Parameter(weight.to(job.device, job.skeleton.dtype), requires_grad=False)
     for h in hidden:

@@ -21,7 +21,9 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from llmq.checkpoint import Source
+from llmq.checkpoint.names import own_head, settle
 from llmq.heads import head_dim
+from llmq.pretrained import blank_model, model_config
 from llmq.types import LlmqError, Site
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -31,31 +33,27 @@ class Skeleton:
     """A transformers model without weights (parameters on meta, buffers real), and where its blocks are.
 
     prefix: the name of the block list, e.g. `model.layers`.
-    Raises LlmqError for an architecture that transformers does not know or that has no list of decoder blocks.
+    The source gets the model's names, and an own head where its config ties one (`names.settle`, `own_head`).
+    Raises LlmqError for an architecture that transformers does not know, that has no list of decoder blocks or weights
+    outside `nn.Linear` in them, and for every tensor that is missing or has another shape.
     """
 
     def __init__(self, source: Source, dtype: torch.dtype) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        self.source, self.dtype = source, dtype
-        try:
-            self.config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-            if not source.config.get("tie_word_embeddings", True):  # a rotation unties them
-                self.config.tie_word_embeddings = False
-            with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False).eval()
-        except (ValueError, KeyError, ImportError) as e:
-            kind = source.config.get("model_type", "none given")
-            reason = str(e).strip().partition("\n")[0]
-            raise LlmqError(f"unknown architecture (model_type {kind!r}) in {source.path}: {reason}") from e
-        lists = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList)]
+        self.source, self.dtype, self.stored_dtype = source, dtype, source.dtype
+        self.config: Any = model_config(source)
+        blank = blank_model(source, self.config)
         depth = getattr(self.config, "num_hidden_layers", None)
-        blocks = [(n, m) for n, m in lists if len(m) == depth]
-        if not blocks:
+        lists = [(n, m) for n, m in blank.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        if not lists:
             raise LlmqError(f"{source.path}: no list of {depth} decoder blocks; only decoder-only models are quantized")
-        self.prefix, self.blocks = blocks[0]
-        self.stored_dtype = source.dtype
+        self.prefix, blocks = lists[0]
+        for i, block in enumerate(blocks):
+            refuse_other_matrices(block, f"{self.prefix}.{i}")
+        settle(source, blank)
+        if own_head(source, blank):
+            source.config["tie_word_embeddings"] = self.config.tie_word_embeddings = False
+        self.model: Any = blank_model(source, self.config, buffers=True)
+        self.blocks: Any = self.model.get_submodule(self.prefix)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -74,11 +72,6 @@ class Skeleton:
         prefix = f"{self.prefix}.{i}."
         wanted = [n for n, _ in block.named_parameters()] + [n for n, _ in _saved_buffers(block)]
         state = {n: self.source.get(prefix + n).to(device, self.dtype) for n in wanted}
-        for name, tensor in block.state_dict().items():
-            if state[name].shape != tensor.shape:
-                raise LlmqError(
-                    f"tensor {prefix}{name} is {list(state[name].shape)}, config.json asks for {list(tensor.shape)}"
-                )
         block.load_state_dict(state, strict=True, assign=True)
         block.to(device)  # buffers that are not saved
         try:
@@ -308,8 +301,8 @@ def discover(block: nn.Module, hidden: Tensor, call: Call) -> tuple[Site, ...]:
     return tuple(Site(tuple(names), None, names[0] if len(names) == 1 else "") for names, _ in groups)
 
 
-def refuse_other_matrices(block: nn.Module) -> None:
-    """Raise LlmqError, by name, for weight matrices of a block that are in no `nn.Linear` (fused experts, Conv1D)."""
+def refuse_other_matrices(block: nn.Module, where: str) -> None:
+    """Raise LlmqError, by name, for weight matrices of block `where` in no `nn.Linear` (fused experts, Conv1D)."""
     others = [
         f"{name}.{leaf} {list(p.shape)} of {type(module).__name__}".lstrip(".")
         for name, module in block.named_modules()
@@ -318,7 +311,7 @@ def refuse_other_matrices(block: nn.Module) -> None:
     ]
     if others:
         raise LlmqError(
-            f"the decoder blocks hold weights outside nn.Linear, which llmq does not quantize: {', '.join(others[:4])}"
+            f"{where} holds weights outside nn.Linear, which llmq does not quantize: {', '.join(others[:4])}"
         )
 
 

@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmq.checkpoint.hub import COPIED
-from llmq.checkpoint.source import ADAPTER
+from llmq.checkpoint.source import ADAPTER, side_files
 from llmq.errors import LlmqError, one_line
 from llmq.reading import BITS, DTYPES, Entry, tensor_entries
 from llmq.records import digest
@@ -101,13 +100,12 @@ class Sink:
 
     def copy_files(self, source: Path) -> None:
         """Copy tokenizer, chat template, generation and preprocessor files: all that is not weights or config."""
-        for pattern in COPIED:
-            for file in source.glob(pattern):
-                target = self.stage / file.relative_to(source)
-                if not any(file.match(p) for p in _REPLACED):
-                    with writing(target):
-                        target.parent.mkdir(exist_ok=True)
-                        shutil.copyfile(file, target)
+        for file in side_files(source):
+            target = self.stage / file.relative_to(source)
+            if not any(file.match(p) for p in _REPLACED):
+                with writing(target):
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, target)
 
     def files(self) -> list[Path]:
         """Return the staged files that OUT will hold."""

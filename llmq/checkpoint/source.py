@@ -1,34 +1,78 @@
-"""A checkpoint read: which file and which tensor counts, answered one tensor at a time.
+"""A checkpoint read: which file counts, answered one tensor at a time.
 
-Not here: which folder a name means (hub.py), what the tensors mean (stream, formats), reading a header (reading.py),
-writing (sink.py).
+As transformers has it: the file that config.json names (`transformers_weights`), else model.safetensors, else those of
+model.safetensors.index.json, whose later files win. Nothing outside the folder is read, wherever a link or an index
+points, but for a Hub cache's own links:
+
+    models--org--name/snapshots/COMMIT/config.json -> ../../blobs/SHA
+
+Not here: which folder a name means (hub.py), which tensor is which (names.py), what tensors mean (stream, formats),
+reading a header (reading.py), writing (sink.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmq.checkpoint.hub import origin
-from llmq.errors import LlmqError
-from llmq.reading import DTYPES, Entry, json_object, tensor_entries
+from llmq.checkpoint.hub import COPIED, origin
+from llmq.errors import LlmqError, one_line
+from llmq.reading import DTYPES, Entry, field, json_object, tensor_entries
 
 ADAPTER = "adapter_config.json"
 """What a folder holds that peft has written an adapter to."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def refuse_links(folder: Path) -> None:
+    """Raise LlmqError for an entry of a checkpoint folder that leads out of it, or is neither file nor folder."""
+    try:
+        for place in {folder, *((folder / p).parent for p in COPIED)}:
+            for entry in sorted(place.iterdir()) if place.is_dir() else ():
+                if entry.is_symlink() and not _inside(folder, entry):
+                    raise LlmqError(
+                        f"{entry} is a link to {entry.readlink()}, outside the checkpoint; copy the file, or remove it"
+                    )
+                if not entry.is_file() and not entry.is_dir():
+                    raise LlmqError(f"{entry} is neither a file nor a folder; remove it from the checkpoint")
+    except OSError as e:
+        raise LlmqError(f"cannot read {folder} ({one_line(e)})") from e
+
+
+def _inside(folder: Path, path: Path) -> bool:
+    """Say whether a path ends in the folder, or in the blobs beside the snapshots where it is one of a Hub cache."""
+    try:
+        home, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a zero byte
+        return False
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else None
+    return target.is_relative_to(home) or target.parent == blobs
+
+
+def side_files(folder: Path) -> list[Path]:
+    """Return the files beside the weights: configs, tokenizer, chat templates, generation settings."""
+    refuse_links(folder)
+    return sorted(f for pattern in COPIED for f in folder.glob(pattern) if f.is_file())
+
+
 def read_config(path: Path) -> dict[str, Any]:
-    """Return config.json. Raises LlmqError where it is missing, broken, or asks for the checkpoint's own code."""
+    """Return config.json, without a `quantization_config` of null, which a float checkpoint may have.
+
+    Raises LlmqError where it is missing, broken, or asks for the checkpoint's own code.
+    """
     file = path / "config.json"
     if not file.is_file():
         raise LlmqError(f"{path} has no config.json; a transformers checkpoint folder is needed")
     config = json_object(file)
     if "auto_map" in config:
         raise LlmqError(f"{path} needs code from the checkpoint (auto_map in config.json); llmq never runs such code")
+    if config.get("quantization_config", ...) is None:
+        del config["quantization_config"]
+    field(config, "quantization_config", dict, str(file), {})
     return config
 
 
@@ -46,10 +90,10 @@ def refuse_adapter(path: Path) -> None:
 
 
 class Source:
-    """A checkpoint's tensors by name.
+    """A checkpoint's tensors by name: as stored, until names.settle gives them the model's.
 
     adapter: the folder of one that is going to be added, and may therefore lie beside the weights.
-    warnings: what a user should know of the source.
+    warnings: what a user should know of the source. unread: names of tensors that no model reads.
     Raises LlmqError for a missing, truncated or pickle-only file, each by name, and for an adapter not asked for.
     """
 
@@ -58,36 +102,66 @@ class Source:
         self.origin = origin(path)
         self.adapter = adapter
         self.warnings: list[str] = []
+        if path.is_dir():
+            refuse_links(path)
         if adapter is None or adapter.resolve() != path.resolve():
             refuse_adapter(path)
         self.config = read_config(path)
+        self.unread: frozenset[str] = frozenset()
         self._entries: dict[str, Entry] = {}
+        self._written: dict[str, str] = {}
         for file in self._files():
             self._entries |= sorted(tensor_entries(path / file).items())
 
     def _files(self) -> list[str]:
-        """Return the weight files that transformers takes: a single file before an index."""
-        index = self.path / "model.safetensors.index.json"
-        if (self.path / "model.safetensors").is_file():
-            return ["model.safetensors"]
-        if index.is_file():
-            named = json_object(index).get("weight_map")
-            if not isinstance(named, dict) or not all(isinstance(f, str) for f in named.values()):
-                raise LlmqError(f"{index} has no weight_map from tensors to files; download it again")
-            files = sorted(set(named.values()))
-        else:
-            files = sorted(f.name for f in self.path.glob("*.safetensors"))
-        if not files and (list(self.path.glob("*.bin")) or list(self.path.glob("*.pt*"))):
-            raise LlmqError(
-                f"{self.path} holds pickle files only (.bin, .pt), which can run code when read; convert them where "
-                "you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
-            )
-        if not files:
-            raise LlmqError(f"{self.path} holds no .safetensors file")
+        """Return the weight files that transformers takes."""
+        said = field(self.config, "transformers_weights", str, f"{self.path}/config.json", "")
+        names = [said] if said else ["model.safetensors", "model.safetensors.index.json"]
+        first = next((n for n in names if _inside(self.path, self.path / n) and (self.path / n).is_file()), None)
+        if first is None:
+            raise LlmqError(self._no_weights())
+        if not first.endswith(".index.json"):
+            return [first]
+        files = _named_by(self.path / first)
         for file in files:
+            if not _inside(self.path, self.path / file):
+                raise LlmqError(f"{self.path / first} names {file}, which lies outside the checkpoint; correct it")
             if not (self.path / file).is_file():
                 raise LlmqError(f"shard {file} is missing from {self.path}; download it again")
         return files
+
+    def _no_weights(self) -> str:
+        found = sorted(f.name for f in self.path.glob("*.safetensors"))
+        if found:
+            return (
+                f"{self.path} holds {found[0]}, but no model.safetensors or model.safetensors.index.json, by which "
+                "transformers finds weights; rename a single file, or download the index"
+            )
+        if list(self.path.glob("*.bin")) or list(self.path.glob("*.pt*")):
+            return (
+                f"{self.path} holds pickle files only (.bin, .pt), which can run code when read; convert them where "
+                "you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            )
+        return f"{self.path} holds no .safetensors file"
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """What config.json says of packed weights; None of a float checkpoint."""
+        return self.config.get("quantization_config")
+
+    def rename(self, names: Mapping[str, str], written: Mapping[str, str], unread: Iterable[str]) -> None:
+        """Give the tensors other names, new -> old; those not named are left out. written: new -> as OUT has them."""
+        self._entries = {new: self._entries[old] for new, old in names.items()}
+        self._written = {**written, **self._written}
+        self.unread = frozenset(unread)
+
+    def drop(self, name: str) -> None:
+        """Leave a tensor out."""
+        del self._entries[name]
+
+    def written(self, name: str) -> str:
+        """Return the name under which runtimes look for a tensor that is written."""
+        return self._written.get(name, name)
 
     def names(self) -> list[str]:
         """Return all tensor names."""
@@ -104,8 +178,9 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the checkpoint is stored in: the dtype of its first tensor."""
-        return DTYPES.get(next(iter(self._entries.values())).dtype, torch.float32)
+        """What the checkpoint is stored in: the dtype of its first float tensor."""
+        floats = (d for e in self._entries.values() if (d := DTYPES.get(e.dtype)) and d.is_floating_point)
+        return next(floats, torch.float32)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return what one tensor is stored in."""
@@ -124,8 +199,8 @@ class Source:
         return sum(file.stat().st_size for file in {e.file for e in self._entries.values()})
 
     def check(self) -> None:
-        """Read every tensor once. Raises LlmqError naming the first that is not float or not finite."""
-        for name in self._entries:
+        """Read every tensor of the model once. Raises LlmqError naming the first that is not float or not finite."""
+        for name in [n for n in self._entries if n not in self.unread]:
             tensor = self.get(name)
             if tensor.dtype not in _FLOATS:
                 kind = str(tensor.dtype).removeprefix("torch.")
@@ -139,9 +214,19 @@ class View(Source):
 
     def __init__(self, base: Source) -> None:
         self.base, self.path, self.origin, self.config = base, base.path, base.origin, dict(base.config)
-        self.adapter, self.warnings = base.adapter, list(base.warnings)
-        self._entries = dict(base._entries)
+        self.adapter, self.warnings, self.unread = base.adapter, list(base.warnings), base.unread
+        self._entries, self._written = dict(base._entries), dict(base._written)
 
     def get(self, name: str) -> Tensor:
         """Return one tensor of the base."""
         return self.base.get(name)
+
+
+def _named_by(index: Path) -> list[str]:
+    """Return the files that an index names. Raises LlmqError for one that transformers does not read either."""
+    said = json_object(index)
+    named = field(said, "weight_map", dict, str(index))
+    field(said, "metadata", dict, str(index))
+    if not named or not all(isinstance(f, str) for f in named.values()):
+        raise LlmqError(f"{index} has no weight_map from tensors to files; download it again")
+    return sorted(set(named.values()))

@@ -1,0 +1,196 @@
+"""Which tensor of a checkpoint is which of a model, by transformers' own rules, and whether the two agree.
+
+    stored                                           the model's name                     rule
+    model.layers.0.mlp.up_proj.weight                the same
+    layers.0.mlp.up_proj.weight                      model.layers.0.mlp.up_proj.weight    saved from the bare decoder
+    embed_out.weight                                 lm_head.weight                       GPT-NeoX's head, since renamed
+    lm_head.weight alone, tied                       model.embed_tokens.weight            one matrix under two names
+    model.layers.0.self_attn.rotary_emb.inv_freq     none                                 once saved, now computed
+
+`settle` gives a source the model's names. It refuses what transformers would pass over with a warning: a tensor that is
+missing or of another shape, one of a block or a linear that nothing would read, two tensors for one place.
+Source: transformers 5.23, `core_model_loading.rename_source_key` (called here) and `PreTrainedModel.tie_weights`.
+
+Not here: which files count (source.py), what packed tensors mean (formats, integrations/transformers.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmq.checkpoint.source import Source
+from llmq.errors import LlmqError
+
+_OLD_BUFFERS = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}  # once saved
+
+
+@dataclass(frozen=True)
+class Match:
+    """The tensors of a checkpoint by the model's names; the values are the checkpoint's own names.
+
+    stored: tensors that the model has. beside: others of its modules (packed words and scales, or a mistake).
+    unread: tensors of no module. written: what of `stored` keeps an older name when written, and that name.
+    missing: tensors of the model that are not there. converted: those that transformers makes of several.
+    """
+
+    stored: dict[str, str]
+    beside: dict[str, str]
+    unread: dict[str, str]
+    written: dict[str, str]
+    missing: list[str]
+    converted: set[str]
+
+
+def match(model: Any, names: Iterable[str]) -> Match:
+    """Return which of `names` is which tensor of a blank model. Raises LlmqError where two are one and the same."""
+    naming, ignored, tied = _Naming(model), _ignored(model), getattr(model, "all_tied_weights_keys", {})
+    stored: dict[str, str] = {}
+    beside: dict[str, str] = {}
+    unread: dict[str, str] = {}
+    converted: set[str] = set()
+    for name in sorted(names):
+        found, several = naming.of(name)
+        if several:
+            converted |= several
+            continue
+        known = found in naming.wanted
+        if not known and ignored.search(found):
+            continue
+        place = stored if known else beside if found.rpartition(".")[0] in naming.modules else unread
+        if place.setdefault(found, name) != name:
+            raise LlmqError(f"tensors {place[found]} and {name} are one and the same in {type(model).__name__}")
+    for target, source in tied.items():
+        if target in stored and source not in stored:
+            stored[source] = stored.pop(target)
+    written = {n: w for n, s in stored.items() if (w := naming.prefixed(s)) != n and n not in tied.values()}
+    present = stored.keys() | converted
+    missing = [n for n in naming.wanted if n not in present and tied.get(n) not in present]
+    return Match(stored, beside, unread, written, missing, converted & naming.wanted.keys())
+
+
+class _Naming:
+    """transformers' way from a checkpoint's names to a model's.
+
+    wanted: the tensors that a checkpoint of this model holds, on meta, by the model's names. modules: names of modules.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        rules = get_model_conversion_mapping(model)
+        self.wanted: dict[str, torch.Tensor] = model.state_dict()
+        self.modules = {n for n, _ in model.named_modules() if n}
+        self._prefix: str = model.base_model_prefix
+        self._renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+        self._converters = [r for r in rules if isinstance(r, WeightConverter)]
+
+    def of(self, name: str) -> tuple[str, set[str]]:
+        """Return the model's name of a tensor; beside it the tensors that it is a part of, where it is only that.
+
+        A tensor that the model does not have gets its module's name, which that module's weight tells, or its own name.
+        """
+        found, several = self._renamed(name, self._renamings, self._converters)
+        if found in self.wanted or several:
+            return found, several
+        if (plain := self.prefixed(name)) in self.wanted:
+            return plain, set()
+        parent, _, leaf = name.rpartition(".")
+        weight, _ = self._renamed(f"{parent}.weight", self._renamings, [])
+        near = (parent, f"{self._prefix}.{parent}", parent.removeprefix(f"{self._prefix}."))
+        owner = next((n for n in near if n in self.modules), "")
+        if weight in self.wanted:
+            owner = weight.removesuffix(".weight")
+        return (f"{owner}.{leaf}" if owner else found), set()
+
+    def prefixed(self, name: str) -> str:
+        """Return a checkpoint's name with the prefix of the model's base put on or taken off, and nothing else done."""
+        return self._renamed(name, [], [])[0]
+
+    def _renamed(self, name: str, renamings: list[Any], converters: list[Any]) -> tuple[str, set[str]]:
+        from transformers.core_model_loading import rename_source_key
+
+        found, pattern = rename_source_key(name, renamings, converters, self._prefix, self.wanted)
+        targets: list[str] = next((c.target_patterns for c in converters if pattern in c.source_patterns), [])
+        return found, {found.replace(targets[0], t) for t in targets}
+
+
+def settle(source: Source, model: Any, *, converts: bool = False) -> None:
+    """Give a source the names of the blank model of its config, and a warning where nothing reads some tensors.
+
+    A packed checkpoint's linears are left to its format. converts: transformers will load the weights, which can make
+    one tensor of several. Raises LlmqError for every tensor that is missing, misshapen, double or without a place.
+    """
+    found = match(model, source.names())
+    _refuse_missing(source, found, converts=converts)
+    _refuse_misshapen(source, model, found)
+    unread = _unread(source, model, found)
+    kept = found.stored | (found.beside if source.quantization else {}) | {n: n for n in unread}
+    old = source.unread
+    source.rename(kept, found.written, unread)
+    if set(unread) - old:
+        few = ", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if len(unread) > 3 else "")
+        source.warnings.append(f"{type(model).__name__} has no place for {few} of {source.path}: nothing reads them")
+
+
+def own_head(source: Source, model: Any) -> bool:
+    """Return whether a settled source has a head of its own though its config ties it to the embedding.
+
+    transformers then takes both as they are. A head that equals the embedding is dropped: it is tied.
+    """
+    for head, embedding in getattr(model, "all_tied_weights_keys", {}).items():
+        if head in source and embedding in source:
+            if not torch.equal(source.get(head), source.get(embedding)):
+                return True
+            source.drop(head)
+    return False
+
+
+def _refuse_missing(source: Source, found: Match, *, converts: bool) -> None:
+    packed = {n.rpartition(".")[0] for n in found.beside} if source.quantization else set()
+    missing = [n for n in found.missing if n.rpartition(".")[0] not in packed]
+    if not converts:
+        missing += sorted(found.converted)
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise LlmqError(
+            f"tensor {missing[0]} is missing{more} from {source.path}; the checkpoint does not match its config.json"
+        )
+
+
+def _refuse_misshapen(source: Source, model: Any, found: Match) -> None:
+    headers = source.headers()
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)} if source.quantization else set()
+    for name, want in model.state_dict().items():
+        if name not in found.stored or name.rpartition(".")[0] in linears:  # a packed one is its format's to check
+            continue
+        stored = found.stored[name]
+        if (got := headers[stored][1]) != list(want.shape):
+            raise LlmqError(f"tensor {stored} is {got}, but {source.path}/config.json asks for {list(want.shape)}")
+
+
+def _unread(source: Source, model: Any, found: Match) -> list[str]:
+    """Return the tensors that nothing reads. Raises LlmqError for those of a block or of a module with weights."""
+    lists = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
+    loose: Mapping[str, str] = found.unread if source.quantization else found.unread | found.beside
+    for name, stored in loose.items():
+        owner = dict(model.named_modules()).get(name.rpartition(".")[0])
+        if name.startswith(lists) or (owner is not None and next(owner.parameters(recurse=False), None) is not None):
+            raise LlmqError(
+                f"tensor {stored} has no place in the model of {source.path}/config.json, which would be another one "
+                "without it; correct the config (its number of blocks, its biases), or take the tensor out"
+            )
+    return sorted(loose.values())
+
+
+def _ignored(model: Any) -> re.Pattern[str]:
+    """Return what names every transformers model of this class ignores: `PreTrainedModel` says it of old buffers."""
+    buffers = [n for n, _ in model.named_buffers()]
+    old = [pattern for end, pattern in _OLD_BUFFERS.items() if any(n.endswith(end) for n in buffers)]
+    return re.compile("|".join(f"({p})" for p in [*(model._keys_to_ignore_on_load_unexpected or ()), *old]) or r"(?!)")
