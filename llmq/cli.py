@@ -1,6 +1,7 @@
 """The command line: `llmq quantize | export | eval | generate | inspect | list`.
 
-Bad input ends in one line on standard error and exit status 1, an interrupt in 130; neither leaves a half-written OUT.
+Bad input ends in one line on standard error and exit status 1, a signal in 128 and its number; neither leaves a
+half-written OUT.
 Not here: any work. Each command parses, calls the library and prints.
 """
 
@@ -10,9 +11,7 @@ import json
 import logging
 import resource
 import shlex
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -24,29 +23,29 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llmq.errors import LlmqError, one_line, printable
+from llmq import signals
+from llmq.errors import LlmqError, notes, one_line, printable
 from llmq.show import Rows, labelled, lines, plain
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
 console = Console()
-_interrupted = threading.Event()  # C code that a KeyboardInterrupt meets can raise another error in its place, or none
 
 
 def main() -> None:
     """Run the command line: every foreseen failure becomes one line and a non-zero status."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     error = Console(stderr=True, soft_wrap=True, highlight=False)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else someone chose to ignore it
-        signal.signal(signal.SIGINT, _interrupt)
+    signals.watch()
     try:
         app()
     except BaseException as e:  # an interrupt comes in any guise
+        signals.hold()
         done = isinstance(e, SystemExit) and not e.code
-        if _interrupted.is_set() and not done:
-            error.print("interrupted; nothing was written")
-            sys.exit(130)
+        if (number := signals.caught()) and not done:
+            error.print(plain("; ".join(["interrupted", *(notes(e) or ["nothing was written"])]), longest=None))
+            sys.exit(128 + number)
         if isinstance(e, SystemExit) or "--debug" in sys.argv:
             raise
         error.print(labelled("error", "red", e if isinstance(e, LlmqError) else _unexpected(e)))
@@ -61,11 +60,6 @@ def _unexpected(e: BaseException) -> str:
     at = f" ({Path(here[-1].filename).name}:{here[-1].lineno})" if here else ""
     doing = printable(shlex.join(sys.argv[1:]), 500)
     return f"{type(e).__name__}{at}: {one_line(e)}: unforeseen, a fault of llmq; `llmq --debug {doing}` shows the rest"
-
-
-def _interrupt(*_: Any) -> None:
-    _interrupted.set()
-    raise KeyboardInterrupt
 
 
 def _version(wanted: bool) -> None:
@@ -132,16 +126,17 @@ def quantize(
         for k, v in locals().copy().items()
         if v is not None and k not in ("src", "out", "recipe", "adapter", "device", "allow_code", "overwrite")
     }
-    from llmq.gguf.container import check_out
+    from llmq.checkpoint.place import user_path
     from llmq.job import prepare
     from llmq.quantize import quantize as run
     from llmq.recipe import Recipe
+    from llmq.sinks import refuse
 
     start = time.monotonic()
+    file = None if recipe is None else user_path(recipe)
     given = given if out.suffix != ".gguf" else {"format": "gguf"} | given
-    what = Recipe.load(recipe, given, allow_code=allow_code)
-    if what.gguf:
-        check_out(out, overwrite=overwrite)
+    what = Recipe.load(file, given, allow_code=allow_code)
+    refuse(what, src, adapter, out, overwrite=overwrite)
     job = prepare(src, what, device, adapter)
     for warning in job.warnings:
         console.print(labelled("warning", "yellow", warning))
@@ -163,6 +158,7 @@ def evaluate(
         int | None, typer.Option(help="8 or 4: quantize the key-value cache (2: to see it fail).")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --json.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...; the checkpoint's own if left out.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
 ) -> None:
@@ -171,8 +167,14 @@ def evaluate(
     Example: `llmq eval ./my-llama-int4 --baseline ./my-llama --text sample.txt`
     """
     from llmq import evaluation
+    from llmq.checkpoint.disk import write_text
+    from llmq.checkpoint.place import check_file, user_path
     from llmq.windows import find_convention
 
+    figures = None if json_file is None else user_path(json_file)
+    if figures:
+        check_file(figures, "--json", overwrite=overwrite)
+    text = None if text is None else user_path(text)
     with _progress() as step:
         rows = evaluation.compare(
             model,
@@ -187,8 +189,8 @@ def evaluate(
             progress=step,
         )
     console.print(evaluation.table(rows))
-    if json_file:
-        json_file.write_text(json.dumps({name: e.to_json() for name, e in rows.items()}, indent=2) + "\n")
+    if figures:
+        write_text(figures, json.dumps({name: e.to_json() for name, e in rows.items()}, indent=2) + "\n")
 
 
 @app.command()
@@ -291,8 +293,7 @@ def _progress() -> Iterator[Any]:
         task = bar.add_task("starting", total=None)
 
         def step(done: int, total: int, what: str) -> None:
-            if _interrupted.is_set():
-                raise KeyboardInterrupt
+            signals.check()
             bar.update(task, completed=done, total=total, description=printable(what, 100))
 
         yield step

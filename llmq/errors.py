@@ -15,6 +15,10 @@ class LlmqError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(printable(message, _LONGEST))
 
+    def __str__(self) -> str:
+        """Return the message and what was noted on its way: where finished work was left."""
+        return "; ".join([super().__str__(), *notes(self)])
+
 
 def printable(text: str, longest: int | None = None) -> str:
     r"""Return `text` as one line that a terminal only prints: `"a\nb \x1b[2J"` becomes `"a b \\x1b[2J"`.
@@ -30,3 +34,12 @@ def one_line(e: BaseException, longest: int = 300) -> str:
     """Return an exception's text as one printable line; its class where it has none."""
     said = str(getattr(e, "strerror", None) or e)
     return printable(said, longest) or type(e).__name__
+
+
+def notes(e: BaseException | None) -> list[str]:
+    """Return what was noted (PEP 678) on an exception and on those that it came from, printable."""
+    found: list[str] = []
+    while e is not None:
+        found += [printable(n, _LONGEST) for n in getattr(e, "__notes__", []) if printable(n, _LONGEST) not in found]
+        e = None if isinstance(e, LlmqError) else e.__cause__ or e.__context__
+    return found

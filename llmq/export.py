@@ -25,6 +25,8 @@ from torch import Tensor
 from llmq import __version__, spec
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.names import own_head, settle
+from llmq.checkpoint.place import user_path
+from llmq.checkpoint.stage import fingerprint
 from llmq.gguf import container, mixture
 from llmq.gguf.architecture import architecture
 from llmq.gguf.pipeline import Blueprint, GgufSink
@@ -64,8 +66,11 @@ def export(
     embeddings: the type of embedding and head where they are float; None keeps their float type.
     Raises LlmqError where SRC is not a quantized checkpoint or its codes cannot be kept; OUT is then untouched.
     """
-    container.check_out(out, overwrite=overwrite)
+    given = {"requantize": requantize, "embeddings": embeddings, "pre": pre, "split_max_size": split_max_size}
+    if user_path(src).is_dir():
+        GgufSink(out, overwrite=overwrite, reads={"SRC": user_path(src)})  # refuses before anything is read
     source = _source(src)
+    run = {"command": "export", "SRC": fingerprint(source.path)} | given
     reader = _Reader(source)
     arch = architecture(reader.config)
     from llmq.loading import load_tokenizer
@@ -73,7 +78,11 @@ def export(
     warnings = [*arch.warnings(), *reader.warnings()]
     types: dict[str, str] = {}
     outcomes: Counter[str] = Counter()
-    with GgufSink(out, overwrite=overwrite) as sink:
+    with GgufSink(out, overwrite=overwrite, reads={"SRC": source.path}, run=run) as sink:
+        if sink.earlier is not None:
+            sink.commit()
+            return sink.earlier
+        sink.copies = True
         sink.require(2 * source.bytes())
         for name, found in reader.tensors(_checked(requantize, "--requantize")):
             if isinstance(found, Exported):
@@ -89,13 +98,16 @@ def export(
         main = counts.most_common(1)[0][0] if counts else "F16"
         plan = Blueprint(arch, words, _file_type_of(main), types, split=container.parse_size(split_max_size))
         files = sink.write(plan, source.origin.name, {"llmq.version": __version__, "llmq.source": reader.method})
-    return {
-        "types": dict(Counter(types.values())),
-        "outcomes": dict(outcomes),
-        "files": [str(f) for f in files],
-        "bytes": sum(f.stat().st_size for f in files),
-        "warnings": warnings + words.warnings,
-    }
+        done = {
+            "types": dict(Counter(types.values())),
+            "outcomes": dict(outcomes),
+            "files": [str(sink.target(f.name)) for f in files],
+            "bytes": sum(f.stat().st_size for f in files),
+            "warnings": warnings + words.warnings,
+        }
+        sink.seal(done)
+        sink.commit()
+    return done
 
 
 class _Reader:

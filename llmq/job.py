@@ -153,8 +153,6 @@ def _prepare_gguf(source: Source, skeleton: Skeleton, steps: Plan, device: torch
     calibrated = bool(steps.needs([]))
     if calibrated and recipe.imatrix:
         raise LlmqError(f"method {recipe.method} calibrates its own importance; --imatrix goes with --method rtn")
-    if recipe.imatrix_out and (Path(recipe.imatrix_out).is_dir() or not Path(recipe.imatrix_out).parent.is_dir()):
-        raise LlmqError(f"--imatrix-out {recipe.imatrix_out} is no file in a folder that exists; name one")
     for step in (*steps.tuners, *steps.finishers):
         raise LlmqError(f"{spec.dump(step)} tunes integer grids only; for GGUF leave it out")
     tokenizer = load_tokenizer(str(source.path))

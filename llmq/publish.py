@@ -61,13 +61,13 @@ def publish_gguf(job: Job, sink: pipeline.GgufSink, record: Record) -> dict[str,
     return summary | {"files": [f.name for f in files]}
 
 
-def write_importance(job: Job, sums: Mapping[str, tuple[Tensor, int]]) -> None:
+def write_importance(job: Job, file: Path, sums: Mapping[str, tuple[Tensor, int]]) -> None:
     """Write what the calibration measured as an importance matrix, under ggml's names."""
     recipe, plan = job.plan.recipe, job.gguf
-    if plan is None or recipe.imatrix_out is None:
+    if plan is None:
         raise TypeError("no importance matrix was asked for")
     named = {str(plan.architecture.tensor(f"{n}.weight")): entry for n, entry in sums.items()}
-    imatrix.write(Path(recipe.imatrix_out), named, recipe.calib, recipe.seq_len)
+    imatrix.write(file, named, recipe.calib, recipe.seq_len)
 
 
 def _config(job: Job) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The main job: a float checkpoint in, a packed one out, one decoder block at a time.
 
     tokens -> [block: load, transform, solve site by site, refine, tune, pack, write, forward]
-           -> join -> finish -> record -> rename
+           -> join -> finish -> record -> verify -> seal (synced, marked whole) -> commit (exchanged with OUT)
 
 Data goes one way: floats -> stats -> codes -> words -> shard. What a finisher moves afterwards, the scales and norms of
 the whole model, is put into the shards and measured anew.
@@ -32,6 +32,7 @@ from llmq.pretrained import tokenizer_of
 from llmq.publish import publish_gguf, publish_model, publish_record, write_importance
 from llmq.records import Line, Record
 from llmq.saliency import squared_gradients
+from llmq.sinks import IMATRIX, sink_of
 from llmq.stream import Skeleton, embed
 from llmq.types import LinearSpec, QTensor, Target
 
@@ -49,22 +50,25 @@ def quantize(job: Job, out: Path, *, overwrite: bool = False, progress: Progress
     """
     report = progress or (lambda done, total, what: None)
     blocks = len(job.skeleton)
-    sink_class = GgufSink if job.gguf else Sink
-    with sink_class(out, overwrite=overwrite) as sink, torch.no_grad():
+    with sink_of(job, out, overwrite=overwrite) as sink, torch.no_grad():
+        if sink.earlier is not None:
+            sink.commit()
+            return sink.earlier
         sink.require(2 * job.bytes() + _set_aside(job))  # parts and the shards joined from them
         if job.plan.finishers:
             check_memory(job)
         streams = _enter(job, report)
         job = allocate(job, streams, report)
         if job.plan.finishers:
-            streams.hessians = Scratch(sink.stage / "hessians")
+            streams.hessians = Scratch(sink.room / "hessians")
         record = Record()
         for i in range(blocks):
             report(i, blocks, f"block {i}")
             record.add(quantize_block(job, i, streams, sink))
         record.add(_outside(job, streams, sink))
         if streams.measured:
-            write_importance(job, {n: (m.sum, m.count) for n, m in streams.measured.items() if m.sum is not None})
+            sums = {n: (m.sum, m.count) for n, m in streams.measured.items() if m.sum is not None}
+            write_importance(job, sink.staged_beside(IMATRIX), sums)
         if isinstance(sink, GgufSink):
             report(blocks, blocks, "writing")
             summary = publish_gguf(job, sink, record)
@@ -76,6 +80,7 @@ def quantize(job: Job, out: Path, *, overwrite: bool = False, progress: Progress
                 streams.hessians.drop()
             report(blocks, blocks, "writing")
             summary = publish_record(job, sink, record, total)
+        sink.seal(summary)
         sink.commit()
     return summary
 

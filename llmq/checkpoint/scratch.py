@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmq.checkpoint.sink import writing
+from llmq.checkpoint.disk import writing
 from llmq.reading import tensor_entries
 
 

@@ -1,67 +1,129 @@
 """A checkpoint written: part by part, joined into shards, moved into place when whole.
 
-`Sink` stages everything beside OUT, one part file for each block as it is finished, joins the parts into shards of
-bounded size by copying bytes (never more than a buffer in memory), and renames the folder to OUT at the very end: OUT
-is whole or absent.
-Not here: what the tensors mean (formats), reading a checkpoint (source.py).
+A run goes through these, in this order; a kill between any two leaves OUT as it was, or new, and never in between:
+
+    enter    refuse what cannot be; make the stage beside OUT (stage.py), or take the one this very command left whole
+    add      a part file for each block as it is finished
+    join     the parts into shards of bounded size, by copying bytes: never more than a buffer in memory
+    text     config and records beside them; then whoever verifies reads `stage`, which holds what OUT will
+    seal     sync all of it, mark the stage whole: from here on the work cannot be lost
+    commit   exchange `stage` and OUT in one step; remove what OUT was
+
+After an error or an interrupt what is finished stays, and the error says where; without a finished block nothing stays.
+Not here: what the tensors mean (formats), reading a checkpoint (source.py), what OUT may be (place.py).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmq.checkpoint import disk, place
+from llmq.checkpoint.disk import writing
 from llmq.checkpoint.source import ADAPTER, side_files
-from llmq.errors import LlmqError, one_line
+from llmq.checkpoint.stage import Stage, stages
+from llmq.errors import LlmqError
 from llmq.reading import BITS, DTYPES, Entry, tensor_entries
 from llmq.records import digest
 
 SHARD_BYTES = 5 * 10**9
 _REPLACED = ("config.json", ADAPTER, "*.index.json", "quantize_config.json", "quantization.json")
+log = logging.getLogger(__name__)
 
 
 class Sink:
-    """The output folder while it is being made. A context manager: leaving it by an error removes what was staged."""
+    """OUT while it is being made; a context manager.
 
-    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
-        self.refuse(out, overwrite=overwrite)
-        self.out = out
-        self.stage = out.with_name(out.name + ".partial")
+    reads: folders and files that the run reads, by what to call them ("SRC"): OUT must not touch them. run: what makes
+    the result what it is (recipe, source), by which the same command is known again. beside: further files that go to
+    places of their own at the commit, by their staged name.
+    Raises LlmqError for all that can be refused before any work.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        overwrite: bool = False,
+        reads: Mapping[str, Path] | None = None,
+        run: Mapping[str, Any] | None = None,
+        beside: Mapping[str, Path] | None = None,
+    ) -> None:
+        self.reads = dict(reads or {})
+        self.out, self.overwrite = place.place(out, self.reads), overwrite
+        self._run = None if run is None else json.loads(json.dumps(run))
+        self._beside = dict(beside or {})
         self.digests: dict[str, str] = {}  # sha256 of every tensor, by name, taken from memory
         self._parts: list[Path] = []
+        self._made: list[Path] = []
+        self._sealed = self._done = False
+        self.copies = False
+        """Whether parts are mere copies, which nobody would miss after an error."""
+        self.earlier: dict[str, Any] | None = None
+        """The result of this very command, which an earlier run left whole: only `commit` is missing."""
+        whole = self._earlier(act=False)
+        self.check()
+        for target in {} if whole else self._beside.values():
+            place.check_file(target, "--imatrix-out", overwrite=overwrite)
 
     def __enter__(self) -> Self:
-        try:
-            if self.stage.exists():
-                shutil.rmtree(self.stage)
-            self.stage.mkdir(parents=True)
-        except OSError as e:
-            raise LlmqError(f"cannot write {self.stage} ({e.strerror})") from e
+        with writing(self.out):
+            self._made = [p for p in self.out.parents if not p.exists()]
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+        found = self._earlier(act=True)
+        self._stage = found or Stage.make(self.out, self._run or {})
+        self.stage = self._stage.new
+        if found:
+            self.earlier, self._sealed = found.result(), True
+            log.warning("an earlier run of this command left %s whole; it is put in place", found.folder)
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        shutil.rmtree(self.stage, ignore_errors=True)
+    def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
+        if self._done:
+            return
+        if self._sealed and self._stage.state(self.target) == "committed":  # an interrupt came after the last rename
+            self._clean(self._stage)
+            if error is not None:
+                error.add_note(f"{self.out} is written and whole")
+        elif self._sealed or (error is not None and self._parts and not self.copies):
+            if error is not None:
+                what = "the finished result stays in {}; the same command puts it in place" if self._sealed else (
+                    "what was finished stays in {}; --overwrite begins anew"
+                )  # fmt: skip
+                error.add_note(what.format(self._stage))
+            self._stage.close()
+        else:
+            self._stage.remove()
+            with suppress(OSError):  # someone else uses it by now
+                for folder in self._made:
+                    folder.rmdir()
 
-    def refuse(self, out: Path, *, overwrite: bool) -> None:
-        """Raise LlmqError unless OUT can be written."""
-        if out.exists() and not overwrite:
-            raise LlmqError(f"{out} exists; give another folder or --overwrite")
-        if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))):
-            raise LlmqError(f"{out} is not a checkpoint folder; it is not overwritten")
+    @property
+    def room(self) -> Path:
+        """A folder on OUT's disk for what is not to be in OUT; it goes when the run ends."""
+        return self._stage.folder
+
+    def check(self) -> None:
+        """Raise LlmqError unless OUT can be written, or replaced where that is asked for."""
+        place.check_folder(self.out, self.reads.get("SRC"), overwrite=self.overwrite)
+
+    def target(self, name: str) -> Path:
+        """Return where a staged file will lie."""
+        return self.out / name
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Write one part: the tensors of a block, contiguous, on any device."""
-        part = self.stage / f"part-{len(self._parts):05d}"
+        part = self.room / f"part-{len(self._parts):05d}"
         own = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         seen: set[int] = set()
         for name, tensor in own.items():
@@ -96,7 +158,7 @@ class Sink:
     def text(self, name: str, content: str) -> None:
         """Write a text file."""
         with writing(self.stage / name):
-            (self.stage / name).write_text(content)
+            (self.stage / name).write_text(content, encoding="utf-8")
 
     def copy_files(self, source: Path) -> None:
         """Copy tokenizer, chat template, generation and preprocessor files: all that is not weights or config."""
@@ -133,24 +195,83 @@ class Sink:
             part.unlink()
         return total
 
+    def staged_beside(self, name: str) -> Path:
+        """Return where to write the further file of that name."""
+        return self.room / f"beside-{name}"
+
+    def seal(self, result: Mapping[str, Any]) -> None:
+        """Sync what was staged and mark it whole, after all checks. result: what `earlier` will say, JSON."""
+        self._stage.mark(result)
+        self._sealed = True
+
     def commit(self) -> None:
-        """Move the staged folder to OUT."""
-        if self.out.exists():
-            old = self.out.with_name(self.out.name + ".old")
-            self.out.rename(old)
-            self.stage.rename(self.out)
-            shutil.rmtree(old)
-        else:
-            self.stage.rename(self.out)
+        """Move what was staged to its place. Raises LlmqError where that fails; OUT is then as it was."""
+        if not self._sealed:
+            self.seal({})
+        self.check()  # what is there may have changed since
+        with writing(self.out):
+            for name, target in self._beside.items():
+                if self.staged_beside(name).exists():
+                    disk.put_file(self.staged_beside(name), target)
+            self.put(sorted(self._stage.files()))
+            disk.sync(self.out.parent)
+            disk.sync(self._stage.folder)
+        self._done = True
+        self._clean(self._stage)
+
+    def put(self, names: list[str]) -> None:
+        """Give what is staged its name, in one step where the system can. names: of the files in it."""
+        disk.put_folder(self.stage, self.out, self._stage.old)
+
+    def settle(self, names: list[str]) -> None:
+        """Remove what belonged to the old OUT and is not among the new one's names."""
+
+    def _earlier(self, *, act: bool) -> Stage | None:
+        """Return the stage that this very command left whole. Raises LlmqError for one that is in the way.
+
+        What a kill in mid-commit left is put right in any case; act: remove, with `--overwrite`, what is unfinished.
+        """
+        for folder in stages(self.out):
+            stage = Stage.open(folder)
+            stage.put_back(self.out)
+            state, run = stage.state(self.target), stage.run()
+            if state == "committed":
+                self._clean(stage)
+                continue
+            same = self._run == run if self._run else not act  # what is not known yet is found when it is
+            if state == "whole" and same:
+                if not act:
+                    stage.close()
+                return stage
+            what = f"whole, of another command{_unlike(run, self._run or {})}" if state == "whole" else "unfinished"
+            said = f"an earlier run left {stage}, {what}"
+            if not act or state == "whole":
+                stage.close()
+            if not self.overwrite:
+                raise LlmqError(f"{said}; move it away, or say --overwrite to begin anew")
+            if act:
+                log.warning("%s; it %s", said, "stays" if state == "whole" else "is removed")
+                if state == "unfinished":
+                    stage.remove()
+        return None
+
+    def _clean(self, stage: Stage) -> None:
+        """Remove a stage whose content is in place, and what it replaced."""
+        try:
+            with writing(self.out):
+                self.settle(sorted(stage.files()))
+            stage.remove()
+        except LlmqError as e:  # OUT is there and whole: not worth failing for
+            log.warning("%s is written, but what it replaced could not be removed: %s", self.out, e)
+            stage.close()
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what fails while a file is written into one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as e:
-        raise LlmqError(f"cannot write {path} ({one_line(e)}); is the disk full?") from e
+def _unlike(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return the first thing in which two runs differ, as ` (bits 4, not 8)`."""
+    for key in {**then, **now}:
+        if then.get(key) != now.get(key):
+            return f" ({key} {then.get(key)!r}, not {now.get(key)!r})" if then and now else ""
+    return ""
 
 
 def _fill(tensors: list[Entry], shard_bytes: int) -> Iterator[list[Entry]]:

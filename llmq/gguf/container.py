@@ -3,8 +3,9 @@
     "GGUF" | version | counts | keys and values | name, shape, type, offset of every tensor | data, aligned to 32 bytes
 
 Tensors are staged block by block under their checkpoint's names and in their final types (packed rows are uint8), so
-that writing them is renaming, reordering the rows of q and k, and copying; never more than a tensor is in memory. The
-files appear under their final names when all are whole, the first shard last: a reader opens that one.
+that writing them is renaming, reordering the rows of q and k, and copying; never more than a tensor is in memory.
+Several files do not change hands in one step, so a split write never takes the names of an older one: where it would
+have as many shards, the first holds no tensors (as llama.cpp's converter writes it on request), and there is one more.
 Source: the GGUF specification of ggml; the `gguf` package writes the header and the padding.
 Not here: what a model or a tokenizer needs in the header (architecture.py, tokenizer.py), staging (checkpoint.py).
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +22,13 @@ import gguf
 import torch
 from torch import Tensor
 
+from llmq.checkpoint.disk import writing
+from llmq.errors import LlmqError, one_line
 from llmq.gguf.architecture import Architecture
 from llmq.gguf.mixture import FLOATS
+from llmq.gguf.reader import GgufFile
 from llmq.gguf.tokenizer import Vocabulary
 from llmq.reading import Entry
-from llmq.types import LlmqError
 
 _SIZE = re.compile(r"(\d+)([MG])")
 _BEFORE_KEYS = 24  # bytes: magic, version, and the counts of tensors and keys
@@ -53,6 +55,9 @@ class Part:
     kind: str
 
 
+_Named = Sequence[tuple[str, Part]]  # by ggml's name
+
+
 def parse_size(text: str | None) -> int:
     """Return the bytes that `500M` or `4G` means (decimal, as llama-gguf-split counts), 0 for None.
 
@@ -67,7 +72,7 @@ def parse_size(text: str | None) -> int:
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
-    """Raise LlmqError unless OUT can become a GGUF file."""
+    """Raise LlmqError unless OUT can become a GGUF file: it is not there, or is a GGUF file that may be replaced."""
     if out.is_dir():
         raise LlmqError(f"{out} is a folder; name the file to write, e.g. {out / 'model.gguf'}")
     if out.suffix != ".gguf":
@@ -75,29 +80,58 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     taken = [p for p in (out, *shards(out)) if p.exists()]
     if taken and not overwrite:
         raise LlmqError(f"{taken[0]} exists; give another name or --overwrite")
+    if out.exists() and not _is_gguf(out):
+        raise LlmqError(f"{out} is no GGUF file; it is not overwritten. Remove it, or give another name")
 
 
 def shards(out: Path) -> list[Path]:
-    """Return the files of an earlier split write of OUT."""
-    return sorted(p for p in out.parent.glob(f"{out.stem}-*-of-*.gguf") if re.fullmatch(r".*-\d{5}-of-\d{5}", p.stem))
+    """Return the files of earlier split writes of OUT: those that their first shard, by name and content, counts."""
+    found = []
+    for count in sorted(_counts(out)):
+        files = [out.with_name(f"{out.stem}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+        if files[0].is_file() and _split_count(files[0]) == count:
+            found += [f for f in files if f.exists()]
+    return found
+
+
+def _split_count(file: Path) -> object:
+    try:
+        return GgufFile(file).value("split.count")
+    except LlmqError:
+        return None
+
+
+def _counts(out: Path) -> set[int]:
+    """Return the numbers of shards that files beside OUT have in their names: names that a new write must not take."""
+    name = re.compile(rf"{re.escape(out.stem)}-\d{{5}}-of-(\d{{5}})\.gguf")
+    beside = out.parent.iterdir() if out.parent.is_dir() else ()
+    return {int(found[1]) for p in beside if (found := name.fullmatch(p.name))}
+
+
+def _is_gguf(path: Path) -> bool:
+    """Say whether a file is one that this module writes. An empty one holds nothing to lose."""
+    try:
+        with path.open("rb") as f:
+            start = f.read(4)
+    except OSError as e:
+        raise LlmqError(f"cannot read {path} ({one_line(e)})") from e
+    return start in (b"", b"GGUF")
 
 
 def write(stage: Path, out: Path, header: Header, parts: Sequence[Part], split: int = 0) -> list[Path]:
-    """Write the staged tensors to OUT (or its shards) by way of `stage`, a folder on the same disk; return the files.
+    """Write the staged tensors into the folder `stage`, as the file or the shards that OUT will be; return the files.
 
     split: bytes of tensors in a shard at most, 0 for one file.
-    Raises LlmqError where a tensor has no place in the architecture or the disk is full; OUT is then untouched.
+    Raises LlmqError where a tensor has no place in the architecture or the disk is full.
     """
     arch = header.architecture
     named = _named(arch, parts)
-    with _writing(out):
-        writer = gguf.GGUFWriter(stage / out.name, arch.name, split_max_size=split)
-        _describe(writer, header)
-        extra = arch.extra()
-        for ggml, tensor in extra.items():
-            writer.add_tensor_info(ggml, tensor.shape, tensor.numpy().dtype, tensor.nbytes)
-        for ggml, part in named:
-            _declare(writer, ggml, part)
+    with writing(stage / out.name):
+        writer = _declared(stage / out.name, header, named, split, False)
+        if len(writer.tensors) > 1 and len(writer.tensors) in _counts(out):
+            writer = _declared(stage / out.name, header, named, split, True)
+        if len(writer.tensors) > 1 and len(writer.tensors) in _counts(out):
+            raise LlmqError(f"{out} has shards of two numbers already; remove the older ones, or give another name")
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -105,11 +139,20 @@ def write(stage: Path, out: Path, header: Header, parts: Sequence[Part], split: 
         for _, tensor in contents(arch, parts):
             writer.write_tensor_data(tensor.contiguous().view(-1).view(torch.uint8).numpy())
         writer.close()
-        for old in (out, *shards(out)):
-            old.unlink(missing_ok=True)
-        for file in reversed(files):
-            file.rename(out.with_name(file.name))
-    return [out.with_name(f.name) for f in files]
+    return files
+
+
+def _declared(
+    path: Path, header: Header, named: Sequence[tuple[str, Part]], split: int, empty_first: bool
+) -> gguf.GGUFWriter:
+    """Return a writer that knows all keys and the place of every tensor; nothing is written yet."""
+    writer = gguf.GGUFWriter(path, header.architecture.name, split_max_size=split, small_first_shard=empty_first)
+    _describe(writer, header)
+    for ggml, tensor in header.architecture.extra().items():
+        writer.add_tensor_info(ggml, tensor.shape, tensor.numpy().dtype, tensor.nbytes)
+    for ggml, part in named:
+        _declare(writer, ggml, part)
+    return writer
 
 
 def contents(arch: Architecture, parts: Sequence[Part]) -> Iterator[tuple[str, Tensor]]:
@@ -119,10 +162,10 @@ def contents(arch: Architecture, parts: Sequence[Part]) -> Iterator[tuple[str, T
         yield ggml, _load(arch, part)
 
 
-def metadata_digest(stage: Path, header: Header) -> str:
+def metadata_digest(room: Path, header: Header) -> str:
     """Return the sha256 of the header's keys and values as they lie in the file, one after another."""
-    file = stage / "header"
-    with _writing(file):
+    file = room / "header"
+    with writing(file):
         writer = gguf.GGUFWriter(file, header.architecture.name)
         _describe(writer, header)
         writer.write_header_to_file()
@@ -131,7 +174,7 @@ def metadata_digest(stage: Path, header: Header) -> str:
         return hashlib.sha256(file.read_bytes()[_BEFORE_KEYS:]).hexdigest()
 
 
-def _named(arch: Architecture, parts: Sequence[Part]) -> list[tuple[str, Part]]:
+def _named(arch: Architecture, parts: Sequence[Part]) -> _Named:
     return [(ggml, part) for part in parts if (ggml := arch.tensor(part.entry.name)) is not None]
 
 
@@ -173,11 +216,3 @@ def as_float(tensor: Tensor, kind: str, name: str) -> Tensor:
     if kind == "F16" and torch.isinf(out).any():
         raise LlmqError(f"{name} holds values beyond float16's 65504; take BF16 or F32 in place of F16")
     return out
-
-
-@contextmanager
-def _writing(path: Path):
-    try:
-        yield
-    except OSError as e:
-        raise LlmqError(f"cannot write {path} ({e.strerror or e}); is the disk full?") from e

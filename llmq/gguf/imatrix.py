@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmq.checkpoint.disk import writing
 from llmq.errors import LlmqError
 from llmq.gguf.reader import GgufFile, Stored
 
@@ -28,9 +29,8 @@ Sums = Mapping[str, tuple[Tensor, int]]
 
 def write(path: Path, sums: Sums, dataset: str, chunk: int) -> None:
     """Write an importance matrix; `chunk` is the length of a calibration sequence. Raises LlmqError on a full disk."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        writer = gguf.GGUFWriter(partial, "")
+    with writing(path):
+        writer = gguf.GGUFWriter(path, "")
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", [dataset])
         writer.add_uint32("imatrix.chunk_count", max(count for _, count in sums.values()) // chunk)
@@ -42,10 +42,6 @@ def write(path: Path, sums: Sums, dataset: str, chunk: int) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        partial.rename(path)
-    except OSError as e:
-        partial.unlink(missing_ok=True)
-        raise LlmqError(f"cannot write {path} ({e.strerror or e})") from e
 
 
 def read(path: Path) -> dict[str, Tensor]:

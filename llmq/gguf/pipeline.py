@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from llmq import __version__
-from llmq.checkpoint import Sink, Source
+from llmq.checkpoint import Sink, Source, disk
+from llmq.checkpoint.place import user_path
 from llmq.gguf import container, imatrix, mixture
 from llmq.gguf.architecture import Architecture, architecture
 from llmq.gguf.tokenizer import Vocabulary, vocabulary
@@ -110,12 +111,25 @@ def overrides_of(texts: Sequence[str]) -> list[tuple[re.Pattern[str], str]]:
 class GgufSink(Sink):
     """The parts of a GGUF file while they are made; they are staged in a folder beside OUT."""
 
-    def refuse(self, out: Path, *, overwrite: bool) -> None:
-        """Raise LlmqError unless OUT can become a GGUF file."""
-        container.check_out(out, overwrite=overwrite)
+    def check(self) -> None:
+        """Raise LlmqError unless OUT can become a GGUF file, or is one that may be replaced."""
+        container.check_out(self.out, overwrite=self.overwrite)
 
-    def commit(self) -> None:
-        """Do nothing: `write` has moved the files into place."""
+    def target(self, name: str) -> Path:
+        """Return where a staged file will lie."""
+        return self.out.with_name(name)
+
+    def put(self, names: list[str]) -> None:
+        """Give the files their names: each in one step, the first shard, which a reader opens, last."""
+        for name in reversed(names):
+            if (self.stage / name).exists():
+                disk.put_file(self.stage / name, self.target(name))
+
+    def settle(self, names: list[str]) -> None:
+        """Remove what the new files replace: an old file of another number of shards."""
+        for old in reversed([self.out, *container.shards(self.out)]):  # without its first shard, none is known again
+            if old.name not in names:
+                old.unlink(missing_ok=True)
 
     def contents(self, plan: Blueprint) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the file by ggml's name, as it will be written."""
@@ -123,10 +137,10 @@ class GgufSink(Sink):
 
     def metadata_digest(self, plan: Blueprint, name: str, keys: Mapping[str, str | int]) -> str:
         """Return the checksum of the keys that `write` writes when it is given the same."""
-        return container.metadata_digest(self.stage, _header(plan, name, keys))
+        return container.metadata_digest(self.room, _header(plan, name, keys))
 
     def write(self, plan: Blueprint, name: str, keys: Mapping[str, str | int]) -> list[Path]:
-        """Write OUT from the staged parts, with `keys` beside the model's own; return its files."""
+        """Write what OUT will be from the staged parts, with `keys` beside the model's own; return the staged files."""
         return container.write(self.stage, self.out, _header(plan, name, keys), self._planned(plan), plan.split)
 
     def _planned(self, plan: Blueprint) -> list[container.Part]:
@@ -148,7 +162,7 @@ def _importance(
 ) -> tuple[dict[str, Tensor], list[str]]:
     if recipe.imatrix is None:
         return {}, []
-    means = imatrix.read(Path(recipe.imatrix))
+    means = imatrix.read(user_path(recipe.imatrix))
     found = {n.removesuffix(".weight"): means[ggml] for n, ggml in names.items() if ggml in means}
     if not found:
         raise LlmqError(f"{recipe.imatrix} names no tensor of this model; it was made from another one")

@@ -118,8 +118,8 @@ def test_calibration_lowers_the_error_that_it_weighs(tiny_checkpoint, tmp_path, 
     errors = {}
     for method in ("rtn", "rtn:importance=true"):
         out = tmp_path / f"{len(errors)}.gguf"
-        job(folder, out, type="Q3_K_S", method=method, calib=text, imatrix_out=str(tmp_path / "i.gguf"))
-        errors[method] = output_error(folder, out, imatrix.read(tmp_path / "i.gguf"))
+        job(folder, out, type="Q3_K_S", method=method, calib=text, imatrix_out=str(tmp_path / f"{method}.imatrix"))
+        errors[method] = output_error(folder, out, imatrix.read(tmp_path / f"{method}.imatrix"))
     assert errors["rtn:importance=true"] < errors["rtn"]
 
 
@@ -283,7 +283,7 @@ def test_the_recipe_and_the_report_are_in_the_file(tiny_checkpoint, tmp_path):
         ({"type": "Q8_0", "override": ("ffn_down:bits=8",)}, "REGEX:type=TYPE"),
         ({"type": "Q8_0", "split_max_size": "4 gigabytes"}, "does not read"),
         ({"type": "Q8_0", "group_size": 32}, "choose by --type alone"),
-        ({"type": "Q8_0", "imatrix_out": "no/such/folder/i.gguf"}, "in a folder that exists"),
+        ({"type": "Q8_0", "imatrix_out": "no/such/folder/i.gguf"}, "no folder that exists"),
         ({"type": "Q8_0", "imatrix": "no-such.gguf"}, "is not a file"),
         ({"type": "Q8_0", "target_bpw": 4.5}, "choose by --type alone"),
         ({"type": "Q8_0", "method": "gptq,signround"}, "integer grids only"),
@@ -311,13 +311,13 @@ def test_a_folder_a_missing_tokenizer_and_an_unknown_model_are_refused(tiny_chec
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
-def test_an_interrupted_run_leaves_nothing(tiny_checkpoint, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_file_and_says_where_the_blocks_are(tiny_checkpoint, tmp_path, monkeypatch):
     folder, out = tiny_checkpoint(), tmp_path / "out.gguf"
 
     def full(self, tensor, *args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    with pytest.raises(LlmqError, match="No space left"):
+    with pytest.raises(LlmqError, match=f"No space left.*make room.*stays in {out}.llmq-partial"):
         job(folder, out, type="F16")
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["out.gguf.llmq-partial"]

@@ -1,0 +1,159 @@
+"""What may be written where: everything about OUT that can be refused before any work.
+
+OUT is new, or the user gives it up by `--overwrite`, and then only if it is what llmq would write there: a quantized
+checkpoint, ours or a peer's, and nothing beside it. A float checkpoint may be someone's only copy, a folder with other
+files in it is a project: neither is ever replaced.
+Not here: the write itself (sink.py), earlier runs on the same OUT (stage.py), GGUF shards (gguf/container.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from llmq.errors import LlmqError, one_line
+from llmq.reading import json_object
+
+_SPARE = "model-00001-of-00001.safetensors.llmq-partial-2"  # the longest that llmq puts behind OUT in a path
+_ADDED = 24  # ... and behind its last name: a stage's suffix, a shard's number
+_CHECKPOINT = (
+    "*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "*.jinja",
+    "chat_template.json", "additional_chat_templates", "quantization.json", "quant_log.csv", "recipe.yaml", "README.md",
+    "LICENSE*", "NOTICE*", "USE_POLICY.md", ".gitattributes",
+)  # fmt: skip
+"""What a quantized checkpoint's folder holds, by this tool or another."""
+_QUANTIZED = ("quantization_config", "quantization", "compression_config")  # keys of config.json
+_RECORDS = ("quantization.json", "quantize_config.json", "quant_config.json")  # files beside it, of older tools too
+
+
+def user_path(text: str | Path) -> Path:
+    """Return a path as a user wrote it, with `~` expanded. Raises LlmqError for one that no system can hold."""
+    try:
+        path = Path(text).expanduser()
+        os.fsencode(path).decode()
+        path.exists()
+    except (RuntimeError, ValueError, OSError) as e:
+        raise LlmqError(f"{text} is no path ({one_line(e)}); give another name") from e
+    if "\0" in str(path):
+        raise LlmqError(f"{text} is no path (it holds a NUL); give another name")
+    return path
+
+
+def place(text: str | Path, reads: Mapping[str, Path]) -> Path:
+    """Return where OUT lies, absolute. reads: folders and files that are read, by what to call them.
+
+    Raises LlmqError where a thing of that name cannot be made, or would be made out of what is read.
+    """
+    given = user_path(text)
+    if given.name in ("", ".."):
+        raise LlmqError(f"OUT {text} names no folder or file to make; give it a name, such as ./my-model-int4")
+    try:
+        out = given.parent.resolve() / given.name
+        out.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError) as e:  # a name too long; a parent that is a file; a loop of links
+        raise LlmqError(f"{given} cannot be written ({one_line(e)})") from e
+    if out.is_symlink():
+        raise LlmqError(f"{given} is a symbolic link to {out.readlink()}; name that, or remove the link")
+    if out.is_mount():
+        raise LlmqError(f"{given} is a mount point, which cannot be replaced; name something in it")
+    _room(given, out)
+    for what, path in reads.items():
+        _apart(given, out, what, path)
+    return out
+
+
+def check_folder(out: Path, source: Path | None, *, overwrite: bool) -> None:
+    """Raise LlmqError unless OUT can become a folder: it is not there, or is a checkpoint that may be replaced."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise LlmqError(f"{out} is a file; name a folder to write")
+    if not overwrite:
+        raise LlmqError(f"{out} exists; give another folder or --overwrite")
+    try:
+        names = sorted(p.name for p in out.iterdir())
+    except OSError as e:
+        raise LlmqError(f"cannot read {out} ({one_line(e)})") from e
+    if names and not _quantized(out, names):
+        raise LlmqError(
+            f"{out} is not a quantized checkpoint folder; it is not overwritten. Remove it, or name another"
+        )
+    for name in names:
+        inner = out / name
+        known = any(fnmatch(name, p) for p in _CHECKPOINT) or (source is not None and (source / name).is_file())
+        if inner.is_dir() and not inner.is_symlink():
+            known = name == "additional_chat_templates" and all(f.suffix == ".jinja" for f in inner.iterdir())
+        if not known:
+            raise LlmqError(
+                f"{out} holds {name}, which is no part of a checkpoint; it is not overwritten. Move {name} out"
+            )
+
+
+def check_file(path: Path, option: str, *, overwrite: bool) -> None:
+    """Raise LlmqError unless the file that an option names can be written, or replaced where that is asked for."""
+    try:
+        if path.is_dir() or not path.name:
+            raise LlmqError(f"{option} {path} is a folder; name a file in it")
+        if path.is_symlink() and path.is_file():
+            raise LlmqError(f"{option} {path} is a symbolic link to {path.readlink()}; name that")
+        if path.is_file() and not overwrite:
+            raise LlmqError(f"{option} {path} exists; give another name or --overwrite")
+        if not path.parent.is_dir():
+            raise LlmqError(f"{option} {path}: {path.parent} is no folder that exists; make it, or name another")
+        path.lstat()
+    except FileNotFoundError:
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise LlmqError(f"{option} {path}: {path.parent} cannot be written to; name another folder") from None
+    except OSError as e:
+        raise LlmqError(f"{option} {path} cannot be written ({one_line(e)})") from e
+
+
+def _quantized(out: Path, names: list[str]) -> bool:
+    """Say whether a folder holds a quantized checkpoint, by what its config says and what lies there."""
+    if ".git" in names or "config.json" not in names or not any(n.endswith(".safetensors") for n in names):
+        return False
+    try:
+        config: dict[str, Any] = json_object(out / "config.json")
+    except LlmqError:
+        return False
+    is_model = "model_type" in config or "architectures" in config
+    return is_model and (any(config.get(k) for k in _QUANTIZED) or any(r in names for r in _RECORDS))
+
+
+def _room(given: Path, out: Path) -> None:
+    """Raise LlmqError where the stage of OUT could not be made beside it."""
+    above = next(p for p in out.parents if p.exists())
+    if not above.is_dir():
+        raise LlmqError(f"{given} cannot be written: {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise LlmqError(f"{given} cannot be written: {above} is not yours to write to; name a place that is")
+    longest = os.pathconf(above, "PC_NAME_MAX")
+    if any(len(os.fsencode(p.name)) > longest - (_ADDED if p == out else 0) for p in (out, *out.parents)):
+        raise LlmqError(f"{given} cannot be written: a name has at most {longest - _ADDED} bytes here")
+    if len(os.fsencode(out)) + _ADDED + len(_SPARE) > os.pathconf(above, "PC_PATH_MAX"):
+        raise LlmqError(f"{given} cannot be written: the path is too long")
+
+
+def _apart(given: Path, out: Path, what: str, path: Path) -> None:
+    """Raise LlmqError where writing OUT would touch something that is read."""
+    try:
+        read = path.resolve()
+        links = {f.name: f.resolve() for f in path.iterdir()} if path.is_dir() else {}
+        same = out.exists() and path.exists() and out.samefile(path)
+    except OSError as e:
+        raise LlmqError(f"cannot read {path} ({one_line(e)})") from e
+    if same or out == read:
+        raise LlmqError(f"OUT {given} is {what} itself, which is never overwritten; name another")
+    if read.is_relative_to(out):
+        raise LlmqError(f"OUT {given} holds {what}, {path}; name another place")
+    if out.is_relative_to(read):
+        raise LlmqError(f"OUT {given} lies in {what}, {path}; name a place outside")
+    for name, file in links.items():
+        if file.is_relative_to(out):
+            raise LlmqError(f"OUT {given} holds {name}, to which {what} links; name another place")

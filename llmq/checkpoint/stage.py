@@ -1,0 +1,209 @@
+"""The folder beside OUT in which a run works: made by mkdir, marked as llmq's, locked while the run lives.
+
+    OUT.llmq-partial/
+        .llmq-stage.json   whose it is: OUT, process, host, and the run (source, recipe); flock is held on it
+        part-00000 ...     a finished block each
+        new/               what becomes OUT; after the exchange, what OUT was
+        old/               what OUT was, where the system cannot exchange two names
+        whole.json         written after all checks: the files that make OUT (size, time), and the run's result
+
+A kill can leave such a folder behind. Its lock is free then, and whole.json tells what it is, whatever the moment:
+
+    committed    OUT is what whole.json lists: only the cleaning up is missing
+    whole        each file of the list is in new/ or in its place: the same command commits it
+    unfinished   anything else: `--overwrite` removes it
+
+A folder without the marker is the user's, whatever its name: another name is taken.
+Not here: what is written into it (sink.py), what OUT may be (place.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from llmq import __version__
+from llmq.checkpoint.disk import put_back, sync, write_text, writing
+from llmq.errors import LlmqError, one_line
+from llmq.reading import json_object
+
+SUFFIX = ".llmq-partial"
+MARKER, WHOLE = ".llmq-stage.json", "whole.json"
+State = Literal["committed", "whole", "unfinished"]
+
+
+class Stage:
+    """A stage whose lock this process holds."""
+
+    def __init__(self, folder: Path, lock: int) -> None:
+        self.folder, self.new, self.old = folder, folder / "new", folder / "old"
+        self._lock = lock
+
+    @classmethod
+    def make(cls, out: Path, run: Mapping[str, Any]) -> Stage:
+        """Make the stage of a run. Raises LlmqError where the disk, the folder or another run does not let it."""
+        said = {"llmq": __version__, "out": str(out), "pid": os.getpid(), "host": socket.gethostname()}
+        said |= {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "run": dict(run)}
+        unborn, folder = out.with_name(f"{out.name}{SUFFIX}.{os.getpid()}"), _name(out)
+        with writing(unborn):
+            unborn.mkdir()
+            try:
+                (unborn / "new").mkdir()
+                (unborn / "marker").write_text(json.dumps(said, indent=2) + "\n")
+                lock = _lock(unborn / "marker")
+                (unborn / "marker").rename(unborn / MARKER)  # no other run ever meets a stage that is not locked yet
+                unborn.rename(folder)
+                sync(folder.parent)
+            except BaseException as e:
+                shutil.rmtree(unborn, ignore_errors=True)
+                if isinstance(e, OSError) and e.errno == errno.ENOTEMPTY:
+                    raise _taken(folder) from e
+                raise
+        return cls(folder, lock)
+
+    @classmethod
+    def open(cls, folder: Path) -> Stage:
+        """Take the stage of an earlier run. Raises LlmqError where that run lives, naming its process."""
+        try:
+            return cls(folder, _lock(folder / MARKER))
+        except BlockingIOError as e:
+            raise _taken(folder) from e
+        except OSError as e:
+            raise LlmqError(f"cannot open {folder / MARKER} ({one_line(e)})") from e
+
+    def __str__(self) -> str:
+        """Return where it lies and how much it holds."""
+        size = sum(f.lstat().st_size for f in self.folder.rglob("*") if not f.is_dir())
+        return f"{self.folder} ({size / 1e9:.2f} GB)"
+
+    def close(self) -> None:
+        """Let the lock go."""
+        os.close(self._lock)
+
+    def remove(self) -> None:
+        """Delete the stage. Raises LlmqError where a file cannot be."""
+        whole = self.folder / WHOLE
+        with writing(self.folder):
+            for inner in (self.new, self.old):  # the list goes last: it says that the rest can go
+                if inner.exists():
+                    shutil.rmtree(inner)
+            for file in self.folder.iterdir():
+                if file.name not in (MARKER, WHOLE):
+                    shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+            whole.unlink(missing_ok=True)
+            shutil.rmtree(self.folder)
+        self.close()
+
+    def run(self) -> dict[str, Any]:
+        """Return what the run that made the stage said about itself."""
+        return dict((marker(self.folder) or {}).get("run", {}))
+
+    def mark(self, result: Mapping[str, Any]) -> None:
+        """Sync what was staged, then write whole.json: the stage is whole. Raises LlmqError on a full disk."""
+        with writing(self.folder):
+            inside = sorted(self.new.rglob("*"))
+            for path in (*inside, *self.folder.glob("beside-*"), self.new, self.folder):
+                sync(path)
+            files = {p.relative_to(self.new).as_posix(): look(p) for p in inside if not p.is_dir()}
+        write_text(self.folder / WHOLE, json.dumps({"files": files, "result": result}))
+
+    def files(self) -> dict[str, Any]:
+        """Return the names that whole.json lists; none where the stage is unfinished."""
+        return dict(self._whole().get("files", {}))
+
+    def result(self) -> dict[str, Any]:
+        """Return what the run that marked the stage had to say."""
+        return dict(self._whole().get("result", {}))
+
+    def state(self, place: Callable[[str], Path]) -> State:
+        """Say what the stage is. place: where a file of it belongs, by its name."""
+        files = self.files()
+        placed = {n for n, seen in files.items() if look(place(n)) == seen}
+        staged = {n for n, seen in files.items() if look(self.new / n) == seen}
+        if not files or placed | staged != files.keys():
+            return "unfinished"
+        return "committed" if placed == files.keys() else "whole"
+
+    def put_back(self, out: Path) -> None:
+        """Give OUT its old content back, if a kill came between two renames."""
+        with writing(out):
+            put_back(self.old, out)
+
+    def _whole(self) -> dict[str, Any]:
+        file = self.folder / WHOLE
+        return json_object(file) if file.exists() else {}
+
+
+def stages(out: Path) -> Iterator[Path]:
+    """Yield the stages of OUT that are there: folders beside it that are marked as llmq's, for this name."""
+    if not out.parent.is_dir():
+        return
+    for folder in sorted(out.parent.iterdir()):
+        if folder.name.startswith(out.name + SUFFIX) and folder.is_dir() and not folder.is_symlink():
+            said = marker(folder)
+            if said is not None and Path(str(said.get("out", out))).name == out.name:
+                yield folder
+
+
+def marker(folder: Path) -> dict[str, Any] | None:
+    """Return what a stage's marker says, None for a folder without one; a damaged one says nothing."""
+    if not (folder / MARKER).is_file():
+        return None
+    try:
+        return json_object(folder / MARKER)
+    except LlmqError:
+        return {}
+
+
+def _taken(folder: Path) -> LlmqError:
+    run = marker(folder) or {}
+    return LlmqError(
+        f"{run.get('out', folder)} is being written by process {run.get('pid')} on {run.get('host')} (since "
+        f"{run.get('started')}); wait for it, or name another OUT"
+    )
+
+
+def _name(out: Path) -> Path:
+    """Return the first name of a stage that is free: OUT.llmq-partial, OUT.llmq-partial-2 ..."""
+    n = 1
+    while os.path.lexists(folder := out.with_name(f"{out.name}{SUFFIX}{'' if n == 1 else f'-{n}'}")):
+        n += 1
+    return folder
+
+
+def _lock(file: Path) -> int:
+    """Lock a file and return its descriptor. Raises BlockingIOError where another process has it, or has removed it."""
+    at = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not file.exists() or os.fstat(at).st_ino != file.stat().st_ino:
+            raise BlockingIOError
+    except BaseException:
+        os.close(at)
+        raise
+    return at
+
+
+def fingerprint(folder: Path) -> str:
+    """Return what a checkpoint is known by: its folder, and a digest of names, sizes and times of its files."""
+    files = sorted(f for f in folder.iterdir() if f.suffix != ".md" and f.is_file())
+    seen = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]  # of what a link points to
+    return f"{folder.resolve()} with files {hashlib.sha256(repr(seen).encode()).hexdigest()[:12]}"
+
+
+def look(path: Path) -> list[int] | None:
+    """Return size and time of a file, by which it is known again after a rename; None where there is none."""
+    try:
+        seen = path.lstat()
+    except OSError:
+        return None
+    return [seen.st_size, seen.st_mtime_ns]
