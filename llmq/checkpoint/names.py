@@ -177,11 +177,13 @@ def _refuse_misshapen(source: Source, model: Any, found: Match) -> None:
 
 def _unread(source: Source, model: Any, found: Match) -> list[str]:
     """Return the tensors that nothing reads. Raises LlmqError for those of a block or of a module with weights."""
-    lists = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
+    base = f"{model.base_model_prefix}."
+    lists = [f"{n}." for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    lists += [n.removeprefix(base) for n in lists]  # a block that the model does not have keeps its stored name
     loose: Mapping[str, str] = found.unread if source.quantization else found.unread | found.beside
     for name, stored in loose.items():
         owner = dict(model.named_modules()).get(name.rpartition(".")[0])
-        if name.startswith(lists) or (owner is not None and next(owner.parameters(recurse=False), None) is not None):
+        if name.startswith(tuple(lists)) or (owner is not None and next(owner.parameters(recurse=False), None) is not None):
             raise LlmqError(
                 f"tensor {stored} has no place in the model of {source.path}/config.json, which would be another one "
                 "without it; correct the config (its number of blocks, its biases), or take the tensor out"

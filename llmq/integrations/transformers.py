@@ -31,6 +31,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq import spec
+from llmq.checkpoint.names import match
 from llmq.reading import DTYPES, tensor_entries
 from llmq.runtime.linear import QuantLinear
 from llmq.types import Format, LinearSpec, LlmqError
@@ -79,7 +80,7 @@ class PackedQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         """Replace the linears that the checkpoint holds packed. Raises LlmqError where its tensors disagree."""
-        stored = read_headers(checkpoint_files or ())
+        stored = _by_model(model, read_headers(checkpoint_files or ()))
         prefix = _prefix(model, stored)
         specs = {}
         for name, module in model.named_modules():
@@ -214,6 +215,15 @@ def _add_kv_scales(model: PreTrainedModel, prefix: str, stored: Mapping[str, Ten
         parent, _, local = name.removeprefix(prefix).rpartition(".")
         if parent in modules and _KV_SCALE.fullmatch(local):
             modules[parent].register_buffer(local, torch.empty_like(t, device="meta"))
+
+
+def _by_model(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return headers by the names of a whole model, whose checkpoint may be that of its decoder or have older ones."""
+    if not hasattr(model, model.base_model_prefix):
+        return dict(stored)
+    found = match(model, stored)
+    names = {old: new for new, old in (found.stored | found.beside).items()}
+    return {names.get(name, name): t for name, t in stored.items()}
 
 
 def _prefix(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> str:
