@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from llmq.heads import head_dim, kv_heads
+from llmq.pretrained import foreign
 from llmq.types import LlmqError
 
 READ_FACTOR = 8
@@ -104,12 +105,14 @@ def tokens(
 def bos_id(tokenizer: Any) -> int | None:
     """Return the BOS id if `tokenizer` puts it before a text of its own accord, else None."""
     bos = tokenizer.bos_token_id
-    return bos if bos is not None and tokenizer("a")["input_ids"][0] == bos else None
+    with foreign("the tokenizer cannot cut a text"):
+        return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Return the ids of `text` without special tokens added, of any length."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    with foreign("the tokenizer cannot cut a text"):
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def hub_rows(place: HubText, remedy: str) -> Iterator[dict[str, Any]]:

@@ -205,15 +205,20 @@ def generate(
     Example: `llmq generate ./my-llama-int4 "The capital of France is"`
     """
     from llmq.loading import load, load_tokenizer
+    from llmq.pretrained import check_ids, foreign
 
     tokenizer = load_tokenizer(model)
     loaded: Any = load(model, device=device)
-    encoded = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    with foreign(f"{model}: its tokenizer cannot cut the prompt"):
+        encoded = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     inputs = {k: encoded[k] for k in ("input_ids", "attention_mask") if k in encoded}  # not token_type_ids and the like
     if not inputs["input_ids"].numel():
         raise LlmqError("the prompt is empty; give some text to continue")
-    out = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    console.print(lines(str(tokenizer.decode(out[0], skip_special_tokens=True))))
+    check_ids(inputs["input_ids"], loaded)
+    with foreign(f"{model}: transformers cannot generate"):
+        out = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        text = tokenizer.decode(out[0], skip_special_tokens=True)
+    console.print(lines(str(text)))
 
 
 @app.command()

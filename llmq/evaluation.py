@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmq.pretrained import check_ids
 from llmq.show import Rows
 from llmq.types import LlmqError
 from llmq.windows import Convention, Text, Window, cut, find_convention, fit, load_text
@@ -94,6 +95,7 @@ def evaluate(  # noqa: PLR0913, what is measured and how
         raise LlmqError(f"give 1 window or more, not {windows}")
     pieces, words, bytes_ = cut(text, tokenizer, how, windows)
     scored = Predictor(model.eval(), "the model", kv_bits)
+    check_ids([i for w in pieces for i in w.ids], model)
     truth = None if baseline is None else Predictor(baseline.eval(), "the baseline")
     if truth and truth.vocab != scored.vocab:
         raise LlmqError(f"the baseline has {truth.vocab} tokens in its vocabulary, the model {scored.vocab}")

@@ -16,13 +16,14 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from llmq.checkpoint.source import Source, refuse_links
 from llmq.errors import LlmqError, one_line
@@ -127,6 +128,17 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     with foreign(f"{folder}: no tokenizer that transformers can load"), shut():
         kind = _kind_of(folder)
         return AutoTokenizer.from_pretrained(folder, config=kind, local_files_only=True, trust_remote_code=False)
+
+
+def check_ids(ids: Tensor | Sequence[int], model: Any) -> None:
+    """Raise LlmqError for token ids of which the model has no embedding; its tokenizer has had tokens added."""
+    rows = len(model.get_input_embeddings().weight)
+    top = int(torch.as_tensor(ids).max())
+    if top >= rows:
+        raise LlmqError(
+            f"the tokenizer gives token {top}, but the model has embeddings of {rows} tokens only; take the tokenizer "
+            "that belongs to it, or resize its embeddings (resize_token_embeddings) and save it"
+        )
 
 
 def _kind_of(folder: Path) -> PreTrainedConfig:

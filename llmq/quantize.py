@@ -28,7 +28,7 @@ from llmq.finish import check_memory, finish
 from llmq.folding import Folded
 from llmq.gguf.pipeline import GgufSink
 from llmq.job import Job
-from llmq.pretrained import tokenizer_of
+from llmq.pretrained import check_ids, tokenizer_of
 from llmq.publish import publish_gguf, publish_model, publish_record, write_importance
 from llmq.records import Line, Record
 from llmq.saliency import squared_gradients
@@ -99,6 +99,7 @@ def _enter(job: Job, report: Progress) -> Streams:
     tokenizer = tokenizer_of(job.source.path)
     writer = partial(_writer, job)
     tokens = calibration.tokens(recipe.calib, tokenizer, recipe.samples, recipe.seq_len, recipe.seed, writer)
+    check_ids(tokens, job.skeleton.model)
     hidden, calls = embed(job.skeleton, tokens, max(1, BATCH_TOKENS // recipe.seq_len), job.device)
     squares = {}
     if job.plan.weightings:

@@ -181,9 +181,11 @@ def _unread(source: Source, model: Any, found: Match) -> list[str]:
     lists = [f"{n}." for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     lists += [n.removeprefix(base) for n in lists]  # a block that the model does not have keeps its stored name
     loose: Mapping[str, str] = found.unread if source.quantization else found.unread | found.beside
+    modules = dict(model.named_modules())
     for name, stored in loose.items():
-        owner = dict(model.named_modules()).get(name.rpartition(".")[0])
-        if name.startswith(tuple(lists)) or (owner is not None and next(owner.parameters(recurse=False), None) is not None):
+        owner = modules.get(name.rpartition(".")[0])
+        holds = owner is not None and any(True for _ in owner.parameters(recurse=False))
+        if holds or name.startswith(tuple(lists)):
             raise LlmqError(
                 f"tensor {stored} has no place in the model of {source.path}/config.json, which would be another one "
                 "without it; correct the config (its number of blocks, its biases), or take the tensor out"

@@ -53,6 +53,14 @@ def _inside(folder: Path, path: Path) -> bool:
     return target.is_relative_to(home) or target.parent == blobs
 
 
+def _is_file(path: Path) -> bool:
+    """Say whether there is a file of that name, which may be one that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def side_files(folder: Path) -> list[Path]:
     """Return the files beside the weights: configs, tokenizer, chat templates, generation settings."""
     refuse_links(folder)
@@ -117,7 +125,7 @@ class Source:
         """Return the weight files that transformers takes."""
         said = field(self.config, "transformers_weights", str, f"{self.path}/config.json", "")
         names = [said] if said else ["model.safetensors", "model.safetensors.index.json"]
-        first = next((n for n in names if _inside(self.path, self.path / n) and (self.path / n).is_file()), None)
+        first = next((n for n in names if _inside(self.path, self.path / n) and _is_file(self.path / n)), None)
         if first is None:
             raise LlmqError(self._no_weights())
         if not first.endswith(".index.json"):
@@ -126,7 +134,7 @@ class Source:
         for file in files:
             if not _inside(self.path, self.path / file):
                 raise LlmqError(f"{self.path / first} names {file}, which lies outside the checkpoint; correct it")
-            if not (self.path / file).is_file():
+            if not _is_file(self.path / file):
                 raise LlmqError(f"shard {file} is missing from {self.path}; download it again")
         return files
 

@@ -267,7 +267,7 @@ TAMPERINGS = {
     scales_as_integers: "{linear}.{scales} is int.* but quantization_config makes it float",
     unknown_tensor: "{linear}.{scales}_2 .* does not know",
     packed_but_float: "lm_head.{scales} is packed",
-    packed_in_no_linear: "experts.0.w1.{scales} is packed",
+    packed_in_no_linear: "experts.0.w1.{scales} (is packed|has no place)",
 }
 
 
