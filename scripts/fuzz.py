@@ -258,9 +258,15 @@ class Watch:
             mode, flags = args[1], args[2]
             writes = bool(mode and set(mode) & set("wax+")) or bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         if writes and isinstance(args[0], str | bytes | os.PathLike):
-            path = str(Path(os.fsdecode(args[0])).absolute())
+            path = _where(os.fsdecode(args[0]), args[-1] if event in ("os.mkdir", "os.remove", "os.rmdir") else -1)
             if not path.startswith((*self.allowed, "/dev/", "/proc/")):
                 self.seen.append(f"{event} {path}")
+
+
+def _where(path: str, folder: int) -> str:
+    """Return an absolute path; folder: the open folder that a relative one starts from, -1 for the current one."""
+    base = Path.cwd() if folder == -1 else Path(f"/proc/self/fd/{folder}").readlink()
+    return str(base / path)
 
 
 @contextlib.contextmanager
@@ -293,6 +299,7 @@ def child(name: str, seed: int, pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    sys.dont_write_bytecode = True
     reader = READERS[name]
     with tempfile.TemporaryDirectory(prefix="llmq-fuzz-") as scratch, Path(os.devnull).open("w") as null:
         os.dup2(null.fileno(), 2)  # Rust's panics
