@@ -183,7 +183,17 @@ def _entry(file: Path, name: str, said: Any, data: int) -> Entry:
     return Entry(file, name, dtype, tuple(shape), data + offsets[0], nbytes)
 
 
+def is_file(file: Path) -> bool:
+    """Say whether there is a plain file of that name; no name is too long to ask for."""
+    try:
+        return file.is_file()
+    except OSError:
+        return False
+
+
 def _bytes(file: Path, limit: int) -> bytes:
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise LlmqError(f"{file} is not a plain file")
     try:
         with file.open("rb") as f:
             data = f.read(limit + 1)

@@ -52,11 +52,8 @@ seq_len: 16
 seed: 0
 dtype: float32
 format: gptq
-act: token
 override: ['down_proj:bits=4']
 skip: ['layers\\.0\\.mlp']
-target_bpw: null
-bit_choices: 3,4
 lm_head: false
 """
 CHAT = {"messages": [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "the quick fox"}]}

@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from llmq.errors import LlmqError, one_line, printable
-from llmq.reading import field, json_object, parse_json, tensor_entries, yaml_object
+from llmq.reading import field, is_file, json_object, parse_json, tensor_entries, yaml_object
 
 
 def put(path, text):
@@ -103,3 +104,12 @@ def test_text_of_files_cannot_act():
     assert str(LlmqError("tensor x\x1b]0;pwned\x07\nerror: all is well")).isprintable()
     assert printable("x" * 50, 10) == "xxxxxxx..." and one_line(KeyError()) == "KeyError"
     assert printable("\ud800 \u202e \u00e9") == "\\ud800 \\u202e \u00e9"
+
+
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    for name in ("pipe.json", "folder.json"):
+        with pytest.raises(LlmqError, match="not a plain file"):
+            json_object(tmp_path / name)
+    assert not is_file(tmp_path / ("x" * 5000)) and not is_file(tmp_path / "pipe.json")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmq.checkpoint.hub import COPIED, origin
 from llmq.errors import LlmqError, one_line
-from llmq.reading import DTYPES, Entry, field, json_object, tensor_entries
+from llmq.reading import DTYPES, Entry, field, is_file, json_object, tensor_entries
 
 ADAPTER = "adapter_config.json"
 """What a folder holds that peft has written an adapter to."""
@@ -51,14 +51,6 @@ def _inside(folder: Path, path: Path) -> bool:
         return False
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else None
     return target.is_relative_to(home) or target.parent == blobs
-
-
-def _is_file(path: Path) -> bool:
-    """Say whether there is a file of that name, which may be one that no file can have."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -125,7 +117,7 @@ class Source:
         """Return the weight files that transformers takes."""
         said = field(self.config, "transformers_weights", str, f"{self.path}/config.json", "")
         names = [said] if said else ["model.safetensors", "model.safetensors.index.json"]
-        first = next((n for n in names if _inside(self.path, self.path / n) and _is_file(self.path / n)), None)
+        first = next((n for n in names if _inside(self.path, self.path / n) and is_file(self.path / n)), None)
         if first is None:
             raise LlmqError(self._no_weights())
         if not first.endswith(".index.json"):
@@ -134,7 +126,7 @@ class Source:
         for file in files:
             if not _inside(self.path, self.path / file):
                 raise LlmqError(f"{self.path / first} names {file}, which lies outside the checkpoint; correct it")
-            if not _is_file(self.path / file):
+            if not is_file(self.path / file):
                 raise LlmqError(f"shard {file} is missing from {self.path}; download it again")
         return files
 
