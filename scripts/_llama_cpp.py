@@ -36,6 +36,10 @@ class LlamaCpp:
         answer = self._post("/completion", prompt=ids, **how)
         return {p["id"]: p["logprob"] for p in answer["completion_probabilities"][0]["top_logprobs"]}
 
+    def chat(self, content: str) -> str:
+        """Return what the file's chat template makes of one message of a user."""
+        return str(self._post("/apply-template", messages=[{"role": "user", "content": content}])["prompt"])
+
     def _post(self, path: str, **body: Any) -> Any:
         headers = {"Content-Type": "application/json"}
         url = self._server.listening_address + path

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from llmq.errors import LlmqError
 from llmq.gguf.rope import Rotary, rotary
 from llmq.heads import head_dim, kv_heads
+from llmq.pretrained import foreign
 
 _ATTENTION = ("attn_q", "attn_k", "attn_v")
 _DROPPED = (".rotary_emb.inv_freq",)  # buffers of old checkpoints that every runtime computes itself
@@ -62,7 +63,6 @@ _PROGRAMS = {
 class Architecture:
     """One model's place in llama.cpp, made from its transformers config by `architecture`.
 
-    tied: whether the head is the embedding; the file then holds `token_embd.weight` alone.
     window: how far back attention sees, 0 for all the way.
     parameters: the names of the tensors that transformers' model has.
     """
@@ -70,7 +70,6 @@ class Architecture:
     config: Any
     program: _Program
     rope: Rotary
-    tied: bool
     window: int
     parameters: frozenset[str]
 
@@ -93,6 +92,11 @@ class Architecture:
     def head_dim(self) -> int:
         """Channels of one head."""
         return head_dim(self.config)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding; the file then holds `token_embd.weight` alone."""
+        return bool(self.config.tie_word_embeddings)
 
     @property
     def large(self) -> bool:
@@ -176,10 +180,9 @@ class Architecture:
         self.rope.describe(writer)
 
 
-def architecture(config: Any, *, tied: bool | None = None) -> Architecture:
-    """Return the architecture of a transformers config.
+def architecture(config: Any) -> Architecture:
+    """Return the architecture of a transformers config, which says of the head what is true (`names.own_head`).
 
-    tied: whether the head is the embedding; None for what the config says.
     Raises LlmqError for a model that llama.cpp's tables here do not cover, and for one that computes another function
     than llama.cpp does.
     """
@@ -192,12 +195,12 @@ def architecture(config: Any, *, tied: bool | None = None) -> Architecture:
     program, model = _PROGRAMS[kind], _model(config)
     for reason in _differences(config, model, program):
         raise LlmqError(f"{reason}, which llama.cpp's {kind} does not compute; write another format")
-    embedding = type(model.model.rotary_emb)(config)
+    with foreign("config.json, rope_parameters"):
+        rope = rotary(type(model.model.rotary_emb)(config), config, head_dim(config), divisors=program.table)
     return Architecture(
         config,
         program,
-        rotary(embedding, config, head_dim(config), divisors=program.table),
-        bool(config.tie_word_embeddings) if tied is None else tied,
+        rope,
         max((_window(config, block) for block in model.model.layers), default=0),
         frozenset(model.state_dict()),
     )
@@ -214,6 +217,10 @@ def _model(config: Any) -> Any:
 def _differences(config: Any, model: Any, program: _Program) -> Iterator[str]:
     """Yield what transformers computes otherwise than a program of llama.cpp, as the subject of a sentence."""
     probe, d = torch.linspace(-4, 4, 33), head_dim(config)
+    if not 0 < config.max_position_embeddings < 2**32:
+        yield f"config.json asks for {config.max_position_embeddings:,} positions"
+    if not 0 <= config.rms_norm_eps < 1e30:
+        yield f"norms add {config.rms_norm_eps}"
     if not getattr(config, "is_causal", True):
         yield "config.json asks for attention both ways (is_causal false)"
     if d % 2 or (program.square and d * config.num_attention_heads != config.hidden_size):

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmq import __version__
@@ -55,9 +54,9 @@ def blueprint(
 
     Raises LlmqError for a model, a tokenizer or a type that cannot go together.
     """
-    arch = architecture(config, tied=tied(source, config))
+    arch = architecture(config)
     mix = mixture.mixture(recipe.type or "Q4_K_M")
-    shapes = {n: shape for n, (_, shape) in source.headers().items()}
+    shapes = {n: shape for n, (_, shape) in source.headers().items() if n not in source.unread}
     names = {n: ggml for n in shapes if (ggml := arch.tensor(n)) is not None}
     model = mixture.Model(
         blocks=arch.blocks,
@@ -80,14 +79,6 @@ def blueprint(
         container.parse_size(recipe.split_max_size),
         [*arch.warnings(), *words.warnings, *mixture.fallen_back(matrices, by_ggml, mix, model), *warnings],
     )
-
-
-def tied(source: Source, config: Any) -> bool:
-    """Say whether the head is the embedding: where config.json says so, and no head of other values is stored."""
-    stored = [n for n in source.names() if n.startswith("lm_head.")]
-    if not config.tie_word_embeddings or not stored:
-        return bool(config.tie_word_embeddings)
-    return stored == ["lm_head.weight"] and torch.equal(source.get(stored[0]), source.get("model.embed_tokens.weight"))
 
 
 def overrides_of(texts: Sequence[str]) -> list[tuple[re.Pattern[str], str]]:

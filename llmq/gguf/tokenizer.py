@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from llmq.types import LlmqError
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"  # sentencepiece's visible space
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unk", "sep": "sep", "pad": "pad", "mask": "mask"}
+_UNKNOWN = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")  # of tokenizer.json's model
 _ATOM_SCORE = -1e6  # of pieces that no merge makes: never compared by a tokenizer that came from sentencepiece
 
 
@@ -88,6 +90,8 @@ def vocabulary(tokenizer: Any, rows: int, config: Any, pre: str | None = None) -
         raise LlmqError("the checkpoint has no tokenizer, which a GGUF file must hold; copy its tokenizer files")
     if model["type"] != "BPE":
         raise LlmqError(f"the tokenizer is a {model['type']} model; llmq writes BPE tokenizers as GGUF")
+    if odd := [key for key in _UNKNOWN if model.get(key)]:
+        raise LlmqError(f"tokenizer.json sets {odd[0]}, which llama.cpp does not know; write another format")
     if max(ids.values()) >= rows:
         raise LlmqError(
             f"the tokenizer has ids up to {max(ids.values())}, the embedding {rows} rows; the checkpoint needs the "
@@ -97,7 +101,7 @@ def vocabulary(tokenizer: Any, rows: int, config: Any, pre: str | None = None) -
     added = backend.get_added_tokens_decoder()
     spaced = _sentencepiece_prefix(backend) if model.get("byte_fallback") else None
     tokens, types = _tokens(ids, added, rows, model, spaced is not None)
-    add_bos, add_eos, special = _surroundings(tokenizer, config)
+    add_bos, add_eos, special = _surroundings(tokenizer, config, rows)
     common: dict[str, Any] = {
         "tokens": tokens,
         "types": types,
@@ -106,7 +110,7 @@ def vocabulary(tokenizer: Any, rows: int, config: Any, pre: str | None = None) -
         "add_eos": add_eos,
         "chat_template": _template(tokenizer),
     }
-    warnings = _warnings(added)
+    warnings = _warnings(added, common["chat_template"])
     if spaced is None:
         name = pre or pretokenizer.byte_level_name(backend, bool(model.get("ignore_merges")))
         return Vocabulary("gpt2", name, merges=[" ".join(p) for p in pairs], warnings=warnings, **common)
@@ -135,9 +139,9 @@ def _tokens(
             tokens[i] = text if control else text.replace(_SPACE, " ")
         if text == model.get("unk_token"):
             types[i] = TokenType.UNKNOWN
-    twice = {t for t in tokens if tokens.count(t) > 1} if len(set(tokens)) < rows else set()
-    if twice:
-        raise LlmqError(f"two ids of the tokenizer have the text {min(twice)!r}, which llama.cpp refuses; rename one")
+    (common, n), *_ = Counter(tokens).most_common(1)
+    if n > 1:
+        raise LlmqError(f"{n} ids of the tokenizer have the text {common!r}, which llama.cpp refuses; rename them")
     return tokens, [int(t) for t in types]
 
 
@@ -158,16 +162,24 @@ def _sentencepiece_prefix(backend: Any) -> bool:
     )
 
 
-def _surroundings(tokenizer: Any, config: Any) -> tuple[bool, bool, dict[str, int]]:
+def _special(name: str, tokenizer: Any, config: Any, rows: int) -> int | None:
+    """Return the id of `bos`, `eos` ... by the tokenizer, else by the model's config; None where there is none.
+
+    A negative one means none. Raises LlmqError for one that the embedding has no row of.
+    """
+    token = getattr(tokenizer, f"{name}_token_id", None)
+    token = getattr(config, f"{name}_token_id", None) if token is None else token
+    token = next(iter(token), None) if isinstance(token, list) else token
+    if token is None or (isinstance(token, int) and token < 0):
+        return None
+    if not isinstance(token, int) or token >= rows:
+        raise LlmqError(f"{name}_token_id is {token!r}, no row of the embedding, which has {rows}; correct config.json")
+    return token
+
+
+def _surroundings(tokenizer: Any, config: Any, rows: int) -> tuple[bool, bool, dict[str, int]]:
     """Return whether BOS and EOS are put around a text, and the special ids."""
-    special = {}
-    for name in _SPECIAL:
-        token = getattr(tokenizer, f"{name}_token_id", None)
-        if token is None:
-            token = getattr(config, f"{name}_token_id", None)
-        token = token[0] if isinstance(token, list) else token
-        if token is not None:
-            special[name] = int(token)
+    special = {n: token for n in _SPECIAL if (token := _special(n, tokenizer, config, rows)) is not None}
     bare = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
@@ -209,9 +221,15 @@ def _unmerged(vocab: Mapping[str, int], pairs: Sequence[tuple[str, ...]]) -> int
     )
 
 
-def _warnings(added: Mapping[int, Any]) -> list[str]:
+def _warnings(added: Mapping[int, Any], template: str | list[dict[str, str]] | None) -> list[str]:
+    found = []
     stripping = [t.content for t in added.values() if t.lstrip or t.rstrip]
-    if not stripping:
-        return []
-    more = f" (and {len(stripping) - 1} more)" if len(stripping) > 1 else ""
-    return [f"the tokenizer strips spaces beside {stripping[0]!r}{more}, llama.cpp does not"]
+    if stripping:
+        more = f" (and {len(stripping) - 1} more)" if len(stripping) > 1 else ""
+        found.append(f"the tokenizer strips spaces beside {stripping[0]!r}{more}, llama.cpp does not")
+    if lone := [t.content for t in added.values() if t.single_word]:
+        found.append(f"the tokenizer sees {lone[0]!r} as a word of its own only, llama.cpp also within words")
+    if isinstance(template, list) and all(t["name"] != "default" for t in template):
+        names = ", ".join(t["name"] for t in template)
+        found.append(f"none of the chat templates ({names}) is called default, which llama.cpp takes unless told")
+    return found

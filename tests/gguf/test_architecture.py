@@ -56,7 +56,7 @@ def test_names_and_what_is_left_out():
     assert tied.tensor("lm_head.weight") is None and tied.tensor("model.embed_tokens.weight") == "token_embd.weight"
     assert tied.tensor("model.layers.1.self_attn.rotary_emb.inv_freq") is None
     assert tied.tensor("model.layers.1.self_attn.o_proj.bias") == "blk.1.attn_output.bias"
-    own = architecture(tied.config, tied=False)
+    own = architecture(LlamaConfig(num_hidden_layers=2))
     assert own.tensor("lm_head.weight") == "output.weight"
 
 
@@ -114,6 +114,8 @@ def test_a_window_that_transformers_does_not_apply_changes_nothing(config):
         (GemmaConfig(), "'gemma' is not among"),
         (LlamaConfig(hidden_act="gelu"), "the activation 'gelu', which llama.cpp's llama does not compute"),
         (LlamaConfig(is_causal=False), "attention both ways"),
+        (LlamaConfig(max_position_embeddings=2**40), "1,099,511,627,776 positions"),
+        (LlamaConfig(rms_norm_eps=-1e-6), "norms add -1e-06"),
         (Qwen2Config(head_dim=64), "32 heads of 64 channels for a residual stream of 4096"),
         (LlamaConfig(head_dim=3), "32 heads of 3 channels"),
         (Qwen3Config(rope_parameters=LLAMA31, max_position_embeddings=131072), "no keys that rotate as"),

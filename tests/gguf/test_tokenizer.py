@@ -232,3 +232,41 @@ def test_another_kind_of_tokenizer_is_refused():
     backend = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     with pytest.raises(LlmqError, match="WordLevel"):
         vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend), 2, LlamaConfig())
+
+
+def test_special_ids_are_rows_of_the_embedding(tokenizer_plain):
+    def special(**ids):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_plain.backend_tokenizer)
+        return vocabulary(tokenizer, 320, LlamaConfig(bos_token_id=None, eos_token_id=None, **ids)).special
+
+    assert special(pad_token_id=-1) == {}  # as Llama's first configs said that there is none
+    assert special(pad_token_id=319) == {"pad": 319}
+    with pytest.raises(LlmqError, match="pad_token_id is 320, no row of the embedding, which has 320"):
+        special(pad_token_id=320)
+
+
+@pytest.mark.parametrize("key", ["dropout", "continuing_subword_prefix", "end_of_word_suffix"])
+def test_a_merging_rule_that_llama_cpp_does_not_have_is_refused(key):
+    model = models.BPE({"a": 0}, [], **{key: 0.1 if key == "dropout" else "##"})
+    with pytest.raises(LlmqError, match=f"sets {key}, which llama.cpp does not know"):
+        vocabulary(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)), 1, LlamaConfig())
+
+
+def test_two_ids_of_one_text_are_refused_however_many_there_are(tokenizer_plain):
+    backend = Tokenizer.from_str(tokenizer_plain.backend_tokenizer.to_str())
+    backend.add_tokens([f"[PAD{2**16}]"])
+    with pytest.raises(LlmqError, match=r"2 ids of the tokenizer have the text '\[PAD65536\]'"):
+        vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend), 2**16 + 1, LlamaConfig())
+
+
+def test_what_llama_cpp_does_with_templates_and_single_words_is_said(tokenizer_plain, tmp_path, llama_cpp):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer_plain.backend_tokenizer.to_str()))
+    tokenizer.chat_template = {"default": "D:{{ messages[0].content }}", "tool_use": "T:{{ messages[0].content }}"}
+    found = vocabulary(tokenizer, 320, LlamaConfig())
+    assert found.warnings == []
+    write_model(tmp_path / "model.gguf", found)
+    assert llama_cpp(tmp_path / "model.gguf").chat("hi") == "D:hi"
+    tokenizer.chat_template = {"rag": "", "tool_use": ""}
+    tokenizer.backend_tokenizer.add_tokens([AddedToken("word", single_word=True)])
+    alone, templates = vocabulary(tokenizer, 321, LlamaConfig()).warnings
+    assert "'word' as a word of its own" in alone and "templates (rag, tool_use) is called default" in templates
