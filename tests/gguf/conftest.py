@@ -57,5 +57,6 @@ def _expected(folder, name):
 
 def _keys(path):
     file = GgufFile(path)  # test_reader.py shows that it reads as gguf-py does, which takes minutes for these
-    values = {k: file.value(k) for k in file.keys()}
+    names = file.keys()
+    values = {k: file.value(k) for k in names}
     return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
