@@ -3,7 +3,7 @@
 Weights come from safetensors only and no code of a checkpoint is ever run: a pickle, or a model with modelling code of
 its own, is refused, with what to do instead. transformers' quantizer mappings are replaced during the call and put back
 after it (integrations/transformers.py), so that `llmq.load` neither needs `register()` nor undoes it.
-Not here: reading tensors one at a time, which quantizing uses (checkpoint.py).
+Not here: reading tensors one at a time, which quantizing uses (checkpoint/).
 """
 
 from __future__ import annotations

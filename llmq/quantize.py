@@ -6,7 +6,7 @@
 Data goes one way: floats -> stats -> codes -> words -> shard. What a finisher moves afterwards, the scales and norms of
 the whole model, is put into the shards and measured anew.
 Not here: what can be refused before (job.py), what happens inside a block (block.py), the suspended forwards
-(stream.py), the files (checkpoint.py, publish.py).
+(stream.py), the files (checkpoint/, publish.py).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ that writing them is renaming, reordering the rows of q and k, and copying; neve
 Several files do not change hands in one step, so a split write never takes the names of an older one: where it would
 have as many shards, the first holds no tensors (as llama.cpp's converter writes it on request), and there is one more.
 Source: the GGUF specification of ggml; the `gguf` package writes the header and the padding.
-Not here: what a model or a tokenizer needs in the header (architecture.py, tokenizer.py), staging (checkpoint.py).
+Not here: what a model or a tokenizer needs in the header (architecture.py, tokenizer.py), staging (checkpoint/sink.py).
 """
 
 from __future__ import annotations
