@@ -319,7 +319,7 @@ def _input_params(job: Job, histogram: Histogram) -> Params:
     grid = Int(8, True, None, scale_dtype=scale_dtype, range=range_)
     values, counts = histogram.values()
     lo, hi = range_.interval(values[None], grid, counts[None])
-    return grid.params(lo, hi)
+    return grid.params(torch.minimum(lo, hi), torch.maximum(lo, hi))  # never falling: runtimes want positive scales
 
 
 def _settle(block: _Block) -> dict[str, Tensor]:

@@ -114,6 +114,23 @@ def test_writes_a_checkpoint_that_loads_and_answers_like_its_decoded_weights(
         assert (fast - want).norm() / want.norm() < (2e-2 if halves else 1e-3)  # torch's products round to bfloat16
 
 
+def test_static_scales_by_entropy_are_level_with_minmax_after_a_relu(tiny_checkpoint, tmp_path, text):
+    folder = tiny_checkpoint(hidden_act="relu")
+    ids = calibration.tokens(text, AutoTokenizer.from_pretrained(folder), 16, 32, seed=5)
+    with torch.no_grad():
+        want = llmq.load(folder, dtype=torch.float32)(ids).logits.log_softmax(-1)
+    kl = {}
+    for range_ in ("minmax", "mse", "entropy"):
+        static = {"bits": 8, "act_bits": 8, "act": "tensor", "act_range": range_, "group_size": "channel"}
+        job(folder, tmp_path / range_, calib=text, method="rtn", samples=32, **(static))
+        source = Source(tmp_path / range_)
+        assert all(source.get(n) > 0 for n in source.names() if n.endswith("input_scale"))
+        with torch.no_grad():
+            got = llmq.load(tmp_path / range_, dtype=torch.float32, backend="reference")(ids).logits.log_softmax(-1)
+        kl[range_] = (want.exp() * (want - got)).sum(-1).mean().item()
+    assert kl["entropy"] < 1.5 * kl["minmax"], kl
+
+
 def test_out_holds_what_a_runtime_wants(tiny_checkpoint, tmp_path, text):
     folder, out = tiny_checkpoint(dtype=torch.bfloat16), tmp_path / "out"
     (folder / "preprocessor_config.json").write_text("{}")

@@ -3,6 +3,11 @@
 TensorRT's calibrator (Migacz, "8-bit inference with TensorRT", GTC 2017): histogram |w| in 2048 bins; for each
 candidate threshold, clip the tail into the last bin, merge the bins into 2^(b-1) levels, spread each level evenly over
 its occupied bins, and compare. Made for activations; on weights it needs many values a row (per channel, per tensor).
+
+Two things keep it from clipping what matters. The first bin counts as much as the second, as in NVIDIA's own
+pytorch-quantization: the zeros of a ReLU, exact on every grid, would outweigh all else and ask for the finest bins near
+zero. And a divergence does not see how far a clipped value moves, which a language model's few huge activations do:
+only thresholds whose squared error is no greater than without clipping are chosen from.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmq.ranges._search import Interval, extremes
 from llmq.types import AffineGrid
 
 
@@ -26,30 +32,44 @@ class Entropy:
     bins: int = 2048
     steps: int = 64
 
-    def interval(self, w: Tensor, grid: AffineGrid, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the interval of each row of `w[..., g]`, its ends cut at the threshold."""
-        rows = w.reshape(-1, w.shape[-1])
-        mass = torch.ones_like(w) if weight is None else weight.expand_as(w)
-        levels = 2 ** (grid.bits - 1) if grid.sym else 2**grid.bits - 1
-        limit = torch.stack(
-            [self._threshold(r.abs(), m, levels) for r, m in zip(rows, mass.reshape(rows.shape), strict=True)]
-        ).reshape(w.shape[:-1])
-        lo, hi = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-        return torch.maximum(lo, -limit), torch.minimum(hi, limit)
+    def __post_init__(self) -> None:
+        if not 2 <= self.bins <= 2**16 or self.steps < 1:
+            raise ValueError("bins lies between 2 and 65536, and steps is at least 1")
 
-    def _threshold(self, magnitude: Tensor, mass: Tensor, levels: int) -> Tensor:
-        top = magnitude.max()
-        if top == 0:
-            return top
-        index = (magnitude / top * self.bins).long().clamp(max=self.bins - 1)
-        hist = torch.zeros(self.bins, dtype=torch.float64, device=mass.device).index_add_(0, index, mass.double())
-        least = min(levels, self.bins)
-        best, best_kl = self.bins, float("inf")
-        for i in torch.linspace(self.bins, least, self.steps).round().long().unique().flip(0).tolist():
-            kl = _divergence(hist, i, levels)
-            if kl < best_kl:
-                best, best_kl = i, kl
-        return top * (best / self.bins)
+    def interval(self, w: Tensor, grid: AffineGrid, weight: Tensor | None) -> Interval:
+        """Return the interval of each row of `w[..., g]`, its ends cut at the threshold."""
+        lo, hi = extremes(w)
+        top = torch.maximum(-lo, hi)
+        mass = (torch.ones_like(w) if weight is None else weight.expand_as(w)).double()
+        hist_RB = self._histograms(w, top, mass)
+        levels = 2 ** (grid.bits - 1) if grid.sym else 2**grid.bits - 1
+        chosen, least, most = (lo, hi), torch.full(top.shape, torch.inf, dtype=torch.float64, device=w.device), None
+        for i in torch.linspace(self.bins, min(levels, self.bins), self.steps).round().long().unique().flip(0).tolist():
+            limit = top * (i / self.bins)
+            ends = torch.maximum(lo, -limit), torch.minimum(hi, limit)
+            error = _squares(w, grid, ends, mass)
+            most = error if most is None else most
+            good = error <= most
+            kl = torch.full_like(least, torch.inf)
+            kl[good] = torch.tensor([_divergence(h, i, levels) for h in hist_RB[good.flatten()]]).to(kl)
+            better = kl < least
+            least = torch.where(better, kl, least)
+            chosen = torch.where(better, ends[0], chosen[0]), torch.where(better, ends[1], chosen[1])
+        return chosen
+
+    def _histograms(self, w: Tensor, top: Tensor, mass: Tensor) -> Tensor:
+        """Return the mass in each bin of the magnitudes of each row, float64 `[R, bins]`."""
+        index = (w.abs() / top.clamp(min=1e-30).unsqueeze(-1) * self.bins).long().clamp(max=self.bins - 1)
+        hist_RB = torch.zeros(top.numel(), self.bins, dtype=torch.float64, device=w.device)
+        hist_RB.scatter_add_(1, index.reshape(top.numel(), -1), mass.reshape(top.numel(), -1))
+        hist_RB[:, 0] = hist_RB[:, 1]
+        return hist_RB
+
+
+def _squares(w: Tensor, grid: AffineGrid, ends: Interval, mass: Tensor) -> Tensor:
+    """Return the squared error of each row of `w` on the grid between `ends`, weighed by `mass`."""
+    params = grid.params(*ends).map(lambda p: p.unsqueeze(-1))
+    return ((grid.decode(grid.nearest(w, params), params) - w).double().square() * mass).sum(-1)
 
 
 def _divergence(hist: Tensor, i: int, levels: int) -> float:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import gelu, silu
 
 from llmq.grids.int import Int
 from llmq.ranges import _search
@@ -10,6 +11,7 @@ from llmq.ranges.minmax import MinMax
 from llmq.ranges.mse import Mse
 from llmq.ranges.output import Output
 from llmq.ranges.percentile import Percentile
+from llmq.stats import Histogram
 
 
 def error(range_, w, bits=4, H_KK=None, group_size=None, norm=2.0):
@@ -92,6 +94,49 @@ def test_entropy_keeps_the_whole_of_a_uniform_range():
     w = torch.linspace(-1, 1, 4096)[None]
     lo, hi = Entropy().interval(w, Int(8), None)
     assert hi.item() > 0.95 and lo.item() < -0.95
+
+
+def static_kl(range_, act, outliers):
+    """KL of the softmax of a two-layer network whose inputs of both layers are int8 on one static scale each."""
+    g = torch.Generator().manual_seed(0)
+    W1, W2 = torch.randn(256, 64, generator=g) / 8, torch.randn(16, 256, generator=g) / 8
+    X = torch.randn(4096, 64, generator=g)
+    X[:, 3] *= 20 if outliers else 1
+    grid = Int(8, True, None, scale_dtype=torch.float32)
+
+    def rounded(x):
+        seen = Histogram()
+        seen.update(x)
+        values, counts = seen.values()
+        params = grid.params(*range_.interval(values[None], grid, counts[None]))
+        return grid.decode(grid.nearest(x, params), params)
+
+    want = (act(X @ W1.T) @ W2.T).log_softmax(-1)
+    got = (rounded(act(rounded(X) @ W1.T)) @ W2.T).log_softmax(-1)
+    return (want.exp() * (want - got)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("act", [torch.relu, gelu, silu, lambda x: x.relu().square(), lambda x: x.relu() * (x > 1)])
+def test_entropy_of_activations_with_many_zeros_is_level_with_minmax(act, outliers):
+    """Zeros, exact or nearly so, outweigh all other values; without a word on them the threshold falls on the bulk."""
+    assert static_kl(Entropy(), act, outliers) < 1.05 * static_kl(MinMax(), act, outliers)
+
+
+def test_entropy_does_not_clip_the_few_values_that_carry_a_language_models_function():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2**16, generator=g).pow(3)  # as peaked at zero as gate times up
+    x[0, :16] = 3000.0
+    grid = Int(8, True, None, scale_dtype=torch.float32)
+    seen = Histogram()
+    seen.update(x)
+    values, counts = seen.values()
+
+    def squares(range_):
+        params = grid.params(*range_.interval(values[None], grid, counts[None]))
+        return (grid.decode(grid.nearest(x, params), params) - x).square().sum()
+
+    assert squares(Entropy()) < 1.01 * squares(MinMax())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
