@@ -58,7 +58,8 @@ def allocate(job: Job, streams: Streams, report: Callable[[int, int, str], None]
         f"^({'|'.join(re.escape(n) for n in names)})$:bits={choice.bits}" for names, choice in chosen.items()
     )
     settled = dataclasses.replace(recipe, override=(*recipe.override, *overrides), target_bpw=None, bit_choices=None)
-    return prepare(str(job.source.path), settled, str(job.device), job.source.adapter)
+    chosen_job = prepare(str(job.source.path), settled, str(job.device), job.source.adapter)
+    return dataclasses.replace(chosen_job, warnings=job.warnings)  # what the user was told, calibration included
 
 
 def costs(job: Job, streams: Streams, report: Callable[[int, int, str], None]) -> dict[tuple[str, ...], list[Choice]]:

@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -138,10 +138,11 @@ def quantize(
     what = Recipe.load(file, given, allow_code=allow_code)
     refuse(what, src, adapter, out, overwrite=overwrite)
     job = prepare(src, what, device, adapter)
-    for warning in job.warnings:
-        console.print(labelled("warning", "yellow", warning))
+    said = list(job.warnings)
+    _warn(said)
     with _progress() as step:
         summary = run(job, out, overwrite=overwrite, progress=step)
+    _warn(w for w in summary["warnings"] if w not in said)  # what calibration left out
     _print_summary(out, summary, time.monotonic() - start)
 
 
@@ -246,8 +247,7 @@ def export(
         split_max_size=split_max_size,
         overwrite=overwrite,
     )
-    for warning in done["warnings"]:
-        console.print(labelled("warning", "yellow", warning))
+    _warn(done["warnings"])
     table = Rows(out)
     table.add("size", f"{done['bytes'] / 1e6:,.1f} MB in {len(done['files'])} file(s)")
     table.add("tensors", ", ".join(f"{n} {kind}" for kind, n in done["types"].items()))
@@ -285,6 +285,11 @@ def list_() -> None:
             if folder in ("algorithms", "ranges") and (known := spec.options(folder, name)):
                 table.add_row("", plain(f":{known}", "dim"))
         console.print(table)
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        console.print(labelled("warning", "yellow", warning))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,6 +76,17 @@ class Job:
         steps = (plan.weightings, plan.transforms, plan.needs(grids), plan.tuners, plan.finishers)
         return measured or static or any(steps)
 
+    def told(self, given: Recipe) -> Job:
+        """Return the job; one that does not calibrate keeps no options of calibration, and warns of those `given`."""
+        if self.calibrates():
+            return self
+        names = ("calib", "samples", "seq_len", "seed")
+        idle = ["--" + n.replace("_", "-") for n in names if getattr(given, n) is not None]
+        say = f"{', '.join(idle)}: method {self.plan.recipe.method} reads no calibration text, they change nothing"
+        none: dict[str, Any] = dict.fromkeys(names)
+        plan = dataclasses.replace(self.plan, recipe=dataclasses.replace(self.plan.recipe, **none))
+        return dataclasses.replace(self, plan=plan, warnings=[*self.warnings, *([say] if idle else [])])
+
     def paired(self) -> float:
         """Return the share of the calibration that runs through the float model too, for steps that compare the two."""
         return 1.0 if self.plan.tuners else max((c.share for c in self.plan.corrections), default=0.0)
@@ -99,7 +111,7 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     for step in steps.rotations:
         skeleton = Skeleton(Rotated(skeleton, step), skeleton.dtype)
     if recipe.gguf:
-        return _prepare_gguf(source, skeleton, steps, where)
+        return _prepare_gguf(source, skeleton, steps, where).told(recipe)
     if steps.finishers and recipe.act_bits:
         raise LlmqError(f"{spec.dump(steps.finishers[0])} tunes models with float activations only; leave it out")
     linears, skipped = {}, []
@@ -116,7 +128,7 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
         skipped.append(skeleton.name_of(skeleton.model.get_output_embeddings()))
     warnings = steps.format.plan(_mixed(linears, steps.recipe) if recipe.target_bpw else list(linears.values()))
     source.check()
-    return Job(skeleton.source, skeleton, steps, linears, skipped, where, [*source.warnings, *warnings])
+    return Job(skeleton.source, skeleton, steps, linears, skipped, where, [*source.warnings, *warnings]).told(recipe)
 
 
 def _check_head(skeleton: Skeleton) -> None:

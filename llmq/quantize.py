@@ -98,7 +98,8 @@ def _enter(job: Job, report: Progress) -> Streams:
     report(0, len(job.skeleton), f"calibration text: {recipe.calib}")
     tokenizer = tokenizer_of(job.source.path)
     writer = partial(_writer, job)
-    tokens = calibration.tokens(recipe.calib, tokenizer, recipe.samples, recipe.seq_len, recipe.seed, writer)
+    how = (recipe.samples, recipe.seq_len, recipe.seed)
+    tokens = calibration.tokens(recipe.calib, tokenizer, *how, writer, job.warnings.append)
     check_ids(tokens, job.skeleton.model)
     hidden, calls = embed(job.skeleton, tokens, max(1, BATCH_TOKENS // recipe.seq_len), job.device)
     squares = {}

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from llmq.calibration import HubText, bos_id, encode, hub_rows
-from llmq.types import LlmqError
+from llmq.calibration.rows import regular
+from llmq.errors import LlmqError, one_line
 
 Text = str | Sequence[str]  # one text, or documents
 
@@ -51,6 +52,8 @@ CONVENTIONS = {
     )
 }
 
+TEXT_BYTES = 64 * 2**20
+"""Size of a text that is scored; its tokens take some fifty times as much memory."""
 EVAL_SETS = {
     "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "test", stream=False),
     "c4": HubText("allenai/c4", "en", "validation"),
@@ -71,10 +74,7 @@ def find_convention(name: str, window: int | None = None) -> Convention:
 def load_text(text: Path | None, dataset: str | None, convention: Convention) -> str | list[str]:
     """Return the text of a file, or of a Hub data set of `EVAL_SETS`. Raises LlmqError where it cannot be had."""
     if text is not None:
-        try:
-            return Path(text).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise LlmqError(f"cannot read {text} as UTF-8 text: {getattr(e, 'strerror', None) or e}") from e
+        return _file_text(Path(text).expanduser())
     if dataset not in EVAL_SETS:
         raise LlmqError(f"no evaluation set {dataset!r} (there are: {', '.join(EVAL_SETS)}): or give --text FILE")
     rows = (row["text"] for row in hub_rows(EVAL_SETS[dataset], "give a text, as --text FILE"))
@@ -82,6 +82,17 @@ def load_text(text: Path | None, dataset: str | None, convention: Convention) ->
         return convention.joiner.join(rows if convention.name == "gptq" else (row or " \n" for row in rows))
     documents = list(itertools.islice(rows, 1100))  # as many as the GPTQ script takes
     return documents if convention.unit == "word" else " ".join(documents)
+
+
+def _file_text(file: Path) -> str:
+    """Return the text of a file, read whole: conventions tokenize it whole."""
+    regular(file)
+    try:
+        if file.stat().st_size > TEXT_BYTES:
+            raise LlmqError(f"{file} is larger than {TEXT_BYTES / 2**20:.0f} MiB; score a part of it")
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise LlmqError(f"cannot read {file} as UTF-8 text: {one_line(e)}") from e
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def test_data_set_out_of_reach(monkeypatch):
         raise ConnectionError("Couldn't reach it\non the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(LlmqError, match=r"Salesforce/wikitext: Couldn't reach it: give a text, as --text FILE$"):
+    with pytest.raises(LlmqError, match=r"reach it on the Hub: give a text, as --text FILE$"):
         load_text(None, "wikitext2", find_convention("gptq"))
 
 
@@ -73,3 +73,14 @@ def test_errors(tmp_path):
         load_text(tmp_path / "latin.txt", None, how)
     with pytest.raises(LlmqError, match=r"no evaluation set 'wiki'.*--text FILE"):
         load_text(None, "wiki", how)
+
+
+def test_a_text_that_is_no_file_or_too_large_is_refused(tmp_path, monkeypatch):
+    how = find_convention("gptq")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    with pytest.raises(LlmqError, match="zero.txt is no regular file"):
+        load_text(tmp_path / "zero.txt", None, how)
+    monkeypatch.setattr(windows, "TEXT_BYTES", 3)
+    (tmp_path / "long.txt").write_text("four")
+    with pytest.raises(LlmqError, match="long.txt is larger than .*score a part"):
+        load_text(tmp_path / "long.txt", None, how)

@@ -8,8 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from llmq import calibration
-from llmq.calibration import HubText, bos_id, hub_rows, tokens
+from llmq.calibration import HubText, bos_id, hub_rows, rows, text, tokens
 from llmq.types import LlmqError
 
 
@@ -107,12 +106,13 @@ def test_reading_stops_when_there_is_plenty(tmp_path, monkeypatch, tokenizer_bos
     lines = [json.dumps({"text": f"line {i} of the text"}) for i in range(3000)]
     path = tmp_path / "long.jsonl"
     path.write_text("\n".join([*lines, "{broken"]))
-    monkeypatch.setattr(calibration, "_PIECE", 1000)
+    monkeypatch.setattr(rows, "PIECE", 1000)
+    monkeypatch.setattr(text, "PIECE", 1000)
     got = tokens(str(path), tokenizer_bos, 8, 32, seed=0)
     per_line = len(tokenizer_bos("line 100 of the text\n\n")["input_ids"]) - 1
     last = max(int(n) for n in re.findall(r"line (\d+) of the text\n", tokenizer_bos.decode(got[:, 1:].flatten())))
-    assert last * per_line < 1.5 * calibration.READ_FACTOR * 8 * 31
-    with pytest.raises(LlmqError, match="line 3001 is not JSON"):
+    assert last * per_line < 1.5 * text.READ_FACTOR * 8 * 31
+    with pytest.raises(LlmqError, match="line 3001 is not valid JSON"):
         tokens(str(path), tokenizer_bos, 200, 128, seed=0)
 
 
@@ -132,10 +132,10 @@ def test_too_little_text_says_how_much(text_file, tokenizer_bos, tokenizer_plain
     [
         ("x.md", b"text", "must be one of .txt, .jsonl"),
         ("x.txt", b"caf\xe9 au lait", "not UTF-8"),
-        ("x.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not valid JSON"),
         ("x.jsonl", b'{"text": "a"}\n[1]\n', "line 2 is not a JSON object"),
         ("x.jsonl", b'{"prompt": "a", "id": 1}\n', r"line 1 has no text, .* \(it has: prompt, id\)"),
-        ("x.jsonl", b'{"messages": [{"role": "user"}]}\n', "line 1: a turn of a chat needs"),
+        ("x.jsonl", b'{"messages": [{"content": "hello"}]}\n', "line 1: a turn of a chat needs"),
         ("x.jsonl", b'{"messages": ["hello"]}\n', "line 1: a turn of a chat needs"),
         ("x.parquet", b"PAR1 but not really", "not a readable parquet"),
         ("x.arrow", b"ARROW1 but not really", "not a readable arrow"),
@@ -206,77 +206,9 @@ def test_a_hub_failure_is_one_line_with_the_remedy(monkeypatch, tokenizer_bos):
         raise ConnectionError("Couldn't reach it\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", breaks_off)
-    with pytest.raises(LlmqError, match=r"data set org/name: Couldn't reach it: give a text file, as --calib FILE"):
+    with pytest.raises(
+        LlmqError, match=r"data set org/name: Couldn't reach it second line: give a text file, as --calib FILE"
+    ):
         tokens("org/name", tokenizer_bos, 4, 16, seed=0)
     with pytest.raises(LlmqError, match=r"try this$"):
         list(hub_rows(HubText("org/name", None, "train"), "try this"))
-
-
-@pytest.mark.parametrize("bos", [True, False])
-def test_self_writes_full_seeded_sequences(request, tiny_llama, bos, monkeypatch):
-    tokenizer = request.getfixturevalue("tokenizer_bos" if bos else "tokenizer_plain")
-    monkeypatch.setattr(calibration, "WRITE_BATCH", 4)  # 10 sequences: three batches, the last of 2
-    got, again, other = (tokens("self", tokenizer, 10, 24, seed=seed, model_writer=tiny_llama) for seed in (0, 0, 1))
-    assert (got.shape, got.dtype) == ((10, 24), torch.int64)
-    assert torch.equal(got, again)
-    assert not torch.equal(got, other)
-    if bos:
-        assert (got[:, 0] == 0).all()
-        assert (got == 0).sum() == 10
-
-
-def test_self_samples_from_the_models_distribution(tiny_llama, tokenizer_bos):
-    """2000 second tokens follow p(. | BOS) without BOS, as closely as sampling noise allows; BOS itself is likely."""
-    model = tiny_llama(initializer_range=0.4)
-    with torch.no_grad():
-        state = model.model(torch.tensor([[0]])).last_hidden_state[0, -1]
-        model.lm_head.weight[0] = 10 * state / state.square().sum()  # a logit of 10
-        logits = model.lm_head(state)
-    assert logits.softmax(-1)[0] > 0.1
-    logits[0] = -torch.inf
-    p = logits.softmax(-1)
-    got = tokens("self", tokenizer_bos, 2000, 2, seed=0, model_writer=lambda: model)
-    seen = torch.bincount(got[:, 1], minlength=320) / 2000
-    noise = (p * (1 - p) / 2000).sqrt().sum() / 2
-    assert seen[0] == 0
-    assert (seen - p).abs().sum() / 2 < 1.2 * noise < 0.2
-    assert (p - 1 / 320).abs().sum() / 2 > 0.3  # far from uniform, so that the line above says something
-
-
-def test_self_starts_anywhere_but_at_special_tokens(tiny_llama, tokenizer_plain):
-    first = tokens("self", tokenizer_plain, 2000, 2, seed=0, model_writer=tiny_llama)[:, 0]
-    assert len(set(first.tolist())) > 300
-    assert not set(first.tolist()) & set(tokenizer_plain.all_special_ids)
-
-
-def test_self_never_writes_padding_rows(tiny_llama, tokenizer_bos):
-    """An embedding larger than the vocabulary has rows that no tokenizer knows."""
-    got = tokens("self", tokenizer_bos, 8, 32, seed=0, model_writer=lambda: tiny_llama(vocab_size=2000))
-    assert got.max() < len(tokenizer_bos)
-
-
-def test_self_is_refused_where_it_does_not_pay(tiny_llama, tokenizer_bos, monkeypatch):
-    monkeypatch.setattr(calibration, "WRITE_SECONDS", 0)
-    monkeypatch.setattr(calibration, "WRITE_FACTOR", 0)
-    with pytest.raises(LlmqError, match=r"would take about \d+ min to write, \d+ times .* --calib FILE"):
-        tokens("self", tokenizer_bos, 8, 32, seed=0, model_writer=tiny_llama)
-    monkeypatch.setattr(calibration, "WRITE_FACTOR", 1e9)
-    assert tokens("self", tokenizer_bos, 8, 32, seed=0, model_writer=tiny_llama).shape == (8, 32)
-
-
-def test_self_is_refused_where_it_does_not_fit(monkeypatch):
-    class Free:
-        available = 5 * 10**9
-
-    monkeypatch.setattr(calibration.psutil, "virtual_memory", Free)
-    calibration.check_memory(10**9)  # and 1.07 GB of cache
-    with pytest.raises(LlmqError, match=r"6.0 GB of which 5.0 GB are free: give a text file"):
-        calibration.check_memory(3 * 10**9)
-
-
-def test_self_names_a_broken_model(tiny_llama, tokenizer_bos):
-    model = tiny_llama()
-    with torch.no_grad():
-        model.lm_head.weight[5, 5] = torch.nan
-    with pytest.raises(LlmqError, match="the model writes NaN"):
-        tokens("self", tokenizer_bos, 2, 8, seed=0, model_writer=lambda: model)

@@ -1,0 +1,57 @@
+"""Calibration tokens: the text on which a solver sees the activations that it must preserve.
+
+Every source ends as one int64 tensor `[samples, seq_len]` of full sequences, so that nothing downstream knows pads:
+
+    BOS  t_1 ... t_{L-1}     exactly one BOS, first, where the tokenizer adds one to a text; no BOS elsewhere
+    t_1  t_2 ... t_L         else
+
+text.py: files, folders and Hub data sets. rows.py: their rows and chats. writing.py: text that the model writes.
+Not here: what is accumulated over the tokens (stats), running blocks on them (stream), scoring text (evaluation).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from llmq.calibration.text import HUB as HUB
+from llmq.calibration.text import HubText as HubText
+from llmq.calibration.text import bos_id as bos_id
+from llmq.calibration.text import encode as encode
+from llmq.calibration.text import hub_rows as hub_rows
+from llmq.calibration.text import read
+from llmq.calibration.writing import check_memory as check_memory
+from llmq.calibration.writing import free_memory as free_memory
+from llmq.calibration.writing import write
+from llmq.types import LlmqError
+
+
+def tokens(
+    source: str,
+    tokenizer: Any,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    model_writer: Callable[[], Any] | None = None,
+    warn: Callable[[str], Any] = warnings.warn,
+) -> Tensor:
+    """Return `samples` calibration sequences, int64 `[samples, seq_len]` on the CPU; same arguments, same tokens.
+
+    source: `self`; a short name of `HUB`; a .txt, .jsonl, .parquet or .arrow file, or a folder of them (read in the
+        order of their paths); or a Hub data set as `org/name[:config[:split]]`. Rows hold `text` or a chat, in
+        `messages` or `conversations`.
+    model_writer: returns the transformers model that `self` asks to write; call `check_memory` before it loads one.
+    warn: is told, in one line, what of the source was left out.
+
+    Raises LlmqError for a source that cannot be read, is too short, or would take too long to write.
+    """
+    if samples < 1 or seq_len < 2:
+        raise LlmqError(f"calibration wants --samples >= 1 and --seq-len >= 2, not {samples} and {seq_len}")
+    if source != "self":
+        return read(source, tokenizer, samples, seq_len, seed, warn)
+    if model_writer is None:
+        raise LlmqError("calibration text `self` needs a model that writes it: give a text file instead")
+    return write(model_writer(), tokenizer, samples, seq_len, seed)
