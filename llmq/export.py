@@ -25,6 +25,7 @@ from torch import Tensor
 from llmq import __version__, spec
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.names import own_head, settle
+from llmq.checkpoint.packed import Packing
 from llmq.checkpoint.place import user_path
 from llmq.checkpoint.stage import fingerprint
 from llmq.gguf import container, mixture
@@ -33,7 +34,7 @@ from llmq.gguf.pipeline import Blueprint, GgufSink
 from llmq.gguf.reader import GgufFile
 from llmq.gguf.tokenizer import vocabulary
 from llmq.pretrained import blank_model, model_config
-from llmq.types import GgmlParams, LinearSpec, LlmqError, QTensor
+from llmq.types import GgmlParams, LlmqError, QTensor
 
 EXACT, ROUNDED, REQUANTIZED = "values exact", "codes exact, minimum rounded", "requantized"
 _BLOCK = 32  # columns of a block of Q4_0, Q4_1 and Q8_0
@@ -116,11 +117,7 @@ class _Reader:
     def __init__(self, source: Source) -> None:
         self.source = source
         quantization = source.quantization or {}
-        self.method = str(quantization.get("quant_method"))
-        if self.method.replace("-", "_") not in spec.names("formats"):
-            raise LlmqError(f"{source.path}: quant_method {self.method!r} is not one that llmq reads")
-        found: Any = spec.find("formats", self.method)
-        self.format, self.scheme = found.read(quantization)
+        self.packing, self.method = Packing(quantization), str(quantization["quant_method"])
         self.config: Any = model_config(source)
         model = blank_model(source, self.config)
         settle(source, model)
@@ -131,9 +128,10 @@ class _Reader:
 
     def warnings(self) -> list[str]:
         """Return what of the checkpoint a GGUF file cannot hold."""
-        schemes = [s for n, (N, K) in self.linears.items() if (s := self.scheme(n, N, K))]
+        names = set(self.source.names())
+        linears = [s for n, (N, K) in self.linears.items() if (s := self.packing.linear(n, N, K, names))]
         found = list(self.source.warnings)
-        if any(s.activation for s in schemes):
+        if any(s.scheme.activation for s in linears):
             found.append(
                 "the checkpoint quantizes activations too; llama.cpp has its own way, their scales are left out"
             )
@@ -147,14 +145,13 @@ class _Reader:
         for name in sorted(self.source.names(), key=_natural):
             by_module.setdefault(name.rpartition(".")[0], []).append(name)
         for module, names in by_module.items():
-            N, K = self.linears.get(module, (0, 0))
-            scheme = self.scheme(module, N, K) if N else None
-            if scheme is None:
+            shape = self.linears.get(module)
+            linear = self.packing.linear(module, *shape, names) if shape else None
+            if linear is None:
                 yield from ((name, self.source.get(name)) for name in names if not name.endswith(_CACHE))
                 continue
-            linear = LinearSpec(module, N, K, scheme)
             local = {n.rpartition(".")[2]: self.source.get(n) for n in names}
-            yield f"{module}.weight", convert(self.format.unpack(local, linear), module, requantize)
+            yield f"{module}.weight", convert(self.packing.format.unpack(local, linear), module, requantize)
             if "bias" in local:
                 yield f"{module}.bias", local["bias"]
 

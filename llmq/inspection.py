@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint import Source, resolve
-from llmq.errors import LlmqError, printable
+from llmq.checkpoint.packed import unread
+from llmq.errors import printable
 from llmq.gguf.reader import GgufFile
 from llmq.reading import field, json_object
 from llmq.show import Rows
@@ -24,9 +25,7 @@ def inspect(name: str, *, linears: bool = False) -> Iterator[Rows]:
         yield from _gguf(GgufFile(Path(name)), linears=linears)
         return
     source = Source(resolve(name))
-    config, quantization = source.config, source.config.get("quantization_config") or {}
-    if not isinstance(quantization, dict):
-        raise LlmqError(f"{source.path}: quantization_config in config.json is no object; download it again")
+    config, quantization = source.config, source.quantization or {}
     table = Rows(source.path)
     table.add("model_type", config.get("model_type"))
     table.add("blocks, hidden size", f"{config.get('num_hidden_layers')}, {config.get('hidden_size')}")
@@ -34,6 +33,8 @@ def inspect(name: str, *, linears: bool = False) -> Iterator[Rows]:
     kinds = Counter(dtype for dtype, _ in source.headers().values())
     table.add("dtypes", ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()))
     table.add("quantization", quantization.get("quant_method") if quantization else "none (float)")
+    if quantization and (why := unread(quantization)):
+        table.add("  not loaded by llmq", why)
     for key, value in quantization.items():
         if key != "quant_method":
             table.add(f"  {key}", printable(json.dumps(value), 200))

@@ -18,7 +18,7 @@ from torch import nn
 from llmq import card, spec
 from llmq.adapter import Adapted, Adapter
 from llmq.checkpoint import Source, resolve
-from llmq.errors import one_line
+from llmq.errors import one_line, printable
 from llmq.gguf.pipeline import Blueprint, blueprint
 from llmq.recipe import Plan, Recipe, check_patterns, plan
 from llmq.rotation import Rotated
@@ -99,7 +99,8 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     """
     source = Source(resolve(src), None if adapter is None else resolve(str(adapter)))
     if source.quantization is not None:
-        raise LlmqError(f"{src} is quantized already; give the float checkpoint that it was made from")
+        method = printable(str(source.quantization.get("quant_method")), 80)
+        raise LlmqError(f"{src} is quantized already ({method}); give the float checkpoint that it was made from")
     where = _device(device)
     stored = source.dtype
     steps = plan(recipe, stored)

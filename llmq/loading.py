@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.names import settle
+from llmq.checkpoint.packed import Packing
 from llmq.errors import LlmqError, one_line
-from llmq.integrations.transformers import METHODS, registered
+from llmq.integrations.transformers import registered
 from llmq.pretrained import blank_model, foreign, model_config, shut, tokenizer_of
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,10 @@ def load(
     """
     source = Source(resolve(str(path)))
     folder, packed = source.path, source.quantization
-    if packed is not None and packed.get("quant_method") not in METHODS:
-        method = packed.get("quant_method")
-        raise LlmqError(f"{folder}: quant_method {method!r} is not one that llmq reads ({', '.join(METHODS)})")
+    if packed is not None:
+        Packing(packed)  # refuses in one line what llmq does not read
     target, config = _device(device), model_config(source)
+    config.quantization_config = packed  # transformers looks for it in config.json alone
     settle(source, blank_model(source, config), converts=True)
     for warning in source.warnings:
         log.warning(warning)

@@ -398,6 +398,10 @@ class Format(Protocol):
 
     quant_method: str
 
+    @property
+    def derived(self) -> frozenset[str]:
+        """Local names of tensors that follow from the config and the rest, so that a peer's file may lack them."""
+
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Return the dtype in which this format stores scales; the grid is fitted in it."""
 

@@ -61,7 +61,9 @@ LLMCOMPRESSOR = {
         "group_1": {"targets": ["re:.*down_proj$"], "weights": INT8_CHANNEL},
     },
 }
-WRITERS = {"gptqmodel": GPTQMODEL, "autoawq": AUTOAWQ, "llmcompressor": LLMCOMPRESSOR}
+# name: arguments of auto_round.AutoRound
+AUTOROUND = {"auto_round_w4g32_sym": {"sym": True}, "auto_round_w4g32_asym": {"sym": False}}
+WRITERS = {"gptqmodel": GPTQMODEL, "autoawq": AUTOAWQ, "llmcompressor": LLMCOMPRESSOR, "autoround": AUTOROUND}
 
 
 def make_float(root: Path) -> None:
@@ -153,6 +155,16 @@ def write_llmcompressor(source: Path, out: Path, config_groups: dict) -> None:
         shuffle_calibration_samples=False,
     )
     model.save_pretrained(out, save_compressed=True)
+
+
+def write_autoround(source: Path, out: Path, settings: dict) -> None:
+    """Quantize with auto-round in its own format: round to nearest, without calibration."""
+    from auto_round import AutoRound
+
+    # it takes every .safetensors file beside the weights for one of their shards
+    alone = shutil.copytree(source, out.parent / "float", ignore=shutil.ignore_patterns("logits.safetensors"))
+    quantizer = AutoRound(str(alone), bits=4, group_size=32, iters=0, disable_opt_rtn=True, **settings)
+    quantizer.quantize_and_save(str(out), format="auto_round")
 
 
 def write(writer: str, root: Path, names: list[str]) -> None:

@@ -168,7 +168,7 @@ BAD = {
     "truncated": (truncated, r"model\.safetensors.*truncated"),
     "remote_code": (lambda d: edit(d, auto_map={"AutoModel": "modeling_x.X"}), "auto_map"),
     "unknown_method": (lambda d: edit(d, quantization_config={"quant_method": "os.path"}), r"'os\.path'.*gptq, awq"),
-    "no_method": (lambda d: edit(d, quantization_config={}), r"None.*gptq, awq"),
+    "no_method": (lambda d: edit(d, quantization_config={}), r"quant_method is missing.*gptq, awq"),
     "unknown_model": (lambda d: edit(d, model_type="zork"), "zork"),
     "bad_config": (lambda d: edit(d, hidden_size="wide"), "hidden_size"),
     "missing_tensor": (without_norm, r"tensor model\.norm\.weight is missing"),

@@ -85,6 +85,8 @@ def _local(name: str) -> Path | None:
         raise LlmqError(
             f"cannot open {printable(name, 200)} ({one_line(e)}); give a checkpoint folder or a Hub id"
         ) from e
+    if there and path.suffix == ".gguf":
+        raise LlmqError(f"{name} is a GGUF file: llama.cpp runs it, llmq inspect shows it; give a checkpoint folder")
     if there:
         raise LlmqError(f"{name} is a file; give the folder that holds config.json and the .safetensors files")
     return None

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint.hub import COPIED, origin
+from llmq.checkpoint.packed import quantization
 from llmq.errors import LlmqError, one_line
 from llmq.reading import DTYPES, Entry, field, is_file, json_object, tensor_entries
 
@@ -146,8 +147,8 @@ class Source:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """What config.json says of packed weights; None of a float checkpoint."""
-        return self.config.get("quantization_config")
+        """What the checkpoint says of packed weights, wherever its writer put it; None of a float one."""
+        return quantization(self.path, self.config, self._entries)
 
     def rename(self, names: Mapping[str, str], written: Mapping[str, str], unread: Iterable[str]) -> None:
         """Give the tensors other names, new -> old; those not named are left out. written: new -> as OUT has them."""

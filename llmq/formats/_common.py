@@ -1,7 +1,7 @@
-"""What the integer formats share: refusals made before any work, and checked access to configs and tensors.
+"""What the integer formats share: refusals made before any work, and what their warnings have in common.
 
 Every refusal is one line: the module, the reason, the remedy.
-Not here: bytes (_bits.py and the format files).
+Not here: a peer's config and tensors (_reading.py), bytes (_bits.py and the format files).
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from llmq.grids.int import Int  # the vocabulary of every integer format, hence the one import from a sibling folder
 from llmq.types import LinearSpec, LlmqError
@@ -94,6 +92,16 @@ def fused_warnings(linears: Sequence[LinearSpec]) -> list[str]:
     return [f"{unlike[0]}{more} are not quantized alike: runtimes that fuse them, such as vLLM, refuse the checkpoint"]
 
 
+def head_warnings(linears: Sequence[LinearSpec], method: str) -> list[str]:
+    """Return a warning where the output head is quantized, in a format whose config says so to few readers."""
+    if all(block_path(s.name) for s in linears):
+        return []
+    return [
+        f"transformers computes rubbish from a quantized output head in {method}, silently: it makes the head up; "
+        "GPTQModel, vLLM and llmq read it, and transformers does from --format compressed-tensors"
+    ]
+
+
 def block_path(name: str) -> str | None:
     """Return a linear's name inside its decoder block, `mlp.up_proj`; None for one outside, such as `lm_head`."""
     match = _IN_BLOCK.fullmatch(name)
@@ -112,67 +120,3 @@ def kept_in_blocks(linears: Sequence[LinearSpec], skipped: Sequence[str]) -> tup
     if set(paths).isdisjoint(left_paths):
         return paths, {f"-:.*\\.{re.escape(path)}$": {} for path in left_paths}
     return names, {f"-:{re.escape(name)}$": {} for name in left}
-
-
-def left_by_rules(dynamic: Mapping[str, Any], name: str) -> bool:
-    """Return whether GPTQModel's `dynamic` leaves `name` float: its first rule that matches is negative."""
-    return any(regex(rule.removeprefix("-:")).match(name) for rule in dynamic)
-
-
-def negative_rules(config: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """Return the `dynamic` rules of a config. Raises LlmqError for a rule that changes a scheme."""
-    rules = dict(config.get("dynamic") or {})
-    for rule in rules:
-        if not rule.startswith("-:"):
-            raise LlmqError(
-                f"quantization_config.dynamic[{rule!r}] gives some modules another scheme, which llmq does not read "
-                f"from {method}; quantize again with --format compressed-tensors"
-            )
-        regex(rule.removeprefix("-:"))
-    return rules
-
-
-def regex(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern of a config. Raises LlmqError that quotes it."""
-    try:
-        return re.compile(pattern)
-    except re.error as e:
-        raise LlmqError(f"quantization_config: {pattern!r} is not a regular expression ({e}); correct it") from e
-
-
-def need(config: Mapping[str, Any], key: str, possible: Sequence[Any], remedy: str) -> Any:
-    """Return `config[key]`. Raises LlmqError unless it is one of `possible`."""
-    value = config.get(key)
-    if value not in possible or isinstance(value, bool) != isinstance(possible[0], bool):
-        said = f"is {value!r}" if key in config else "is missing"
-        expected = ", ".join(str(p) for p in possible)
-        raise LlmqError(f"quantization_config.{key} {said}; llmq reads {expected}: {remedy}")
-    return value
-
-
-def group_size_of(config: Mapping[str, Any]) -> int | None:
-    """Return `group_size`, None for the -1 that means per channel on disk. Raises LlmqError for anything else."""
-    size = config.get("group_size")
-    if isinstance(size, bool) or not isinstance(size, int) or size < -1 or size == 0:
-        raise LlmqError(f"quantization_config.group_size is {size!r}; it must be positive, or -1 for per channel")
-    return None if size == -1 else size
-
-
-def checked(tensors: Mapping[str, Tensor], layout: Mapping[str, Tensor], spec: LinearSpec) -> list[Tensor]:
-    """Return the tensors of `layout`, in its order.
-
-    Raises LlmqError that names the first one missing or of another shape or dtype; for a floating-point tensor any
-    floating-point dtype will do, since peers store scales in the dtype of their model.
-    """
-    for name, expected in layout.items():
-        if name not in tensors:
-            raise LlmqError(f"{spec.name}.{name} is missing: the checkpoint is incomplete or its config is not its own")
-        found = tensors[name]
-        same = found.dtype == expected.dtype or (found.is_floating_point() and expected.is_floating_point())
-        if found.shape != expected.shape or not same:
-            is_, wanted = (f"{t.dtype} {list(t.shape)}" for t in (found, expected))
-            raise LlmqError(
-                f"{spec.name}.{name} is {is_}, not {wanted}: the checkpoint's config is not its own, or its writer "
-                "packs in another way"
-            )
-    return [tensors[name] for name in layout]

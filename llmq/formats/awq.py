@@ -28,14 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.formats import _common
+from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words
 from llmq.grids.int import Int
 from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
 
+_DEFAULTS = {"zero_point": True, "pack_dtype": "int32", "desc_act": False, "lm_head": False}
+_BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"  # a pattern of transformers matches up to the end of a module's name
 _KEYS = ("quant_method", "bits", "group_size", "zero_point", "version", "modules_to_not_convert")
 _VERSIONS = ("version", "format", "checkpoint_format")  # one fact in three spellings: AutoAWQ, GPTQModel twice
-_REQUANTIZE = "quantize the float model again"
 _READERS = {
     "GPTQModel, hence not by transformers": (16, 32, 64, 128),  # 7.7, AwqTorchLinear.SUPPORTS_GROUP_SIZE
     "vLLM": (32, 64, 128),  # marlin_utils.MARLIN_SUPPORTED_GROUP_SIZES
@@ -47,7 +48,8 @@ class AWQ:
     """The AWQ checkpoint format, GEMM packing.
 
     zero_point: what the config says of the zeros, which are stored either way.
-    modules_to_not_convert, dynamic: which linears stay float, as read from a checkpoint.
+    modules_to_not_convert, dynamic: which linears stay float, as read from a checkpoint; left and rules are their
+        patterns.
     keys, extra: the keys of the config that was read, and what llmq does not interpret of it.
     """
 
@@ -55,8 +57,15 @@ class AWQ:
     zero_point: bool = field(default=True, init=False, repr=False)
     modules_to_not_convert: list[str] | None = field(default_factory=list, init=False, repr=False)
     dynamic: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    left: _reading.Patterns = field(default_factory=lambda: _reading.Patterns({}), init=False, repr=False)
+    rules: _reading.Patterns = field(default_factory=lambda: _reading.Patterns({}), init=False, repr=False)
     keys: tuple[str, ...] = field(default=_KEYS, init=False, repr=False)
     extra: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def derived(self) -> frozenset[str]:
+        """See `Format.derived`."""
+        return frozenset()
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Return float16, whatever the model's dtype."""
@@ -76,9 +85,7 @@ class AWQ:
                     "--skip the module or use --format compressed-tensors"
                 )
         warnings = _common.group_size_warnings(grid, _READERS) + _common.fused_warnings(linears)
-        if any(_common.block_path(s.name) is None for s in linears):
-            warnings.append("transformers does not read a quantized output head from awq; GPTQModel and vLLM do")
-        return warnings
+        return warnings + _common.head_warnings(linears, "awq")
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return qweight, qzeros and scales (dtype kept). Raises LlmqError for a weight in activation order."""
@@ -92,9 +99,10 @@ class AWQ:
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
         """Invert `pack`. Raises LlmqError that names the tensor."""
-        qweight, qzeros, scales = _common.checked(tensors, self.layout(spec), spec)
+        qweight, qzeros, scales = _reading.checked(tensors, self.layout(spec), spec).values()
         params = Params(scales.t().contiguous(), _unpack_columns(qzeros, spec.N).to(torch.int32))
-        return QTensor(_unpack_columns(qweight, spec.N), params, spec.scheme.weight)
+        q = QTensor(_unpack_columns(qweight, spec.N), params, spec.scheme.weight)
+        return _reading.sound(q, spec, "scales", "qzeros")
 
     def layout(self, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the meta tensors of one linear. Raises LlmqError where the group does not divide K."""
@@ -138,23 +146,24 @@ class AWQ:
 
         Raises LlmqError for another packing than GEMM and for other bits than 4.
         """
-        known = {"zero_point": True, "pack_dtype": "int32", "desc_act": False, "lm_head": False, "version": "gemm"}
-        known |= config
+        known = _DEFAULTS | {k: v for k, v in config.items() if v is not None}
         for key in _VERSIONS:
-            version = known.get(key, "gemm")
-            _common.need({key: str(version).lower()}, key, ("gemm",), _REQUANTIZE)
-        _common.need(known, "bits", (4,), _REQUANTIZE)
-        _common.need(known, "pack_dtype", ("int32",), _REQUANTIZE)
-        _common.need(known, "desc_act", (False,), _REQUANTIZE)
-        lm_head = _common.need(known, "lm_head", (True, False), "correct it")
+            _reading.need({key: str(known.get(key, "gemm")).lower()}, key, ("gemm",))
+        _reading.need(known, "bits", (4,))
+        _reading.need(known, "pack_dtype", ("int32",))
+        _reading.need(known, "desc_act", (False,))
+        lm_head = _reading.need(known, "lm_head", (True, False), "correct it")
         form = cls()
-        form.zero_point = _common.need(known, "zero_point", (True, False), "correct it")
+        form.zero_point = _reading.need(known, "zero_point", (True, False), "correct it")
+        left = _reading.strings(config, "modules_to_not_convert")
         form.modules_to_not_convert = config.get("modules_to_not_convert")
-        form.dynamic = _common.negative_rules(config, "awq")
+        form.left = _reading.Patterns({key: f"(?:{key}){_BOUNDARY}" for key in left})
+        form.dynamic = _reading.rules_of(config, "awq")
+        form.rules = _reading.rule_patterns(form.dynamic)
         interpreted = {*_KEYS, *_VERSIONS, "method", "pack_dtype", "desc_act", "lm_head", "dynamic"}
         form.keys = tuple(k for k in config if k in interpreted)
         form.extra = {k: v for k, v in config.items() if k not in interpreted}
-        scheme = Scheme(Int(4, not form.zero_point, _common.group_size_of(config)))
+        scheme = Scheme(Int(4, not form.zero_point, _reading.group_size_of(config)))
 
         def scheme_of(name: str, N: int, K: int) -> Scheme | None:
             return scheme if form._quantized(name, lm_head) else None
@@ -163,13 +172,9 @@ class AWQ:
 
     def _quantized(self, name: str, lm_head: bool) -> bool:
         """Return whether `name` is quantized, as transformers matches (quantizers_utils.should_convert_module)."""
-        if _common.left_by_rules(self.dynamic, name) or (_common.block_path(name) is None and not lm_head):
+        if (self.rules.first(name) or "").startswith("-:") or (_common.block_path(name) is None and not lm_head):
             return False
-        boundary = r"(?:(?<=\.)|(?=\.|$))"
-        return not any(
-            name.endswith(key) or _common.regex(f"(?:{key}){boundary}").match(name)
-            for key in self.modules_to_not_convert or ()
-        )
+        return not name.endswith(tuple(self.modules_to_not_convert or ())) and self.left.first(name) is None
 
 
 def _pack_columns(codes_NK: Tensor) -> Tensor:

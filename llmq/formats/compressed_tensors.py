@@ -17,7 +17,8 @@ that do not divide 32 is that of compressed-tensors 0.19 and later (0.17 put ten
 
 Config: `config_groups.group_N` has `targets` (module names, `re:` patterns, or the class "Linear") and a scheme;
 `ignore` takes modules out again. Where a model has several schemes all its modules are listed by name, none by class:
-vLLM looks for the class of a fused q/k/v before the names of its parts, and would take the wrong scheme.
+vLLM looks for the class of a fused q/k/v before the names of its parts, and would take the wrong scheme. An output head
+is always listed by name: it is no "Linear" in vLLM.
 
 Key-value cache, int8 with static scales: `kv_cache_scheme` in the config, and beside the linears of each attention
     k_scale, v_scale   float [1] (strategy "tensor") or [H, 1, 1] ("attn_head"), of rotated keys and of values
@@ -27,7 +28,6 @@ Not here: how the scales of the cache are found (kv_scales.py) and read back (in
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.formats import _common
+from llmq.errors import printable
+from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words, width
 from llmq.grids.int import Int
 from llmq.types import ActivationGrid, LinearSpec, LlmqError, Params, QTensor, Scheme
@@ -48,10 +49,18 @@ _EXTRA: dict[str, Any] = {
     "version": "0.20.0",
 }
 _KV_WARNING = (
-    "static int8 scales of the key-value cache are read by llmq and transformers; vLLM takes calibrated scales as fp8 "
-    "only, and its own int8 cache is dynamic: do not serve this kv_cache_scheme there"
+    "vLLM 0.32 refuses to load a file with static int8 scales of the key-value cache (it takes fp8 ones, and its own "
+    "int8 cache is dynamic); llmq and transformers read it: leave --kv-bits out for vLLM"
 )
-_REQUANTIZE = "quantize the float model again"
+_FLOATS = {  # what a format's name says of weights that are no integers
+    "float-quantized": "FP8",
+    "naive-quantized": "FP8",
+    "nvfp4-pack-quantized": "NVFP4",
+    "mxfp4-pack-quantized": "MXFP4",
+    "mxfp6-pack-quantized": "MXFP6",
+    "mxfp8-quantized": "MXFP8",
+}
+_INTEGERS = "integers of 2 to 8 bits per group, channel or tensor, in the original column order"
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,11 @@ class CompressedTensors:
     ignore: list[str] = field(default_factory=list, init=False, repr=False)
     extra: dict[str, Any] = field(default_factory=lambda: dict(_EXTRA), init=False, repr=False)
 
+    @property
+    def derived(self) -> frozenset[str]:
+        """See `Format.derived`."""
+        return frozenset({"weight_shape"})
+
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Return the model's dtype, as the peers do."""
         return model_dtype
@@ -110,7 +124,8 @@ class CompressedTensors:
         """
         if q.g_idx is not None:
             raise LlmqError(
-                "compressed-tensors (0.20) has no weights in activation order; use --format gptq:desc_act=true"
+                "compressed-tensors (0.20) has no weights in activation order; leave desc_act out, or use "
+                "--format gptq:desc_act=true, which GPTQModel and llmq read and vLLM does not"
             )
         grid: Any = q.grid
         half = 2 ** (grid.bits - 1)
@@ -135,22 +150,22 @@ class CompressedTensors:
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
         """Invert `pack`. Raises LlmqError that names the tensor."""
-        layout = self.layout(spec)
-        found = dict(zip(layout, _common.checked(tensors, layout, spec), strict=True))
+        found = _reading.checked(tensors, self.layout(spec), spec, self.derived)
         grid = spec.scheme.weight
         half = 2 ** (grid.bits - 1)
-        scale = found["weight_scale"]
+        scale = found["weight_scale"].reshape(1 if grid.per_tensor else (spec.N, -1))
         if "weight" in found:
             codes = found["weight"].view(torch.uint8) + half
         else:
             codes = unpack_words(found["weight_packed"], grid.bits, spec.K)
-            if found["weight_shape"].tolist() != [spec.N, spec.K]:
-                raise LlmqError(f"{spec.name}.weight_shape is {found['weight_shape'].tolist()}, not {[spec.N, spec.K]}")
+            shape = found["weight_shape"].tolist() if "weight_shape" in found else [spec.N, spec.K]
+            if shape != [spec.N, spec.K]:
+                raise LlmqError(f"{spec.name}.weight_shape is {shape}, not {[spec.N, spec.K]}")
         zero = found.get("weight_zero_point")
         if zero is None:
             zero = torch.full(scale.shape, half, dtype=torch.int32, device=scale.device)
-        elif zero.dtype == torch.int8:
-            zero = zero.to(torch.int32) + half
+        elif "weight" in found or grid.per_tensor:
+            zero = zero.to(torch.int32).reshape(scale.shape) + half
         else:
             zero = unpack_words(zero.t(), grid.bits, spec.N).t().to(torch.int32).contiguous()
         params = Params(scale, zero)
@@ -158,8 +173,10 @@ class CompressedTensors:
             params = params.map(lambda p: p.expand(spec.N, 1).contiguous())
         static = None
         if "input_scale" in found:
-            static = Params(found["input_scale"], torch.full((1,), 128, dtype=torch.int32, device=scale.device))
-        return QTensor(codes, params, grid, None, static)
+            input_scale = found["input_scale"].reshape(1)
+            static = Params(input_scale, torch.full((1,), 128, dtype=torch.int32, device=scale.device))
+        q = QTensor(codes, params, grid, None, static)
+        return _reading.sound(q, spec, "weight_scale", "weight_zero_point")
 
     def layout(self, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the meta tensors of one linear. Raises LlmqError where the group does not divide K."""
@@ -216,13 +233,16 @@ class CompressedTensors:
         Raises LlmqError for float8 and other formats, sparsity, transforms, activation order with g_idx, targets that
         are no linears, and activations other than int8 per token or static symmetric per tensor.
         """
-        _common.need(config, "quantization_status", ("compressed",), _REQUANTIZE)
-        sparsity = config.get("sparsity_config") or {}
-        if sparsity.get("format", "dense") != "dense" or config.get("transform_config"):
-            raise LlmqError(f"quantization_config has sparsity or transforms, which llmq does not read; {_REQUANTIZE}")
+        sparsity = _reading.optional(config, "sparsity_config", dict, {})
+        if (sparsity.get("format") or "dense") != "dense" or config.get("transform_config"):
+            raise LlmqError(
+                f"quantization_config has sparsity or transforms, which llmq does not read; {_reading.REQUANTIZE}"
+            )
         form = cls()
-        form.groups = tuple(_read_group(n, g, config) for n, g in (config.get("config_groups") or {}).items())
-        form.ignore = list(config.get("ignore") or [])
+        groups = _reading.optional(config, "config_groups", dict, {})
+        form.groups = tuple(_read_group(n, g, config) for n, g in groups.items())
+        form.ignore = _reading.strings(config, "ignore")
+        _reading.optional(config, "kv_cache_scheme", dict, {})
         interpreted = {"quant_method", "quantization_status", "format", "config_groups", "ignore"}
         form.extra = {k: v for k, v in config.items() if k not in interpreted}
         lookup = _Lookup(form.groups, form.ignore)
@@ -237,20 +257,20 @@ class _Lookup:
 
     def __init__(self, groups: Sequence[_Group], ignore: Sequence[str]) -> None:
         self.targets = {target: group.scheme for group in groups for target in group.source["targets"]}
-        self.patterns = [(_pattern(t), self.targets[t]) for t in sorted(self.targets) if t.startswith("re:")]
+        self.patterns = _patterns(sorted(self.targets))
         self.ignored = set(ignore)
-        self.ignored_patterns = [_pattern(t) for t in ignore if t.startswith("re:")]
+        self.ignored_patterns = _patterns(ignore)
 
     def __call__(self, name: str) -> Scheme | None:
-        if not self.ignored.isdisjoint((name, "Linear")) or any(p.match(name) for p in self.ignored_patterns):
+        if not self.ignored.isdisjoint((name, "Linear")) or self.ignored_patterns.first(name) is not None:
             return None
         if name in self.targets:
             return self.targets[name]
-        return next((s for p, s in self.patterns if p.match(name)), self.targets.get("Linear"))
+        return self.targets.get(self.patterns.first(name) or "Linear")
 
 
-def _pattern(target: str) -> re.Pattern[str]:
-    return _common.regex(target.removeprefix("re:"))
+def _patterns(targets: Sequence[str]) -> _reading.Patterns:
+    return _reading.Patterns({t: t.removeprefix("re:") for t in targets if t.startswith("re:")})
 
 
 def _kv_scheme(strategy: str | None) -> dict[str, Any]:
@@ -288,14 +308,15 @@ def _same(a: Scheme | None, b: Scheme) -> bool:
 
 
 def _new_groups(linears: Sequence[LinearSpec]) -> tuple[_Group, ...]:
-    """Return a group for each scheme, in the order they appear; the only one targets every Linear."""
+    """Return a group for each scheme, in the order they appear; the only one targets every Linear, and the head."""
     members: dict[str, list[LinearSpec]] = {}
     for spec in linears:
         members.setdefault(str(_args(spec.scheme)), []).append(spec)
     groups: list[_Group] = []
     for specs in members.values():
         weights, inputs = _args(specs[0].scheme)
-        targets = ["Linear"] if len(members) == 1 else [s.name for s in specs]
+        outside = [s.name for s in specs if _common.block_path(s.name) is None]
+        targets = ["Linear", *outside] if len(members) == 1 else [s.name for s in specs]
         source = {"targets": targets, "weights": weights, "input_activations": inputs}
         source |= {"output_activations": None, "format": None}
         groups.append(_Group(f"group_{len(groups)}", specs[0].scheme, source))
@@ -304,54 +325,56 @@ def _new_groups(linears: Sequence[LinearSpec]) -> tuple[_Group, ...]:
 
 def _read_group(name: str, group: Any, config: Mapping[str, Any]) -> _Group:
     """Parse one config group. Raises LlmqError for what llmq does not read, naming it."""
-    where = f"config_groups.{name}"
-    if not isinstance(group, Mapping) or not group.get("weights") or not group.get("targets"):
-        raise LlmqError(f"quantization_config.{where} lacks targets or weight arguments; {_REQUANTIZE}")
-    for target in group["targets"]:
+    where = f"config_groups.{printable(name, 80)}"
+    if not isinstance(group, dict) or not group.get("weights") or not group.get("targets"):
+        raise LlmqError(f"quantization_config.{where} lacks targets or weight arguments; {_reading.REQUANTIZE}")
+    for target in _reading.strings(group, "targets"):
         if target[:1].isupper() and target != "Linear":
-            raise LlmqError(
-                f"quantization_config.{where} targets {target} modules; llmq reads Linear ones; {_REQUANTIZE}"
-            )
+            said = f"targets {printable(target, 80)} modules; llmq reads Linear ones"
+            raise LlmqError(f"quantization_config.{where} {said}; {_reading.REQUANTIZE}")
     if group.get("output_activations"):
-        raise LlmqError(f"quantization_config.{where} quantizes outputs, which llmq does not read; {_REQUANTIZE}")
-    scheme = Scheme(_read_weights(group["weights"], where), _read_inputs(group.get("input_activations"), where))
-    form = {"format": group.get("format") or config.get("format")}
-    _common.need(form, "format", (_format(scheme),), f"{where} is stored in another way; {_REQUANTIZE}")
+        said = "quantizes outputs, which llmq does not read"
+        raise LlmqError(f"quantization_config.{where} {said}; {_reading.REQUANTIZE}")
+    stored = _reading.optional(group, "format", str, _reading.optional(config, "format", str, ""))
+    weights = _reading.field(group, "weights", dict, f"quantization_config.{where}")
+    if weights.get("type") == "float":
+        said = f"holds {_FLOATS.get(stored, 'float')} weights ({printable(stored, 40)}), which vLLM runs; llmq reads"
+        raise LlmqError(f"quantization_config.{where} {said} {_INTEGERS}: {_reading.REQUANTIZE}")
+    inputs = _reading.optional(group, "input_activations", dict, {})
+    scheme = Scheme(_read_weights(weights, f"{where}.weights"), _read_inputs(inputs, f"{where}.input_activations"))
+    _reading.need({"format": stored}, "format", (_format(scheme),), f"{where} is stored in another way")
     return _Group(name, scheme, group)
 
 
 def _read_weights(args: Mapping[str, Any], where: str) -> Int:
     size = args.get("group_size")
     strategy = args.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
-    odd = {
-        "type": args.get("type", "int") != "int",
-        "strategy": strategy not in ("tensor", "channel", "group"),
-        "num_bits": args.get("num_bits", 8) not in range(2, 9),
-        "dynamic": bool(args.get("dynamic")),
-        "actorder": args.get("actorder") not in (None, False, "weight", "static"),  # the others need a weight_g_idx
-    }
-    for key in (k for k, is_odd in odd.items() if is_odd):
-        raise LlmqError(
-            f"quantization_config.{where}.weights.{key} is {args.get(key)!r}; llmq reads integers of 2 to 8 bits per "
-            f"group, channel or tensor, in the original column order: {_REQUANTIZE}"
-        )
-    group_size = _common.group_size_of(args) if strategy == "group" else None
-    return Int(args.get("num_bits", 8), args.get("symmetric", True), group_size, per_tensor=strategy == "tensor")
+    _only(args, {"symmetric": (True, False), "num_bits": tuple(range(2, 9)), "type": ("int",)}, where, _INTEGERS)
+    # another actorder would come with a weight_g_idx
+    _only(args, {"dynamic": (False,), "actorder": (False, "weight", "static")}, where, _INTEGERS)
+    _only({"strategy": strategy}, {"strategy": ("tensor", "channel", "group")}, where, _INTEGERS)
+    group_size = _reading.group_size_of(args) if strategy == "group" else None
+    sym = _reading.optional(args, "symmetric", bool, True)
+    return Int(_reading.optional(args, "num_bits", int, 8), sym, group_size, per_tensor=strategy == "tensor")
 
 
-def _read_inputs(args: Mapping[str, Any] | None, where: str) -> ActivationGrid | None:
+def _read_inputs(args: Mapping[str, Any], where: str) -> ActivationGrid | None:
     if not args:
         return None
-    dynamic = args.get("dynamic", False)
-    sym = not (dynamic is True and args.get("symmetric") is False)
-    wanted = {"num_bits": 8, "type": "int", "symmetric": sym, "strategy": "token" if dynamic is True else "tensor"}
-    for key, value in (wanted | {"dynamic": dynamic is True}).items():
-        if args.get(key, value) != value:
-            raise LlmqError(
-                f"quantization_config.{where}.input_activations.{key} is {args[key]!r}; llmq reads int8, per token "
-                f"dynamic or symmetric per tensor static; {_REQUANTIZE}"
-            )
-    return ActivationGrid(dynamic=dynamic, sym=sym)
+    dynamic = args.get("dynamic") is True
+    possible = {"num_bits": (8,), "type": ("int",), "dynamic": (True, False)}
+    possible |= {"symmetric": (True, False) if dynamic else (True,), "strategy": ("token" if dynamic else "tensor",)}
+    _only(args, possible, where, "int8, per token dynamic or symmetric per tensor static")
+    return ActivationGrid(dynamic=dynamic, sym=args.get("symmetric") is not False)
+
+
+def _only(args: Mapping[str, Any], possible: Mapping[str, Sequence[Any]], where: str, reads: str) -> None:
+    """Raise LlmqError for an argument that is given and none of those possible (nor of their type: 4.0 is no 4)."""
+    for key, values in possible.items():
+        given = args.get(key)
+        if given is not None and not any(type(given) is type(v) and given == v for v in values):
+            said = f"{where}.{key} is {printable(repr(given), 80)}; llmq reads {reads}"
+            raise LlmqError(f"quantization_config.{said}: {_reading.REQUANTIZE}")
 
 
 def _warnings(linears: Sequence[LinearSpec]) -> list[str]:
@@ -366,15 +389,23 @@ def _warnings(linears: Sequence[LinearSpec]) -> list[str]:
         # 5.23, integrations/compressed_tensors.py: get_dense_scheme takes the first group for every module
         warnings.append(
             "stock transformers cannot load asymmetric pack-quantized weights beside another scheme: dequantize=True, "
-            "which they need, decodes every module by the first config group"
+            "which they need, decodes every module by the first config group and so computes rubbish without a word"
         )
     if odd := sorted({grid.bits for grid in weight_only} - {4, 8}):
         widths = ", ".join(map(str, odd))
         warnings.append(f"vLLM 0.32 reads weights of {widths} bits on NVIDIA GPUs alone, with its humming kernels")
+    if any(grid.bits == 8 for grid in weight_only):
+        warnings.append("vLLM 0.32 reads 8-bit weights, alone or beside others, on GPUs, not on CPUs")
     if any(grid.per_tensor for grid in weight_only):
         warnings.append("vLLM reads weight-only quantization per group or per channel, not per tensor")
     if any(s.scheme.activation is not None and not s.scheme.weight.sym for s in linears):
         warnings.append("vLLM reads int8 activations with symmetric weights only")
-    if any(s.scheme.activation is not None and not s.scheme.activation.sym for s in linears):
-        warnings.append("vLLM multiplies asymmetric activations on NVIDIA GPUs (CUTLASS) and CPUs, not on AMD's GPUs")
+    activations = [s.scheme.activation for s in linears if s.scheme.activation is not None]
+    if any(not a.sym for a in activations):
+        warnings.append(
+            "vLLM 0.32 multiplies asymmetric activations right on NVIDIA GPUs (CUTLASS) and on CPUs with VNNI; its "
+            "product saturates on other CPUs, where the model speaks rubbish, and AMD's GPUs do not have it"
+        )
+    if any(not (a.sym and a.dynamic) for a in activations):
+        warnings.append("SGLang 0.5 ignores static scales and zero points: it quantizes every token symmetrically")
     return warnings

@@ -29,6 +29,11 @@ class Gguf:
     pre: str | None = None
     quant_method: str = field(default="gguf", init=False)
 
+    @property
+    def derived(self) -> frozenset[str]:
+        """See `Format.derived`."""
+        return frozenset()
+
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Return float16, whatever the model's dtype."""
         return torch.float16

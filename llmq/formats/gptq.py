@@ -3,7 +3,8 @@
     qweight  int32 [K*b/32, N]   word r of column n: codes of inputs k = r*32/b + j, lowest bits first
     qzeros   int32 [G, N*b/32]   word c of group g: zeros of outputs n = c*32/b + j; 3 bits straddle words in both
     scales   fp16  [G, N]
-    g_idx    int32 [K]           group of input k: k // group_size, or real ids (`desc_act`) in the original order
+    g_idx    int32 [K]           group of input k: k // group_size (then it may be missing), or real ids (`desc_act`) in
+                                 the original order
 
     w[n, k] = scales[g, n] * (code[n, k] - zero[g, n]),  g = g_idx[k]
 
@@ -28,15 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.formats import _common
+from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words
 from llmq.grids.int import Int
 from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
 
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every field of a word
 _KEYS = ("quant_method", "bits", "group_size", "desc_act", "sym", "lm_head", "checkpoint_format")
+_DEFAULTS = {"pack_dtype": "int32", "sym": True, "lm_head": False, "desc_act": False}
 _ALTERS = ("is_marlin_format", "rotation", "adapter", "activation")  # GPTQModel: other packing, or more than the weight
-_REQUANTIZE = "quantize the float model again"
+_CPU_GROUPS = (32, 64, 128, 256)  # torch's _weight_int4pack_mm_for_cpu, GPTQModel's kernel for 4 bits on a CPU
 _READERS = {
     "GPTQModel, hence not by transformers": (16, 32, 64, 128, 256, 512, 1024),  # 7.7, TorchLinear.SUPPORTS_GROUP_SIZE
     "vLLM": (32, 64, 128),  # marlin_utils.MARLIN_SUPPORTED_GROUP_SIZES
@@ -49,7 +51,8 @@ class GPTQ:
 
     checkpoint_format: "gptq" (v1), "gptq_v2", or "auto": v1 for symmetric grids, else v2.
     desc_act: the weights come in activation order, so that g_idx holds real group ids.
-    dynamic, modules_in_block_to_quantize: which linears of the blocks are quantized, as read from a checkpoint.
+    dynamic, modules_in_block_to_quantize: which linears of the blocks are quantized, as read from a checkpoint; rules
+        are the patterns of the former.
     keys, extra: the keys of the config that was read, and what llmq does not interpret of it.
     """
 
@@ -58,12 +61,18 @@ class GPTQ:
     quant_method: str = field(default="gptq", init=False)
     dynamic: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     modules_in_block_to_quantize: list[Any] | None = field(default=None, init=False, repr=False)
+    rules: _reading.Patterns = field(default_factory=lambda: _reading.Patterns({}), init=False, repr=False)
     keys: tuple[str, ...] = field(default=_KEYS, init=False, repr=False)
     extra: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.checkpoint_format not in ("auto", "gptq", "gptq_v2"):
             raise ValueError(f"checkpoint_format is auto, gptq or gptq_v2, not {self.checkpoint_format}")
+
+    @property
+    def derived(self) -> frozenset[str]:
+        """See `Format.derived`."""
+        return frozenset() if self.desc_act else frozenset({"g_idx"})
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Return float16, whatever the model's dtype."""
@@ -99,9 +108,18 @@ class GPTQ:
             )
         if grid.bits < 4:
             warnings.append(f"{grid.bits}-bit gptq is read by GPTQModel and transformers, not by vLLM")
-        if any(_common.block_path(s.name) is None for s in linears):
-            warnings.append("transformers does not read a quantized output head from gptq; GPTQModel and vLLM do")
-        return warnings
+        if grid.bits == 8:
+            warnings.append("8-bit gptq is read by vLLM 0.32 on GPUs, not on CPUs")
+        if self.desc_act:
+            warnings.append(
+                "vLLM 0.32 refuses desc_act; GPTQModel, and transformers with it, read it: leave desc_act out for vLLM"
+            )
+        if grid.bits == 4 and grid.group_size is None and any(s.K not in _CPU_GROUPS for s in linears):
+            warnings.append(
+                "on a CPU GPTQModel 7.7, and transformers with it, load 4-bit gptq per channel and fail at the first "
+                "token; vLLM runs it: take a group size for them"
+            )
+        return warnings + _common.head_warnings(linears, "gptq")
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return qweight, qzeros, scales (dtype kept) and g_idx.
@@ -109,9 +127,11 @@ class GPTQ:
         Raises LlmqError for a weight in activation order unless `desc_act` is set: without it in the config, fused
         runtimes ignore g_idx and compute with the wrong groups.
         """
-        if q.g_idx is not None and not self.desc_act:
+        plain = _plain_g_idx(spec, q.codes.device)
+        g_idx = plain if q.g_idx is None else q.g_idx.to(torch.int32)
+        if not self.desc_act and not torch.equal(g_idx, plain):
             raise LlmqError("the weights are in activation order, which needs --format gptq:desc_act=true")
-        bits, K, G = q.grid.bits, q.codes.shape[1], q.params.scale.shape[1]
+        bits = q.grid.bits
         zero_GN = q.params.zero.t()
         if self._version(q.grid) == 2:
             qzeros = pack_words(zero_GN.to(torch.uint8), bits)
@@ -123,12 +143,17 @@ class GPTQ:
             "qweight": pack_words(q.codes, bits).t().contiguous(),
             "qzeros": qzeros,
             "scales": q.params.scale.t().contiguous(),
-            "g_idx": _plain_g_idx(K, G, q.codes.device) if q.g_idx is None else q.g_idx.to(torch.int32),
+            "g_idx": g_idx,
         }
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
-        """Invert `pack`; g_idx becomes None where it is `k // group_size`. Raises LlmqError that names the tensor."""
-        qweight, qzeros, scales, g_idx = _common.checked(tensors, self.layout(spec), spec)
+        """Invert `pack`; g_idx becomes None where it is `k // group_size` in equal groups.
+
+        Raises LlmqError that names the tensor, also for an activation order that the config does not tell of: what
+        fuses linears (vLLM) would compute with other groups there.
+        """
+        found = _reading.checked(tensors, self.layout(spec), spec, self.derived)
+        qweight, qzeros, scales = found["qweight"], found["qzeros"], found["scales"]
         grid = spec.scheme.weight
         if self._version(grid) == 2:
             zero_GN = unpack_words(qzeros, grid.bits, spec.N)
@@ -136,13 +161,23 @@ class GPTQ:
             zero_GN = unpack_words(qzeros + _ONES[grid.bits], grid.bits, spec.N)
         else:
             zero_GN = (unpack_words(qzeros, grid.bits, spec.N) + 1) % 2**grid.bits
-        plain = torch.equal(g_idx, _plain_g_idx(spec.K, scales.shape[0], g_idx.device))
+        plain = _plain_g_idx(spec, scales.device)
+        g_idx = _reading.group_ids(found.get("g_idx", plain), len(scales), spec)
+        in_order = torch.equal(g_idx, plain)
+        if not in_order and not self.desc_act:
+            raise LlmqError(
+                f"{spec.name}.g_idx is in activation order, but quantization_config.desc_act is false; "
+                "set it to true, or download the checkpoint again"
+            )
         params = Params(scales.t().contiguous(), zero_GN.t().to(torch.int32).contiguous())
-        return QTensor(unpack_words(qweight.t(), grid.bits, spec.K), params, grid, None if plain else g_idx)
+        even = spec.K % (grid.group_size or spec.K) == 0
+        codes = unpack_words(qweight.t(), grid.bits, spec.K)
+        q = QTensor(codes, params, grid, None if in_order and even else g_idx)
+        return _reading.sound(q, spec, "scales", "qzeros")
 
     def layout(self, spec: LinearSpec) -> dict[str, Tensor]:
-        """Return the meta tensors of one linear. Raises LlmqError where the group does not divide K."""
-        bits, G = spec.scheme.weight.bits, _common.groups(spec)
+        """Return the meta tensors of one linear; the last group of a peer's may be short (`plan` refuses our own)."""
+        bits, G = spec.scheme.weight.bits, -(-spec.K // (spec.scheme.weight.group_size or spec.K))
 
         def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -193,20 +228,21 @@ class GPTQ:
         """
         for key in _ALTERS:
             if config.get(key):
-                raise LlmqError(f"quantization_config.{key} is set, which llmq does not read; {_REQUANTIZE}")
-        known = {"pack_dtype": "int32", "sym": True, "lm_head": False, "desc_act": False, **config}
+                raise LlmqError(f"quantization_config.{key} is set, which llmq does not read; {_reading.REQUANTIZE}")
+        known = _DEFAULTS | {k: v for k, v in config.items() if v is not None}
         known["checkpoint_format"] = config.get("checkpoint_format") or config.get("format") or "gptq"
-        bits = _common.need(known, "bits", (2, 3, 4, 8), _REQUANTIZE)
-        _common.need(known, "pack_dtype", ("int32",), _REQUANTIZE)
+        bits = _reading.need(known, "bits", (2, 3, 4, 8))
+        _reading.need(known, "pack_dtype", ("int32",))
         form = cls(
-            checkpoint_format=_common.need(known, "checkpoint_format", ("gptq", "gptq_v2"), _REQUANTIZE),
-            desc_act=_common.need(known, "desc_act", (True, False), "correct it"),
+            checkpoint_format=_reading.need(known, "checkpoint_format", ("gptq", "gptq_v2")),
+            desc_act=_reading.need(known, "desc_act", (True, False), "correct it"),
         )
-        sym = _common.need(known, "sym", (True, False), "correct it")
-        lm_head = _common.need(known, "lm_head", (True, False), "correct it")
-        scheme = Scheme(Int(bits, sym, _common.group_size_of(known)))
-        form.dynamic = _common.negative_rules(config, "gptq")
-        form.modules_in_block_to_quantize = config.get("modules_in_block_to_quantize")
+        sym = _reading.need(known, "sym", (True, False), "correct it")
+        lm_head = _reading.need(known, "lm_head", (True, False), "correct it")
+        scheme = Scheme(Int(bits, sym, _reading.group_size_of(config)))
+        form.dynamic = _reading.rules_of(config, "gptq")
+        form.rules = _reading.rule_patterns(form.dynamic)
+        form.modules_in_block_to_quantize = _modules(config)
         interpreted = {*_KEYS, "method", "format", "pack_dtype", "dynamic", "modules_in_block_to_quantize"}
         form.keys = tuple(k for k in config if k in interpreted)
         form.extra = {k: v for k, v in config.items() if k not in interpreted}
@@ -218,7 +254,7 @@ class GPTQ:
 
     def _quantized(self, name: str, lm_head: bool) -> bool:
         """Return whether the rules quantize `name`; optimum matches the listed modules as endings of the name."""
-        if _common.left_by_rules(self.dynamic, name):
+        if (self.rules.first(name) or "").startswith("-:"):
             return False
         if _common.block_path(name) is None:
             return lm_head
@@ -233,5 +269,13 @@ class GPTQ:
         return 1 if self.checkpoint_format == "gptq" else 2
 
 
-def _plain_g_idx(K: int, G: int, device: torch.device) -> Tensor:
-    return torch.arange(K, dtype=torch.int32, device=device) // (K // G)
+def _modules(config: Mapping[str, Any]) -> list[Any] | None:
+    """Return the listed modules: names, or lists of them. Raises LlmqError for anything else."""
+    listed = _reading.optional(config, "modules_in_block_to_quantize", list, [])
+    names = [name for part in listed for name in (part if isinstance(part, list) else [part])]
+    _reading.strings({"modules_in_block_to_quantize": names}, "modules_in_block_to_quantize")
+    return config.get("modules_in_block_to_quantize")
+
+
+def _plain_g_idx(spec: LinearSpec, device: torch.device) -> Tensor:
+    return torch.arange(spec.K, dtype=torch.int32, device=device) // (spec.scheme.weight.group_size or spec.K)

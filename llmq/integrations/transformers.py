@@ -30,14 +30,12 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmq import spec
 from llmq.checkpoint.names import match
+from llmq.checkpoint.packed import METHODS, Packing
+from llmq.formats._reading import checked
 from llmq.reading import DTYPES, tensor_entries
 from llmq.runtime.linear import QuantLinear
 from llmq.types import Format, LinearSpec, LlmqError
-
-METHODS = ("gptq", "awq", "compressed-tensors")
-"""The `quant_method`s that llmq reads. A closed list: a checkpoint must not name a module to import."""
 
 _OTHER = torch.float8_e4m3fn  # stands for any dtype that no packed tensor has
 _KV_SCALE = re.compile(r"[kv]_(scale|zero_point)")
@@ -71,10 +69,8 @@ class PackedQuantizer(HfQuantizer):
                 f"llmq reads {method} checkpoints but does not quantize while loading: run `llmq quantize` first, "
                 "or call llmq.integrations.transformers.unregister() to have transformers' own quantizer back"
             )
-        if method not in METHODS:
-            raise LlmqError(f"quant_method {method!r} is not one that llmq reads ({', '.join(METHODS)})")
         self._config = quantization_config.to_dict()
-        self._format, self._scheme = spec.find("formats", method).read(self._config)  # type: ignore[attr-defined]
+        self._packing = Packing(self._config)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -93,38 +89,43 @@ class PackedQuantizer(HfQuantizer):
                 f"quantization_config selects no linear of {type(model).__name__}: it is for another model, "
                 "or names modules that this one does not have"
             )
+        fmt, by_module = self._packing.format, _by_module(stored)
         for name, linear in specs.items():
-            bias = getattr(model.get_submodule(name), "bias", None) is not None or f"{linear.name}.bias" in stored
-            dtypes = check_linear(self._format, linear, bias, stored)
-            model.set_submodule(name, QuantLinear(self._format, linear, bias, dtypes=dtypes))
-        _check_leftovers(self._format, list(specs.values()), stored)
+            tensors = by_module.get(linear.name, {})
+            bias = getattr(model.get_submodule(name), "bias", None) is not None or "bias" in tensors
+            checked_ = check_linear(fmt, linear, bias, tensors)
+            model.set_submodule(name, QuantLinear(fmt, linear, bias, stored=checked_))
+        _check_leftovers(fmt, list(specs.values()), stored)
         if self._config.get("kv_cache_scheme"):
             _add_kv_scales(model, prefix, stored)
 
     def _spec(self, name: str, module: nn.Linear, stored: Mapping[str, Tensor], tied: bool) -> LinearSpec | None:
         """Return what the linear `name` of the checkpoint is to become, None where it is float."""
-        N, K = module.out_features, module.in_features
-        scheme = self._scheme(name, N, K)
-        if scheme is None:
-            return None
-        linear = LinearSpec(name, N, K, scheme)
-        present = [f"{name}.{local}" for local in self._format.layout(linear) if f"{name}.{local}" in stored]
-        if not present and (tied or f"{name}.weight" in stored):
-            return None  # GPTQ and AWQ configs need not list what was left float; the file is unambiguous
-        if tied:
+        linear = self._packing.linear(name, module.out_features, module.in_features, stored)
+        if linear is None or not tied:
+            return linear
+        present = [f"{name}.{local}" for local in self._packing.format.layout(linear) if f"{name}.{local}" in stored]
+        if present:
             raise LlmqError(
                 f"{present[0]} is packed, but config.json ties {name} to the embedding: "
                 "set tie_word_embeddings to false, or remove the packed tensors"
             )
-        return linear
+        return None
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Hand every packed linear to its back-end, unless weights come and go between places (offloading)."""
+        """Check the values of every packed linear and hand it to its back-end.
+
+        Where weights come and go between places (offloading) it stays as it is, checked when it is decoded.
+        """
         places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-        if self.prepack and len(places) <= 1 and "disk" not in places:
-            for module in model.modules():
-                if isinstance(module, QuantLinear):
+        if len(places) > 1 or "disk" in places:
+            return
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                if self.prepack:
                     module.prepack()
+                else:
+                    module.unpack()
 
     def is_serializable(self) -> bool:
         """Return True: `save_pretrained` writes the packed tensors back."""
@@ -156,39 +157,23 @@ def read_headers(files: Sequence[str]) -> dict[str, Tensor]:
     return headers
 
 
-def check_linear(fmt: Format, linear: LinearSpec, bias: bool, stored: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """Return the dtypes in which the tensors of one linear are stored, by local name.
+def check_linear(fmt: Format, linear: LinearSpec, bias: bool, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what of the tensors of one linear the format reads, and its bias, as they are stored.
 
+    stored: all that the file has of the linear, by local name, on the meta device.
     Raises LlmqError that names the first tensor which is missing, or whose shape or kind of dtype is not what
     `quantization_config` promises. Floats may have any width: scales keep the one they were stored in.
     """
-    wanted = dict(fmt.layout(linear))
-    if bias:
-        wanted["bias"] = torch.empty(linear.N, device="meta")
-    dtypes = {}
-    for local, want in wanted.items():
-        name = f"{linear.name}.{local}"
-        got = stored.get(name)
-        if got is None:
-            near = sorted(k for k in stored if k.startswith(f"{linear.name}."))
-            there = f"there are {', '.join(near)}" if near else f"there is nothing of {linear.name}"
-            raise LlmqError(
-                f"{name} is missing from the checkpoint ({there}): the file is incomplete, "
-                "or quantization_config is for another one; download or quantize it again"
-            )
-        same_kind = got.is_floating_point() and want.is_floating_point() and got.dtype != _OTHER
-        if got.shape != want.shape or not (same_kind or got.dtype == want.dtype):
-            raise LlmqError(
-                f"{name} is {_describe(got)} but quantization_config makes it {_describe(want)}: "
-                "correct bits and group_size there, or quantize again"
-            )
-        dtypes[local] = got.dtype
-    return dtypes
+    wanted = fmt.layout(linear) | ({"bias": torch.empty(linear.N, device="meta")} if bias else {})
+    return checked(stored, wanted, linear, fmt.derived)
 
 
-def _describe(t: Tensor) -> str:
-    dtype = "float" if t.is_floating_point() else str(t.dtype).removeprefix("torch.")
-    return f"{'of another dtype' if t.dtype == _OTHER else dtype} {list(t.shape)}"
+def _by_module(stored: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, t in stored.items():
+        parent, _, local = name.rpartition(".")
+        modules.setdefault(parent, {})[local] = t
+    return modules
 
 
 def _check_leftovers(fmt: Format, linears: Sequence[LinearSpec], stored: Mapping[str, Tensor]) -> None:

@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmq.types import LinearSpec, LlmqError, QTensor
+from llmq.types import LinearSpec, QTensor
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Prepacked(nn.Module, ABC):
     @classmethod
     def holds(cls, q: QTensor) -> bool:
         """Return whether this back-end can hold the values of `q`, which a config need not tell."""
-        return True
+        return even_groups(q)
 
     def __init__(self, q: QTensor, spec: LinearSpec) -> None:
         super().__init__()
@@ -140,6 +140,12 @@ def by_group(q: QTensor) -> tuple[Tensor, Tensor | None]:
     return q.codes[:, order], order
 
 
+def even_groups(q: QTensor) -> bool:
+    """Return whether all groups have the same number of columns: a peer's activation order need not see to it."""
+    K, G = q.codes.shape[1], q.params.scale.shape[1]
+    return q.g_idx is None or bool((torch.bincount(q.g_idx, minlength=G) * G == K).all())
+
+
 def as_they_lay(codes: Tensor, order: Tensor | None) -> Tensor:
     """Undo `by_group`."""
     return codes.contiguous() if order is None else torch.empty_like(codes).index_copy_(1, order, codes)
@@ -149,17 +155,6 @@ def centred(q: QTensor) -> bool:
     """Return whether every zero of an 8-bit weight and of its static input is 128, so that none has to be added."""
     zeros = [q.params.zero, *([] if q.input is None else [q.input.zero])]
     return all(bool((zero == 128).all()) for zero in zeros)
-
-
-def check_scales(q: QTensor, spec: LinearSpec) -> None:
-    """Raise LlmqError, naming the linear, where a scale is 0 or no finite number."""
-    good = q.params.scale.float().isfinite() & (q.params.scale != 0)
-    if not bool(good.all()):
-        row, group = (~good).nonzero()[0].tolist()
-        raise LlmqError(
-            f"{spec.name}: the scale of row {row}, group {group} is {float(q.params.scale[row, group])}, no "
-            "scale: the checkpoint is damaged or was cast; download or quantize it again"
-        )
 
 
 def many_rows() -> int:

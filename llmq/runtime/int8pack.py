@@ -43,7 +43,7 @@ class Int8Pack(Prepacked):
     @classmethod
     def holds(cls, q: QTensor) -> bool:
         """See `Prepacked.holds`."""
-        return centred(q)
+        return super().holds(q) and centred(q)
 
     def __init__(self, q: QTensor, spec: LinearSpec) -> None:
         super().__init__(q, spec)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.runtime import reference
-from llmq.runtime.backends import Prepacked, check_scales, choose
+from llmq.runtime.backends import Prepacked, choose
 from llmq.types import Format, LinearSpec, QTensor
 
 
@@ -35,7 +35,8 @@ class QuantLinear(nn.Module):
     spec: name, shape `[N, K]` and scheme of the linear.
     bias: whether there is a `bias` `[N]`.
     device: where the empty buffers are made.
-    dtypes: by local name, the dtype of tensors that are stored in another than the layout's (scales, bias).
+    stored: by local name, the tensors of the file that it is to be filled from, on the meta device; None is the layout,
+        and a bias of torch's default dtype.
     """
 
     bias: Tensor | None
@@ -48,21 +49,18 @@ class QuantLinear(nn.Module):
         bias: bool = False,
         *,
         device: torch.device | str = "meta",
-        dtypes: Mapping[str, torch.dtype] | None = None,
+        stored: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.fmt, self.spec = fmt, spec
         self.in_features, self.out_features = spec.K, spec.N
         self.prepacked = None
-        tensors = fmt.layout(spec)
-        self._packed = tuple(tensors)
-        if bias:
-            tensors = tensors | {"bias": torch.empty(spec.N, dtype=torch.get_default_dtype(), device="meta")}
-        else:
-            self.register_buffer("bias", None)
-        for local, t in tensors.items():
-            dtype = (dtypes or {}).get(local, t.dtype)
-            self.register_buffer(local, torch.empty(t.shape, dtype=dtype, device=device))
+        if stored is None:
+            stored = fmt.layout(spec) | {"bias": torch.empty(spec.N, dtype=torch.get_default_dtype(), device="meta")}
+        self._packed = {local: (t.dtype, t.shape) for local, t in stored.items() if local != "bias"}
+        self.register_buffer("bias", torch.empty_like(stored["bias"], device=device) if bias else None)
+        for local, (dtype, shape) in self._packed.items():
+            self.register_buffer(local, torch.empty(shape, dtype=dtype, device=device))
 
     @property
     def backend(self) -> str:
@@ -72,12 +70,11 @@ class QuantLinear(nn.Module):
     def prepack(self) -> None:
         """Hand the weight to the first back-end that can run it; without one, and without data, nothing changes.
 
-        Raises LlmqError where the buffers do not fit the spec or a scale is 0 or not finite.
+        Raises LlmqError where the buffers do not fit the spec or hold what no weight can have (see `unpack`).
         """
-        if self.prepacked is not None or self.get_buffer(self._packed[0]).is_meta:
+        if self.prepacked is not None or self.get_buffer(next(iter(self._packed))).is_meta:
             return
         q = self.unpack()
-        check_scales(q, self.spec)
         backend = choose(self.spec, q)
         if backend is not None:
             self.prepacked = backend(q, self.spec)
@@ -93,11 +90,16 @@ class QuantLinear(nn.Module):
     def file_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the file by their local names, without the bias."""
         if self.prepacked is not None:
-            return self.fmt.pack(self.prepacked.restore(), self.spec)
+            tensors = self.fmt.pack(self.prepacked.restore(), self.spec)
+            return {local: tensors[local].to(dtype).reshape(shape) for local, (dtype, shape) in self._packed.items()}
         return {local: self.get_buffer(local) for local in self._packed}
 
     def unpack(self) -> QTensor:
-        """Return the weight's codes `[N, K]` and parameters. Raises LlmqError where the buffers do not fit the spec."""
+        """Return the weight's codes `[N, K]` and parameters.
+
+        Raises LlmqError, naming the tensor, where the buffers do not fit the spec, a scale is 0 or not finite, or a
+        column's group is not there.
+        """
         if self.prepacked is not None:
             return self.prepacked.restore()
         return self.fmt.unpack(self.file_tensors(), self.spec)

@@ -270,23 +270,28 @@ def test_warnings(model_of: Callable[..., list[LinearSpec]]) -> None:
     def plan(*args: Any, **kwargs: Any) -> list[str]:
         return CompressedTensors().plan(model_of(*args, **kwargs))
 
-    assert plan(Int(4, True, 32)) == plan(Int(8, True, None)) == plan(Int(8, True, None), activation=DYNAMIC) == []
+    assert plan(Int(4, True, 32)) == plan(Int(8, True, None), activation=DYNAMIC) == []
+    (eight,) = plan(Int(8, True, None))
+    assert "8-bit weights" in eight and "not on CPUs" in eight
     (asym,) = plan(Int(4, False, 32))
     assert "CompressedTensorsConfig(dequantize=True)" in asym
     (three,) = plan(Int(3, True, 32))
     assert "weights of 3 bits on NVIDIA GPUs alone" in three
-    (tensor,) = plan(Int(8, True, None, per_tensor=True))
-    assert "vLLM" in tensor
+    (tensor,) = plan(Int(4, True, None, per_tensor=True))
+    assert "not per tensor" in tensor
     (w8a8,) = plan(Int(8, False, None), activation=DYNAMIC)
     assert "symmetric weights only" in w8a8
-    (zeros,) = plan(Int(8, True, None), activation=ASYMMETRIC)
-    assert "CUTLASS" in zeros
+    zeros, sglang = plan(Int(8, True, None), activation=ASYMMETRIC)
+    assert "CPUs with VNNI" in zeros and "saturates" in zeros and "SGLang" in sglang
+    (static,) = plan(Int(8, True, None), activation=STATIC)
+    assert static == sglang
     linears = model_of(Int(4, True, 32))
     linears[0] = replace(linears[0], scheme=replace(linears[0].scheme, weight=Int(8, True, 32)))
-    (fused,) = CompressedTensors().plan(linears)
+    fused, _ = CompressedTensors().plan(linears)
     assert fused.startswith("model.layers.0.self_attn: q_proj, k_proj, v_proj are not quantized alike")
-    (beside,) = CompressedTensors().plan(mixed(model_of))
-    assert "cannot load asymmetric pack-quantized weights beside another scheme" in beside
+    beside, eight = CompressedTensors().plan(mixed(model_of))[:2]
+    assert "cannot load asymmetric pack-quantized weights beside another scheme" in beside and "8-bit" in eight
+    assert "refuses to load" in CompressedTensors(kv="tensor").plan(model_of(Int(4, True, 32)))[0]
 
 
 BASE = {
@@ -300,7 +305,6 @@ BASE = {
 @pytest.mark.parametrize(
     ("where", "change", "message"),
     [
-        ((), {"quantization_status": "frozen"}, "quantization_status is 'frozen'"),
         ((), {"format": "float-quantized"}, "format is 'float-quantized'; llmq reads pack-quantized"),
         ((), {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity"),
         ((), {"transform_config": {"config_groups": {}}}, "transforms"),
@@ -310,7 +314,22 @@ BASE = {
         (("g",), {"targets": ["re:("]}, "not a regular expression"),
         (("g",), {"output_activations": {"num_bits": 8}}, "quantizes outputs"),
         (("g",), {"format": "marlin-24"}, "format is 'marlin-24'"),
-        (("g", "weights"), {"type": "float"}, "weights.type is 'float'"),
+        (("g", "weights"), {"type": "float"}, "holds float weights (pack-quantized)"),
+        (("g",), {"weights": {"type": "float", "num_bits": 8}, "format": "float-quantized"}, "holds FP8 weights"),
+        (("g",), {"weights": {"type": "float", "num_bits": 4}, "format": "nvfp4-pack-quantized"}, "NVFP4 weights"),
+        ((), {"ignore": 5}, "ignore is 5; it must be of type list"),
+        ((), {"ignore": [5]}, "ignore must be a list of strings"),
+        ((), {"config_groups": [1]}, "config_groups is [1]; it must be of type dict"),
+        ((), {"format": 5}, "format is 5; it must be of type str"),
+        ((), {"sparsity_config": "x"}, "sparsity_config is 'x'"),
+        ((), {"kv_cache_scheme": 8}, "kv_cache_scheme is 8"),
+        (("g",), {"targets": [5]}, "targets must be a list of strings"),
+        (("g",), {"weights": "x"}, "weights is 'x'"),
+        (("g",), {"input_activations": [1]}, "input_activations is [1]"),
+        (("g", "weights"), {"num_bits": 4.0}, "weights.num_bits is 4.0"),
+        (("g", "weights"), {"symmetric": "no"}, "weights.symmetric is 'no'"),
+        (("g", "weights"), {"strategy": ["group"]}, "weights.strategy is ['group']"),
+        (("g", "weights"), {"group_size": "32"}, "group_size is '32'"),
         (("g", "weights"), {"actorder": "group"}, "weights.actorder is 'group'"),
         (("g", "weights"), {"strategy": "block"}, "weights.strategy is 'block'"),
         (("g", "weights"), {"num_bits": 1}, "weights.num_bits is 1"),

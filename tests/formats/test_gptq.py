@@ -148,9 +148,14 @@ def test_refuses_mixes_activations_and_nothing(spec_of: Callable[..., LinearSpec
         GPTQ().plan([])
 
 
-def test_warnings(model_of: Callable[..., list[LinearSpec]]) -> None:
+def test_warnings(model_of: Callable[..., list[LinearSpec]], spec_of: Callable[..., LinearSpec]) -> None:
     assert GPTQ().plan(model_of(Int(4, True, 32))) == []
-    assert GPTQ().plan(model_of(Int(8, True, None))) == []
+    assert GPTQ().plan(model_of(Int(4, True, None))) == []  # K = 64, a group that torch's product takes
+    assert "fail at the first token" in GPTQ().plan([spec_of(Int(4, True, None), 64, 576)])[0]
+    (eight,) = GPTQ().plan(model_of(Int(8, True, None)))
+    assert eight.startswith("8-bit") and "not on CPUs" in eight
+    (order,) = GPTQ(desc_act=True).plan(model_of(Int(4, True, 32)))
+    assert order.startswith("vLLM 0.32 refuses desc_act")
     (asym,) = GPTQ().plan(model_of(Int(4, False, 32)))
     assert "written as gptq_v2" in asym
     (three,) = GPTQ().plan(model_of(Int(3, True, 32)))
@@ -288,8 +293,10 @@ def test_unpack_names_the_tensor(q_of: Callable[..., QTensor], spec_of: Callable
         GPTQ().unpack({k: t for k, t in tensors.items() if k != "qzeros"}, spec)
     with pytest.raises(LlmqError, match=r"down_proj\.qweight is torch\.int32 \[8, 32\], not torch\.int32 \[8, 64\]"):
         GPTQ().unpack(tensors | {"qweight": tensors["qweight"][:, :32]}, spec)
-    with pytest.raises(LlmqError, match=r"down_proj\.g_idx is torch\.int64"):
-        GPTQ().unpack(tensors | {"g_idx": tensors["g_idx"].long()}, spec)
+    with pytest.raises(LlmqError, match=r"down_proj\.g_idx is torch\.float32"):
+        GPTQ().unpack(tensors | {"g_idx": tensors["g_idx"].float()}, spec)
+    with pytest.raises(LlmqError, match=r"down_proj\.scales is torch\.float8_e5m2"):
+        GPTQ().unpack(tensors | {"scales": tensors["scales"].to(torch.float8_e5m2)}, spec)
 
 
 def test_bad_option() -> None:

@@ -76,7 +76,9 @@ def test_buffers_are_the_files_tensors(name):
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_it_is_made_empty_on_a_device_without_or_with_bias(device):
     _, full = solved("gptq")
-    layer = QuantLinear(full.fmt, full.spec, device=device, dtypes={"scales": torch.float32})
+    stored = full.fmt.layout(full.spec)
+    stored["scales"] = stored["scales"].float()
+    layer = QuantLinear(full.fmt, full.spec, device=device, stored=stored)
     assert {b.device.type for b in layer.buffers()} == {device}
     assert layer.scales.dtype == torch.float32
     assert layer.qweight.dtype == torch.int32

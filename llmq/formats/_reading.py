@@ -1,0 +1,217 @@
+"""What the integer formats share in reading a peer's checkpoint: its config by type, its patterns, its tensors.
+
+A file may lie. Fields are taken by their type, patterns get a time limit, and of the tensors all is checked that
+changes a weight: shapes, dtypes, group ids, zeros and scales. What follows from the rest is not demanded.
+
+Every refusal is one line that names the key or the tensor.
+Not here: refusals before writing (_common.py), bytes (_bits.py), where a config lies (checkpoint/packed.py).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import regex
+import torch
+from torch import Tensor
+
+from llmq.errors import one_line, printable
+from llmq.reading import field
+from llmq.types import LinearSpec, LlmqError, QTensor
+
+CONFIG = "quantization_config"
+REQUANTIZE = "quantize the float model again"
+_SECONDS = 1.0  # of the processor, for all patterns of one list, beyond what each usually takes
+_USUAL_COMPILATION, _USUAL_MATCH = 1e-3, 2e-5
+_LONGEST = 10_000  # characters of a pattern
+_ALTER = ("bits", "group_size", "sym", "desc_act", "pack_dtype")  # what a rule of `dynamic` can change on disk
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ANY_INTEGER = {("g_idx", torch.int32), ("weight_shape", torch.int64), ("weight_zero_point", torch.int8)}
+T = TypeVar("T")
+
+
+class Patterns:
+    """Regular expressions that a file holds, each by what it stands for, matched from the start of a name.
+
+    They were written by others and can take exponential time: what they take beyond the usual is limited, for a list of
+    them together. An engine that is linear by construction would do without a clock, but has no lookarounds, which
+    peers' files use: `re:^(?!.*experts).*$`. What `re` does not know (recursion, fuzziness) is refused, as by peers.
+    """
+
+    def __init__(self, patterns: Mapping[str, str]) -> None:
+        self._left = _SECONDS
+        self._compiled = {key: self._compile(key, pattern) for key, pattern in patterns.items()}
+
+    def first(self, name: str) -> str | None:
+        """Return the first key whose pattern matches `name` from its start.
+
+        Raises LlmqError where that takes too long.
+        """
+        for key, pattern in self._compiled.items():
+            start = time.thread_time()
+            try:
+                found = pattern.match(name, timeout=self._left)
+            except TimeoutError:
+                found, start = None, -self._left
+            self._spend(key, start, _USUAL_MATCH)
+            if found:
+                return key
+        return None
+
+    def _compile(self, key: str, pattern: str) -> regex.Pattern[str]:
+        start = time.thread_time()
+        if len(pattern) > _LONGEST:
+            raise LlmqError(f"{CONFIG}: a pattern has {len(pattern):,} characters; llmq reads {_LONGEST:,}")
+        try:
+            re.compile(pattern)
+            compiled = regex.compile(pattern)
+        except (re.error, regex.error, RecursionError, OverflowError) as e:
+            said = f"{printable(key, 80)!r} is not a regular expression ({one_line(e)})"
+            raise LlmqError(f"{CONFIG}: {said}; correct it") from e
+        self._spend(key, start, _USUAL_COMPILATION)
+        return compiled
+
+    def _spend(self, key: str, start: float, usual: float) -> None:
+        self._left -= max(0.0, time.thread_time() - start - usual)
+        if self._left <= 0:
+            said = f"matching {printable(key, 80)!r} takes too long"
+            raise LlmqError(f"{CONFIG}: {said}; write a simpler pattern, or the names themselves")
+
+
+def optional(config: Mapping[str, Any], key: str, kind: type[T], default: T, where: str = CONFIG) -> T:
+    """Return `config[key]`, `default` where it is missing or null. Raises LlmqError where it is of another type."""
+    return default if config.get(key) is None else field(config, key, kind, where)
+
+
+def strings(config: Mapping[str, Any], key: str) -> list[str]:
+    """Return a list of strings, empty where it is missing or null. Raises LlmqError for anything else."""
+    found = optional(config, key, list, [])
+    if not all(isinstance(x, str) for x in found):
+        raise LlmqError(f"{CONFIG}.{key} must be a list of strings; correct it")
+    return found
+
+
+def need(config: Mapping[str, Any], key: str, possible: Sequence[Any], remedy: str = REQUANTIZE) -> Any:
+    """Return `config[key]`. Raises LlmqError unless it is one of `possible`, and of its type (4.0 is no 4)."""
+    value = config.get(key)
+    if not any(type(value) is type(p) and value == p for p in possible):
+        said = f"is {printable(repr(value), 80)}" if key in config else "is missing"
+        expected = ", ".join(str(p) for p in possible)
+        raise LlmqError(f"{CONFIG}.{key} {said}; llmq reads {expected}: {remedy}")
+    return value
+
+
+def group_size_of(config: Mapping[str, Any]) -> int | None:
+    """Return `group_size`, None for the -1 that means per channel on disk. Raises LlmqError for anything else."""
+    size = config.get("group_size")
+    if isinstance(size, bool) or not isinstance(size, int) or size < -1 or size == 0:
+        raise LlmqError(
+            f"{CONFIG}.group_size is {printable(repr(size), 80)}; it must be positive, or -1 for per channel"
+        )
+    return None if size == -1 else size
+
+
+def rules_of(config: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Return GPTQModel's `dynamic` rules: pattern to changes, `-:` before the patterns of what stays float.
+
+    Raises LlmqError for a rule that changes a scheme; one that repeats the scheme is as good as none.
+    """
+    rules = optional(config, "dynamic", dict, {})
+    for rule in (r for r in rules if not r.startswith("-:")):
+        changes = optional(rules, rule, dict, {}, f"{CONFIG}.dynamic")
+        if any(key in changes and changes[key] != config.get(key) for key in _ALTER):
+            raise LlmqError(
+                f"{CONFIG}.dynamic[{printable(rule, 80)!r}] gives some modules another scheme, which llmq does not "
+                f"read from {method}; quantize again with --format compressed-tensors"
+            )
+    return dict(rules)
+
+
+def rule_patterns(rules: Iterable[str]) -> Patterns:
+    """Return the patterns of `dynamic`; the first that matches a name decides."""
+    return Patterns({rule: rule.removeprefix("-:").removeprefix("+:") for rule in rules})
+
+
+def checked(
+    tensors: Mapping[str, Tensor], layout: Mapping[str, Tensor], spec: LinearSpec, derived: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """Return the tensors of `layout`, in its order, as they are stored; they may be on the meta device.
+
+    derived: those that follow from the rest, so that they may be missing.
+    Raises LlmqError that names the first one missing or of another shape or dtype. Peers store scales in the dtype of
+    their model and integers that are not packed in any width, so those are as good; `[]` is as good as `[1]`.
+    """
+    found = {}
+    for name, expected in layout.items():
+        if name not in tensors:
+            if name in derived:
+                continue
+            there = ", ".join(sorted(tensors)) or "nothing"
+            raise LlmqError(
+                f"{spec.name}.{name} is missing (there is {there}): the checkpoint is incomplete or its config is not "
+                "its own; download or quantize it again"
+            )
+        t = found[name] = tensors[name]
+        scalar = t.shape == () and expected.shape == (1,)
+        if (t.shape != expected.shape and not scalar) or t.dtype not in _dtypes(name, expected):
+            is_, wanted = (f"{x.dtype} {list(x.shape)}" for x in (t, expected))
+            raise LlmqError(
+                f"{spec.name}.{name} is {is_}, not {wanted}: the checkpoint's config is not its own (bits and "
+                "group_size there), or its writer packs in another way"
+            )
+    return found
+
+
+def _dtypes(name: str, expected: Tensor) -> tuple[torch.dtype, ...]:
+    if expected.is_floating_point():
+        return _FLOATS
+    return _INTEGERS if (name, expected.dtype) in _ANY_INTEGER else (expected.dtype,)
+
+
+def sound(q: QTensor, spec: LinearSpec, scale: str, zero: str) -> QTensor:
+    """Return `q`. Raises LlmqError, naming the tensor, where a scale is 0 or not finite or a zero is no code.
+
+    scale, zero: the tensors' local names.
+    """
+    scales, zeros = q.params.scale, q.params.zero
+    for name, values, good in (
+        (scale, scales, scales.isfinite() & (scales != 0)),
+        (zero, zeros, (zeros >= 0) & (zeros < 2**q.grid.bits)),
+    ):
+        if not bool(good.all()):
+            row, group = (~good).nonzero()[0].tolist()
+            raise LlmqError(
+                f"{spec.name}.{name}: row {row}, group {group} is {values[row, group].item()}, which no weight can "
+                "have: the checkpoint is damaged or was cast; download or quantize it again"
+            )
+    if q.input is not None and not bool((q.input.scale.isfinite() & (q.input.scale > 0)).all()):
+        raise LlmqError(
+            f"{spec.name}.input_scale is {q.input.scale.tolist()}, no scale: the checkpoint is damaged or was cast; "
+            "download or quantize it again"
+        )
+    return q
+
+
+def group_ids(g_idx: Tensor, G: int, spec: LinearSpec) -> Tensor:
+    """Return `g_idx` `[K]` as int32.
+
+    Raises LlmqError where it names a group that is not there (0 to G - 1 are), or a group has not `group_size` columns
+    (the last one: what is left).
+    """
+    damaged = "the checkpoint is damaged; download or quantize it again"
+    bad = ((g_idx < 0) | (g_idx >= G)).nonzero()
+    if len(bad):
+        column = int(bad[0])
+        said = f"column {column} is in group {int(g_idx[column])}, of groups 0 to {G - 1}"
+        raise LlmqError(f"{spec.name}.g_idx: {said}: {damaged}")
+    size = spec.scheme.weight.group_size or spec.K
+    columns = torch.bincount(g_idx, minlength=G).tolist()
+    for group, n in enumerate(columns):
+        whole = size if group < G - 1 else spec.K - size * (G - 1)
+        if n != whole:
+            raise LlmqError(f"{spec.name}.g_idx: group {group} has {n} columns, not {whole}: {damaged}")
+    return g_idx.to(torch.int32)
