@@ -87,12 +87,12 @@ def test_null_is_a_float_model_whatever_lies_beside_it(moved: Callable[..., Path
     assert Source(copy).quantization is None
     assert torch.equal(logits(copy), logits(GOLDEN / "float"))
     with pytest.raises(LlmqError, match="is a float checkpoint"):
-        export(str(copy), copy / "x.gguf")
+        export(str(copy), copy.parent / "x.gguf")
 
 
 def test_packed_tensors_without_any_config_are_refused(moved: Callable[..., Path]) -> None:
     copy = moved(GPTQ, lambda folder, config, quantization: None)
-    for read in (llmq.load, lambda c: export(str(c), c / "x.gguf"), lambda c: list(inspect(str(c)))):
+    for read in (llmq.load, lambda c: export(str(c), c.parent / "x.gguf"), lambda c: list(inspect(str(c)))):
         with pytest.raises(LlmqError, match=r"qweight is packed, but config\.json has no quantization_config"):
             read(copy)
 
@@ -100,7 +100,7 @@ def test_packed_tensors_without_any_config_are_refused(moved: Callable[..., Path
 @pytest.mark.parametrize("said", ["gptq", 5, [1], True, ["quant_method"]])
 def test_a_config_that_is_no_object_is_refused(said: Any, moved: Callable[..., Path]) -> None:
     copy = moved(GPTQ, lambda folder, config, quantization: config.update(quantization_config=said))
-    for read in (llmq.load, lambda c: export(str(c), c / "x.gguf"), lambda c: list(inspect(str(c)))):
+    for read in (llmq.load, lambda c: export(str(c), c.parent / "x.gguf"), lambda c: list(inspect(str(c)))):
         with pytest.raises(LlmqError, match=r"config\.json: quantization_config is .*must be of type dict"):
             read(copy)
 
@@ -174,7 +174,7 @@ def test_a_head_is_packed_where_auto_round_says_so() -> None:
 def test_other_methods_are_refused_by_name_with_the_remedy(method: str, kind: str, moved: Callable[..., Path]) -> None:
     said = {"quant_method": method}
     copy = moved(GOLDEN / "float", lambda folder, config, quantization: config.update(quantization_config=said))
-    for read in (llmq.load, lambda c: export(str(c), c / "x.gguf")):
+    for read in (llmq.load, lambda c: export(str(c), c.parent / "x.gguf")):
         with pytest.raises(LlmqError, match=f"{method}.*{kind}.*quantize the float model again"):
             read(copy)
     (table,) = inspect(str(copy))  # tells why, and goes on
