@@ -1,4 +1,4 @@
-"""The command line: `llmq quantize | export | eval | generate | inspect | list`.
+"""The command line: `llmq quantize | export | verify | eval | generate | inspect | list`.
 
 Bad input ends in one line on standard error and exit status 1, a signal in 128 and its number; neither leaves a
 half-written OUT.
@@ -31,6 +31,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
 console = Console()
+_SHOWN = 50  # lines of what is wrong
 
 
 def main() -> None:
@@ -253,6 +254,33 @@ def export(
     table.add("tensors", ", ".join(f"{n} {kind}" for kind, n in done["types"].items()))
     table.add("linears", ", ".join(f"{n} {outcome}" for outcome, n in done["outcomes"].items()))
     console.print(table)
+
+
+@app.command()
+def verify(
+    out: Annotated[str, typer.Argument(help="A written checkpoint: a folder, Hub id or .gguf file.")],
+    against: Annotated[str | None, typer.Option(help="The checkpoint it was made from, to compare weights.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="The LoRA adapter that was added to its weights.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all that was found to this file.")] = None,
+) -> None:
+    """Reopen a written checkpoint, decode it by other code, and compare it with what was recorded when it was made.
+
+    Example: `llmq verify ./my-llama-int4 --against ./my-llama`
+    """
+    from llmq.verify import verify as run
+
+    report = run(out, against, adapter)
+    if json_file:
+        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    for note in report.notes:
+        console.print(labelled("note", "dim", note), soft_wrap=True)
+    for line in report.failures[:_SHOWN]:
+        console.print(labelled("wrong", "red", line), soft_wrap=True)
+    if len(report.failures) > _SHOWN:
+        console.print(plain(f"and {len(report.failures) - _SHOWN} more, which --json FILE lists"))
+    console.print(plain(report.summary(), "green" if report.passed else "red"), soft_wrap=True)
+    if not report.passed:
+        raise LlmqError(f"{out} is not right: {report.failures[0]}")
 
 
 @app.command()

@@ -11,6 +11,7 @@ solver found, before any packing, so that a reader that decodes the file by othe
 
     integer grids   codes   uint8 [N, K]                   scale   [N, G] in the dtype it is stored in ([1, 1] where
                     zero    int32 [N, G], unsigned codes            the whole tensor shares one), zero likewise
+                    g_idx   int32 [K], where the groups are no runs of columns
     ggml's types    values  float32 [N, K], decoded, rows in the checkpoint's order
 
 The record itself ends with the sha256 of its canonical JSON: keys sorted, no spaces, UTF-8.
@@ -100,7 +101,8 @@ def _solved(q: QTensor, Q_NK: Tensor) -> dict[str, Tensor]:
         return {"values": Q_NK.float()}
     grid: Any = q.grid
     params = q.params.map(lambda p: p[:1]) if grid.per_tensor else q.params
-    return {"codes": q.codes, "scale": params.scale, "zero": params.zero}
+    found = {"codes": q.codes, "scale": params.scale, "zero": params.zero}
+    return found if q.g_idx is None else found | {"g_idx": q.g_idx.to(torch.int32)}
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -41,6 +41,14 @@ def test_the_base_imports_nothing_above_it():
         assert not above, f"{name}.py imports {above}"
 
 
+def test_what_verifies_shares_nothing_with_what_packs():
+    files = list((ROOT / "verify").glob("*.py"))
+    assert len(files) > 5
+    for file in files:
+        shared = [n for n in imports(file) if n.startswith(("llmq.formats", "llmq.grids", "llmq.gguf.container"))]
+        assert not shared, f"verify/{file.name} imports {shared}"
+
+
 def test_no_pickle_and_no_remote_code():
     for file in ROOT.rglob("*.py"):
         text = file.read_text()

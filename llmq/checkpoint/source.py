@@ -191,6 +191,10 @@ class Source:
         """Return the dtype (in safetensors' spelling) and shape of every tensor, without reading any."""
         return {name: (e.dtype, list(e.shape)) for name, e in self._entries.items()}
 
+    def entries(self) -> list[Entry]:
+        """Return where every tensor lies, under the name that it has there."""
+        return list(self._entries.values())
+
     def sizes(self) -> dict[str, int]:
         """Return the bytes of every tensor."""
         return {name: e.nbytes for name, e in self._entries.items()}

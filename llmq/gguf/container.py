@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llmq.checkpoint.disk import writing
 from llmq.errors import LlmqError, one_line
+from llmq.gguf import seal
 from llmq.gguf.architecture import Architecture
 from llmq.gguf.mixture import FLOATS
 from llmq.gguf.reader import GgufFile
@@ -132,6 +133,7 @@ def write(stage: Path, out: Path, header: Header, parts: Sequence[Part], split: 
             writer = _declared(stage / out.name, header, named, split, True)
         if len(writer.tensors) > 1 and len(writer.tensors) in _counts(out):
             raise LlmqError(f"{out} has shards of two numbers already; remove the older ones, or give another name")
+        writer.add_string(seal.KEY, seal.blank(len(writer.tensors)))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -139,6 +141,7 @@ def write(stage: Path, out: Path, header: Header, parts: Sequence[Part], split: 
         for _, tensor in contents(arch, parts):
             writer.write_tensor_data(tensor.contiguous().view(-1).view(torch.uint8).numpy())
         writer.close()
+        seal.seal(files)
     return files
 
 

@@ -1,0 +1,81 @@
+"""A written checkpoint reopened and judged, by code that shares nothing with the code that wrote it.
+
+    files      every checksum that was recorded at writing; index against shards
+    linears    stored as the config says; decoded bit by bit; codes, scales and zeros those that were solved
+    floats     there, finite, of the architecture's shapes; nothing left over
+    source     (where given) the recorded error found again; what stayed float unchanged but for recorded transforms
+    forward    a few tokens through every block: finite, and not all alike
+
+A peer's checkpoint, which has no records, gets all but the comparison with them.
+Not here: writing (formats/, gguf/), what the command prints (cli.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmq.adapter import Adapted, Adapter
+from llmq.checkpoint import Source, resolve
+from llmq.errors import LlmqError
+from llmq.stream import Skeleton
+from llmq.verify import files, record
+from llmq.verify.against import Truth
+from llmq.verify.folder import Folder
+from llmq.verify.forward import walk
+from llmq.verify.ggml import Gguf, open_gguf
+from llmq.verify.report import Report as Report
+
+
+def verify(model: str | Path, against: str | Path | None = None, adapter: str | Path | None = None) -> Report:
+    """Verify a checkpoint folder, Hub id or GGUF file.
+
+    against: the checkpoint that it was made from; adapter: the LoRA adapter that was added to that one's weights.
+    Raises LlmqError where there is no such file or folder; what is wrong with one that is there stands in the report.
+    """
+    one_file = str(model).endswith(".gguf") or Path(model).is_file()
+    path = Path(model) if one_file else resolve(str(model))
+    if one_file and not path.is_file():
+        raise LlmqError(f"{model} is not a file; give a written .gguf file or a checkpoint folder")
+    source = Source(resolve(str(against)), resolve(str(adapter)) if adapter else None) if against else None
+    report = Report()
+    try:
+        found, recorded = open_gguf(path, report) if one_file else _open_folder(path, report)
+        truth = _truth(source, recorded, found) if source else None
+        walk(found.skeleton, found.names(), truth, report)
+        if truth:
+            truth.conclude(report)
+    except LlmqError as e:
+        report.fail(str(e))
+    return report
+
+
+def _open_folder(folder: Path, report: Report) -> tuple[Folder, dict[str, Any]]:
+    recorded = record.read_record(folder, report)
+    if "files" in recorded:
+        record.check_files(folder, recorded["files"], report)
+    source = Source(folder)
+    files.check_index(source, report)
+    files.check_mirror(source, report)
+    if "tensors" in recorded:
+        record.check_tensors(source.entries(), recorded["tensors"], report)
+    found = Folder(source, recorded.get("linears", {}), report)
+    found.check_cache(report)
+    return found, recorded
+
+
+def _truth(source: Source, recorded: dict[str, Any], found: Folder | Gguf) -> Truth:
+    """Open the source: a float checkpoint, its adapter added, or a packed one that was exported."""
+    made = recorded.get("source")
+    added = made.get("adapter") if isinstance(made, dict) else None
+    if bool(added) != (source.adapter is not None):
+        name = added.get("name") if isinstance(added, dict) else added
+        raise LlmqError(f"made with the adapter {name}; give it with --adapter" if added else "made without an adapter")
+    if source.quantization is not None:
+        return Truth(Folder(source, {}, Report()).skeleton, recorded, found.packed)
+    skeleton = Skeleton(source, torch.float32)
+    if source.adapter is not None:
+        skeleton.source = Adapted(skeleton, Adapter(source.adapter))
+    return Truth(skeleton, recorded, found.packed)

@@ -1,0 +1,123 @@
+"""What a checkpoint was made from, beside it: the recorded transforms repeated, every weight compared with its source.
+
+    packed     |Q - W|^2 / |W|^2 must be the recorded weight_error, to 1e-5 of it
+    float      must be W, rounded to the dtype that it is stored in; but for what a finisher tuned, which is recorded
+
+W is the source's weight in the basis and with the folds that are recorded. Without a record both are told, not judged.
+Not here: rotations and folds themselves (rotation.py, folding.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq import spec
+from llmq.errors import LlmqError
+from llmq.folding import Fold, Folded
+from llmq.reading import field
+from llmq.rotation import Rotated
+from llmq.stream import Skeleton
+from llmq.verify.report import Report
+
+_AGREE = 1e-5  # relative difference of two measurements of one error
+_NOTHING = 1e-12  # an error that is none: what float32 makes of a weight that a grid holds exactly
+
+
+class Truth:
+    """The checkpoint that another was made from, after what is recorded to have been done to its floats.
+
+    skeleton: of the source as it is, for a forward beside. packed: the linears of the other that are packed.
+    """
+
+    def __init__(self, skeleton: Skeleton, record: dict[str, Any], packed: Collection[str]) -> None:
+        self.skeleton, self.packed = skeleton, packed
+        self._judged = "transforms" in record
+        self._lines = record.get("linears", {})
+        self._tuned = set(record.get("tuned", ()))
+        self._errors: dict[str, float] = {}
+        self._differ: list[str] = []
+        steps = record.get("transforms", [])
+        if not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps):
+            raise LlmqError("the record's transforms are no list of objects")
+        turned = skeleton
+        for step in steps:
+            if "linears" not in step:
+                turned = Skeleton(Rotated(turned, _rotation(step)), skeleton.dtype)
+        folds = [Fold.from_json(s, f"transforms[{i}]") for i, s in enumerate(steps) if "linears" in s]
+        self._source = Folded(turned.source, folds, packed)
+        self._head, self._embedding = (
+            f"{skeleton.name_of(m)}.weight"
+            for m in (skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings())
+        )
+
+    def check(self, name: str, tensor: Tensor, report: Report) -> None:
+        """Compare a decoded weight, or a float tensor in the dtype that it is stored in, with its source."""
+        module = name.removesuffix(".weight")
+        W = self._weight(name)
+        if W.shape != tensor.shape:
+            report.fail(f"{name} is {list(tensor.shape)}, its source {list(W.shape)}")
+        elif module in self.packed and module != name:
+            self._check_packed(module, tensor, W.float(), report)
+        elif name not in self._tuned:
+            report.count("floats compared with the source")
+            if not _close(tensor, W.to(tensor.dtype)):
+                self._differ.append(name)
+
+    def conclude(self, report: Report) -> None:
+        """Report what was found over all weights."""
+        for name in self._differ if self._judged else ():
+            report.fail(f"{name} is neither the source's nor what the recorded transforms make of it")
+        if self._differ and not self._judged:
+            report.note(
+                f"{len(self._differ)} float tensors are not the source's, e.g. {self._differ[0]}: scaled, perhaps"
+            )
+        if self._tuned:
+            report.note(
+                f"{len(self._tuned)} float tensors were tuned after rounding, as recorded, and are not compared"
+            )
+        if self._errors:
+            worst = max(self._errors, key=lambda n: self._errors[n])
+            mean = sum(self._errors.values()) / len(self._errors)
+            report.figures |= {"weight_error": mean, "worst_weight_error": self._errors[worst]}
+            report.note(
+                f"squared relative error of the weights: {mean:.3e} on average, {self._errors[worst]:.3e} in {worst}"
+            )
+
+    def _check_packed(self, name: str, Q_NK: Tensor, W_NK: Tensor, report: Report) -> None:
+        report.count("errors measured again")
+        error = _square_sum(Q_NK - W_NK) / max(_square_sum(W_NK), 1e-30)
+        self._errors[name] = error
+        line = self._lines.get(name)
+        said = line.get("weight_error") if isinstance(line, dict) else None
+        if said is None or not self._judged:
+            return
+        same = abs(error - said) <= max(_AGREE * abs(said), _NOTHING)
+        report.expect(same, f"{name}: weight_error is {error:.6e}, recorded is {said:.6e}: not made from this source")
+
+    def _weight(self, name: str) -> Tensor:
+        tied = name == self._head and name not in self._source.source
+        return self._source.get(self._embedding if tied else name)
+
+
+def _rotation(step: dict[str, Any]) -> Any:
+    """Return a recorded rotation. A file names it, so only llmq's own are looked up."""
+    text = field(step, "step", str, "transforms")
+    if text.partition(":")[0] not in spec.names("algorithms"):
+        raise LlmqError(f"the record names a transform {text!r}, which llmq does not have")
+    return spec.load("algorithms", text)
+
+
+def _square_sum(x: Tensor) -> float:
+    return x.square().sum(dtype=torch.float64).item()
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors of one dtype are equal but for the last bit of folded values."""
+    if torch.equal(a, b):
+        return True
+    eps = torch.finfo(a.dtype).eps
+    return bool(torch.isclose(a.float(), b.float(), rtol=eps, atol=torch.finfo(a.dtype).tiny).all())

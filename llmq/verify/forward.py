@@ -1,0 +1,129 @@
+"""The walk through a checkpoint, a block in memory at a time: every weight read and checked, and one forward made.
+
+A few fixed tokens are enough: a code, a scale or a layer that is wrong everywhere shows in any. Beside the float model
+the same tokens tell how far apart the two are.
+Not here: reading a weight (folder.py, gguf.py), measuring quality (evaluation.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from llmq.checkpoint.source import Source, View
+from llmq.stream import Skeleton, embed, outside_loaded, run
+from llmq.verify.against import Truth
+from llmq.verify.report import Report
+
+Read = Callable[[str, Report], Tensor | None]
+"""Reads and checks a tensor of the model by name, decoded; None, and a line in the report, where it cannot be read."""
+_TOKENS = 16
+_ALIKE = 1e-5  # relative difference that rounding makes
+_CPU = torch.device("cpu")
+
+
+class Decoded(View):
+    """A checkpoint whose tensors are a model's, by `names`, and come from a decoder.
+
+    held: those that were read and checked just now; others are read again.
+    """
+
+    def __init__(self, base: Source, names: Iterable[str], read: Read) -> None:
+        super().__init__(base)
+        self._names, self.read, self.held = frozenset(names), read, dict[str, Tensor]()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor, decoded. Raises LlmqError where it cannot be read."""
+        found = self.held[name] if name in self.held else self.read(name, Report())
+        return super().get(name) if found is None else found
+
+
+class Forward:
+    """A few tokens on their way through a model that is loaded block by block. ids: int64 `[1, T]`, else some fixed."""
+
+    def __init__(self, skeleton: Skeleton, ids: Tensor | None = None) -> None:
+        self.skeleton = skeleton
+        vocabulary = skeleton.model.get_input_embeddings().weight.shape[0]
+        ids = (torch.arange(1, _TOKENS + 1) * 7919 % vocabulary)[None] if ids is None else ids
+        with torch.no_grad():
+            (self.hidden,), (self.calls,) = embed(skeleton, ids, 1, _CPU)
+
+    def step(self, i: int) -> Tensor:
+        """Move the hidden states past block `i`; return them."""
+        with self.skeleton.loaded(i, _CPU) as block, torch.no_grad():
+            self.hidden = run(block, self.hidden, self.calls[i])
+        return self.hidden
+
+    def logits(self) -> Tensor:
+        """Return the logits, float32 `[T, V]`, of the hidden states behind the last block."""
+        parent, _, leaf = self.skeleton.prefix.rpartition(".")
+        owner = self.skeleton.model.get_submodule(parent)
+        setattr(owner, leaf, nn.ModuleList())
+        try:
+            with outside_loaded(self.skeleton, _CPU, head=True), torch.no_grad():
+                return self.skeleton.model(inputs_embeds=self.hidden, use_cache=False).logits[0].float()
+        finally:
+            setattr(owner, leaf, self.skeleton.blocks)
+
+
+def walk(skeleton: Skeleton, names: list[str], truth: Truth | None, report: Report) -> None:
+    """Read and check the model's tensors by name, compare them with the truth where there is one, run a forward."""
+    prefix = f"{skeleton.prefix}."
+    with _reading(skeleton, [n for n in names if not n.startswith(prefix)], truth, report):
+        forward = Forward(skeleton) if report.passed else None
+    beside = Forward(truth.skeleton) if truth and forward else None
+    for i in range(len(skeleton)):
+        with _reading(skeleton, [n for n in names if n.startswith(f"{prefix}{i}.")], truth, report):
+            if forward and report.passed:
+                check_states(f"the hidden states behind block {i}", forward.step(i), report)
+        if beside and report.passed:
+            beside.step(i)
+    if not forward or not report.passed:
+        report.note("no forward was run to its end: what is wrong with the weights comes first")
+        return
+    logits = forward.logits()
+    if check_states("the logits", logits, report) and beside:
+        compare(logits, beside.logits(), report)
+
+
+@contextmanager
+def _reading(skeleton: Skeleton, names: list[str], truth: Truth | None, report: Report) -> Iterator[None]:
+    """Hold some tensors, read and checked, for as long as the context is open."""
+    source = skeleton.source
+    if not isinstance(source, Decoded):
+        raise TypeError("the skeleton's source decodes nothing")
+    for name in names:
+        tensor = source.read(name, report)
+        if tensor is not None:
+            source.held[name] = tensor
+            if truth:
+                truth.check(name, tensor, report)
+    try:
+        yield
+    finally:
+        source.held.clear()
+
+
+def check_states(name: str, states: Tensor, report: Report) -> bool:
+    """Check that hidden states or logits `[..., T, width]` are finite and not alike at all positions."""
+    report.count("states of a forward")
+    if not report.expect(bool(torch.isfinite(states).all()), f"{name} hold NaN or Inf"):
+        return False
+    rows = states.reshape(-1, states.shape[-1])
+    spread = (rows - rows[:1]).norm() > _ALIKE * rows.norm()
+    return report.expect(bool(spread), f"{name} are the same at every position")
+
+
+def compare(logits: Tensor, truth: Tensor, report: Report) -> None:
+    """Note how far the predictions are from the float model's: their mean KL, and the share of equal first choices."""
+    log_p, log_q = truth.log_softmax(-1), logits.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    same = (log_p.argmax(-1) == log_q.argmax(-1)).float().mean().item()
+    report.figures |= {"kl": kl, "same_first_choice": same}
+    report.note(f"predictions of {len(logits)} tokens: KL from the float model {kl:.2e}, same first choice {same:.0%}")

@@ -1,0 +1,233 @@
+"""A GGUF file as the tensors of a transformers model: decoded by gguf-py, in the order of rows that transformers has.
+
+The config is made from the file's own keys, so that a forward computes what the file says, and not what it was made
+from. Of llmq's code that writes GGUF nothing is used.
+Not here: safetensors folders (folder.py), the checksum of the whole file (gguf/seal.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmq.checkpoint import Source
+from llmq.checkpoint.hub import Origin
+from llmq.errors import LlmqError
+from llmq.gguf import seal
+from llmq.gguf.reader import GgufFile
+from llmq.gguf.rope import Rotary
+from llmq.reading import Entry
+from llmq.stream import Skeleton
+from llmq.verify import record
+from llmq.verify.decode import Array
+from llmq.verify.forward import Decoded
+from llmq.verify.linears import FLOATS, check_float
+from llmq.verify.report import Report
+
+REPORT = "llmq.report"
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_ROWS = 2**22  # weights decoded at a time
+_DIVISORS = "rope_freqs.weight"
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)")
+_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_IN_BLOCK = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+
+def open_gguf(path: Path, report: Report) -> tuple[Gguf, dict[str, Any]]:
+    """Open the shards of a GGUF file, checked against each other and against what was recorded; return that too."""
+    first = GgufFile(path)
+    files = _shards(first)
+    damaged = seal.broken(files)
+    for file in damaged or ():
+        report.fail(f"{file.name} is not as written: its checksum differs")
+    report.count("files", len(files))
+    recorded = _record(first, damaged is None, report)
+    found = Gguf([first, *(GgufFile(f) for f in files[1:])], recorded.get("linears", {}), report)
+    if "tensors" in recorded:
+        found.check_tensors(recorded["tensors"], report)
+    return found, recorded
+
+
+def _shards(first: GgufFile) -> list[Path]:
+    """Return all files of a GGUF model by its first. Raises LlmqError for another one, and where one is missing."""
+    path, count = first.path, first.value("split.count") or 1
+    if count == 1:
+        return [path]
+    named = _SHARD.fullmatch(path.name)
+    if named is None or int(named[2]) != 1 or int(named[3]) != count:
+        raise LlmqError(
+            f"{path} is one of {count} shards; give the first, whose name ends in 00001-of-{count:05d}.gguf"
+        )
+    files = [path.with_name(f"{named[1]}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+    for file in files:
+        if not file.is_file():
+            raise LlmqError(f"shard {file} is missing")
+    return files
+
+
+def _record(first: GgufFile, unsealed: bool, report: Report) -> dict[str, Any]:
+    found = first.report()
+    if not found:
+        report.note(f"{first.path.name} has no {REPORT}: nothing was recorded when it was written")
+        return {}
+    if unsealed and "sha256" in found:
+        report.fail(f"{first.path.name} has lost its checksum ({seal.KEY})")
+    return record.checked(found, REPORT, report)
+
+
+class _Keyed(Source):
+    """What the skeleton of a model wants to know of a checkpoint: its config, and the shapes of its tensors."""
+
+    def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, Any]) -> None:
+        self.path, self.config, self.origin = path, config, Origin(path.name)
+        self.adapter, self.warnings, self.unread, self._written = None, [], frozenset(), {}
+        self._entries = {n: Entry(path, n, "F32", tuple(reversed(t.shape)), 0, 0) for n, t in tensors.items()}
+
+
+class Gguf:
+    """The tensors of a GGUF model under their names in transformers.
+
+    Raises LlmqError for an architecture whose keys are not known here.
+    """
+
+    def __init__(self, files: list[GgufFile], recorded: Mapping[str, Any], report: Report) -> None:
+        path, self.first, self.recorded = files[0].path, files[0], recorded
+        self.arch = str(self.first.value("general.architecture"))
+        self.tensors: dict[str, Any] = {}
+        self._divisors: Tensor | None = None
+        for file in files:
+            for ggml, tensor in file.tensors.items():
+                self._take(ggml, tensor, report)
+        self.skeleton = Skeleton(_Keyed(path, self._config(), self.tensors), torch.float32)
+        self._set_rotary()
+        model = self.skeleton.model
+        self._shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+        if self.skeleton.config.tie_word_embeddings:
+            del self._shapes["lm_head.weight"]
+        self.skeleton.source = Decoded(self.skeleton.source, self.names(), self.read)
+        kinds = {n: t.tensor_type.name for n, t in self.tensors.items()}
+        self.packed = {n.removesuffix(".weight") for n, kind in kinds.items() if kind not in FLOATS}
+        for name in sorted(self.tensors.keys() - self._shapes.keys()):
+            report.fail(f"nothing reads tensor {self.tensors[name].name}")
+
+    def names(self) -> list[str]:
+        """Return the tensors that the model wants."""
+        return list(self._shapes)
+
+    def read(self, name: str, report: Report) -> Tensor | None:
+        """Return a tensor of the model, decoded and checked; None where that cannot be."""
+        stored = self.tensors.get(name)
+        if not report.expect(stored is not None, f"the tensor of {name} is missing") or stored is None:
+            return None
+        ggml = stored.name
+        shape, wanted = tuple(reversed(stored.shape)), self._shapes[name]
+        if not report.expect(shape == wanted, f"tensor {ggml} is {list(shape)}, the keys make it {list(wanted)}"):
+            return None
+        values = self._in_order(name, _decode(stored, shape))
+        tensor, kind = torch.from_numpy(values), stored.tensor_type.name
+        if not check_float(ggml, tensor, report, "float tensors" if kind in FLOATS else "packed linears"):
+            return None
+        record.check_decoded(name.removesuffix(".weight"), values, self.recorded, report)
+        return tensor.to(FLOATS.get(kind, torch.float32))
+
+    def check_tensors(self, recorded: Mapping[str, Any], report: Report) -> None:
+        """Compare every stored tensor with its recorded checksum."""
+        there = {t.name: t for t in self.tensors.values()}
+        for name in sorted(recorded.keys() | there.keys()):
+            report.count("tensors")
+            if not report.expect(name in there, f"tensor {name} is missing"):
+                continue
+            found = record.of_array(there[name].data)
+            report.expect(recorded.get(name) == found, f"tensor {name} is not as it was solved: its checksum differs")
+
+    def _take(self, ggml: str, tensor: Any, report: Report) -> None:
+        """Put a tensor under its name in transformers."""
+        if ggml == _DIVISORS:
+            self._divisors = torch.from_numpy(np.array(tensor.data, dtype=np.float32))
+            return
+        module, _, kind = ggml.rpartition(".")
+        block = _BLOCK.fullmatch(module)
+        found = (
+            f"model.layers.{block[1]}.{_IN_BLOCK.get(block[2], block[2])}" if block else _OUTSIDE.get(module, module)
+        )
+        report.expect(f"{found}.{kind}" not in self.tensors, f"tensor {ggml} is there twice")
+        self.tensors[f"{found}.{kind}"] = tensor
+
+    def _key(self, key: str, default: Any = None) -> Any:
+        value = self.first.value(f"{self.arch}.{key}")
+        if value is None and default is None:
+            raise LlmqError(f"{self.first.path}: key {self.arch}.{key} is missing")
+        return default if value is None else value
+
+    def _config(self) -> dict[str, Any]:
+        """Return the config of a transformers model that says what the keys say."""
+        if self.arch not in ("llama", "qwen2", "qwen3"):
+            raise LlmqError(f"{self.first.path}: verify knows the keys of llama, qwen2 and qwen3, not of {self.arch!r}")
+        embedding = self.tensors.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise LlmqError(f"{self.first.path} has no token_embd.weight")
+        heads = self._key("attention.head_count")
+        return {
+            "model_type": self.arch,
+            "vocab_size": embedding.shape[1],
+            "hidden_size": self._key("embedding_length"),
+            "intermediate_size": self._key("feed_forward_length"),
+            "num_hidden_layers": self._key("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._key("attention.head_count_kv", heads),
+            "head_dim": self._key("attention.key_length", self._key("embedding_length") // max(1, heads)),
+            "max_position_embeddings": self._key("context_length"),
+            "rms_norm_eps": self._key("attention.layer_norm_rms_epsilon"),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},  # but see _set_rotary
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.tensors,
+            "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self.tensors,
+            "tie_word_embeddings": "lm_head.weight" not in self.tensors,
+            "use_sliding_window": False,
+        }
+
+    def _set_rotary(self) -> None:
+        """Put llama.cpp's rotary embedding, as the keys say it, in the place of transformers'."""
+        found = Rotary(
+            float(self._key("rope.freq_base", 10000.0)),
+            self._key("rope.scaling.type", "none"),
+            float(self._key("rope.scaling.factor", 1.0)),
+            int(self._key("rope.scaling.original_context_length", self._key("context_length"))),
+            float(self._key("rope.scaling.attn_factor", 1.0)),
+            self._divisors,
+        )
+        for module in self.skeleton.model.modules():
+            if isinstance(getattr(module, "inv_freq", None), Tensor):
+                module.inv_freq = found.frequencies(self.skeleton.head_dim).float()
+                module.attention_scaling = found.magnitude()
+
+    def _in_order(self, name: str, values: Array) -> Array:
+        """Return rows as transformers has them: ggml's llama interleaves the halves of every head of q and k."""
+        heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}.get(name.split(".")[-2])
+        if self.arch != "llama" or heads is None:
+            return values
+        halves = values.reshape(self._key(heads), -1, 2, *values.shape[1:])
+        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+
+
+def _decode(stored: Any, shape: tuple[int, ...]) -> Array:
+    """Return a tensor's values, float32, some rows at a time."""
+    if len(shape) < 2:
+        return np.array(gguf.quants.dequantize(stored.data, stored.tensor_type), np.float32).reshape(shape)
+    out = np.empty(shape, np.float32)
+    step = max(1, _ROWS // shape[1])
+    with np.errstate(all="ignore"):
+        for i in range(0, shape[0], step):
+            out[i : i + step] = gguf.quants.dequantize(stored.data[i : i + step], stored.tensor_type)
+    return out
