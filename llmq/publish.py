@@ -54,7 +54,7 @@ def publish_gguf(job: Job, sink: pipeline.GgufSink, record: Record) -> dict[str,
         digests[name] = digest(tensor)
         total += tensor.nbytes
     name, keys = job.source.origin.name, pipeline.keys(job.plan.recipe)
-    summary = _summary(job, total, record, digests) | {"metadata": sink.metadata_digest(plan, name, keys)}
+    summary = _summary(job, total, record, digests)
     report = json.dumps(sealed(summary), separators=(",", ":"))
     files = sink.write(plan, name, keys | {pipeline.REPORT: report})
     summary["size"]["bytes"] = sum(f.stat().st_size for f in files)

@@ -12,7 +12,6 @@ Not here: what a model or a tokenizer needs in the header (architecture.py, toke
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +31,6 @@ from llmq.gguf.tokenizer import Vocabulary
 from llmq.reading import Entry
 
 _SIZE = re.compile(r"(\d+)([MG])")
-_BEFORE_KEYS = 24  # bytes: magic, version, and the counts of tensors and keys
 _FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZATION_VERSION = gguf.GGML_QUANT_VERSION
 
@@ -163,18 +161,6 @@ def contents(arch: Architecture, parts: Sequence[Part]) -> Iterator[tuple[str, T
     yield from arch.extra().items()
     for ggml, part in _named(arch, parts):
         yield ggml, _load(arch, part)
-
-
-def metadata_digest(room: Path, header: Header) -> str:
-    """Return the sha256 of the header's keys and values as they lie in the file, one after another."""
-    file = room / "header"
-    with writing(file):
-        writer = gguf.GGUFWriter(file, header.architecture.name)
-        _describe(writer, header)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.close()
-        return hashlib.sha256(file.read_bytes()[_BEFORE_KEYS:]).hexdigest()
 
 
 def _named(arch: Architecture, parts: Sequence[Part]) -> _Named:

@@ -126,10 +126,6 @@ class GgufSink(Sink):
         """Yield every tensor of the file by ggml's name, as it will be written."""
         return container.contents(plan.architecture, self._planned(plan))
 
-    def metadata_digest(self, plan: Blueprint, name: str, keys: Mapping[str, str | int]) -> str:
-        """Return the checksum of the keys that `write` writes when it is given the same."""
-        return container.metadata_digest(self.room, _header(plan, name, keys))
-
     def write(self, plan: Blueprint, name: str, keys: Mapping[str, str | int]) -> list[Path]:
         """Write what OUT will be from the staged parts, with `keys` beside the model's own; return the staged files."""
         return container.write(self.stage, self.out, _header(plan, name, keys), self._planned(plan), plan.split)
