@@ -18,6 +18,7 @@ Not here: finding the folder (checkpoint/hub.py).
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -58,6 +59,7 @@ _KNOWN = {
     "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 _MERGE = "merge it into its base with peft (merge_and_unload) and quantize that"
+_LARGEST = 1e30  # of alpha: float32 goes to 3e38
 _SECONDS = 1.0  # for one pattern on one name; a hostile one can take years
 
 
@@ -148,13 +150,15 @@ class Adapter:
 
     def _rank(self, name: str) -> int:
         rank = self._pattern("rank_pattern", name, field(self.said, "r", int, self._where))
-        if rank < 1 or rank != int(rank):
+        if not isinstance(rank, int) or rank < 1:
             raise LlmqError(f"{self._where}: the rank of {name} is {rank}; save the adapter again")
-        return int(rank)
+        return rank
 
     def _scale(self, name: str) -> float:
         """Return alpha over the rank, or over its root."""
         alpha = self._pattern("alpha_pattern", name, field(self.said, "lora_alpha", float, self._where))
+        if not abs(alpha) < _LARGEST:
+            raise LlmqError(f"{self._where}: the alpha of {name} is no number that a weight could bear")
         rslora = field(self.said, "use_rslora", bool, self._where, False)
         return alpha / math.sqrt(self._rank(name)) if rslora else alpha / self._rank(name)
 
@@ -230,5 +234,9 @@ class Adapted(View):
         base = self._added.said.get("base_model_name_or_path")
         if is_repository(base) and is_repository(self.origin.name) and base != self.origin.name:
             yield f"the adapter {self._added.folder} was trained on {base}, not on {self.origin.name}"
+        for name in ("tokenizer.json", "chat_template.jinja"):
+            own, kept = self._added.folder / name, self.path / name
+            if own.is_file() and not (kept.is_file() and filecmp.cmp(own, kept, shallow=False)):
+                yield f"the adapter {self._added.folder} has another {name} than its base; the base's goes to OUT"
         if unknown := self._added.unknown():
             yield f"{ADAPTER} of the adapter has {', '.join(unknown[:5])}, which has no effect"

@@ -194,6 +194,9 @@ FACTORS = {f"{Q}.lora_A.weight": (4, 64), f"{Q}.lora_B.weight": (64, 4)}
         ({"r": "4"}, {}, "r is '4'; it must be of type int"),
         ({"r": 0}, {}, "the rank of .* is 0"),
         ({"lora_alpha": None}, {}, "lora_alpha is None"),
+        ({"lora_alpha": 10**400}, {}, "the alpha of .* is no number"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, {}, "the alpha of .* is no number"),
+        ({"rank_pattern": {"q_proj": float("inf")}}, {}, "the rank of .* is inf"),
         ({"r": 8}, {}, r"lora_A.weight is \[4, 64\], .* asks for \[8, 64\]; the adapter was made for another model"),
         ({"rank_pattern": {"q_proj": 2}}, {}, r"asks for \[2, 64\]"),
         ({"rank_pattern": {"q_proj": "2"}}, {}, "rank_pattern: q_proj is '2'"),
@@ -261,6 +264,12 @@ def test_what_has_no_effect_is_said(tiny_checkpoint, tmp_path):
     warnings = prepare(str(base), Recipe(method="rtn", group_size=32), "cpu", folder).warnings
     assert any("was trained on org/other, not on org/base" in w for w in warnings)
     assert any("has shiny_lr, which has no effect" in w for w in warnings)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_bytes((base / "chat_template.jinja").read_bytes())
+    warnings = prepare(str(base), Recipe(method="rtn", group_size=32), "cpu", folder).warnings
+    assert any("another tokenizer.json than its base" in w for w in warnings)
+    assert not any("chat_template.jinja" in w for w in warnings)
+    (folder / "tokenizer.json").unlink()
     written(folder, {"base_model_name_or_path": "org/base"})
     assert not any(
         "adapter" in w for w in prepare(str(base), Recipe(method="rtn", group_size=32), "cpu", folder).warnings
