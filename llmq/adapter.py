@@ -82,7 +82,8 @@ class Adapter:
     def record(self) -> dict[str, str | None]:
         """Return what identifies the adapter: its name, its commit on the Hub, the hash of its weights."""
         of = origin(self.folder)
-        return {"name": of.name, "commit": of.commit, "sha256": hashlib.sha256(self.file.read_bytes()).hexdigest()}
+        with self.file.open("rb") as f:
+            return {"name": of.name, "commit": of.commit, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
 
     def added(self, name: str, tensor: Tensor) -> Tensor:
         """Return a tensor of the base with the adapter's part added, in the dtype that it has."""
@@ -109,6 +110,8 @@ class Adapter:
     def untouched(self) -> list[str]:
         """Return the modules that adapter_config.json targets by a name of which the file holds nothing."""
         targets = self.said.get("target_modules")
+        if self.said.get("exclude_modules") or self.said.get("layers_to_transform") is not None:
+            return []
         changed = {name.rpartition(".")[0] for name, parts in self.parts.items() if parts.keys() - {"whole"}}
         names = targets if isinstance(targets, list) else []
         return [str(t) for t in names if not any(f".{m}".endswith(f".{t}") for m in changed)]

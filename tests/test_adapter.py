@@ -60,6 +60,7 @@ KINDS = {
         "alpha_pattern": {"^model.layers.0.self_attn.k_proj": 3, "q_proj": 1, r".*_proj": 40},
     },
     "one layer": {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "some left out": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]},
     "fan_in_fan_out": {"target_modules": ["q_proj"], "fan_in_fan_out": True},
     "biases of all": {"target_modules": ["q_proj"], "bias": "all"},
     "biases of its own": {"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"},
