@@ -16,7 +16,7 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint.source import Source, refuse_links
-from llmq.errors import LlmqError, one_line
+from llmq.errors import LlmqError, one_line, printable
 from llmq.reading import field, json_object
 
 if TYPE_CHECKING:
@@ -125,9 +125,36 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     refuse_links(folder)
     file = folder / "tokenizer_config.json"
     _check_tokenizer_config(json_object(file) if file.is_file() else {}, str(file))
+    _refuse_missing(folder, ("vocab.json", "vocab.txt"))
     with foreign(f"{folder}: no tokenizer that transformers can load"), shut():
         kind = _kind_of(folder)
-        return AutoTokenizer.from_pretrained(folder, config=kind, local_files_only=True, trust_remote_code=False)
+        made = AutoTokenizer.from_pretrained(folder, config=kind, local_files_only=True, trust_remote_code=False)
+    _check_tokenizer(made, folder)  # of missing files transformers makes an empty one for many a model_type
+    return made
+
+
+def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Refuse what transformers lets pass: a vocabulary or merges that are missing, a chat template that is no text."""
+    names = tokenizer.vocab_files_names
+    _refuse_missing(folder, names.values())
+    merges = names.get("merges_file")
+    if merges and not any(folder.glob("tokenizer.*json")) and not (folder / merges).is_file():
+        raise LlmqError(
+            f"{folder} has a vocabulary but neither {merges} nor tokenizer.json; copy the tokenizer's files"
+        )
+    template = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [template]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise LlmqError(f"{folder}: its chat_template is {printable(repr(template), 80)}, not text; correct it")
+
+
+def _refuse_missing(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a folder without a vocabulary, under one of these names or under those that any tokenizer takes."""
+    patterns = ("tokenizer.*json", "*.model*", "*.tiktoken", "*.spm", "tekken.json", *names)
+    if not any(f for pattern in patterns for f in folder.glob(pattern)):
+        raise LlmqError(
+            f"{folder} has no tokenizer (tokenizer.json, a vocabulary or .model file); copy its files there"
+        )
 
 
 def check_ids(ids: Tensor | Sequence[int], model: Any) -> None:

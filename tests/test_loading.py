@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -213,9 +214,66 @@ def test_an_unusable_device_is_refused(device, tiny_checkpoint):
         llmq.load(tiny_checkpoint(), device=device)
 
 
-def test_a_folder_without_tokenizer_is_refused(tiny_checkpoint):
-    folder = tiny_checkpoint()
-    for file in folder.glob("tokenizer*"):
+def edited(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def without_tokenizer(folder):
+    for file in [*folder.glob("tokenizer*"), *folder.glob("chat_template*")]:
         file.unlink()
-    with pytest.raises(LlmqError, match="tokenizer"):
+
+
+TOKENIZERS = {
+    "has no tokenizer": without_tokenizer,
+    "has no tokenizer (tok": lambda f: (f / "tokenizer.json").unlink(),
+    "is no tokenizer of transformers": lambda f: edited(f / "tokenizer_config.json", tokenizer_class="LlamaModel"),
+    "tokenizer_class 3": lambda f: edited(f / "tokenizer_config.json", tokenizer_class=3),
+    "chat_template is": lambda f: (
+        (f / "chat_template.jinja").unlink(), edited(f / "tokenizer_config.json", chat_template=3)
+    ),
+    "no tokenizer that transformers can load: ": lambda f: (f / "tokenizer.json").write_text("version https://git-lfs"),
+    "no tokenizer that transformers can load: Type": lambda f: edited(
+        f / "tokenizer_config.json", added_tokens_decoder={"5": 3}
+    ),
+    "neither a file nor a folder": lambda f: (
+        (f / "tokenizer.json").unlink(), (f / "tokenizer.json").symlink_to("away.json")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", TOKENIZERS)
+def test_a_tokenizer_that_is_missing_or_broken_gets_one_line(message, tiny_checkpoint):
+    folder = tiny_checkpoint()
+    TOKENIZERS[message](folder)
+    with pytest.raises(LlmqError, match=f"^{folder}.*{re.escape(message)}") as error:
         llmq.load_tokenizer(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2", "gpt2", "phi"])
+def test_no_empty_tokenizer_is_made_where_files_are_missing(model_type, tiny_checkpoint):
+    """transformers makes one of many a model_type: text then has no tokens, or unknown ones alone."""
+    folder = tiny_checkpoint()
+    without_tokenizer(folder)
+    edited(folder / "config.json", model_type=model_type)
+    with pytest.raises(LlmqError, match="has no tokenizer"):
+        llmq.load_tokenizer(folder)
+    (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2}))
+    with pytest.raises(LlmqError, match=r"merges\.txt|no tokenizer"):
+        llmq.load_tokenizer(folder)
+
+
+def test_entries_of_another_machine_do_not_matter(tiny_checkpoint):
+    folder, ids = tiny_checkpoint(), None
+    gone = "/gone/away"
+    for change in (
+        {},
+        {"tokenizer_file": f"{gone}/tokenizer.json", "vocab_file": f"{gone}/vocab.json", "merges_file": None},
+        {"name_or_path": gone, "special_tokens_map_file": f"{gone}/special_tokens_map.json"},
+        {"tokenizer_class": "ATokenizerOfTheFuture"},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}},
+    ):
+        edited(folder / "tokenizer_config.json", **change)
+        found = llmq.load_tokenizer(folder)("The first city")["input_ids"]
+        assert ids in (None, found) and found
+        ids = found
