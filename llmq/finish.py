@@ -22,6 +22,7 @@ from llmq.calibration import free_memory
 from llmq.checkpoint import Source
 from llmq.evaluation import Predictor
 from llmq.job import Job
+from llmq.params import stored
 from llmq.runtime.linear import QuantLinear
 from llmq.stream import Skeleton
 from llmq.types import Finisher, LlmqError, ModelView, QTensor
@@ -52,9 +53,8 @@ class _Scaled(nn.Module):
     def moved(self) -> QTensor:
         """Return the linear with the scales as they are now."""
         scale = self.q.params.scale
-        moved = (scale.float() * (1 + self.change.detach())).to(scale.dtype)
-        params = dataclasses.replace(self.q.params, scale=torch.where(moved == 0, scale, moved))
-        return dataclasses.replace(self.q, params=params)
+        moved = stored(scale.float() * (1 + self.change.detach()), scale)
+        return dataclasses.replace(self.q, params=dataclasses.replace(self.q.params, scale=moved))
 
 
 class Finished(NamedTuple):

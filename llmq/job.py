@@ -128,8 +128,30 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     if not recipe.lm_head:
         skipped.append(skeleton.name_of(skeleton.model.get_output_embeddings()))
     warnings = steps.format.plan(_mixed(linears, steps.recipe) if recipe.target_bpw else list(linears.values()))
-    source.check()
-    return Job(skeleton.source, skeleton, steps, linears, skipped, where, [*source.warnings, *warnings]).told(recipe)
+    job = Job(skeleton.source, skeleton, steps, linears, skipped, where, [*source.warnings, *warnings])
+    return _checked(job, source).told(recipe)
+
+
+def _checked(job: Job, source: Source) -> Job:
+    """Read every weight once; warn of those that no scale of the format can hold. Raises LlmqError for one of NaN."""
+    specs = {job.weight_of(s.name): s for s in (*job.linears.values(), *job.rows.values())}
+    beyond: dict[str, int] = {}
+
+    def see(name: str, W_NK: torch.Tensor) -> None:
+        if name in specs and (groups := int(specs[name].scheme.weight.beyond(W_NK).sum())):
+            beyond[specs[name].name] = groups
+
+    source.check(see)
+    if not beyond:
+        return job
+    first, *more = beyond
+    others = f" (and {len(more)} more linears)" if more else ""
+    warning = (
+        f"{first}{others}: the weights of {sum(beyond.values()):,} groups are too small or too large for the scales "
+        "that the format stores and are lost or clipped; --skip what matters, or use --format compressed-tensors from "
+        "a bfloat16 or float32 checkpoint, whose scales hold them"
+    )
+    return dataclasses.replace(job, warnings=[*job.warnings, warning])
 
 
 def _check_head(skeleton: Skeleton) -> None:
@@ -180,8 +202,8 @@ def _prepare_gguf(source: Source, skeleton: Skeleton, steps: Plan, device: torch
         (linears if name in blocks else rows)[name] = found
     skipped = [n for n in blocks if n not in linears]
     warnings = [*steps.format.plan([*linears.values(), *rows.values()]), *plan_.warnings]
-    source.check()
-    return Job(skeleton.source, skeleton, steps, linears, skipped, device, [*source.warnings, *warnings], rows, plan_)
+    warnings = [*source.warnings, *warnings]
+    return _checked(Job(skeleton.source, skeleton, steps, linears, skipped, device, warnings, rows, plan_), source)
 
 
 def _linears(skeleton: Skeleton, *, with_head: bool) -> Iterator[tuple[str, nn.Linear]]:

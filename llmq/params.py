@@ -17,6 +17,12 @@ import torch
 from torch import Tensor
 
 
+def stored(scale: Tensor, old: Tensor) -> Tensor:
+    """Return scales in the dtype of `old`, and those of `old` where rounding makes 0 or infinity of them."""
+    rounded = scale.to(old.dtype)
+    return torch.where((rounded != 0) & rounded.isfinite(), rounded, old)
+
+
 class Lattice(NamedTuple):
     """Evenly spaced values: `w = scale * (code - zero) + offset`, codes from `low` to `high`.
 

@@ -44,6 +44,9 @@ class Grid(Protocol):
     def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Any:
         """Choose where the grid of every group lies; `H_KK` weighs the errors where the range uses it."""
 
+    def beyond(self, W_NK: Tensor) -> Tensor:
+        """Say of each group or stored block whether the file cannot hold its scale: too small, or too large."""
+
     def nearest(self, w: Tensor, params: Any) -> Tensor:
         """Return the nearest codes, float32 integers; `params` broadcasts against `w`."""
 

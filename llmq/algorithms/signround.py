@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.params import stored
 from llmq.types import BlockView, LlmqError, Params, QTensor, Solved
 
 _EDGE = 0.4  # how near to the edge of its cell a weight may start, in code units
@@ -89,8 +90,8 @@ class _Trial:
 
     def decode(self) -> Tensor:
         """Return the weight, with the scales as they will be stored."""
-        stored = self.scale_NG.to(self.q.params.scale.dtype).float()
-        return (self.codes() - self.zero_NK).mul_(stored[:, self.group_K])
+        scale = stored(self.scale_NG, self.q.params.scale).float()
+        return (self.codes() - self.zero_NK).mul_(scale[:, self.group_K])
 
     def move(self, lr: float, scale_lr: float) -> None:
         """Step against the sign of the gradient, then decode again."""
@@ -106,7 +107,7 @@ class _Trial:
         self.weight.data = self.decode()
 
     def quantized(self) -> QTensor:
-        scale = self.scale_NG.to(self.q.params.scale.dtype)
+        scale = stored(self.scale_NG, self.q.params.scale)
         codes = self.codes().to(torch.uint8)
         return QTensor(codes, Params(scale, self.q.params.zero), self.q.grid, self.q.g_idx, self.q.input)
 

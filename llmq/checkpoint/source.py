@@ -12,7 +12,7 @@ reading a header (reading.py), writing (sink.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +203,11 @@ class Source:
         """Return the size of all weight files."""
         return sum(file.stat().st_size for file in {e.file for e in self._entries.values()})
 
-    def check(self) -> None:
-        """Read every tensor of the model once. Raises LlmqError naming the first that is not float or not finite."""
+    def check(self, see: Callable[[str, Tensor], None] | None = None) -> None:
+        """Read every tensor of the model once and show it to `see`.
+
+        Raises LlmqError naming the first that is not float or not finite.
+        """
         for name in [n for n in self._entries if n not in self.unread]:
             tensor = self.get(name)
             if tensor.dtype not in _FLOATS:
@@ -212,6 +215,8 @@ class Source:
                 raise LlmqError(f"tensor {name} is {kind}; llmq quantizes float32, bfloat16 and float16 checkpoints")
             if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():  # NaN is a minimum
                 raise LlmqError(f"tensor {name} holds NaN or Inf; the checkpoint is damaged, or its training diverged")
+            if see is not None:
+                see(name, tensor)
 
 
 class View(Source):

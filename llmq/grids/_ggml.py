@@ -27,6 +27,7 @@ from llmq.types import GgmlParams, Lattice, LlmqError
 
 _CHUNK = 2**20  # weights of one chunk: enough that torch's calls cost little beside what they do for its superblocks
 _ROUND = torch.tensor(12582912.0)  # 1.5 * 2^23
+_LEAST_D = 2.0**-24  # float16 holds nothing below
 _LARGEST = 1e9  # beyond what any type reaches (65504 * 128 * 32); keeps squares and their sums finite
 _HEAVIEST = 1e4  # of a weight without importance, for the same reason
 _DEAD = 1e-6  # importance of a column that no token excites, as a fraction of the mean: it still gets a scale
@@ -87,6 +88,19 @@ class GgmlGrid(ABC):
         stored = [self._fit_rows(_finite(chunk), importance) for chunk in chunks]
         joined: list[Any] = [None if p[0] is None else torch.cat(p) for p in zip(*stored, strict=True)]
         return self.params(Stored(*joined))
+
+    def beyond(self, W_NK: Tensor) -> Tensor:
+        """Say of each qblock `[N, B]` of a float matrix whether its `d` is one that float16 does not hold.
+
+        Such a block is so small that all of it is lost, or so large that it is clipped.
+        """
+        lo, hi = (x.float() for x in W_NK.reshape(len(W_NK), -1, self.qblock).aminmax(dim=-1))
+        d = self._reach(lo, hi) / max(map(abs, self.small_range))
+        return (d != 0) & ((d < _LEAST_D) | (d > 65504.0))
+
+    @abstractmethod
+    def _reach(self, lo: Tensor, hi: Tensor) -> Tensor:
+        """Return the scale with which the levels just cover `[lo, hi]`."""
 
     def refine(
         self, error_NK: Tensor, gradient_NK: Tensor, codes: Tensor, params: GgmlParams, H_KK: Tensor, group_K: Tensor

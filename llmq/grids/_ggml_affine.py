@@ -84,6 +84,11 @@ class Affine(GgmlGrid):
     def _decoded_levels(self, codes: Tensor) -> Tensor:
         return codes.float()
 
+    def _reach(self, lo: Tensor, hi: Tensor) -> Tensor:
+        """See `GgmlGrid._reach`; superblocks have no offset above 0."""
+        lowest = lo.clamp(max=0) if self.qblock > self.group_size else lo
+        return (hi - lowest) / (2**self.bits - 1)
+
     def _round(self, t: Tensor) -> Tensor:
         return nearest_integer(t).clamp_(0, 2**self.bits - 1)
 

@@ -68,6 +68,11 @@ class Linear(GgmlGrid):
         """Round `t` (overwritten) to the nearest levels."""
         return nearest_integer(t).clamp_(-self.zero, 2**self.bits - 1 - self.zero)
 
+    def _reach(self, lo: Tensor, hi: Tensor) -> Tensor:
+        """See `GgmlGrid._reach`; a scale may be negative, so that the larger side takes the level farther out."""
+        farthest = self._levels(torch.tensor([-1e6, 1e6])).abs().max()
+        return torch.maximum(hi.abs(), lo.abs()) / farthest
+
     def _half_steps(self) -> Tensor:
         """Return the levels nearest to every half step from -n / 2 on, `[2 n]`; nothing where they are integers."""
         return torch.empty(0)

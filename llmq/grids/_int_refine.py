@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmq.params import stored
 from llmq.types import Params
 
 _ROWS = 512  # whose products with H and whose G x G systems are in memory together
@@ -32,7 +33,7 @@ def refine(gradient_NK: Tensor, codes: Tensor, params: Params, H_KK: Tensor, gro
     old = params.scale.double()
     ratio = 1 + change / old
     sane = (ratio > 0.5) & (ratio < 2)
-    return Params(torch.where(sane, old + change, old).to(params.scale.dtype), params.zero)
+    return Params(stored(torch.where(sane, old + change, old), params.scale), params.zero)
 
 
 def _normal(U_NK: Tensor, H_KK: Tensor, G: int) -> Tensor:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from llmq.types import Lattice, Params, Range
 
-_FLOOR = {torch.float16: 1e-5}  # fp16 loses relative precision below 6e-5 and holds nothing below 6e-8
-_DEFAULT_FLOOR = 1e-8
+_LEAST = {torch.float16: 2.0**-24}  # the least scale of a group that is not all zero: float16 holds nothing below
+_DEFAULT_LEAST = 1e-30
+_OF_ZEROS = {torch.float16: 1e-5}  # the scale of a group that is
+_DEFAULT_OF_ZEROS = 1e-8
 # Adding and taking away 1.5 * 2^23 rounds a float32 below 2^22 half to even, like torch.round, whose kernel wakes every
 # thread for a row of 3,000 values and so spends milliseconds in barriers when a core is busy.
 # A tensor, since a Python number would be converted at every call.
@@ -87,13 +89,9 @@ class Int:
         A symmetric grid for an interval given from its upper end (lo >= 0 >= hi) falls: its scale is negative.
         """
         top, half = 2**self.bits - 1, 2 ** (self.bits - 1)
-        if self.sym:
-            steps = half - 1 if self.restricted else top / 2
-            scale = torch.maximum(hi.abs(), lo.abs()) / steps
-        else:
-            scale = (hi - lo) / top
-        limit = torch.finfo(self.scale_dtype).max
-        scale = scale.clamp(_FLOOR.get(self.scale_dtype, _DEFAULT_FLOOR), limit).to(self.scale_dtype)
+        exact = self._scale(lo, hi)
+        scale = exact.clamp(*self._held()).masked_fill_(exact == 0, _OF_ZEROS.get(self.scale_dtype, _DEFAULT_OF_ZEROS))
+        scale = scale.to(self.scale_dtype)
         if self.sym:
             scale = torch.where(lo > hi, -scale, scale)
         if self.sym:
@@ -101,6 +99,29 @@ class Int:
         else:
             zero = (-lo / scale.float()).round().clamp(0, top).to(torch.int32)
         return Params(scale, zero)
+
+    def beyond(self, W_NK: Tensor) -> Tensor:
+        """Say of each group `[N, G]` of a float matrix whether its scale is one that `scale_dtype` does not hold.
+
+        Such a group is so small that codes or all of it are lost, or so large that it is clipped.
+        """
+        N, K = W_NK.shape
+        w = W_NK.reshape(1, 1, -1) if self.per_tensor else W_NK.reshape(N, self.groups(K), -1)
+        lo, hi = (x.float() for x in w.aminmax(dim=-1))
+        exact = self._scale(lo.clamp(max=0), hi.clamp(min=0))
+        least, limit = self._held()
+        return (exact != 0) & ((exact < least) | (exact > limit))
+
+    def _scale(self, lo: Tensor, hi: Tensor) -> Tensor:
+        """Return the scale of the grid that covers `[lo, hi]`, before it is rounded."""
+        top = 2**self.bits - 1
+        if not self.sym:
+            return (hi - lo) / top
+        return torch.maximum(hi.abs(), lo.abs()) / (2 ** (self.bits - 1) - 1 if self.restricted else top / 2)
+
+    def _held(self) -> tuple[float, float]:
+        """Return the least and the greatest scale of `scale_dtype`."""
+        return _LEAST.get(self.scale_dtype, _DEFAULT_LEAST), torch.finfo(self.scale_dtype).max
 
     def bounds(self) -> tuple[float, float]:
         """Return the least and the largest code."""

@@ -171,6 +171,22 @@ def test_uniform_config(model_of: Callable[..., list[LinearSpec]]) -> None:
     assert inputs["weights"]["strategy"] == "channel" and inputs["weights"]["group_size"] is None
 
 
+def test_a_quantized_head_is_targeted_by_name(model_of: Callable[..., list[LinearSpec]]) -> None:
+    """vLLM's head is no "Linear"; the library and llmq take both spellings for the same scheme."""
+    grid = Int(4, True, 32)
+    linears = [*model_of(grid), LinearSpec("lm_head", 320, 64, Scheme(grid))]
+    config = CompressedTensors().config(linears, [])
+    targets = config["config_groups"]["group_0"]["targets"]
+    assert targets == ["Linear", "lm_head"]
+    _, scheme_of = CompressedTensors.read(config)
+    for spec in linears:
+        assert match_targets(spec.name, torch.nn.Linear(1, 1), targets)
+        assert scheme_of(spec.name, spec.N, spec.K) == spec.scheme
+    mixed_ = [*linears[:-1], LinearSpec("lm_head", 320, 64, Scheme(Int(8, True, 32)))]
+    groups = CompressedTensors().config(mixed_, [])["config_groups"]
+    assert groups["group_1"]["targets"] == ["lm_head"] and "Linear" not in groups["group_0"]["targets"]
+
+
 def test_targets_by_name_pattern_and_class(spec_of: Callable[..., LinearSpec]) -> None:
     def group(bits: int, *targets: str) -> dict[str, Any]:
         return {"targets": list(targets), "weights": {"num_bits": bits, "strategy": "channel"}}

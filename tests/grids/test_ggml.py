@@ -282,3 +282,17 @@ def test_refining_solves_a_lone_qblock_like_least_squares(grid):
     refined = refined_params(grid, W_NK, codes, off, H_KK)
     before = quadratic(W_NK, grid.decode(codes, off.columns(grid.qblock)), H_KK)
     assert quadratic(W_NK, grid.decode(codes, refined.columns(grid.qblock)), H_KK) < 2e-2 * before
+
+
+@every_grid
+def test_blocks_that_no_scale_holds_are_told_of(grid):
+    """A block's d is a float16: below it nothing is left, above it all is clipped, and both are said of the float."""
+    for size in (1e-2, 1e-4, 1e-6, 1e-8, 1e8):
+        W_NK = size * randn(4, K)
+        W_NK[0] = 0
+        beyond = grid.beyond(W_NK)
+        codes, params = encode(grid, W_NK)
+        lost = (grid.decode(codes.float(), spread(params)) - W_NK).norm() / W_NK.norm()
+        assert beyond.shape == (4, K // grid.qblock) and not beyond[0].any()
+        assert beyond[1:].all() if size in (1e-8, 1e8) else size < 1e-2 or not beyond.any()
+        assert beyond.any() or lost < 0.3

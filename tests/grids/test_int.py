@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmq.grids.int import Int
+from llmq.params import stored
 from llmq.types import QTensor
 
 
@@ -100,3 +101,36 @@ def test_dequantize_with_g_idx_reads_the_named_group():
 def test_impossible_grids_are_refused(bad):
     with pytest.raises(ValueError):
         Int(**bad)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("size", [1e-2, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_small_weights_are_held_or_told_of(dtype, size, sym):
+    grid = Int(4, sym, 32, scale_dtype=dtype)
+    W_NK = size * torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    W_NK[0] = 0
+    params = grid.fit(W_NK)
+    assert (params.scale > 0).all() and params.scale.isfinite().all()
+    columns = params.columns(64)
+    lost = (grid.decode(grid.nearest(W_NK, columns), columns) - W_NK).norm() / W_NK.norm()
+    beyond = grid.beyond(W_NK)
+    assert not beyond[0].any()  # zeros are held by any scale
+    if dtype == torch.float16 and size <= 1e-7:
+        assert beyond[1:].all()
+    else:
+        assert not beyond.any() and lost < 0.15
+
+
+def test_groups_too_large_for_their_scales_are_told_of():
+    W_NK = torch.ones(2, 64)
+    W_NK[1, 40] = -1e6
+    assert Int(4, True, 32).beyond(W_NK).tolist() == [[False, False], [False, True]]
+    assert not Int(4, True, 32, scale_dtype=torch.bfloat16).beyond(W_NK).any()
+    assert Int(4, True, None, per_tensor=True).beyond(W_NK).tolist() == [[True]]
+
+
+def test_a_moved_scale_that_the_file_cannot_hold_stays_as_it_was():
+    old = torch.tensor([2.0**-24, 6e4, 1.0, -(2.0**-24)], dtype=torch.float16)
+    moved = torch.tensor([2.0**-26, 1e5, 1.5, -(2.0**-26)])
+    assert stored(moved, old).tolist() == [2.0**-24, float(old[1]), 1.5, -(2.0**-24)]

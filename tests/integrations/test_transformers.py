@@ -219,6 +219,27 @@ def test_stock_transformers_computes_the_same(folder):
     torch.testing.assert_close(logits(ours), logits(stock), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.int64])
+def test_what_a_peer_left_out_or_stores_wider_is_loaded_and_written_back_as_it_was(dtype, tmp_path, registered):
+    """GPTQModel, vLLM and auto-round derive a plain g_idx; some writers store one of 64 bits."""
+
+    def change(tensors: Tensors, config: dict) -> None:
+        for name in [n for n in tensors if n.endswith(".g_idx")]:
+            g_idx = tensors.pop(name)
+            if dtype is not None:
+                tensors[name] = g_idx.to(dtype)
+
+    plain = Path(__file__).parents[1] / "golden" / "gptq_v1_w4g32_sym"
+    folder = tampered(tmp_path, plain, change)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(logits(model), logits(llmq.load(plain, dtype=torch.float32, device="cpu")))
+    model.save_pretrained(tmp_path / "again")
+    old, new = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    packed = [n for n in old if n.endswith(("qweight", "qzeros", "scales", "g_idx"))]
+    assert [n for n in new if n.endswith("g_idx")] == [n for n in old if n.endswith("g_idx")]
+    assert all(same(old[n], new[n]) for n in packed)
+
+
 # Tampered checkpoints
 
 

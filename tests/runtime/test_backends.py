@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -435,3 +436,15 @@ def test_torch_compile(kind, solved, layer):
         for rows in (2, 65):
             x = torch.randn(rows, linear.in_features)
             assert torch.equal(compiled(x), linear(x))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_uneven_groups_are_the_references(bits, solved):
+    """A last group may be short, as AutoGPTQ wrote them; columns of like groups cannot be laid side by side then."""
+    q, spec = solved(64, 192, Int(bits, True, 64))
+    uneven = dataclasses.replace(q, g_idx=(torch.arange(192) // 80).to(torch.int32))
+    assert choose(spec, uneven) is None
+    scale = q.params.scale.float()[:, uneven.g_idx.long()]
+    assert torch.equal(uneven.dequantize(), scale * (q.codes.int() - 2 ** (bits - 1)))
+    shuffled = dataclasses.replace(q, g_idx=(torch.randperm(192) // 64).to(torch.int32))
+    assert choose(spec, shuffled) is not None
