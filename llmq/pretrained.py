@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmq.checkpoint.source import Source, refuse_links
+from llmq.checkpoint.source import Source, refuse_adapter, refuse_links
 from llmq.errors import LlmqError, one_line, printable
 from llmq.reading import field, json_object
 
@@ -152,6 +152,7 @@ def _refuse_missing(folder: Path, names: Iterable[str]) -> None:
     """Refuse a folder without a vocabulary, under one of these names or under those that any tokenizer takes."""
     patterns = ("tokenizer.*json", "*.model*", "*.tiktoken", "*.spm", "tekken.json", *names)
     if not any(f for pattern in patterns for f in folder.glob(pattern)):
+        refuse_adapter(folder)  # which is the plainer reason
         raise LlmqError(
             f"{folder} has no tokenizer (tokenizer.json, a vocabulary or .model file); copy its files there"
         )

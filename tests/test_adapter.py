@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import llmq
 from llmq.adapter import Adapted, Adapter
 from llmq.checkpoint import Source
+from llmq.inspection import inspect
 from llmq.job import prepare
 from llmq.quantize import quantize
 from llmq.recipe import Recipe
@@ -145,10 +147,13 @@ def test_the_adapter_is_recorded_and_not_copied(tiny_checkpoint, tmp_path):
     assert "with the adapter me/lora at commit c0ffee" in (tmp_path / "out/README.md").read_text()
 
 
+OPENERS = (llmq.load, llmq.load_tokenizer, lambda folder: list(inspect(str(folder))))
+
+
 def test_an_adapter_beside_the_weights_wants_the_flag(tiny_checkpoint, tmp_path):
     base, apart = tiny_checkpoint(), tmp_path / "adapter"
     trained(base, apart, target_modules=["q_proj"])
-    for work in (lambda: prepare(str(apart), Recipe(**BASE), "cpu"), lambda: llmq.load(apart)):
+    for work in (lambda: prepare(str(apart), Recipe(**BASE), "cpu"), *(partial(f, apart) for f in OPENERS)):
         with pytest.raises(LlmqError, match=rf"^{apart} is an adapter, not a model; .* --adapter {apart}$"):
             work()
     trained(base, base, target_modules=["q_proj"])
