@@ -116,6 +116,7 @@ def quantize(
     split_max_size: Annotated[str | None, typer.Option(help="GGUF: files of at most so much, e.g. 4G.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Let --recipe name modules to import.")] = False,
+    verify: Annotated[bool, typer.Option(help="Reopen and check what was written before it becomes OUT.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when the run has succeeded.")] = False,
 ) -> None:
     """Quantize a checkpoint.
@@ -125,7 +126,7 @@ def quantize(
     given = {
         k.rstrip("_"): v
         for k, v in locals().copy().items()
-        if v is not None and k not in ("src", "out", "recipe", "adapter", "device", "allow_code", "overwrite")
+        if v is not None and k not in ("src", "out", "recipe", "adapter", "device", "allow_code", "verify", "overwrite")
     }
     from llmq.checkpoint.place import user_path
     from llmq.job import prepare
@@ -142,7 +143,7 @@ def quantize(
     said = list(job.warnings)
     _warn(said)
     with _progress() as step:
-        summary = run(job, out, overwrite=overwrite, progress=step)
+        summary = run(job, out, overwrite=overwrite, check=verify, progress=step)
     _warn(w for w in summary["warnings"] if w not in said)  # what calibration left out
     _print_summary(out, summary, time.monotonic() - start)
 

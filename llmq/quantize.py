@@ -35,6 +35,7 @@ from llmq.saliency import squared_gradients
 from llmq.sinks import IMATRIX, sink_of
 from llmq.stream import Skeleton, embed
 from llmq.types import LinearSpec, QTensor, Target
+from llmq.verify import require_right
 
 BATCH_TOKENS = 4096  # tokens of one suspended batch
 _ROWS_AT_ONCE = 2**24  # weights of an embedding in float32 at a time
@@ -42,11 +43,14 @@ Progress = Callable[[int, int, str], None]
 """Called with blocks done, blocks in all and what is going on."""
 
 
-def quantize(job: Job, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+def quantize(
+    job: Job, out: Path, *, overwrite: bool = False, check: bool = True, progress: Progress | None = None
+) -> dict[str, Any]:
     """Run a prepared job and write OUT. Returns the content of its quantization.json.
 
-    Raises LlmqError where calibration text is missing or too short, a block's linears are not called once each, or OUT
-    cannot be written; OUT is then untouched.
+    check: whether what was written is verified before it becomes OUT (verify/).
+    Raises LlmqError where calibration text is missing or too short, a block's linears are not called once each, OUT
+    cannot be written, or what was written is not what was solved; OUT is then untouched.
     """
     report = progress or (lambda done, total, what: None)
     blocks = len(job.skeleton)
@@ -80,6 +84,9 @@ def quantize(job: Job, out: Path, *, overwrite: bool = False, progress: Progress
                 streams.hessians.drop()
             report(blocks, blocks, "writing")
             summary = publish_record(job, sink, record, total)
+        if check:
+            report(blocks, blocks, "verifying")
+            require_right(sink.files()[0] if job.gguf else sink.stage)
         sink.seal(summary)
         sink.commit()
     return summary

@@ -52,6 +52,17 @@ def verify(model: str | Path, against: str | Path | None = None, adapter: str | 
     return report
 
 
+def require_right(staged: Path, against: Path | None = None) -> None:
+    """Raise LlmqError unless what a run has staged is right: a folder, or the first file of a GGUF model."""
+    report = verify(staged, against)
+    if not report.passed:
+        more = f" (and {len(report.failures) - 1} more)" if len(report.failures) > 1 else ""
+        raise LlmqError(
+            f"what was written is not right: {report.failures[0]}{more}: a fault of llmq, or of the disk; "
+            f"`llmq verify {staged}` lists it all"
+        )
+
+
 def _open_folder(folder: Path, report: Report) -> tuple[Folder, dict[str, Any]]:
     recorded = record.read_record(folder, report)
     if "files" in recorded:
