@@ -18,6 +18,9 @@ from transformers.quantizers import auto
 
 import llmq
 from llmq.integrations import transformers as integration
+from llmq.job import prepare
+from llmq.quantize import quantize
+from llmq.recipe import Recipe
 from llmq.runtime.linear import QuantLinear
 from llmq.types import LlmqError
 
@@ -216,6 +219,17 @@ def test_stock_transformers_computes_the_same(folder):
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert not any(isinstance(m, QuantLinear) for m in stock.modules())
     ours = llmq.load(folder, dtype=torch.float32, device="cpu", backend="reference")
+    torch.testing.assert_close(logits(ours), logits(stock), rtol=0, atol=1e-5)
+
+
+def test_stock_transformers_reads_a_quantized_head(tiny_checkpoint, tmp_path):
+    recipe = Recipe(method="rtn", group_size=32, format="compressed-tensors", lm_head=True)
+    quantize(prepare(str(tiny_checkpoint()), recipe, "cpu"), tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight_packed" in stored and "lm_head.weight" not in stored
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ours = llmq.load(tmp_path / "out", dtype=torch.float32, device="cpu", backend="reference")
+    assert isinstance(ours.lm_head, QuantLinear) and not isinstance(stock.lm_head, QuantLinear)
     torch.testing.assert_close(logits(ours), logits(stock), rtol=0, atol=1e-5)
 
 
