@@ -13,9 +13,10 @@ Not here: reading the formats (formats/), the file (gguf/container.py).
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ from llmq.checkpoint.place import user_path
 from llmq.checkpoint.stage import fingerprint
 from llmq.gguf import container, mixture
 from llmq.gguf.architecture import architecture
-from llmq.gguf.pipeline import Blueprint, GgufSink
+from llmq.gguf.pipeline import REPORT, Blueprint, GgufSink
 from llmq.gguf.reader import GgufFile
 from llmq.gguf.tokenizer import vocabulary
-from llmq.pretrained import blank_model, model_config
+from llmq.pretrained import blank_model, model_config, tokenizer_of
+from llmq.reading import json_object
+from llmq.records import Line, digest, sealed
 from llmq.types import GgmlParams, LlmqError, QTensor
 
 EXACT, ROUNDED, REQUANTIZED = "values exact", "codes exact, minimum rounded", "requantized"
@@ -44,11 +47,12 @@ _KEPT = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 @dataclass(frozen=True)
 class Exported:
-    """One linear: its ggml type, its stored rows, and what became of its codes."""
+    """One tensor: its ggml type and stored rows; of a linear also what became of its codes, and what is recorded."""
 
     kind: str
     rows: Tensor
-    outcome: str
+    outcome: str = ""
+    line: Mapping[str, Any] = field(default_factory=dict)
 
 
 def export(
@@ -68,47 +72,57 @@ def export(
     Raises LlmqError where SRC is not a quantized checkpoint or its codes cannot be kept; OUT is then untouched.
     """
     given = {"requantize": requantize, "embeddings": embeddings, "pre": pre, "split_max_size": split_max_size}
+    anew, outside = _checked(requantize, "--requantize"), _checked(embeddings, "--embeddings")
+    split = container.parse_size(split_max_size)
     if user_path(src).is_dir():
         GgufSink(out, overwrite=overwrite, reads={"SRC": user_path(src)})  # refuses before anything is read
     source = _source(src)
     run = {"command": "export", "SRC": fingerprint(source.path)} | given
     reader = _Reader(source)
     arch = architecture(reader.config)
-    from llmq.loading import load_tokenizer
-
-    warnings = [*arch.warnings(), *reader.warnings()]
-    types: dict[str, str] = {}
-    outcomes: Counter[str] = Counter()
+    words = vocabulary(tokenizer_of(source.path), int(reader.config.vocab_size), reader.config, pre)
+    warnings = [*arch.warnings(), *reader.warnings(), *words.warnings]
     with GgufSink(out, overwrite=overwrite, reads={"SRC": source.path}, run=run) as sink:
         if sink.earlier is not None:
             sink.commit()
             return sink.earlier
         sink.copies = True
         sink.require(2 * source.bytes())
-        for name, found in reader.tensors(_checked(requantize, "--requantize")):
-            if isinstance(found, Exported):
-                types[name], tensor = found.kind, found.rows
-                outcomes[found.outcome] += 1
-            else:
-                types[name], tensor = _float(arch.tensor(name), found, _checked(embeddings, "--embeddings"))
-            sink.add({name: tensor})
-        embedding = next(n for n in types if arch.tensor(n) == "token_embd.weight")
-        rows = source.headers()[embedding][1][0]
-        words = vocabulary(load_tokenizer(str(source.path)), rows, reader.config, pre)
-        counts = Counter(kind for name, kind in types.items() if kind not in mixture.FLOATS)
-        main = counts.most_common(1)[0][0] if counts else "F16"
-        plan = Blueprint(arch, words, _file_type_of(main), types, split=container.parse_size(split_max_size))
-        files = sink.write(plan, source.origin.name, {"llmq.version": __version__, "llmq.source": reader.method})
+        made: dict[str, Exported] = {}  # without their rows, which are staged
+        for name, found in reader.tensors(anew):
+            tensor = found if isinstance(found, Exported) else _float(name, arch.tensor(name), found, outside)
+            sink.add({name: tensor.rows})
+            made[name] = replace(tensor, rows=torch.empty(0))
+        plan = Blueprint(arch, words, _file_type_of(made.values()), {n: t.kind for n, t in made.items()}, split=split)
+        files = _write(sink, plan, reader, made, warnings)
         done = {
-            "types": dict(Counter(types.values())),
-            "outcomes": dict(outcomes),
+            "types": dict(Counter(t.kind for t in made.values())),
+            "outcomes": dict(Counter(t.outcome for t in made.values() if t.outcome)),
             "files": [str(sink.target(f.name)) for f in files],
             "bytes": sum(f.stat().st_size for f in files),
-            "warnings": warnings + words.warnings,
+            "warnings": warnings,
         }
         sink.seal(done)
         sink.commit()
     return done
+
+
+def _write(
+    sink: GgufSink, plan: Blueprint, reader: _Reader, made: Mapping[str, Exported], warnings: list[str]
+) -> list[Path]:
+    """Write the file from what is staged, with a record as `quantize` leaves one; return the staged files."""
+    source = reader.source
+    record = {
+        "llmq": __version__,
+        "source": asdict(source.origin),
+        "warnings": warnings,
+        "linears": {n.removesuffix(".weight"): dict(t.line) for n, t in made.items() if t.line},
+        "tensors": {n: digest(t) for n, t in sink.contents(plan)},
+        "exported": reader.record,
+    }
+    keys = {"llmq.version": __version__, "llmq.source": reader.method}
+    report = json.dumps(sealed(record), separators=(",", ":"))
+    return sink.write(plan, source.origin.name, keys | {REPORT: report})
 
 
 class _Reader:
@@ -123,6 +137,8 @@ class _Reader:
         settle(source, model)
         if own_head(source, model):
             self.config.tie_word_embeddings = False
+        earlier = source.path / "quantization.json"
+        self.record = json_object(earlier) if earlier.is_file() else None  # how llmq found the codes
         linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.linears = {n: (m.out_features, m.in_features) for n, m in linears.items()}
 
@@ -142,7 +158,7 @@ class _Reader:
     def tensors(self, requantize: str | None) -> Iterator[tuple[str, Exported | Tensor]]:
         """Yield every tensor that a GGUF file holds, by its float checkpoint's name; blocks in their order."""
         by_module: dict[str, list[str]] = {}
-        for name in sorted(self.source.names(), key=_natural):
+        for name in sorted(set(self.source.names()) - self.source.unread, key=_natural):
             by_module.setdefault(name.rpartition(".")[0], []).append(name)
         for module, names in by_module.items():
             shape = self.linears.get(module)
@@ -168,25 +184,17 @@ def convert(q: QTensor, name: str, requantize: str | None) -> Exported:
         level = q.codes.to(torch.int16).unflatten(1, (-1, _BLOCK)) - zero[..., None].to(torch.int16)
         lo, hi = int(level.min()), int(level.max())
         if lo >= -8 and hi <= 7:
-            return _pack("Q4_0", level + 8, d, None)
+            return _pack("Q4_0", level + 8, d, None, q)
         if q.grid.bits == 4:
-            return _pack("Q4_1", q.codes, d, (zero.float() * d.float()).half())
+            return _pack("Q4_1", q.codes, d, (zero.float() * d.float()).half(), q)
         if lo >= -128 and hi <= 127:
-            return _pack("Q8_0", level + 128, d, None)
+            return _pack("Q8_0", level + 128, d, None, q)
         why = f"{q.grid.bits}-bit asymmetric codes have no ggml type"
     if requantize is None:
         raise LlmqError(
             f"{name}: its codes cannot be kept: {why}; say --requantize TYPE (Q8_0, Q6_K ...) to round it anew"
         )
-    K = q.codes.shape[1]
-    kind = mixture.fallback(requantize, K)
-    W_NK = q.dequantize()
-    if kind in mixture.FLOATS:
-        return Exported(kind, container.as_float(W_NK, kind, name), REQUANTIZED)
-    grid = spec.load("grids", kind.lower())
-    params = grid.fit(W_NK)
-    codes = grid.nearest(W_NK, params.columns(K)).to(torch.uint8)
-    return Exported(kind, grid.to_bytes(codes, params), REQUANTIZED)
+    return _rounded(q.dequantize(), name, mixture.fallback(requantize, q.codes.shape[1]), REQUANTIZED)
 
 
 def _obstacle(q: QTensor) -> str | None:
@@ -202,8 +210,8 @@ def _obstacle(q: QTensor) -> str | None:
         return "its groups follow the activation order (desc_act), not the columns"
     scale = q.params.scale
     exact = scale.half()
-    if not torch.equal(exact.float(), scale.float()):
-        off = int((exact.float() != scale.float()).sum())
+    off = int((~torch.isfinite(exact) | (exact.float() != scale.float())).sum())
+    if off:
         return f"{off} of {scale.numel()} scales are not float16 numbers"
     if q.grid.bits == 4 and not torch.isfinite((q.params.zero.float() * scale.float()).half()).all():
         return "a minimum is beyond float16"
@@ -222,30 +230,48 @@ def _by_block(q: QTensor, p: Tensor) -> Tensor:
     return p.repeat_interleave(K // _BLOCK // p.shape[1], dim=1)
 
 
-def _pack(kind: str, codes: Tensor, d: Tensor, dmin: Tensor | None) -> Exported:
+def _pack(kind: str, codes: Tensor, d: Tensor, dmin: Tensor | None, q: QTensor) -> Exported:
+    """Return the codes of `q` as blocks: codes `[N, K]`, scales d and minima float16 `[N, K / 32]`."""
+    params = GgmlParams(d.float(), None if dmin is None else -dmin.float(), d, dmin)
     grid = spec.load("grids", kind.lower())
-    offset = None if dmin is None else -dmin.float()
-    rows = grid.to_bytes(codes.to(torch.uint8).reshape(len(d), -1), GgmlParams(d.float(), offset, d, dmin))
-    return Exported(kind, rows, EXACT if dmin is None else ROUNDED)
+    packed = QTensor(codes.to(torch.uint8).reshape(q.codes.shape), params, grid)
+    outcome = EXACT if dmin is None else ROUNDED
+    return Exported(kind, grid.to_bytes(packed.codes, params), outcome, _line(Line(), packed, q.dequantize()))
 
 
-def _float(ggml: str | None, tensor: Tensor, embeddings: str | None) -> tuple[str, Tensor]:
-    """Return type and content of a float tensor: vectors as F32, matrices as they are, or rounded where asked."""
-    if tensor.dim() < 2 or ggml is None:
-        return "F32", tensor.float()
-    if tensor.dtype not in _KEPT:
-        raise LlmqError(f"{ggml} is {tensor.dtype}, neither float nor packed; the checkpoint's config is not its own")
-    if embeddings is None or ggml not in ("token_embd.weight", "output.weight"):
-        return _KEPT[tensor.dtype], tensor
-    kind = mixture.fallback(embeddings, tensor.shape[1])
+def _rounded(W_NK: Tensor, name: str, kind: str, outcome: str) -> Exported:
+    """Return a float matrix rounded to nearest, some rows at a time."""
     if kind in mixture.FLOATS:
-        return kind, tensor
-    grid = spec.load("grids", kind.lower())
-    packed = []
-    for rows in tensor.split(4096):
-        params = grid.fit(rows.float())
-        packed.append(grid.to_bytes(grid.nearest(rows.float(), params.columns(rows.shape[1])).to(torch.uint8), params))
-    return kind, torch.cat(packed)
+        return Exported(kind, container.as_float(W_NK, kind, name), outcome)
+    grid, found, packed, line = spec.load("grids", kind.lower()), Line(), [], {}
+    for W_nK in W_NK.split(4096):
+        params = grid.fit(W_nK.float())
+        part = QTensor(grid.nearest(W_nK.float(), params.columns(W_NK.shape[1])).to(torch.uint8), params, grid)
+        packed.append(grid.to_bytes(part.codes, params))
+        line = _line(found, part, W_nK)
+    return Exported(kind, torch.cat(packed), outcome, line)
+
+
+def _line(found: Line, q: QTensor, W_NK: Tensor) -> dict[str, Any]:
+    """Return the record of a matrix after these rows of it."""
+    return {"method": "export", "bits": q.grid.bits} | found.add(q, q.dequantize(), W_NK).to_json()
+
+
+def _float(name: str, ggml: str | None, tensor: Tensor, embeddings: str | None) -> Exported:
+    """Return a float tensor: vectors as F32, matrices as they are, or rounded where asked.
+
+    Raises LlmqError for one that is not float, or not finite.
+    """
+    if tensor.dtype not in _KEPT:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise LlmqError(f"{name} is {kind}, neither float nor packed; the checkpoint's config is not its own")
+    if not torch.isfinite(tensor).all():
+        raise LlmqError(f"tensor {name} holds NaN or Inf; the checkpoint is damaged")
+    if tensor.dim() < 2 or ggml is None:
+        return Exported("F32", tensor.float())
+    if embeddings is None or ggml not in ("token_embd.weight", "output.weight"):
+        return Exported(_KEPT[tensor.dtype], tensor)
+    return _rounded(tensor, name, mixture.fallback(embeddings, tensor.shape[1]), "")
 
 
 def _source(src: str) -> Source:
@@ -272,8 +298,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _file_type_of(kind: str) -> str:
-    """Return a mixture whose base is `kind`, for `general.file_type`."""
-    return (
-        kind if kind in ("F32", "F16", "BF16") or not kind.endswith("_K") or kind in ("Q2_K", "Q6_K") else f"{kind}_S"
-    )
+def _file_type_of(made: Iterable[Exported]) -> str:
+    """Return a mixture whose base is the commonest type that is not float, for `general.file_type`."""
+    counts = Counter(t.kind for t in made if t.kind not in mixture.FLOATS)
+    kind = counts.most_common(1)[0][0] if counts else "F16"
+    return f"{kind}_S" if kind in ("Q3_K", "Q4_K", "Q5_K") else kind

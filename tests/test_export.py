@@ -1,5 +1,6 @@
 """`llmq export`: codes of GPTQ, AWQ and compressed-tensors checkpoints, ours and the peers', kept in GGUF."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import gguf
 import pytest
 import torch
 from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -14,10 +16,12 @@ import llmq
 from llmq import spec
 from llmq.checkpoint import Source
 from llmq.export import EXACT, REQUANTIZED, ROUNDED, convert, export
+from llmq.gguf.reader import GgufFile
 from llmq.grids.int import Int
 from llmq.job import prepare
 from llmq.quantize import quantize
 from llmq.recipe import Recipe
+from llmq.records import digest, holds
 from llmq.types import LinearSpec, LlmqError, Params, QTensor
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -43,8 +47,8 @@ def weights(out):
     return {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in gguf.GGUFReader(out).tensors}
 
 
-def solved(folder):
-    """Return every quantized linear of a checkpoint as the format's own reader gives it."""
+def solved(folder, only=""):
+    """Return every quantized linear of a checkpoint, or those with `only` in the name, as the format's reader does."""
     source = Source(folder)
     config = source.config
     fmt, scheme = spec.find("formats", config["quantization_config"]["quant_method"]).read(
@@ -56,7 +60,7 @@ def solved(folder):
     for i in range(config["num_hidden_layers"]):
         for leaf, (N, K) in shapes.items():
             name = f"model.layers.{i}.{leaf}"
-            if (chosen := scheme(name, N, K)) is not None:
+            if only in name and (chosen := scheme(name, N, K)) is not None:
                 local = {n.rpartition(".")[2]: source.get(n) for n in source.names() if n.startswith(f"{name}.")}
                 found[name] = fmt.unpack(local, LinearSpec(name, N, K, chosen))
     return found
@@ -187,3 +191,54 @@ def test_what_is_no_quantized_checkpoint_is_refused_in_a_line(tiny_checkpoint, t
     with pytest.raises(LlmqError, match="is a folder"):
         export(str(folder), tmp_path)
     assert not (tmp_path / "out.gguf").exists()
+
+
+def record_of(out):
+    return json.loads(GgufFile(out).value("llmq.report"))
+
+
+def test_the_file_holds_a_record_of_what_became_of_every_linear(tiny_checkpoint, tmp_path):
+    folder, ours = tiny_checkpoint(), tmp_path / "ours"
+    recipe = Recipe(method="rtn", group_size=32, sym=False, format="awq", dtype="float32")
+    made = quantize(prepare(str(folder), recipe, "cpu"), ours)
+    export(str(ours), tmp_path / "kept.gguf", embeddings="Q8_0")
+    record, q = record_of(tmp_path / "kept.gguf"), solved(ours, "down")["model.layers.1.mlp.down_proj"]
+    assert holds(record) and record["exported"]["linears"] == json.loads(json.dumps(made["linears"]))
+    assert record["exported"]["recipe"]["method"] == "rtn" and record["source"]["name"] == "ours"
+    file = GgufFile(tmp_path / "kept.gguf")
+    assert record["tensors"].keys() == file.tensors.keys()
+    assert {"model.embed_tokens", "lm_head"} < record["linears"].keys() and len(record["linears"]) == 16
+    line, values = record["linears"]["model.layers.1.mlp.down_proj"], weights(tmp_path / "kept.gguf")
+    assert line["sha256"]["values"] == digest(values["blk.1.ffn_down.weight"])
+    wanted = ((values["blk.1.ffn_down.weight"] - q.dequantize()).square().sum() / q.dequantize().square().sum()).item()
+    assert 0 < line["weight_error"] == pytest.approx(wanted, rel=1e-3) and wanted < 1e-6
+
+
+def test_exact_values_have_no_error(golden, tmp_path):
+    export(str(golden("gptq_v1_w4g32_sym")), tmp_path / "out.gguf")
+    record = record_of(tmp_path / "out.gguf")
+    assert {line["weight_error"] for line in record["linears"].values()} == {0.0} and record["exported"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"embeddings": "Q9"}, "--embeddings 'Q9'"), ({"split_max_size": "x"}, "does not read"), ({}, "no tokenizer")],
+)
+def test_what_can_be_refused_is_refused_before_a_tensor_is_read(golden, tmp_path, monkeypatch, options, message):
+    folder = golden("gptq_v1_w4g32_sym")
+    monkeypatch.setattr(Source, "get", lambda *_: pytest.fail("a tensor was read"))
+    if not options:
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    with pytest.raises(LlmqError, match=message):
+        export(str(folder), tmp_path / "out.gguf", **options)
+
+
+def test_a_float_that_is_not_finite_is_refused_by_name(golden, tmp_path):
+    folder = golden("gptq_v1_w4g32_sym")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LlmqError, match=r"tensor model\.norm\.weight holds NaN"):
+        export(str(folder), tmp_path / "out.gguf")
+    assert convert(make(4, torch.tensor(float("inf")), 8), "w", "F32").outcome == REQUANTIZED
