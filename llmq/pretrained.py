@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint.source import Source, refuse_adapter, refuse_links
+from llmq.confined import Confined
 from llmq.errors import LlmqError, one_line, printable
 from llmq.reading import field, json_object
 
@@ -130,6 +131,7 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
         kind = _kind_of(folder)
         made = AutoTokenizer.from_pretrained(folder, config=kind, local_files_only=True, trust_remote_code=False)
     _check_tokenizer(made, folder)  # of missing files transformers makes an empty one for many a model_type
+    _try(made, folder)
     return made
 
 
@@ -156,6 +158,25 @@ def _refuse_missing(folder: Path, names: Iterable[str]) -> None:
         raise LlmqError(
             f"{folder} has no tokenizer (tokenizer.json, a vocabulary or .model file); copy its files there"
         )
+
+
+def _try(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Let a child process cut a text first, by whatever regular expressions tokenizer.json has.
+
+    Raises LlmqError where they take too long. Where they panic, Rust prints pages, which the child keeps to itself.
+    """
+    from llmq.gguf.pretokenizer import PROBE
+
+    def cut(_: None) -> None:
+        try:
+            with foreign(f"{folder}: the tokenizer cannot cut a text"):
+                tokenizer(PROBE)
+        except LlmqError as e:
+            if not isinstance(e.__cause__, Exception):  # a panic; another exception is raised again by a user's text
+                raise
+
+    with Confined(cut, f"{folder}: the tokenizer, cutting a text,") as call:
+        call(None)
 
 
 def check_ids(ids: Tensor | Sequence[int], model: Any) -> None:

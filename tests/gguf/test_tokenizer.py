@@ -1,5 +1,7 @@
 """Tokenizers written as GGUF: against llama.cpp's vocabulary files, their expected ids, and llama.cpp itself."""
 
+import time
+
 import gguf
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from llmq.gguf.architecture import architecture
 from llmq.gguf.pretokenizer import PROBE, byte_level_name, pieces, rules
 from llmq.gguf.tokenizer import vocabulary
+from llmq.loading import load_tokenizer
 from llmq.types import LlmqError
 
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -270,3 +273,16 @@ def test_what_llama_cpp_does_with_templates_and_single_words_is_said(tokenizer_p
     tokenizer.backend_tokenizer.add_tokens([AddedToken("word", single_word=True)])
     alone, templates = vocabulary(tokenizer, 321, LlamaConfig()).warnings
     assert "'word' as a word of its own" in alone and "templates (rag, tool_use) is called default" in templates
+
+
+@pytest.mark.parametrize("where", ["pre_tokenizer", "normalizer"])
+def test_a_regular_expression_that_runs_away_is_one_line(where, tokenizer_plain, tmp_path, capfd):
+    backend = Tokenizer.from_str(tokenizer_plain.backend_tokenizer.to_str())
+    pattern = Regex(r"(\w+\s?)+$|(.+)+x")
+    split = pre_tokenizers.Split(pattern, "isolated")
+    setattr(backend, where, split if where == "pre_tokenizer" else normalizers.Replace(pattern, "x"))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    begun = time.process_time()
+    with pytest.raises(LlmqError, match="the tokenizer(, cutting a text, takes| cannot cut a text: .*retry-limit)"):
+        load_tokenizer(tmp_path)
+    assert time.process_time() - begun < 5 and capfd.readouterr().err == ""
