@@ -105,11 +105,12 @@ class Gguf:
     def __init__(self, files: list[GgufFile], recorded: Mapping[str, Any], report: Report) -> None:
         path, self.first, self.recorded = files[0].path, files[0], recorded
         self.arch = str(self.first.value("general.architecture"))
-        self.tensors: dict[str, Any] = {}
-        self._divisors: Tensor | None = None
+        self._stored: dict[str, Any] = {}
         for file in files:
             for ggml, tensor in file.tensors.items():
-                self._take(ggml, tensor, report)
+                report.expect(ggml not in self._stored, f"tensor {ggml} is in two shards")
+                self._stored[ggml] = tensor
+        self.tensors = {_name(n): t for n, t in self._stored.items() if n != _DIVISORS}
         self.skeleton = Skeleton(_Keyed(path, self._config(), self.tensors), torch.float32)
         self._set_rotary()
         model = self.skeleton.model
@@ -144,26 +145,12 @@ class Gguf:
 
     def check_tensors(self, recorded: Mapping[str, Any], report: Report) -> None:
         """Compare every stored tensor with its recorded checksum."""
-        there = {t.name: t for t in self.tensors.values()}
-        for name in sorted(recorded.keys() | there.keys()):
+        for name in sorted(recorded.keys() | self._stored.keys()):
             report.count("tensors")
-            if not report.expect(name in there, f"tensor {name} is missing"):
+            if not report.expect(name in self._stored, f"tensor {name} is missing"):
                 continue
-            found = record.of_array(there[name].data)
+            found = record.of_array(self._stored[name].data)
             report.expect(recorded.get(name) == found, f"tensor {name} is not as it was solved: its checksum differs")
-
-    def _take(self, ggml: str, tensor: Any, report: Report) -> None:
-        """Put a tensor under its name in transformers."""
-        if ggml == _DIVISORS:
-            self._divisors = torch.from_numpy(np.array(tensor.data, dtype=np.float32))
-            return
-        module, _, kind = ggml.rpartition(".")
-        block = _BLOCK.fullmatch(module)
-        found = (
-            f"model.layers.{block[1]}.{_IN_BLOCK.get(block[2], block[2])}" if block else _OUTSIDE.get(module, module)
-        )
-        report.expect(f"{found}.{kind}" not in self.tensors, f"tensor {ggml} is there twice")
-        self.tensors[f"{found}.{kind}"] = tensor
 
     def _key(self, key: str, default: Any = None) -> Any:
         value = self.first.value(f"{self.arch}.{key}")
@@ -199,13 +186,14 @@ class Gguf:
 
     def _set_rotary(self) -> None:
         """Put llama.cpp's rotary embedding, as the keys say it, in the place of transformers'."""
+        table = self._stored.get(_DIVISORS)
         found = Rotary(
             float(self._key("rope.freq_base", 10000.0)),
             self._key("rope.scaling.type", "none"),
             float(self._key("rope.scaling.factor", 1.0)),
             int(self._key("rope.scaling.original_context_length", self._key("context_length"))),
             float(self._key("rope.scaling.attn_factor", 1.0)),
-            self._divisors,
+            None if table is None else torch.from_numpy(np.array(table.data, np.float32)),
         )
         for module in self.skeleton.model.modules():
             if isinstance(getattr(module, "inv_freq", None), Tensor):
@@ -219,6 +207,15 @@ class Gguf:
             return values
         halves = values.reshape(self._key(heads), -1, 2, *values.shape[1:])
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+
+
+def _name(ggml: str) -> str:
+    """Return transformers' name of a tensor; one that is not known keeps its own, and nothing will read it."""
+    module, _, kind = ggml.rpartition(".")
+    block = _BLOCK.fullmatch(module)
+    if block:
+        return f"model.layers.{block[1]}.{_IN_BLOCK.get(block[2], block[2])}.{kind}"
+    return f"{_OUTSIDE.get(module, module)}.{kind}"
 
 
 def _decode(stored: Any, shape: tuple[int, ...]) -> Array:
