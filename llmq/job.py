@@ -20,7 +20,8 @@ from llmq.adapter import Adapted, Adapter
 from llmq.checkpoint import Source, resolve
 from llmq.errors import one_line, printable
 from llmq.gguf.pipeline import Blueprint, blueprint
-from llmq.recipe import Plan, Recipe, check_patterns, plan
+from llmq.method import Plan, check_patterns, plan
+from llmq.recipe import Recipe
 from llmq.rotation import Rotated
 from llmq.stream import Skeleton
 from llmq.types import LinearSpec, LlmqError, Scheme

@@ -1,6 +1,6 @@
 """What an option may be, by the annotation of its field: one reading for recipes and for `NAME:option=value`.
 
-    bool, int, float, str         itself; true is no number, a float is finite, an int at most `MOST` away from zero
+    bool, int, float, str         itself; true is no number, a float is finite, both at most `MOST` away from zero
     Annotated[int, Between(1, 8)]    a number within
     Literal["token", "tensor"]    one of these
     tuple[str, ...]               a list of texts
@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from llmq.errors import LlmqError, printable
 
-MOST = 2**31 - 1
-"""How far from zero an int may lie where its annotation does not say."""
+MOST = 10**6
+"""How far from zero a number may lie where its annotation does not say: steps, rounds and rates are far below."""
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "none"}
 
@@ -28,7 +28,7 @@ class Between(NamedTuple):
     """The numbers that an option takes, ends included."""
 
     least: float
-    most: float = MOST
+    most: float
 
     def __str__(self) -> str:
         return f"from {self.least} to {self.most}"
@@ -48,19 +48,21 @@ def parse(name: str, text: str, kind: Any) -> Any:
     raise LlmqError(f"{name} takes {wanted(kind)}, not {printable(repr(text), 80)}")
 
 
-def admits(kind: Any, value: Any) -> bool:
-    """Say whether `value` is of an annotated `kind`."""
+def admits(kind: Any, value: Any, within: Between | None = None) -> bool:
+    """Say whether `value` is of an annotated `kind`, a number within bounds."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        return admits(args[0], value) and (not isinstance(value, int | float) or args[1].least <= value <= args[1].most)
+        return admits(args[0], value, args[1])
     if origin in (typing.Union, UnionType):
-        return any(admits(a, value) for a in args)
+        return any(admits(a, value, within) for a in args)
     if origin is Literal:
         return any(type(value) is type(a) and value == a for a in args)
     if origin is tuple:
         return isinstance(value, list | tuple) and all(admits(args[0], v) for v in value)
-    types = (int, float) if kind is float else (NoneType if kind is None else kind,)
-    return type(value) in types and (not isinstance(value, int | float) or abs(value) <= MOST)  # no NaN is
+    if type(value) not in ((int, float) if kind is float else (NoneType if kind is None else kind,)):
+        return False
+    bounds = within or Between(-MOST, MOST)
+    return not isinstance(value, int | float) or bounds.least <= value <= bounds.most  # no NaN is
 
 
 def wanted(kind: Any) -> str:

@@ -2,9 +2,8 @@
 
 `Recipe` holds what a user writes, on the command line or in a YAML/JSON file with the same keys. An option that was not
 given is None, so that one which means nothing beside the others can be refused whatever its default; `resolved` fills
-in the defaults of those that do mean something. `Plan` is the recipe with its objects made: the steps, a format, and
-the scheme of every linear by name.
-Not here: what a value may be (options.py), running it (quantize.py).
+in the defaults of those that do mean something.
+Not here: what a value may be (options.py), the objects that a recipe names (method.py), running it (quantize.py).
 """
 
 from __future__ import annotations
@@ -12,38 +11,22 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import torch
 import yaml
 
 from llmq import options, spec
 from llmq.errors import printable
-from llmq.grids.int import Int
 from llmq.options import Between
 from llmq.reading import yaml_object
-from llmq.types import (
-    ActivationGrid,
-    Correction,
-    Finisher,
-    Format,
-    LlmqError,
-    Range,
-    Refiner,
-    Rotation,
-    Scheme,
-    Solver,
-    Transform,
-    Tuner,
-    Weighting,
-)
+from llmq.types import LlmqError
 
-STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
-"""What a recipe calls a strategy of key-value scales, and what compressed-tensors does."""
-_OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-size|sym|range)=.*)$")
+OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-size|sym|range)=.*)$")
+"""An override of integer grids."""
+DEFAULT_RANGE = "minmax"
 
 
 class When(NamedTuple):
@@ -113,7 +96,7 @@ class Recipe:
     calib: str = option("wikitext2")
     samples: Annotated[int, Between(1, 2**20)] = option(128)
     seq_len: Annotated[int, Between(2, 2**20)] = option(2048)
-    seed: Annotated[int, Between(0)] = option(0)
+    seed: Annotated[int, Between(0, 2**63 - 1)] = option(0)
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto")
     type: str = option("Q4_K_M", _GGUF)
     imatrix: str | None = option(None, _GGUF)
@@ -122,7 +105,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, value in self._given():
-            options.check(_dashed(name), value, _KINDS_OF_OPTIONS[name])
+            options.check(_dashed(name), value, KINDS[name])
         for name in ("override", "skip"):
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         if self.kv_bits and self.gguf:
@@ -146,7 +129,7 @@ class Recipe:
         if self.bit_choices is not None:
             self.choices()
         if self.group_size is not None:
-            _group(self.group_size)
+            group(self.group_size)
 
     def _given(self) -> Iterator[tuple[str, Any]]:
         """Yield the options that were given with their values."""
@@ -177,8 +160,8 @@ class Recipe:
         of_file = values.keys() - given.keys()
         values |= given
         for key in values:
-            if key not in _KINDS_OF_OPTIONS:
-                raise LlmqError(f"recipe {file}: no option {key!r} (options: {', '.join(_KINDS_OF_OPTIONS)})")
+            if key not in KINDS:
+                raise LlmqError(f"recipe {file}: no option {key!r} (options: {', '.join(KINDS)})")
         for key in ("override", "skip"):  # a single one need not be a list
             if isinstance(values.get(key), str):
                 values[key] = (values[key],)
@@ -196,7 +179,7 @@ class Recipe:
         yield from (("method", step.strip()) for step in self.steps)
         yield from ((key, text.strip()) for key in ("range", "act_range", "format") if (text := getattr(self, key)))
         for override in self.override:
-            yield from (("override", value) for key, value in _changes(override) if key == "range")
+            yield from (("override", value) for key, value in changes(override) if key == "range")
 
     def resolved(self) -> Recipe:
         """Return the recipe with a default for every option that means something and was not given."""
@@ -215,11 +198,11 @@ class Recipe:
         preferred = next((s.preferred_range for s in steps if getattr(s, "preferred_range", None)), None)
         override = self.override
         if self.range is None and preferred:  # AWQ's paper clips neither q nor k
-            override = (rf"\.(q|k)_proj$:range={_DEFAULT_RANGE}", *override)
+            override = (rf"\.(q|k)_proj$:range={DEFAULT_RANGE}", *override)
         return dataclasses.replace(
             self,
             group_size=self.group_size or ("channel" if self.act_bits else 128),
-            range=self.range or preferred or _DEFAULT_RANGE,
+            range=self.range or preferred or DEFAULT_RANGE,
             format=self.format
             or ("compressed-tensors" if self.act_bits or self.kv_bits or self.target_bpw else "gptq"),
             override=override,
@@ -247,8 +230,8 @@ class Recipe:
         return yaml.safe_dump(values, sort_keys=False)
 
 
-_KINDS_OF_OPTIONS = typing.get_type_hints(Recipe, include_extras=True)
-_DEFAULT_RANGE = "minmax"
+KINDS = typing.get_type_hints(Recipe, include_extras=True)
+"""What each option takes, as annotated."""
 _QUALITY = {
     "fast": "gptq,descent",
     "balanced": "qep,gptq,descent",
@@ -266,151 +249,8 @@ _W8A8_QUALITY = {
 }
 
 
-_KINDS = {
-    "rotate": "rotation", "weigh": "weighting", "search": "transform", "correct": "correction",
-    "solve": "solver", "refine": "refiner", "tune": "tuner", "finish": "finisher",
-}  # fmt: skip
-_ALONE = ("rotation", "weighting", "solver")  # kinds of which a method has one at most
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A resolved recipe with its objects made."""
-
-    recipe: Recipe
-    rotations: tuple[Rotation, ...]
-    weightings: tuple[Weighting, ...]
-    transforms: tuple[Transform, ...]
-    corrections: tuple[Correction, ...]
-    solver: Solver
-    refiners: tuple[Refiner, ...]
-    tuners: tuple[Tuner, ...]
-    finishers: tuple[Finisher, ...]
-    format: Format
-    act_range: Range | None  # of static activation scales
-    base: Scheme | None  # None where the format's own types take its place (GGUF)
-    overrides: tuple[tuple[re.Pattern[str], dict[str, Any]], ...]
-    skip: tuple[re.Pattern[str], ...]
-
-    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
-        """Return the Stat classes that the steps of a site want for linears on these grids."""
-        steps: tuple[Correction | Solver | Refiner, ...] = (*self.corrections, self.solver, *self.refiners)
-        return tuple(dict.fromkeys(stat for step in steps for stat in step.needs(grids)))
-
-    def scheme(self, name: str) -> Scheme | None:
-        """Return what the linear of that full name becomes, None where it stays float."""
-        if self.base is None or any(p.search(name) for p in self.skip):
-            return None
-        grid = self.base.weight
-        for pattern, changes in self.overrides:
-            if pattern.search(name):
-                grid = dataclasses.replace(grid, **changes)
-        return Scheme(grid, self.base.activation)
-
-
-def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
-    """Make a recipe's objects. Raises LlmqError for anything in it that names nothing or does not go together."""
-    recipe = recipe.resolved()
-    steps = _steps(recipe)
-    (solver,) = steps["solver"]
-    fmt = _format(recipe, solver)
-    base, overrides, skip = (None, (), ()) if recipe.gguf else _schemes(recipe, fmt, model_dtype)
-    return Plan(
-        recipe=recipe,
-        rotations=tuple(steps["rotation"]),
-        weightings=tuple(steps["weighting"]),
-        transforms=tuple(steps["transform"]),
-        corrections=tuple(steps["correction"]),
-        solver=solver,
-        refiners=tuple(steps["refiner"]),
-        tuners=tuple(steps["tuner"]),
-        finishers=tuple(steps["finisher"]),
-        format=fmt,
-        act_range=_act_range(recipe),
-        base=base,
-        overrides=overrides,
-        skip=skip,
-    )
-
-
-def _schemes(recipe: Recipe, fmt: Format, model_dtype: torch.dtype) -> tuple[Scheme, Any, tuple[re.Pattern[str], ...]]:
-    """Return the scheme of most linears, how some differ from it, and which stay float."""
-    activation = ActivationGrid(8, recipe.act == "token", recipe.act_sym) if recipe.act_bits else None
-    try:
-        grid = Int(
-            bits=recipe.bits,
-            sym=recipe.sym,
-            **_group(recipe.group_size),
-            restricted=activation is not None and recipe.sym,
-            scale_dtype=fmt.scale_dtype(model_dtype),
-            range=spec.load("ranges", recipe.range or _DEFAULT_RANGE, code=True),
-        )
-        overrides = tuple(_override(o, grid) for o in recipe.override)
-        skip = tuple(re.compile(s) for s in recipe.skip)
-    except ValueError as e:
-        raise LlmqError(str(e)) from e
-    except re.error as e:
-        raise LlmqError(f"--skip {e.pattern!r} is not a regular expression ({e})") from e
-    return Scheme(grid, activation), overrides, skip
-
-
-def _act_range(recipe: Recipe) -> Range | None:
-    if recipe.act_range is None:
-        return None
-    range_ = spec.load("ranges", recipe.act_range, code=True)
-    if getattr(range_, "uses_blocks", False):
-        raise LlmqError(f"--act-range {recipe.act_range} weighs errors of weights; choose another for activations")
-    return range_
-
-
-def _steps(recipe: Recipe) -> dict[str, list[Any]]:
-    """Return the steps of a method by their kind. Raises LlmqError where they are out of order."""
-    steps: dict[str, list[Any]] = {kind: [] for kind in _KINDS.values()}
-    order, method = list(steps), recipe.method
-    last = order[0]
-    for text in recipe.steps:
-        step = spec.load("algorithms", text, code=True)
-        kind = next((k for verb, k in _KINDS.items() if hasattr(step, verb)), None)
-        if kind is None:
-            raise LlmqError(f"method {method!r}: {text} is no step; a step has one of the methods {', '.join(_KINDS)}")
-        if order.index(kind) < order.index(last) or (kind in _ALONE and steps[kind]):
-            raise LlmqError(
-                f"method {method!r}: {spec.dump(step)} is a {kind} and cannot follow a {last}; the order is "
-                "one rotation, one weighting, transforms, corrections, one solver, refiners, tuners, finishers"
-            )
-        steps[kind].append(step)
-        last = kind
-    if not steps["solver"]:
-        raise LlmqError(f"method {method!r} has no solver; add one, e.g. {method},gptq (`llmq list` shows all steps)")
-    return steps
-
-
-def check_patterns(recipe: Recipe, names: Sequence[str]) -> None:
-    """Raise LlmqError for a --skip or --override that matches no linear; both were compiled by `plan`."""
-    overrides = {m["regex"]: text for text in recipe.override if (m := _OVERRIDE.match(text))}
-    for pattern, text in [*((s, s) for s in recipe.skip), *overrides.items()]:
-        if not any(re.search(pattern, n) for n in names):
-            raise LlmqError(f"{text!r} matches no linear; names look like {names[0]}")
-
-
-def _format(recipe: Recipe, solver: Any) -> Format:
-    fmt = spec.load("formats", recipe.format, code=True)
-    if getattr(solver, "desc_act", False):
-        if not hasattr(fmt, "desc_act"):
-            raise LlmqError(
-                f"format {recipe.format} holds no g_idx; drop desc_act (static groups) or use --format gptq"
-            )
-        fmt = dataclasses.replace(fmt, desc_act=True)
-    if recipe.kv_bits:
-        if not hasattr(fmt, "kv"):
-            raise LlmqError(
-                f"format {recipe.format} holds no scales of a key-value cache; use --format compressed-tensors"
-            )
-        fmt = dataclasses.replace(fmt, kv=STRATEGIES[recipe.kv])
-    return fmt
-
-
-def _group(value: int | str) -> dict[str, Any]:
+def group(value: int | str) -> dict[str, Any]:
+    """Return the fields of an integer grid that a `group_size` stands for. Raises LlmqError for no such size."""
     if value in ("channel", -1, "-1"):
         return {"group_size": None}
     if value == "tensor":
@@ -420,33 +260,12 @@ def _group(value: int | str) -> dict[str, Any]:
     raise LlmqError(f"group_size is a number of columns, 'channel' or 'tensor', not {printable(repr(value), 80)}")
 
 
-def _changes(override: str) -> Iterator[tuple[str, str]]:
+def changes(override: str) -> Iterator[tuple[str, str]]:
     """Yield what an override of integer grids changes, `key` and the text of its value."""
-    m = _OVERRIDE.match(override)
+    m = OVERRIDE.match(override)
     for change in m["options"].split(",") if m else ():
         key, _, value = change.partition("=")
         yield key.strip().replace("-", "_"), value.strip()
-
-
-def _override(text: str, grid: Int) -> tuple[re.Pattern[str], dict[str, Any]]:
-    m = _OVERRIDE.match(text)
-    if not m:
-        raise LlmqError(f"--override {text!r} does not read; write REGEX:bits=8,group_size=32 (also sym=, range=)")
-    changes: dict[str, Any] = {}
-    for key, value in _changes(text):
-        if key == "group_size":
-            changes |= _group(value)
-        elif key == "range":
-            changes["range"] = spec.load("ranges", value, code=True)
-        elif key in ("bits", "sym"):
-            changes[key] = options.parse(f"--override {text!r}: {key}", value, _KINDS_OF_OPTIONS[key])
-        else:
-            raise LlmqError(f"--override {text!r}: there is no {key!r} to change")
-    dataclasses.replace(grid, **changes)  # raises ValueError for an impossible grid
-    try:
-        return re.compile(m["regex"]), changes
-    except re.error as e:
-        raise LlmqError(f"--override {text!r} does not start with a regular expression ({e})") from e
 
 
 def _dashed(name: str) -> str:

@@ -183,6 +183,32 @@ def test_the_written_recipe_repeats_the_run(tiny_checkpoint, tmp_path, text):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_what_calibration_leaves_out_is_told_and_recorded(tiny_checkpoint, tmp_path, prose):
+    rows = [{"text": prose(300), "id": i} for i in range(9)] + [{"text": ""}, {"prompt": "unread"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for budget in ({}, {"target_bpw": 5.0, "format": "compressed-tensors"}):  # a budget is planned twice
+        out = tmp_path / f"out{len(budget)}"
+        summary = job(tiny_checkpoint(), out, calib=str(tmp_path / "rows.jsonl"), method="gptq", **budget)
+        said = [w for w in summary["warnings"] if "calibration text" in w]
+        assert [w.partition("jsonl: ")[2] for w in said] == [
+            "left out of 11 rows: 1 empty, 1 without text or chat", "not read of its 11 rows: id (9), prompt (1)"
+        ]  # fmt: skip
+        assert json.loads((out / "quantization.json").read_text())["warnings"] == summary["warnings"]
+
+
+def test_options_of_calibration_that_a_method_ignores_are_told_and_not_recorded(tiny_checkpoint, tmp_path, text):
+    folder = tiny_checkpoint()
+    plain = prepare(str(folder), Recipe(method="rtn", group_size=32), "cpu")
+    assert not [w for w in plain.warnings if "calibration" in w]
+    told = prepare(str(folder), Recipe(method="rtn", group_size=32, calib=text, seq_len=16), "cpu")
+    assert told.warnings == [
+        *plain.warnings,
+        "--calib, --seq-len: method rtn reads no calibration text, they change nothing",
+    ]
+    assert told.plan.recipe == plain.plan.recipe and told.plan.recipe.calib is None
+    assert prepare(str(folder), Recipe(method="gptq", group_size=32, calib=text), "cpu").plan.recipe.samples == 128
+
+
 def test_one_solve_gives_identical_codes_in_every_format(tiny_checkpoint, tmp_path, text):
     folder, weights = tiny_checkpoint(dtype=torch.float16), []
     for fmt in ("gptq", "gptq:checkpoint_format=gptq_v2", "awq", "compressed-tensors"):

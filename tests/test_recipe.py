@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from llmq.recipe import Recipe, plan
+from llmq.method import plan
+from llmq.recipe import Recipe
 from llmq.types import LlmqError
 
 NOT_OF_THE_RECIPE = {"adapter"}  # options of the command that say what is read, not what is made of it

@@ -42,9 +42,9 @@ class Patterns:
     peers' files use: `re:^(?!.*experts).*$`. What `re` does not know (recursion, fuzziness) is refused, as by peers.
     """
 
-    def __init__(self, patterns: Mapping[str, str]) -> None:
+    def __init__(self, patterns: Mapping[str, str] | None = None) -> None:
         self._left = _SECONDS
-        self._compiled = {key: self._compile(key, pattern) for key, pattern in patterns.items()}
+        self._compiled = {key: self._compile(key, pattern) for key, pattern in (patterns or {}).items()}
 
     def first(self, name: str) -> str | None:
         """Return the first key whose pattern matches `name` from its start.

@@ -57,8 +57,12 @@ class AWQ:
     zero_point: bool = field(default=True, init=False, repr=False)
     modules_to_not_convert: list[str] | None = field(default_factory=list, init=False, repr=False)
     dynamic: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
-    left: _reading.Patterns = field(default_factory=lambda: _reading.Patterns({}), init=False, repr=False)
-    rules: _reading.Patterns = field(default_factory=lambda: _reading.Patterns({}), init=False, repr=False)
+    left: _reading.Patterns = field(
+        default_factory=lambda: _reading.Patterns({}), init=False, repr=False, compare=False
+    )
+    rules: _reading.Patterns = field(
+        default_factory=lambda: _reading.Patterns({}), init=False, repr=False, compare=False
+    )
     keys: tuple[str, ...] = field(default=_KEYS, init=False, repr=False)
     extra: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 

@@ -61,7 +61,9 @@ class GPTQ:
     quant_method: str = field(default="gptq", init=False)
     dynamic: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     modules_in_block_to_quantize: list[Any] | None = field(default=None, init=False, repr=False)
-    rules: _reading.Patterns = field(default_factory=lambda: _reading.Patterns({}), init=False, repr=False)
+    rules: _reading.Patterns = field(
+        default_factory=lambda: _reading.Patterns({}), init=False, repr=False, compare=False
+    )
     keys: tuple[str, ...] = field(default=_KEYS, init=False, repr=False)
     extra: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import gguf
 
+from llmq.method import Pattern
 from llmq.types import LlmqError
 
 _BASE = {  # mixture -> the type of most tensors
@@ -91,7 +92,7 @@ def assign(
     shapes: Mapping[str, Sequence[int]],
     mix: str,
     model: Model,
-    overrides: Sequence[tuple[re.Pattern[str], str]] = (),
+    overrides: Sequence[tuple[Pattern, str]] = (),
 ) -> dict[str, str]:
     """Return the type of every tensor, by ggml's names. Later overrides win, and reach matrices only.
 

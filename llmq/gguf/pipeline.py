@@ -5,7 +5,6 @@ Not here: the loop (quantize.py), solving (block.py).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from llmq.checkpoint.place import user_path
 from llmq.gguf import container, imatrix, mixture
 from llmq.gguf.architecture import Architecture, architecture
 from llmq.gguf.tokenizer import Vocabulary, vocabulary
+from llmq.method import Pattern
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 
@@ -65,7 +65,7 @@ def blueprint(
         large=arch.large,
         importance=calibrated or recipe.imatrix is not None,
     )
-    overrides = [*overrides_of(recipe.override), *((re.compile(s), _SKIPPED) for s in recipe.skip)]
+    overrides = [*overrides_of(recipe.override), *((Pattern(s, f"--skip {s!r}"), _SKIPPED) for s in recipe.skip)]
     matrices = {names[n]: shapes[n] for n in names}
     by_ggml = mixture.assign(matrices, mix, model, overrides)
     importance, warnings = _importance(recipe, names, shapes)
@@ -81,7 +81,7 @@ def blueprint(
     )
 
 
-def overrides_of(texts: Sequence[str]) -> list[tuple[re.Pattern[str], str]]:
+def overrides_of(texts: Sequence[str]) -> list[tuple[Pattern, str]]:
     """Read `REGEX:type=Q6_K` on ggml's tensor names. Raises LlmqError for anything else."""
     found = []
     for text in texts:
@@ -92,10 +92,7 @@ def overrides_of(texts: Sequence[str]) -> list[tuple[re.Pattern[str], str]]:
                 f"--override {text!r} does not read; for GGUF write REGEX:type=TYPE, on names like "
                 f"blk.0.ffn_down.weight, with one of {', '.join(mixture.TYPES)}"
             )
-        try:
-            found.append((re.compile(regex), kind))
-        except re.error as e:
-            raise LlmqError(f"--override {text!r} does not start with a regular expression ({e})") from e
+        found.append((Pattern(regex, f"--override {text!r}"), kind))
     return found
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llmq import confined
 from llmq.calibration import rows, text, tokens
 from llmq.calibration.rows import Tally, documents, row_text
 from llmq.types import LlmqError
@@ -132,8 +133,6 @@ def test_other_columns_of_a_table_are_told_and_not_read(tmp_path, tokenizer):
     ],
 )
 def test_a_hostile_template_is_one_line_naming_the_row(tmp_path, tokenizer_bos, monkeypatch, template, message):
-    from llmq import confined
-
     monkeypatch.setattr(confined, "SECONDS", 1)
     monkeypatch.setattr(tokenizer_bos, "chat_template", template)
     file = jsonl(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "hello"}]})
@@ -229,7 +228,7 @@ def test_damaged_tables_are_read_or_refused(tmp_path, tokenizer):
     crashes = []
     for file in tables(tmp_path):
         data = file.read_bytes()
-        for _ in range(25):
+        for _ in range(12):
             bad = tmp_path / f"bad{file.suffix}"
             bad.write_bytes(damaged(data, draw))
             try:
@@ -238,6 +237,22 @@ def test_damaged_tables_are_read_or_refused(tmp_path, tokenizer):
                 assert "\n" not in str(e)
                 crashes += [str(e)] if "breaks off" in str(e) else []
     assert not [c for c in crashes if "SIGSEGV" in c], crashes
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_compressed_bomb_is_refused(tmp_path, tokenizer, suffix, monkeypatch):
+    """Ten rows of ten million blanks lie in a few kilobytes."""
+    monkeypatch.setattr(confined, "BYTES", 2**26)
+    table = pa.table({"text": pa.array([" " * 10**7] * 10)})
+    file = tmp_path / f"bomb.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, file, compression="zstd", use_dictionary=False)
+    else:
+        with pa.ipc.new_file(str(file), table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+            writer.write_table(table)
+    assert file.stat().st_size < 10**6
+    with pytest.raises(LlmqError, match=f"bomb.{suffix}.* malloc|memory"):
+        tokens(str(file), tokenizer, 1, 8, 0)
 
 
 def test_a_row_says_what_it_has_where_it_has_no_text(tokenizer):
