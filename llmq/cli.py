@@ -30,6 +30,8 @@ from llmq.show import Rows, labelled, lines, plain
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
+OF_THE_RUN = ("src", "out", "recipe", "adapter", "device", "allow_code", "verify", "overwrite")
+"""Options of `quantize` that say what is read and written, and are no part of the recipe."""
 console = Console()
 _SHOWN = 50  # lines of what is wrong
 
@@ -123,11 +125,7 @@ def quantize(
 
     Example: `llmq quantize ./my-llama ./my-llama-int4 --method gptq --bits 4 --group-size 128 --calib text.txt`
     """
-    given = {
-        k.rstrip("_"): v
-        for k, v in locals().copy().items()
-        if v is not None and k not in ("src", "out", "recipe", "adapter", "device", "allow_code", "verify", "overwrite")
-    }
+    given = {k.rstrip("_"): v for k, v in locals().copy().items() if v is not None and k not in OF_THE_RUN}
     from llmq.checkpoint.place import user_path
     from llmq.job import prepare
     from llmq.quantize import quantize as run

@@ -12,8 +12,6 @@ from llmq.method import plan
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 
-NOT_OF_THE_RECIPE = {"adapter"}  # options of the command that say what is read, not what is made of it
-
 
 def test_defaults_that_depend_on_other_options():
     assert Recipe().resolved().group_size == 128 and Recipe().resolved().format == "gptq"
@@ -152,7 +150,7 @@ def test_every_option_has_a_kind_and_the_command_line_has_every_option():
 
     fields = [f.name for f in dataclasses.fields(Recipe)]
     asked = [p.rstrip("_") for p in inspect.signature(cli.quantize).parameters]
-    assert set(fields) == set(asked) - {"src", "out", "recipe", "device", "overwrite", "allow_code", *NOT_OF_THE_RECIPE}
+    assert set(fields) == set(asked) - set(cli.OF_THE_RUN)
     for name in fields:
         with pytest.raises(LlmqError, match=f"--{name.replace('_', '-')} takes "):
             Recipe(**{name: object()})
