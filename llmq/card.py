@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
@@ -33,19 +33,23 @@ def packed_bytes(fmt: Format, linear: LinearSpec) -> int:
     return sum(prod(t.shape) * t.element_size() for t in fmt.layout(linear).values())
 
 
-def error(summary: dict[str, Any]) -> tuple[str, float, str, float]:
-    """Return the kind of error recorded, its mean over the linears, and the worst linear with its error."""
-    lines = summary["linears"]
-    kind = "output_error" if any("output_error" in v for v in lines.values()) else "weight_error"
-    values = {k: v[kind] for k, v in lines.items() if kind in v}
-    worst = max(values, key=lambda k: values[k])
-    return kind, sum(values.values()) / len(values), worst, values[worst]
+def errors(summary: dict[str, Any]) -> Iterator[tuple[str, float, str, float]]:
+    """Yield the kinds of error recorded, each with its mean over the linears and the worst of them with its error."""
+    for kind in ("weight error", "output error"):
+        key = kind.replace(" ", "_")
+        values = {name: line[key] for name, line in summary["linears"].items() if key in line}
+        if values:
+            worst = max(values, key=lambda name: values[name])
+            yield kind, sum(values.values()) / len(values), worst, values[worst]
 
 
 def model_card(summary: dict[str, Any], config: dict[str, Any]) -> str:
     """Return README.md of the quantized checkpoint. Names and values stay text, whatever characters they have."""
     recipe, sizes, source = summary["recipe"], summary["size"], summary["source"]
-    kind, mean, worst, worst_error = error(summary)
+    off = "\n".join(
+        f"| mean {kind}, squared and relative (worst) | | {mean:.3e} ({most:.3e} {_text(worst)}) |"
+        for kind, mean, worst, most in errors(summary)
+    )
     method = config["quantization_config"]["quant_method"]
     about = {
         "base_model": _base_model(source["name"], config.get("_name_or_path")),
@@ -70,8 +74,7 @@ in `recipe.yaml` repeats it:
 |---|---|---|
 | bytes | {sizes["float_bytes"]:,} | {sizes["bytes"]:,} |
 | bits per quantized weight, scales and zeros counted | | {sizes["bits_per_weight"]} |
-| mean {kind.replace("_", " ")}, squared and relative | | {mean:.3e} |
-| worst linear | | {worst_error:.3e} ({_text(worst)}) |
+{off}
 
 ```python
 import llmq

@@ -337,16 +337,15 @@ def _progress() -> Iterator[Any]:
 
 
 def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:
-    from llmq.card import error
+    from llmq.card import errors
 
     size = summary["size"]
     table = Rows(out)
     table.add("size", f"{size['float_bytes'] / 1e6:,.1f} MB -> {size['bytes'] / 1e6:,.1f} MB")
     if summary["linears"]:  # none in a GGUF file of floats
-        kind, mean, worst, worst_error = error(summary)
         table.add("bits per quantized weight", f"{size['bits_per_weight']:.3f} (scales and zeros counted)")
-        table.add(f"mean {kind.replace('_', ' ')}", f"{mean:.3e} (squared, relative)")
-        table.add("worst linear", f"{worst_error:.3e} {worst}")
+        for kind, mean, worst, most in errors(summary):
+            table.add(f"mean {kind}", f"{mean:.3e} (squared, relative), worst {most:.3e} {worst}")
     fallbacks = [n for n, v in summary["linears"].items() if "fallback" in v]
     if fallbacks:
         table.add("fallbacks", f"{len(fallbacks)}: {', '.join(fallbacks[:3])} (see quantization.json)")

@@ -91,8 +91,7 @@ class Line:
 
     def _sum(self, kind: str, error: Tensor, whole: Tensor) -> None:
         before = self._sums.get(kind, (0.0, 0.0))
-        parts = (part.sum(dtype=torch.float64).item() for part in (error, whole))
-        self._sums[kind] = (before[0] + next(parts), before[1] + next(parts))
+        self._sums[kind] = (before[0] + error.sum().item(), before[1] + whole.sum().item())
 
 
 def _solved(q: QTensor, Q_NK: Tensor) -> dict[str, Tensor]:
