@@ -58,6 +58,7 @@ def write_text(path: Path, text: str) -> None:
         try:
             new.write_text(text)
             put_file(new, path)
+            sync(path.parent)
         finally:
             new.unlink(missing_ok=True)
 
@@ -77,7 +78,6 @@ def put_file(new: Path, path: Path) -> None:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
-    sync(path.parent)
 
 
 def put_folder(new: Path, out: Path, aside: Path) -> None:

@@ -57,7 +57,7 @@ def place(text: str | Path, reads: Mapping[str, Path]) -> Path:
     except FileNotFoundError:
         pass
     except (OSError, RuntimeError) as e:  # a name too long; a parent that is a file; a loop of links
-        raise LlmqError(f"{given} cannot be written ({one_line(e)})") from e
+        raise LlmqError(f"OUT cannot be written ({one_line(e)}): {given}") from e
     if out.is_symlink():
         raise LlmqError(f"{given} is a symbolic link to {out.readlink()}; name that, or remove the link")
     if out.is_mount():
@@ -135,9 +135,9 @@ def _room(given: Path, out: Path) -> None:
         raise LlmqError(f"{given} cannot be written: {above} is not yours to write to; name a place that is")
     longest = os.pathconf(above, "PC_NAME_MAX")
     if any(len(os.fsencode(p.name)) > longest - (_ADDED if p == out else 0) for p in (out, *out.parents)):
-        raise LlmqError(f"{given} cannot be written: a name has at most {longest - _ADDED} bytes here")
+        raise LlmqError(f"OUT cannot be written (a name has at most {longest - _ADDED} bytes here): {given}")
     if len(os.fsencode(out)) + _ADDED + len(_SPARE) > os.pathconf(above, "PC_PATH_MAX"):
-        raise LlmqError(f"{given} cannot be written: the path is too long")
+        raise LlmqError(f"OUT cannot be written (the path is too long): {given}")
 
 
 def _apart(given: Path, out: Path, what: str, path: Path) -> None:

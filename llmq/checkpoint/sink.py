@@ -71,10 +71,10 @@ class Sink:
         """Whether parts are mere copies, which nobody would miss after an error."""
         self.earlier: dict[str, Any] | None = None
         """The result of this very command, which an earlier run left whole: only `commit` is missing."""
-        whole = self._earlier(act=False)
-        self.check()
-        for target in {} if whole else self._beside.values():
-            place.check_file(target, "--imatrix-out", overwrite=overwrite)
+        if not self._earlier(act=False):
+            self.check()
+            for target in self._beside.values():
+                place.check_file(target, "--imatrix-out", overwrite=overwrite)
 
     def __enter__(self) -> Self:
         with writing(self.out):
@@ -85,7 +85,7 @@ class Sink:
         self.stage = self._stage.new
         if found:
             self.earlier, self._sealed = found.result(), True
-            log.warning("an earlier run of this command left %s whole; it is put in place", found.folder)
+            log.warning("an earlier run of this very command left %s; its result is put in place", found)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
@@ -208,14 +208,14 @@ class Sink:
         """Move what was staged to its place. Raises LlmqError where that fails; OUT is then as it was."""
         if not self._sealed:
             self.seal({})
-        self.check()  # what is there may have changed since
-        with writing(self.out):
-            for name, target in self._beside.items():
-                if self.staged_beside(name).exists():
-                    disk.put_file(self.staged_beside(name), target)
-            self.put(sorted(self._stage.files()))
-            disk.sync(self.out.parent)
-            disk.sync(self._stage.folder)
+        if self._stage.state(self.target) != "committed":
+            self.check()  # what is there may have changed since
+            with writing(self.out):
+                for name, target in self._beside.items():
+                    if self.staged_beside(name).exists():
+                        disk.put_file(self.staged_beside(name), target)
+                        disk.sync(target.parent)
+                self.put(sorted(self._stage.files()))
         self._done = True
         self._clean(self._stage)
 
@@ -229,28 +229,28 @@ class Sink:
     def _earlier(self, *, act: bool) -> Stage | None:
         """Return the stage that this very command left whole. Raises LlmqError for one that is in the way.
 
-        What a kill in mid-commit left is put right in any case; act: remove, with `--overwrite`, what is unfinished.
+        act: clean up after a commit that was cut short; with `--overwrite`, remove what is unfinished.
         """
         for folder in stages(self.out):
             stage = Stage.open(folder)
             stage.put_back(self.out)
             state, run = stage.state(self.target), stage.run()
-            if state == "committed":
-                self._clean(stage)
-                continue
             same = self._run == run if self._run else not act  # what is not known yet is found when it is
-            if state == "whole" and same:
+            if state != "unfinished" and same:
                 if not act:
                     stage.close()
                 return stage
-            what = f"whole, of another command{_unlike(run, self._run or {})}" if state == "whole" else "unfinished"
-            said = f"an earlier run left {stage}, {what}"
+            unlike = "" if state == "unfinished" else f", of another command{_unlike(run, self._run or {})}"
+            said = f"an earlier run left {stage}, {state}{unlike}"
+            if state != "committed" and not self.overwrite:
+                stage.close()
+                raise LlmqError(f"{said}; move it away, or say --overwrite to begin anew")
             if not act or state == "whole":
                 stage.close()
-            if not self.overwrite:
-                raise LlmqError(f"{said}; move it away, or say --overwrite to begin anew")
             if act:
-                log.warning("%s; it %s", said, "stays" if state == "whole" else "is removed")
+                log.warning("%s; it %s", said, "stays there" if state == "whole" else "is removed")
+                if state == "committed":
+                    self._clean(stage)
                 if state == "unfinished":
                     stage.remove()
         return None
@@ -259,10 +259,12 @@ class Sink:
         """Remove a stage whose content is in place, and what it replaced."""
         try:
             with writing(self.out):
+                disk.sync(self.out.parent)
+                disk.sync(stage.folder)
                 self.settle(sorted(stage.files()))
             stage.remove()
         except LlmqError as e:  # OUT is there and whole: not worth failing for
-            log.warning("%s is written, but what it replaced could not be removed: %s", self.out, e)
+            log.warning("%s is written; what it replaced could not be removed: %s", self.out, e)
             stage.close()
 
 

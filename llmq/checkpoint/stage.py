@@ -19,7 +19,6 @@ Not here: what is written into it (sink.py), what OUT may be (place.py).
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -53,22 +52,25 @@ class Stage:
         """Make the stage of a run. Raises LlmqError where the disk, the folder or another run does not let it."""
         said = {"llmq": __version__, "out": str(out), "pid": os.getpid(), "host": socket.gethostname()}
         said |= {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "run": dict(run)}
-        unborn, folder = out.with_name(f"{out.name}{SUFFIX}.{os.getpid()}"), _name(out)
-        with writing(unborn):
-            unborn.mkdir()
+        folder = _name(out)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
             try:
-                (unborn / "new").mkdir()
-                (unborn / "marker").write_text(json.dumps(said, indent=2) + "\n")
-                lock = _lock(unborn / "marker")
-                (unborn / "marker").rename(unborn / MARKER)  # no other run ever meets a stage that is not locked yet
-                unborn.rename(folder)
-                sync(folder.parent)
-            except BaseException as e:
-                shutil.rmtree(unborn, ignore_errors=True)
-                if isinstance(e, OSError) and e.errno == errno.ENOTEMPTY:
-                    raise _taken(folder) from e
+                lock = _lock(folder / MARKER, os.O_CREAT | os.O_EXCL)  # of two runs, one makes the marker
+            except (FileExistsError, BlockingIOError) as e:
+                raise _taken(folder) from e
+            except OSError:  # a file system without locks
+                shutil.rmtree(folder)
                 raise
-        return cls(folder, lock)
+            stage = cls(folder, lock)
+            try:
+                (folder / MARKER).write_text(json.dumps(said, indent=2) + "\n")
+                stage.new.mkdir()
+                sync(folder.parent)
+            except BaseException:
+                stage.remove()
+                raise
+        return stage
 
     @classmethod
     def open(cls, folder: Path) -> Stage:
@@ -173,16 +175,18 @@ def _taken(folder: Path) -> LlmqError:
 
 
 def _name(out: Path) -> Path:
-    """Return the first name of a stage that is free: OUT.llmq-partial, OUT.llmq-partial-2 ..."""
+    """Return the first free name of a stage, or an empty folder: OUT.llmq-partial, OUT.llmq-partial-2 ..."""
     n = 1
     while os.path.lexists(folder := out.with_name(f"{out.name}{SUFFIX}{'' if n == 1 else f'-{n}'}")):
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            break
         n += 1
     return folder
 
 
-def _lock(file: Path) -> int:
+def _lock(file: Path, how: int = 0) -> int:
     """Lock a file and return its descriptor. Raises BlockingIOError where another process has it, or has removed it."""
-    at = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    at = os.open(file, os.O_RDWR | os.O_CLOEXEC | how, 0o666)
     try:
         fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not file.exists() or os.fstat(at).st_ino != file.stat().st_ino:
