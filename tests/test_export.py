@@ -23,6 +23,7 @@ from llmq.quantize import quantize
 from llmq.recipe import Recipe
 from llmq.records import digest, holds
 from llmq.types import LinearSpec, LlmqError, Params, QTensor
+from llmq.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden"
 IDS = [5, 17, 30, 41, 25, 25, 9, 12]
@@ -242,3 +243,14 @@ def test_a_float_that_is_not_finite_is_refused_by_name(golden, tmp_path):
     with pytest.raises(LlmqError, match=r"tensor model\.norm\.weight holds NaN"):
         export(str(folder), tmp_path / "out.gguf")
     assert convert(make(4, torch.tensor(float("inf")), 8), "w", "F32").outcome == REQUANTIZED
+
+
+@pytest.mark.parametrize("options", [{}, {"sym": False, "format": "awq"}, {"bits": 8, "group_size": "channel"}])
+def test_an_exported_file_is_verified_against_what_was_solved(tiny_checkpoint, tmp_path, options):
+    ours, out = tmp_path / "ours", tmp_path / "out.gguf"
+    recipe = {"method": "rtn", "group_size": 32, "dtype": "float32"} | options
+    quantize(prepare(str(tiny_checkpoint()), Recipe(**recipe), "cpu"), ours)
+    export(str(ours), out, embeddings="Q6_K")
+    report = verify(out)
+    assert report.passed, report.failures
+    assert report.checked["solved weights compared"] == 16

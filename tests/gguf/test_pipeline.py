@@ -216,6 +216,17 @@ def test_a_head_of_its_own_is_written_whatever_the_config_says_and_a_copy_of_the
     assert "output.weight" not in opened(tmp_path / "copy.gguf")[1]
 
 
+@pytest.mark.parametrize("method", ["awq,rtn", "smoothquant,rtn", "rotate,rtn"])
+def test_steps_that_move_the_weights_leave_the_function(tiny_checkpoint, tmp_path, text, llama_cpp, method):
+    folder, out = tiny_checkpoint(num_hidden_layers=1, tie_word_embeddings=True), tmp_path / "out.gguf"
+    job(folder, out, type="Q8_0", method=method, calib=text)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = model(torch.tensor([IDS])).logits[0, -1].log_softmax(-1)
+    found = llama_cpp(out).log_probabilities(IDS, 320)
+    assert max(abs(wanted[i].item() - p) for i, p in found.items()) < 0.25
+
+
 def test_what_rows_do_not_hold_is_said_before_the_work_and_recorded(tiny_checkpoint, tmp_path):
     folder = tiny_checkpoint(hidden_size=96, intermediate_size=256, num_attention_heads=6, num_hidden_layers=1)
     planned = prepare(str(folder), Recipe(**(BASE | {"type": "Q4_K_M", "override": ("attn_q:type=Q8_0",)})), "cpu")
