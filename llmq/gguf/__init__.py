@@ -1,6 +1,6 @@
 """GGUF files: what llama.cpp needs beside the weights, and the container itself.
 
-architecture.py   which models, their keys, tensor names and row order
+architecture.py   which models, their keys, tensor names and row order; rope.py: rotary embedding by value
 tokenizer.py      vocabulary, merges, special tokens; pretokenizer.py: which rule cuts text
 mixture.py        the type of every tensor
 imatrix.py        importance, exchanged with llama.cpp
