@@ -52,6 +52,14 @@ class Fold:
         """Return the tensors that it may change."""
         return [f"{self.producer}.weight", f"{self.producer}.bias", *(f"{n}.weight" for n in self.linears)]
 
+    def fits(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Return whether it can be made in tensors of these shapes."""
+        K = len(self.scale)
+        N, *rest = shapes.get(f"{self.producer}.weight") or [0]
+        shared = N == K or (len(rest) == 1 and N > 0 and K % N == 0 and self.head_dim > 0 and N % self.head_dim == 0)
+        readers = [list(shapes.get(f"{n}.weight", [])) for n in self.linears]
+        return len(rest) < 2 and shared and all(len(shape) == 2 and shape[1] == K for shape in readers)
+
     def to_json(self) -> dict[str, Any]:
         """Return its entry in `quantization.json`: the scales are little-endian float32 in base64."""
         text = base64.b64encode(self.scale.detach().cpu().numpy().astype("<f4").tobytes()).decode()
@@ -92,21 +100,33 @@ def fold(weights: Mapping[str, Tensor], by: Fold, stored: Stored) -> None:
         weights[f"{linear}.weight"].mul_(scale_K)
 
 
-def floats_of(source: Source, record: Mapping[str, Any], where: str) -> Folded:
+def floats_of(source: Source, record: Mapping[str, Any], quantized: Container[str], where: str) -> Folded:
     """Return the tensors that were rounded and written, from the float checkpoint, as a record says; see `Folded`.
 
-    Raises LlmqError, naming `where`, for a record that is not as llmq writes it.
+    A record without transforms says that there were none. Raises LlmqError, naming `where`, for one that is not as llmq
+    writes it.
     """
-    folds = []
-    for entry in field(record, "transforms", list, where):
-        step = field(entry, "step", str, where)
+    folds, shapes = [], {name: shape for name, (_, shape) in source.headers().items()}
+    for i, entry in enumerate(field(record, "transforms", list, where, [])):
+        here = f"{where}, transforms[{i}]"
+        if not isinstance(entry, dict):
+            raise LlmqError(f"{here} is no object")
         if "scale" in entry:
-            folds.append(Fold.from_json(entry, where))
-        elif step.partition(":")[0] in spec.names("algorithms"):  # a file's word imports nothing else
-            source = Rotated(Skeleton(source, torch.float32), spec.load("algorithms", step))
+            folds.append(Fold.from_json(entry, here))
+            if not folds[-1].fits(shapes):
+                raise LlmqError(f"{here} names other modules, or scales of another number, than {source.path} has")
         else:
-            raise LlmqError(f"{where}: {printable(step, 80)} is no rotation of llmq's own, and cannot be repeated")
-    return Folded(source, folds, field(record, "linears", dict, where))
+            rotation = _rotation(field(entry, "step", str, here), here)
+            source = Rotated(Skeleton(source, torch.float32), rotation)
+    return Folded(source, folds, quantized)
+
+
+def _rotation(text: str, where: str) -> Any:
+    if text.partition(":")[0] in spec.names("algorithms"):  # a file's word imports nothing else
+        step = spec.load("algorithms", text)
+        if hasattr(step, "rotate"):
+            return step
+    raise LlmqError(f"{where}: {printable(text, 80)} is no rotation of llmq's own, and cannot be repeated")
 
 
 class Folded:

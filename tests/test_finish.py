@@ -101,3 +101,15 @@ def test_one_sequence_is_not_enough(tiny_checkpoint, tmp_path, text):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="at least 1"):
         Distill(epochs=0)
+
+
+def test_a_model_beyond_memory_is_refused_before_any_work(tiny_checkpoint, tmp_path, text, monkeypatch):
+    folder = tiny_checkpoint()
+    weights = sum(p.numel() for p in load(folder).parameters())
+    need = 6 * weights + 16 * 64 * 64 * 4
+    monkeypatch.setattr("llmq.finish.free_memory", lambda device: 0.9 * need)
+    with pytest.raises(LlmqError, match=r"distill needs the whole model in memory.*--samples"):
+        made(folder, tmp_path / "out", text, "rtn,distill")
+    assert not list(tmp_path.glob("out*"))
+    monkeypatch.setattr("llmq.finish.free_memory", lambda device: 1.1 * need)
+    made(folder, tmp_path / "out", text, "rtn,distill:epochs=1")

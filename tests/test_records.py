@@ -81,7 +81,7 @@ def sha256(tensor):
 
 def check(folder, out, record, hessians=None):
     """Hold a record against the files of the checkpoint and the float one that it was made of."""
-    floats, seen = floats_of(Source(folder), record, "the record"), set()
+    floats, seen = floats_of(Source(folder), record, record["linears"], "the record"), set()
     for name, q in solved(out):
         line, one = record["linears"][name], q.grid.per_tensor
         stored = {"codes": q.codes, "scale": q.params.scale[:1] if one else q.params.scale}
@@ -200,7 +200,7 @@ def test_the_record_in_a_gguf_file_is_found_again(tiny_checkpoint, tmp_path, tex
     assert (len(files) > 1) == ("split_max_size" in options) and records.holds(record)
     assert record["tensors"] == {n: hashlib.sha256(t.data.tobytes()).hexdigest() for n, t in tensors.items()}
 
-    floats = floats_of(Source(folder), record, "the record")
+    floats = floats_of(Source(folder), record, record["linears"], "the record")
     arch = architecture(AutoConfig.from_pretrained(folder))
     for name, line in record["linears"].items():
         t = tensors[arch.tensor(f"{name}.weight") or "output.weight"]
@@ -234,5 +234,22 @@ def test_a_fold_is_written_and_read(tmp_path):
 
 
 def test_nothing_that_a_record_names_is_imported(tiny_checkpoint):
-    with pytest.raises(LlmqError, match="no rotation of llmq's own"):
-        floats_of(Source(tiny_checkpoint()), {"transforms": [{"step": "os.path:x=1"}], "linears": {}}, "here")
+    for step in ("os.path:x=1", "gptq"):
+        with pytest.raises(LlmqError, match="no rotation of llmq's own"):
+            floats_of(Source(tiny_checkpoint()), {"transforms": [{"step": step}]}, {}, "here")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"producer": "model.norms"}, {"linears": ("model.layers.0.mlp.down_proj",)}, {"scale": torch.ones(63)},
+     {"producer": "model.layers.0.self_attn.v_proj", "head_dim": 24}, {"linears": ("model.norm",)}],
+)  # fmt: skip
+def test_a_fold_of_another_model_is_refused(tiny_checkpoint, change):
+    base = {"step": "awq", "block": 0, "linears": ("model.layers.0.mlp.up_proj",), "head_dim": 16}
+    base |= {"producer": "model.layers.0.post_attention_layernorm", "scale": torch.ones(64)}
+    source = Source(tiny_checkpoint())
+    floats_of(source, {"transforms": [Fold(**base).to_json()]}, {}, "here").get("model.layers.0.mlp.up_proj.weight")
+    with pytest.raises(LlmqError, match=r"here, transforms\[0\] names other modules"):
+        floats_of(source, {"transforms": [Fold(**(base | change)).to_json()]}, {}, "here")
+    with pytest.raises(LlmqError, match="is no object"):
+        floats_of(source, {"transforms": [4]}, {}, "here")

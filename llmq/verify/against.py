@@ -15,11 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import spec
-from llmq.errors import LlmqError
-from llmq.folding import Fold, Folded
-from llmq.reading import field
-from llmq.rotation import Rotated
+from llmq.folding import floats_of
 from llmq.stream import Skeleton
 from llmq.verify.report import Report
 
@@ -40,15 +36,7 @@ class Truth:
         self._tuned = set(record.get("tuned", ()))
         self._errors: dict[str, float] = {}
         self._differ: list[str] = []
-        steps = record.get("transforms", [])
-        if not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps):
-            raise LlmqError("the record's transforms are no list of objects")
-        turned = skeleton
-        for step in steps:
-            if "linears" not in step:
-                turned = Skeleton(Rotated(turned, _rotation(step)), skeleton.dtype)
-        folds = [Fold.from_json(s, f"transforms[{i}]") for i, s in enumerate(steps) if "linears" in s]
-        self._source = Folded(turned.source, folds, packed)
+        self._source = floats_of(skeleton.source, record, packed, "the record")
         self._head, self._embedding = (
             f"{skeleton.name_of(m)}.weight"
             for m in (skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings())
@@ -101,14 +89,6 @@ class Truth:
     def _weight(self, name: str) -> Tensor:
         tied = name == self._head and name not in self._source.source
         return self._source.get(self._embedding if tied else name)
-
-
-def _rotation(step: dict[str, Any]) -> Any:
-    """Return a recorded rotation. A file names it, so only llmq's own are looked up."""
-    text = field(step, "step", str, "transforms")
-    if text.partition(":")[0] not in spec.names("algorithms"):
-        raise LlmqError(f"the record names a transform {text!r}, which llmq does not have")
-    return spec.load("algorithms", text)
 
 
 def _square_sum(x: Tensor) -> float:
