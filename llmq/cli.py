@@ -230,6 +230,7 @@ def export(
     embeddings: Annotated[str | None, typer.Option(help="Type of float embedding and head, e.g. Q6_K.")] = None,
     pre: Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, if not found.")] = None,
     split_max_size: Annotated[str | None, typer.Option(help="Files of at most so much, e.g. 4G.")] = None,
+    verify: Annotated[bool, typer.Option(help="Reopen and check what was written before it becomes OUT.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when the export has succeeded.")] = False,
 ) -> None:
     """Write a quantized checkpoint as GGUF, with the codes it has.
@@ -246,6 +247,7 @@ def export(
         pre=pre,
         split_max_size=split_max_size,
         overwrite=overwrite,
+        check=verify,
     )
     _warn(done["warnings"])
     table = Rows(out)

@@ -38,6 +38,7 @@ from llmq.pretrained import blank_model, model_config, tokenizer_of
 from llmq.reading import json_object
 from llmq.records import Line, digest, sealed
 from llmq.types import GgmlParams, LlmqError, QTensor
+from llmq.verify import require_right
 
 EXACT, ROUNDED, REQUANTIZED = "values exact", "codes exact, minimum rounded", "requantized"
 _BLOCK = 32  # columns of a block of Q4_0, Q4_1 and Q8_0
@@ -55,7 +56,7 @@ class Exported:
     line: Mapping[str, Any] = field(default_factory=dict)
 
 
-def export(
+def export(  # noqa: PLR0913, the options of the command
     src: str,
     out: Path,
     *,
@@ -64,12 +65,15 @@ def export(
     pre: str | None = None,
     split_max_size: str | None = None,
     overwrite: bool = False,
+    check: bool = True,
 ) -> dict[str, Any]:
     """Write the quantized checkpoint SRC as OUT.gguf. Returns counts of types and outcomes, files, bytes and warnings.
 
     requantize: the type to round a linear to whose codes cannot be kept; None refuses it.
     embeddings: the type of embedding and head where they are float; None keeps their float type.
-    Raises LlmqError where SRC is not a quantized checkpoint or its codes cannot be kept; OUT is then untouched.
+    check: whether what was written is verified before it becomes OUT (verify/).
+    Raises LlmqError where SRC is no quantized checkpoint, its codes cannot be kept, or what was written is wrong; OUT
+    is then untouched.
     """
     given = {"requantize": requantize, "embeddings": embeddings, "pre": pre, "split_max_size": split_max_size}
     anew, outside = _checked(requantize, "--requantize"), _checked(embeddings, "--embeddings")
@@ -102,6 +106,8 @@ def export(
             "bytes": sum(f.stat().st_size for f in files),
             "warnings": warnings,
         }
+        if check:
+            require_right(files[0])
         sink.seal(done)
         sink.commit()
     return done

@@ -71,7 +71,7 @@ class Packing:
         if method not in METHODS:
             raise LlmqError(_foreign(method))
         if method == "auto-round":
-            config = _from_auto_round(config)
+            config = from_auto_round(config)
         found: Any = spec.find("formats", config["quant_method"])
         self.format, self._scheme = found.read(config)
 
@@ -110,7 +110,7 @@ def _foreign(method: Any) -> str:
     )
 
 
-def _from_auto_round(config: Mapping[str, Any]) -> dict[str, Any]:
+def from_auto_round(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the GPTQ or AWQ config that says what an auto-round config says. Raises LlmqError where none does."""
     remedy = "write it again with auto-round's --format auto_gptq or auto_awq, or quantize the float model with llmq"
     scheme = {key: config.get(key) for key in ("bits", "group_size", "sym")}

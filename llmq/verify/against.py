@@ -31,7 +31,7 @@ class Truth:
 
     def __init__(self, skeleton: Skeleton, record: dict[str, Any], packed: Collection[str]) -> None:
         self.skeleton, self.packed = skeleton, packed
-        self._judged = "transforms" in record
+        self._judged = "transforms" in record or "exported" in record
         self._lines = record.get("linears", {})
         self._tuned = set(record.get("tuned", ()))
         self._errors: dict[str, float] = {}

@@ -63,6 +63,6 @@ def check_mirror(source: Source, report: Report) -> None:
         return
     mirrored = json_object(file)
     for key in _MIRRORED:
-        if key in mirrored and key in config:
+        if mirrored.get(key) is not None and config.get(key) is not None:
             same = mirrored[key] == config[key]
             report.expect(same, f"quantize_config.json says {key} {mirrored[key]!r}, config.json {config[key]!r}")

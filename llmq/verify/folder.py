@@ -80,17 +80,22 @@ class Folder:
         return tensor if check_float(name, tensor, report) else None
 
     def _find_packed(self, how: Any, report: Report) -> dict[str, Packing]:
-        """Return how each packed linear is stored, where config and tensors agree on it."""
+        """Return how each packed linear is stored; report where config and tensors disagree on it.
+
+        A peer's config need not list what was left float: there the tensors decide.
+        """
         present = {n.rpartition(".")[0] for n in self._headers if n.rpartition(".")[2] in PACKED}
         found: dict[str, Packing] = {}
         for name in self._linears:
             said: Packing | None = how(name)
             if said and name in present:
                 found[name] = said
-            elif said:
-                report.fail(f"{name}: the config says {said}, but the file holds no packed tensors of it")
             elif name in present:
                 report.fail(f"{name}: the file holds it packed, but the config leaves it float")
+            elif name in self.recorded or (said and f"{name}.weight" not in self._headers):
+                report.fail(f"{name} was quantized, but the file holds no packed tensors of it")
+            elif said:
+                report.note(f"{name}: the config says {said}, but the file holds it float; not all readers take that")
         return found
 
     def _check_leftovers(self, report: Report) -> None:

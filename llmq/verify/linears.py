@@ -17,6 +17,8 @@ from llmq.verify.decode import Array, Weight, decode
 from llmq.verify.packing import OPTIONAL, Packing
 from llmq.verify.report import Report
 
+_ANY_WIDTH = ("g_idx", "weight_shape")  # whose integers peers store in any width
+_INTEGERS = ("I8", "I16", "I32", "I64", "U8")
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -56,7 +58,7 @@ def read_linear(
     if g_idx is not None and not _check_groups(f"{name}.g_idx", g_idx, how, K, report):
         return None
     runs = (np.arange(K) // (how.group or K)).astype("<i4")
-    g_idx = runs if g_idx is None else g_idx
+    g_idx = runs if g_idx is None else g_idx.astype("<i4")
     if not np.array_equal(g_idx, runs) or K % how.groups(K):
         arrays["g_idx"] = g_idx
     if (said := arrays.get("weight_shape")) is not None:
@@ -93,7 +95,7 @@ def _tensors(
             good &= report.expect(local in OPTIONAL, f"{full} is missing, but the config says the linear is {how}")
             continue
         kind, has = headers[full]
-        same = (kind in FLOATS if dtype == "float" else kind == dtype) or (local == "weight_shape" and kind == "I32")
+        same = kind in (FLOATS if dtype == "float" else _INTEGERS if local in _ANY_WIDTH else (dtype,))
         right = same and (tuple(has) == wanted or (local.startswith("input_") and tuple(has) == ()))
         if report.expect(right, f"{full} is {kind} {has}, not {dtype} {list(wanted)}, as {how} has it"):
             found[local] = source.get(full)

@@ -11,15 +11,20 @@ Not here: the bits (decode.py). Nothing of llmq/formats is used, so that config 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmq.errors import LlmqError
+import regex
+
+from llmq.checkpoint.packed import from_auto_round
+from llmq.errors import LlmqError, one_line
 from llmq.reading import field
 
 WHERE = "quantization_config"
-METHODS = ("gptq", "awq", "compressed-tensors")
+_SECONDS, _USUAL = 1.0, 2e-5  # for a pattern on all names; of a match that costs nothing
+METHODS = ("gptq", "awq", "auto-round", "compressed-tensors")
 _IN_BLOCK = re.compile(r".*?\.\d+\.")
 _CACHE = ("k_scale", "v_scale", "k_zero_point", "v_zero_point")
 
@@ -93,6 +98,9 @@ def packing(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
     Raises LlmqError for a config that does not say it, or says what is not decoded here.
     """
     method = field(config, "quant_method", str, WHERE)
+    if method == "auto-round":
+        return packing(from_auto_round(config))
+    config = _without_null(config)
     if method == "gptq":
         return _gptq(config)
     if method == "awq":
@@ -141,7 +149,7 @@ def _awq(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
         raise LlmqError(f"{WHERE}.version is {version!r}; verify decodes AWQ's gemm packing")
     base = Packing("awq", _bits(config, (4,)), _group(config), sym=False)
     left = _strings(config.get("modules_to_not_convert") or [])
-    parts = [_regex(rf"(?:.*\.)?(?:{m})(?:\.|$)") for m in left]
+    parts = [_Pattern(rf"(?:.*\.)?(?:{m})(?:\.|$)") for m in left]
     head = field(config, "lm_head", bool, WHERE, False)
     rules = _rules(config)
 
@@ -158,9 +166,9 @@ def _awq(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
 def _compressed_tensors(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
     groups = field(config, "config_groups", dict, WHERE)
     targets = {t: how for name, g in groups.items() for t, how in _group_targets(name, g, config)}
-    patterns = [(_regex(t[3:]), targets[t]) for t in sorted(targets) if t.startswith("re:")]
+    patterns = [(_Pattern(t[3:]), targets[t]) for t in sorted(targets) if t.startswith("re:")]
     ignored = set(_strings(config.get("ignore") or []))
-    ignored_patterns = [_regex(t[3:]) for t in ignored if t.startswith("re:")]
+    ignored_patterns = [_Pattern(t[3:]) for t in ignored if t.startswith("re:")]
 
     def of(name: str) -> Packing | None:
         if not ignored.isdisjoint((name, "Linear")) or any(p.match(name) for p in ignored_patterns):
@@ -198,10 +206,10 @@ def _group_targets(name: str, group: Any, config: Mapping[str, Any]) -> Iterator
         yield target, how
 
 
-def _rules(config: Mapping[str, Any]) -> list[tuple[bool, re.Pattern[str], Mapping[str, Any]]]:
+def _rules(config: Mapping[str, Any]) -> list[tuple[bool, _Pattern, Mapping[str, Any]]]:
     """Return GPTQModel's rules: whether each leaves what it matches float, its pattern, what it changes."""
     found = field(config, "dynamic", dict, WHERE, {}) if config.get("dynamic") is not None else {}
-    return [(r.startswith("-:"), _regex(r.removeprefix("-:").removeprefix("+:")), c or {}) for r, c in found.items()]
+    return [(r.startswith("-:"), _Pattern(r.removeprefix("-:").removeprefix("+:")), c or {}) for r, c in found.items()]
 
 
 def _changed(base: Packing, changes: Mapping[str, Any]) -> Packing:
@@ -239,11 +247,32 @@ def _strings(value: Any) -> list[str]:
     return found
 
 
-def _regex(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as e:
-        raise LlmqError(f"{WHERE}: {pattern!r} is not a regular expression ({e})") from e
+class _Pattern:
+    """A regular expression of a config, matched from the start of names; all together in a second of the processor."""
+
+    def __init__(self, pattern: str) -> None:
+        try:
+            re.compile(pattern)  # refuses what other readers refuse
+            self._compiled, self._left = regex.compile(pattern), _SECONDS
+        except (re.error, regex.error, RecursionError, OverflowError) as e:
+            raise LlmqError(f"{WHERE}: {pattern!r} is not a regular expression ({one_line(e)})") from e
+
+    def match(self, name: str) -> bool:
+        """Return whether `name` starts with a match. Raises LlmqError where telling takes too long."""
+        start = time.thread_time()
+        try:
+            found = self._compiled.match(name, timeout=self._left)
+        except TimeoutError:
+            raise LlmqError(f"{WHERE}: {self._compiled.pattern!r} takes too long to match; correct it") from None
+        self._left = max(1e-3, self._left - max(0.0, time.thread_time() - start - _USUAL))
+        return found is not None
+
+
+def _without_null(config: Any) -> Any:
+    """Return a config without its keys of null, at any depth: each is as good as missing."""
+    if isinstance(config, dict):
+        return {k: _without_null(v) for k, v in config.items() if v is not None}
+    return config
 
 
 def _words(n: int, bits: int) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -149,11 +150,6 @@ CONFIGS = {
         quantization(ignore=["lm_head", UP]),
         f"{UP}: the file holds it packed, but the config leaves it float",
     ),
-    "a head packed that is float": (
-        "gptq_v1_w4g32_sym",
-        quantization(lm_head=True),
-        "lm_head: the config says 4-bit gptq, but the file holds no packed tensors of it",
-    ),
     "zeros where none are stored": (
         "ct_pack_w4g32_sym",
         lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(symmetric=False),
@@ -173,6 +169,25 @@ CONFIGS = {
 def test_a_config_that_is_not_the_tensors_own_is_named(copy, what):
     folder, wrong, said = CONFIGS[what]
     assert said in copy(folder, config=wrong)
+
+
+def test_what_a_config_does_not_say_a_peers_tensors_may(copy, tmp_path):
+    """No g_idx, null for what is missing, a float head under a config that packs all: read, and noted."""
+
+    def without(tensors):
+        for name in [n for n in tensors if n.endswith("g_idx")]:
+            del tensors[name]
+
+    assert copy("awq_w4g32", config=quantization(lm_head=True)) == ""
+    assert any("lm_head: the config says 4-bit awq" in note for note in verify(tmp_path).notes)
+    assert copy("gptq_v1_w4g32_sym", without, quantization(dynamic=None, desc_act=None)) == ""
+
+
+def test_a_pattern_that_takes_forever_is_named(copy):
+    bomb = quantization(dynamic={r"-:^(?:(\w)|(\w\w)|(\W|\w{3}))*[^\w.]": {}})
+    start = time.monotonic()
+    assert "takes too long to match" in copy("gptq_v1_w4g32_sym", config=bomb)
+    assert time.monotonic() - start < 10
 
 
 def test_index_and_shards_must_agree(tmp_path, tiny_checkpoint):
