@@ -6,17 +6,15 @@ Not here: what a user may write (recipe.py), the model that it is for (job.py).
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import regex
 import torch
 
 from llmq import options, spec
-from llmq.errors import one_line, printable
 from llmq.grids.int import Int
+from llmq.patterns import Pattern
 from llmq.recipe import DEFAULT_RANGE, KINDS, OVERRIDE, Recipe, changes, group
 from llmq.types import (
     ActivationGrid,
@@ -36,35 +34,12 @@ from llmq.types import (
 
 STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
 """What a recipe calls a strategy of key-value scales, and what compressed-tensors does."""
-_SECONDS = 1.0  # for one name; a pattern may be a stranger's, and take for ever
-_LONGEST = 100_000  # characters; a budget of bits writes the names of all linears in one
 
 _VERBS = {
     "rotate": "rotation", "weigh": "weighting", "search": "transform", "correct": "correction",
     "solve": "solver", "refine": "refiner", "tune": "tuner", "finish": "finisher",
 }  # fmt: skip
 _ALONE = ("rotation", "weighting", "solver")  # kinds of which a method has one at most
-
-
-class Pattern:
-    """A regular expression of a recipe, looked for anywhere in a name. said: what it is, for errors."""
-
-    def __init__(self, text: str, said: str) -> None:
-        self.pattern, self._said = text, printable(said, 120)
-        if len(text) > _LONGEST:
-            raise LlmqError(f"{self._said} has {len(text):,} characters; {_LONGEST:,} are read")
-        try:
-            re.compile(text)  # what Python's own engine does not know, as recursion, is refused
-            self._compiled = regex.compile(text)
-        except (re.error, regex.error, RecursionError, OverflowError) as e:
-            raise LlmqError(f"{self._said} is not a regular expression ({one_line(e)})") from e
-
-    def search(self, name: str) -> bool:
-        """Say whether the pattern is found in `name`. Raises LlmqError where that takes too long."""
-        try:
-            return self._compiled.search(name, timeout=_SECONDS) is not None
-        except TimeoutError as e:
-            raise LlmqError(f"{self._said} takes more than {_SECONDS:.0f} second on {name}; write it simpler") from e
 
 
 @dataclass(frozen=True)

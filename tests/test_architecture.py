@@ -8,7 +8,7 @@ import llmq
 ROOT = Path(llmq.__file__).parent
 SIBLINGS = {"algorithms", "grids", "ranges", "families", "formats"}
 VOCABULARY = "llmq.grids.int"  # the grid of every integer format: formats read and write its fields
-LOW = {"errors", "reading", "params", "types", "options", "spec", "compiled"}
+LOW = {"errors", "reading", "patterns", "params", "types", "options", "spec", "compiled"}
 MAY_USE_STATS = {"algorithms"}
 
 
@@ -36,7 +36,7 @@ def test_the_folders_of_methods_do_not_import_each_other():
 
 
 def test_the_base_imports_nothing_above_it():
-    for name in ("errors", "reading", "params", "types", "options", "spec", "compiled", "stats"):
+    for name in ("errors", "reading", "patterns", "params", "types", "options", "spec", "compiled", "stats"):
         above = [n for n in imports(ROOT / f"{name}.py") if n.startswith("llmq.") and n.split(".")[1] not in LOW]
         assert not above, f"{name}.py imports {above}"
 

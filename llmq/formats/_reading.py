@@ -9,24 +9,19 @@ Not here: refusals before writing (_common.py), bytes (_bits.py), where a config
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import regex
 import torch
 from torch import Tensor
 
-from llmq.errors import one_line, printable
+from llmq.errors import printable
+from llmq.patterns import Limit, Pattern
 from llmq.reading import field
 from llmq.types import LinearSpec, LlmqError, QTensor
 
 CONFIG = "quantization_config"
 REQUANTIZE = "quantize the float model again"
-_SECONDS = 1.0  # of the processor, for all patterns of one list, beyond what each usually takes
-_USUAL_COMPILATION, _USUAL_MATCH = 1e-3, 2e-5
-_LONGEST = 10_000  # characters of a pattern
 _ALTER = ("bits", "group_size", "sym", "desc_act", "pack_dtype")  # what a rule of `dynamic` can change on disk
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -35,51 +30,18 @@ T = TypeVar("T")
 
 
 class Patterns:
-    """Regular expressions that a file holds, each by what it stands for, matched from the start of a name.
+    """Regular expressions of a config, each by what it stands for, matched from the start of a name.
 
-    They were written by others and can take exponential time: what they take beyond the usual is limited, for a list of
-    them together. An engine that is linear by construction would do without a clock, but has no lookarounds, which
-    peers' files use: `re:^(?!.*experts).*$`. What `re` does not know (recursion, fuzziness) is refused, as by peers.
+    They have one limit of time together (patterns.py).
     """
 
-    def __init__(self, patterns: Mapping[str, str] | None = None) -> None:
-        self._left = _SECONDS
-        self._compiled = {key: self._compile(key, pattern) for key, pattern in (patterns or {}).items()}
+    def __init__(self, patterns: Mapping[str, str]) -> None:
+        limit = Limit()
+        self._patterns = {key: Pattern(text, f"{CONFIG}: {key!r}", limit) for key, text in patterns.items()}
 
     def first(self, name: str) -> str | None:
-        """Return the first key whose pattern matches `name` from its start.
-
-        Raises LlmqError where that takes too long.
-        """
-        for key, pattern in self._compiled.items():
-            start = time.thread_time()
-            try:
-                found = pattern.match(name, timeout=self._left)
-            except TimeoutError:
-                found, start = None, -self._left
-            self._spend(key, start, _USUAL_MATCH)
-            if found:
-                return key
-        return None
-
-    def _compile(self, key: str, pattern: str) -> regex.Pattern[str]:
-        start = time.thread_time()
-        if len(pattern) > _LONGEST:
-            raise LlmqError(f"{CONFIG}: a pattern has {len(pattern):,} characters; llmq reads {_LONGEST:,}")
-        try:
-            re.compile(pattern)
-            compiled = regex.compile(pattern)
-        except (re.error, regex.error, RecursionError, OverflowError) as e:
-            said = f"{printable(key, 80)!r} is not a regular expression ({one_line(e)})"
-            raise LlmqError(f"{CONFIG}: {said}; correct it") from e
-        self._spend(key, start, _USUAL_COMPILATION)
-        return compiled
-
-    def _spend(self, key: str, start: float, usual: float) -> None:
-        self._left -= max(0.0, time.thread_time() - start - usual)
-        if self._left <= 0:
-            said = f"matching {printable(key, 80)!r} takes too long"
-            raise LlmqError(f"{CONFIG}: {said}; write a simpler pattern, or the names themselves")
+        """Return the first key whose pattern matches. Raises LlmqError where that takes too long."""
+        return next((key for key, pattern in self._patterns.items() if pattern.match(name)), None)
 
 
 def optional(config: Mapping[str, Any], key: str, kind: type[T], default: T, where: str = CONFIG) -> T:

@@ -18,7 +18,7 @@ from llmq.checkpoint.place import user_path
 from llmq.gguf import container, imatrix, mixture
 from llmq.gguf.architecture import Architecture, architecture
 from llmq.gguf.tokenizer import Vocabulary, vocabulary
-from llmq.method import Pattern
+from llmq.patterns import Pattern
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 

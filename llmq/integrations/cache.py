@@ -27,6 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmq.heads import head_dim
+from llmq.reading import field
 from llmq.runtime import triton_kv
 from llmq.runtime.kv import RUN, TILE, KVGrid, Store, attend
 from llmq.runtime.triton_kv import KernelStore
@@ -291,9 +292,10 @@ def static_scales(model: PreTrainedModel) -> dict[int, tuple[Tensor, Tensor]] | 
     Raises LlmqError for another scheme, and where a layer lacks its scales.
     """
     quantization = getattr(model.config, "quantization_config", None)
-    scheme = dict(quantization or {}).get("kv_cache_scheme")
-    if not scheme:
+    said = dict(quantization or {})
+    if not said.get("kv_cache_scheme"):
         return None
+    scheme = field(said, "kv_cache_scheme", dict, "quantization_config")
     wanted = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
     for key, value in wanted.items():
         if scheme.get(key, value) != value:

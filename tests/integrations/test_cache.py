@@ -294,6 +294,9 @@ def test_static_scales_are_found_and_used(tiny_llama, decibel):
     scheme["num_bits"] = 4
     with pytest.raises(LlmqError, match="num_bits"):
         static_scales(model)
+    model.config.quantization_config["kv_cache_scheme"] = 8
+    with pytest.raises(LlmqError, match="kv_cache_scheme is 8; it must be of type dict"):
+        static_scales(model)
 
 
 @pytest.mark.parametrize("kv", ["tensor", "head"])
