@@ -146,7 +146,7 @@ def _checked(job: Job, source: Source) -> Job:
     if not beyond:
         return job
     first, *more = beyond
-    others = f" (and {len(more)} more linears)" if more else ""
+    others = f" (and {len(more)} more)" if more else ""
     warning = (
         f"{first}{others}: the weights of {sum(beyond.values()):,} groups are too small or too large for the scales "
         "that the format stores and are lost or clipped; --skip what matters, or use --format compressed-tensors from "

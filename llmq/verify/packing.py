@@ -11,19 +11,16 @@ Not here: the bits (decode.py). Nothing of llmq/formats is used, so that config 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import regex
-
 from llmq.checkpoint.packed import from_auto_round
-from llmq.errors import LlmqError, one_line
+from llmq.errors import LlmqError
+from llmq.patterns import Limit, Pattern
 from llmq.reading import field
 
 WHERE = "quantization_config"
-_SECONDS, _USUAL = 1.0, 2e-5  # for a pattern on all names; of a match that costs nothing
 METHODS = ("gptq", "awq", "auto-round", "compressed-tensors")
 _IN_BLOCK = re.compile(r".*?\.\d+\.")
 _CACHE = ("k_scale", "v_scale", "k_zero_point", "v_zero_point")
@@ -149,7 +146,7 @@ def _awq(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
         raise LlmqError(f"{WHERE}.version is {version!r}; verify decodes AWQ's gemm packing")
     base = Packing("awq", _bits(config, (4,)), _group(config), sym=False)
     left = _strings(config.get("modules_to_not_convert") or [])
-    parts = [_Pattern(rf"(?:.*\.)?(?:{m})(?:\.|$)") for m in left]
+    parts = _patterns([rf"(?:.*\.)?(?:{m})(?:\.|$)" for m in left])
     head = field(config, "lm_head", bool, WHERE, False)
     rules = _rules(config)
 
@@ -166,9 +163,10 @@ def _awq(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
 def _compressed_tensors(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
     groups = field(config, "config_groups", dict, WHERE)
     targets = {t: how for name, g in groups.items() for t, how in _group_targets(name, g, config)}
-    patterns = [(_Pattern(t[3:]), targets[t]) for t in sorted(targets) if t.startswith("re:")]
+    by_pattern = [t for t in sorted(targets) if t.startswith("re:")]
+    patterns = list(zip(_patterns([t[3:] for t in by_pattern]), [targets[t] for t in by_pattern], strict=True))
     ignored = set(_strings(config.get("ignore") or []))
-    ignored_patterns = [_Pattern(t[3:]) for t in ignored if t.startswith("re:")]
+    ignored_patterns = _patterns([t[3:] for t in ignored if t.startswith("re:")])
 
     def of(name: str) -> Packing | None:
         if not ignored.isdisjoint((name, "Linear")) or any(p.match(name) for p in ignored_patterns):
@@ -206,10 +204,12 @@ def _group_targets(name: str, group: Any, config: Mapping[str, Any]) -> Iterator
         yield target, how
 
 
-def _rules(config: Mapping[str, Any]) -> list[tuple[bool, _Pattern, Mapping[str, Any]]]:
+def _rules(config: Mapping[str, Any]) -> list[tuple[bool, Pattern, Mapping[str, Any]]]:
     """Return GPTQModel's rules: whether each leaves what it matches float, its pattern, what it changes."""
     found = field(config, "dynamic", dict, WHERE, {}) if config.get("dynamic") is not None else {}
-    return [(r.startswith("-:"), _Pattern(r.removeprefix("-:").removeprefix("+:")), c or {}) for r, c in found.items()]
+    patterns = _patterns([rule.removeprefix("-:").removeprefix("+:") for rule in found])
+    changes = [c or {} for c in found.values()]
+    return list(zip([rule.startswith("-:") for rule in found], patterns, changes, strict=True))
 
 
 def _changed(base: Packing, changes: Mapping[str, Any]) -> Packing:
@@ -247,25 +247,10 @@ def _strings(value: Any) -> list[str]:
     return found
 
 
-class _Pattern:
-    """A regular expression of a config, matched from the start of names; all together in a second of the processor."""
-
-    def __init__(self, pattern: str) -> None:
-        try:
-            re.compile(pattern)  # refuses what other readers refuse
-            self._compiled, self._left = regex.compile(pattern), _SECONDS
-        except (re.error, regex.error, RecursionError, OverflowError) as e:
-            raise LlmqError(f"{WHERE}: {pattern!r} is not a regular expression ({one_line(e)})") from e
-
-    def match(self, name: str) -> bool:
-        """Return whether `name` starts with a match. Raises LlmqError where telling takes too long."""
-        start = time.thread_time()
-        try:
-            found = self._compiled.match(name, timeout=self._left)
-        except TimeoutError:
-            raise LlmqError(f"{WHERE}: {self._compiled.pattern!r} takes too long to match; correct it") from None
-        self._left = max(1e-3, self._left - max(0.0, time.thread_time() - start - _USUAL))
-        return found is not None
+def _patterns(texts: list[str]) -> list[Pattern]:
+    """Return a list of the config's patterns, with one limit of time."""
+    limit = Limit()
+    return [Pattern(text, f"{WHERE}: {text!r}", limit) for text in texts]
 
 
 def _without_null(config: Any) -> Any:

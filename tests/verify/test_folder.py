@@ -186,7 +186,7 @@ def test_what_a_config_does_not_say_a_peers_tensors_may(copy, tmp_path):
 def test_a_pattern_that_takes_forever_is_named(copy):
     bomb = quantization(dynamic={r"-:^(?:(\w)|(\w\w)|(\W|\w{3}))*[^\w.]": {}})
     start = time.monotonic()
-    assert "takes too long to match" in copy("gptq_v1_w4g32_sym", config=bomb)
+    assert "takes more than 1 second" in copy("gptq_v1_w4g32_sym", config=bomb)
     assert time.monotonic() - start < 10
 
 
