@@ -30,18 +30,22 @@ from typing import Any, NoReturn
 from llmq.errors import LlmqError, one_line, printable
 
 SECONDS = 3
-"""Processor time of one call."""
+"""Processor time of one call, and of what is noted within it."""
 BYTES = 2**30
 """Memory that the child may take beyond what it is born with."""
 _PATIENCE = 120  # seconds by the clock, for a child that waits for a disk
 _TOO_LARGE = f"takes more than {BYTES / 2**30:.0f} GB of memory"
 _noted = mmap.mmap(-1, 1024)  # shared with every child
+_limited: list[bool] = []  # filled in a child alone
 
 
 def note(doing: str) -> None:
-    """Say what this child is at, for the error should it come to none: `chat.jsonl, line 3`."""
+    """Say what this child begins now, `chat.jsonl, line 3`, for the error should it not end; its time starts anew."""
     text = printable(doing, 200).encode()[:1000]
     _noted[: len(text) + 1] = text + b"\0"
+    if _limited:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + SECONDS)
 
 
 class Confined:
@@ -105,10 +109,10 @@ class Confined:
             os.dup2(nowhere, stream)
         _limit(resource.RLIMIT_CORE, 0)
         _limit(resource.RLIMIT_DATA, _data_bytes() + BYTES)
+        _limited.append(True)
         while True:
             value = json.loads(pipe.recv_bytes())
-            used = resource.getrusage(resource.RUSAGE_SELF)
-            _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + SECONDS)
+            note(_said())
             pipe.send_bytes(json.dumps(self._answer(value)).encode())
 
     def _answer(self, value: Any) -> dict[str, Any]:

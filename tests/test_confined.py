@@ -57,7 +57,7 @@ def test_whatever_ends_the_child_is_one_line(monkeypatch, capfd, function, messa
     assert capfd.readouterr() == ("", ""), "nothing of the child reaches the terminal"
 
 
-def test_time_is_counted_for_each_call_alone(monkeypatch):
+def test_time_is_counted_for_each_call_and_each_row_alone(monkeypatch):
     monkeypatch.setattr(confined, "SECONDS", 1)
 
     def burn(_):
@@ -68,6 +68,10 @@ def test_time_is_counted_for_each_call_alone(monkeypatch):
     with Confined(burn, "burning") as call:
         for _ in range(4):
             call(None)
+    with Confined(lambda _: [(note(f"row {i}"), burn(i)) for i in range(4)] and None, "burning") as call:
+        call(None)  # rows within a call, too
+    with pytest.raises(LlmqError, match="row 1 takes more than 1 seconds"):
+        outcome(lambda _: [note("row 1"), *(burn(i) for i in range(4))])
 
 
 def test_no_child_is_left_behind():
