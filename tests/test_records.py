@@ -1,7 +1,9 @@
 """quantization.json tells the truth: errors and checksums are those of the files, found again from files alone."""
 
+import gc
 import hashlib
 import json
+import weakref
 
 import gguf
 import pytest
@@ -253,3 +255,24 @@ def test_a_fold_of_another_model_is_refused(tiny_checkpoint, change):
         floats_of(source, {"transforms": [Fold(**(base | change)).to_json()]}, {}, "here")
     with pytest.raises(LlmqError, match="is no object"):
         floats_of(source, {"transforms": [4]}, {}, "here")
+
+
+@pytest.mark.parametrize("method", ["gptq,descent", "qep,gptq,signround:steps=1"])
+def test_no_float_weight_outlives_its_site_but_for_tuners(tiny_checkpoint, tmp_path, text, monkeypatch, method):
+    alive, seen, original = [], [], block._placed
+
+    def placed(at, answer):
+        alive.append((at.number, weakref.ref(answer.W_NK)))
+        return original(at, answer)
+
+    def solve_site(at, *args):
+        gc.collect()
+        seen.append(sum(ref() is not None for number, ref in alive if number == at.number))
+        return solved(at, *args)
+
+    solved = block._solve_site
+    monkeypatch.setattr(block, "_placed", placed)
+    monkeypatch.setattr(block, "_solve_site", solve_site)
+    made(tiny_checkpoint(), tmp_path / "out", method=method, calib=text)
+    assert len(seen) == 8  # q, k and v; o; gate and up; down: of two blocks
+    assert seen == ([0, 3, 4, 6] * 2 if "signround" in method else [0] * 8)
