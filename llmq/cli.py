@@ -174,7 +174,7 @@ def evaluate(
 
     figures = None if json_file is None else user_path(json_file)
     if figures:
-        check_file(figures, "--json", overwrite=overwrite)
+        check_file(figures, "--json", b"{", overwrite=overwrite)
     text = None if text is None else user_path(text)
     with _progress() as step:
         rows = evaluation.compare(

@@ -99,6 +99,7 @@ def export(  # noqa: PLR0913, the options of the command
             made[name] = replace(tensor, rows=torch.empty(0))
         plan = Blueprint(arch, words, _file_type_of(made.values()), {n: t.kind for n, t in made.items()}, split=split)
         files = _write(sink, plan, reader, made, warnings)
+        sink.copies = False
         done = {
             "types": dict(Counter(t.kind for t in made.values())),
             "outcomes": dict(Counter(t.outcome for t in made.values() if t.outcome)),

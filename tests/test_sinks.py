@@ -114,11 +114,11 @@ def test_figures_go_where_they_can_and_never_over_others(tiny_checkpoint, tmp_pa
             command(*options, figures)
         with pytest.raises(LlmqError, match="--json .*no folder that exists"):
             command(*options, tmp_path / "no/such.json")
-    figures.write_text("old")
+    figures.write_text("{}")
     with monkeypatch.context() as patch:
         patch.setattr(disk, "sync", fails)
         with pytest.raises(LlmqError, match="cannot write .*figures.json"):
             command(*options, figures, "--overwrite")
-    assert figures.read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "text.txt"]
+    assert figures.read_text() == "{}" and sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "text.txt"]
     command(*options, figures, "--overwrite")
     assert json.loads(figures.read_text()).keys() == json.loads(first).keys()

@@ -95,8 +95,11 @@ def check_folder(out: Path, source: Path | None, *, overwrite: bool) -> None:
             )
 
 
-def check_file(path: Path, option: str, *, overwrite: bool) -> None:
-    """Raise LlmqError unless the file that an option names can be written, or replaced where that is asked for."""
+def check_file(path: Path, option: str, start: bytes, *, overwrite: bool) -> None:
+    """Raise LlmqError unless the file that an option names can be written, or replaced where that is asked for.
+
+    start: how a file that may be replaced begins.
+    """
     try:
         if path.is_dir() or not path.name:
             raise LlmqError(f"{option} {path} is a folder; name a file in it")
@@ -104,6 +107,8 @@ def check_file(path: Path, option: str, *, overwrite: bool) -> None:
             raise LlmqError(f"{option} {path} is a symbolic link to {path.readlink()}; name that")
         if path.is_file() and not overwrite:
             raise LlmqError(f"{option} {path} exists; give another name or --overwrite")
+        if path.is_file() and not start.startswith(_beginning(path, len(start))):
+            raise LlmqError(f"{option} {path} holds something else; it is not overwritten. Give another name")
         if not path.parent.is_dir():
             raise LlmqError(f"{option} {path}: {path.parent} is no folder that exists; make it, or name another")
         path.lstat()
@@ -112,6 +117,11 @@ def check_file(path: Path, option: str, *, overwrite: bool) -> None:
             raise LlmqError(f"{option} {path}: {path.parent} cannot be written to; name another folder") from None
     except OSError as e:
         raise LlmqError(f"{option} {path} cannot be written ({one_line(e)})") from e
+
+
+def _beginning(path: Path, n: int) -> bytes:
+    with path.open("rb") as f:
+        return f.read(n)
 
 
 def _quantized(out: Path, names: list[str]) -> bool:

@@ -31,8 +31,8 @@ from torch import Tensor
 from llmq.checkpoint import disk, place
 from llmq.checkpoint.disk import writing
 from llmq.checkpoint.source import ADAPTER, side_files
-from llmq.checkpoint.stage import Stage, stages
-from llmq.errors import LlmqError
+from llmq.checkpoint.stage import Stage, look, stages
+from llmq.errors import LlmqError, printable
 from llmq.reading import BITS, DTYPES, Entry, tensor_entries
 from llmq.records import digest
 
@@ -74,7 +74,9 @@ class Sink:
         if not self._earlier(act=False):
             self.check()
             for target in self._beside.values():
-                place.check_file(target, "--imatrix-out", overwrite=overwrite)
+                place.check_file(target, "--imatrix-out", b"GGUF", overwrite=overwrite)
+                if target.resolve() == self.out:
+                    raise LlmqError(f"--imatrix-out {target} is OUT itself; name another file")
 
     def __enter__(self) -> Self:
         with writing(self.out):
@@ -92,21 +94,22 @@ class Sink:
         if self._done:
             return
         if self._sealed and self._stage.state(self.target) == "committed":  # an interrupt came after the last rename
+            note = f"{self.out} is written and whole"
             self._clean(self._stage)
-            if error is not None:
-                error.add_note(f"{self.out} is written and whole")
-        elif self._sealed or (error is not None and self._parts and not self.copies):
-            if error is not None:
-                what = "the finished result stays in {}; the same command puts it in place" if self._sealed else (
-                    "what was finished stays in {}; --overwrite begins anew"
-                )  # fmt: skip
-                error.add_note(what.format(self._stage))
+        elif self._sealed:
+            note = f"the finished result stays in {self._stage}; the same command puts it in place"
+            self._stage.close()
+        elif error is not None and self._parts and not self.copies:
+            note = f"what was finished stays in {self._stage}; --overwrite begins anew"
             self._stage.close()
         else:
+            note = ""
             self._stage.remove()
             with suppress(OSError):  # someone else uses it by now
                 for folder in self._made:
                     folder.rmdir()
+        if error is not None and note:
+            error.add_note(note)
 
     @property
     def room(self) -> Path:
@@ -201,7 +204,7 @@ class Sink:
 
     def seal(self, result: Mapping[str, Any]) -> None:
         """Sync what was staged and mark it whole, after all checks. result: what `earlier` will say, JSON."""
-        self._stage.mark(result)
+        self._stage.mark(result, self.stale)
         self._sealed = True
 
     def commit(self) -> None:
@@ -223,8 +226,9 @@ class Sink:
         """Give what is staged its name, in one step where the system can. names: of the files in it."""
         disk.put_folder(self.stage, self.out, self._stage.old)
 
-    def settle(self, names: list[str]) -> None:
-        """Remove what belonged to the old OUT and is not among the new one's names."""
+    def stale(self, names: list[str]) -> list[Path]:
+        """Return what is left of the old OUT when the files of these names are in place, in order of removal."""
+        return []
 
     def _earlier(self, *, act: bool) -> Stage | None:
         """Return the stage that this very command left whole. Raises LlmqError for one that is in the way.
@@ -236,13 +240,13 @@ class Sink:
             stage.put_back(self.out)
             state, run = stage.state(self.target), stage.run()
             same = self._run == run if self._run else not act  # what is not known yet is found when it is
-            if state != "unfinished" and same:
+            if state in ("whole", "committed") and same:
                 if not act:
                     stage.close()
                 return stage
-            unlike = "" if state == "unfinished" else f", of another command{_unlike(run, self._run or {})}"
+            unlike = f", of another command{_unlike(run, self._run or {})}" if stage.files() else ""
             said = f"an earlier run left {stage}, {state}{unlike}"
-            if state != "committed" and not self.overwrite:
+            if state in ("whole", "unfinished") and not self.overwrite:
                 stage.close()
                 raise LlmqError(f"{said}; move it away, or say --overwrite to begin anew")
             if not act or state == "whole":
@@ -251,7 +255,7 @@ class Sink:
                 log.warning("%s; it %s", said, "stays there" if state == "whole" else "is removed")
                 if state == "committed":
                     self._clean(stage)
-                if state == "unfinished":
+                elif state != "whole":
                     stage.remove()
         return None
 
@@ -261,10 +265,12 @@ class Sink:
             with writing(self.out):
                 disk.sync(self.out.parent)
                 disk.sync(stage.folder)
-                self.settle(sorted(stage.files()))
+                for name, seen in stage.stale().items():
+                    if look(self.target(name)) == seen:  # else it is no longer what was to be replaced
+                        self.target(name).unlink(missing_ok=True)
             stage.remove()
         except LlmqError as e:  # OUT is there and whole: not worth failing for
-            log.warning("%s is written; what it replaced could not be removed: %s", self.out, e)
+            log.warning("%s is written; what it replaced could not be removed: %s", printable(str(self.out)), e)
             stage.close()
 
 

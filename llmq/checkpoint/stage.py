@@ -5,10 +5,12 @@
         part-00000 ...     a finished block each
         new/               what becomes OUT; after the exchange, what OUT was
         old/               what OUT was, where the system cannot exchange two names
-        whole.json         written after all checks: the files that make OUT (size, time), and the run's result
+        whole.json         written after all checks: the files that make OUT and those that they replace (size, time),
+                           and the run's result
 
 A kill can leave such a folder behind. Its lock is free then, and whole.json tells what it is, whatever the moment:
 
+    empty        nothing was in it yet, or nothing is any more
     committed    OUT is what whole.json lists: only the cleaning up is missing
     whole        each file of the list is in new/ or in its place: the same command commits it
     unfinished   anything else: `--overwrite` removes it
@@ -32,12 +34,12 @@ from typing import Any, Literal
 
 from llmq import __version__
 from llmq.checkpoint.disk import put_back, sync, write_text, writing
-from llmq.errors import LlmqError, one_line
+from llmq.errors import LlmqError, one_line, printable
 from llmq.reading import json_object
 
 SUFFIX = ".llmq-partial"
 MARKER, WHOLE = ".llmq-stage.json", "whole.json"
-State = Literal["committed", "whole", "unfinished"]
+State = Literal["empty", "committed", "whole", "unfinished"]
 
 
 class Stage:
@@ -85,7 +87,7 @@ class Stage:
     def __str__(self) -> str:
         """Return where it lies and how much it holds."""
         size = sum(f.lstat().st_size for f in self.folder.rglob("*") if not f.is_dir())
-        return f"{self.folder} ({size / 1e9:.2f} GB)"
+        return printable(f"{self.folder} ({size / 1e9:.2f} GB)")
 
     def close(self) -> None:
         """Let the lock go."""
@@ -93,34 +95,40 @@ class Stage:
 
     def remove(self) -> None:
         """Delete the stage. Raises LlmqError where a file cannot be."""
-        whole = self.folder / WHOLE
+        last = [self.folder / WHOLE, self.folder / MARKER]  # they say that the rest can go
         with writing(self.folder):
-            for inner in (self.new, self.old):  # the list goes last: it says that the rest can go
-                if inner.exists():
-                    shutil.rmtree(inner)
-            for file in self.folder.iterdir():
-                if file.name not in (MARKER, WHOLE):
-                    shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
-            whole.unlink(missing_ok=True)
-            shutil.rmtree(self.folder)
+            for path in [p for p in self.folder.iterdir() if p not in last] + last:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            self.folder.rmdir()
         self.close()
 
     def run(self) -> dict[str, Any]:
         """Return what the run that made the stage said about itself."""
         return dict((marker(self.folder) or {}).get("run", {}))
 
-    def mark(self, result: Mapping[str, Any]) -> None:
-        """Sync what was staged, then write whole.json: the stage is whole. Raises LlmqError on a full disk."""
+    def mark(self, result: Mapping[str, Any], stale: Callable[[list[str]], list[Path]]) -> None:
+        """Sync what was staged, then write whole.json: the stage is whole. Raises LlmqError on a full disk.
+
+        stale: what the files of these names, placed, leave to be removed.
+        """
         with writing(self.folder):
             inside = sorted(self.new.rglob("*"))
             for path in (*inside, *self.folder.glob("beside-*"), self.new, self.folder):
                 sync(path)
             files = {p.relative_to(self.new).as_posix(): look(p) for p in inside if not p.is_dir()}
-        write_text(self.folder / WHOLE, json.dumps({"files": files, "result": result}))
+            old = {p.name: look(p) for p in stale(list(files))}
+        write_text(self.folder / WHOLE, json.dumps({"files": files, "stale": old, "result": result}))
 
     def files(self) -> dict[str, Any]:
         """Return the names that whole.json lists; none where the stage is unfinished."""
         return dict(self._whole().get("files", {}))
+
+    def stale(self) -> dict[str, Any]:
+        """Return the names of the files that are to be removed when all are placed, and what they were."""
+        return dict(self._whole().get("stale", {}))
 
     def result(self) -> dict[str, Any]:
         """Return what the run that marked the stage had to say."""
@@ -128,6 +136,8 @@ class Stage:
 
     def state(self, place: Callable[[str], Path]) -> State:
         """Say what the stage is. place: where a file of it belongs, by its name."""
+        if all(p.name == MARKER or (p == self.new and not any(p.iterdir())) for p in self.folder.iterdir()):
+            return "empty"
         files = self.files()
         placed = {n for n, seen in files.items() if look(place(n)) == seen}
         staged = {n for n, seen in files.items() if look(self.new / n) == seen}

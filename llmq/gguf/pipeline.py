@@ -113,11 +113,10 @@ class GgufSink(Sink):
             if (self.stage / name).exists():
                 disk.put_file(self.stage / name, self.target(name))
 
-    def settle(self, names: list[str]) -> None:
-        """Remove what the new files replace: an old file of another number of shards."""
-        for old in reversed([self.out, *container.shards(self.out)]):  # without its first shard, none is known again
-            if old.name not in names:
-                old.unlink(missing_ok=True)
+    def stale(self, names: list[str]) -> list[Path]:
+        """Return the old file, or its shards, that the new ones do not replace by name; the telling first one last."""
+        old = [self.out, *container.shards(self.out)]
+        return [p for p in reversed(old) if p.exists() and p.name not in names]
 
     def contents(self, plan: Blueprint) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the file by ggml's name, as it will be written."""

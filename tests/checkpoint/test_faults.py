@@ -82,8 +82,8 @@ def test_killed_without_an_exchange_the_next_run_finds_the_old_or_the_new_one(tm
 def test_a_full_disk_at_any_write_is_one_line_and_the_old_one_is_whole(tmp_path, source, kind):
     old, new, found = trials(tmp_path, source, kind, "full")
     for trial in found:
-        if trial["status"] == 0:  # nothing was left to do but cleaning up
-            assert within(new, trial["held"]) and "is written" in trial["said"], trial
+        if trial["status"] == 0:  # nothing was left to do but cleaning up, or it was no file of ours
+            assert within(new, trial["held"]), trial
             continue
         assert trial["status"] == 1 and within(old, trial["held"]), trial
         assert trial["said"].startswith("error: ") and trial["said"].count("\n") == 1, trial

@@ -158,7 +158,10 @@ def test_files_that_options_name(tmp_path):
         (tmp_path / ("x" * 300), "too long"),
     ):
         with pytest.raises(LlmqError, match=match):
-            check_file(path, "--json", overwrite=False)
-    check_file(tmp_path / "figures.json", "--json", overwrite=True)
-    check_file(tmp_path / "new.json", "--json", overwrite=False)
+            check_file(path, "--json", b"{", overwrite=False)
+    check_file(tmp_path / "figures.json", "--json", b"{", overwrite=True)
+    check_file(tmp_path / "new.json", "--json", b"{", overwrite=False)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(LlmqError, match="holds something else"):
+        check_file(tmp_path / "thesis.txt", "--json", b"{", overwrite=True)
     assert json.loads((tmp_path / "figures.json").read_text()) == {}

@@ -173,10 +173,12 @@ def test_a_further_file_goes_to_its_place_at_the_commit(tmp_path, monkeypatch):
     target = tmp_path / "sums.gguf"
     with Sink(tmp_path / "out", beside={"sums": target}) as sink:
         sink.text("config.json", "{}")
-        sink.staged_beside("sums").write_text("sums")
+        sink.staged_beside("sums").write_text("GGUF sums")
         assert not target.exists()
         sink.commit()
-    assert target.read_text() == "sums" and sorted(p.name for p in tmp_path.iterdir()) == ["out", "sums.gguf"]
+    assert target.read_text() == "GGUF sums" and sorted(p.name for p in tmp_path.iterdir()) == ["out", "sums.gguf"]
+    with pytest.raises(LlmqError, match="is OUT itself"):
+        Sink(tmp_path / "new", beside={"sums": tmp_path / "new"})
     with pytest.raises(LlmqError, match=r"--imatrix-out .*sums.gguf exists"):
         Sink(tmp_path / "other", beside={"sums": target})
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmq.checkpoint import Sink
+from llmq.gguf.pipeline import GgufSink
 from llmq.types import LlmqError
 
 CONFIG = '{"model_type": "llama", "quantization_config": {"bits": 4}}'
@@ -84,8 +85,20 @@ def test_an_unfinished_stage_is_named_and_removed_by_overwrite_only(tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_marker_is_an_unfinished_stage(tmp_path):
+def test_an_empty_stage_is_in_nobodys_way(tmp_path, caplog):
     left = killed(Sink(tmp_path / "out"), add=False)
+    with caplog.at_level(logging.WARNING), Sink(tmp_path / "out"):
+        assert f"left {left} (0.00 GB), empty; it is removed" in caplog.text
+    left = killed(Sink(tmp_path / "m.gguf"), add=False)
+    (left / "new").rmdir()
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with GgufSink(tmp_path / "m.gguf", overwrite=True):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_damaged_marker_is_an_unfinished_stage(tmp_path):
+    left = killed(Sink(tmp_path / "out"))
     (left / ".llmq-stage.json").write_text("")
     with pytest.raises(LlmqError, match="unfinished"):
         Sink(tmp_path / "out")

@@ -65,6 +65,16 @@ def test_the_shards_of_other_models_survive_and_are_no_refusal(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"llama-2.gguf", "llama.gguf", *(p.name for p in others)}
 
 
+def test_what_is_removed_is_what_was_there_when_the_new_one_was_whole(tmp_path):
+    out = file(tmp_path / "m.gguf")
+    with GgufSink(out, overwrite=True) as sink:
+        split(sink.stage / "m.gguf", 3)
+        sink.seal({})
+        out.write_bytes(b"GGUF of another tool, written meanwhile")
+        sink.commit()
+    assert out.read_bytes() == b"GGUF of another tool, written meanwhile"
+
+
 def test_shards_replace_one_file_and_the_first_of_them_comes_last(tmp_path, monkeypatch):
     out, order = file(tmp_path / "m.gguf"), []
     put = GgufSink.target
