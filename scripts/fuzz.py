@@ -256,7 +256,8 @@ class Watch:
             writes = bool(mode and set(mode) & set("wax+")) or bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         if writes and isinstance(args[0], str | bytes | os.PathLike):
             path = _where(os.fsdecode(args[0]), args[-1] if event in ("os.mkdir", "os.remove", "os.rmdir") else -1)
-            if not path.startswith((*self.allowed, "/dev/", "/proc/")):
+            compiled = "/__pycache__" in path  # where numba keeps the loops that it compiled
+            if not compiled and not path.startswith((*self.allowed, "/dev/", "/proc/")):
                 self.seen.append(f"{event} {path}")
 
 
@@ -296,7 +297,6 @@ def child(name: str, seed: int, pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    sys.dont_write_bytecode = True
     reader = READERS[name]
     with tempfile.TemporaryDirectory(prefix="llmq-fuzz-") as scratch, Path(os.devnull).open("w") as null:
         os.dup2(null.fileno(), 2)  # Rust's panics
