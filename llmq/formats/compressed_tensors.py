@@ -23,7 +23,8 @@ is always listed by name: it is no "Linear" in vLLM.
 Key-value cache, int8 with static scales: `kv_cache_scheme` in the config, and beside the linears of each attention
     k_scale, v_scale   float [1] (strategy "tensor") or [H, 1, 1] ("attn_head"), of rotated keys and of values
 
-Not here: how the scales of the cache are found (kv_scales.py) and read back (integrations/cache.py).
+Not here: reading and writing `config_groups` (_config_groups.py), how the scales of the cache are found (kv_scales.py)
+and read back (integrations/cache.py).
 """
 
 from __future__ import annotations
@@ -35,11 +36,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.errors import printable
 from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words, width
-from llmq.grids.int import Int
-from llmq.types import ActivationGrid, LinearSpec, LlmqError, Params, QTensor, Scheme
+from llmq.formats._config_groups import Group, Lookup, format_of, new_groups, read_group, same_scheme
+from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
 
 _EXTRA: dict[str, Any] = {
     "global_compression_ratio": None,
@@ -52,33 +52,6 @@ _KV_WARNING = (
     "vLLM 0.32 refuses to load a file with static int8 scales of the key-value cache (it takes fp8 ones, and its own "
     "int8 cache is dynamic); llmq and transformers read it: leave --kv-bits out for vLLM"
 )
-_FLOATS = {  # what a format's name says of weights that are no integers
-    "float-quantized": "FP8",
-    "naive-quantized": "FP8",
-    "nvfp4-pack-quantized": "NVFP4",
-    "mxfp4-pack-quantized": "MXFP4",
-    "mxfp6-pack-quantized": "MXFP6",
-    "mxfp8-quantized": "MXFP8",
-}
-_INTEGERS = "integers of 2 to 8 bits per group, channel or tensor, in the original column order"
-
-
-@dataclass(frozen=True)
-class _Group:
-    """A config group: its name and scheme, and the dict it came from, whose other keys (observer, ...) are kept."""
-
-    name: str
-    scheme: Scheme
-    source: Mapping[str, Any]
-
-    def config(self) -> dict[str, Any]:
-        weights, inputs = _args(self.scheme)
-        if weights["strategy"] != "group":
-            del weights["group_size"]  # None or -1, as the source has it
-        known: dict[str, Any] = {"weights": _update(self.source["weights"], weights), "format": _format(self.scheme)}
-        if inputs is not None:
-            known["input_activations"] = _update(self.source["input_activations"], inputs)
-        return _update(self.source, known)
 
 
 @dataclass
@@ -92,7 +65,7 @@ class CompressedTensors:
 
     kv: str | None = None
     quant_method: str = field(default="compressed-tensors", init=False)
-    groups: tuple[_Group, ...] = field(default=(), init=False, repr=False)
+    groups: tuple[Group, ...] = field(default=(), init=False, repr=False)
     ignore: list[str] = field(default_factory=list, init=False, repr=False)
     extra: dict[str, Any] = field(default_factory=lambda: dict(_EXTRA), init=False, repr=False)
 
@@ -209,11 +182,11 @@ class CompressedTensors:
         written anew.
         """
         groups, ignore = self.groups, self.ignore
-        scheme_of = _Lookup(groups, ignore)
-        same = all(_same(scheme_of(s.name), s.scheme) for s in linears) and not any(map(scheme_of, skipped))
+        scheme_of = Lookup(groups, ignore)
+        same = all(same_scheme(scheme_of(s.name), s.scheme) for s in linears) and not any(map(scheme_of, skipped))
         if not same or not groups:
-            groups, ignore = _new_groups(linears), list(skipped)
-        formats = {_format(g.scheme) for g in groups}
+            groups, ignore = new_groups(linears), list(skipped)
+        formats = {format_of(g.scheme) for g in groups}
         return (
             self.extra
             | _kv_scheme(self.kv)
@@ -240,37 +213,13 @@ class CompressedTensors:
             )
         form = cls()
         groups = _reading.optional(config, "config_groups", dict, {})
-        form.groups = tuple(_read_group(n, g, config) for n, g in groups.items())
+        form.groups = tuple(read_group(n, g, config) for n, g in groups.items())
         form.ignore = _reading.strings(config, "ignore")
         _reading.optional(config, "kv_cache_scheme", dict, {})
         interpreted = {"quant_method", "quantization_status", "format", "config_groups", "ignore"}
         form.extra = {k: v for k, v in config.items() if k not in interpreted}
-        lookup = _Lookup(form.groups, form.ignore)
+        lookup = Lookup(form.groups, form.ignore)
         return form, lambda name, N, K: lookup(name)
-
-
-class _Lookup:
-    """The scheme of a linear by its name: ignored, exact target, `re:` target, "Linear", in this order.
-
-    As compressed_tensors.utils.match.match_targets, names and patterns each in alphabetical order.
-    """
-
-    def __init__(self, groups: Sequence[_Group], ignore: Sequence[str]) -> None:
-        self.targets = {target: group.scheme for group in groups for target in group.source["targets"]}
-        self.patterns = _patterns(sorted(self.targets))
-        self.ignored = set(ignore)
-        self.ignored_patterns = _patterns(ignore)
-
-    def __call__(self, name: str) -> Scheme | None:
-        if not self.ignored.isdisjoint((name, "Linear")) or self.ignored_patterns.first(name) is not None:
-            return None
-        if name in self.targets:
-            return self.targets[name]
-        return self.targets.get(self.patterns.first(name) or "Linear")
-
-
-def _patterns(targets: Sequence[str]) -> _reading.Patterns:
-    return _reading.Patterns({t: t.removeprefix("re:") for t in targets if t.startswith("re:")})
 
 
 def _kv_scheme(strategy: str | None) -> dict[str, Any]:
@@ -280,107 +229,10 @@ def _kv_scheme(strategy: str | None) -> dict[str, Any]:
     return {"kv_cache_scheme": args | {"group_size": None, "block_structure": None, "actorder": None}}
 
 
-def _update(source: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `source` with the values of `known` for the keys that it has."""
-    return {k: known.get(k, v) for k, v in source.items()}
-
-
-def _format(scheme: Scheme) -> str:
-    return "pack-quantized" if scheme.activation is None else "int-quantized"
-
-
-def _args(scheme: Scheme) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return the arguments of the weights and of the input activations."""
-    grid = scheme.weight
-    strategy = "tensor" if grid.per_tensor else "group" if grid.group_size else "channel"
-    weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.sym}
-    weights |= {"strategy": strategy, "group_size": grid.group_size, "dynamic": False}
-    if scheme.activation is None:
-        return weights, None
-    dynamic = scheme.activation.dynamic
-    inputs = {"num_bits": 8, "type": "int", "symmetric": scheme.activation.sym}
-    inputs |= {"strategy": "token" if dynamic else "tensor"}
-    return weights, inputs | {"group_size": None, "dynamic": dynamic}
-
-
-def _same(a: Scheme | None, b: Scheme) -> bool:
-    return a is not None and _args(a) == _args(b)
-
-
-def _new_groups(linears: Sequence[LinearSpec]) -> tuple[_Group, ...]:
-    """Return a group for each scheme, in the order they appear; the only one targets every Linear, and the head."""
-    members: dict[str, list[LinearSpec]] = {}
-    for spec in linears:
-        members.setdefault(str(_args(spec.scheme)), []).append(spec)
-    groups: list[_Group] = []
-    for specs in members.values():
-        weights, inputs = _args(specs[0].scheme)
-        outside = [s.name for s in specs if _common.block_path(s.name) is None]
-        targets = ["Linear", *outside] if len(members) == 1 else [s.name for s in specs]
-        source = {"targets": targets, "weights": weights, "input_activations": inputs}
-        source |= {"output_activations": None, "format": None}
-        groups.append(_Group(f"group_{len(groups)}", specs[0].scheme, source))
-    return tuple(groups)
-
-
-def _read_group(name: str, group: Any, config: Mapping[str, Any]) -> _Group:
-    """Parse one config group. Raises LlmqError for what llmq does not read, naming it."""
-    where = f"config_groups.{printable(name, 80)}"
-    if not isinstance(group, dict) or not group.get("weights") or not group.get("targets"):
-        raise LlmqError(f"quantization_config.{where} lacks targets or weight arguments; {_reading.REQUANTIZE}")
-    for target in _reading.strings(group, "targets"):
-        if target[:1].isupper() and target != "Linear":
-            said = f"targets {printable(target, 80)} modules; llmq reads Linear ones"
-            raise LlmqError(f"quantization_config.{where} {said}; {_reading.REQUANTIZE}")
-    if group.get("output_activations"):
-        said = "quantizes outputs, which llmq does not read"
-        raise LlmqError(f"quantization_config.{where} {said}; {_reading.REQUANTIZE}")
-    stored = _reading.optional(group, "format", str, _reading.optional(config, "format", str, ""))
-    weights = _reading.field(group, "weights", dict, f"quantization_config.{where}")
-    if weights.get("type") == "float":
-        said = f"holds {_FLOATS.get(stored, 'float')} weights ({printable(stored, 40)}), which vLLM runs; llmq reads"
-        raise LlmqError(f"quantization_config.{where} {said} {_INTEGERS}: {_reading.REQUANTIZE}")
-    inputs = _reading.optional(group, "input_activations", dict, {})
-    scheme = Scheme(_read_weights(weights, f"{where}.weights"), _read_inputs(inputs, f"{where}.input_activations"))
-    _reading.need({"format": stored}, "format", (_format(scheme),), f"{where} is stored in another way")
-    return _Group(name, scheme, group)
-
-
-def _read_weights(args: Mapping[str, Any], where: str) -> Int:
-    size = args.get("group_size")
-    strategy = args.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
-    _only(args, {"symmetric": (True, False), "num_bits": tuple(range(2, 9)), "type": ("int",)}, where, _INTEGERS)
-    # another actorder would come with a weight_g_idx
-    _only(args, {"dynamic": (False,), "actorder": (False, "weight", "static")}, where, _INTEGERS)
-    _only({"strategy": strategy}, {"strategy": ("tensor", "channel", "group")}, where, _INTEGERS)
-    group_size = _reading.group_size_of(args) if strategy == "group" else None
-    sym = _reading.optional(args, "symmetric", bool, True)
-    return Int(_reading.optional(args, "num_bits", int, 8), sym, group_size, per_tensor=strategy == "tensor")
-
-
-def _read_inputs(args: Mapping[str, Any], where: str) -> ActivationGrid | None:
-    if not args:
-        return None
-    dynamic = args.get("dynamic") is True
-    possible = {"num_bits": (8,), "type": ("int",), "dynamic": (True, False)}
-    possible |= {"symmetric": (True, False) if dynamic else (True,), "strategy": ("token" if dynamic else "tensor",)}
-    _only(args, possible, where, "int8, per token dynamic or symmetric per tensor static")
-    return ActivationGrid(dynamic=dynamic, sym=args.get("symmetric") is not False)
-
-
-def _only(args: Mapping[str, Any], possible: Mapping[str, Sequence[Any]], where: str, reads: str) -> None:
-    """Raise LlmqError for an argument that is given and none of those possible (nor of their type: 4.0 is no 4)."""
-    for key, values in possible.items():
-        given = args.get(key)
-        if given is not None and not any(type(given) is type(v) and given == v for v in values):
-            said = f"{where}.{key} is {printable(repr(given), 80)}; llmq reads {reads}"
-            raise LlmqError(f"quantization_config.{said}: {_reading.REQUANTIZE}")
-
-
 def _warnings(linears: Sequence[LinearSpec]) -> list[str]:
     weight_only = [s.scheme.weight for s in linears if s.scheme.activation is None]
     warnings = _common.fused_warnings(linears)
-    if any(not grid.sym for grid in weight_only) and all(_same(linears[0].scheme, s.scheme) for s in linears):
+    if any(not grid.sym for grid in weight_only) and all(same_scheme(linears[0].scheme, s.scheme) for s in linears):
         warnings.append(
             "stock transformers loads asymmetric pack-quantized weights only with "
             "CompressedTensorsConfig(dequantize=True)"

@@ -42,12 +42,12 @@ def readers(pattern: str) -> dict[str, Callable[[], Any]]:
 @pytest.mark.parametrize("bomb", BOMBS, ids=range(len(BOMBS)))
 def test_no_pattern_of_a_checkpoint_hangs(bomb: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "_SECONDS", 0.2)
-    start = time.monotonic()
+    start = time.thread_time()
     try:
         readers(bomb)[key]()
     except LlmqError as e:
         assert str(e).startswith("quantization_config: ") and len(str(e)) < 500
-    assert time.monotonic() - start < 2
+    assert time.thread_time() - start < 2
 
 
 def test_a_pattern_may_look_around() -> None:
