@@ -234,7 +234,7 @@ def judge(status: int, said: str, shown: str) -> str:
         return "escape code on the terminal"
     if status == 0:
         return "read"
-    if status == 1 and len(lines) == 1 and lines[0].startswith("error: ") and "a fault of llmq" not in lines[0]:
+    if status == 1 and len(lines) == 1 and lines[0].startswith("error: ") and "unforeseen" not in lines[0]:
         return "refused"
     return f"status {status}: {' | '.join(lines)[:300]}"
 

@@ -14,7 +14,7 @@ def test_five_hundred_mutated_files_are_read_or_refused_in_one_line(capsys):
 
 @pytest.mark.parametrize(
     ("status", "said", "shown"),
-    [(-1, "KeyError: 'x'", ""), (1, "error: KeyError: a fault of llmq; ...", ""), (1, "error: a\nb", ""), (2, "", ""),
+    [(-1, "KeyError: 'x'", ""), (1, "error: KeyError: unforeseen, ...", ""), (1, "error: a\nb", ""), (2, "", ""),
      (1, "", ""), (0, "", "\x1b[2J"), (1, "error: \x1b]0;x\x07", ""), (139, "", "")],
 )  # fmt: skip
 def test_what_is_wrong_is_seen(status, said, shown):

@@ -58,8 +58,8 @@ def require_right(staged: Path, against: Path | None = None) -> None:
     if not report.passed:
         more = f" (and {len(report.failures) - 1} more)" if len(report.failures) > 1 else ""
         raise LlmqError(
-            f"what was written is not right: {report.failures[0]}{more}: a fault of llmq, or of the disk; "
-            f"`llmq verify {staged}` lists it all"
+            f"what was written is not right: {report.failures[0]}{more}: the float model is so itself (`llmq eval SRC` "
+            f"tells), or llmq or the disk is at fault; `llmq verify {staged}` lists it all"
         )
 
 
