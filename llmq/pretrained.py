@@ -53,7 +53,7 @@ _BUILTIN = (
     SystemError, TypeError, ValueError,
 )  # fmt: skip
 _LIBRARIES = {
-    "huggingface_hub", "jinja2", "peft", "pyarrow", "pyo3_runtime", "safetensors_rust", "sentencepiece", "tokenizers",
+    "huggingface_hub", "jinja2", "peft", "pyarrow", "pyo3_runtime", "safetensors", "sentencepiece", "tokenizers",
     "torch", "transformers",
 }  # fmt: skip
 

@@ -157,6 +157,9 @@ def tensor_entries(file: Path) -> dict[str, Entry]:
     header = parse_json(text, f"the header of {file}")
     if not isinstance(header, dict):
         raise LlmqError(f"{damaged} (its header is no object); download it again")
+    notes = field(header, "__metadata__", dict, f"the header of {file}", {})
+    if not all(isinstance(v, str) for v in notes.values()):  # the library that loads the model refuses these
+        raise LlmqError(f"{damaged} (its metadata is not text); download it again")
     entries = {n: _entry(file, n, e, 8 + length) for n, e in header.items() if n != "__metadata__"}
     at = 8 + length
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):

@@ -256,7 +256,7 @@ class Watch:
             writes = bool(mode and set(mode) & set("wax+")) or bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         if writes and isinstance(args[0], str | bytes | os.PathLike):
             path = _where(os.fsdecode(args[0]), args[-1] if event in ("os.mkdir", "os.remove", "os.rmdir") else -1)
-            compiled = "/__pycache__" in path  # where numba keeps the loops that it compiled
+            compiled = "/__pycache__" in path or "/torchinductor_" in path  # where compilers keep what they made
             if not compiled and not path.startswith((*self.allowed, "/dev/", "/proc/")):
                 self.seen.append(f"{event} {path}")
 
@@ -333,17 +333,17 @@ class Child:
         """Return how input `i` ended, and the command that read it."""
         if self.process is None:
             self._start()
-        self.pipe.send(i)
-        seen = psutil.Process(self.process.pid)
-        start = _seconds(seen)
         try:
+            self.pipe.send(i)
+            seen = psutil.Process(self.process.pid)
+            start = _seconds(seen)
             for _ in range(PATIENCE):
                 if self.pipe.poll(SECONDS):
                     return self.pipe.recv()
                 if _seconds(seen) - start >= SECONDS:
                     break
             verdict = f"hang: no end after {_seconds(seen) - start:.0f} s of CPU"
-        except (EOFError, psutil.NoSuchProcess):
+        except (EOFError, OSError, psutil.NoSuchProcess):
             self.process.join()
             verdict = f"crash: exit status {self.process.exitcode}"
         self.stop()

@@ -86,7 +86,8 @@ def entry(dtype="F32", shape=(4,), offsets=(0, 16)):
     [[], {"a": 5}, {"a": entry(dtype="F3")}, {"a": entry(dtype=["F32"])}, {"a": entry(shape=[-4])}, {"a": {}},
      {"a": entry(shape=[5])}, {"a": entry(offsets=[0, 8], shape=[2])}, {"a": entry(offsets=[4, 20])},
      {"a": entry(), "b": entry(offsets=[8, 24])}, {"a": entry(shape=[2**40, 2**40])}, {"a": entry(shape=["4"])},
-     {"a": entry(offsets=[16, 0])}, {"a": entry(shape=[True, 4])}, b"{", b"\xff\xff"],
+     {"a": entry(offsets=[16, 0])}, {"__metadata__": {"format": 1}, "a": entry()}, {"__metadata__": 5, "a": entry()},
+     {"a": entry(shape=[True, 4])}, b"{", b"\xff\xff"],
 )  # fmt: skip
 def test_a_header_that_lies_is_one_line_that_names_the_file(tmp_path, header):
     with pytest.raises(LlmqError, match=r"m\.safetensors"):

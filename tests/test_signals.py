@@ -25,8 +25,11 @@ cli.main()
 
 def run(body, **options):
     code = HOOK.format(body=body.replace("\n", "\n    "))
-    # a runner that was started in the background ignores SIGINT, and so would its children
+    # a runner in the background ignores SIGINT, one that ran `main` itself all three; and so would its children
     default = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    options.setdefault(
+        "preexec_fn", lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGTERM, signal.SIGHUP)]
+    )
     return subprocess.run([sys.executable, "-c", default + code], capture_output=True, text=True, timeout=60, **options)
 
 

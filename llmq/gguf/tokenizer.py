@@ -22,6 +22,7 @@ import gguf
 from gguf import TokenType
 
 from llmq.gguf import pretokenizer
+from llmq.pretrained import foreign
 from llmq.types import LlmqError
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -180,8 +181,9 @@ def _special(name: str, tokenizer: Any, config: Any, rows: int) -> int | None:
 def _surroundings(tokenizer: Any, config: Any, rows: int) -> tuple[bool, bool, dict[str, int]]:
     """Return whether BOS and EOS are put around a text, and the special ids."""
     special = {n: token for n in _SPECIAL if (token := _special(n, tokenizer, config, rows)) is not None}
-    bare = tokenizer("a", add_special_tokens=False).input_ids
-    whole = tokenizer("a").input_ids
+    with foreign("the tokenizer cannot cut a text"):
+        bare = tokenizer("a", add_special_tokens=False).input_ids
+        whole = tokenizer("a").input_ids
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
     before, after = (whole, []) if at is None else (whole[:at], whole[at + len(bare) :])
     if before not in ([], [special.get("bos")]) or after not in ([], [special.get("eos")]):

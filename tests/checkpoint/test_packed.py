@@ -191,6 +191,8 @@ def test_a_gguf_file_is_not_loaded(tmp_path: Path) -> None:
 
 def test_damage_is_refused_at_load_by_either_back_end_and_at_export(tmp_path: Path) -> None:
     copy = Path(shutil.copytree(GPTQ, tmp_path / "copy"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # which an export asks for first
+        shutil.copyfile(GOLDEN / "float" / name, copy / name)
     data = bytearray((copy / "model.safetensors").read_bytes())
     start = tensor_entries(copy / "model.safetensors")[f"{NAME}.scales"].start
     data[start : start + 2] = b"\x00\x7c"  # float16's infinity
