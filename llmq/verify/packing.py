@@ -126,7 +126,7 @@ def _gptq(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
         desc_act=field(config, "desc_act", bool, WHERE, False),
     )
     head = field(config, "lm_head", bool, WHERE, False)
-    listed = [m for part in config.get("modules_in_block_to_quantize") or () for m in _strings(part)]
+    listed = [m for part in _said(config, "modules_in_block_to_quantize", list) for m in _strings(part)]
     rules = _rules(config)
 
     def of(name: str) -> Packing | None:
@@ -182,7 +182,7 @@ def _group_targets(name: str, group: Any, config: Mapping[str, Any]) -> Iterator
     where = f"{WHERE}.config_groups.{name}"
     if not isinstance(group, dict):
         raise LlmqError(f"{where} is no object")
-    weights, inputs = field(group, "weights", dict, where), group.get("input_activations") or {}
+    weights, inputs = field(group, "weights", dict, where), _said(group, "input_activations", dict, where)
     form = group.get("format") or config.get("format")
     if form not in ("pack-quantized", "int-quantized") or weights.get("type", "int") != "int":
         raise LlmqError(f"{where} is stored as {form!r}; verify decodes pack-quantized and int-quantized integers")
@@ -206,10 +206,15 @@ def _group_targets(name: str, group: Any, config: Mapping[str, Any]) -> Iterator
 
 def _rules(config: Mapping[str, Any]) -> list[tuple[bool, Pattern, Mapping[str, Any]]]:
     """Return GPTQModel's rules: whether each leaves what it matches float, its pattern, what it changes."""
-    found = field(config, "dynamic", dict, WHERE, {}) if config.get("dynamic") is not None else {}
+    found = _said(config, "dynamic", dict)
     patterns = _patterns([rule.removeprefix("-:").removeprefix("+:") for rule in found])
-    changes = [c or {} for c in found.values()]
+    changes = [_said(found, rule, dict, f"{WHERE}.dynamic") for rule in found]
     return list(zip([rule.startswith("-:") for rule in found], patterns, changes, strict=True))
+
+
+def _said(config: Mapping[str, Any], key: str, kind: type[Any], where: str = WHERE) -> Any:
+    """Return `config[key]`, empty where it is missing or null. Raises LlmqError for another type."""
+    return kind() if config.get(key) is None else field(config, key, kind, where)
 
 
 def _changed(base: Packing, changes: Mapping[str, Any]) -> Packing:
