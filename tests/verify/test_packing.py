@@ -17,7 +17,7 @@ def grouped(**changes):
     "config",
     [{}, GPTQ | {"bits": "4"}, GPTQ | {"group_size": 0}, GPTQ | {"modules_in_block_to_quantize": 5},
      GPTQ | {"modules_in_block_to_quantize": [[5]]}, GPTQ | {"dynamic": 5}, GPTQ | {"dynamic": {"-:x": 5}},
-     GPTQ | {"dynamic": {"-:(": None}}, GPTQ | {"quant_method": "awq", "modules_to_not_convert": 5},
+     GPTQ | {"quant_method": "awq", "modules_to_not_convert": 5},
      grouped(input_activations=5), grouped(weights=5), grouped(targets=5), grouped(targets=[5]), grouped(format=5)],
 )  # fmt: skip
 def test_a_config_of_other_types_is_one_line(config):
