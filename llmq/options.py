@@ -37,7 +37,7 @@ class Between(NamedTuple):
 def check(name: str, value: Any, kind: Any) -> None:
     """Raise LlmqError, naming the option and what it takes, where `value` is not of an annotated `kind`."""
     if not admits(kind, value):
-        raise LlmqError(f"{name} takes {wanted(kind)}, not {printable(repr(value), 80)}")
+        raise LlmqError(f"{name} takes {wanted(kind)}, not {_shown(value)}")
 
 
 def parse(name: str, text: str, kind: Any) -> Any:
@@ -45,7 +45,7 @@ def parse(name: str, text: str, kind: Any) -> Any:
     for value in _readings(text):
         if admits(kind, value):
             return value
-    raise LlmqError(f"{name} takes {wanted(kind)}, not {printable(repr(text), 80)}")
+    raise LlmqError(f"{name} takes {wanted(kind)}, not {_shown(text)}")
 
 
 def admits(kind: Any, value: Any, within: Between | None = None) -> bool:
@@ -77,6 +77,13 @@ def wanted(kind: Any) -> str:
     if origin is tuple:
         return "a list of texts"
     return _PLAIN.get(NoneType if kind is None else kind, str(kind))
+
+
+def _shown(value: Any) -> str:
+    try:
+        return printable(repr(value), 80)
+    except ValueError:  # Python prints no int of thousands of digits
+        return "a number of thousands of digits"
 
 
 def _readings(text: str) -> Iterator[Any]:

@@ -44,6 +44,8 @@ DTYPES = {
 }  # fmt: skip
 """torch's dtype for those that it has."""
 
+_YAML_NODES = 20_000  # the parser is slow: a megabyte of small ones takes it half a minute
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 T = TypeVar("T")
 
 
@@ -75,17 +77,28 @@ def yaml_object(file: Path) -> dict[str, Any]:
         value = yaml.load(_bytes(file, YAML_BYTES).decode(), _Yaml)  # noqa: S506  (a SafeLoader)
     except RecursionError as e:
         raise LlmqError(f"{file} is nested too deep to be read") from e
-    except (ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as e:  # `!!bool x` is a KeyError there
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, yaml.YAMLError) as e:
+        # whatever a tag's constructor raises: of `!!bool x` a KeyError
         raise LlmqError(f"{file} is not valid YAML ({one_line(e, 200)})") from e
     _check_depth(value, str(file))
     return _object({} if value is None else value, file)
 
 
 class _Yaml(yaml.SafeLoader):
+    nodes = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
+        self.nodes += 1
+        if self.nodes > _YAML_NODES:
+            raise yaml.YAMLError(f"more than {_YAML_NODES:,} values")
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not read; write the value out")
         return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: Any) -> Any:
+        if node.tag in _NUMBERS and len(node.value) > 100:  # 0xfff... has no limit of its own, nor has 1:30:00...
+            raise yaml.YAMLError(f"a number of {len(node.value):,} characters")
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         if isinstance(node, yaml.MappingNode):

@@ -27,6 +27,7 @@ from llmq.types import LlmqError
 OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-size|sym|range)=.*)$")
 """An override of integer grids."""
 DEFAULT_RANGE = "minmax"
+_STEPS = 50
 
 
 class When(NamedTuple):
@@ -126,6 +127,8 @@ class Recipe:
             raise LlmqError("target_bpw chooses bits of weights; with 8-bit activations they are always 8")
         if self.act_bits and self.bits != 8:
             raise LlmqError(f"8-bit activations need 8-bit weights, not {self.bits or 4}; say --bits 8")
+        if len(self.steps) > _STEPS:
+            raise LlmqError(f"--method has {len(self.steps):,} steps; {_STEPS} are more than enough")
         if self.bit_choices is not None:
             self.choices()
         if self.group_size is not None:

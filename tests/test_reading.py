@@ -35,8 +35,11 @@ def test_json_keeps_what_it_says(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["- 1", "a: &x [1]\nb: *x", "a: " + "{a: " * 3000 + "1" + "}" * 3000, "a: [", "1: 2", "\x00", "a: !!python/x 1"],
-)
+    ["- 1", "a: &x [1]\nb: *x", "a: " + "{a: " * 3000 + "1" + "}" * 3000, "a: [", "1: 2", "\x00", "a: !!python/x 1",
+     "a: 0x" + "f" * 10**5, "a: 1" + ":1" * 10**5, "a: 1" + ":1" * 10**5 + ".5", "0x" + "f" * 10**5, "a: !!bool x",
+     "a: !!int ''", "a: !!timestamp x", "a: 1\na: 2", "<<: 5", "a: [" + "1," * 30_000 + "]"],
+    ids=lambda t: t[:20],
+)  # fmt: skip
 def test_yaml_that_is_no_plain_object_is_one_line(tmp_path, text):
     with pytest.raises(LlmqError, match=r"r\.yaml") as e:
         yaml_object(put(tmp_path / "r.yaml", text))

@@ -131,6 +131,7 @@ def test_a_bad_file_is_named(tmp_path, content, message):
         ({"target_bpw": 4, "bit_choices": 3}, "--bit-choices takes a text"),
         ({"format": {"a": 1}}, "--format takes a text"),
         ({"format": "gguf", "split_max_size": 4}, "--split-max-size takes"),
+        ({"method": "awq," * 10**5 + "rtn"}, "--method has 100,001 steps"),
         ({"override": ("a:bits=9",)}, "bits takes a whole number from 2 to 8, not '9'"),
         ({"override": ("a:sym=maybe",)}, "sym takes true or false"),
         ({"override": ("a:bits=4,skip=b",)}, "no 'skip' to change"),
@@ -141,6 +142,11 @@ def test_values_of_another_kind_and_impossible_combinations_are_refused(options,
     with pytest.raises(LlmqError, match=message) as e:
         plan(Recipe(**options), torch.float16)
     assert len(str(e.value)) < 300
+
+
+def test_a_number_that_python_does_not_print_is_refused_too():
+    with pytest.raises(LlmqError, match="not a number of thousands of digits"):
+        Recipe(samples=10**5000)
 
 
 def test_every_option_has_a_kind_and_the_command_line_has_every_option():
