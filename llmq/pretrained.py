@@ -41,6 +41,7 @@ ACTING = frozenset({
 })  # fmt: skip
 """Keys of a config.json that say how to run, not what the model is; also with `_` before or `_internal` behind."""
 _BUFFER_BYTES = 2**30  # of tables that a model computes for itself; rotary tables of a million positions take a tenth
+_IDS = 2**24  # ids of tokens; the largest vocabularies have 2**18
 _MANY, _DEEP = 2**16, 2**10  # heads, experts, widths; blocks: what may be asked for, however small the tensors are
 _DEPTH = re.compile(r"(^|_)n(um)?_(hidden_)?layers?$|_layers$")
 _WIDTH = re.compile(r"^(n|num|d)_|_(size|dims?|heads|experts|rank|groups|labels)$")
@@ -144,6 +145,10 @@ def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
         raise LlmqError(
             f"{folder} has a vocabulary but neither {merges} nor tokenizer.json; copy the tokenizer's files"
         )
+    with foreign(f"{folder}: the tokenizer has no vocabulary"):
+        top = max(tokenizer.get_vocab().values(), default=0)
+    if top > _IDS:  # tokenizers writes all ids up to the last, absent ones too: gigabytes
+        raise LlmqError(f"{folder}: a token has the id {top}, which no vocabulary reaches; correct tokenizer.json")
     template = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [template]
     if not all(text is None or isinstance(text, str) for text in texts):

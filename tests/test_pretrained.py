@@ -213,3 +213,12 @@ def test_a_hub_caches_own_links_are_followed(tiny_checkpoint, tmp_path):
     (snapshot / "x.txt").symlink_to("../../blobs/x")
     with pytest.raises(LlmqError, match="outside the checkpoint"):
         Source(snapshot)
+
+
+def test_an_id_that_no_vocabulary_reaches_is_refused(tiny_checkpoint):
+    folder = tiny_checkpoint()
+    said = json.loads((folder / "tokenizer.json").read_text())
+    said["model"]["vocab"]["never"] = 2**31 - 2  # of which a list with a place for every id takes gigabytes
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(LlmqError, match="a token has the id 2147483646"):
+        tokenizer_of(folder)

@@ -180,8 +180,8 @@ def _special(name: str, tokenizer: Any, config: Any, rows: int) -> int | None:
 
 def _surroundings(tokenizer: Any, config: Any, rows: int) -> tuple[bool, bool, dict[str, int]]:
     """Return whether BOS and EOS are put around a text, and the special ids."""
-    special = {n: token for n in _SPECIAL if (token := _special(n, tokenizer, config, rows)) is not None}
     with foreign("the tokenizer cannot cut a text"):
+        special = {n: token for n in _SPECIAL if (token := _special(n, tokenizer, config, rows)) is not None}
         bare = tokenizer("a", add_special_tokens=False).input_ids
         whole = tokenizer("a").input_ids
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
