@@ -31,7 +31,12 @@ class Limit:
     def spend(self, start: float, usual: float) -> bool:
         """Count the time since `start`; return whether some is left."""
         self.left -= max(0.0, time.thread_time() - start - usual)
-        return self.left > 0
+        return self.left > 0 or self.end()
+
+    def end(self) -> bool:
+        """Leave a little for who asks again, since less than 0 would be no limit to `regex`; return False."""
+        self.left = 1e-3
+        return False
 
 
 class Pattern:
@@ -69,8 +74,7 @@ class Pattern:
             found = find(name, timeout=self._limit.left) is not None
             in_time = self._limit.spend(start, _USUAL_MATCH)
         except TimeoutError:
-            in_time = False
-            self._limit.left = 1e-3  # for who asks again; 0 would be none at all
+            in_time = self._limit.end()
         if not in_time:
             raise LlmqError(f"{self._said} takes more than {_SECONDS:.0f} second on {name}; write it simpler")
         return found

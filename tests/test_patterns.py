@@ -56,6 +56,10 @@ def test_patterns_with_one_limit_share_it(monkeypatch):
         for pattern in slow:
             pattern.match("x" * 20)
     assert time.thread_time() - start < 2
+    limit.left = 1e-9  # used up by a match that ended in time
+    with pytest.raises(LlmqError, match="takes more than"):
+        slow[0].match("x" * 20)
+    assert limit.left > 0
 
 
 def test_a_long_list_of_sane_patterns_has_no_limit():
