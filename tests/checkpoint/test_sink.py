@@ -193,3 +193,29 @@ def test_a_further_file_goes_to_its_place_at_the_commit(tmp_path, monkeypatch):
         sink.commit()
     assert target.read_text() == "new sums"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out", "sums.gguf"]
+
+
+def test_all_is_on_the_disk_before_a_name_counts_and_the_old_one_goes_last(tmp_path, quantized, monkeypatch):
+    out, events = quantized(tmp_path / "out"), []
+    fsync, exchange, unlink = os.fsync, disk.exchange, os.unlink
+
+    def note(what, path):
+        events.append((what, Path(path).relative_to(tmp_path).as_posix()))
+
+    monkeypatch.setattr(os, "fsync", lambda at: (note("sync", Path(f"/proc/self/fd/{at}").readlink()), fsync(at)))
+    monkeypatch.setattr(disk, "exchange", lambda a, b: (note("exchange", b), exchange(a, b))[1])
+    monkeypatch.setattr(os, "unlink", lambda path, **at: (events.append(("unlink", str(path))), unlink(path, **at)))
+    with Sink(out, overwrite=True) as sink:
+        sink.add({"a": torch.ones(3)})
+        sink.text("config.json", "{}")
+        sink.join()
+        events.clear()
+        sink.commit()
+    exchanged = events.index(("exchange", "out"))
+    whole = next(i for i, (_, path) in enumerate(events) if "whole.json" in path)
+    new = {f"out.llmq-partial/new{name}" for name in ("", "/config.json", "/model.safetensors")}
+    assert new <= {path for what, path in events[:whole] if what == "sync"}
+    assert ("sync", "out.llmq-partial") in events[whole:exchanged]  # the mark that the stage is whole
+    after = events[exchanged + 1 :]
+    removed = next(i for i, (what, _) in enumerate(after) if what == "unlink")
+    assert {("sync", "."), ("sync", "out.llmq-partial")} <= set(after[:removed])
