@@ -16,7 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from llmq import LlmqError, evaluation, windows
+from llmq import LlmqError
+from llmq.evaluation import scores, windows
 
 SAMPLE = Path(__file__).parent / "data" / "sample.txt"
 
@@ -40,11 +41,11 @@ def report(args: argparse.Namespace, models: list[str], baseline: str | None) ->
     """Evaluate the models one after the other, print the table and write the JSON file if one is asked for."""
     how = windows.find_convention(args.convention, args.window)
     text = args.text or (None if args.dataset else SAMPLE)
-    rows: dict[str, evaluation.Evaluation] = {}
+    rows: dict[str, scores.Evaluation] = {}
     with Progress(console=Console(stderr=True), transient=True) as bar:
         for model in models:
             task = bar.add_task(model, total=None)
-            rows |= evaluation.compare(
+            rows |= scores.compare(
                 model,
                 baseline,
                 text=text,
@@ -55,7 +56,7 @@ def report(args: argparse.Namespace, models: list[str], baseline: str | None) ->
                 device=args.device,
                 progress=lambda done, total, _, task=task: bar.update(task, completed=done, total=total),
             )
-    Console().print(evaluation.table(rows))
+    Console().print(scores.table(rows))
     if args.json:
         args.json.write_text(json.dumps({name: e.to_json() for name, e in rows.items()}, indent=2) + "\n")
 

@@ -127,10 +127,10 @@ def quantize(
     """
     given = {k.rstrip("_"): v for k, v in locals().copy().items() if v is not None and k not in OF_THE_RUN}
     from llmq.checkpoint.place import user_path
-    from llmq.job import prepare
-    from llmq.quantize import quantize as run
+    from llmq.pipeline.plan import prepare
+    from llmq.pipeline.run import quantize as run
+    from llmq.pipeline.sinks import refuse
     from llmq.recipe import Recipe
-    from llmq.sinks import refuse
 
     start = time.monotonic()
     file = None if recipe is None else user_path(recipe)
@@ -167,17 +167,17 @@ def evaluate(
 
     Example: `llmq eval ./my-llama-int4 --baseline ./my-llama --text sample.txt`
     """
-    from llmq import evaluation
     from llmq.checkpoint.disk import write_text
     from llmq.checkpoint.place import check_file, user_path
-    from llmq.windows import find_convention
+    from llmq.evaluation import scores
+    from llmq.evaluation.windows import find_convention
 
     figures = None if json_file is None else user_path(json_file)
     if figures:
         check_file(figures, "--json", b"{", overwrite=overwrite)
     text = None if text is None else user_path(text)
     with _progress() as step:
-        rows = evaluation.compare(
+        rows = scores.compare(
             model,
             baseline,
             text=text,
@@ -189,7 +189,7 @@ def evaluate(
             kv_bits=kv_bits,
             progress=step,
         )
-    console.print(evaluation.table(rows))
+    console.print(scores.table(rows))
     if figures:
         write_text(figures, json.dumps({name: e.to_json() for name, e in rows.items()}, indent=2) + "\n")
 
@@ -206,7 +206,7 @@ def generate(
     Example: `llmq generate ./my-llama-int4 "The capital of France is"`
     """
     from llmq.loading import load, load_tokenizer
-    from llmq.pretrained import check_ids, foreign
+    from llmq.model.pretrained import check_ids, foreign
 
     tokenizer = load_tokenizer(model)
     loaded: Any = load(model, device=device)
@@ -237,7 +237,7 @@ def export(
 
     Example: `llmq export ./my-llama-int4 my-llama.gguf --embeddings Q6_K`
     """
-    from llmq.export import export as run
+    from llmq.export.gguf import export as run
 
     done = run(
         src,
@@ -305,13 +305,13 @@ def list_() -> None:
 
     Example: `llmq list`
     """
-    from llmq import spec
+    from llmq import registry
 
     for folder in ("algorithms", "ranges", "grids", "formats", "families"):
         table = Rows(folder, "name", "what it is", box=None)
-        for name, line in spec.describe(folder):
+        for name, line in registry.describe(folder):
             table.add(name, line)
-            if folder in ("algorithms", "ranges") and (known := spec.options(folder, name)):
+            if folder in ("algorithms", "ranges") and (known := registry.options(folder, name)):
                 table.add_row("", plain(f":{known}", "dim"))
         console.print(table)
 
@@ -339,7 +339,7 @@ def _progress() -> Iterator[Any]:
 
 
 def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:
-    from llmq.card import errors
+    from llmq.pipeline.card import errors
 
     size = summary["size"]
     table = Rows(out)

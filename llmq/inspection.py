@@ -13,7 +13,7 @@ from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.packed import unread
 from llmq.errors import printable
 from llmq.gguf.reader import GgufFile
-from llmq.reading import field, json_object
+from llmq.guard.reading import field, json_object
 from llmq.show import Rows
 
 _SHOWN = ("general.name", "general.file_type", "tokenizer.ggml.model", "tokenizer.ggml.pre", "llmq.version")

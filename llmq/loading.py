@@ -20,7 +20,7 @@ from llmq.checkpoint.names import settle
 from llmq.checkpoint.packed import Packing
 from llmq.errors import LlmqError, one_line
 from llmq.integrations.transformers import registered
-from llmq.pretrained import blank_model, foreign, model_config, shut, tokenizer_of
+from llmq.model.pretrained import blank_model, foreign, model_config, shut, tokenizer_of
 
 log = logging.getLogger(__name__)
 

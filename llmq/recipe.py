@@ -3,7 +3,7 @@
 `Recipe` holds what a user writes, on the command line or in a YAML/JSON file with the same keys. An option that was not
 given is None, so that one which means nothing beside the others can be refused whatever its default; `resolved` fills
 in the defaults of those that do mean something.
-Not here: what a value may be (options.py), the objects that a recipe names (method.py), running it (quantize.py).
+Not here: what a value may be (options.py), the objects that a recipe names (method.py), running it (run.py).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 
-from llmq import options, spec
+from llmq import options, registry
 from llmq.errors import printable
+from llmq.guard.reading import yaml_object
 from llmq.options import Between
-from llmq.reading import yaml_object
 from llmq.types import LlmqError
 
 OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-size|sym|range)=.*)$")
@@ -170,7 +170,7 @@ class Recipe:
                 values[key] = (values[key],)
         recipe = cls(**values)
         for key, text in recipe._names():
-            if key in of_file and spec.is_code(text) and not allow_code:
+            if key in of_file and registry.is_code(text) and not allow_code:
                 raise LlmqError(
                     f"recipe {file}: {key} names code outside llmq ({text.partition(':')[0]}), which would "
                     "be run; where you trust it say --allow-code, or name it on the command line"
@@ -197,7 +197,7 @@ class Recipe:
 
     def _integers(self) -> Recipe:
         """Return the recipe with the defaults that depend on its method and its other options."""
-        steps = [spec.load("algorithms", s, code=True) for s in self.steps]
+        steps = [registry.load("algorithms", s, code=True) for s in self.steps]
         preferred = next((s.preferred_range for s in steps if getattr(s, "preferred_range", None)), None)
         override = self.override
         if self.range is None and preferred:  # AWQ's paper clips neither q nor k

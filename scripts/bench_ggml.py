@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from llmq import spec
+from llmq import registry
 
 
 def ours(kind: str, W_NK: Tensor, importance_K: Tensor | None) -> Tensor:
     """Return our stored rows."""
-    grid = spec.load("grids", kind.lower())
+    grid = registry.load("grids", kind.lower())
     params = grid.fit(W_NK, importance_K)
     return grid.to_bytes(grid.nearest(W_NK, params.columns(W_NK.shape[1])), params)
 
@@ -50,7 +50,7 @@ def main() -> None:
     W_NK = half.float()
     table = Table("type", "bits/weight", "plain", "weighted", "ns/weight", "llama.cpp")
     for kind in TYPES:
-        bits = spec.load("grids", kind.lower()).bits_per_weight
+        bits = registry.load("grids", kind.lower()).bits_per_weight
         ratios, took = [], []
         for given in (None, None if kind in UNWEIGHTED else importance):
             began = time.process_time()

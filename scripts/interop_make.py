@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 import llmq
-from llmq.job import prepare
-from llmq.quantize import quantize
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
 
 FLOAT = Path(__file__).resolve().parent.parent / "tests/golden/float"

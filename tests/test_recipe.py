@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from llmq.method import plan
+from llmq.pipeline.method import plan
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 

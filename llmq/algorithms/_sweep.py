@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.compiled import compiled
+from llmq.jit import compiled
 from llmq.types import QTensor, Target
 
 _LEAF_TORCH = 16  # columns rounded one by one; their rank-1 updates stay in the L2 cache

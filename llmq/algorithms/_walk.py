@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.compiled import compiled, in_threads
+from llmq.jit import compiled, in_threads
 
 _ROWS = 8  # that share a row of H while it is in the cache
 

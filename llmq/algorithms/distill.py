@@ -6,7 +6,7 @@ start among them.
 What EfficientQAT calls end-to-end training of quantization parameters (Chen et al. 2024, arXiv:2407.11062, section
 3.3), here against the float model's predictions in place of the text, and with the norms. It pays at 2 and 3 bits, a
 step for each sequence (docs/accuracy.md), and needs the float and the decoded model in memory at once.
-Not here: the model and its gradients (finish.py).
+Not here: the model and its gradients (whole_model.py).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ descending diag H (act order). Grids are fitted and frozen before the loop, on t
 groups: no g_idx on disk) or, with `desc_act`, on the groups of the permuted order (g_idx on disk).
 
 The linears of a site share H and F, so those on equal grids are stacked along their rows.
-Not here: the column loop (_sweep.py), activations (stream), clipping (ranges/), bits on disk (formats/).
+Not here: the column loop (_sweep.py), activations (model/lanes.py), clipping (ranges/), bits on disk (formats/).
 """
 
 from __future__ import annotations

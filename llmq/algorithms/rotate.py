@@ -6,7 +6,7 @@ residual  the residual stream, by one orthogonal R `[H, H]`. A head that is tied
 Q and R are Hadamard matrices with random signs, times a random orthogonal factor where the size is no power of two.
 Ashkboos et al. 2024, arXiv:2404.00456, section 4 (QuaRot): those of its rotations that leave a standard file. An
 alternative to AWQ's scales rather than an addition to them.
-Not here: turning a checkpoint's tensors by them (rotation.py), rounding (rtn.py, gptq.py).
+Not here: turning a checkpoint's tensors by them (rotated.py), rounding (rtn.py, gptq.py).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Every source ends as one int64 tensor `[samples, seq_len]` of full sequences, so
     t_1  t_2 ... t_L         else
 
 text.py: files, folders and Hub data sets. rows.py: their rows and chats. writing.py: text that the model writes.
-Not here: what is accumulated over the tokens (stats), running blocks on them (stream), scoring text (evaluation).
+Not here: what is accumulated over the tokens (stats), running blocks on them (model), scoring text (evaluation).
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmq.confined import note
 from llmq.errors import LlmqError, one_line, printable
-from llmq.pretrained import foreign
-from llmq.reading import parse_json
+from llmq.guard.confined import note
+from llmq.guard.reading import parse_json
+from llmq.model.pretrained import foreign
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
 PIECE = 2**20

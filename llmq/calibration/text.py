@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from llmq.calibration.rows import PIECE, SUFFIXES, Tally, documents, gathered, row_text
-from llmq.confined import Confined
 from llmq.errors import LlmqError, one_line
-from llmq.pretrained import foreign
+from llmq.guard.confined import Confined
+from llmq.model.pretrained import foreign
 
 READ_FACTOR = 8
 """Text is read until it holds this many times the tokens asked for; the windows are drawn from that part."""

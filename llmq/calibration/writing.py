@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmq.calibration.text import bos_id
-from llmq.heads import head_dim, kv_heads
+from llmq.model.config import head_dim, kv_heads
 from llmq.types import LlmqError
 
 WRITE_BATCH = 32
@@ -72,7 +72,7 @@ def write(model: Any, tokenizer: Any, samples: int, seq_len: int, seed: int) -> 
 @torch.inference_mode()
 def _continue(model: Any, first_B1: Tensor, length: int, generator: torch.Generator, bias_V: Tensor | float) -> Tensor:
     """Return `first_B1` continued to `[B, length]` by sampling at temperature 1 from the logits plus `bias_V`."""
-    from llmq.roomy_cache import roomy_cache
+    from llmq.calibration.roomy_cache import roomy_cache
 
     written, cache = [first_B1], roomy_cache(model.config, length)
     while len(written) < length:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmq import spec
+from llmq import registry
 from llmq.errors import LlmqError, printable
-from llmq.reading import field, json_object
+from llmq.guard.reading import field, json_object
 from llmq.types import Format, LinearSpec, Scheme
 
 METHODS = ("gptq", "awq", "compressed-tensors", "auto-round")
@@ -72,7 +72,7 @@ class Packing:
             raise LlmqError(_foreign(method))
         if method == "auto-round":
             config = from_auto_round(config)
-        found: Any = spec.find("formats", config["quant_method"])
+        found: Any = registry.find("formats", config["quant_method"])
         self.format, self._scheme = found.read(config)
 
     def linear(self, name: str, N: int, K: int, stored: Collection[str]) -> LinearSpec | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import LlmqError, one_line
-from llmq.reading import json_object
+from llmq.guard.reading import json_object
 
 _SPARE = "model-00001-of-00001.safetensors.llmq-partial-2"  # the longest that llmq puts behind OUT in a path
 _ADDED = 24  # ... and behind its last name: a stage's suffix, a shard's number

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmq.checkpoint.disk import writing
-from llmq.reading import tensor_entries
+from llmq.guard.reading import tensor_entries
 
 
 class Scratch:

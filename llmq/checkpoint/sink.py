@@ -29,12 +29,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmq.checkpoint import disk, place
+from llmq.checkpoint.digest import digest
 from llmq.checkpoint.disk import writing
 from llmq.checkpoint.source import ADAPTER, side_files
 from llmq.checkpoint.stage import Stage, look, stages
 from llmq.errors import LlmqError, printable
-from llmq.reading import BITS, DTYPES, Entry, tensor_entries
-from llmq.records import digest
+from llmq.guard.reading import BITS, DTYPES, Entry, tensor_entries
 
 SHARD_BYTES = 5 * 10**9
 _REPLACED = ("config.json", ADAPTER, "*.index.json", "quantize_config.json", "quantization.json")

@@ -22,7 +22,7 @@ from torch import Tensor
 from llmq.checkpoint.hub import COPIED, origin
 from llmq.checkpoint.packed import quantization
 from llmq.errors import LlmqError, one_line
-from llmq.reading import DTYPES, Entry, field, is_file, json_object, tensor_entries
+from llmq.guard.reading import DTYPES, Entry, field, is_file, json_object, tensor_entries
 
 ADAPTER = "adapter_config.json"
 """What a folder holds that peft has written an adapter to."""

@@ -35,7 +35,7 @@ from typing import Any, Literal
 from llmq import __version__
 from llmq.checkpoint.disk import put_back, sync, write_text, writing
 from llmq.errors import LlmqError, one_line, printable
-from llmq.reading import json_object
+from llmq.guard.reading import json_object
 
 SUFFIX = ".llmq-partial"
 MARKER, WHOLE = ".llmq-stage.json", "whole.json"

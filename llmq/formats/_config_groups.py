@@ -16,7 +16,7 @@ from typing import Any
 from llmq.errors import printable
 from llmq.formats import _common, _reading
 from llmq.grids.int import Int
-from llmq.reading import field
+from llmq.guard.reading import field
 from llmq.types import ActivationGrid, LinearSpec, LlmqError, Scheme
 
 _FLOATS = {  # what a format's name says of weights that are no integers

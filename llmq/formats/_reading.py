@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from llmq.errors import printable
-from llmq.patterns import Limit, Pattern
-from llmq.reading import field
+from llmq.guard.patterns import Limit, Pattern
+from llmq.guard.reading import field
 from llmq.types import LinearSpec, LlmqError, QTensor
 
 CONFIG = "quantization_config"

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from llmq.errors import LlmqError
 from llmq.gguf.rope import Rotary, rotary
-from llmq.heads import head_dim, kv_heads
-from llmq.pretrained import foreign
+from llmq.model.config import head_dim, kv_heads
+from llmq.model.pretrained import foreign
 
 _ATTENTION = ("attn_q", "attn_k", "attn_v")
 _DROPPED = (".rotary_emb.inv_freq",)  # buffers of old checkpoints that every runtime computes itself

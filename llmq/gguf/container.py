@@ -28,7 +28,7 @@ from llmq.gguf.architecture import Architecture
 from llmq.gguf.mixture import FLOATS
 from llmq.gguf.reader import GgufFile
 from llmq.gguf.tokenizer import Vocabulary
-from llmq.reading import Entry
+from llmq.guard.reading import Entry
 
 _SIZE = re.compile(r"(\d+)([MG])")
 _FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import gguf
 
-from llmq.patterns import Pattern
+from llmq.guard.patterns import Pattern
 from llmq.types import LlmqError
 
 _BASE = {  # mixture -> the type of most tensors

@@ -1,6 +1,6 @@
 """The GGUF side of the main job: what the file will hold, before; where its parts are staged, during; the file, after.
 
-Not here: the loop (quantize.py), solving (block.py).
+Not here: the loop (run.py), solving (block.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmq.checkpoint.place import user_path
 from llmq.gguf import container, imatrix, mixture
 from llmq.gguf.architecture import Architecture, architecture
 from llmq.gguf.tokenizer import Vocabulary, vocabulary
-from llmq.patterns import Pattern
+from llmq.guard.patterns import Pattern
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 

@@ -27,7 +27,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from llmq.errors import LlmqError, one_line, printable
-from llmq.reading import field, parse_json
+from llmq.guard.reading import field, parse_json
 
 _KEYS, _TENSORS, _DIMENSIONS = 2**16, 2**17, 4
 _STRINGS = 2**22  # in all arrays together; the largest vocabularies have half a million merges

@@ -22,7 +22,7 @@ import gguf
 from gguf import TokenType
 
 from llmq.gguf import pretokenizer
-from llmq.pretrained import foreign
+from llmq.model.pretrained import foreign
 from llmq.types import LlmqError
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmq.compiled import Loop, compiled, in_threads
 from llmq.grids._ggml import (
     GgmlGrid,
     Stored,
@@ -35,6 +34,7 @@ from llmq.grids._ggml import (
     nearest_integer,
     ratio,
 )
+from llmq.jit import Loop, compiled, in_threads
 from llmq.types import GgmlParams, Lattice
 
 _ROUNDS = 3

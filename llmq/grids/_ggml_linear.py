@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmq.compiled import Loop, compiled, in_threads
 from llmq.grids._ggml import (
     GgmlGrid,
     Stored,
@@ -30,6 +29,7 @@ from llmq.grids._ggml import (
     nearest_integer,
     ratio,
 )
+from llmq.jit import Loop, compiled, in_threads
 from llmq.types import GgmlParams, Lattice
 
 _ROUNDS = 3

@@ -26,8 +26,8 @@ from transformers.cache_utils import Cache, DynamicLayer, get_layer_types_and_kw
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llmq.heads import head_dim
-from llmq.reading import field
+from llmq.guard.reading import field
+from llmq.model.config import head_dim
 from llmq.runtime import triton_kv
 from llmq.runtime.kv import RUN, TILE, KVGrid, Store, attend
 from llmq.runtime.triton_kv import KernelStore

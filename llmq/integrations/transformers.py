@@ -33,7 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmq.checkpoint.names import match
 from llmq.checkpoint.packed import METHODS, Packing
 from llmq.formats._reading import checked
-from llmq.reading import DTYPES, tensor_entries
+from llmq.guard.reading import DTYPES, tensor_entries
 from llmq.runtime.linear import QuantLinear
 from llmq.types import Format, LinearSpec, LlmqError
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmq.compiled import compiled, in_threads
+from llmq.jit import compiled, in_threads
 from llmq.types import AffineGrid
 
 Interval = tuple[Tensor, Tensor]

@@ -30,7 +30,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llmq.compiled import cached
+from llmq.jit import cached
 from llmq.runtime import _team
 
 _INFINITE, _TINY = np.int32(0x7F800000), np.float32(2**-120)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmq.compiled import compiled
+from llmq.jit import compiled
 from llmq.runtime._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
 from llmq.runtime.backends import has_vnni
 from llmq.runtime.reference import quantize_activation

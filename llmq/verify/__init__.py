@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from llmq.adapter import Adapted, Adapter
 from llmq.checkpoint import Source, resolve
 from llmq.errors import LlmqError
-from llmq.stream import Skeleton
+from llmq.model.adapter import Adapted, Adapter
+from llmq.model.skeleton import Skeleton
 from llmq.verify import files, record
 from llmq.verify.against import Truth
 from llmq.verify.folder import Folder

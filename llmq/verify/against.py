@@ -4,7 +4,7 @@
     float      must be W, rounded to the dtype that it is stored in; but for what a finisher tuned, which is recorded
 
 W is the source's weight in the basis and with the folds that are recorded. Without a record both are told, not judged.
-Not here: rotations and folds themselves (rotation.py, folding.py).
+Not here: rotations and folds themselves (rotated.py, folding.py).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.folding import floats_of
-from llmq.stream import Skeleton
+from llmq.model.folding import floats_of
+from llmq.model.skeleton import Skeleton
 from llmq.verify.report import Report
 
 _AGREE = 1e-5  # relative difference of two measurements of one error

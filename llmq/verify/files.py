@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llmq.checkpoint import Source
-from llmq.reading import json_object, tensor_entries
+from llmq.guard.reading import json_object, tensor_entries
 from llmq.verify.report import Report
 
 _INDEX = "model.safetensors.index.json"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint import Source
-from llmq.stream import Skeleton
+from llmq.model.skeleton import Skeleton
 from llmq.verify import record
 from llmq.verify.forward import Decoded
 from llmq.verify.linears import check_float, check_scale, read_linear

@@ -2,7 +2,7 @@
 
 A few fixed tokens are enough: a code, a scale or a layer that is wrong everywhere shows in any. Beside the float model
 the same tokens tell how far apart the two are.
-Not here: reading a weight (folder.py, gguf.py), measuring quality (evaluation.py).
+Not here: reading a weight (folder.py, gguf.py), measuring quality (scores.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.source import Source, View
-from llmq.stream import Skeleton, embed, outside_loaded, run
+from llmq.model.lanes import run
+from llmq.model.skeleton import Skeleton, embed, outside_loaded
 from llmq.verify.against import Truth
 from llmq.verify.report import Report
 

@@ -23,8 +23,8 @@ from llmq.errors import LlmqError
 from llmq.gguf import seal
 from llmq.gguf.reader import GgufFile
 from llmq.gguf.rope import Rotary
-from llmq.reading import Entry
-from llmq.stream import Skeleton
+from llmq.guard.reading import Entry
+from llmq.model.skeleton import Skeleton
 from llmq.verify import record
 from llmq.verify.decode import Array
 from llmq.verify.forward import Decoded

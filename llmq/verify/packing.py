@@ -17,8 +17,8 @@ from typing import Any
 
 from llmq.checkpoint.packed import from_auto_round
 from llmq.errors import LlmqError
-from llmq.patterns import Limit, Pattern
-from llmq.reading import field
+from llmq.guard.patterns import Limit, Pattern
+from llmq.guard.reading import field
 
 WHERE = "quantization_config"
 METHODS = ("gptq", "awq", "auto-round", "compressed-tensors")

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from llmq.checkpoint.digest import digest, file_digest, holds
 from llmq.errors import LlmqError
-from llmq.reading import Entry, json_object
-from llmq.records import digest, file_digest, holds
+from llmq.guard.reading import Entry, json_object
 from llmq.verify.decode import Array
 from llmq.verify.linears import Linear
 from llmq.verify.report import Report

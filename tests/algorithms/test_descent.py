@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmq import spec
+from llmq import registry
 from llmq.algorithms import _walk
 from llmq.algorithms._hessian import damped
 from llmq.algorithms.descent import Descent, _State
@@ -48,7 +48,7 @@ def test_no_row_gets_worse_and_the_sum_gets_better(bits, sym, group):
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs"])
 def test_ggml_grids_are_refined_in_what_they_store(name):
-    W_NK, h, grid = weight(24, 256), hessian(256), spec.load("grids", name)
+    W_NK, h, grid = weight(24, 256), hessian(256), registry.load("grids", name)
     target = [Target("w", W_NK, grid)]
     before = Gptq().solve(target, {Hessian: h})
     (after,) = Descent().refine(target, before, {Hessian: h})
@@ -72,7 +72,7 @@ def test_each_step_alone_lowers_the_loss():
 
 @pytest.mark.parametrize("name", ["int4", "int2", "q4_k", "q4_1", "q6_k"])
 def test_walking_the_codes_finds_what_sweeping_them_does(name):
-    grid = Int(int(name[3:]), True, 32) if name.startswith("int") else spec.load("grids", name)
+    grid = Int(int(name[3:]), True, 32) if name.startswith("int") else registry.load("grids", name)
     W_NK, h = weight(27, 256), hessian(256)
     (start,) = Gptq().solve([Target("w", W_NK, grid)], {Hessian: h})
     group_K = torch.arange(256) // (256 // start.q.params.scale.shape[1])

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from llmq import spec
+from llmq import registry
 from llmq.algorithms.gptq import Gptq
 from llmq.algorithms.rtn import Rtn
 from llmq.grids.int import Int
@@ -131,7 +131,7 @@ def test_the_prior_is_as_many_tokens_without_correlations():
 @pytest.mark.parametrize("text", ["gptq:prior=-1", "gptq:damp=0", "descent:damp=1", "qep:prior=nan"])
 def test_impossible_regularization_is_refused(text):
     with pytest.raises(LlmqError, match="damp lies between 0 and 1|prior is 0 or more|prior takes a number"):
-        spec.load("algorithms", text)
+        registry.load("algorithms", text)
 
 
 def test_a_hessian_that_never_factors_falls_back_on_rtn_and_says_so():
@@ -173,7 +173,7 @@ GGML = ["q8_0", "q4_0", "q4_1", "q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs"]
 
 @pytest.mark.parametrize("name", GGML)
 def test_ggml_grids_are_solved_on_frozen_scales_and_split_with_what_they_store(name):
-    h, g, grid = hessian(correlated(256)), torch.Generator().manual_seed(1), spec.load("grids", name)
+    h, g, grid = hessian(correlated(256)), torch.Generator().manual_seed(1), registry.load("grids", name)
     targets = [Target(n, torch.randn(rows, 256, generator=g), grid) for n, rows in (("a", 8), ("b", 5))]
     for t, solved in zip(targets, Gptq().solve(targets, {Hessian: h}), strict=True):
         params = grid.fit(t.W_NK, h.mean())

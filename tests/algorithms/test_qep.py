@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmq import spec
+from llmq import registry
 from llmq.algorithms.qep import Qep
 from llmq.grids.int import Int
 from llmq.stats import Drift, Hessian
@@ -111,7 +111,7 @@ def test_merging_two_ranks_is_exact():
 @pytest.mark.parametrize("text", ["qep:alpha=1.5", "qep:damp=0", "qep:most=0"])
 def test_impossible_options_are_refused(text):
     with pytest.raises(LlmqError, match="lies between|lie above"):
-        spec.load("algorithms", text)
+        registry.load("algorithms", text)
 
 
 def test_a_share_of_the_float_model_still_lowers_the_error():

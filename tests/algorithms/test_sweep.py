@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from llmq import spec
+from llmq import registry
 from llmq.algorithms import _sweep
 from llmq.algorithms.gptq import Gptq
-from llmq.compiled import compiled
 from llmq.grids.int import Int
+from llmq.jit import compiled
 
 
 def problem(N, K, grid, seed=0):
@@ -33,7 +33,7 @@ def test_compiled_and_torch_leaves_round_alike(monkeypatch, bits, options, N, K)
 
 @pytest.mark.parametrize("name", ["q4_0", "q8_0", "q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
 def test_ggml_grids_are_compiled_too_and_a_scale_of_zero_takes_the_code_of_zero(monkeypatch, name):
-    grid = spec.load("grids", name)
+    grid = registry.load("grids", name)
     W_KN, F_KK, _, group_K = problem(40, 256, grid)
     W_KN[:256, 0] = 0  # every scale of the first row
     params = grid.fit(W_KN.T.contiguous())

@@ -14,11 +14,11 @@ from llmq.algorithms._shares import shares, tie
 from llmq.algorithms.awq import Awq
 from llmq.algorithms.smoothquant import SmoothQuant
 from llmq.families.llama import Llama
-from llmq.folding import Fold, fold
 from llmq.grids.int import Int
 from llmq.grids.q4_0 import Q4_0
+from llmq.model.folding import Fold, fold
+from llmq.model.lanes import Lanes
 from llmq.stats import AbsMax, AbsMean, Hessian, MeanSquare, Sample
-from llmq.stream import Lanes
 from llmq.types import ActivationGrid, Scaling, Scheme, SiteView
 
 SIZES = {

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmq import confined
 from llmq.calibration import rows, text, tokens
 from llmq.calibration.rows import Tally, documents, row_text
+from llmq.guard import confined
 from llmq.types import LlmqError
 
 TOOLS_TEMPLATE = (

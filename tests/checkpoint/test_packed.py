@@ -16,10 +16,10 @@ from torch import Tensor
 import llmq
 from llmq.checkpoint import Source
 from llmq.checkpoint.packed import Packing, unread
-from llmq.export import export
+from llmq.export.gguf import export
+from llmq.guard.reading import tensor_entries
 from llmq.inspection import inspect
-from llmq.job import prepare
-from llmq.reading import tensor_entries
+from llmq.pipeline.plan import prepare
 from llmq.recipe import Recipe
 from llmq.runtime.linear import QuantLinear
 from llmq.types import LlmqError

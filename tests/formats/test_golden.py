@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmq import spec
+from llmq import registry
 from llmq.types import LinearSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -63,7 +63,7 @@ def method_of(name: str) -> str:
 
 def linears_of(name: str) -> tuple[Any, list[LinearSpec], list[str]]:
     """The format, the quantized linears and the names of the others, by the float checkpoint's shapes."""
-    form, scheme_of = spec.find("formats", FILES[method_of(name)]).read(copy.deepcopy(config_of(name)))
+    form, scheme_of = registry.find("formats", FILES[method_of(name)]).read(copy.deepcopy(config_of(name)))
     linears, skipped = [], []
     for key, W in floats().items():
         module = key.removesuffix(".weight")

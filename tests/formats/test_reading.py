@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from llmq import patterns
 from llmq.formats import _reading
 from llmq.formats.awq import AWQ
 from llmq.formats.compressed_tensors import CompressedTensors
 from llmq.formats.gptq import GPTQ
 from llmq.grids.int import Int
+from llmq.guard import patterns
 from llmq.types import ActivationGrid, LinearSpec, LlmqError, Params, QTensor
 
 NAME = "model.layers.0.mlp.down_proj"

@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from llmq.gguf.architecture import architecture
-from llmq.job import prepare
-from llmq.quantize import quantize
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 

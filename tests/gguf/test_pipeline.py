@@ -10,11 +10,11 @@ from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3Config
 
-from llmq import spec
+from llmq import registry
 from llmq.checkpoint import Source
 from llmq.gguf import imatrix
-from llmq.job import prepare
-from llmq.quantize import quantize
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 
@@ -105,7 +105,7 @@ def test_every_tensor_decodes_to_what_its_grid_made_of_it(tiny_checkpoint, tmp_p
     assert len(summary["linears"]) == 9  # the embedding and the head too
     for ggml, ours in (("blk.0.ffn_down", "model.layers.0.mlp.down_proj"), ("output", "lm_head")):
         tensor, W_NK = tensors[f"{ggml}.weight"], source.get(f"{ours}.weight")
-        grid = spec.load("grids", tensor.tensor_type.name.lower())
+        grid = registry.load("grids", tensor.tensor_type.name.lower())
         params = grid.fit(W_NK)
         expected = grid.decode(grid.nearest(W_NK, params.columns(W_NK.shape[1])), params.columns(W_NK.shape[1]))
         assert torch.equal(values(tensor), expected), ggml

@@ -7,8 +7,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llmq.gguf.rope import rotary
-from llmq.job import prepare
-from llmq.quantize import quantize
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from llmq import spec
+from llmq import registry
 from llmq.grids import _ggml_affine, _ggml_linear
 from llmq.grids._ggml import GgmlGrid, Stored, error_weights
 from llmq.types import GgmlParams, LlmqError, QTensor
 
-NAMES = [n for n in spec.names("grids") if issubclass(spec.find("grids", n), GgmlGrid)]
+NAMES = [n for n in registry.names("grids") if issubclass(registry.find("grids", n), GgmlGrid)]
 K = 512
-every_grid = pytest.mark.parametrize("grid", [spec.load("grids", n) for n in NAMES], ids=NAMES)
+every_grid = pytest.mark.parametrize("grid", [registry.load("grids", n) for n in NAMES], ids=NAMES)
 
 
 def oracle(grid, rows):
@@ -221,7 +221,7 @@ def test_what_cannot_be_stored_is_refused(grid):
 
 
 def test_params_by_group_are_the_columns_of_their_group():
-    grid = spec.load("grids", "q4_1")
+    grid = registry.load("grids", "q4_1")
     params = grid.fit(randn(6, K))
     groups = params.by_group()
     assert len(groups) == K // 32 and groups[3].d is None
@@ -232,7 +232,7 @@ def test_params_by_group_are_the_columns_of_their_group():
 
 def test_stored_scales_give_the_params():
     """A solved symmetric 4-bit group copies into Q4_0: codes as they are, scales in float16."""
-    grid = spec.load("grids", "q4_0")
+    grid = registry.load("grids", "q4_0")
     scale = torch.rand(3, K // 32, generator=torch.Generator().manual_seed(0)).half()
     params = grid.params(Stored(scale))
     codes = torch.arange(K, dtype=torch.uint8).remainder(16).expand(3, K)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmq import spec
+from llmq import registry
 
 GOLDEN = load_file(Path(__file__).parent.parent / "golden/ggml.safetensors")
 W_NK, IMPORTANCE = GOLDEN["weights"].float(), GOLDEN["importance"]
@@ -21,7 +21,7 @@ def read(key):
     """Return the grid and llama.cpp's bytes, decoded by gguf."""
     kind = key.partition(".")[0]
     values = gguf.dequantize(GOLDEN[key].numpy(), gguf.GGMLQuantizationType[kind])
-    return spec.load("grids", kind.lower()), torch.from_numpy(values)
+    return registry.load("grids", kind.lower()), torch.from_numpy(values)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -46,5 +46,5 @@ def test_the_error_is_below_llama_cpps(key):
 
 
 def test_every_grid_has_its_golden_bytes():
-    kinds = {n.upper() for n in spec.names("grids") if n != "int"}
+    kinds = {n.upper() for n in registry.names("grids") if n != "int"}
     assert kinds == {k.partition(".")[0] for k in KEYS}

@@ -304,8 +304,8 @@ def test_static_scales_mean_what_stock_transformers_takes_them_for(kv, tiny_chec
     """compressed-tensors simulates the cache; with everything quantized ours gives the same bits."""
     from transformers import AutoModelForCausalLM
 
-    from llmq.job import prepare
-    from llmq.quantize import quantize
+    from llmq.pipeline.plan import prepare
+    from llmq.pipeline.run import quantize
     from llmq.recipe import Recipe
 
     text = tmp_path / "text.txt"

@@ -18,8 +18,8 @@ from transformers.quantizers import auto
 
 import llmq
 from llmq.integrations import transformers as integration
-from llmq.job import prepare
-from llmq.quantize import quantize
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
 from llmq.runtime.linear import QuantLinear
 from llmq.types import LlmqError

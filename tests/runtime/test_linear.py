@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmq import spec
+from llmq import registry
 from llmq.runtime.linear import QuantLinear
 from llmq.runtime.reference import fake_quantize
 from llmq.types import ActivationGrid, LinearSpec, Params, QTensor
@@ -48,7 +48,7 @@ def solved(name: str) -> tuple[QTensor, QuantLinear]:
     """A weight on the grid of a config, and the layer that holds it packed."""
     torch.manual_seed(0)
     config = CONFIGS[name]
-    fmt, scheme = spec.find("formats", config["quant_method"]).read(config)
+    fmt, scheme = registry.find("formats", config["quant_method"]).read(config)
     chosen = scheme("model.layers.0.mlp.up_proj", N, K)
     grid, W = chosen.weight, torch.randn(N, K)
     G = grid.groups(K)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmq.job import prepare
-from llmq.quantize import quantize
+from llmq.checkpoint.digest import digest, file_digest, sealed
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
-from llmq.records import digest, file_digest, sealed
 from llmq.verify import verify
 
 FLOAT = Path(__file__).parents[1] / "golden" / "float"
@@ -106,7 +106,7 @@ def test_an_adapter_is_added_again(made, tmp_path):
 
 
 def test_an_export_is_held_against_what_was_exported(made, tmp_path):
-    from llmq.export import export
+    from llmq.export.gguf import export
 
     packed = made(INT4 | {"method": "rtn", "format": "gptq"})
     export(str(packed), tmp_path / "out.gguf", pre="gpt-2")

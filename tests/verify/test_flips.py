@@ -12,9 +12,9 @@ import pytest
 
 from llmq.gguf import seal
 from llmq.gguf.reader import GgufFile
-from llmq.job import prepare
-from llmq.quantize import quantize
-from llmq.reading import tensor_entries
+from llmq.guard.reading import tensor_entries
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
 from llmq.verify import record, verify
 

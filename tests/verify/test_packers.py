@@ -13,8 +13,8 @@ from llmq.gguf.architecture import Architecture
 from llmq.grids.q4_0 import Q4_0
 from llmq.grids.q4_1 import Q4_1
 from llmq.grids.q8_0 import Q8_0
-from llmq.job import prepare
-from llmq.quantize import quantize
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
 
 FLOAT = Path(__file__).parents[1] / "golden" / "float"

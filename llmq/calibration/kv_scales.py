@@ -1,0 +1,52 @@
+"""Static scales of keys and values: the largest magnitudes that attention puts into its cache over the calibration.
+
+A decoder block hands its keys (rotated) and values to the cache it is given. `Watch` is a cache that keeps their maxima
+and nothing else, so that any transformers block is measured without a line of code of its own. The scale is that of
+compressed-tensors' symmetric int8, max / 127.5: one for the tensor, `[1]`, or one for each head, `[H, 1, 1]`.
+Not here: how they are named on disk (formats/compressed_tensors.py), reading them back (integrations/cache.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from llmq.model.lanes import Call
+from llmq.types import LlmqError
+
+
+class Watch(DynamicCache):
+    """A cache that stores nothing but the largest magnitude of keys and values, for each head of one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: list[Tensor] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Note `[B, H, T, D]` keys and values, and return them as they are."""
+        seen = [t.detach().abs().amax((0, 2, 3)).float() for t in (key_states, value_states)]
+        self.largest = [torch.maximum(a, b) for a, b in zip(self.largest or seen, seen, strict=True)]
+        return key_states, value_states
+
+    def into(self, calls: Sequence[Call]) -> Sequence[Call]:
+        """Return the calls of a block with this cache among their arguments."""
+        return [(args, {**kwargs, "past_key_values": self}) for args, kwargs in calls]
+
+    def tensors(self, block: nn.Module, strategy: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return `k_scale` and `v_scale` by their names in the block. Raises LlmqError where nothing was seen."""
+        owners = [n for n, m in block.named_modules() if hasattr(m, "layer_idx") and hasattr(m, "k_proj")]
+        if not self.largest or len(owners) != 1:
+            raise LlmqError(
+                f"{type(block).__name__} puts no keys into a cache that llmq knows; leave --kv-bits out for this model"
+            )
+        scales = {}
+        for local, largest_H in zip(("k_scale", "v_scale"), self.largest, strict=True):
+            top = largest_H[:, None, None] if strategy == "head" else largest_H.max()[None]
+            scales[f"{owners[0]}.{local}"] = (top / 127.5).clamp(min=1e-8).to(dtype)
+        return scales

@@ -1,0 +1,119 @@
+"""How much each token counts at each linear: the squared gradient of the float model's loss there.
+
+    s_t = mean_j (dL/dz_tj)^2,   z_t = W x_t,   L = -sum_t log p(y_t),   y_t drawn from the model's own prediction
+
+With labels drawn from the model, L's Hessian is the Fisher matrix, which is also that of the KL divergence from the
+float model: what an error at z_t does to the model's answer, to second order, with one number for a token.
+One block is in memory at a time, forward and then backward, for as many sequences at once as `_HELD` bytes of hidden
+states between the blocks allow.
+Not here: what is made of the numbers (algorithms/fisher.py), where they are used (block.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from llmq.model.lanes import Call, run
+from llmq.model.skeleton import Skeleton, outside_loaded
+
+_HELD = 2**30  # bytes of hidden states held between the blocks
+_POSITIONS = 128  # whose logits exist at a time
+
+
+def squared_gradients(
+    skeleton: Skeleton,
+    hidden: Sequence[Tensor],
+    calls: Sequence[Sequence[Call]],
+    device: torch.device,
+    seed: int,
+    report: Callable[[int, int, str], None],
+) -> dict[str, list[Tensor]]:
+    """Return s of every linear of every block by full name, float32 `[T]`, batch by batch.
+
+    hidden: what enters block 0, `[B, S, H]` a batch. calls: the blocks' other arguments, indexed `[batch][block]`.
+    """
+    draw = torch.Generator(device).manual_seed(seed)
+    found: dict[str, list[Tensor]] = {}
+    size = max(h.nbytes for h in hidden) * len(skeleton)
+    step = max(1, _HELD // size)
+    for first in range(0, len(hidden), step):
+        part = slice(first, first + step)
+        _some(skeleton, hidden[part], calls[part], device, draw, found)
+        report(min(first + step, len(hidden)), len(hidden), "gradients")
+    return found
+
+
+def _some(
+    skeleton: Skeleton,
+    hidden: Sequence[Tensor],
+    calls: Sequence[Sequence[Call]],
+    device: torch.device,
+    draw: torch.Generator,
+    found: dict[str, list[Tensor]],
+) -> None:
+    """Run some batches forward, then backward, and add what is found."""
+    entered = [list(hidden)]
+    for i in range(len(skeleton)):
+        with skeleton.loaded(i, device) as block:
+            entered.append([run(block, h, c[i]) for h, c in zip(entered[-1], calls, strict=True)])
+    slopes = _of_outputs(skeleton, entered.pop(), device, draw)
+    for i in reversed(range(len(skeleton))):
+        with skeleton.loaded(i, device) as block:
+            inputs = entered.pop()
+            for b, (h, c) in enumerate(zip(inputs, calls, strict=True)):
+                slopes[b], squares = _through(block, h, c[i], slopes[b])
+                for name, s in squares.items():
+                    found.setdefault(f"{skeleton.prefix}.{i}.{name}", []).append(s)
+
+
+def _of_outputs(skeleton: Skeleton, outputs: list[Tensor], device: torch.device, draw: torch.Generator) -> list[Tensor]:
+    """Return the gradient of L with respect to the last block's output, batch by batch."""
+    parent, _, leaf = skeleton.prefix.rpartition(".")
+    owner = skeleton.model.get_submodule(parent)
+    setattr(owner, leaf, nn.ModuleList())
+    try:
+        with outside_loaded(skeleton, device, head=True):
+            slopes = []
+            for out in outputs:
+                parts = out.reshape(-1, out.shape[-1]).split(_POSITIONS)
+                slopes.append(torch.cat([_of_positions(skeleton.model, x, draw) for x in parts]).reshape(out.shape))
+            return slopes
+    finally:
+        setattr(owner, leaf, skeleton.blocks)
+
+
+def _of_positions(model: nn.Module, x_TH: Tensor, draw: torch.Generator) -> Tensor:
+    """Return the gradient of L with respect to a few positions, through what lies behind the blocks."""
+    with torch.enable_grad():
+        x = x_TH[None].detach().requires_grad_()
+        log_p = model(inputs_embeds=x, use_cache=False).logits[0].float().log_softmax(-1)
+        labels = torch.multinomial(log_p.detach().exp(), 1, generator=draw)
+        return torch.autograd.grad(-log_p.gather(1, labels).sum(), x)[0][0]
+
+
+def _through(block: nn.Module, hidden: Tensor, call: Call, slope: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the gradient of L with respect to a block's input, and s of its linears."""
+    squares: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def take(g: Tensor) -> None:
+            squares[name] = g.detach().float().square().mean(-1).reshape(-1)
+
+        def hook(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
+            out.register_hook(take)
+
+        return hook
+
+    linears = [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+    hooks = [m.register_forward_hook(watch(n)) for n, m in linears]
+    try:
+        with torch.enable_grad():
+            x = hidden.detach().requires_grad_()
+            (before,) = torch.autograd.grad(run(block, x, call), x, slope)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return before, squares

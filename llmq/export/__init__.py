@@ -1,0 +1,1 @@
+"""A quantized checkpoint in another file format, its codes kept; one file each."""

@@ -1,0 +1,313 @@
+"""A quantized checkpoint (GPTQ, AWQ, compressed-tensors; ours or a peer's) as a GGUF file, its codes kept.
+
+    levels = code - zero
+    all levels in -8 .. 7      -> Q4_0   d = scale                          values exact
+    4 bits, any zero           -> Q4_1   d = scale, m = fp16(-zero*scale)   codes exact, minimum rounded by <= 2^-11
+    all levels in -128 .. 127  -> Q8_0   d = scale                          values exact
+
+A scale is repeated for every 32 columns of its group. That takes groups of a multiple of 32 columns (or whole rows) in
+their natural order, and scales that float16 can hold; where it does not work out, the export is refused, or the linear
+is rounded again if the user asks for it.
+Not here: reading the formats (formats/), the file (gguf/container.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq import __version__, registry
+from llmq.checkpoint import Source, resolve
+from llmq.checkpoint.digest import digest, sealed
+from llmq.checkpoint.names import own_head, settle
+from llmq.checkpoint.packed import Packing
+from llmq.checkpoint.place import user_path
+from llmq.checkpoint.stage import fingerprint
+from llmq.gguf import container, mixture
+from llmq.gguf.architecture import architecture
+from llmq.gguf.pipeline import REPORT, Blueprint, GgufSink
+from llmq.gguf.reader import GgufFile
+from llmq.gguf.tokenizer import vocabulary
+from llmq.guard.reading import json_object
+from llmq.model.pretrained import blank_model, model_config, tokenizer_of
+from llmq.pipeline.records import Line
+from llmq.types import GgmlParams, LlmqError, QTensor
+from llmq.verify import require_right
+
+EXACT, ROUNDED, REQUANTIZED = "values exact", "codes exact, minimum rounded", "requantized"
+_BLOCK = 32  # columns of a block of Q4_0, Q4_1 and Q8_0
+_CACHE = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")  # of a quantized key-value cache
+_KEPT = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One tensor: its ggml type and stored rows; of a linear also what became of its codes, and what is recorded."""
+
+    kind: str
+    rows: Tensor
+    outcome: str = ""
+    line: Mapping[str, Any] = field(default_factory=dict)
+
+
+def export(  # noqa: PLR0913, the options of the command
+    src: str,
+    out: Path,
+    *,
+    requantize: str | None = None,
+    embeddings: str | None = None,
+    pre: str | None = None,
+    split_max_size: str | None = None,
+    overwrite: bool = False,
+    check: bool = True,
+) -> dict[str, Any]:
+    """Write the quantized checkpoint SRC as OUT.gguf. Returns counts of types and outcomes, files, bytes and warnings.
+
+    requantize: the type to round a linear to whose codes cannot be kept; None refuses it.
+    embeddings: the type of embedding and head where they are float; None keeps their float type.
+    check: whether what was written is verified before it becomes OUT (verify/).
+    Raises LlmqError where SRC is no quantized checkpoint, its codes cannot be kept, or what was written is wrong; OUT
+    is then untouched.
+    """
+    given = {"requantize": requantize, "embeddings": embeddings, "pre": pre, "split_max_size": split_max_size}
+    anew, outside = _checked(requantize, "--requantize"), _checked(embeddings, "--embeddings")
+    split = container.parse_size(split_max_size)
+    if user_path(src).is_dir():
+        GgufSink(out, overwrite=overwrite, reads={"SRC": user_path(src)})  # refuses before anything is read
+    source = _source(src)
+    run = {"command": "export", "SRC": fingerprint(source.path)} | given
+    reader = _Reader(source)
+    arch = architecture(reader.config)
+    words = vocabulary(tokenizer_of(source.path), int(reader.config.vocab_size), reader.config, pre)
+    warnings = [*arch.warnings(), *reader.warnings(), *words.warnings]
+    with GgufSink(out, overwrite=overwrite, reads={"SRC": source.path}, run=run) as sink:
+        if sink.earlier is not None:
+            sink.commit()
+            return sink.earlier
+        sink.copies = True
+        sink.require(2 * source.bytes())
+        made: dict[str, Exported] = {}  # without their rows, which are staged
+        for name, found in reader.tensors(anew):
+            tensor = found if isinstance(found, Exported) else _float(name, arch.tensor(name), found, outside)
+            sink.add({name: tensor.rows})
+            made[name] = replace(tensor, rows=torch.empty(0))
+        plan = Blueprint(arch, words, _file_type_of(made.values()), {n: t.kind for n, t in made.items()}, split=split)
+        files = _write(sink, plan, reader, made, warnings)
+        sink.copies = False
+        done = {
+            "types": dict(Counter(t.kind for t in made.values())),
+            "outcomes": dict(Counter(t.outcome for t in made.values() if t.outcome)),
+            "files": [str(sink.target(f.name)) for f in files],
+            "bytes": sum(f.stat().st_size for f in files),
+            "warnings": warnings,
+        }
+        if check:
+            require_right(files[0])
+        sink.seal(done)
+        sink.commit()
+    return done
+
+
+def _write(
+    sink: GgufSink, plan: Blueprint, reader: _Reader, made: Mapping[str, Exported], warnings: list[str]
+) -> list[Path]:
+    """Write the file from what is staged, with a record as `quantize` leaves one; return the staged files."""
+    source = reader.source
+    record = {
+        "llmq": __version__,
+        "source": asdict(source.origin),
+        "warnings": warnings,
+        "linears": {n.removesuffix(".weight"): dict(t.line) for n, t in made.items() if t.line},
+        "tensors": {n: digest(t) for n, t in sink.contents(plan)},
+        "exported": reader.record,
+    }
+    keys = {"llmq.version": __version__, "llmq.source": reader.method}
+    report = json.dumps(sealed(record), separators=(",", ":"))
+    return sink.write(plan, source.origin.name, keys | {REPORT: report})
+
+
+class _Reader:
+    """A quantized checkpoint read linear by linear."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        quantization = source.quantization or {}
+        self.packing, self.method = Packing(quantization), str(quantization["quant_method"])
+        self.config: Any = model_config(source)
+        model = blank_model(source, self.config)
+        settle(source, model)
+        if own_head(source, model):
+            self.config.tie_word_embeddings = False
+        earlier = source.path / "quantization.json"
+        self.record = json_object(earlier) if earlier.is_file() else None  # how llmq found the codes
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        self.linears = {n: (m.out_features, m.in_features) for n, m in linears.items()}
+
+    def warnings(self) -> list[str]:
+        """Return what of the checkpoint a GGUF file cannot hold."""
+        names = set(self.source.names())
+        linears = [s for n, (N, K) in self.linears.items() if (s := self.packing.linear(n, N, K, names))]
+        found = list(self.source.warnings)
+        if any(s.scheme.activation for s in linears):
+            found.append(
+                "the checkpoint quantizes activations too; llama.cpp has its own way, their scales are left out"
+            )
+        if any(n.endswith(_CACHE) for n in self.source.names()):
+            found.append("the scales of the key-value cache are left out; give llama.cpp --cache-type-k and -v instead")
+        return found
+
+    def tensors(self, requantize: str | None) -> Iterator[tuple[str, Exported | Tensor]]:
+        """Yield every tensor that a GGUF file holds, by its float checkpoint's name; blocks in their order."""
+        by_module: dict[str, list[str]] = {}
+        for name in sorted(set(self.source.names()) - self.source.unread, key=_natural):
+            by_module.setdefault(name.rpartition(".")[0], []).append(name)
+        for module, names in by_module.items():
+            shape = self.linears.get(module)
+            linear = self.packing.linear(module, *shape, names) if shape else None
+            if linear is None:
+                yield from ((name, self.source.get(name)) for name in names if not name.endswith(_CACHE))
+                continue
+            local = {n.rpartition(".")[2]: self.source.get(n) for n in names}
+            yield f"{module}.weight", convert(self.packing.format.unpack(local, linear), module, requantize)
+            if "bias" in local:
+                yield f"{module}.bias", local["bias"]
+
+
+def convert(q: QTensor, name: str, requantize: str | None) -> Exported:
+    """Return the ggml rows of a solved linear, its codes kept.
+
+    Raises LlmqError, with the reason, where they cannot be kept and `requantize` names no type instead.
+    """
+    why = _obstacle(q)
+    if why is None:
+        d = _scales(q)
+        zero = _by_block(q, q.params.zero)
+        level = q.codes.to(torch.int16).unflatten(1, (-1, _BLOCK)) - zero[..., None].to(torch.int16)
+        lo, hi = int(level.min()), int(level.max())
+        if lo >= -8 and hi <= 7:
+            return _pack("Q4_0", level + 8, d, None, q)
+        if q.grid.bits == 4:
+            return _pack("Q4_1", q.codes, d, (zero.float() * d.float()).half(), q)
+        if lo >= -128 and hi <= 127:
+            return _pack("Q8_0", level + 128, d, None, q)
+        why = f"{q.grid.bits}-bit asymmetric codes have no ggml type"
+    if requantize is None:
+        raise LlmqError(
+            f"{name}: its codes cannot be kept: {why}; say --requantize TYPE (Q8_0, Q6_K ...) to round it anew"
+        )
+    return _rounded(q.dequantize(), name, mixture.fallback(requantize, q.codes.shape[1]), REQUANTIZED)
+
+
+def _obstacle(q: QTensor) -> str | None:
+    """Return why the codes cannot be kept in blocks of 32 columns, None where they can."""
+    K = q.codes.shape[1]
+    if K % _BLOCK:
+        return f"rows of {K} columns are no multiple of {_BLOCK}"
+    if q.g_idx is None:
+        size = K // q.params.scale.shape[1]
+        if size % _BLOCK:
+            return f"groups of {size} columns are no multiple of {_BLOCK}"
+    elif (q.g_idx.reshape(-1, _BLOCK) != q.g_idx.reshape(-1, _BLOCK)[:, :1]).any():
+        return "its groups follow the activation order (desc_act), not the columns"
+    scale = q.params.scale
+    exact = scale.half()
+    off = int((~torch.isfinite(exact) | (exact.float() != scale.float())).sum())
+    if off:
+        return f"{off} of {scale.numel()} scales are not float16 numbers"
+    if q.grid.bits == 4 and not torch.isfinite((q.params.zero.float() * scale.float()).half()).all():
+        return "a minimum is beyond float16"
+    return None
+
+
+def _scales(q: QTensor) -> Tensor:
+    return _by_block(q, q.params.scale).half()
+
+
+def _by_block(q: QTensor, p: Tensor) -> Tensor:
+    """Return parameters `[N, G]` for every block of 32 columns, `[N, K / 32]`."""
+    K = q.codes.shape[1]
+    if q.g_idx is not None:
+        return p[:, q.g_idx[::_BLOCK].long()]
+    return p.repeat_interleave(K // _BLOCK // p.shape[1], dim=1)
+
+
+def _pack(kind: str, codes: Tensor, d: Tensor, dmin: Tensor | None, q: QTensor) -> Exported:
+    """Return the codes of `q` as blocks: codes `[N, K]`, scales d and minima float16 `[N, K / 32]`."""
+    params = GgmlParams(d.float(), None if dmin is None else -dmin.float(), d, dmin)
+    grid = registry.load("grids", kind.lower())
+    packed = QTensor(codes.to(torch.uint8).reshape(q.codes.shape), params, grid)
+    outcome = EXACT if dmin is None else ROUNDED
+    return Exported(kind, grid.to_bytes(packed.codes, params), outcome, _line(Line(), packed, q.dequantize()))
+
+
+def _rounded(W_NK: Tensor, name: str, kind: str, outcome: str) -> Exported:
+    """Return a float matrix rounded to nearest, some rows at a time."""
+    if kind in mixture.FLOATS:
+        return Exported(kind, container.as_float(W_NK, kind, name), outcome)
+    grid, found, packed, line = registry.load("grids", kind.lower()), Line(), [], {}
+    for W_nK in W_NK.split(4096):
+        params = grid.fit(W_nK.float())
+        part = QTensor(grid.nearest(W_nK.float(), params.columns(W_NK.shape[1])).to(torch.uint8), params, grid)
+        packed.append(grid.to_bytes(part.codes, params))
+        line = _line(found, part, W_nK)
+    return Exported(kind, torch.cat(packed), outcome, line)
+
+
+def _line(found: Line, q: QTensor, W_NK: Tensor) -> dict[str, Any]:
+    """Return the record of a matrix after these rows of it."""
+    return {"method": "export", "bits": q.grid.bits} | found.add(q, q.dequantize(), W_NK).to_json()
+
+
+def _float(name: str, ggml: str | None, tensor: Tensor, embeddings: str | None) -> Exported:
+    """Return a float tensor: vectors as F32, matrices as they are, or rounded where asked.
+
+    Raises LlmqError for one that is not float, or not finite.
+    """
+    if tensor.dtype not in _KEPT:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise LlmqError(f"{name} is {kind}, neither float nor packed; the checkpoint's config is not its own")
+    if not torch.isfinite(tensor).all():
+        raise LlmqError(f"tensor {name} holds NaN or Inf; the checkpoint is damaged")
+    if tensor.dim() < 2 or ggml is None:
+        return Exported("F32", tensor.float())
+    if embeddings is None or ggml not in ("token_embd.weight", "output.weight"):
+        return Exported(_KEPT[tensor.dtype], tensor)
+    return _rounded(tensor, name, mixture.fallback(embeddings, tensor.shape[1]), "")
+
+
+def _source(src: str) -> Source:
+    if Path(src).is_file():
+        GgufFile(Path(src))  # a truncated one says so
+        raise LlmqError(
+            f"{src} is a GGUF file already; export takes the folder of a GPTQ, AWQ or compressed-tensors one"
+        )
+    source = Source(resolve(src))
+    if source.quantization is None:
+        raise LlmqError(f"{src} is a float checkpoint; write it with llmq quantize {src} OUT.gguf --type Q4_K_M")
+    return source
+
+
+def _checked(kind: str | None, option: str) -> str | None:
+    """Return the ggml type an option names. Raises LlmqError for one that is none."""
+    if kind is not None and kind.upper() not in mixture.TYPES:
+        raise LlmqError(f"{option} {kind!r} is no ggml type (there are: {', '.join(mixture.TYPES)})")
+    return None if kind is None else kind.upper()
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Order names so that block 2 comes before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _file_type_of(made: Iterable[Exported]) -> str:
+    """Return a mixture whose base is the commonest type that is not float, for `general.file_type`."""
+    counts = Counter(t.kind for t in made if t.kind not in mixture.FLOATS)
+    kind = counts.most_common(1)[0][0] if counts else "F16"
+    return f"{kind}_S" if kind in ("Q3_K", "Q4_K", "Q5_K") else kind

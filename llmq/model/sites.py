@@ -1,0 +1,74 @@
+"""Which linears of a block read the same activation: the table of its family, or what one forward discovers.
+
+Not here: the tables (families/), suspending batches at the sites (lanes.py).
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+
+from llmq import registry
+from llmq.model.lanes import Call, run
+from llmq.types import LlmqError, Site
+
+
+def discover(block: nn.Module, hidden: Tensor, call: Call) -> tuple[Site, ...]:
+    """Return the sites of an unknown block: linears that read the same tensor, in call order, found by one forward.
+
+    Raises LlmqError, naming them, for linears that are not called exactly once.
+    """
+    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    seen: list[tuple[str, Tensor]] = []
+    hooks = [m.register_forward_pre_hook(lambda _m, args, n=n: seen.append((n, args[0]))) for n, m in linears.items()]
+    try:
+        run(block, hidden, call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    called = [n for n, _ in seen]
+    odd = sorted(n for n in linears if called.count(n) != 1)
+    if odd:
+        raise LlmqError(f"{', '.join(odd[:4])}: not called exactly once per batch; only rtn or --skip can take these")
+    groups: list[tuple[list[str], Tensor]] = []
+    for name, x in seen:
+        same = next((names for names, y in groups if y is x), None)
+        if same is None:
+            groups.append(([name], x))
+        else:
+            same.append(name)
+    return tuple(Site(tuple(names), None, names[0] if len(names) == 1 else "") for names, _ in groups)
+
+
+def refuse_other_matrices(block: nn.Module, where: str) -> None:
+    """Raise LlmqError, by name, for weight matrices of block `where` in no `nn.Linear` (fused experts, Conv1D)."""
+    others = [
+        f"{name}.{leaf} {list(p.shape)} of {type(module).__name__}".lstrip(".")
+        for name, module in block.named_modules()
+        for leaf, p in module.named_parameters(recurse=False)
+        if p.dim() >= 2 and not isinstance(module, nn.Linear | nn.Embedding)
+    ]
+    if others:
+        raise LlmqError(
+            f"{where} holds weights outside nn.Linear, which llmq does not quantize: {', '.join(others[:4])}"
+        )
+
+
+def no_table(model_type: str, step: str) -> str:
+    """Return what to say of a step that needs a family's table where the model_type has none."""
+    names = ", ".join(registry.names("families"))
+    return (
+        f"model_type {model_type!r} has no table of producers, which {step} needs (there are: {names}); leave it "
+        "out, as --quality balanced does"
+    )
+
+
+def family_sites(model_type: str, block: nn.Module) -> tuple[Site, ...] | None:
+    """Return the sites of a known model_type whose table covers every linear of the block, else None."""
+    name = re.sub(r"\W", "_", model_type)
+    if name not in registry.names("families"):
+        return None
+    sites = registry.load("families", name).sites
+    table = {n for s in sites for n in s.linears}
+    return sites if table == {n for n, m in block.named_modules() if isinstance(m, nn.Linear)} else None

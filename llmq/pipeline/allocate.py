@@ -1,0 +1,161 @@
+"""Bits where they matter: measure what each site costs at each number of bits, then spend a budget where it helps most.
+
+What rounding a linear W to Q costs is estimated, on the first batch of the calibration, as
+
+    KL(float model, quantized model) per token  ~  1/(2T) sum_t s_t |(W - Q) x_t|^2
+
+with s_t the squared gradient of the float model's loss at token t of the linear's output (token_gradients.py): the
+second order of the divergence, its Fisher matrix cut down to one number for each token. Q is W rounded to nearest.
+Small costs add up; the least sum within the budget is approached by upgrading, time and again, the site whose cost
+falls most per byte. The linears of a site share their bits, as runtimes that fuse q, k, v and gate, up need.
+Not here: the quantization itself, which sees only `--override REGEX:bits=...` lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from llmq.calibration.token_gradients import squared_gradients
+from llmq.model.lanes import Call, Lanes
+from llmq.pipeline.block import Streams, block_sites
+from llmq.pipeline.card import packed_bytes
+from llmq.pipeline.plan import Job, prepare
+from llmq.stats import Hessian
+from llmq.types import LinearSpec, LlmqError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one site costs at one number of bits: bytes on disk, and the divergence it adds, in nats per token."""
+
+    bits: int
+    size: int
+    error: float
+
+    def __add__(self, other: Choice) -> Choice:
+        """Return what two linears cost together at the same number of bits."""
+        return Choice(self.bits, self.size + other.size, self.error + other.error)
+
+
+def allocate(job: Job, streams: Streams, report: Callable[[int, int, str], None]) -> Job:
+    """Return the job with overrides that spend its recipe's `target_bpw`; the streams stay where they are.
+
+    Raises LlmqError where the budget does not even hold the fewest bits.
+    """
+    recipe = job.plan.recipe
+    if recipe.target_bpw is None:
+        return job
+    units = costs(job, streams, report)
+    budget = recipe.target_bpw * sum(job.linears[n].N * job.linears[n].K for names in units for n in names) / 8
+    chosen = spend(units, budget)
+    overrides = tuple(
+        f"^({'|'.join(re.escape(n) for n in names)})$:bits={choice.bits}" for names, choice in chosen.items()
+    )
+    settled = dataclasses.replace(recipe, override=(*recipe.override, *overrides), target_bpw=None, bit_choices=None)
+    chosen_job = prepare(str(job.source.path), settled, str(job.device), job.source.adapter)
+    return dataclasses.replace(chosen_job, warnings=job.warnings)  # what the user was told, calibration included
+
+
+def costs(job: Job, streams: Streams, report: Callable[[int, int, str], None]) -> dict[tuple[str, ...], list[Choice]]:
+    """Return what the sites cost at each of the recipe's choices of bits, by the full names of their linears."""
+    hidden, calls = streams.hidden[:1], streams.calls[:1]
+    squares = streams.squares
+    if not squares:
+        squares = squared_gradients(job.skeleton, hidden, calls, job.device, job.plan.recipe.seed, report)
+    found: dict[tuple[str, ...], list[Choice]] = {}
+    for i in range(len(job.skeleton)):
+        report(i, len(job.skeleton), f"sensitivity of block {i}")
+        hidden, of_block = _measure(job, i, hidden, [calls[0][i]], squares)
+        found |= of_block
+    return found
+
+
+def spend(units: dict[tuple[str, ...], list[Choice]], budget: float) -> dict[tuple[str, ...], Choice]:
+    """Return a choice for each unit, its sizes within `budget` bytes, its errors' sum as low as upgrades make it.
+
+    A unit's choices are taken along the lower convex hull of (size, error), the steepest step of all units first.
+    Raises LlmqError where the smallest choices are too large.
+    """
+    hulls = {name: _hull(choices) for name, choices in units.items()}
+    chosen = {name: hull[0] for name, hull in hulls.items()}
+    left = budget - sum(c.size for c in chosen.values())
+    if left < 0:
+        raise LlmqError(
+            f"--target-bpw is too low: the fewest of --bit-choices need {1 - left / budget:.3f} times as much"
+        )
+    steps = [
+        ((a.error - b.error) / (b.size - a.size), order, name, b)
+        for order, (name, hull) in enumerate(hulls.items())
+        for a, b in itertools.pairwise(hull)
+    ]
+    for _, _, name, better in sorted(steps, key=lambda s: (-s[0], s[1])):
+        cost = better.size - chosen[name].size
+        if cost <= left:
+            chosen[name] = better
+            left -= cost
+    return chosen
+
+
+def _hull(choices: Sequence[Choice]) -> list[Choice]:
+    """Return the choices on the lower convex hull of (size, error), smallest first."""
+    hull: list[Choice] = []
+    for c in sorted(choices, key=lambda c: (c.size, c.error)):
+        if hull and c.error >= hull[-1].error:
+            continue
+        while len(hull) > 1 and _slope(hull[-1], c) >= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(c)
+    return hull
+
+
+def _slope(a: Choice, b: Choice) -> float:
+    return (a.error - b.error) / (b.size - a.size)
+
+
+def _measure(
+    job: Job, i: int, hidden: list[Tensor], at: list[Call], squares: Mapping[str, Sequence[Tensor]]
+) -> tuple[list[Tensor], dict[tuple[str, ...], list[Choice]]]:
+    """Return what float block `i` makes of `hidden`, one batch, and what its sites cost, by their linears' names.
+
+    squares: s of every linear by full name, `[T]` a batch.
+    """
+    prefix = f"{job.skeleton.prefix}.{i}."
+    found: dict[tuple[str, ...], list[Choice]] = {}
+    with job.skeleton.loaded(i, job.device) as block:
+        sites = block_sites(job, block, hidden, at)
+        with Lanes(block, sites, hidden, at) as lanes:
+            for site in sites:
+                (X_TK,) = lanes.advance()
+                linears = [job.linears[prefix + n] for n in site.linears if prefix + n in job.linears]
+                if not linears:
+                    continue
+                hessian = Hessian()
+                hessian.update(X_TK)
+                each = []
+                for spec in linears:
+                    linear, s_T = block.get_submodule(spec.name.removeprefix(prefix)), squares[spec.name][0]
+                    each.append(_choices(job, spec, linear, (X_TK, hessian.mean(), s_T)))
+                found[tuple(s.name for s in linears)] = [sum(alike[1:], alike[0]) for alike in zip(*each, strict=True)]
+            return list(lanes.finish()), found
+
+
+def _choices(job: Job, spec: LinearSpec, linear: nn.Module, sample: tuple[Tensor, Tensor, Tensor]) -> list[Choice]:
+    """Return what one linear costs at each number of bits; sample: its input `[T, K]`, `X^T X / T`, and `s_T`."""
+    X_TK, H_KK, s_T = sample
+    W_NK = linear.get_parameter("weight").float()
+    found = []
+    for bits in job.plan.recipe.choices():
+        grid = dataclasses.replace(spec.scheme.weight, bits=bits)
+        scheme = dataclasses.replace(spec.scheme, weight=grid)
+        size = packed_bytes(job.plan.format, dataclasses.replace(spec, scheme=scheme))
+        params = grid.fit(W_NK, H_KK).columns(W_NK.shape[1])
+        E_NK = grid.decode(grid.nearest(W_NK, params), params) - W_NK
+        error = s_T @ (X_TK.float() @ E_NK.T).square().sum(-1) / (2 * len(s_T))
+        found.append(Choice(bits, size, error.item()))
+    return found

@@ -1,0 +1,196 @@
+"""A recipe with its objects made: the steps, a format, and the scheme of every linear by name.
+
+Not here: what a user may write (recipe.py), the model that it is for (plan.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmq import options, registry
+from llmq.grids.int import Int
+from llmq.guard.patterns import Pattern
+from llmq.recipe import DEFAULT_RANGE, KINDS, OVERRIDE, Recipe, changes, group
+from llmq.types import (
+    ActivationGrid,
+    Correction,
+    Finisher,
+    Format,
+    LlmqError,
+    Range,
+    Refiner,
+    Rotation,
+    Scheme,
+    Solver,
+    Transform,
+    Tuner,
+    Weighting,
+)
+
+STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
+"""What a recipe calls a strategy of key-value scales, and what compressed-tensors does."""
+
+_VERBS = {
+    "rotate": "rotation", "weigh": "weighting", "search": "transform", "correct": "correction",
+    "solve": "solver", "refine": "refiner", "tune": "tuner", "finish": "finisher",
+}  # fmt: skip
+_ALONE = ("rotation", "weighting", "solver")  # kinds of which a method has one at most
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved recipe with its objects made."""
+
+    recipe: Recipe
+    rotations: tuple[Rotation, ...]
+    weightings: tuple[Weighting, ...]
+    transforms: tuple[Transform, ...]
+    corrections: tuple[Correction, ...]
+    solver: Solver
+    refiners: tuple[Refiner, ...]
+    tuners: tuple[Tuner, ...]
+    finishers: tuple[Finisher, ...]
+    format: Format
+    act_range: Range | None  # of static activation scales
+    base: Scheme | None  # None where the format's own types take its place (GGUF)
+    overrides: tuple[tuple[Pattern, dict[str, Any]], ...]
+    skip: tuple[Pattern, ...]
+
+    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
+        """Return the Stat classes that the steps of a site want for linears on these grids."""
+        steps: tuple[Correction | Solver | Refiner, ...] = (*self.corrections, self.solver, *self.refiners)
+        return tuple(dict.fromkeys(stat for step in steps for stat in step.needs(grids)))
+
+    def scheme(self, name: str) -> Scheme | None:
+        """Return what the linear of that full name becomes, None where it stays float."""
+        if self.base is None or any(p.search(name) for p in self.skip):
+            return None
+        grid = self.base.weight
+        for pattern, new in self.overrides:
+            if pattern.search(name):
+                grid = dataclasses.replace(grid, **new)
+        return Scheme(grid, self.base.activation)
+
+
+def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
+    """Make a recipe's objects. Raises LlmqError for anything in it that names nothing or does not go together."""
+    recipe = recipe.resolved()
+    steps = _steps(recipe)
+    (solver,) = steps["solver"]
+    fmt = _format(recipe, solver)
+    base, overrides, skip = (None, (), ()) if recipe.gguf else _schemes(recipe, fmt, model_dtype)
+    return Plan(
+        recipe=recipe,
+        rotations=tuple(steps["rotation"]),
+        weightings=tuple(steps["weighting"]),
+        transforms=tuple(steps["transform"]),
+        corrections=tuple(steps["correction"]),
+        solver=solver,
+        refiners=tuple(steps["refiner"]),
+        tuners=tuple(steps["tuner"]),
+        finishers=tuple(steps["finisher"]),
+        format=fmt,
+        act_range=_act_range(recipe),
+        base=base,
+        overrides=overrides,
+        skip=skip,
+    )
+
+
+def _schemes(recipe: Recipe, fmt: Format, model_dtype: torch.dtype) -> tuple[Scheme, Any, tuple[Pattern, ...]]:
+    """Return the scheme of most linears, how some differ from it, and which stay float."""
+    activation = ActivationGrid(8, recipe.act == "token", recipe.act_sym) if recipe.act_bits else None
+    try:
+        grid = Int(
+            bits=recipe.bits,
+            sym=recipe.sym,
+            **group(recipe.group_size),
+            restricted=activation is not None and recipe.sym,
+            scale_dtype=fmt.scale_dtype(model_dtype),
+            range=registry.load("ranges", recipe.range or DEFAULT_RANGE, code=True),
+        )
+        overrides = tuple(_override(o, grid) for o in recipe.override)
+        skip = tuple(Pattern(s, f"--skip {s!r}") for s in recipe.skip)
+    except ValueError as e:
+        raise LlmqError(str(e)) from e
+    return Scheme(grid, activation), overrides, skip
+
+
+def _act_range(recipe: Recipe) -> Range | None:
+    if recipe.act_range is None:
+        return None
+    range_ = registry.load("ranges", recipe.act_range, code=True)
+    if getattr(range_, "uses_blocks", False):
+        raise LlmqError(f"--act-range {recipe.act_range} weighs errors of weights; choose another for activations")
+    return range_
+
+
+def _steps(recipe: Recipe) -> dict[str, list[Any]]:
+    """Return the steps of a method by their kind. Raises LlmqError where they are out of order."""
+    steps: dict[str, list[Any]] = {kind: [] for kind in _VERBS.values()}
+    order, method = list(steps), recipe.method
+    last = order[0]
+    for text in recipe.steps:
+        step = registry.load("algorithms", text, code=True)
+        kind = next((k for verb, k in _VERBS.items() if hasattr(step, verb)), None)
+        if kind is None:
+            raise LlmqError(f"method {method!r}: {text} is no step; a step has one of the methods {', '.join(_VERBS)}")
+        if order.index(kind) < order.index(last) or (kind in _ALONE and steps[kind]):
+            raise LlmqError(
+                f"method {method!r}: {registry.dump(step)} is a {kind} and cannot follow a {last}; the order is "
+                "one rotation, one weighting, transforms, corrections, one solver, refiners, tuners, finishers"
+            )
+        steps[kind].append(step)
+        last = kind
+    if not steps["solver"]:
+        raise LlmqError(f"method {method!r} has no solver; add one, e.g. {method},gptq (`llmq list` shows all steps)")
+    return steps
+
+
+def check_patterns(recipe: Recipe, names: Sequence[str]) -> None:
+    """Raise LlmqError for a --skip or --override that matches no linear; both were compiled by `plan`."""
+    overrides = {m["regex"]: text for text in recipe.override if (m := OVERRIDE.match(text))}
+    for pattern, text in [*((s, s) for s in recipe.skip), *overrides.items()]:
+        found = Pattern(pattern, repr(text))
+        if not any(found.search(n) for n in names):
+            raise LlmqError(f"{text!r} matches no linear; names look like {names[0]}")
+
+
+def _format(recipe: Recipe, solver: Any) -> Format:
+    fmt = registry.load("formats", recipe.format, code=True)
+    if getattr(solver, "desc_act", False):
+        if not hasattr(fmt, "desc_act"):
+            raise LlmqError(
+                f"format {recipe.format} holds no g_idx; drop desc_act (static groups) or use --format gptq"
+            )
+        fmt = dataclasses.replace(fmt, desc_act=True)
+    if recipe.kv_bits:
+        if not hasattr(fmt, "kv"):
+            raise LlmqError(
+                f"format {recipe.format} holds no scales of a key-value cache; use --format compressed-tensors"
+            )
+        fmt = dataclasses.replace(fmt, kv=STRATEGIES[recipe.kv])
+    return fmt
+
+
+def _override(text: str, grid: Int) -> tuple[Pattern, dict[str, Any]]:
+    m = OVERRIDE.match(text)
+    if not m:
+        raise LlmqError(f"--override {text!r} does not read; write REGEX:bits=8,group_size=32 (also sym=, range=)")
+    new: dict[str, Any] = {}
+    for key, value in changes(text):
+        if key == "group_size":
+            new |= group(value)
+        elif key == "range":
+            new["range"] = registry.load("ranges", value, code=True)
+        elif key in ("bits", "sym"):
+            new[key] = options.parse(f"--override {text!r}: {key}", value, KINDS[key])
+        else:
+            raise LlmqError(f"--override {text!r}: there is no {key!r} to change")
+    dataclasses.replace(grid, **new)  # raises ValueError for an impossible grid
+    return Pattern(m["regex"], f"--override {text!r}"), new

@@ -1,0 +1,241 @@
+"""A prepared run: what was read, what is planned, and everything that can be refused before any work.
+
+Not here: running it (run.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmq import registry
+from llmq.checkpoint import Source, resolve
+from llmq.errors import one_line, printable
+from llmq.gguf.pipeline import Blueprint, blueprint
+from llmq.model.adapter import Adapted, Adapter
+from llmq.model.rotated import Rotated
+from llmq.model.skeleton import Skeleton
+from llmq.pipeline import card
+from llmq.pipeline.method import Plan, check_patterns, plan
+from llmq.recipe import Recipe
+from llmq.types import LinearSpec, LlmqError, Scheme
+
+
+@dataclass
+class Job:
+    """A prepared run: what was read, what is planned, what a user should know before it starts.
+
+    linears: what the method quantizes. rows: matrices outside the blocks that are rounded row by row.
+    gguf: the file that will be written, where the format is GGUF.
+    """
+
+    source: Source
+    skeleton: Skeleton
+    plan: Plan
+    linears: dict[str, LinearSpec]
+    skipped: list[str]
+    device: torch.device
+    warnings: list[str] = field(default_factory=list)
+    rows: dict[str, LinearSpec] = field(default_factory=dict)
+    gguf: Blueprint | None = None
+
+    @property
+    def head(self) -> str | None:
+        """The full name of the output head, where it is quantized."""
+        name = self.skeleton.name_of(self.skeleton.model.get_output_embeddings())
+        return name if name in self.linears else None
+
+    @property
+    def float_source(self) -> Source:
+        """The float model's weights, its adapter added, before any rotation: as a user would load it."""
+        return self.source.base if isinstance(self.source, Rotated) else self.source
+
+    def weight_of(self, linear: str) -> str:
+        """Return the tensor that holds the float weight of a linear: the embedding's, where a head is tied to it."""
+        if f"{linear}.weight" in self.source:
+            return f"{linear}.weight"
+        return f"{self.skeleton.name_of(self.skeleton.model.get_input_embeddings())}.weight"
+
+    def bytes(self) -> int:
+        """Return the size of the weights that will be written."""
+        specs = self.linears | self.rows
+        floats = sum(n for name, n in self.source.sizes().items() if name.removesuffix(".weight") not in specs)
+        return floats + sum(card.packed_bytes(self.plan.format, s) for s in specs.values())
+
+    def calibrates(self) -> bool:
+        """Say whether any step needs activations."""
+        grids = [s.scheme.weight for s in self.linears.values()]
+        static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in self.linears.values())
+        recipe, plan = self.plan.recipe, self.plan
+        measured = recipe.target_bpw is not None or recipe.imatrix_out is not None or recipe.kv_bits is not None
+        steps = (plan.weightings, plan.transforms, plan.needs(grids), plan.tuners, plan.finishers)
+        return measured or static or any(steps)
+
+    def told(self, given: Recipe) -> Job:
+        """Return the job; one that does not calibrate keeps no options of calibration, and warns of those `given`."""
+        if self.calibrates():
+            return self
+        names = ("calib", "samples", "seq_len", "seed")
+        idle = ["--" + n.replace("_", "-") for n in names if getattr(given, n) is not None]
+        say = f"{', '.join(idle)}: method {self.plan.recipe.method} reads no calibration text, they change nothing"
+        none: dict[str, Any] = dict.fromkeys(names)
+        plan = dataclasses.replace(self.plan, recipe=dataclasses.replace(self.plan.recipe, **none))
+        return dataclasses.replace(self, plan=plan, warnings=[*self.warnings, *([say] if idle else [])])
+
+    def paired(self) -> float:
+        """Return the share of the calibration that runs through the float model too, for steps that compare the two."""
+        return 1.0 if self.plan.tuners else max((c.share for c in self.plan.corrections), default=0.0)
+
+
+def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path | None = None) -> Job:
+    """Read and plan. Raises LlmqError for everything that can be known to fail before any work.
+
+    adapter: a LoRA adapter to add to the weights, a folder or a Hub id.
+    """
+    source = Source(resolve(src), None if adapter is None else resolve(str(adapter)))
+    if source.quantization is not None:
+        method = printable(str(source.quantization.get("quant_method")), 80)
+        raise LlmqError(f"{src} is quantized already ({method}); give the float checkpoint that it was made from")
+    where = _device(device)
+    stored = source.dtype
+    steps = plan(recipe, stored)
+    skeleton = Skeleton(source, _compute_dtype(steps, stored, where))
+    if recipe.lm_head:
+        _check_head(skeleton)
+    if source.adapter:
+        skeleton.source = source = Adapted(skeleton, Adapter(source.adapter))
+    for step in steps.rotations:
+        skeleton = Skeleton(Rotated(skeleton, step), skeleton.dtype)
+    if recipe.gguf:
+        return _prepare_gguf(source, skeleton, steps, where).told(recipe)
+    if steps.finishers and recipe.act_bits:
+        raise LlmqError(f"{registry.dump(steps.finishers[0])} tunes models with float activations only; leave it out")
+    linears, skipped = {}, []
+    for name, module in _linears(skeleton, with_head=recipe.lm_head):
+        scheme = steps.scheme(name)
+        if scheme is None:
+            skipped.append(name)
+        else:
+            linears[name] = LinearSpec(name, module.out_features, module.in_features, scheme)
+    check_patterns(recipe, [*linears, *skipped])
+    if not linears:
+        raise LlmqError("every linear is skipped; nothing to quantize")
+    if not recipe.lm_head:
+        skipped.append(skeleton.name_of(skeleton.model.get_output_embeddings()))
+    warnings = steps.format.plan(_mixed(linears, steps.recipe) if recipe.target_bpw else list(linears.values()))
+    job = Job(skeleton.source, skeleton, steps, linears, skipped, where, [*source.warnings, *warnings])
+    return _checked(job, source).told(recipe)
+
+
+def _checked(job: Job, source: Source) -> Job:
+    """Read every weight once; warn of those that no scale of the format can hold. Raises LlmqError for one of NaN."""
+    specs = {job.weight_of(s.name): s for s in (*job.linears.values(), *job.rows.values())}
+    beyond: dict[str, int] = {}
+
+    def see(name: str, W_NK: torch.Tensor) -> None:
+        if name in specs and (groups := int(specs[name].scheme.weight.beyond(W_NK).sum())):
+            beyond[specs[name].name] = groups
+
+    source.check(see)
+    if not beyond:
+        return job
+    first, *more = beyond
+    others = f" (and {len(more)} more)" if more else ""
+    warning = (
+        f"{first}{others}: the weights of {sum(beyond.values()):,} groups are too small or too large for the scales "
+        "that the format stores and are lost or clipped; --skip what matters, or use --format compressed-tensors from "
+        "a bfloat16 or float32 checkpoint, whose scales hold them"
+    )
+    return dataclasses.replace(job, warnings=[*job.warnings, warning])
+
+
+def _check_head(skeleton: Skeleton) -> None:
+    """Refuse to quantize a head that is no linear behind a final norm `norm`, where calibration finds its input."""
+    owner, _, _ = skeleton.prefix.rpartition(".")
+    head = skeleton.model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not hasattr(skeleton.model.get_submodule(owner), "norm"):
+        kind = skeleton.config.model_type
+        raise LlmqError(f"--lm-head: the final norm or the head of model_type {kind!r} is not known; leave it float")
+
+
+def _mixed(linears: dict[str, LinearSpec], recipe: Recipe) -> list[LinearSpec]:
+    """Return the linears with the choices of bits among them, those of one parent alike, for the format to refuse.
+
+    As a budget will mix them: what runtimes fuse lies within one parent, and shares its bits.
+    """
+    choices = itertools.cycle(recipe.choices())
+    bits: dict[str, int] = {}
+    mixed = []
+    for s in linears.values():
+        parent = s.name.rpartition(".")[0]
+        if parent not in bits:
+            bits[parent] = next(choices)
+        grid = dataclasses.replace(s.scheme.weight, bits=bits[parent])
+        mixed.append(dataclasses.replace(s, scheme=dataclasses.replace(s.scheme, weight=grid)))
+    return mixed
+
+
+def _prepare_gguf(source: Source, skeleton: Skeleton, steps: Plan, device: torch.device) -> Job:
+    """Plan a GGUF file: every matrix gets the type that the mixture gives it."""
+    from llmq.loading import load_tokenizer
+
+    recipe, pre = steps.recipe, getattr(steps.format, "pre", None)
+    calibrated = bool(steps.needs([]))
+    if calibrated and recipe.imatrix:
+        raise LlmqError(f"method {recipe.method} calibrates its own importance; --imatrix goes with --method rtn")
+    for step in (*steps.tuners, *steps.finishers):
+        raise LlmqError(f"{registry.dump(step)} tunes integer grids only; for GGUF leave it out")
+    tokenizer = load_tokenizer(str(source.path))
+    plan_ = blueprint(skeleton.source, skeleton.config, recipe, pre=pre, calibrated=calibrated, tokenizer=tokenizer)
+    headers, blocks = skeleton.source.headers(), dict(skeleton.linears())
+    linears: dict[str, LinearSpec] = {}
+    rows: dict[str, LinearSpec] = {}
+    for tensor, kind in plan_.quantized().items():
+        name = tensor.removesuffix(".weight")
+        N, K = headers[tensor][1]
+        found = LinearSpec(name, N, K, Scheme(registry.load("grids", kind.lower())))
+        (linears if name in blocks else rows)[name] = found
+    skipped = [n for n in blocks if n not in linears]
+    warnings = [*steps.format.plan([*linears.values(), *rows.values()]), *plan_.warnings]
+    warnings = [*source.warnings, *warnings]
+    return _checked(Job(skeleton.source, skeleton, steps, linears, skipped, device, warnings, rows, plan_), source)
+
+
+def _linears(skeleton: Skeleton, *, with_head: bool) -> Iterator[tuple[str, nn.Linear]]:
+    yield from skeleton.linears()
+    head = skeleton.model.get_output_embeddings()
+    if with_head and isinstance(head, nn.Linear):
+        yield skeleton.name_of(head), head
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise LlmqError(f"device {name!r} cannot be used ({one_line(e)}); say cpu, cuda or auto") from e
+    return device
+
+
+def _compute_dtype(steps: Plan, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return what activations are computed in; rotations and transforms edit the weights, which takes float32."""
+    name, editing = steps.recipe.dtype, (*steps.rotations, *steps.transforms)
+    if editing and name == "bfloat16":
+        raise LlmqError(f"{registry.dump(editing[0])} edits the weights before rounding, which takes --dtype float32")
+    if name != "auto" or editing:
+        return torch.float32 if name == "auto" else getattr(torch, name)
+    return stored if device.type != "cpu" or (stored == torch.bfloat16 and _cpu_has_bfloat16()) else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Say whether this CPU multiplies bfloat16 matrices natively; without, it is slower than float32."""
+    return "amx_bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False

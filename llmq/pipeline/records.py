@@ -1,0 +1,98 @@
+"""What `quantization.json` says of the weights: how far they are off, and checksums of what was solved and written.
+
+    weight_error   |Q - W|^2 / |W|^2
+    output_error   tr(E H E^T) / tr(W H W^T),   E = Q - W,   H = mean_t x_t x_t^T over the calibration's tokens
+
+Q is the decoded weight that was packed, W the checkpoint's after its recorded transforms, x_t the linear's input as it
+was when the linear was solved, times the square root of the token's weight where a step weighs tokens.
+
+A checksum is a sha256 over the bytes of a tensor, C order, little endian. Of a linear they are taken from what the
+solver found, before any packing, so that a reader that decodes the file by other means can tell a wrong packer:
+
+    integer grids   codes   uint8 [N, K]                   scale   [N, G] in the dtype it is stored in ([1, 1] where
+                    zero    int32 [N, G], unsigned codes            the whole tensor shares one), zero likewise
+                    g_idx   int32 [K], where the groups are no runs of columns
+    ggml's types    values  float32 [N, K], decoded, rows in the checkpoint's order
+
+Not here: the transforms in a record (folding.py), writing it (report.py), comparing a file with it (verify).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmq.checkpoint.digest import raw
+from llmq.types import Params, QTensor
+
+if TYPE_CHECKING:
+    from llmq.model.folding import Fold
+
+_AT_ONCE = 2**22  # weights whose error is in memory at a time
+
+
+class Line:
+    """The errors and checksums of one linear, from its rows: all at once, or in several parts."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[str, Any] = {}
+        self._sums: dict[str, tuple[float, float]] = {}  # of squared errors, and of what they are relative to
+
+    def add(self, q: QTensor, Q_NK: Tensor, W_NK: Tensor, H_KK: Tensor | None = None) -> Line:
+        """Add rows of a solved linear, their decoded values and the float weights. Returns itself."""
+        for name, tensor in _solved(q, Q_NK).items():
+            self._hashes.setdefault(name, hashlib.sha256()).update(raw(tensor))
+        step = max(1, _AT_ONCE // W_NK.shape[1])
+        for Q_nK, W_nK in zip(Q_NK.split(step), W_NK.split(step), strict=True):
+            E_nK, W = Q_nK.float() - W_nK.float(), W_nK.float()
+            self._sum("weight", E_nK.square(), W.square())
+            if H_KK is not None:
+                self._sum("output", (E_nK @ H_KK).mul_(E_nK), (W @ H_KK).mul_(W))
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `quantization.json` says of the linear."""
+        errors = {f"{kind}_error": error / max(whole, 1e-30) for kind, (error, whole) in self._sums.items()}
+        return {**errors, "sha256": {name: h.hexdigest() for name, h in self._hashes.items()}}
+
+    def _sum(self, kind: str, error: Tensor, whole: Tensor) -> None:
+        before = self._sums.get(kind, (0.0, 0.0))
+        self._sums[kind] = (before[0] + error.sum().item(), before[1] + whole.sum().item())
+
+
+def _solved(q: QTensor, Q_NK: Tensor) -> dict[str, Tensor]:
+    """Return what the checksums of a linear are taken of."""
+    if not isinstance(q.params, Params):
+        return {"values": Q_NK.float()}
+    grid: Any = q.grid
+    params = q.params.map(lambda p: p[:1]) if grid.per_tensor else q.params
+    found = {"codes": q.codes, "scale": params.scale, "zero": params.zero}
+    return found if q.g_idx is None else found | {"g_idx": q.g_idx.to(torch.int32)}
+
+
+@dataclass
+class Record:
+    """What a run records, block by block.
+
+    linears: a line for each that was quantized, by full name. folds: what was done to the floats, in order.
+    finished: what each finisher reports. tuned: the float tensors that finishers moved.
+    """
+
+    linears: dict[str, dict[str, Any]] = field(default_factory=dict)
+    folds: list[Fold] = field(default_factory=list)
+    finished: dict[str, Any] = field(default_factory=dict)
+    tuned: list[str] = field(default_factory=list)
+
+    def note(self, linear: str, line: Mapping[str, Any]) -> None:
+        """Add to the line of a linear; what it says already is replaced."""
+        self.linears[linear] = self.linears.get(linear, {}) | dict(line)
+
+    def add(self, other: Record) -> None:
+        """Add what another block recorded."""
+        self.linears |= other.linears
+        self.folds += other.folds

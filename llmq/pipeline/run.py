@@ -1,0 +1,190 @@
+"""The main job: a float checkpoint in, a packed one out, one decoder block at a time.
+
+    tokens -> [block: load, transform, solve site by site, refine, tune, pack, write, forward]
+           -> join -> finish -> record -> verify -> seal (synced, marked whole) -> commit (exchanged with OUT)
+
+Data goes one way: floats -> stats -> codes -> words -> shard. What a finisher moves afterwards, the scales and norms of
+the whole model, is put into the shards and measured anew.
+Not here: what can be refused before (plan.py), what happens inside a block (block.py), the suspended forwards
+(skeleton.py), the files (checkpoint/, report.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq import calibration
+from llmq.calibration.token_gradients import squared_gradients
+from llmq.checkpoint import Scratch, Sink
+from llmq.gguf.pipeline import GgufSink
+from llmq.model.folding import Folded
+from llmq.model.pretrained import check_ids, tokenizer_of
+from llmq.model.skeleton import Skeleton, embed
+from llmq.pipeline.allocate import allocate
+from llmq.pipeline.block import Streams, accumulate, mean_of, quantize_block, recorded, solve
+from llmq.pipeline.plan import Job
+from llmq.pipeline.records import Line, Record
+from llmq.pipeline.report import publish_gguf, publish_model, publish_record, write_importance
+from llmq.pipeline.sinks import IMATRIX, sink_of
+from llmq.pipeline.whole_model import check_memory, finish
+from llmq.types import LinearSpec, QTensor, Target
+from llmq.verify import require_right
+
+BATCH_TOKENS = 4096  # tokens of one suspended batch
+_ROWS_AT_ONCE = 2**24  # weights of an embedding in float32 at a time
+Progress = Callable[[int, int, str], None]
+"""Called with blocks done, blocks in all and what is going on."""
+
+
+def quantize(
+    job: Job, out: Path, *, overwrite: bool = False, check: bool = True, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run a prepared job and write OUT. Returns the content of its quantization.json.
+
+    check: whether what was written is verified before it becomes OUT (verify/).
+    Raises LlmqError where calibration text is missing or too short, a block's linears are not called once each, OUT
+    cannot be written, or what was written is not what was solved; OUT is then untouched.
+    """
+    report = progress or (lambda done, total, what: None)
+    blocks = len(job.skeleton)
+    with sink_of(job, out, overwrite=overwrite) as sink, torch.no_grad():
+        if sink.earlier is not None:
+            sink.commit()
+            return sink.earlier
+        sink.require(2 * job.bytes() + _set_aside(job))  # parts and the shards joined from them
+        if job.plan.finishers:
+            check_memory(job)
+        streams = _enter(job, report)
+        job = allocate(job, streams, report)
+        if job.plan.finishers:
+            streams.hessians = Scratch(sink.room / "hessians")
+        record = Record()
+        for i in range(blocks):
+            report(i, blocks, f"block {i}")
+            record.add(quantize_block(job, i, streams, sink))
+        record.add(_outside(job, streams, sink))
+        if streams.measured:
+            sums = {n: (m.sum, m.count) for n, m in streams.measured.items() if m.sum is not None}
+            write_importance(job, sink.staged_beside(IMATRIX), sums)
+        if isinstance(sink, GgufSink):
+            report(blocks, blocks, "writing")
+            summary = publish_gguf(job, sink, record)
+        else:
+            total = publish_model(job, sink)
+            if streams.hessians is not None:
+                report(blocks, blocks, "tuning the whole model")
+                _finish(job, streams, sink, record)
+                streams.hessians.drop()
+            report(blocks, blocks, "writing")
+            summary = publish_record(job, sink, record, total)
+        if check:
+            report(blocks, blocks, "verifying")
+            require_right(sink.files()[0] if job.gguf else sink.stage)
+        sink.seal(summary)
+        sink.commit()
+    return summary
+
+
+def _set_aside(job: Job) -> int:
+    """Return the bytes of what finishers need beside the weights: a Hessian for each linear at most."""
+    return sum(4 * s.K**2 for s in job.linears.values()) if job.plan.finishers else 0
+
+
+def _enter(job: Job, report: Progress) -> Streams:
+    """Return the calibration tokens as they enter block 0; empty where no step needs them."""
+    if not job.calibrates():
+        return Streams()
+    recipe = job.plan.recipe
+    report(0, len(job.skeleton), f"calibration text: {recipe.calib}")
+    tokenizer = tokenizer_of(job.source.path)
+    writer = partial(_writer, job)
+    how = (recipe.samples, recipe.seq_len, recipe.seed)
+    tokens = calibration.tokens(recipe.calib, tokenizer, *how, writer, job.warnings.append)
+    check_ids(tokens, job.skeleton.model)
+    hidden, calls = embed(job.skeleton, tokens, max(1, BATCH_TOKENS // recipe.seq_len), job.device)
+    squares = {}
+    if job.plan.weightings:
+        squares = squared_gradients(job.skeleton, hidden, calls, job.device, recipe.seed, report)
+    return Streams(hidden, hidden[: math.ceil(job.paired() * len(hidden))], calls, squares, tokens)
+
+
+def _writer(job: Job) -> nn.Module:
+    """Load the whole float model, so that it can write its own calibration text."""
+    dtype, stored = job.skeleton.dtype, job.skeleton.stored_dtype  # writing in bfloat16 takes minutes without its units
+    calibration.check_memory(job.source.bytes() * dtype.itemsize // stored.itemsize, job.device)
+    return Skeleton(job.float_source, dtype).filled(job.device)
+
+
+def _finish(job: Job, streams: Streams, sink: Sink, record: Record) -> None:
+    """Run the finishers on the staged checkpoint, put what they moved into it, and record its errors anew."""
+    done = finish(job.plan.finishers, sink.stage, job.float_source, streams.tokens, job.plan.recipe.seed, job.device)
+    record.finished, record.tuned = done.report, sorted(done.norms)
+    sink.replace(done.norms.items())
+    floats = Folded(job.source, record.folds, job.linears)
+    for name, q in done.linears.items():
+        sink.replace((f"{name}.{k}", t) for k, t in job.plan.format.pack(q, job.linears[name]).items())
+        W_NK = floats.get(job.weight_of(name)).to(job.device, torch.float32)
+        H_KK = streams.hessians.get(name) if streams.hessians is not None else None
+        line = Line().add(q, q.dequantize(), W_NK, None if H_KK is None else H_KK.to(job.device))
+        record.note(name, line.to_json())
+
+
+def _outside(job: Job, streams: Streams, sink: Sink) -> Record:
+    """Write what belongs to no block: embeddings, final norm, head (quantized, if asked)."""
+    head = job.head
+    record = Record()
+    for name in job.skeleton.outside():
+        module = name.removesuffix(".weight")
+        if module in job.rows:
+            packed, line = _round_rows(job, job.rows[module])
+            record.note(module, line)
+            sink.add({name: packed})
+        elif module != head:
+            sink.add({job.source.written(name): job.source.get(name)})
+    if head is None:
+        return record
+    W_NK = job.source.get(job.weight_of(head)).to(job.device, torch.float32)
+    target = Target(head, W_NK, job.linears[head].scheme.weight)
+    stats = {c: c() for c in job.plan.needs([target.grid])}
+    if stats:
+        accumulate(stats, _normed(job, streams.hidden), _normed(job, streams.floats) if streams.floats else None)
+    ((_, solved),) = solve(job, [target], stats)
+    H_KK = mean_of(stats)
+    if streams.hessians is not None and H_KK is not None:
+        streams.hessians.keep([head], H_KK)
+    record.note(head, recorded(job, solved, solved.q.dequantize(), W_NK, H_KK).report)
+    sink.add({f"{head}.{k}": v for k, v in job.plan.format.pack(solved.q, job.linears[head]).items()})
+    return record
+
+
+def _round_rows(job: Job, linear: LinearSpec) -> tuple[Tensor, dict[str, Any]]:
+    """Round an embedding or a head to nearest, some rows at a time; return its stored rows and its report line."""
+    grid, weight = linear.scheme.weight, job.source.get(f"{linear.name}.weight")
+    importance = job.gguf.importance.get(linear.name) if job.gguf else None
+    packed: list[Tensor] = []
+    line = Line()
+    for rows in weight.split(max(1, _ROWS_AT_ONCE // linear.K)):
+        W_nK = rows.float()
+        params = grid.fit(W_nK, importance)
+        codes = grid.nearest(W_nK, params.columns(linear.K)).to(torch.uint8)
+        q = QTensor(codes, params, grid)
+        packed += job.plan.format.pack(q, linear).values()
+        line.add(q, q.dequantize(), W_nK)
+    return torch.cat(packed), {"method": "rtn", "bits": grid.bits, **line.to_json()}
+
+
+def _normed(job: Job, hidden: list[Tensor]) -> Iterator[Tensor]:
+    """Yield the head's input, batch by batch: the last block's output behind the final norm."""
+    owner = job.skeleton.model.get_submodule(job.skeleton.prefix.rpartition(".")[0])
+    norm: Any = owner.norm
+    weight = job.source.get(f"{job.skeleton.prefix.rpartition('.')[0]}.norm.weight")
+    norm.weight = nn.Parameter(weight.to(job.device, job.skeleton.dtype), requires_grad=False)
+    for h in hidden:
+        yield norm(h).reshape(-1, h.shape[-1])

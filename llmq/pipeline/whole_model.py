@@ -1,0 +1,160 @@
+"""The whole quantized model, once more, with gradients: what finishers see, and what they made of it.
+
+The checkpoint as it stands before it is moved to OUT is opened beside its float model, each linear as its decoded
+weight times a factor for each group; both are held in memory, and the blocks' activations are computed twice.
+Not here: what moves the parameters (algorithms/distill.py), writing and measuring them (run.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmq import registry
+from llmq.calibration import free_memory
+from llmq.checkpoint import Source
+from llmq.evaluation.scores import Predictor
+from llmq.model.skeleton import Skeleton
+from llmq.params import stored
+from llmq.pipeline.plan import Job
+from llmq.runtime.linear import QuantLinear
+from llmq.types import Finisher, LlmqError, ModelView, QTensor
+
+_POSITIONS = 128  # whose logits exist at a time
+_BYTES_A_WEIGHT = 6  # decoded in float32, its code, and its packed code; a block's backward pass beside that is small
+_LENGTH = 256  # tokens of a training sequence: twice the steps of 512 at the same cost, and a lower KL
+
+
+class _Scaled(nn.Module):
+    """A quantized linear as its decoded weight `[N, K]` with one factor, 1 + change, for each group `[N, G]`."""
+
+    def __init__(self, linear: QuantLinear) -> None:
+        super().__init__()
+        self.linear, self.q = [linear], linear.unpack()  # in a list: no submodule
+        self.weight = self.q.dequantize()
+        self.change = nn.Parameter(torch.zeros_like(self.q.params.scale, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.linear[0].bias
+        factor, g_idx = 1 + self.change, self.q.g_idx
+        if g_idx is None:  # groups of neighbours: the gradient is a sum, where that of an index is a scatter
+            weight = (self.weight.unflatten(1, (factor.shape[1], -1)) * factor.unsqueeze(-1)).flatten(1)
+        else:
+            weight = self.weight * factor[:, g_idx.long()]
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    def moved(self) -> QTensor:
+        """Return the linear with the scales as they are now."""
+        scale = self.q.params.scale
+        moved = stored(scale.float() * (1 + self.change.detach()), scale)
+        return dataclasses.replace(self.q, params=dataclasses.replace(self.q.params, scale=moved))
+
+
+class Finished(NamedTuple):
+    """What finishers made of the model: its linears, its norms' gains (both by full name), and a line for each."""
+
+    linears: dict[str, QTensor]
+    norms: dict[str, Tensor]
+    report: dict[str, Any]
+
+
+def check_memory(job: Job) -> None:
+    """Raise LlmqError where the models that finishers hold, and what they hand from one to the other, do not fit."""
+    recipe, width = job.plan.recipe, job.skeleton.config.hidden_size
+    weights = job.source.bytes() // job.skeleton.stored_dtype.itemsize
+    need = weights * _BYTES_A_WEIGHT + 4 * recipe.samples * recipe.seq_len * width
+    free = free_memory(job.device)
+    if need > free:
+        raise LlmqError(
+            f"{registry.dump(job.plan.finishers[0])} needs the whole model in memory, decoded, {need / 1e9:.1f} GB of "
+            f"which {free / 1e9:.1f} GB are free; leave it out of --method, or give fewer --samples"
+        )
+
+
+def finish(
+    finishers: Sequence[Finisher], folder: Path, source: Source, tokens: Tensor, seed: int, device: torch.device
+) -> Finished:
+    """Run finishers on the checkpoint in `folder`, made from the float one, `source`; neither is written to.
+
+    tokens: int64 `[samples, seq_len]`, cut into shorter sequences where they are long.
+    """
+    from llmq.loading import load
+
+    pieces = -(-tokens.shape[1] // _LENGTH)
+    if tokens.shape[1] % pieces == 0:
+        tokens = tokens.reshape(len(tokens) * pieces, -1)
+    teacher = Predictor(Skeleton(source, torch.float32).filled(device), "the float model")
+    with torch.no_grad():
+        truth = [teacher.states(row.tolist()) for row in tokens]
+    teacher.model = None  # the head is all that is still needed
+    student = load(folder, dtype=torch.float32, device=device, backend="reference")
+    predictor = Predictor(student, "the quantized model")
+    linears = dict(_open_up(student))
+    norms = {n: p for n, p in student.named_parameters() if "norm" in n}
+    for p in student.parameters():
+        p.requires_grad_(False)
+    tuned = [*norms.values(), *(m.change for m in linears.values())]
+    for p in tuned:
+        p.requires_grad_(True)
+
+    def loss(row: int) -> Tensor:
+        states = predictor.states(tokens[row].tolist())
+        parts = zip(states.detach().split(_POSITIONS), truth[row].split(_POSITIONS), strict=True)
+        values, slopes = zip(*(_divergence(s, t, predictor, teacher) for s, t in parts), strict=True)
+        return cast(Tensor, _Known.apply(states, torch.stack(values).sum(), torch.cat(slopes))) / len(states)
+
+    view = ModelView([m.change for m in linears.values()], list(norms.values()), loss, len(tokens), seed)
+    report = {registry.dump(f): f.finish(view) for f in finishers}
+    return Finished({n: m.moved() for n, m in linears.items()}, {n: p.detach() for n, p in norms.items()}, report)
+
+
+def _open_up(model: Any) -> Iterator[tuple[str, _Scaled]]:
+    """Replace every quantized linear, have the blocks recompute their activations, and yield the replacements."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            parent, _, leaf = name.rpartition(".")
+            scaled = _Scaled(module)
+            setattr(model.get_submodule(parent), leaf, scaled)
+            yield name, scaled
+    depth = model.config.get_text_config().num_hidden_layers
+    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    for block in blocks:
+        block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return call
+
+
+class _Known(torch.autograd.Function):
+    """A number whose gradient is known when it is: no logits live until the backward pass, none are computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.saved_tensors[0], None, None
+
+
+def _divergence(states: Tensor, truth: Tensor, student: Predictor, teacher: Predictor) -> tuple[Tensor, Tensor]:
+    """Return the sum over some positions of KL(teacher || student), and its gradient by the student's states."""
+    with torch.no_grad():
+        log_p = teacher.log_probs(truth)
+    with torch.enable_grad():
+        at = states.requires_grad_()
+        value = (log_p.exp() * (log_p - student.log_probs(at))).sum()
+    (slope,) = torch.autograd.grad(value, at)
+    return value.detach(), slope

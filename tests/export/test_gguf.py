@@ -1,0 +1,256 @@
+"""`llmq export`: codes of GPTQ, AWQ and compressed-tensors checkpoints, ours and the peers', kept in GGUF."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import llmq
+from llmq import registry
+from llmq.checkpoint import Source
+from llmq.checkpoint.digest import digest, holds
+from llmq.export.gguf import EXACT, REQUANTIZED, ROUNDED, convert, export
+from llmq.gguf.reader import GgufFile
+from llmq.grids.int import Int
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import quantize
+from llmq.recipe import Recipe
+from llmq.types import LinearSpec, LlmqError, Params, QTensor
+from llmq.verify import verify
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+IDS = [5, 17, 30, 41, 25, 25, 9, 12]
+
+
+@pytest.fixture
+def golden(tmp_path):
+    """`golden(name)`: a peer's checkpoint with a byte-level tokenizer that fits its 128 rows."""
+    backend = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "a": 2}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+    def folder(name):
+        made = shutil.copytree(GOLDEN / name, tmp_path / "golden")
+        tokenizer.save_pretrained(made)
+        return made
+
+    return folder
+
+
+def weights(out):
+    return {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in gguf.GGUFReader(out).tensors}
+
+
+def solved(folder, only=""):
+    """Return every quantized linear of a checkpoint, or those with `only` in the name, as the format's reader does."""
+    source = Source(folder)
+    config = source.config
+    fmt, scheme = registry.find("formats", config["quantization_config"]["quant_method"]).read(
+        config["quantization_config"]
+    )
+    H, F = config["hidden_size"], config["intermediate_size"]
+    shapes = {"mlp.gate_proj": (F, H), "mlp.up_proj": (F, H), "mlp.down_proj": (H, F), "self_attn.o_proj": (H, 2 * H)}
+    found = {}
+    for i in range(config["num_hidden_layers"]):
+        for leaf, (N, K) in shapes.items():
+            name = f"model.layers.{i}.{leaf}"
+            if only in name and (chosen := scheme(name, N, K)) is not None:
+                local = {n.rpartition(".")[2]: source.get(n) for n in source.names() if n.startswith(f"{name}.")}
+                found[name] = fmt.unpack(local, LinearSpec(name, N, K, chosen))
+    return found
+
+
+def ggml(name):
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 99).get_name(f"{name}.weight", (".weight",))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("gptq_v1_w4g32_sym", "Q4_0"),
+        ("gptq_v2_w4g32_sym", "Q4_0"),
+        ("gptq_v1_w4_perchannel", "Q4_0"),
+        ("gptq_v1_w8g32_sym", "Q8_0"),
+        ("gptq_v1_w3g32", "Q4_0"),
+        ("gptq_v1_w2g32", "Q4_0"),
+        ("ct_pack_w4g32_sym", "Q4_0"),
+        ("ct_pack_w8_channel_sym", "Q8_0"),
+        ("ct_int_w8a8_dynamic", "Q8_0"),
+    ],
+)
+def test_symmetric_codes_of_the_peers_keep_their_values(golden, tmp_path, name, kind):
+    folder, out = golden(name), tmp_path / "out.gguf"
+    done = export(str(folder), out)
+    assert set(done["outcomes"]) == {EXACT} and kind in done["types"]
+    found, linears = weights(out), solved(folder)
+    assert len(linears) >= 4
+    for linear, q in linears.items():
+        assert torch.equal(found[ggml(linear)], q.dequantize()), linear
+    assert any("activations" in w for w in done["warnings"]) == ("w8a8" in name)
+
+
+@pytest.mark.parametrize("name", ["gptq_v1_w4g32_asym", "gptq_v2_w4g32_asym", "awq_w4g32", "ct_pack_w4g32_asym"])
+def test_asymmetric_codes_are_kept_and_the_minimum_is_rounded(golden, tmp_path, name):
+    folder, out = golden(name), tmp_path / "out.gguf"
+    done = export(str(folder), out)
+    assert ROUNDED in done["outcomes"] and "Q4_1" in done["types"] and REQUANTIZED not in done["outcomes"]
+    tensors = {t.name: t for t in gguf.GGUFReader(out).tensors}
+    grid, seen = registry.load("grids", "q4_1"), 0
+    for linear, q in solved(folder).items():
+        tensor = tensors[ggml(linear)]
+        if tensor.tensor_type.name == "Q4_1":
+            codes, params = grid.from_bytes(torch.from_numpy(tensor.data.copy()))
+            minimum = (q.params.zero.float() * q.params.scale.float()).repeat_interleave(
+                params.offset.shape[1] // q.params.scale.shape[1], dim=1
+            )
+            assert torch.equal(codes, q.codes), linear
+            assert ((params.offset + minimum).abs() <= minimum.abs() * 2**-11 + 2**-25).all()
+            seen += 1
+    assert seen
+
+
+def test_act_order_groups_are_refused_and_requantized_on_request(golden, tmp_path):
+    folder, out = golden("gptq_v1_w4g32_desc_act"), tmp_path / "out.gguf"
+    with pytest.raises(LlmqError, match="activation order .*--requantize"):
+        export(str(folder), out)
+    assert not out.exists() and not list(tmp_path.glob("*.partial"))
+    done = export(str(folder), out, requantize="q8_0", embeddings="Q8_0")
+    assert REQUANTIZED in done["outcomes"] and "F16" not in done["types"] and "BF16" not in done["types"]
+    found = weights(out)
+    for linear, q in solved(folder).items():
+        W_NK = q.dequantize()
+        assert (found[ggml(linear)] - W_NK).norm() / W_NK.norm() < 0.01
+
+
+def make(bits, scale, zero, K=64, group=32, codes=None):
+    N, G = 4, K // group
+    if codes is None:
+        codes = torch.randint(0, 2**bits, (N, K), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    params = Params(torch.as_tensor(scale).expand(N, G).contiguous(), torch.full((N, G), zero, dtype=torch.int32))
+    return QTensor(codes, params, Int(bits, zero == 2 ** (bits - 1), group))
+
+
+@pytest.mark.parametrize(
+    ("q", "reason"),
+    [
+        (make(4, torch.tensor(0.1), 8), "are not float16 numbers"),
+        (make(4, torch.tensor(1e-9), 8), "are not float16 numbers"),
+        (make(4, torch.tensor(2.0**17), 8), "are not float16 numbers"),
+        (make(4, torch.tensor(0.125), 8, group=16), "groups of 16 columns"),
+        (make(4, torch.tensor(0.125), 8, K=48, group=48), "rows of 48 columns"),
+        (make(8, torch.tensor(0.125), 0), "8-bit asymmetric"),
+        (make(4, torch.tensor(32768.0), 3), "beyond float16"),
+    ],
+)
+def test_why_codes_cannot_be_kept_is_said(q, reason):
+    with pytest.raises(LlmqError, match=f"^w: its codes cannot be kept: .*{reason}"):
+        convert(q, "w", None)
+    again = convert(q, "w", "Q8_0")
+    assert again.outcome == REQUANTIZED and again.kind == ("F16" if q.codes.shape[1] == 48 else "Q8_0")
+
+
+def test_scales_in_bfloat16_that_float16_holds_are_kept():
+    q = make(4, torch.tensor(0.125, dtype=torch.bfloat16), 8)
+    assert convert(q, "w", None).outcome == EXACT
+
+
+@pytest.mark.parametrize("options", [{}, {"sym": False, "format": "awq"}, {"bits": 8, "group_size": "channel"}])
+def test_our_checkpoint_computes_in_llama_cpp_what_it_computes_here(
+    tiny_checkpoint, tmp_path, prose, llama_cpp, options
+):
+    folder, ours, out = tiny_checkpoint(), tmp_path / "ours", tmp_path / "out.gguf"
+    recipe = {"method": "rtn", "group_size": 32, "dtype": "float32"} | options
+    quantize(prepare(str(folder), Recipe(**recipe), "cpu"), ours)
+    done = export(str(ours), out)
+    assert REQUANTIZED not in done["outcomes"]
+    with torch.no_grad():
+        wanted = llmq.load(ours, dtype=torch.float32)(torch.tensor([IDS])).logits[0, -1].log_softmax(-1)
+    found = llama_cpp(out).log_probabilities(IDS, 320)
+    assert max(abs(wanted[i].item() - p) for i, p in found.items()) < 0.25
+
+
+def test_what_is_no_quantized_checkpoint_is_refused_in_a_line(tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint()
+    with pytest.raises(LlmqError, match="is a float checkpoint"):
+        export(str(folder), tmp_path / "out.gguf")
+    out = tmp_path / "whole.gguf"
+    quantize(prepare(str(folder), Recipe(format="gguf", type="Q8_0", method="rtn"), "cpu"), out)
+    with pytest.raises(LlmqError, match="is a GGUF file already"):
+        export(str(out), tmp_path / "out.gguf")
+    for size in (3, 20, 1000, out.stat().st_size - 1):
+        short = tmp_path / "short.gguf"
+        short.write_bytes(out.read_bytes()[:size])
+        with pytest.raises(LlmqError, match="short.gguf is (truncated|not a GGUF file)"):
+            export(str(short), tmp_path / "out.gguf")
+    with pytest.raises(LlmqError, match="is a folder"):
+        export(str(folder), tmp_path)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def record_of(out):
+    return json.loads(GgufFile(out).value("llmq.report"))
+
+
+def test_the_file_holds_a_record_of_what_became_of_every_linear(tiny_checkpoint, tmp_path):
+    folder, ours = tiny_checkpoint(), tmp_path / "ours"
+    recipe = Recipe(method="rtn", group_size=32, sym=False, format="awq", dtype="float32")
+    made = quantize(prepare(str(folder), recipe, "cpu"), ours)
+    export(str(ours), tmp_path / "kept.gguf", embeddings="Q8_0")
+    record, q = record_of(tmp_path / "kept.gguf"), solved(ours, "down")["model.layers.1.mlp.down_proj"]
+    assert holds(record) and record["exported"]["linears"] == json.loads(json.dumps(made["linears"]))
+    assert record["exported"]["recipe"]["method"] == "rtn" and record["source"]["name"] == "ours"
+    file = GgufFile(tmp_path / "kept.gguf")
+    assert record["tensors"].keys() == file.tensors.keys()
+    assert {"model.embed_tokens", "lm_head"} < record["linears"].keys() and len(record["linears"]) == 16
+    line, values = record["linears"]["model.layers.1.mlp.down_proj"], weights(tmp_path / "kept.gguf")
+    assert line["sha256"]["values"] == digest(values["blk.1.ffn_down.weight"])
+    wanted = ((values["blk.1.ffn_down.weight"] - q.dequantize()).square().sum() / q.dequantize().square().sum()).item()
+    assert 0 < line["weight_error"] == pytest.approx(wanted, rel=1e-3) and wanted < 1e-6
+
+
+def test_exact_values_have_no_error(golden, tmp_path):
+    export(str(golden("gptq_v1_w4g32_sym")), tmp_path / "out.gguf")
+    record = record_of(tmp_path / "out.gguf")
+    assert {line["weight_error"] for line in record["linears"].values()} == {0.0} and record["exported"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"embeddings": "Q9"}, "--embeddings 'Q9'"), ({"split_max_size": "x"}, "does not read"), ({}, "no tokenizer")],
+)
+def test_what_can_be_refused_is_refused_before_a_tensor_is_read(golden, tmp_path, monkeypatch, options, message):
+    folder = golden("gptq_v1_w4g32_sym")
+    monkeypatch.setattr(Source, "get", lambda *_: pytest.fail("a tensor was read"))
+    if not options:
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    with pytest.raises(LlmqError, match=message):
+        export(str(folder), tmp_path / "out.gguf", **options)
+
+
+def test_a_float_that_is_not_finite_is_refused_by_name(golden, tmp_path):
+    folder = golden("gptq_v1_w4g32_sym")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LlmqError, match=r"tensor model\.norm\.weight holds NaN"):
+        export(str(folder), tmp_path / "out.gguf")
+    assert convert(make(4, torch.tensor(float("inf")), 8), "w", "F32").outcome == REQUANTIZED
+
+
+@pytest.mark.parametrize("options", [{}, {"sym": False, "format": "awq"}, {"bits": 8, "group_size": "channel"}])
+def test_an_exported_file_is_verified_against_what_was_solved(tiny_checkpoint, tmp_path, options):
+    ours, out = tmp_path / "ours", tmp_path / "out.gguf"
+    recipe = {"method": "rtn", "group_size": 32, "dtype": "float32"} | options
+    quantize(prepare(str(tiny_checkpoint()), Recipe(**recipe), "cpu"), ours)
+    export(str(ours), out, embeddings="Q6_K")
+    report = verify(out)
+    assert report.passed, report.failures
+    assert report.checked["solved weights compared"] == 16

@@ -1,0 +1,120 @@
+"""Rotations leave the function of the whole model unchanged, spread outliers, and say what a tied head costs."""
+
+import json
+from functools import partial
+
+import gguf
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from llmq.algorithms.rotate import Rotate, orthogonal
+from llmq.checkpoint import Source
+from llmq.gguf.reader import GgufFile
+from llmq.loading import load
+from llmq.model.rotated import Rotated
+from llmq.model.skeleton import Skeleton
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import quantize
+from llmq.recipe import Recipe
+from llmq.types import LlmqError
+
+IDS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
+SIZES = {
+    "vocab_size": 320, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 12, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+
+
+BIASED = partial(LlamaConfig, attention_bias=True, mlp_bias=True)  # also where the stream is written: o_proj, down_proj
+
+
+@pytest.mark.parametrize("n", [1, 12, 64, 576])
+def test_orthogonal(n):
+    Q = orthogonal(n, torch.Generator().manual_seed(3)).double()
+    torch.testing.assert_close(Q @ Q.T, torch.eye(n, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert Q.abs().max() < 4 * n**-0.5
+    power = n & -n
+    assert power < n or torch.allclose(Q.abs(), torch.full_like(Q, n**-0.5))
+
+
+def rotated(folder, step):
+    """Return the float model of a rotated checkpoint, and the checkpoint."""
+    source = Rotated(Skeleton(Source(folder), torch.float32), step)
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = source.config["tie_word_embeddings"]
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.load_state_dict({n: source.get(n) for n in source.names()}, strict=not config.tie_word_embeddings)
+    return model, source
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("config", [MistralConfig, Qwen2Config, Qwen3Config, BIASED])
+@pytest.mark.parametrize("options", [{}, {"residual": True, "untie": True}, {"residual": True, "heads": False}])
+def test_the_function_is_unchanged(config, options, tied, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(**SIZES, tie_word_embeddings=tied)).eval()
+    for name, p in model.named_parameters():
+        p.data += 0.3 * torch.rand_like(p) if "norm" in name or "bias" in name else 0.0
+    model.save_pretrained(tmp_path)
+    step = Rotate(**options)
+    if tied and step.residual and not step.untie:
+        with pytest.raises(LlmqError, match=r"^rotate:.*residual=True unties the head of .* adds 0.1 MB; say so"):
+            rotated(tmp_path, step)
+        return
+    turned, source = rotated(tmp_path, step)
+    with torch.no_grad():
+        torch.testing.assert_close(turned(IDS).logits, model(IDS).logits, atol=2e-4, rtol=1e-4)
+    assert turned.config.tie_word_embeddings == (tied and not step.residual)
+    assert set(source.headers()) == set(source.names())
+    before = dict(model.named_parameters())
+    for name in ("v_proj", "o_proj", "q_proj"):
+        full = f"model.layers.1.self_attn.{name}.weight"
+        changed = (name != "q_proj" and step.heads) or step.residual
+        assert torch.allclose(source.get(full), before[full], atol=1e-6) == (not changed)
+
+
+def test_outliers_are_spread(tiny_llama, tmp_path):
+    model = tiny_llama()
+    model.model.layers[0].self_attn.q_proj.weight.data[:, 5] *= 50
+    model.model.layers[0].self_attn.v_proj.weight.data[3] *= 50
+    model.save_pretrained(tmp_path)
+    source = rotated(tmp_path, Rotate(residual=True))[1]
+    for name in ("q_proj", "v_proj"):
+        before, after = (s.get(f"model.layers.0.self_attn.{name}.weight") for s in (Source(tmp_path), source))
+        peak = [float(w.abs().max() / w.square().mean().sqrt()) for w in (before, after)]
+        assert peak[1] < 0.5 * peak[0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rotated_model_is_quantized_loaded_and_answers(tiny_checkpoint, tiny_llama, prose, tmp_path, tied):
+    text = tmp_path / "calibration.txt"
+    text.write_text(prose(2000))
+    folder, out = tiny_checkpoint(tie_word_embeddings=tied), tmp_path / "out"
+    method = "rotate:residual=true:untie=true,qep,gptq"
+    recipe = Recipe(method=method, bits=8, group_size=32, samples=8, seq_len=32, calib=str(text))
+    quantize(prepare(str(folder), recipe, "cpu"), out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    with torch.no_grad():
+        p, q = (m(IDS).logits.log_softmax(-1) for m in (tiny_llama(tie_word_embeddings=tied), load(out)))
+    assert (p.exp() * (p - q)).sum(-1).mean() < 2e-3
+
+
+def test_gguf_holds_the_rotated_values(tiny_checkpoint, tmp_path):
+    folder, out = tiny_checkpoint(), tmp_path / "out.gguf"
+    recipe = Recipe(method="rotate,rtn", format="gguf:pre=llama-bpe", type="Q8_0")
+    quantize(prepare(str(folder), recipe, "cpu"), out)
+    want = Rotated(Skeleton(Source(folder), torch.float32), Rotate()).get("model.layers.0.self_attn.v_proj.weight")
+    stored = GgufFile(out).tensors["blk.0.attn_v.weight"]
+    got = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy())
+    assert (got - want).abs().max() < 0.01 * want.abs().max()
+
+
+def test_errors(tiny_checkpoint):
+    with pytest.raises(ValueError, match="both off"):
+        Rotate(heads=False)
+    with pytest.raises(LlmqError, match="edits the weights before rounding"):
+        prepare(str(tiny_checkpoint()), Recipe(method="rotate,rtn", dtype="bfloat16"), "cpu")
+    with pytest.raises(LlmqError, match="is a rotation and cannot follow a transform"):
+        prepare(str(tiny_checkpoint()), Recipe(method="awq,rotate,rtn"), "cpu")

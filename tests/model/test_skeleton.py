@@ -1,0 +1,163 @@
+"""Suspended forwards see what plain forwards see; discovery finds the sites that the tables state."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from llmq.checkpoint import Source
+from llmq.families.llama import Llama
+from llmq.loading import load
+from llmq.model.lanes import Lanes, run
+from llmq.model.sites import discover, family_sites, refuse_other_matrices
+from llmq.model.skeleton import Skeleton, embed
+from llmq.types import LlmqError, Site
+
+CPU = torch.device("cpu")
+TOKENS = torch.randint(0, 300, (5, 24), generator=torch.Generator().manual_seed(0))
+SMALL = {
+    "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0,
+    "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+GATED = SMALL | {"intermediate_size": 96, "num_key_value_heads": 2}
+
+
+def blocks_outputs(skeleton, tokens, batch):
+    """Advance through all blocks with every linear's site suspended; return the last hidden states."""
+    hidden, calls = embed(skeleton, tokens, batch, CPU)
+    with torch.no_grad():
+        for i in range(len(skeleton)):
+            at = [c[i] for c in calls]
+            with skeleton.loaded(i, CPU) as block:
+                sites = family_sites(skeleton.config.model_type, block) or discover(block, hidden[0][:1], at[0])
+                with Lanes(block, sites, hidden, at) as lanes:
+                    for _ in sites:
+                        assert sum(x.shape[0] for x in lanes.advance()) == tokens.numel()
+                    hidden = list(lanes.finish())
+    return torch.cat(hidden)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_filled_skeleton_is_the_model_that_load_gives(changes, dtype, tiny_checkpoint):
+    folder = tiny_checkpoint(dtype=torch.bfloat16, **changes)
+    with torch.no_grad():
+        want = load(folder, dtype=dtype)(TOKENS).logits
+        model = Skeleton(Source(folder), dtype).filled(CPU)
+        assert torch.equal(model(TOKENS).logits, want) and not model.training and model.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**GATED, sliding_window=8),
+        Qwen2Config(**GATED, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+        Qwen3Config(**GATED, head_dim=16),
+        Phi3Config(**GATED),
+        GPTNeoXConfig(**SMALL, intermediate_size=96),
+        OPTConfig(**SMALL, ffn_dim=96, word_embed_proj_dim=64),
+    ],
+    ids=lambda c: c.model_type,
+)
+@pytest.mark.parametrize("batch", [2, 5])
+def test_suspended_forwards_equal_the_models_own(config, batch, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    want = {}
+    skeleton = Skeleton(Source(tmp_path), torch.float32)
+    last = model.get_submodule(skeleton.prefix)[-1]
+    last.register_forward_hook(lambda m, a, out: want.update(y=out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        model(TOKENS)
+    torch.testing.assert_close(blocks_outputs(skeleton, TOKENS, batch), want["y"], rtol=1e-4, atol=1e-5)
+    assert all(p.is_meta for p in skeleton.model.parameters())
+
+
+def test_discovery_finds_the_llama_table(tiny_llama):
+    model, seen = tiny_llama(), {}
+    block = model.model.layers[0]
+    block.register_forward_pre_hook(lambda m, a, k: seen.update(x=a[0], call=((), k)), with_kwargs=True)
+    with torch.no_grad():
+        model(TOKENS, use_cache=False)
+        found = discover(block, seen["x"], seen["call"])
+    assert [s.linears for s in found] == [s.linears for s in Llama().sites]
+
+
+def test_true_sequential_later_sites_see_the_quantized_weights_of_earlier_ones(tiny_llama):
+    model, seen = tiny_llama(), {}
+    block = model.model.layers[0]
+    block.register_forward_pre_hook(lambda m, a, k: seen.update(x=a[0], call=((), k)), with_kwargs=True)
+    with torch.no_grad():
+        model(TOKENS, use_cache=False)
+        with Lanes(block, Llama().sites, [seen["x"]], [seen["call"]]) as lanes:
+            list(lanes.advance())
+            for name in ("q_proj", "k_proj", "v_proj"):
+                getattr(block.self_attn, name).weight.zero_()
+            assert all((x == 0).all() for x in lanes.advance())  # o_proj reads attention over zero values
+
+
+class Twice(nn.Module):
+    def __init__(self, times):
+        super().__init__()
+        self.a, self.b, self.times = nn.Linear(8, 8), nn.Linear(8, 8), times
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.a(x)
+        return self.b(x)
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_linears_not_called_once_are_refused_by_name(times):
+    block, x = Twice(times), torch.randn(1, 4, 8)
+    with pytest.raises(LlmqError, match="a: not called exactly once"):
+        discover(block, x, ((), {}))
+    sites = (Site(("a",)), Site(("b",)))
+    with pytest.raises(LlmqError, match="rtn"), Lanes(block, sites, [x], [((), {})]) as lanes:
+        for _ in sites:
+            list(lanes.advance())
+        list(lanes.finish())
+    assert torch.equal(run(block, x, ((), {})), block(x))  # no hook is left behind
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (MixtralConfig(**GATED, num_local_experts=2), "experts"),
+        (GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4), "Conv1D"),
+    ],
+    ids=["mixtral", "gpt2"],
+)
+def test_other_weight_matrices_are_refused_by_name(config, what):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    block = (model.model.layers if what == "experts" else model.transformer.h)[0]
+    with pytest.raises(LlmqError, match=what):
+        refuse_other_matrices(block, "block 0")
+
+
+def test_an_unknown_architecture_is_named(tiny_checkpoint):
+    folder = tiny_checkpoint()
+    config = (folder / "config.json").read_text().replace('"model_type": "llama"', '"model_type": "lama"')
+    (folder / "config.json").write_text(config)
+    with pytest.raises(LlmqError, match="model_type 'lama'"):
+        Skeleton(Source(folder), torch.float32)
+
+
+def test_a_tensor_of_the_wrong_shape_is_named(tiny_checkpoint):
+    folder = tiny_checkpoint()
+    config = (folder / "config.json").read_text().replace('"intermediate_size": 128', '"intermediate_size": 160')
+    (folder / "config.json").write_text(config)
+    with pytest.raises(LlmqError, match=r"mlp\.\w+_proj\.weight is \[.*asks for"):
+        Skeleton(Source(folder), torch.float32)

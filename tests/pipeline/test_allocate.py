@@ -1,0 +1,121 @@
+"""Bits under a budget: the choice is near the best there is, fits, and is what gets written."""
+
+import dataclasses
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmq import calibration
+from llmq.loading import load_tokenizer
+from llmq.model.skeleton import embed
+from llmq.pipeline.allocate import Choice, costs, spend
+from llmq.pipeline.block import Streams
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import quantize
+from llmq.recipe import Recipe
+from llmq.types import LlmqError
+
+
+def units(seed, count=5):
+    draw = random.Random(seed)
+    made = {}
+    for i in range(count):
+        weights, sensitivity = draw.choice([100, 200, 400]), draw.lognormvariate(0, 2)
+        made[(f"site{i}",)] = [
+            Choice(b, weights * b, sensitivity * 4.0**-b * draw.uniform(0.7, 1.4)) for b in (2, 3, 4, 8)
+        ]
+    return made
+
+
+def best(choices, budget):
+    combinations = itertools.product(*choices.values())
+    return min(sum(c.error for c in chosen) for chosen in combinations if sum(c.size for c in chosen) <= budget)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_choice_errs_less_with_one_upgrade_less_to_spend(seed):
+    choices = units(seed)
+    least = sum(min(c.size for c in unit) for unit in choices.values())
+    step = max(b.size - a.size for unit in choices.values() for a, b in itertools.combinations(unit, 2))
+    for budget in (least + step, 1.9 * least + step):
+        chosen = spend(choices, budget)
+        assert sum(c.size for c in chosen.values()) <= budget
+        assert sum(c.error for c in chosen.values()) <= best(choices, budget - step) + 1e-12
+
+
+def test_a_choice_that_costs_more_and_errs_more_is_never_made():
+    choices = {("a",): [Choice(2, 200, 1.0), Choice(3, 300, 1.5), Choice(4, 400, 0.5)]}
+    assert spend(choices, 350)[("a",)].bits == 2
+    assert spend(choices, 400)[("a",)].bits == 4
+
+
+def test_a_budget_below_the_fewest_bits_is_refused():
+    with pytest.raises(LlmqError, match="too low"):
+        spend(units(0), 10)
+
+
+def test_the_written_model_fits_the_budget_with_sites_alike(tiny_checkpoint, tmp_path, prose):
+    text = tmp_path / "calibration.txt"
+    text.write_text(prose(2000))
+    recipe = Recipe(
+        method="gptq", target_bpw=5.0, group_size=32, samples=8, seq_len=32, calib=str(text), dtype="float32"
+    )
+    job = prepare(str(tiny_checkpoint()), recipe, "cpu")
+    assert job.warnings and not any("not quantized alike" in w for w in job.warnings)
+    summary = quantize(job, tmp_path / "out")
+    bits = {n: line["bits"] for n, line in summary["linears"].items()}
+    assert summary["size"]["bits_per_weight"] <= 5.0
+    assert len(set(bits.values())) > 1 and set(bits.values()) <= {3, 4, 5, 6, 8}
+    for block in ("model.layers.0", "model.layers.1"):
+        assert len({bits[f"{block}.self_attn.{n}_proj"] for n in "qkv"}) == 1
+        assert bits[f"{block}.mlp.gate_proj"] == bits[f"{block}.mlp.up_proj"]
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert len(config["config_groups"]) == len(set(bits.values()))
+    again = quantize(prepare(str(tiny_checkpoint()), Recipe(**summary["recipe"]), "cpu"), tmp_path / "again")
+    assert {n: line["bits"] for n, line in again["linears"].items()} == bits, "the recipe repeats the run"
+
+
+def test_costs_are_the_divergence_that_rounding_a_site_adds(tiny_checkpoint, tmp_path, prose):
+    text = tmp_path / "calibration.txt"
+    text.write_text(prose(2000))
+    folder = tiny_checkpoint(initializer_range=0.15)
+    job = prepare(str(folder), Recipe(method="rtn", target_bpw=5.0, group_size=32, samples=4, seq_len=64,
+                                      calib=str(text), dtype="float32"), "cpu")  # fmt: skip
+    tokens = calibration.tokens(str(text), load_tokenizer(str(folder)), 64, 64, 1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        hidden, calls = embed(job.skeleton, tokens, len(tokens), torch.device("cpu"))
+        found = costs(job, Streams(hidden, [], calls), lambda *_: None)
+        want, ratios = model(tokens).logits.log_softmax(-1), []
+        for names, choices in found.items():
+            floats = {n: model.get_submodule(n).weight.data.clone() for n in names}
+            for c in choices[:2]:  # 3 and 4 bits
+                for n, W in floats.items():
+                    grid = dataclasses.replace(job.linears[n].scheme.weight, bits=c.bits)
+                    params = grid.fit(W).columns(W.shape[1])
+                    model.get_submodule(n).weight.data = grid.decode(grid.nearest(W, params), params)
+                log_p = model(tokens).logits.log_softmax(-1)
+                ratios.append(c.error / (want.exp() * (want - log_p)).sum(-1).mean().item())
+            for n, W in floats.items():
+                model.get_submodule(n).weight.data = W
+    assert min(ratios) > 0.5 and max(ratios) < 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "gptq"}, "gptq"),
+        ({"format": "awq"}, "awq"),
+        ({"bits": 8, "act_bits": 8}, "target_bpw"),
+        ({"bit_choices": "4,eight"}, "bit_choices"),
+        ({"bit_choices": "4,9"}, "bit_choices"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_mixed_is_refused_before_any_work(tiny_checkpoint, options, message):
+    with pytest.raises(LlmqError, match=message):
+        prepare(str(tiny_checkpoint()), Recipe(**({"target_bpw": 4.5, "group_size": 32} | options)), "cpu")

@@ -1,0 +1,279 @@
+"""quantization.json tells the truth: errors and checksums are those of the files, found again from files alone."""
+
+import gc
+import hashlib
+import json
+import weakref
+
+import gguf
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+
+from llmq import registry
+from llmq.checkpoint import Source
+from llmq.errors import LlmqError
+from llmq.gguf.architecture import architecture
+from llmq.gguf.reader import GgufFile
+from llmq.model.folding import Fold, floats_of
+from llmq.pipeline import block, records
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import quantize
+from llmq.recipe import Recipe
+from llmq.stats import Hessian
+from llmq.types import LinearSpec
+
+BASE = {"samples": 8, "seq_len": 64, "group_size": 32, "dtype": "float32", "bits": 3}
+W8A8 = {"bits": 8, "act_bits": 8, "group_size": None}
+
+
+@pytest.fixture
+def text(tmp_path, prose):
+    file = tmp_path / "calibration.txt"
+    file.write_text(prose(2000))
+    return str(file)
+
+
+@pytest.fixture
+def hessians(monkeypatch):
+    """H of every linear as it was solved, by full name, caught on its way."""
+    caught, number = {}, [""]
+    original = block.solve
+
+    def solve(job, targets, stats):
+        if Hessian in stats:
+            H_KK = stats[Hessian].mean().clone()
+            caught.update({f"{number[0]}{t.name}": H_KK for t in targets})
+        return original(job, targets, stats)
+
+    def quantize_block(job, i, *rest):
+        number[0] = f"{job.skeleton.prefix}.{i}."
+        result = block.quantize_block(job, i, *rest)
+        number[0] = ""
+        return result
+
+    monkeypatch.setattr("llmq.pipeline.block.solve", solve)
+    monkeypatch.setattr("llmq.pipeline.run.solve", solve)
+    monkeypatch.setattr("llmq.pipeline.run.quantize_block", quantize_block)
+    return caught
+
+
+def made(folder, out, **options):
+    quantize(prepare(str(folder), Recipe(**(BASE | options)), "cpu"), out)
+    return json.loads((out / "quantization.json").read_text())
+
+
+def solved(out):
+    """Return every quantized linear of a checkpoint, as its format reads it."""
+    source = Source(out)
+    config = source.config["quantization_config"]
+    fmt, scheme = registry.find("formats", config["quant_method"]).read(config)
+    plain = AutoConfig.from_pretrained(out)
+    del plain.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(plain)
+    for name, m in model.named_modules():
+        if isinstance(m, torch.nn.Linear) and (chosen := scheme(name, m.out_features, m.in_features)):
+            own = {n.removeprefix(f"{name}."): source.get(n) for n in source.names() if n.startswith(f"{name}.")}
+            yield name, fmt.unpack(own, LinearSpec(name, m.out_features, m.in_features, chosen))
+
+
+def sha256(tensor):
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def check(folder, out, record, hessians=None):
+    """Hold a record against the files of the checkpoint and the float one that it was made of."""
+    floats, seen = floats_of(Source(folder), record, record["linears"], "the record"), set()
+    for name, q in solved(out):
+        line, one = record["linears"][name], q.grid.per_tensor
+        stored = {"codes": q.codes, "scale": q.params.scale[:1] if one else q.params.scale}
+        stored["zero"] = (q.params.zero[:1] if one else q.params.zero).int()
+        stored |= {} if q.g_idx is None else {"g_idx": q.g_idx.int()}
+        assert line["sha256"] == {k: sha256(t) for k, t in stored.items()}, name
+        tied = name == "lm_head" and "lm_head.weight" not in floats.source
+        W_NK = floats.get("model.embed_tokens.weight" if tied else f"{name}.weight").double()
+        E_NK = q.dequantize().double() - W_NK
+        assert line["weight_error"] == pytest.approx((E_NK.square().sum() / W_NK.square().sum()).item(), rel=1e-5)
+        H_KK = (hessians or {}).get(name)
+        assert (H_KK is None) == ("output_error" not in line)
+        if H_KK is not None:
+            error, whole = (((X @ H_KK.double()) * X).sum().item() for X in (E_NK, W_NK))
+            assert line["output_error"] == pytest.approx(error / whole, rel=1e-5)
+        seen.add(name)
+    assert seen == set(record["linears"])
+    source = Source(out)
+    assert record["tensors"] == {n: sha256(source.get(n)) for n in source.names()}
+    for name in set(source.names()) & set(floats.source.names()) - set(record["tuned"]):
+        if name.rpartition(".")[0] not in seen:
+            assert torch.equal(source.get(name), floats.get(name)), name
+    assert record["files"] == {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir() if p.name != "quantization.json"
+    }
+    assert records.holds(record)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("rtn", {"format": "gptq"}),
+        ("rtn", {"group_size": "tensor", "bits": 8, "format": "compressed-tensors"}),
+        ("gptq", {"sym": False, "format": "compressed-tensors"}),
+        ("gptq:desc_act=true,descent", {"format": "gptq"}),
+        ("qep,gptq,descent", {"bits": 2, "format": "gptq", "lm_head": True, "dtype": "auto"}),
+        ("awq,gptq", {"bits": 4, "sym": False, "format": "awq"}),
+        ("awq,smoothquant,rtn", {"skip": (r"0\.self_attn\.k_proj", "down_proj"), "format": "compressed-tensors"}),
+        ("smoothquant,rtn", W8A8),
+        ("migrate,qep,gptq", {**W8A8, "act": "tensor"}),
+        ("rotate:residual=true:untie=true,gptq", {"format": "gptq"}),
+        ("rotate,awq,rtn", {"format": "gptq", "skip": ("v_proj",)}),
+        ("qep,rtn,signround:steps=20:check=4", {"bits": 2, "samples": 32, "format": "gptq"}),
+        ("gptq,distill:epochs=1:lr=0.01:norm_lr=0.01", {"bits": 2, "format": "gptq", "lm_head": True}),
+        ("fisher,qep,gptq,descent", {"format": "gptq"}),
+        ("gptq", {"target_bpw": 4.5, "format": "compressed-tensors"}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())),
+)
+def test_the_record_is_found_again_from_the_files(tiny_checkpoint, tmp_path, text, hessians, method, options):
+    folder = tiny_checkpoint(dtype=torch.bfloat16, tie_word_embeddings=True)
+    record = made(folder, tmp_path / "out", method=method, calib=text, **options)
+    check(folder, tmp_path / "out", record, hessians)
+    if "signround" in method:  # it moved codes, and so errors
+        assert any(line["signround"] < 1 for line in record["linears"].values())
+    assert all(line["held_kl"] < line["held_kl_before"] for line in record["finished"].values())
+
+
+def test_biases_and_mixed_dtypes_are_written_as_they_run(tmp_path, tokenizer_bos, text, hessians):
+    """A Qwen2, whose biases absorb folds, with norms in float32 among bfloat16, and computed in bfloat16 too."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 320, "bos_token_id": 0, "eos_token_id": 1}
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**sizes), dtype=torch.bfloat16)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            torch.nn.init.normal_(p, 1.0, 0.3)
+        if "norm" in name or "up_proj" in name:
+            p.data = p.data.float() * 1.001  # no bfloat16 numbers
+    model.save_pretrained(tmp_path / "float")
+    tokenizer_bos.save_pretrained(tmp_path / "float")
+    for i, (method, dtype) in enumerate([("awq,gptq", "float32"), ("rotate,rtn", "float32"), ("gptq", "bfloat16")]):
+        out = tmp_path / f"out{i}"
+        record = made(tmp_path / "float", out, method=method, calib=text, dtype=dtype, skip=("k_proj",))
+        check(tmp_path / "float", out, record, hessians)
+        hessians.clear()
+        dtypes = {n: Source(out).headers()[n][0] for n in Source(out).names()}
+        assert dtypes["model.layers.0.input_layernorm.weight"] == "F32"
+        assert dtypes["model.layers.0.self_attn.v_proj.bias"] == "BF16"
+
+
+@pytest.mark.parametrize("step", ["awq", "rotate"])
+def test_hidden_states_see_what_is_written(tiny_checkpoint, tmp_path, text, monkeypatch, step):
+    """Skipped linears are rounded to bfloat16 before the blocks behind them are calibrated."""
+    ran, original = {}, block._solve
+
+    def watched(b):
+        ran.update({b.full(n): t.clone() for n, t in b.module.state_dict().items()})
+        return original(b)
+
+    monkeypatch.setattr(block, "_solve", watched)
+    out = tmp_path / "out"
+    made(tiny_checkpoint(dtype=torch.bfloat16), out, method=f"{step},rtn", calib=text, skip=("v_proj", "down_proj"))
+    written = Source(out)
+    floats = [n for n in ran if n in written]
+    assert len(floats) == 8 and any("v_proj" in n for n in floats)
+    assert all(torch.equal(ran[n], written.get(n).float()) for n in floats)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Q4_K_M", {"method": "rtn"}),
+        ("Q8_0", {"method": "qep,gptq,descent", "split_max_size": "1M"}),
+        ("Q3_K_M", {"method": "smoothquant,gptq"}),
+        ("Q4_0", {"method": "rotate:residual=true:untie=true,gptq"}),
+    ],
+)
+def test_the_record_in_a_gguf_file_is_found_again(tiny_checkpoint, tmp_path, text, hessians, kind, options):
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "tie_word_embeddings": True}
+    folder, out = tiny_checkpoint(dtype=torch.bfloat16, **sizes), tmp_path / "out.gguf"
+    recipe = Recipe(format="gguf", type=kind, samples=8, seq_len=64, calib=text, **options)
+    summary = quantize(prepare(str(folder), recipe, "cpu"), out)
+    files = [GgufFile(out.parent / name) for name in summary["files"]]
+    record, tensors = files[0].report(), {n: t for f in files for n, t in f.tensors.items()}
+    assert (len(files) > 1) == ("split_max_size" in options) and records.holds(record)
+    assert record["tensors"] == {n: hashlib.sha256(t.data.tobytes()).hexdigest() for n, t in tensors.items()}
+
+    floats = floats_of(Source(folder), record, record["linears"], "the record")
+    arch = architecture(AutoConfig.from_pretrained(folder))
+    for name, line in record["linears"].items():
+        t = tensors[arch.tensor(f"{name}.weight") or "output.weight"]
+        Q_NK = torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy())
+        rows = arch.rows(f"{name}.weight")
+        Q_NK = Q_NK if rows is None else Q_NK[torch.argsort(rows)]
+        assert line["sha256"] == {"values": sha256(Q_NK)}, name
+        W_NK = floats.get(f"{name}.weight").double()
+        E_NK = Q_NK.double() - W_NK
+        assert line["weight_error"] == pytest.approx((E_NK.square().sum() / W_NK.square().sum()).item(), rel=1e-5)
+        assert ("output_error" in line) == (name in hessians)
+        if name in hessians:
+            error, whole = (((X @ hessians[name].double()) * X).sum().item() for X in (E_NK, W_NK))
+            assert line["output_error"] == pytest.approx(error / whole, rel=1e-5)
+    assert record["linears"].keys() == {*floats.quantized} and len(record["linears"]) >= 15
+
+
+def test_a_record_that_was_changed_does_not_hold():
+    record = records.sealed({"a": 1, "b": ["\u00e9", 0.1]})
+    assert records.holds(json.loads(json.dumps(record)))
+    assert not records.holds(record | {"a": 2}) and not records.holds({"a": 1})
+
+
+def test_a_fold_is_written_and_read(tmp_path):
+    by = Fold("awq", 3, ("a", "b"), "c", 16, torch.rand(8))
+    again = Fold.from_json(json.loads(json.dumps(by.to_json())), "here")
+    assert torch.equal(again.scale, by.scale) and again.to_json() == by.to_json()
+    for change in ({"scale": "%"}, {"scale": "AAA="}, {"linears": 4}, {"head_dim": "16"}, {"producer": None}):
+        with pytest.raises(LlmqError, match="here"):
+            Fold.from_json(by.to_json() | change, "here")
+
+
+def test_nothing_that_a_record_names_is_imported(tiny_checkpoint):
+    for step in ("os.path:x=1", "gptq"):
+        with pytest.raises(LlmqError, match="no rotation of llmq's own"):
+            floats_of(Source(tiny_checkpoint()), {"transforms": [{"step": step}]}, {}, "here")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"producer": "model.norms"}, {"linears": ("model.layers.0.mlp.down_proj",)}, {"scale": torch.ones(63)},
+     {"producer": "model.layers.0.self_attn.v_proj", "head_dim": 24}, {"linears": ("model.norm",)}],
+)  # fmt: skip
+def test_a_fold_of_another_model_is_refused(tiny_checkpoint, change):
+    base = {"step": "awq", "block": 0, "linears": ("model.layers.0.mlp.up_proj",), "head_dim": 16}
+    base |= {"producer": "model.layers.0.post_attention_layernorm", "scale": torch.ones(64)}
+    source = Source(tiny_checkpoint())
+    floats_of(source, {"transforms": [Fold(**base).to_json()]}, {}, "here").get("model.layers.0.mlp.up_proj.weight")
+    with pytest.raises(LlmqError, match=r"here, transforms\[0\] names other modules"):
+        floats_of(source, {"transforms": [Fold(**(base | change)).to_json()]}, {}, "here")
+    with pytest.raises(LlmqError, match="is no object"):
+        floats_of(source, {"transforms": [4]}, {}, "here")
+
+
+@pytest.mark.parametrize("method", ["gptq,descent", "qep,gptq,signround:steps=1"])
+def test_no_float_weight_outlives_its_site_but_for_tuners(tiny_checkpoint, tmp_path, text, monkeypatch, method):
+    alive, seen, original = [], [], block._placed
+
+    def placed(at, answer):
+        alive.append((at.number, weakref.ref(answer.W_NK)))
+        return original(at, answer)
+
+    def solve_site(at, *args):
+        gc.collect()
+        seen.append(sum(ref() is not None for number, ref in alive if number == at.number))
+        return solved(at, *args)
+
+    solved = block._solve_site
+    monkeypatch.setattr(block, "_placed", placed)
+    monkeypatch.setattr(block, "_solve_site", solve_site)
+    made(tiny_checkpoint(), tmp_path / "out", method=method, calib=text)
+    assert len(seen) == 8  # q, k and v; o; gate and up; down: of two blocks
+    assert seen == ([0, 3, 4, 6] * 2 if "signround" in method else [0] * 8)
