@@ -137,11 +137,11 @@ def quantize(
     given = given if out.suffix != ".gguf" else {"format": "gguf"} | given
     what = Recipe.load(file, given, allow_code=allow_code)
     refuse(what, src, adapter, out, overwrite=overwrite)
-    job = prepare(src, what, device, adapter)
-    said = list(job.warnings)
+    plan = prepare(src, what, device, adapter)
+    said = list(plan.warnings)
     _warn(said)
     with _progress() as step:
-        summary = run(job, out, overwrite=overwrite, check=verify, progress=step)
+        summary = run(plan, out, overwrite=overwrite, check=verify, progress=step)
     _warn(w for w in summary["warnings"] if w not in said)  # what calibration left out
     _print_summary(out, summary, time.monotonic() - start)
 

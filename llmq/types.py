@@ -408,7 +408,7 @@ class Format(Protocol):
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Return the dtype in which this format stores scales; the grid is fitted in it."""
 
-    def plan(self, linears: Sequence[LinearSpec]) -> list[str]:
+    def check(self, linears: Sequence[LinearSpec]) -> list[str]:
         """Before writing: refuse, by LlmqError, what the format cannot hold; return warnings about runtimes."""
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from llmq.pipeline.method import plan
+from llmq.pipeline.method import method_of
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 
@@ -31,7 +31,7 @@ def test_a_quality_stands_for_a_method_and_a_range():
     assert Recipe(quality="best", bits=2).resolved().method == f"{resolved['best'].method},distill"
     assert ",distill:epochs=1" in str(Recipe(quality="best", bits=3).resolved().method)
     for quality in names:
-        assert plan(Recipe(quality=quality, bits=8, act_bits=8), torch.float16).transforms
+        assert method_of(Recipe(quality=quality, bits=8, act_bits=8), torch.float16).transforms
     gguf = [Recipe(quality=q, format="gguf").resolved().method for q in names]
     assert gguf == ["rtn", "qep,gptq,descent", "qep,gptq,descent"]
     with pytest.raises(LlmqError, match="not both"):
@@ -51,16 +51,16 @@ def test_a_quality_stands_for_a_method_and_a_range():
 )
 def test_steps_out_of_order_are_refused(method, message):
     with pytest.raises(LlmqError, match=message):
-        plan(Recipe(method=method), torch.float16)
+        method_of(Recipe(method=method), torch.float16)
 
 
 def test_awq_clips_all_but_q_and_k_unless_a_range_is_named():
-    chosen = plan(Recipe(method="awq,rtn"), torch.float16)
+    chosen = method_of(Recipe(method="awq,rtn"), torch.float16)
     ranges = {
         n: type(chosen.scheme(f"model.layers.0.self_attn.{n}").weight.range).__name__ for n in ("q_proj", "v_proj")
     }
     assert ranges == {"q_proj": "MinMax", "v_proj": "Output"}
-    named = plan(Recipe(method="awq,rtn", range="mse"), torch.float16)
+    named = method_of(Recipe(method="awq,rtn", range="mse"), torch.float16)
     assert type(named.scheme("model.layers.0.self_attn.q_proj").weight.range).__name__ == "Mse"
 
 
@@ -140,7 +140,7 @@ def test_a_bad_file_is_named(tmp_path, content, message):
 )
 def test_values_of_another_kind_and_impossible_combinations_are_refused(options, message):
     with pytest.raises(LlmqError, match=message) as e:
-        plan(Recipe(**options), torch.float16)
+        method_of(Recipe(**options), torch.float16)
     assert len(str(e.value)) < 300
 
 
@@ -225,7 +225,7 @@ def test_a_file_names_no_code_unless_the_user_allows_it(tmp_path, monkeypatch, t
     with pytest.raises(LlmqError, match="names code outside llmq .* --allow-code"):
         Recipe.load(tmp_path / "r.yaml", {})
     with pytest.raises(LlmqError, match="it ran|no third-party"):
-        plan(Recipe.load(tmp_path / "r.yaml", {}, allow_code=True), torch.float16)
+        method_of(Recipe.load(tmp_path / "r.yaml", {}, allow_code=True), torch.float16)
     if "method: evil" in text:  # what the command line says in its place, or says itself, is the user's own
         assert Recipe.load(tmp_path / "r.yaml", {"method": "rtn"}).method == "rtn"
         assert Recipe.load(None, {"method": "evil.step"}).method == "evil.step"
@@ -239,11 +239,11 @@ def test_a_step_without_a_verb_is_named(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(LlmqError, match="lazy.step is no step; a step has one of the methods rotate, weigh"):
-        plan(Recipe(method="lazy.step,rtn"), torch.float16)
+        method_of(Recipe(method="lazy.step,rtn"), torch.float16)
 
 
 def test_overrides_apply_in_order_and_keep_the_rest_of_the_grid():
     recipe = Recipe(override=(r"mlp\.:bits=8", r"down_proj$:group_size=32,range=mse:norm=2.4"), sym=False)
-    grid = plan(recipe, torch.float16).scheme("model.layers.0.mlp.down_proj").weight
+    grid = method_of(recipe, torch.float16).scheme("model.layers.0.mlp.down_proj").weight
     assert (grid.bits, grid.group_size, grid.sym, grid.range.norm) == (8, 32, False, 2.4)
-    assert plan(recipe, torch.float16).scheme("model.layers.0.self_attn.o_proj").weight.bits == 4
+    assert method_of(recipe, torch.float16).scheme("model.layers.0.self_attn.o_proj").weight.bits == 4

@@ -75,7 +75,7 @@ class AWQ:
         """Return float16, whatever the model's dtype."""
         return torch.float16
 
-    def plan(self, linears: Sequence[LinearSpec]) -> list[str]:
+    def check(self, linears: Sequence[LinearSpec]) -> list[str]:
         """Refuse what AWQ files cannot hold; return warnings about readers. Raises LlmqError."""
         grid = _common.uniform(linears, "awq")
         if grid.bits != 4:

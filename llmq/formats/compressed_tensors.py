@@ -78,7 +78,7 @@ class CompressedTensors:
         """Return the model's dtype, as the peers do."""
         return model_dtype
 
-    def plan(self, linears: Sequence[LinearSpec]) -> list[str]:
+    def check(self, linears: Sequence[LinearSpec]) -> list[str]:
         """Refuse what the files cannot hold; return warnings about readers. Raises LlmqError."""
         if not linears:
             raise LlmqError("no linear is left to quantize; skip fewer modules")

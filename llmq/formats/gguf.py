@@ -38,7 +38,7 @@ class Gguf:
         """Return float16, whatever the model's dtype."""
         return torch.float16
 
-    def plan(self, linears: Sequence[LinearSpec]) -> list[str]:
+    def check(self, linears: Sequence[LinearSpec]) -> list[str]:
         """Refuse what no GGUF tensor can hold. Raises LlmqError."""
         for spec in linears:
             grid = spec.scheme.weight

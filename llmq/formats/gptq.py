@@ -80,7 +80,7 @@ class GPTQ:
         """Return float16, whatever the model's dtype."""
         return torch.float16
 
-    def plan(self, linears: Sequence[LinearSpec]) -> list[str]:
+    def check(self, linears: Sequence[LinearSpec]) -> list[str]:
         """Refuse what GPTQ files cannot hold; return warnings about readers. Raises LlmqError."""
         grid = _common.uniform(linears, "gptq")
         first = linears[0].name
@@ -178,7 +178,7 @@ class GPTQ:
         return _reading.sound(q, spec, "scales", "qzeros")
 
     def layout(self, spec: LinearSpec) -> dict[str, Tensor]:
-        """Return the meta tensors of one linear; the last group of a peer's may be short (`plan` refuses our own)."""
+        """Return the meta tensors of one linear; the last group of a peer's may be short (`check` refuses our own)."""
         bits, G = spec.scheme.weight.bits, -(-spec.K // (spec.scheme.weight.group_size or spec.K))
 
         def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:

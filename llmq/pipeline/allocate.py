@@ -25,7 +25,7 @@ from llmq.calibration.token_gradients import squared_gradients
 from llmq.model.lanes import Call, Lanes
 from llmq.pipeline.block import Streams, block_sites
 from llmq.pipeline.card import packed_bytes
-from llmq.pipeline.plan import Job, prepare
+from llmq.pipeline.plan import Plan, prepare
 from llmq.stats import Hessian
 from llmq.types import LinearSpec, LlmqError
 
@@ -43,35 +43,35 @@ class Choice:
         return Choice(self.bits, self.size + other.size, self.error + other.error)
 
 
-def allocate(job: Job, streams: Streams, report: Callable[[int, int, str], None]) -> Job:
-    """Return the job with overrides that spend its recipe's `target_bpw`; the streams stay where they are.
+def allocate(plan: Plan, streams: Streams, report: Callable[[int, int, str], None]) -> Plan:
+    """Return the plan with overrides that spend its recipe's `target_bpw`; the streams stay where they are.
 
     Raises LlmqError where the budget does not even hold the fewest bits.
     """
-    recipe = job.plan.recipe
+    recipe = plan.method.recipe
     if recipe.target_bpw is None:
-        return job
-    units = costs(job, streams, report)
-    budget = recipe.target_bpw * sum(job.linears[n].N * job.linears[n].K for names in units for n in names) / 8
+        return plan
+    units = costs(plan, streams, report)
+    budget = recipe.target_bpw * sum(plan.linears[n].N * plan.linears[n].K for names in units for n in names) / 8
     chosen = spend(units, budget)
     overrides = tuple(
         f"^({'|'.join(re.escape(n) for n in names)})$:bits={choice.bits}" for names, choice in chosen.items()
     )
     settled = dataclasses.replace(recipe, override=(*recipe.override, *overrides), target_bpw=None, bit_choices=None)
-    chosen_job = prepare(str(job.source.path), settled, str(job.device), job.source.adapter)
-    return dataclasses.replace(chosen_job, warnings=job.warnings)  # what the user was told, calibration included
+    chosen_job = prepare(str(plan.source.path), settled, str(plan.device), plan.source.adapter)
+    return dataclasses.replace(chosen_job, warnings=plan.warnings)  # what the user was told, calibration included
 
 
-def costs(job: Job, streams: Streams, report: Callable[[int, int, str], None]) -> dict[tuple[str, ...], list[Choice]]:
+def costs(plan: Plan, streams: Streams, report: Callable[[int, int, str], None]) -> dict[tuple[str, ...], list[Choice]]:
     """Return what the sites cost at each of the recipe's choices of bits, by the full names of their linears."""
     hidden, calls = streams.hidden[:1], streams.calls[:1]
     squares = streams.squares
     if not squares:
-        squares = squared_gradients(job.skeleton, hidden, calls, job.device, job.plan.recipe.seed, report)
+        squares = squared_gradients(plan.skeleton, hidden, calls, plan.device, plan.method.recipe.seed, report)
     found: dict[tuple[str, ...], list[Choice]] = {}
-    for i in range(len(job.skeleton)):
-        report(i, len(job.skeleton), f"sensitivity of block {i}")
-        hidden, of_block = _measure(job, i, hidden, [calls[0][i]], squares)
+    for i in range(len(plan.skeleton)):
+        report(i, len(plan.skeleton), f"sensitivity of block {i}")
+        hidden, of_block = _measure(plan, i, hidden, [calls[0][i]], squares)
         found |= of_block
     return found
 
@@ -119,20 +119,20 @@ def _slope(a: Choice, b: Choice) -> float:
 
 
 def _measure(
-    job: Job, i: int, hidden: list[Tensor], at: list[Call], squares: Mapping[str, Sequence[Tensor]]
+    plan: Plan, i: int, hidden: list[Tensor], at: list[Call], squares: Mapping[str, Sequence[Tensor]]
 ) -> tuple[list[Tensor], dict[tuple[str, ...], list[Choice]]]:
     """Return what float block `i` makes of `hidden`, one batch, and what its sites cost, by their linears' names.
 
     squares: s of every linear by full name, `[T]` a batch.
     """
-    prefix = f"{job.skeleton.prefix}.{i}."
+    prefix = f"{plan.skeleton.prefix}.{i}."
     found: dict[tuple[str, ...], list[Choice]] = {}
-    with job.skeleton.loaded(i, job.device) as block:
-        sites = block_sites(job, block, hidden, at)
+    with plan.skeleton.loaded(i, plan.device) as block:
+        sites = block_sites(plan, block, hidden, at)
         with Lanes(block, sites, hidden, at) as lanes:
             for site in sites:
                 (X_TK,) = lanes.advance()
-                linears = [job.linears[prefix + n] for n in site.linears if prefix + n in job.linears]
+                linears = [plan.linears[prefix + n] for n in site.linears if prefix + n in plan.linears]
                 if not linears:
                     continue
                 hessian = Hessian()
@@ -140,20 +140,20 @@ def _measure(
                 each = []
                 for spec in linears:
                     linear, s_T = block.get_submodule(spec.name.removeprefix(prefix)), squares[spec.name][0]
-                    each.append(_choices(job, spec, linear, (X_TK, hessian.mean(), s_T)))
+                    each.append(_choices(plan, spec, linear, (X_TK, hessian.mean(), s_T)))
                 found[tuple(s.name for s in linears)] = [sum(alike[1:], alike[0]) for alike in zip(*each, strict=True)]
             return list(lanes.finish()), found
 
 
-def _choices(job: Job, spec: LinearSpec, linear: nn.Module, sample: tuple[Tensor, Tensor, Tensor]) -> list[Choice]:
+def _choices(plan: Plan, spec: LinearSpec, linear: nn.Module, sample: tuple[Tensor, Tensor, Tensor]) -> list[Choice]:
     """Return what one linear costs at each number of bits; sample: its input `[T, K]`, `X^T X / T`, and `s_T`."""
     X_TK, H_KK, s_T = sample
     W_NK = linear.get_parameter("weight").float()
     found = []
-    for bits in job.plan.recipe.choices():
+    for bits in plan.method.recipe.choices():
         grid = dataclasses.replace(spec.scheme.weight, bits=bits)
         scheme = dataclasses.replace(spec.scheme, weight=grid)
-        size = packed_bytes(job.plan.format, dataclasses.replace(spec, scheme=scheme))
+        size = packed_bytes(plan.method.format, dataclasses.replace(spec, scheme=scheme))
         params = grid.fit(W_NK, H_KK).columns(W_NK.shape[1])
         E_NK = grid.decode(grid.nearest(W_NK, params), params) - W_NK
         error = s_T @ (X_TK.float() @ E_NK.T).square().sum(-1) / (2 * len(s_T))

@@ -28,7 +28,7 @@ from llmq.grids.int import Int
 from llmq.model.folding import Fold, fold
 from llmq.model.lanes import Call, Lanes, run
 from llmq.model.sites import discover, family_sites, no_table
-from llmq.pipeline.plan import Job
+from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Line, Record
 from llmq.stats import Hessian, Histogram, MeanSquare
 from llmq.types import BlockView, LlmqError, Params, Scaling, Site, SiteView, Solved, Target
@@ -64,7 +64,7 @@ class _Block:
     number: from 0. calls: the other arguments of its call, batch by batch.
     """
 
-    job: Job
+    plan: Plan
     number: int
     module: nn.Module
     sites: Sequence[Site]
@@ -73,17 +73,17 @@ class _Block:
 
     def full(self, name: str) -> str:
         """Return the full name of what the block calls so."""
-        return f"{self.job.skeleton.prefix}.{self.number}.{name}"
+        return f"{self.plan.skeleton.prefix}.{self.number}.{name}"
 
     @property
     def moves_on(self) -> bool:
         """Whether anything behind the block wants its output."""
-        last = self.number == len(self.job.skeleton) - 1
-        return bool(self.streams.hidden) and not (last and self.job.head is None)
+        last = self.number == len(self.plan.skeleton) - 1
+        return bool(self.streams.hidden) and not (last and self.plan.head is None)
 
     def exact(self, name: str, tensor: Tensor) -> Tensor:
         """Return a tensor of the block as the checkpoint has it: what is computed with may hold less."""
-        source = self.job.source
+        source = self.plan.source
         whole = tensor.dtype in (torch.float32, source.dtype_of(self.full(name)))
         return tensor.detach() if whole else source.get(self.full(name)).to(tensor.device)
 
@@ -103,23 +103,23 @@ class _Answer:
     H_KK: Tensor | None
 
 
-def quantize_block(job: Job, i: int, streams: Streams, sink: Sink) -> Record:
+def quantize_block(plan: Plan, i: int, streams: Streams, sink: Sink) -> Record:
     """Quantize block `i`, write it, move the streams past it. Returns what is recorded of it."""
     calls = [c[i] for c in streams.calls]
     record = Record()
-    with job.skeleton.loaded(i, job.device) as module:
-        block = _Block(job, i, module, block_sites(job, module, streams.hidden, calls), calls, streams)
-        for step in job.plan.transforms:
+    with plan.skeleton.loaded(i, plan.device) as module:
+        block = _Block(plan, i, module, block_sites(plan, module, streams.hidden, calls), calls, streams)
+        for step in plan.method.transforms:
             _transform(block, step, record)
         packed = _settle(block)
-        streams.watch = Watch() if job.plan.recipe.kv_bits else None
+        streams.watch = Watch() if plan.method.recipe.kv_bits else None
         solved = _solve(block)
         if streams.watch is not None:
-            dtype = job.plan.format.scale_dtype(job.skeleton.stored_dtype)
-            packed |= {block.full(n): t for n, t in streams.watch.tensors(module, job.plan.recipe.kv, dtype).items()}
+            dtype = plan.method.format.scale_dtype(plan.skeleton.stored_dtype)
+            packed |= {block.full(n): t for n, t in streams.watch.tensors(module, plan.method.recipe.kv, dtype).items()}
         for name, s in solved.items():
             full = block.full(name)
-            packed |= {f"{full}.{k}": t for k, t in job.plan.format.pack(s.q, job.linears[full]).items()}
+            packed |= {f"{full}.{k}": t for k, t in plan.method.format.pack(s.q, plan.linears[full]).items()}
             record.note(full, s.report)
         sink.add(packed)
     return record
@@ -127,7 +127,7 @@ def quantize_block(job: Job, i: int, streams: Streams, sink: Sink) -> Record:
 
 def _solve(block: _Block) -> dict[str, Solved]:
     """Solve every site in the order they run, then tune the block; move the streams on."""
-    job, module, streams = block.job, block.module, block.streams
+    plan, module, streams = block.plan, block.module, block.streams
     watched = streams.watch.into(block.calls) if streams.watch is not None else block.calls
     solved: dict[str, Solved] = {}
     for_tuners: list[_Answer] = []
@@ -140,15 +140,15 @@ def _solve(block: _Block) -> dict[str, Solved]:
             lanes = stack.enter_context(Lanes(module, block.sites, streams.hidden, watched))
         for site in block.sites:
             solved |= _solve_site(block, site, lanes, reference, for_tuners)
-        outputs = list(reference.finish()) if reference and (block.moves_on or job.plan.tuners) else []
-        if lanes and block.moves_on and not job.plan.tuners:
+        outputs = list(reference.finish()) if reference and (block.moves_on or plan.method.tuners) else []
+        if lanes and block.moves_on and not plan.method.tuners:
             streams.hidden = list(lanes.finish())
-    for tuner in job.plan.tuners:
+    for tuner in plan.method.tuners:
         targets = {a.name: a.target for a in for_tuners}
-        view = BlockView(module, solved, targets, streams.hidden, outputs, block.calls, job.plan.recipe.seed)
+        view = BlockView(module, solved, targets, streams.hidden, outputs, block.calls, plan.method.recipe.seed)
         tuned = tuner.tune(view)
         solved = {a.name: _placed(block, dataclasses.replace(a, solved=tuned[a.name])) for a in for_tuners}
-    if job.plan.tuners and (block.moves_on or streams.watch is not None):
+    if plan.method.tuners and (block.moves_on or streams.watch is not None):
         streams.hidden = [run(module, h, c) for h, c in zip(streams.hidden, watched, strict=True)]
     streams.floats = outputs
     return solved
@@ -161,34 +161,34 @@ def _solve_site(
 
     for_tuners: gets what was found, where the block is tuned afterwards; else no weight and no H outlives its site.
     """
-    job, streams = block.job, block.streams
-    specs = {n: job.linears[block.full(n)] for n in site.linears if block.full(n) in job.linears}
+    plan, streams = block.plan, block.streams
+    specs = {n: plan.linears[block.full(n)] for n in site.linears if block.full(n) in plan.linears}
     static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in specs.values())
-    needs = {*job.plan.needs([s.scheme.weight for s in specs.values()]), *((Histogram,) if static else ())}
-    measured: set[type] = {MeanSquare} if job.plan.recipe.imatrix_out else set()
+    needs = {*plan.method.needs([s.scheme.weight for s in specs.values()]), *((Histogram,) if static else ())}
+    measured: set[type] = {MeanSquare} if plan.method.recipe.imatrix_out else set()
     wanted = (needs if specs else set()) | measured
     stats: dict[type, Any] = {c: c() for c in sorted(wanted, key=lambda c: c.__name__)}
     if lanes:
-        roots = _roots(job, [streams.squares.pop(block.full(n)) for n in site.linears] if streams.squares else [])
+        roots = _roots(plan, [streams.squares.pop(block.full(n)) for n in site.linears] if streams.squares else [])
         accumulate(stats, lanes.advance(), reference.advance() if reference else None, roots)
     if measured:
         streams.measured |= {block.full(n): stats[MeanSquare] for n in site.linears}
     if not specs:
         return {}
     weights = {n: block.exact(f"{n}.weight", block.module.get_parameter(f"{n}.weight")).float() for n in specs}
-    given = job.gguf.importance if job.gguf else {}
+    given = plan.gguf.importance if plan.gguf else {}
     targets = [
         Target(n, W_NK, specs[n].scheme.weight, importance=given.get(block.full(n))) for n, W_NK in weights.items()
     ]
-    found = solve(job, targets, stats)
+    found = solve(plan, targets, stats)
     if static:
-        inputs = _input_params(job, stats[Histogram])
+        inputs = _input_params(plan, stats[Histogram])
         found = [(t, Solved(dataclasses.replace(s.q, input=inputs), s.report)) for t, s in found]
     H_KK = mean_of(stats)
     if streams.hessians is not None and H_KK is not None:
         streams.hessians.keep([block.full(n) for n in specs], H_KK)
     answers = [_Answer(t.name, t, s, weights[t.name], H_KK) for t, s in found]
-    for_tuners += answers if job.plan.tuners else []
+    for_tuners += answers if plan.method.tuners else []
     return {a.name: _placed(block, a) for a in answers}
 
 
@@ -202,19 +202,19 @@ def _placed(block: _Block, answer: _Answer) -> Solved:
     """Put the weight that a runtime will multiply with into the block; return the linear with its line."""
     Q_NK = answer.solved.q.dequantize()
     module: Any = block.module.get_submodule(answer.name)
-    module.weight.data = Q_NK.to(block.job.skeleton.dtype)
-    return recorded(block.job, answer.solved, Q_NK, answer.W_NK, answer.H_KK)
+    module.weight.data = Q_NK.to(block.plan.skeleton.dtype)
+    return recorded(block.plan, answer.solved, Q_NK, answer.W_NK, answer.H_KK)
 
 
-def recorded(job: Job, solved: Solved, Q_NK: Tensor, W_NK: Tensor, H_KK: Tensor | None) -> Solved:
+def recorded(plan: Plan, solved: Solved, Q_NK: Tensor, W_NK: Tensor, H_KK: Tensor | None) -> Solved:
     """Return a solved linear with its line of quantization.json; see records.py for what is measured."""
-    line = {"method": job.plan.recipe.method, "bits": solved.q.grid.bits, **solved.report}
+    line = {"method": plan.method.recipe.method, "bits": solved.q.grid.bits, **solved.report}
     return Solved(solved.q, line | Line().add(solved.q, Q_NK, W_NK, H_KK).to_json())
 
 
-def _roots(job: Job, squares: Sequence[Sequence[Tensor]]) -> Iterator[Tensor]:
+def _roots(plan: Plan, squares: Sequence[Sequence[Tensor]]) -> Iterator[Tensor]:
     """Yield the square roots of the tokens' weights `[T, 1]`, batch by batch; nothing where no step weighs tokens."""
-    for weighting in job.plan.weightings if squares else ():
+    for weighting in plan.method.weightings if squares else ():
         weight_T = weighting.weigh([torch.cat(list(s)) for s in squares])
         yield from weight_T.sqrt()[:, None].split([len(s) for s in squares[0]])
 
@@ -244,23 +244,23 @@ def _times(x: Tensor, by: Tensor | None) -> Tensor:
     return x if by is None else x * by
 
 
-def solve(job: Job, targets: list[Target], stats: Mapping[type, Any]) -> list[tuple[Target, Solved]]:
+def solve(plan: Plan, targets: list[Target], stats: Mapping[type, Any]) -> list[tuple[Target, Solved]]:
     """Correct, solve and refine linears that read one activation; return what was asked and what was found."""
-    for correction in job.plan.corrections:
+    for correction in plan.method.corrections:
         targets = correction.correct(targets, stats)
-    answers = job.plan.solver.solve(targets, stats)
-    for refiner in job.plan.refiners:
+    answers = plan.method.solver.solve(targets, stats)
+    for refiner in plan.method.refiners:
         answers = refiner.refine(targets, answers, stats)
     return [(t, Solved(a.q, {**t.report, **a.report})) for t, a in zip(targets, answers, strict=True)]
 
 
-def block_sites(job: Job, block: nn.Module, hidden: Sequence[Tensor], at: Sequence[Call]) -> tuple[Site, ...]:
+def block_sites(plan: Plan, block: nn.Module, hidden: Sequence[Tensor], at: Sequence[Call]) -> tuple[Site, ...]:
     """Return the sites of a block: its family's table, or what one forward discovers."""
-    known = family_sites(job.skeleton.config.model_type, block)
+    known = family_sites(plan.skeleton.config.model_type, block)
     if known:
         return known
-    if job.plan.transforms:
-        raise LlmqError(no_table(job.skeleton.config.model_type, registry.dump(job.plan.transforms[0])))
+    if plan.method.transforms:
+        raise LlmqError(no_table(plan.skeleton.config.model_type, registry.dump(plan.method.transforms[0])))
     if hidden:
         return discover(block, hidden[0][:1], at[0])
     return tuple(Site((n,)) for n, m in block.named_modules() if isinstance(m, nn.Linear))
@@ -268,12 +268,12 @@ def block_sites(job: Job, block: nn.Module, hidden: Sequence[Tensor], at: Sequen
 
 def _transform(block: _Block, step: Any, record: Record) -> None:
     """Collect at every site of the float block, search all sites, then fold all; note what was done."""
-    job, head_dim = block.job, block.job.skeleton.head_dim
+    plan, head_dim = block.plan, block.plan.skeleton.head_dim
     modules = dict(block.module.named_modules())
     stats, calls = _observe(block, step)
     found: list[tuple[Site, Scaling]] = []
     for site, seen in zip(block.sites, stats, strict=True):
-        schemes = [s.scheme if (s := job.linears.get(block.full(n))) else None for n in site.linears]
+        schemes = [s.scheme if (s := plan.linears.get(block.full(n))) else None for n in site.linears]
         view = SiteView(site, modules, seen, calls.get(site.parent, []), schemes, head_dim)
         scaling = step.search(view) if seen else None
         found += [(site, scaling)] if scaling else []
@@ -281,10 +281,10 @@ def _transform(block: _Block, step: Any, record: Record) -> None:
     for site, (scale_K, report) in found:
         linears = tuple(block.full(n) for n in site.linears)
         by = Fold(registry.dump(step), block.number, linears, block.full(site.producer or ""), head_dim, scale_K)
-        fold(weights, by, job.source.dtype_of)
+        fold(weights, by, plan.source.dtype_of)
         record.folds.append(by)
         for name in linears:
-            if name in job.linears:
+            if name in plan.linears:
                 record.note(name, report)
 
 
@@ -313,10 +313,10 @@ def _record_calls(module: nn.Module, name: str, into: dict[str, list[Call]], tok
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _input_params(job: Job, histogram: Histogram) -> Params:
+def _input_params(plan: Plan, histogram: Histogram) -> Params:
     """Return the static int8 grid of a site's input, `[1]` each, scale in the format's dtype."""
-    range_: Any = job.plan.act_range
-    scale_dtype = job.plan.format.scale_dtype(job.skeleton.stored_dtype)
+    range_: Any = plan.method.act_range
+    scale_dtype = plan.method.format.scale_dtype(plan.skeleton.stored_dtype)
     grid = Int(8, True, None, scale_dtype=scale_dtype, range=range_)
     values, counts = histogram.values()
     lo, hi = range_.interval(values[None], grid, counts[None])
@@ -328,7 +328,7 @@ def _settle(block: _Block) -> dict[str, Tensor]:
     floats: dict[str, Tensor] = {}
     for name, tensor in block.module.state_dict().items():
         full = block.full(name)
-        if full.removesuffix(".weight") not in block.job.linears:
-            floats[full] = block.exact(name, tensor).to(block.job.source.dtype_of(full))
+        if full.removesuffix(".weight") not in block.plan.linears:
+            floats[full] = block.exact(name, tensor).to(block.plan.source.dtype_of(full))
             tensor.copy_(floats[full])
     return floats

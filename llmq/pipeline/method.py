@@ -43,7 +43,7 @@ _ALONE = ("rotation", "weighting", "solver")  # kinds of which a method has one 
 
 
 @dataclass(frozen=True)
-class Plan:
+class Method:
     """A resolved recipe with its objects made."""
 
     recipe: Recipe
@@ -77,14 +77,14 @@ class Plan:
         return Scheme(grid, self.base.activation)
 
 
-def plan(recipe: Recipe, model_dtype: torch.dtype) -> Plan:
+def method_of(recipe: Recipe, model_dtype: torch.dtype) -> Method:
     """Make a recipe's objects. Raises LlmqError for anything in it that names nothing or does not go together."""
     recipe = recipe.resolved()
     steps = _steps(recipe)
     (solver,) = steps["solver"]
     fmt = _format(recipe, solver)
     base, overrides, skip = (None, (), ()) if recipe.gguf else _schemes(recipe, fmt, model_dtype)
-    return Plan(
+    return Method(
         recipe=recipe,
         rotations=tuple(steps["rotation"]),
         weightings=tuple(steps["weighting"]),
@@ -153,7 +153,7 @@ def _steps(recipe: Recipe) -> dict[str, list[Any]]:
 
 
 def check_patterns(recipe: Recipe, names: Sequence[str]) -> None:
-    """Raise LlmqError for a --skip or --override that matches no linear; both were compiled by `plan`."""
+    """Raise LlmqError for a --skip or --override that matches no linear; both were compiled by `method_of`."""
     overrides = {m["regex"]: text for text in recipe.override if (m := OVERRIDE.match(text))}
     for pattern, text in [*((s, s) for s in recipe.skip), *overrides.items()]:
         found = Pattern(pattern, repr(text))

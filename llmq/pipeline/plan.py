@@ -23,13 +23,13 @@ from llmq.model.adapter import Adapted, Adapter
 from llmq.model.rotated import Rotated
 from llmq.model.skeleton import Skeleton
 from llmq.pipeline import card
-from llmq.pipeline.method import Plan, check_patterns, plan
+from llmq.pipeline.method import Method, check_patterns, method_of
 from llmq.recipe import Recipe
 from llmq.types import LinearSpec, LlmqError, Scheme
 
 
 @dataclass
-class Job:
+class Plan:
     """A prepared run: what was read, what is planned, what a user should know before it starts.
 
     linears: what the method quantizes. rows: matrices outside the blocks that are rounded row by row.
@@ -38,7 +38,7 @@ class Job:
 
     source: Source
     skeleton: Skeleton
-    plan: Plan
+    method: Method
     linears: dict[str, LinearSpec]
     skipped: list[str]
     device: torch.device
@@ -67,59 +67,59 @@ class Job:
         """Return the size of the weights that will be written."""
         specs = self.linears | self.rows
         floats = sum(n for name, n in self.source.sizes().items() if name.removesuffix(".weight") not in specs)
-        return floats + sum(card.packed_bytes(self.plan.format, s) for s in specs.values())
+        return floats + sum(card.packed_bytes(self.method.format, s) for s in specs.values())
 
     def calibrates(self) -> bool:
         """Say whether any step needs activations."""
         grids = [s.scheme.weight for s in self.linears.values()]
         static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in self.linears.values())
-        recipe, plan = self.plan.recipe, self.plan
+        recipe, method = self.method.recipe, self.method
         measured = recipe.target_bpw is not None or recipe.imatrix_out is not None or recipe.kv_bits is not None
-        steps = (plan.weightings, plan.transforms, plan.needs(grids), plan.tuners, plan.finishers)
+        steps = (method.weightings, method.transforms, method.needs(grids), method.tuners, method.finishers)
         return measured or static or any(steps)
 
-    def told(self, given: Recipe) -> Job:
-        """Return the job; one that does not calibrate keeps no options of calibration, and warns of those `given`."""
+    def told(self, given: Recipe) -> Plan:
+        """Return the plan; one that does not calibrate keeps no options of calibration, and warns of those `given`."""
         if self.calibrates():
             return self
         names = ("calib", "samples", "seq_len", "seed")
         idle = ["--" + n.replace("_", "-") for n in names if getattr(given, n) is not None]
-        say = f"{', '.join(idle)}: method {self.plan.recipe.method} reads no calibration text, they change nothing"
+        say = f"{', '.join(idle)}: method {self.method.recipe.method} reads no calibration text, they change nothing"
         none: dict[str, Any] = dict.fromkeys(names)
-        plan = dataclasses.replace(self.plan, recipe=dataclasses.replace(self.plan.recipe, **none))
-        return dataclasses.replace(self, plan=plan, warnings=[*self.warnings, *([say] if idle else [])])
+        method = dataclasses.replace(self.method, recipe=dataclasses.replace(self.method.recipe, **none))
+        return dataclasses.replace(self, method=method, warnings=[*self.warnings, *([say] if idle else [])])
 
     def paired(self) -> float:
         """Return the share of the calibration that runs through the float model too, for steps that compare the two."""
-        return 1.0 if self.plan.tuners else max((c.share for c in self.plan.corrections), default=0.0)
+        return 1.0 if self.method.tuners else max((c.share for c in self.method.corrections), default=0.0)
 
 
-def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path | None = None) -> Job:
+def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path | None = None) -> Plan:
     """Read and plan. Raises LlmqError for everything that can be known to fail before any work.
 
     adapter: a LoRA adapter to add to the weights, a folder or a Hub id.
     """
     source = Source(resolve(src), None if adapter is None else resolve(str(adapter)))
     if source.quantization is not None:
-        method = printable(str(source.quantization.get("quant_method")), 80)
-        raise LlmqError(f"{src} is quantized already ({method}); give the float checkpoint that it was made from")
+        kind = printable(str(source.quantization.get("quant_method")), 80)
+        raise LlmqError(f"{src} is quantized already ({kind}); give the float checkpoint that it was made from")
     where = _device(device)
     stored = source.dtype
-    steps = plan(recipe, stored)
-    skeleton = Skeleton(source, _compute_dtype(steps, stored, where))
+    method = method_of(recipe, stored)
+    skeleton = Skeleton(source, _compute_dtype(method, stored, where))
     if recipe.lm_head:
         _check_head(skeleton)
     if source.adapter:
         skeleton.source = source = Adapted(skeleton, Adapter(source.adapter))
-    for step in steps.rotations:
+    for step in method.rotations:
         skeleton = Skeleton(Rotated(skeleton, step), skeleton.dtype)
     if recipe.gguf:
-        return _prepare_gguf(source, skeleton, steps, where).told(recipe)
-    if steps.finishers and recipe.act_bits:
-        raise LlmqError(f"{registry.dump(steps.finishers[0])} tunes models with float activations only; leave it out")
+        return _prepare_gguf(source, skeleton, method, where).told(recipe)
+    if method.finishers and recipe.act_bits:
+        raise LlmqError(f"{registry.dump(method.finishers[0])} tunes models with float activations only; leave it out")
     linears, skipped = {}, []
     for name, module in _linears(skeleton, with_head=recipe.lm_head):
-        scheme = steps.scheme(name)
+        scheme = method.scheme(name)
         if scheme is None:
             skipped.append(name)
         else:
@@ -129,14 +129,14 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
         raise LlmqError("every linear is skipped; nothing to quantize")
     if not recipe.lm_head:
         skipped.append(skeleton.name_of(skeleton.model.get_output_embeddings()))
-    warnings = steps.format.plan(_mixed(linears, steps.recipe) if recipe.target_bpw else list(linears.values()))
-    job = Job(skeleton.source, skeleton, steps, linears, skipped, where, [*source.warnings, *warnings])
-    return _checked(job, source).told(recipe)
+    warnings = method.format.check(_mixed(linears, method.recipe) if recipe.target_bpw else list(linears.values()))
+    plan = Plan(skeleton.source, skeleton, method, linears, skipped, where, [*source.warnings, *warnings])
+    return _checked(plan, source).told(recipe)
 
 
-def _checked(job: Job, source: Source) -> Job:
+def _checked(plan: Plan, source: Source) -> Plan:
     """Read every weight once; warn of those that no scale of the format can hold. Raises LlmqError for one of NaN."""
-    specs = {job.weight_of(s.name): s for s in (*job.linears.values(), *job.rows.values())}
+    specs = {plan.weight_of(s.name): s for s in (*plan.linears.values(), *plan.rows.values())}
     beyond: dict[str, int] = {}
 
     def see(name: str, W_NK: torch.Tensor) -> None:
@@ -145,7 +145,7 @@ def _checked(job: Job, source: Source) -> Job:
 
     source.check(see)
     if not beyond:
-        return job
+        return plan
     first, *more = beyond
     others = f" (and {len(more)} more)" if more else ""
     warning = (
@@ -153,7 +153,7 @@ def _checked(job: Job, source: Source) -> Job:
         "that the format stores and are lost or clipped; --skip what matters, or use --format compressed-tensors from "
         "a bfloat16 or float32 checkpoint, whose scales hold them"
     )
-    return dataclasses.replace(job, warnings=[*job.warnings, warning])
+    return dataclasses.replace(plan, warnings=[*plan.warnings, warning])
 
 
 def _check_head(skeleton: Skeleton) -> None:
@@ -182,30 +182,30 @@ def _mixed(linears: dict[str, LinearSpec], recipe: Recipe) -> list[LinearSpec]:
     return mixed
 
 
-def _prepare_gguf(source: Source, skeleton: Skeleton, steps: Plan, device: torch.device) -> Job:
+def _prepare_gguf(source: Source, skeleton: Skeleton, method: Method, device: torch.device) -> Plan:
     """Plan a GGUF file: every matrix gets the type that the mixture gives it."""
     from llmq.loading import load_tokenizer
 
-    recipe, pre = steps.recipe, getattr(steps.format, "pre", None)
-    calibrated = bool(steps.needs([]))
+    recipe, pre = method.recipe, getattr(method.format, "pre", None)
+    calibrated = bool(method.needs([]))
     if calibrated and recipe.imatrix:
         raise LlmqError(f"method {recipe.method} calibrates its own importance; --imatrix goes with --method rtn")
-    for step in (*steps.tuners, *steps.finishers):
+    for step in (*method.tuners, *method.finishers):
         raise LlmqError(f"{registry.dump(step)} tunes integer grids only; for GGUF leave it out")
     tokenizer = load_tokenizer(str(source.path))
-    plan_ = blueprint(skeleton.source, skeleton.config, recipe, pre=pre, calibrated=calibrated, tokenizer=tokenizer)
+    layout = blueprint(skeleton.source, skeleton.config, recipe, pre=pre, calibrated=calibrated, tokenizer=tokenizer)
     headers, blocks = skeleton.source.headers(), dict(skeleton.linears())
     linears: dict[str, LinearSpec] = {}
     rows: dict[str, LinearSpec] = {}
-    for tensor, kind in plan_.quantized().items():
+    for tensor, kind in layout.quantized().items():
         name = tensor.removesuffix(".weight")
         N, K = headers[tensor][1]
         found = LinearSpec(name, N, K, Scheme(registry.load("grids", kind.lower())))
         (linears if name in blocks else rows)[name] = found
     skipped = [n for n in blocks if n not in linears]
-    warnings = [*steps.format.plan([*linears.values(), *rows.values()]), *plan_.warnings]
+    warnings = [*method.format.check([*linears.values(), *rows.values()]), *layout.warnings]
     warnings = [*source.warnings, *warnings]
-    return _checked(Job(skeleton.source, skeleton, steps, linears, skipped, device, warnings, rows, plan_), source)
+    return _checked(Plan(skeleton.source, skeleton, method, linears, skipped, device, warnings, rows, layout), source)
 
 
 def _linears(skeleton: Skeleton, *, with_head: bool) -> Iterator[tuple[str, nn.Linear]]:
@@ -226,9 +226,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _compute_dtype(steps: Plan, stored: torch.dtype, device: torch.device) -> torch.dtype:
+def _compute_dtype(method: Method, stored: torch.dtype, device: torch.device) -> torch.dtype:
     """Return what activations are computed in; rotations and transforms edit the weights, which takes float32."""
-    name, editing = steps.recipe.dtype, (*steps.rotations, *steps.transforms)
+    name, editing = method.recipe.dtype, (*method.rotations, *method.transforms)
     if editing and name == "bfloat16":
         raise LlmqError(f"{registry.dump(editing[0])} edits the weights before rounding, which takes --dtype float32")
     if name != "auto" or editing:

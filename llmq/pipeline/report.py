@@ -21,77 +21,80 @@ from llmq.checkpoint import Sink
 from llmq.checkpoint.digest import digest, file_digest, sealed
 from llmq.gguf import imatrix, pipeline
 from llmq.pipeline import card
-from llmq.pipeline.plan import Job
+from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Record
 
 
-def publish_model(job: Job, sink: Sink) -> int:
+def publish_model(plan: Plan, sink: Sink) -> int:
     """Join the shards and write what makes them a checkpoint that loads. Returns the bytes of its tensors."""
-    config = _config(job)
-    sink.copy_files(job.source.path)
+    config = _config(plan)
+    sink.copy_files(plan.source.path)
     sink.text("config.json", json.dumps(config, indent=2) + "\n")
     if config["quantization_config"]["quant_method"] == "gptq":
         sink.text("quantize_config.json", json.dumps(config["quantization_config"], indent=2) + "\n")
-    sink.text("recipe.yaml", job.plan.recipe.to_yaml())
+    sink.text("recipe.yaml", plan.method.recipe.to_yaml())
     return sink.join()
 
 
-def publish_record(job: Job, sink: Sink, record: Record, total: int) -> dict[str, Any]:
+def publish_record(plan: Plan, sink: Sink, record: Record, total: int) -> dict[str, Any]:
     """Write what a reader wants: the model card, and the record, which seals all other files. Returns the record."""
-    summary = _summary(job, total, record, sink.digests)
-    sink.text("README.md", card.model_card(summary, _config(job)))
+    summary = _summary(plan, total, record, sink.digests)
+    sink.text("README.md", card.model_card(summary, _config(plan)))
     files = {p.relative_to(sink.stage).as_posix(): file_digest(p) for p in sink.files()}
     summary = sealed(summary | {"files": files})
     sink.text("quantization.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def publish_gguf(job: Job, sink: pipeline.GgufSink, record: Record) -> dict[str, Any]:
+def publish_gguf(plan: Plan, sink: pipeline.GgufSink, record: Record) -> dict[str, Any]:
     """Write the GGUF file or files from the staged parts, the record within. Returns it with the names of the files."""
-    plan = job.gguf
-    if plan is None:
+    layout = plan.gguf
+    if layout is None:
         raise TypeError("a GGUF sink without a blueprint")
     digests, total = {}, 0
-    for name, tensor in sink.contents(plan):
+    for name, tensor in sink.contents(layout):
         digests[name] = digest(tensor)
         total += tensor.nbytes
-    name, keys = job.source.origin.name, pipeline.keys(job.plan.recipe)
-    summary = _summary(job, total, record, digests)
+    name, keys = plan.source.origin.name, pipeline.keys(plan.method.recipe)
+    summary = _summary(plan, total, record, digests)
     report = json.dumps(sealed(summary), separators=(",", ":"))
-    files = sink.write(plan, name, keys | {pipeline.REPORT: report})
+    files = sink.write(layout, name, keys | {pipeline.REPORT: report})
     summary["size"]["bytes"] = sum(f.stat().st_size for f in files)
     return summary | {"files": [f.name for f in files]}
 
 
-def write_importance(job: Job, file: Path, sums: Mapping[str, tuple[Tensor, int]]) -> None:
+def write_importance(plan: Plan, file: Path, sums: Mapping[str, tuple[Tensor, int]]) -> None:
     """Write what the calibration measured as an importance matrix, under ggml's names."""
-    recipe, plan = job.plan.recipe, job.gguf
-    if plan is None:
+    recipe, layout = plan.method.recipe, plan.gguf
+    if layout is None:
         raise TypeError("no importance matrix was asked for")
-    named = {str(plan.architecture.tensor(f"{n}.weight")): entry for n, entry in sums.items()}
+    named = {str(layout.architecture.tensor(f"{n}.weight")): entry for n, entry in sums.items()}
     imatrix.write(file, named, recipe.calib, recipe.seq_len)
 
 
-def _config(job: Job) -> dict[str, Any]:
+def _config(plan: Plan) -> dict[str, Any]:
     """Return config.json of the quantized checkpoint."""
-    quantization = job.plan.format.config(list(job.linears.values()), job.skipped)
-    untied = {} if job.head is None else {"tie_word_embeddings": False}
-    return job.source.config | {"quantization_config": quantization} | untied
+    quantization = plan.method.format.config(list(plan.linears.values()), plan.skipped)
+    untied = {} if plan.head is None else {"tie_word_embeddings": False}
+    return plan.source.config | {"quantization_config": quantization} | untied
 
 
-def _summary(job: Job, total: int, record: Record, digests: Mapping[str, str]) -> dict[str, Any]:
+def _summary(plan: Plan, total: int, record: Record, digests: Mapping[str, str]) -> dict[str, Any]:
     """Return how the run went; total: the bytes of all tensors, digests: their checksums."""
     return {
         "llmq": __version__,
         "torch": str(torch.__version__),
-        "device": job.device.type,
-        "dtype": str(job.skeleton.dtype).removeprefix("torch."),
-        "source": dataclasses.asdict(job.source.origin),
-        "recipe": json.loads(json.dumps(dataclasses.asdict(job.plan.recipe))),
-        "warnings": job.warnings,
-        "size": card.size((job.linears | job.rows).values(), job.plan.format, total, job.source.bytes()),
+        "device": plan.device.type,
+        "dtype": str(plan.skeleton.dtype).removeprefix("torch."),
+        "source": dataclasses.asdict(plan.source.origin),
+        "recipe": json.loads(json.dumps(dataclasses.asdict(plan.method.recipe))),
+        "warnings": plan.warnings,
+        "size": card.size((plan.linears | plan.rows).values(), plan.method.format, total, plan.source.bytes()),
         "linears": record.linears,
-        "transforms": [*({"step": registry.dump(r)} for r in job.plan.rotations), *(f.to_json() for f in record.folds)],
+        "transforms": [
+            *({"step": registry.dump(r)} for r in plan.method.rotations),
+            *(f.to_json() for f in record.folds),
+        ],
         "finished": record.finished,
         "tuned": record.tuned,
         "tensors": dict(digests),

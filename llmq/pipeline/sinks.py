@@ -14,7 +14,7 @@ from llmq.checkpoint import Sink
 from llmq.checkpoint.place import user_path
 from llmq.checkpoint.stage import fingerprint, look
 from llmq.gguf.pipeline import GgufSink
-from llmq.pipeline.plan import Job
+from llmq.pipeline.plan import Plan
 from llmq.recipe import Recipe
 
 IMATRIX = "imatrix"
@@ -28,9 +28,9 @@ def refuse(recipe: Recipe, src: str, adapter: str | None, out: Path, *, overwrit
     _sink(recipe, out, overwrite, local, None)
 
 
-def sink_of(job: Job, out: Path, *, overwrite: bool) -> Sink:
-    """Return what a job writes to. Raises LlmqError where OUT cannot be written."""
-    return _sink(job.plan.recipe, out, overwrite, _reads(job), _run(job))
+def sink_of(plan: Plan, out: Path, *, overwrite: bool) -> Sink:
+    """Return what a plan writes to. Raises LlmqError where OUT cannot be written."""
+    return _sink(plan.method.recipe, out, overwrite, _reads(plan), _run(plan))
 
 
 def _sink(recipe: Recipe, out: Path, overwrite: bool, reads: dict[str, Path], run: Mapping[str, Any] | None) -> Sink:
@@ -40,13 +40,13 @@ def _sink(recipe: Recipe, out: Path, overwrite: bool, reads: dict[str, Path], ru
     return sink_class(out, overwrite=overwrite, reads=reads | more, run=run, beside=beside)
 
 
-def _reads(job: Job) -> dict[str, Path]:
-    adapter = job.source.adapter
-    return {"SRC": job.source.path} | ({"--adapter": adapter} if adapter else {})
+def _reads(plan: Plan) -> dict[str, Path]:
+    adapter = plan.source.adapter
+    return {"SRC": plan.source.path} | ({"--adapter": adapter} if adapter else {})
 
 
-def _run(job: Job) -> dict[str, Any]:
-    recipe = dataclasses.asdict(job.plan.recipe)
+def _run(plan: Plan) -> dict[str, Any]:
+    recipe = dataclasses.asdict(plan.method.recipe)
     files = {f"{n} file": look(user_path(recipe[n])) for n in ("calib", "imatrix") if recipe[n]}
-    folders = {what: fingerprint(folder) for what, folder in _reads(job).items()}
-    return {"command": "quantize", "device": str(job.device)} | folders | recipe | files
+    folders = {what: fingerprint(folder) for what, folder in _reads(plan).items()}
+    return {"command": "quantize", "device": str(plan.device)} | folders | recipe | files

@@ -23,7 +23,7 @@ from llmq.checkpoint import Source
 from llmq.evaluation.scores import Predictor
 from llmq.model.skeleton import Skeleton
 from llmq.params import stored
-from llmq.pipeline.plan import Job
+from llmq.pipeline.plan import Plan
 from llmq.runtime.linear import QuantLinear
 from llmq.types import Finisher, LlmqError, ModelView, QTensor
 
@@ -65,16 +65,16 @@ class Finished(NamedTuple):
     report: dict[str, Any]
 
 
-def check_memory(job: Job) -> None:
+def check_memory(plan: Plan) -> None:
     """Raise LlmqError where the models that finishers hold, and what they hand from one to the other, do not fit."""
-    recipe, width = job.plan.recipe, job.skeleton.config.hidden_size
-    weights = job.source.bytes() // job.skeleton.stored_dtype.itemsize
+    recipe, width = plan.method.recipe, plan.skeleton.config.hidden_size
+    weights = plan.source.bytes() // plan.skeleton.stored_dtype.itemsize
     need = weights * _BYTES_A_WEIGHT + 4 * recipe.samples * recipe.seq_len * width
-    free = free_memory(job.device)
+    free = free_memory(plan.device)
     if need > free:
         raise LlmqError(
-            f"{registry.dump(job.plan.finishers[0])} needs the whole model in memory, decoded, {need / 1e9:.1f} GB of "
-            f"which {free / 1e9:.1f} GB are free; leave it out of --method, or give fewer --samples"
+            f"{registry.dump(plan.method.finishers[0])} needs the whole model in memory, decoded, {need / 1e9:.1f} GB "
+            f"of which {free / 1e9:.1f} GB are free; leave it out of --method, or give fewer --samples"
         )
 
 

@@ -62,7 +62,7 @@ def theirs(folder: Path):
 
 
 def ours(folder: Path):
-    """Return the tensors that a job reads, by the model's names, None where the folder is refused."""
+    """Return the tensors that a plan reads, by the model's names, None where the folder is refused."""
     try:
         skeleton = Skeleton(Source(folder), torch.float32)
     except LlmqError:
@@ -209,9 +209,9 @@ def test_what_is_written_is_the_same_model_under_the_models_names(llama, tmp_pat
 def test_a_renamed_tensor_is_written_under_the_name_that_every_runtime_knows(tmp_path):
     folder = saved(tmp_path / "m", GPTNeoXConfig(**SMALL))
     rewrite(folder, lambda t: {("embed_out.weight" if n == HEAD else n): v for n, v in t.items()})
-    job = prepare(str(folder), Recipe(**RTN), "cpu")
-    assert HEAD in job.source and job.source.written(HEAD) == "embed_out.weight"
-    quantize(job, tmp_path / "o")
+    plan = prepare(str(folder), Recipe(**RTN), "cpu")
+    assert HEAD in plan.source and plan.source.written(HEAD) == "embed_out.weight"
+    quantize(plan, tmp_path / "o")
     assert {"embed_out.weight"} == {n for n in load_file(tmp_path / "o/model.safetensors") if "gpt_neox" not in n}
     assert not llmq.load(tmp_path / "o", device="cpu").lm_head.weight.is_meta
 
@@ -265,9 +265,9 @@ def test_a_head_whose_norm_is_not_known_is_refused_before_any_work(tmp_path):
 def test_a_tensor_of_no_part_of_the_model_is_warned_of_and_kept(llama, tmp_path):
     shutil.copytree(llama, tmp_path / "m")
     rewrite(tmp_path / "m", lambda t: t | {"value.weight": torch.full((3,), 9, dtype=torch.int64)})
-    job = prepare(str(tmp_path / "m"), Recipe(**RTN), "cpu")
-    assert [w for w in job.warnings if "value.weight" in w]
-    quantize(job, tmp_path / "o")
+    plan = prepare(str(tmp_path / "m"), Recipe(**RTN), "cpu")
+    assert [w for w in plan.warnings if "value.weight" in w]
+    quantize(plan, tmp_path / "o")
     assert load_file(tmp_path / "o/model.safetensors")["value.weight"].tolist() == [9, 9, 9]
 
 

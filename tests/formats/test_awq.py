@@ -87,16 +87,16 @@ def test_symmetric_is_written_with_true_zeros(q_of: Callable[..., QTensor], spec
 )
 def test_refusals(grid: Any, shape: tuple[int, int], message: str, spec_of: Callable[..., LinearSpec]) -> None:
     with pytest.raises(LlmqError, match=re.escape(message)) as e:
-        AWQ().plan([spec_of(grid, *shape, name="model.layers.3.mlp.down_proj")])
+        AWQ().check([spec_of(grid, *shape, name="model.layers.3.mlp.down_proj")])
     assert str(e.value).startswith("model.layers.3.mlp.down_proj: ") and "\n" not in str(e.value)
 
 
 def test_refuses_mixes_activations_and_order(spec_of: Callable[..., LinearSpec], q_of: Callable[..., QTensor]) -> None:
     a = spec_of(Int(4, True, 32), name="a")
     with pytest.raises(LlmqError, match=r"^b: 4-bit symmetric, group size 64, but a: .*compressed-tensors$"):
-        AWQ().plan([a, spec_of(Int(4, True, 64), name="b")])
+        AWQ().check([a, spec_of(Int(4, True, 64), name="b")])
     with pytest.raises(LlmqError, match=r"^b: awq holds no quantized activations"):
-        AWQ().plan([a, spec_of(Int(4, True, 32), name="b", activation=ActivationGrid())])
+        AWQ().check([a, spec_of(Int(4, True, 32), name="b", activation=ActivationGrid())])
     q = q_of(Int(4, True, 32), 16, 64)
     with pytest.raises(LlmqError, match="awq has no g_idx"):
         AWQ().pack(
@@ -106,11 +106,11 @@ def test_refuses_mixes_activations_and_order(spec_of: Callable[..., LinearSpec],
 
 
 def test_warnings(model_of: Callable[..., list[LinearSpec]], spec_of: Callable[..., LinearSpec]) -> None:
-    assert AWQ().plan(model_of(Int(4, False, 32))) == []
-    assert len(AWQ().plan([spec_of(Int(4, False, 96), 64, 192)])) == 2
-    (fused,) = AWQ().plan(model_of(Int(4, False, 32), skip=("gate_proj",)))
+    assert AWQ().check(model_of(Int(4, False, 32))) == []
+    assert len(AWQ().check([spec_of(Int(4, False, 96), 64, 192)])) == 2
+    (fused,) = AWQ().check(model_of(Int(4, False, 32), skip=("gate_proj",)))
     assert "gate_proj, up_proj" in fused and "vLLM" in fused
-    (head,) = AWQ().plan([spec_of(Int(4, False, 32), name="lm_head")])
+    (head,) = AWQ().check([spec_of(Int(4, False, 32), name="lm_head")])
     assert "output head" in head
 
 

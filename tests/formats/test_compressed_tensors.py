@@ -41,7 +41,7 @@ def case_of(
     if activation is STATIC:
         q = replace(q, input=Params(torch.tensor([0.25]), torch.tensor([128], dtype=torch.int32)))
     form = CompressedTensors()
-    form.plan([spec])
+    form.check([spec])
     return form, q, spec
 
 
@@ -115,7 +115,7 @@ def test_mixed_config_as_the_library_matches_it(model_of: Callable[..., list[Lin
     linears = mixed(model_of)
     skipped = [linears.pop(5).name, "lm_head"]
     form = CompressedTensors()
-    form.plan(linears)
+    form.check(linears)
     config = form.config(linears, skipped)
     assert config["format"] == "mixed-precision"
     assert [g["format"] for g in config["config_groups"].values()] == [
@@ -143,7 +143,7 @@ def test_mixed_linears_are_packed_each_in_its_way(
 ) -> None:
     linears = mixed(model_of)
     form = CompressedTensors()
-    form.plan(linears)
+    form.check(linears)
     for spec in linears[:7]:
         tensors = form.pack(q_of(spec.scheme.weight, spec.N, spec.K), spec)
         assert tensors.keys() == form.layout(spec).keys()
@@ -260,7 +260,7 @@ def test_refusals(
     grid: Any, K: int, activation: ActivationGrid | None, message: str, spec_of: Callable[..., LinearSpec]
 ) -> None:
     with pytest.raises(LlmqError, match=re.escape(message)) as e:
-        CompressedTensors().plan([spec_of(grid, 64, K, name="model.layers.3.mlp.down_proj", activation=activation)])
+        CompressedTensors().check([spec_of(grid, 64, K, name="model.layers.3.mlp.down_proj", activation=activation)])
     assert str(e.value).startswith("model.layers.3.mlp.down_proj: ") and "\n" not in str(e.value)
 
 
@@ -269,11 +269,11 @@ def test_one_grid_may_be_used_with_and_without_activations(
 ) -> None:
     form, grid = CompressedTensors(), Int(8, True, None)
     linears = [spec_of(grid, name="a", activation=DYNAMIC), spec_of(grid, name="b")]
-    form.plan(linears)
+    form.check(linears)
     q = q_of(grid, 64, 64)
     assert "weight" in form.pack(q, linears[0]) and "weight_packed" in form.pack(q, linears[1])
     with pytest.raises(LlmqError, match="no linear"):
-        form.plan([])
+        form.check([])
 
 
 def test_refuses_activation_order(q_of: Callable[..., QTensor]) -> None:
@@ -284,7 +284,7 @@ def test_refuses_activation_order(q_of: Callable[..., QTensor]) -> None:
 
 def test_warnings(model_of: Callable[..., list[LinearSpec]]) -> None:
     def plan(*args: Any, **kwargs: Any) -> list[str]:
-        return CompressedTensors().plan(model_of(*args, **kwargs))
+        return CompressedTensors().check(model_of(*args, **kwargs))
 
     assert plan(Int(4, True, 32)) == plan(Int(8, True, None), activation=DYNAMIC) == []
     (eight,) = plan(Int(8, True, None))
@@ -303,11 +303,11 @@ def test_warnings(model_of: Callable[..., list[LinearSpec]]) -> None:
     assert static == sglang
     linears = model_of(Int(4, True, 32))
     linears[0] = replace(linears[0], scheme=replace(linears[0].scheme, weight=Int(8, True, 32)))
-    fused, _ = CompressedTensors().plan(linears)
+    fused, _ = CompressedTensors().check(linears)
     assert fused.startswith("model.layers.0.self_attn: q_proj, k_proj, v_proj are not quantized alike")
-    beside, eight = CompressedTensors().plan(mixed(model_of))[:2]
+    beside, eight = CompressedTensors().check(mixed(model_of))[:2]
     assert "cannot load asymmetric pack-quantized weights beside another scheme" in beside and "8-bit" in eight
-    assert "refuses to load" in CompressedTensors(kv="tensor").plan(model_of(Int(4, True, 32)))[0]
+    assert "refuses to load" in CompressedTensors(kv="tensor").check(model_of(Int(4, True, 32)))[0]
 
 
 BASE = {

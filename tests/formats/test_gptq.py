@@ -133,7 +133,7 @@ def test_scales_keep_the_dtype_of_the_file(q_of: Callable[..., QTensor], spec_of
 )
 def test_refusals(form: GPTQ, grid: Any, shape: tuple[int, int], message: str, spec_of: Callable[..., Any]) -> None:
     with pytest.raises(LlmqError, match=re.escape(message)) as e:
-        form.plan([spec_of(grid, *shape, name="model.layers.3.mlp.down_proj")])
+        form.check([spec_of(grid, *shape, name="model.layers.3.mlp.down_proj")])
     assert str(e.value).startswith("model.layers.3.mlp.down_proj: ") and "\n" not in str(e.value)
 
 
@@ -141,34 +141,34 @@ def test_refuses_mixes_activations_and_nothing(spec_of: Callable[..., LinearSpec
     a = spec_of(Int(4, True, 32), name="a")
     for other in (Int(8, True, 32), Int(4, True, 64), Int(4, False, 32), Int(4, True, None)):
         with pytest.raises(LlmqError, match=r"^b: .*but a: 4-bit symmetric, group size 32.*compressed-tensors$"):
-            GPTQ().plan([a, spec_of(other, name="b")])
+            GPTQ().check([a, spec_of(other, name="b")])
     with pytest.raises(LlmqError, match=r"^b: gptq holds no quantized activations; use --format compressed-tensors$"):
-        GPTQ().plan([a, spec_of(Int(4, True, 32), name="b", activation=ActivationGrid())])
+        GPTQ().check([a, spec_of(Int(4, True, 32), name="b", activation=ActivationGrid())])
     with pytest.raises(LlmqError, match="no linear"):
-        GPTQ().plan([])
+        GPTQ().check([])
 
 
 def test_warnings(model_of: Callable[..., list[LinearSpec]], spec_of: Callable[..., LinearSpec]) -> None:
-    assert GPTQ().plan(model_of(Int(4, True, 32))) == []
-    assert GPTQ().plan(model_of(Int(4, True, None))) == []  # K = 64, a group that torch's product takes
-    assert "fail at the first token" in GPTQ().plan([spec_of(Int(4, True, None), 64, 576)])[0]
-    (eight,) = GPTQ().plan(model_of(Int(8, True, None)))
+    assert GPTQ().check(model_of(Int(4, True, 32))) == []
+    assert GPTQ().check(model_of(Int(4, True, None))) == []  # K = 64, a group that torch's product takes
+    assert "fail at the first token" in GPTQ().check([spec_of(Int(4, True, None), 64, 576)])[0]
+    (eight,) = GPTQ().check(model_of(Int(8, True, None)))
     assert eight.startswith("8-bit") and "not on CPUs" in eight
-    (order,) = GPTQ(desc_act=True).plan(model_of(Int(4, True, 32)))
+    (order,) = GPTQ(desc_act=True).check(model_of(Int(4, True, 32)))
     assert order.startswith("vLLM 0.32 refuses desc_act")
-    (asym,) = GPTQ().plan(model_of(Int(4, False, 32)))
+    (asym,) = GPTQ().check(model_of(Int(4, False, 32)))
     assert "written as gptq_v2" in asym
-    (three,) = GPTQ().plan(model_of(Int(3, True, 32)))
+    (three,) = GPTQ().check(model_of(Int(3, True, 32)))
     assert three.startswith("3-bit gptq") and "not by vLLM" in three
-    fused = GPTQ().plan(model_of(Int(4, True, 32), skip=("k_proj",)))
+    fused = GPTQ().check(model_of(Int(4, True, 32), skip=("k_proj",)))
     assert len(fused) == 1 and fused[0].startswith("model.layers.0.self_attn: q_proj, k_proj, v_proj (and 1 more)")
-    assert GPTQ().plan(model_of(Int(4, True, 32), skip=("down_proj", "q_proj", "k_proj", "v_proj"))) == []
+    assert GPTQ().check(model_of(Int(4, True, 32), skip=("down_proj", "q_proj", "k_proj", "v_proj"))) == []
 
 
 def test_warns_of_group_sizes_by_reader(spec_of: Callable[..., LinearSpec]) -> None:
-    (vllm,) = GPTQ().plan([spec_of(Int(4, True, 16))])
+    (vllm,) = GPTQ().check([spec_of(Int(4, True, 16))])
     assert "group size 16 is not read by vLLM" in vllm
-    assert len(GPTQ().plan([spec_of(Int(4, True, 96), 64, 192)])) == 2
+    assert len(GPTQ().check([spec_of(Int(4, True, 96), 64, 192)])) == 2
 
 
 def test_config_of_a_new_checkpoint(model_of: Callable[..., list[LinearSpec]]) -> None:
@@ -223,7 +223,7 @@ def test_short_names_where_blocks_are_alike(model_of: Callable[..., list[LinearS
 
 def test_quantized_head(spec_of: Callable[..., LinearSpec]) -> None:
     linears = [spec_of(Int(4, True, 32)), spec_of(Int(4, True, 32), name="lm_head")]
-    assert any("output head" in w for w in GPTQ().plan(linears))
+    assert any("output head" in w for w in GPTQ().check(linears))
     config = GPTQ().config(linears, [])
     assert config["lm_head"] is True
     assert GPTQ.read(config)[1]("lm_head", 64, 64) == linears[1].scheme

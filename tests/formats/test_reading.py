@@ -144,7 +144,7 @@ def test_a_short_last_group_is_read(q_of: Callable[..., QTensor], spec_of: Calla
     assert torch.equal(back.dequantize(), scale * (q.codes.int() - 8))
     assert all(torch.equal(t, tensors[k]) for k, t in GPTQ().pack(back, spec).items())
     with pytest.raises(LlmqError, match="does not divide K"):
-        GPTQ().plan([spec])  # ours have none
+        GPTQ().check([spec])  # ours have none
 
 
 def test_shapes_and_zero_points_may_have_any_width(

@@ -64,9 +64,9 @@ def test_the_written_model_fits_the_budget_with_sites_alike(tiny_checkpoint, tmp
     recipe = Recipe(
         method="gptq", target_bpw=5.0, group_size=32, samples=8, seq_len=32, calib=str(text), dtype="float32"
     )
-    job = prepare(str(tiny_checkpoint()), recipe, "cpu")
-    assert job.warnings and not any("not quantized alike" in w for w in job.warnings)
-    summary = quantize(job, tmp_path / "out")
+    plan = prepare(str(tiny_checkpoint()), recipe, "cpu")
+    assert plan.warnings and not any("not quantized alike" in w for w in plan.warnings)
+    summary = quantize(plan, tmp_path / "out")
     bits = {n: line["bits"] for n, line in summary["linears"].items()}
     assert summary["size"]["bits_per_weight"] <= 5.0
     assert len(set(bits.values())) > 1 and set(bits.values()) <= {3, 4, 5, 6, 8}
@@ -83,19 +83,19 @@ def test_costs_are_the_divergence_that_rounding_a_site_adds(tiny_checkpoint, tmp
     text = tmp_path / "calibration.txt"
     text.write_text(prose(2000))
     folder = tiny_checkpoint(initializer_range=0.15)
-    job = prepare(str(folder), Recipe(method="rtn", target_bpw=5.0, group_size=32, samples=4, seq_len=64,
+    plan = prepare(str(folder), Recipe(method="rtn", target_bpw=5.0, group_size=32, samples=4, seq_len=64,
                                       calib=str(text), dtype="float32"), "cpu")  # fmt: skip
     tokens = calibration.tokens(str(text), load_tokenizer(str(folder)), 64, 64, 1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        hidden, calls = embed(job.skeleton, tokens, len(tokens), torch.device("cpu"))
-        found = costs(job, Streams(hidden, [], calls), lambda *_: None)
+        hidden, calls = embed(plan.skeleton, tokens, len(tokens), torch.device("cpu"))
+        found = costs(plan, Streams(hidden, [], calls), lambda *_: None)
         want, ratios = model(tokens).logits.log_softmax(-1), []
         for names, choices in found.items():
             floats = {n: model.get_submodule(n).weight.data.clone() for n in names}
             for c in choices[:2]:  # 3 and 4 bits
                 for n, W in floats.items():
-                    grid = dataclasses.replace(job.linears[n].scheme.weight, bits=c.bits)
+                    grid = dataclasses.replace(plan.linears[n].scheme.weight, bits=c.bits)
                     params = grid.fit(W).columns(W.shape[1])
                     model.get_submodule(n).weight.data = grid.decode(grid.nearest(W, params), params)
                 log_p = model(tokens).logits.log_softmax(-1)

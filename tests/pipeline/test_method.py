@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from llmq.gguf.pipeline import overrides_of
-from llmq.pipeline.method import plan
+from llmq.pipeline.method import method_of
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 
 
 def test_a_pattern_that_takes_for_ever_is_refused():
     hanging = "(.|.)+[XY]"
-    steps = plan(Recipe(skip=(hanging,), method="rtn"), torch.float16)
+    steps = method_of(Recipe(skip=(hanging,), method="rtn"), torch.float16)
     start = time.process_time()
     with pytest.raises(LlmqError, match=r"--skip .* takes more than 1 second on model\.layers"):
         steps.scheme("model.layers.0.self_attn.q_proj.and.some.more.to.make.it.long")

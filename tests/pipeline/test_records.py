@@ -40,15 +40,15 @@ def hessians(monkeypatch):
     caught, number = {}, [""]
     original = block.solve
 
-    def solve(job, targets, stats):
+    def solve(plan, targets, stats):
         if Hessian in stats:
             H_KK = stats[Hessian].mean().clone()
             caught.update({f"{number[0]}{t.name}": H_KK for t in targets})
-        return original(job, targets, stats)
+        return original(plan, targets, stats)
 
-    def quantize_block(job, i, *rest):
-        number[0] = f"{job.skeleton.prefix}.{i}."
-        result = block.quantize_block(job, i, *rest)
+    def quantize_block(plan, i, *rest):
+        number[0] = f"{plan.skeleton.prefix}.{i}."
+        result = block.quantize_block(plan, i, *rest)
         number[0] = ""
         return result
 

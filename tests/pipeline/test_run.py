@@ -1,4 +1,4 @@
-"""The main job on tiny checkpoints: what is written is what was solved, whole, and the same every time."""
+"""The main plan on tiny checkpoints: what is written is what was solved, whole, and the same every time."""
 
 import hashlib
 import json
@@ -205,8 +205,8 @@ def test_options_of_calibration_that_a_method_ignores_are_told_and_not_recorded(
         *plain.warnings,
         "--calib, --seq-len: method rtn reads no calibration text, they change nothing",
     ]
-    assert told.plan.recipe == plain.plan.recipe and told.plan.recipe.calib is None
-    assert prepare(str(folder), Recipe(method="gptq", group_size=32, calib=text), "cpu").plan.recipe.samples == 128
+    assert told.method.recipe == plain.method.recipe and told.method.recipe.calib is None
+    assert prepare(str(folder), Recipe(method="gptq", group_size=32, calib=text), "cpu").method.recipe.samples == 128
 
 
 def test_one_solve_gives_identical_codes_in_every_format(tiny_checkpoint, tmp_path, text):
@@ -384,9 +384,9 @@ def test_static_scales_of_the_cache_are_those_of_the_quantized_model(kv, method,
     src, out, text = tiny_checkpoint(), tmp_path / "out", tmp_path / "text.txt"
     text.write_text(prose(800))
     options = {"method": method, "bits": 8, "group_size": 32, "kv_bits": 8, "kv": kv, "calib": str(text)}
-    job = prepare(str(src), Recipe.load(None, options | {"samples": 4, "seq_len": 64}), "cpu")
-    assert any("vLLM" in w and "fp8" in w for w in job.warnings)
-    quantize(job, out)
+    plan = prepare(str(src), Recipe.load(None, options | {"samples": 4, "seq_len": 64}), "cpu")
+    assert any("vLLM" in w and "fp8" in w for w in plan.warnings)
+    quantize(plan, out)
     scheme = json.loads((out / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
     assert (scheme["strategy"], scheme["num_bits"]) == ({"tensor": "tensor", "head": "attn_head"}[kv], 8)
     model = llmq.load(out, device="cpu", backend="reference")

@@ -63,21 +63,21 @@ def test_an_export_that_could_not_be_put_in_place_is_not_made_again(tiny_checkpo
 def test_the_same_command_is_known_by_recipe_source_and_files(tiny_checkpoint, tmp_path, prose):
     folder, text = tiny_checkpoint(), tmp_path / "text.txt"
     text.write_text(prose(50))
-    job = prepare(str(folder), Recipe(method="gptq", group_size=32, calib=str(text)), "cpu")
+    plan = prepare(str(folder), Recipe(method="gptq", group_size=32, calib=str(text)), "cpu")
 
-    def run(job):
-        return sink_of(job, tmp_path / "out", overwrite=False)._run
+    def run(plan):
+        return sink_of(plan, tmp_path / "out", overwrite=False)._run
 
-    first = run(job)
+    first = run(plan)
     assert run(prepare(str(folder), Recipe(method="gptq", group_size=32, calib=str(text)), "cpu")) == first
     text.write_text(prose(500))
-    assert run(job) != first
+    assert run(plan) != first
     text.unlink()
-    other = dataclasses.replace(job.plan.recipe, bits=3)
+    other = dataclasses.replace(plan.method.recipe, bits=3)
     assert run(prepare(str(folder), other, "cpu"))["bits"] == 3
-    before = run(job)
+    before = run(plan)
     (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
-    assert run(job) != before
+    assert run(plan) != before
 
 
 def test_out_is_refused_before_src_is_read(tiny_checkpoint, tmp_path):

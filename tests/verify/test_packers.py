@@ -145,9 +145,9 @@ def test_a_wrong_packer_is_found_before_anything_is_written(what, monkeypatch, t
     (tmp_path / "text.txt").write_text(prose(600))
     calibration = {"calib": str(tmp_path / "text.txt"), "samples": 2, "seq_len": 32}
     recipe = Recipe.load(None, {"method": "rtn"} | options | (calibration if options.get("method") else {}))
-    job = prepare(str(FLOAT), recipe)
+    plan = prepare(str(FLOAT), recipe)
     monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
     out = tmp_path / ("out.gguf" if recipe.gguf else "out")
     with pytest.raises(LlmqError, match="is not right"):
-        quantize(job, out)
+        quantize(plan, out)
     assert not out.exists()
