@@ -358,7 +358,7 @@ class Child:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")  # imports once, forks before any thread
-        context.set_forkserver_preload(["llmq.export", "llmq.quantize"])
+        context.set_forkserver_preload(["llmq.export.gguf", "llmq.pipeline.run"])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=child, args=(self.name, self.seed, theirs), daemon=True)
         self.process.start()
