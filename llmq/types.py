@@ -115,6 +115,12 @@ class QTensor:
     g_idx: Tensor | None = None
     input: Params | None = None
 
+    @property
+    def group_K(self) -> Tensor:
+        """The group of each column, int64 `[K]`."""
+        K, G = self.codes.shape[1], self.params.scale.shape[1]
+        return torch.arange(K, device=self.codes.device) // (K // G) if self.g_idx is None else self.g_idx.long()
+
     def dequantize(self) -> Tensor:
         """Return the weight that a runtime multiplies with, float32 `[N, K]`."""
         N, K = self.codes.shape

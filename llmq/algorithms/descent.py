@@ -66,9 +66,7 @@ class Descent(Regularized):
 
     def _stack(self, W_NK: Tensor, q: QTensor, H_KK: Tensor) -> tuple[QTensor, float]:
         """Return the refined stack and its loss over the loss before."""
-        K, G = W_NK.shape[1], q.params.scale.shape[1]
-        group_K = torch.arange(K, device=W_NK.device) // (K // G) if q.g_idx is None else q.g_idx.long()
-        state = _State(W_NK, q, H_KK, group_K)
+        state = _State(W_NK, q, H_KK)
         before = state.loss_N.sum()
         for _ in range(self.rounds):
             if self.scales:
@@ -80,10 +78,10 @@ class Descent(Regularized):
 class _State:
     """A stack while it is refined: codes, parameters, decoded weight Q, gradient (W - Q) H, and loss row by row."""
 
-    def __init__(self, W_NK: Tensor, q: QTensor, H_KK: Tensor, group_K: Tensor) -> None:
+    def __init__(self, W_NK: Tensor, q: QTensor, H_KK: Tensor) -> None:
         self.grid: Any = q.grid
         self.params, self.codes = q.params, q.codes.clone(memory_format=torch.contiguous_format)  # moved in place
-        self.W_NK, self.H_KK, self.group_K = W_NK, H_KK, group_K
+        self.W_NK, self.H_KK, self.group_K = W_NK, H_KK, q.group_K
         self.Q_NK, self.gradient_NK, self.loss_N = self._measure(q.codes, q.params)
 
     @functools.cached_property

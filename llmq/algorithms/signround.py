@@ -73,9 +73,7 @@ class _Trial:
     """One linear while it is tuned: its place in code units, its relative scales, and the weight they decode to."""
 
     def __init__(self, W_NK: Tensor, q: QTensor) -> None:
-        self.q = q
-        K, G = W_NK.shape[1], q.params.scale.shape[1]
-        self.group_K = torch.arange(K, device=W_NK.device) // (K // G) if q.g_idx is None else q.g_idx.long()
+        self.q, self.group_K = q, q.group_K
         grid: Any = q.grid
         self.low, self.high = grid.bounds()
         self.zero_NK = q.params.zero[:, self.group_K].float()

@@ -210,11 +210,10 @@ def _obstacle(q: QTensor) -> str | None:
     K = q.codes.shape[1]
     if K % _BLOCK:
         return f"rows of {K} columns are no multiple of {_BLOCK}"
-    if q.g_idx is None:
-        size = K // q.params.scale.shape[1]
-        if size % _BLOCK:
-            return f"groups of {size} columns are no multiple of {_BLOCK}"
-    elif (q.g_idx.reshape(-1, _BLOCK) != q.g_idx.reshape(-1, _BLOCK)[:, :1]).any():
+    group = q.group_K.reshape(-1, _BLOCK)
+    if (group != group[:, :1]).any():
+        if q.g_idx is None:
+            return f"groups of {K // q.params.scale.shape[1]} columns are no multiple of {_BLOCK}"
         return "its groups follow the activation order (desc_act), not the columns"
     scale = q.params.scale
     exact = scale.half()
@@ -232,10 +231,7 @@ def _scales(q: QTensor) -> Tensor:
 
 def _by_block(q: QTensor, p: Tensor) -> Tensor:
     """Return parameters `[N, G]` for every block of 32 columns, `[N, K / 32]`."""
-    K = q.codes.shape[1]
-    if q.g_idx is not None:
-        return p[:, q.g_idx[::_BLOCK].long()]
-    return p.repeat_interleave(K // _BLOCK // p.shape[1], dim=1)
+    return p[:, q.group_K[::_BLOCK]]
 
 
 def _pack(kind: str, codes: Tensor, d: Tensor, dmin: Tensor | None, q: QTensor) -> Exported:

@@ -129,9 +129,8 @@ class GPTQ:
         Raises LlmqError for a weight in activation order unless `desc_act` is set: without it in the config, fused
         runtimes ignore g_idx and compute with the wrong groups.
         """
-        plain = _plain_g_idx(spec, q.codes.device)
-        g_idx = plain if q.g_idx is None else q.g_idx.to(torch.int32)
-        if not self.desc_act and not torch.equal(g_idx, plain):
+        g_idx = q.group_K.to(torch.int32)
+        if not self.desc_act and not torch.equal(g_idx, _plain_g_idx(spec, g_idx.device)):
             raise LlmqError("the weights are in activation order, which needs --format gptq:desc_act=true")
         bits = q.grid.bits
         zero_GN = q.params.zero.t()

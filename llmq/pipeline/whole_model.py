@@ -43,11 +43,11 @@ class _Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.linear[0].bias
-        factor, g_idx = 1 + self.change, self.q.g_idx
-        if g_idx is None:  # groups of neighbours: the gradient is a sum, where that of an index is a scatter
+        factor = 1 + self.change
+        if self.q.g_idx is None:  # groups of neighbours: the gradient is a sum, where that of an index is a scatter
             weight = (self.weight.unflatten(1, (factor.shape[1], -1)) * factor.unsqueeze(-1)).flatten(1)
         else:
-            weight = self.weight * factor[:, g_idx.long()]
+            weight = self.weight * factor[:, self.q.group_K]
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     def moved(self) -> QTensor:

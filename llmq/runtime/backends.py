@@ -133,10 +133,9 @@ def refuses_weight_only(spec: LinearSpec, device: torch.device, bits: int, divis
 
 def by_group(q: QTensor) -> tuple[Tensor, Tensor | None]:
     """Return the codes with the columns of each group side by side, and their order; None where they lie so already."""
-    K, G = q.codes.shape[1], q.params.scale.shape[1]
-    if q.g_idx is None or torch.equal(q.g_idx.long().cpu(), torch.arange(K) // (K // G)):
+    if bool((q.group_K.diff() >= 0).all()):
         return q.codes, None
-    order = q.g_idx.long().argsort(stable=True)
+    order = q.group_K.argsort(stable=True)
     return q.codes[:, order], order
 
 

@@ -64,7 +64,7 @@ def test_each_step_alone_lowers_the_loss():
     W_NK, H_KK, grid = weight(32, 128), hessian(128).mean(), Int(3, True, 32)
     (start,) = Rtn().solve([Target("w", W_NK, grid)], {})
     for step in ("fit_scales", "descend"):
-        state = _State(W_NK, start.q, H_KK, torch.arange(128) // 32)
+        state = _State(W_NK, start.q, H_KK)
         before = state.loss_N.clone()
         getattr(state, step)()
         assert (state.loss_N <= before).all() and state.loss_N.sum() < 0.95 * before.sum()
@@ -75,8 +75,7 @@ def test_walking_the_codes_finds_what_sweeping_them_does(name):
     grid = Int(int(name[3:]), True, 32) if name.startswith("int") else registry.load("grids", name)
     W_NK, h = weight(27, 256), hessian(256)
     (start,) = Gptq().solve([Target("w", W_NK, grid)], {Hessian: h})
-    group_K = torch.arange(256) // (256 // start.q.params.scale.shape[1])
-    walked, swept = (_State(W_NK, start.q, h.mean(), group_K) for _ in range(2))
+    walked, swept = (_State(W_NK, start.q, h.mean()) for _ in range(2))
     walked.descend(sweeps=2)
     for _ in range(2):
         swept._sweep()
@@ -91,7 +90,7 @@ def test_walking_the_codes_finds_what_sweeping_them_does(name):
 def test_without_a_compiled_loop_the_codes_are_swept(monkeypatch):
     W_NK, H_KK, grid = weight(16, 64), hessian(64).mean(), Int(3, True, 32)
     (start,) = Rtn().solve([Target("w", W_NK, grid)], {})
-    plain, walked = (_State(W_NK, start.q, H_KK, torch.arange(64) // 32) for _ in range(2))
+    plain, walked = (_State(W_NK, start.q, H_KK) for _ in range(2))
     walked.descend(sweeps=3)
     monkeypatch.setattr(_walk, "compiled", lambda *_: None)
     plain.descend(sweeps=3)
@@ -102,7 +101,7 @@ def test_without_a_compiled_loop_the_codes_are_swept(monkeypatch):
 def test_where_it_ends_no_single_code_lowers_the_loss():
     W_NK, H_KK, grid = weight(6, 64), hessian(64).mean(), Int(3, True, 32)
     (start,) = Rtn().solve([Target("w", W_NK, grid)], {})
-    state = _State(W_NK, start.q, H_KK, torch.arange(64) // 32)
+    state = _State(W_NK, start.q, H_KK)
     for _ in range(30):
         state.descend()
     codes, columns = state.codes.float(), state.params.columns(64)
@@ -117,7 +116,7 @@ def test_where_it_ends_no_single_code_lowers_the_loss():
 def test_scales_are_the_least_squares_solution_of_a_dense_system():
     W_NK, H_KK, grid = weight(4, 64), hessian(64).mean(), Int(4, True, 32, scale_dtype=torch.float32)
     (start,) = Rtn().solve([Target("w", W_NK, grid)], {})
-    state = _State(W_NK, start.q, H_KK, torch.arange(64) // 32)
+    state = _State(W_NK, start.q, H_KK)
     codes = state.codes.double() - 8
     state.fit_scales()
     L = torch.linalg.cholesky(H_KK.double())
