@@ -9,7 +9,6 @@ Not here: what a value may be (options.py), the objects that a recipe names (met
 from __future__ import annotations
 
 import dataclasses
-import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,10 +21,9 @@ from llmq import options, registry
 from llmq.errors import printable
 from llmq.guard.reading import yaml_object
 from llmq.options import Between
+from llmq.overrides import parse
 from llmq.types import LlmqError
 
-OVERRIDE = re.compile(r"^(?P<regex>.+?):(?P<options>(?:bits|group_size|group-size|sym|range)=.*)$")
-"""An override of integer grids."""
 DEFAULT_RANGE = "minmax"
 _STEPS = 50
 
@@ -182,7 +180,8 @@ class Recipe:
         yield from (("method", step.strip()) for step in self.steps)
         yield from ((key, text.strip()) for key in ("range", "act_range", "format") if (text := getattr(self, key)))
         for override in self.override:
-            yield from (("override", value) for key, value in changes(override) if key == "range")
+            if (said := parse(override)) and "range" in said.changes:
+                yield "override", said.changes["range"]
 
     def resolved(self) -> Recipe:
         """Return the recipe with a default for every option that means something and was not given."""
@@ -261,14 +260,6 @@ def group(value: int | str) -> dict[str, Any]:
     if str(value).isdecimal() and 0 < len(str(value)) < 10 and int(value):
         return {"group_size": int(value)}
     raise LlmqError(f"group_size is a number of columns, 'channel' or 'tensor', not {printable(repr(value), 80)}")
-
-
-def changes(override: str) -> Iterator[tuple[str, str]]:
-    """Yield what an override of integer grids changes, `key` and the text of its value."""
-    m = OVERRIDE.match(override)
-    for change in m["options"].split(",") if m else ():
-        key, _, value = change.partition("=")
-        yield key.strip().replace("-", "_"), value.strip()
 
 
 def _dashed(name: str) -> str:

@@ -8,7 +8,7 @@ import llmq
 ROOT = Path(llmq.__file__).parent
 SIBLINGS = {"algorithms", "grids", "ranges", "families", "formats"}
 VOCABULARY = "llmq.grids.int"  # the grid of every integer format: formats read and write its fields
-LOW = {"errors", "guard", "params", "types", "options", "registry", "jit"}
+LOW = {"errors", "guard", "params", "types", "options", "overrides", "registry", "jit"}
 MAY_USE_STATS = {"algorithms"}
 
 

@@ -19,6 +19,7 @@ from llmq.gguf import container, imatrix, mixture
 from llmq.gguf.architecture import Architecture, architecture
 from llmq.gguf.tokenizer import Vocabulary, vocabulary
 from llmq.guard.patterns import Pattern
+from llmq.overrides import parse
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 
@@ -85,14 +86,14 @@ def overrides_of(texts: Sequence[str]) -> list[tuple[Pattern, str]]:
     """Read `REGEX:type=Q6_K` on ggml's tensor names. Raises LlmqError for anything else."""
     found = []
     for text in texts:
-        regex, sep, kind = text.rpartition(":type=")
-        kind = kind.strip().upper()
-        if not sep or kind not in mixture.TYPES:
+        override = parse(text)
+        kind = override.changes.get("type", "").upper() if override and len(override.changes) == 1 else ""
+        if override is None or kind not in mixture.TYPES:
             raise LlmqError(
                 f"--override {text!r} does not read; for GGUF write REGEX:type=TYPE, on names like "
                 f"blk.0.ffn_down.weight, with one of {', '.join(mixture.TYPES)}"
             )
-        found.append((Pattern(regex, f"--override {text!r}"), kind))
+        found.append((override.pattern, kind))
     return found
 
 

@@ -15,7 +15,8 @@ import torch
 from llmq import options, registry
 from llmq.grids.int import Int
 from llmq.guard.patterns import Pattern
-from llmq.recipe import DEFAULT_RANGE, KINDS, OVERRIDE, Recipe, changes, group
+from llmq.overrides import Override, parse
+from llmq.recipe import DEFAULT_RANGE, KINDS, Recipe, group
 from llmq.types import (
     ActivationGrid,
     Correction,
@@ -58,7 +59,7 @@ class Method:
     format: Format
     act_range: Range | None  # of static activation scales
     base: Scheme | None  # None where the format's own types take its place (GGUF)
-    overrides: tuple[tuple[Pattern, dict[str, Any]], ...]
+    overrides: tuple[tuple[Override, dict[str, Any]], ...]
     skip: tuple[Pattern, ...]
 
     def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
@@ -71,8 +72,8 @@ class Method:
         if self.base is None or any(p.search(name) for p in self.skip):
             return None
         grid = self.base.weight
-        for pattern, new in self.overrides:
-            if pattern.search(name):
+        for override, new in self.overrides:
+            if override.pattern.search(name):
                 grid = dataclasses.replace(grid, **new)
         return Scheme(grid, self.base.activation)
 
@@ -152,12 +153,12 @@ def _steps(recipe: Recipe) -> dict[str, list[Any]]:
     return steps
 
 
-def check_patterns(recipe: Recipe, names: Sequence[str]) -> None:
-    """Raise LlmqError for a --skip or --override that matches no linear; both were compiled by `method_of`."""
-    overrides = {m["regex"]: text for text in recipe.override if (m := OVERRIDE.match(text))}
-    for pattern, text in [*((s, s) for s in recipe.skip), *overrides.items()]:
-        found = Pattern(pattern, repr(text))
-        if not any(found.search(n) for n in names):
+def check_patterns(method: Method, given: Recipe, names: Sequence[str]) -> None:
+    """Raise LlmqError for a --skip or --override, as given by the user, that matches no linear."""
+    overrides = [o for o, _ in method.overrides if o.text in given.override]
+    asked = [*((s.pattern, s) for s in method.skip), *((o.text, o.pattern) for o in overrides)]
+    for text, pattern in asked:
+        if not any(pattern.search(n) for n in names):
             raise LlmqError(f"{text!r} matches no linear; names look like {names[0]}")
 
 
@@ -178,12 +179,12 @@ def _format(recipe: Recipe, solver: Any) -> Format:
     return fmt
 
 
-def _override(text: str, grid: Int) -> tuple[Pattern, dict[str, Any]]:
-    m = OVERRIDE.match(text)
-    if not m:
+def _override(text: str, grid: Int) -> tuple[Override, dict[str, Any]]:
+    override = parse(text)
+    if override is None:
         raise LlmqError(f"--override {text!r} does not read; write REGEX:bits=8,group_size=32 (also sym=, range=)")
     new: dict[str, Any] = {}
-    for key, value in changes(text):
+    for key, value in override.changes.items():
         if key == "group_size":
             new |= group(value)
         elif key == "range":
@@ -193,4 +194,4 @@ def _override(text: str, grid: Int) -> tuple[Pattern, dict[str, Any]]:
         else:
             raise LlmqError(f"--override {text!r}: there is no {key!r} to change")
     dataclasses.replace(grid, **new)  # raises ValueError for an impossible grid
-    return Pattern(m["regex"], f"--override {text!r}"), new
+    return override, new

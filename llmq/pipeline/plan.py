@@ -124,7 +124,7 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
             skipped.append(name)
         else:
             linears[name] = LinearSpec(name, module.out_features, module.in_features, scheme)
-    check_patterns(recipe, [*linears, *skipped])
+    check_patterns(method, recipe, [*linears, *skipped])
     if not linears:
         raise LlmqError("every linear is skipped; nothing to quantize")
     if not recipe.lm_head:
