@@ -121,6 +121,16 @@ class QTensor:
         K, G = self.codes.shape[1], self.params.scale.shape[1]
         return torch.arange(K, device=self.codes.device) // (K // G) if self.g_idx is None else self.g_idx.long()
 
+    @classmethod
+    def rounded(cls, W_NK: Tensor, grid: Grid, weight: Tensor | None = None) -> QTensor:
+        """Fit a grid to float32 `W_NK` and round to nearest. weight: H, or its diagonal `[K]`, as `Grid.fit` takes it.
+
+        Example: `QTensor.rounded(W_NK, Int(bits=4)).dequantize()` is what plain rounding makes of a weight.
+        """
+        params = grid.fit(W_NK, weight)
+        codes = grid.nearest(W_NK, params.columns(W_NK.shape[1]))
+        return cls(codes.to(torch.uint8), params, grid)
+
     def dequantize(self) -> Tensor:
         """Return the weight that a runtime multiplies with, float32 `[N, K]`."""
         N, K = self.codes.shape

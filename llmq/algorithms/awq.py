@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmq.algorithms._shares import shares, tie
 from llmq.stats import AbsMean, Hessian
-from llmq.types import Scaling, Site, SiteView
+from llmq.types import QTensor, Scaling, Site, SiteView
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,7 @@ class Awq:
 def _rounded(W_NK: Tensor, scale_K: Tensor, grid: Any) -> Tensor:
     """Return the weight that scaling, rounding to nearest (min-max range) and unscaling give."""
     plain = grid if grid.range is None else dataclasses.replace(grid, range=None)
-    W_NK = W_NK.float() * scale_K
-    params = plain.fit(W_NK)
-    codes = plain.nearest(W_NK, params.columns(W_NK.shape[1]))
-    return plain.decode(codes, params.columns(W_NK.shape[1])).div_(scale_K)
+    return QTensor.rounded(W_NK.float() * scale_K, plain).dequantize().div_(scale_K)
 
 
 def _output(out: Any) -> Tensor:

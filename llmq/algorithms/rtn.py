@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from llmq.stats import Hessian, MeanSquare
 from llmq.types import QTensor, Solved, Stats, Target
 
@@ -32,10 +30,7 @@ class Rtn:
         return [Solved(self._round(t, stats)) for t in targets]
 
     def _round(self, target: Target, stats: Stats) -> QTensor:
-        grid, W_NK = target.grid, target.W_NK
         weight = target.importance
-        for stat in self.needs([grid]):
+        for stat in self.needs([target.grid]):
             weight = stats[stat].mean()
-        params = grid.fit(W_NK, weight)
-        codes = grid.nearest(W_NK, params.columns(W_NK.shape[1]))
-        return QTensor(codes.to(torch.uint8), params, grid)
+        return QTensor.rounded(target.W_NK, target.grid, weight)

@@ -249,9 +249,8 @@ def _rounded(W_NK: Tensor, name: str, kind: str, outcome: str) -> Exported:
         return Exported(kind, container.as_float(W_NK, kind, name), outcome)
     grid, found, packed, line = registry.load("grids", kind.lower()), Line(), [], {}
     for W_nK in W_NK.split(4096):
-        params = grid.fit(W_nK.float())
-        part = QTensor(grid.nearest(W_nK.float(), params.columns(W_NK.shape[1])).to(torch.uint8), params, grid)
-        packed.append(grid.to_bytes(part.codes, params))
+        part = QTensor.rounded(W_nK.float(), grid)
+        packed.append(grid.to_bytes(part.codes, part.params))
         line = _line(found, part, W_nK)
     return Exported(kind, torch.cat(packed), outcome, line)
 

@@ -27,7 +27,7 @@ from llmq.pipeline.block import Streams, block_sites
 from llmq.pipeline.card import packed_bytes
 from llmq.pipeline.plan import Plan, prepare
 from llmq.stats import Hessian
-from llmq.types import LinearSpec, LlmqError
+from llmq.types import LinearSpec, LlmqError, QTensor
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,7 @@ def _choices(plan: Plan, spec: LinearSpec, linear: nn.Module, sample: tuple[Tens
         grid = dataclasses.replace(spec.scheme.weight, bits=bits)
         scheme = dataclasses.replace(spec.scheme, weight=grid)
         size = packed_bytes(plan.method.format, dataclasses.replace(spec, scheme=scheme))
-        params = grid.fit(W_NK, H_KK).columns(W_NK.shape[1])
-        E_NK = grid.decode(grid.nearest(W_NK, params), params) - W_NK
+        E_NK = QTensor.rounded(W_NK, grid, H_KK).dequantize() - W_NK
         error = s_T @ (X_TK.float() @ E_NK.T).square().sum(-1) / (2 * len(s_T))
         found.append(Choice(bits, size, error.item()))
     return found

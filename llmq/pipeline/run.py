@@ -177,9 +177,7 @@ def _round_rows(plan: Plan, linear: LinearSpec) -> tuple[Tensor, dict[str, Any]]
     line = Line()
     for rows in weight.split(max(1, _ROWS_AT_ONCE // linear.K)):
         W_nK = rows.float()
-        params = grid.fit(W_nK, importance)
-        codes = grid.nearest(W_nK, params.columns(linear.K)).to(torch.uint8)
-        q = QTensor(codes, params, grid)
+        q = QTensor.rounded(W_nK, grid, importance)
         packed += plan.method.format.pack(q, linear).values()
         line.add(q, q.dequantize(), W_nK)
     return torch.cat(packed), {"method": "rtn", "bits": grid.bits, **line.to_json()}
