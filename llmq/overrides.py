@@ -1,7 +1,7 @@
-"""What a recipe says of some matrices alone: `REGEX:key=value[,key=value...]`.
+r"""What a recipe says of some matrices alone: `REGEX:key=value[,key=value...]`.
 
     down_proj$:bits=8,group_size=32          names as transformers has them, keys of the integer grids
-    blk\\.0\\.ffn_down:type=Q6_K               names as ggml has them, the one key of GGUF
+    blk\.0\.ffn_down:type=Q6_K               names as ggml has them, the one key of GGUF
 
 A value may hold colons and equals signs of its own (`range=percentile:p=99.9`).
 Not here: what a key means and which there are; each format says so of its grids.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from llmq.guard.patterns import Pattern
 
-_GRAMMAR = re.compile(r"(?P<regex>.+?):(?P<changes>[a-z][a-z_-]*=.*)")
+_GRAMMAR = re.compile(r"(?P<regex>.+?):(?P<changes> *[a-z][a-z_-]* *=.*)")
 
 
 @dataclass(frozen=True)
