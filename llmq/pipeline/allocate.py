@@ -8,7 +8,7 @@ with s_t the squared gradient of the float model's loss at token t of the linear
 second order of the divergence, its Fisher matrix cut down to one number for each token. Q is W rounded to nearest.
 Small costs add up; the least sum within the budget is approached by upgrading, time and again, the site whose cost
 falls most per byte. The linears of a site share their bits, as runtimes that fuse q, k, v and gate, up need.
-Not here: the quantization itself, which sees only `--override REGEX:bits=...` lines.
+Not here: the quantization itself, which sees only the schemes of the plan.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from llmq.calibration.token_gradients import squared_gradients
 from llmq.model.lanes import Call, Lanes
 from llmq.pipeline.block import Streams, block_sites
-from llmq.pipeline.card import packed_bytes
-from llmq.pipeline.plan import Plan, prepare
+from llmq.pipeline.plan import Plan, at_bits, packed_bytes
 from llmq.stats import Hessian
 from llmq.types import LinearSpec, LlmqError, QTensor
 
@@ -44,8 +43,9 @@ class Choice:
 
 
 def allocate(plan: Plan, streams: Streams, report: Callable[[int, int, str], None]) -> Plan:
-    """Return the plan with overrides that spend its recipe's `target_bpw`; the streams stay where they are.
+    """Return the plan with schemes that spend its recipe's `target_bpw`; the streams stay where they are.
 
+    Its recipe then says as overrides what was chosen, so that what is recorded repeats the run.
     Raises LlmqError where the budget does not even hold the fewest bits.
     """
     recipe = plan.method.recipe
@@ -58,8 +58,8 @@ def allocate(plan: Plan, streams: Streams, report: Callable[[int, int, str], Non
         f"^({'|'.join(re.escape(n) for n in names)})$:bits={choice.bits}" for names, choice in chosen.items()
     )
     settled = dataclasses.replace(recipe, override=(*recipe.override, *overrides), target_bpw=None, bit_choices=None)
-    chosen_job = prepare(str(plan.source.path), settled, str(plan.device), plan.source.adapter)
-    return dataclasses.replace(chosen_job, warnings=plan.warnings)  # what the user was told, calibration included
+    linears = {n: at_bits(plan.linears[n], choice.bits) for names, choice in chosen.items() for n in names}
+    return plan.settled(settled, linears)
 
 
 def costs(plan: Plan, streams: Streams, report: Callable[[int, int, str], None]) -> dict[tuple[str, ...], list[Choice]]:
@@ -151,9 +151,8 @@ def _choices(plan: Plan, spec: LinearSpec, linear: nn.Module, sample: tuple[Tens
     W_NK = linear.get_parameter("weight").float()
     found = []
     for bits in plan.method.recipe.choices():
-        grid = dataclasses.replace(spec.scheme.weight, bits=bits)
-        scheme = dataclasses.replace(spec.scheme, weight=grid)
-        size = packed_bytes(plan.method.format, dataclasses.replace(spec, scheme=scheme))
+        at = at_bits(spec, bits)
+        grid, size = at.scheme.weight, packed_bytes(plan.method.format, at)
         E_NK = QTensor.rounded(W_NK, grid, H_KK).dequantize() - W_NK
         error = s_T @ (X_TK.float() @ E_NK.T).square().sum(-1) / (2 * len(s_T))
         found.append(Choice(bits, size, error.item()))

@@ -1,36 +1,15 @@
-"""What a user reads afterwards: sizes, the summary table and the model card written beside the weights."""
+"""What a user reads afterwards: the errors in a line, and the model card written beside the weights."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from math import prod
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
 from llmq.checkpoint.hub import is_repository
 from llmq.errors import printable
-from llmq.types import Format, LinearSpec
-
-
-def size(linears: Iterable[LinearSpec], fmt: Format, total: int, source: int) -> dict[str, Any]:
-    """Return the bytes of the file before and after, and the bits per quantized weight, scales and zeros counted."""
-    weights = packed = 0
-    for s in linears:
-        weights += s.N * s.K
-        packed += packed_bytes(fmt, s)
-    return {
-        "float_bytes": source,
-        "bytes": total,
-        "quantized_weights": weights,
-        "bits_per_weight": round(8 * packed / weights, 4) if weights else None,
-    }
-
-
-def packed_bytes(fmt: Format, linear: LinearSpec) -> int:
-    """Return the bytes of a linear's tensors on disk, its bias apart."""
-    return sum(prod(t.shape) * t.element_size() for t in fmt.layout(linear).values())
 
 
 def errors(summary: dict[str, Any]) -> Iterator[tuple[str, float, str, float]]:

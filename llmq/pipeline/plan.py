@@ -6,9 +6,9 @@ Not here: running it (run.py).
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,9 @@ from llmq.gguf.pipeline import Blueprint, blueprint
 from llmq.model.adapter import Adapted, Adapter
 from llmq.model.rotated import Rotated
 from llmq.model.skeleton import Skeleton
-from llmq.pipeline import card
 from llmq.pipeline.method import Method, check_patterns, method_of
 from llmq.recipe import Recipe
-from llmq.types import LinearSpec, LlmqError, Scheme
+from llmq.types import Format, LinearSpec, LlmqError, Scheme
 
 
 @dataclass
@@ -67,7 +66,7 @@ class Plan:
         """Return the size of the weights that will be written."""
         specs = self.linears | self.rows
         floats = sum(n for name, n in self.source.sizes().items() if name.removesuffix(".weight") not in specs)
-        return floats + sum(card.packed_bytes(self.method.format, s) for s in specs.values())
+        return floats + sum(packed_bytes(self.method.format, s) for s in specs.values())
 
     def calibrates(self) -> bool:
         """Say whether any step needs activations."""
@@ -88,6 +87,12 @@ class Plan:
         none: dict[str, Any] = dict.fromkeys(names)
         method = dataclasses.replace(self.method, recipe=dataclasses.replace(self.method.recipe, **none))
         return dataclasses.replace(self, method=method, warnings=[*self.warnings, *([say] if idle else [])])
+
+    def settled(self, recipe: Recipe, linears: dict[str, LinearSpec]) -> Plan:
+        """Return the plan with other schemes for some linears; recipe: what asks for them, for the record."""
+        method = dataclasses.replace(self.method, recipe=recipe)
+        plan = dataclasses.replace(self, method=method, linears=self.linears | linears).told(recipe)
+        return dataclasses.replace(plan, warnings=self.warnings)  # what the user was told of the options that he gave
 
     def paired(self) -> float:
         """Return the share of the calibration that runs through the float model too, for steps that compare the two."""
@@ -129,7 +134,8 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
         raise LlmqError("every linear is skipped; nothing to quantize")
     if not recipe.lm_head:
         skipped.append(skeleton.name_of(skeleton.model.get_output_embeddings()))
-    warnings = method.format.check(_mixed(linears, method.recipe) if recipe.target_bpw else list(linears.values()))
+    possible = [at_bits(s, b) for s in linears.values() for b in method.recipe.choices()] if recipe.target_bpw else None
+    warnings = method.format.check(possible or list(linears.values()))
     plan = Plan(skeleton.source, skeleton, method, linears, skipped, where, [*source.warnings, *warnings])
     return _checked(plan, source).told(recipe)
 
@@ -165,21 +171,15 @@ def _check_head(skeleton: Skeleton) -> None:
         raise LlmqError(f"--lm-head: the final norm or the head of model_type {kind!r} is not known; leave it float")
 
 
-def _mixed(linears: dict[str, LinearSpec], recipe: Recipe) -> list[LinearSpec]:
-    """Return the linears with the choices of bits among them, those of one parent alike, for the format to refuse.
+def at_bits(linear: LinearSpec, bits: int) -> LinearSpec:
+    """Return a linear with so many bits a code, the rest of its grid as it is."""
+    grid = dataclasses.replace(linear.scheme.weight, bits=bits)
+    return dataclasses.replace(linear, scheme=dataclasses.replace(linear.scheme, weight=grid))
 
-    As a budget will mix them: what runtimes fuse lies within one parent, and shares its bits.
-    """
-    choices = itertools.cycle(recipe.choices())
-    bits: dict[str, int] = {}
-    mixed = []
-    for s in linears.values():
-        parent = s.name.rpartition(".")[0]
-        if parent not in bits:
-            bits[parent] = next(choices)
-        grid = dataclasses.replace(s.scheme.weight, bits=bits[parent])
-        mixed.append(dataclasses.replace(s, scheme=dataclasses.replace(s.scheme, weight=grid)))
-    return mixed
+
+def packed_bytes(fmt: Format, linear: LinearSpec) -> int:
+    """Return the bytes of a linear's tensors on disk, its bias apart."""
+    return sum(prod(t.shape) * t.element_size() for t in fmt.layout(linear).values())
 
 
 def _prepare_gguf(source: Source, skeleton: Skeleton, method: Method, device: torch.device) -> Plan:

@@ -21,7 +21,7 @@ from llmq.checkpoint import Sink
 from llmq.checkpoint.digest import digest, file_digest, sealed
 from llmq.gguf import imatrix, pipeline
 from llmq.pipeline import card
-from llmq.pipeline.plan import Plan
+from llmq.pipeline.plan import Plan, packed_bytes
 from llmq.pipeline.records import Record
 
 
@@ -79,6 +79,18 @@ def _config(plan: Plan) -> dict[str, Any]:
     return plan.source.config | {"quantization_config": quantization} | untied
 
 
+def _size(plan: Plan, total: int) -> dict[str, Any]:
+    """Return the bytes of the file before and after, and the bits per quantized weight, scales and zeros counted."""
+    specs = (plan.linears | plan.rows).values()
+    weights, packed = sum(s.N * s.K for s in specs), sum(packed_bytes(plan.method.format, s) for s in specs)
+    return {
+        "float_bytes": plan.source.bytes(),
+        "bytes": total,
+        "quantized_weights": weights,
+        "bits_per_weight": round(8 * packed / weights, 4) if weights else None,
+    }
+
+
 def _summary(plan: Plan, total: int, record: Record, digests: Mapping[str, str]) -> dict[str, Any]:
     """Return how the run went; total: the bytes of all tensors, digests: their checksums."""
     return {
@@ -89,7 +101,7 @@ def _summary(plan: Plan, total: int, record: Record, digests: Mapping[str, str])
         "source": dataclasses.asdict(plan.source.origin),
         "recipe": json.loads(json.dumps(dataclasses.asdict(plan.method.recipe))),
         "warnings": plan.warnings,
-        "size": card.size((plan.linears | plan.rows).values(), plan.method.format, total, plan.source.bytes()),
+        "size": _size(plan, total),
         "linears": record.linears,
         "transforms": [
             *({"step": registry.dump(r)} for r in plan.method.rotations),

@@ -66,6 +66,8 @@ def test_the_written_model_fits_the_budget_with_sites_alike(tiny_checkpoint, tmp
     )
     plan = prepare(str(tiny_checkpoint()), recipe, "cpu")
     assert plan.warnings and not any("not quantized alike" in w for w in plan.warnings)
+    assert any("weights of 3, 5, 6 bits" in w for w in plan.warnings)
+    assert any("8-bit weights" in w for w in plan.warnings), "all that a linear may become, however few there are"
     summary = quantize(plan, tmp_path / "out")
     bits = {n: line["bits"] for n, line in summary["linears"].items()}
     assert summary["size"]["bits_per_weight"] <= 5.0
