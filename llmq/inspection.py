@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its headers and records alone: no weight is read."""
+"""What a checkpoint holds, from its config, headers and records alone: no weight is read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint import Source, resolve
-from llmq.checkpoint.packed import unread
-from llmq.errors import printable
+from llmq.checkpoint.packed import PackedCheckpoint, Packing
+from llmq.errors import LlmqError, printable
 from llmq.gguf.reader import GgufFile
 from llmq.guard.reading import field, json_object
+from llmq.model.pretrained import blank_model, model_config
 from llmq.show import Rows
 
 _SHOWN = ("general.name", "general.file_type", "tokenizer.ggml.model", "tokenizer.ggml.pre", "llmq.version")
@@ -33,21 +34,26 @@ def inspect(name: str, *, linears: bool = False) -> Iterator[Rows]:
     kinds = Counter(dtype for dtype, _ in source.headers().values())
     table.add("dtypes", ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()))
     table.add("quantization", quantization.get("quant_method") if quantization else "none (float)")
-    if quantization and (why := unread(quantization)):
-        table.add("  not loaded by llmq", why)
+    record_file = source.path / "quantization.json"
+    record = json_object(record_file) if record_file.is_file() else None
+    packed = None
+    try:
+        packed = _opened(source, linears=linears and record is None) if quantization else None
+    except LlmqError as e:
+        table.add("  not loaded by llmq", e)
     for key, value in quantization.items():
         if key != "quant_method":
             table.add(f"  {key}", printable(json.dumps(value), 200))
-    record_file = source.path / "quantization.json"
     where = str(record_file)
-    record = json_object(record_file) if record_file.is_file() else None
     if record is not None:
         table.add("bits per quantized weight", field(record, "size", dict, where).get("bits_per_weight"))
         recipe = field(record, "recipe", dict, where)
         table.add("recipe", " ".join(f"{k}={v}" for k, v in recipe.items() if v not in (None, [])))
     yield table
-    if linears:
-        yield _shapes(source) if record is None else _errors(field(record, "linears", dict, where), where)
+    if linears and record is not None:
+        yield _errors(field(record, "linears", dict, where), where)
+    elif linears:
+        yield _linears(packed) if packed else _shapes(source)
 
 
 def _gguf(file: GgufFile, *, linears: bool) -> Iterator[Rows]:
@@ -85,6 +91,22 @@ def _errors(report: Mapping[str, Any], where: str) -> Rows:
         errors = (field(line, f"{kind}_error", float, f"{where}, {name}", math.nan) for kind in ("weight", "output"))
         said = ("" if math.isnan(e) else f"{e:.3e}" for e in errors)
         shown.add(name, line.get("bits"), *said, *(line.get(k, "") for k in ("method", "damp", "fallback")))
+    return shown
+
+
+def _opened(source: Source, *, linears: bool) -> PackedCheckpoint | None:
+    """Return the packed linears, where asked for. Raises LlmqError for a checkpoint that llmq does not load."""
+    Packing(source.quantization or {})
+    return PackedCheckpoint.open(source, blank_model(source, model_config(source))) if linears else None
+
+
+def _linears(packed: PackedCheckpoint) -> Rows:
+    shown = Rows("", "linear", "shape", "bits", "group size", "symmetric", "activations")
+    for name, linear in packed.linears.items():
+        grid, activation = linear.scheme.weight, linear.scheme.activation
+        group = grid.group_size or ("tensor" if grid.per_tensor else "channel")
+        inputs = f"{activation.bits} bits, {'dynamic' if activation.dynamic else 'static'}" if activation else "float"
+        shown.add(name, [linear.N, linear.K], grid.bits, group, "yes" if grid.sym else "no", inputs)
     return shown
 
 

@@ -1,64 +1,36 @@
-"""How a checkpoint says that its linears are packed: in which place, in whose dialect, and what llmq reads of it.
+"""A quantized checkpoint (GPTQ, AWQ, compressed-tensors, auto-round's; ours or a peer's) as named QTensors.
 
-    config.json              quantization_config, or compression_config (compressed-tensors before 0.6)
-    quantize_config.json     beside it (AutoGPTQ), where there are packed tensors and config.json says nothing
-    quant_config.json        the same of AutoAWQ, which spells w_bit and q_group_size
+    source = Source(folder)
+    packed = PackedCheckpoint.open(source, blank_model(source, model_config(source)))
+    packed.linears["model.layers.0.mlp.up_proj"]     LinearSpec(N=96, K=64, 4 bits ...), known from config and headers
+    packed.qtensor("model.layers.0.mlp.up_proj")     its codes and parameters, read and unpacked now
+    for name, weight in packed: ...                  a QTensor or a float tensor at a time, blocks in their order
 
-auto-round's own format is GPTQ's or AWQ's packing under a `packing_format`; it is read as that.
-A null config is none: the checkpoint is float. What llmq does not read is refused by its name, with the remedy.
-Not here: what the fields of a method mean (formats/).
+A file may lie, and transformers would only warn of a missing tensor and initialise the layer at random. So before any
+weight is read, the headers are compared with what the config promises of the model's linears.
+Not here: where a config lies and its dialects (dialects.py), what a packed tensor means (formats/).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from llmq import registry
-from llmq.errors import LlmqError, printable
-from llmq.guard.reading import field, json_object
-from llmq.types import Format, LinearSpec, Scheme
-
-METHODS = ("gptq", "awq", "compressed-tensors", "auto-round")
-"""The `quant_method`s that llmq reads. A closed list: a checkpoint must not name a module to import."""
-
-_FLOATS = {"fp8": "FP8", "fbgemm_fp8": "FP8", "mxfp4": "MXFP4", "modelopt": "FP8 or NVFP4", "nvfp4": "NVFP4"}
-_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # and the method of one that names none
-_AUTO_AWQ = {"w_bit": "bits", "q_group_size": "group_size"}
-_PACKINGS = {  # auto-round's name of a packing: the config that says the same; bare, the zeros are GPTQ's v2
-    "auto_round:auto_gptq": {"quant_method": "gptq", "checkpoint_format": "gptq"},
-    "auto_round:gptqmodel": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"},
-    "auto_round": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"},
-    "auto_round:auto_awq": {"quant_method": "awq", "version": "gemm"},
-}
-_WHERE = "quantization_config"
-
-
-def quantization(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any] | None:
-    """Return what a checkpoint says of its quantization, None for a float one.
-
-    config: its config.json. names: of its tensors.
-    Raises LlmqError where it says something else than an object, or packed tensors are all that says it.
-    """
-    for key in (_WHERE, "compression_config"):
-        if config.get(key) is not None:
-            return dict(field(config, key, dict, f"{folder / 'config.json'}"))
-    packed = next((n for n in names if n.endswith((".qweight", ".weight_packed"))), None)
-    if packed is None:
-        return None
-    for file, method in _BESIDE.items():
-        if (folder / file).is_file():
-            found = {_AUTO_AWQ.get(k, k): v for k, v in json_object(folder / file).items()}
-            return {"quant_method": method} | found
-    raise LlmqError(
-        f"{folder}: {printable(packed, 200)} is packed, but config.json has no quantization_config and there is no "
-        "quantize_config.json; download the checkpoint again"
-    )
+from llmq.checkpoint.dialects import known
+from llmq.checkpoint.names import own_head, settle
+from llmq.checkpoint.source import Source
+from llmq.errors import LlmqError
+from llmq.formats._reading import checked
+from llmq.guard.reading import Entry
+from llmq.types import Format, LinearSpec, QTensor, Scheme
 
 
 class Packing:
-    """The linears of a quantized checkpoint: the format of their tensors and the scheme of each by its name.
+    """What a `quantization_config` says: the format of the packed tensors and the scheme of each linear by its name.
 
     Raises LlmqError for a method, and for what of a method's config, llmq does not read.
     """
@@ -67,11 +39,7 @@ class Packing:
     _scheme: Callable[[str, int, int], Scheme | None]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        method = config.get("quant_method")
-        if method not in METHODS:
-            raise LlmqError(_foreign(method))
-        if method == "auto-round":
-            config = from_auto_round(config)
+        config = known(config)
         found: Any = registry.find("formats", config["quant_method"])
         self.format, self._scheme = found.read(config)
 
@@ -85,51 +53,114 @@ class Packing:
         if scheme is None:
             return None
         linear = LinearSpec(name, N, K, scheme)
-        packed = any(f"{name}.{local}" in stored for local in self.format.layout(linear))
-        return linear if packed or f"{name}.weight" not in stored else None
+        return linear if self.present(linear, stored) or f"{name}.weight" not in stored else None
+
+    def present(self, linear: LinearSpec, stored: Collection[str]) -> list[str]:
+        """Return which of a linear's packed tensors are stored, by their full names."""
+        return [n for local in self.format.layout(linear) if (n := f"{linear.name}.{local}") in stored]
 
 
-def unread(config: Mapping[str, Any]) -> str | None:
-    """Return why llmq does not load what a `quantization_config` describes, None where it does."""
-    try:
-        Packing(config)
-    except LlmqError as e:
-        return str(e)
-    return None
+class PackedCheckpoint:
+    """The linears and float tensors of a quantized checkpoint, of which one linear is in memory at a time.
+
+    entries: the checkpoint's tensors. model: the blank one (on the meta device) that has their names, but for a
+    `prefix` that they have beside it where it is a bare decoder.
+    linears: the packed ones by name, in the order of the model.
+    Raises LlmqError for the first tensor that is missing, that is packed and read by nothing, or that is not of the
+    shape and kind of dtype that the config promises, and where no linear is packed. Floats may have any width: scales
+    keep the one they were stored in.
+    """
+
+    def __init__(self, packing: Packing, entries: Mapping[str, Entry], model: Any, prefix: str = "") -> None:
+        self.packing, self._entries = packing, entries
+        self._modules: dict[str, list[str]] = {}
+        for name in sorted(entries, key=_natural):
+            self._modules.setdefault(name.rpartition(".")[0], []).append(name)
+        modules = {prefix + n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        tied = {prefix + n.removesuffix(".weight") for n in getattr(model, "all_tied_weights_keys", {})}
+        found = [self._linear(n, m, n in tied) for n, m in modules.items()]
+        self.linears = {linear.name: linear for linear in found if linear}
+        if not self.linears:
+            raise LlmqError(
+                f"quantization_config selects no linear of {type(model).__name__}: it is for another model, "
+                "or names modules that this one does not have"
+            )
+        self._stored = {n: self._checked(s, modules[n].bias is not None) for n, s in self.linears.items()}
+        self._refuse_leftovers()
+
+    @classmethod
+    def open(cls, source: Source, model: Any) -> PackedCheckpoint:
+        """Open a source, giving it the names of the blank model of its config, which is untied if the head is its own.
+
+        Raises LlmqError for a float checkpoint, for what llmq does not read, and as `names.settle`.
+        """
+        if source.quantization is None:
+            raise LlmqError(f"{source.path} is a float checkpoint; llmq quantize makes a packed one of it")
+        packing = Packing(source.quantization)
+        settle(source, model)
+        if own_head(source, model):
+            model.config.tie_word_embeddings = False
+        return cls(packing, {n: e for n, e in source.entries().items() if n not in source.unread}, model)
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """Return what the format reads of a linear, and its bias, by local names, on the meta device."""
+        return {local: entry.meta() for local, entry in self._stored[name].items()}
+
+    def qtensor(self, name: str) -> QTensor:
+        """Read a linear. Raises LlmqError that names the tensor which holds what no weight can have."""
+        tensors = {local: entry.read() for local, entry in self._stored[name].items()}
+        return self.packing.format.unpack(tensors, self.linears[name])
+
+    def __iter__(self) -> Iterator[tuple[str, QTensor | Tensor]]:
+        """Yield every weight, bias and other tensor by the name that it has in a float checkpoint, block by block."""
+        for module, names in self._modules.items():
+            if module in self.linears:
+                yield f"{module}.weight", self.qtensor(module)
+            yield from (
+                (name, self._entries[name].read())
+                for name in names
+                if module not in self.linears or name == f"{module}.bias"
+            )
+
+    def _linear(self, name: str, module: nn.Linear, tied: bool) -> LinearSpec | None:
+        """Return what a linear of the model is in the file, None where it is float. Raises LlmqError for a tied one."""
+        linear = self.packing.linear(name, module.out_features, module.in_features, self._entries)
+        if linear is None or not tied:
+            return linear
+        if present := self.packing.present(linear, self._entries):
+            raise LlmqError(
+                f"{present[0]} is packed, but config.json ties {name} to the embedding: "
+                "set tie_word_embeddings to false, or remove the packed tensors"
+            )
+        return None
+
+    def _checked(self, linear: LinearSpec, bias: bool) -> dict[str, Entry]:
+        """Return what the format reads of a linear, by local names, and its bias, which the file may have besides."""
+        there = {n.rpartition(".")[2]: self._entries[n] for n in self._modules.get(linear.name, [])}
+        wanted = dict(self.packing.format.layout(linear))
+        if bias or "bias" in there:
+            wanted["bias"] = torch.empty(linear.N, device="meta")
+        metas = {local: entry.meta() for local, entry in there.items()}
+        return {local: there[local] for local in checked(metas, wanted, linear, self.packing.format.derived)}
+
+    def _refuse_leftovers(self) -> None:
+        """Raise LlmqError for a packed tensor that nothing would read: the model would differ from the checkpoint."""
+        form = self.packing.format
+        known_to = {n: {*form.layout(linear), "bias"} for n, linear in self.linears.items()}
+        packed = set().union(*known_to.values()) - {"weight", "bias"}
+        for name in (n for names in self._modules.values() for n in names):
+            module, _, local = name.rpartition(".")
+            if module in known_to and local not in known_to[module]:
+                raise LlmqError(
+                    f"{name} is a tensor that llmq's {form.quant_method} reader does not know: it cannot load it"
+                )
+            if module not in known_to and local in packed:
+                raise LlmqError(
+                    f"{name} is packed, but quantization_config leaves {module} float or the model has no such "
+                    "nn.Linear (fused experts are not supported): correct quantization_config, or quantize again"
+                )
 
 
-def _foreign(method: Any) -> str:
-    """Return why a method is not read, with the remedy."""
-    if method is None:
-        return f"{_WHERE}.quant_method is missing; llmq reads {', '.join(METHODS)}"
-    kind = _FLOATS.get(method) if isinstance(method, str) else None
-    said = f"{_WHERE}.quant_method is {printable(repr(method), 80)}" + (f" ({kind} weights)" if kind else "")
-    return (
-        f"{said}; llmq reads {', '.join(METHODS)}: run it with the runtime that it was made for, or quantize the float "
-        "model again"
-    )
-
-
-def from_auto_round(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the GPTQ or AWQ config that says what an auto-round config says. Raises LlmqError where none does."""
-    remedy = "write it again with auto-round's --format auto_gptq or auto_awq, or quantize the float model with llmq"
-    scheme = {key: config.get(key) for key in ("bits", "group_size", "sym")}
-    scheme["data_type"] = field(config, "data_type", str, _WHERE, "int")
-    packing = field(config, "packing_format", str, _WHERE, "auto_round:auto_gptq")
-    activations = config.get("act_bits") or 16
-    if packing not in _PACKINGS or scheme["data_type"] != "int" or activations not in (16, 32):
-        said = f"auto-round's packing {printable(packing, 60)!r} of {printable(repr(scheme['data_type']), 40)}"
-        raise LlmqError(f"{_WHERE}: {said}, activations {printable(repr(activations), 20)}, is not read; {remedy}")
-    if config.get("rotation_config"):
-        raise LlmqError(f"{_WHERE}.rotation_config is set, which llmq does not read; {remedy}")
-    changed = {} if config.get("extra_config") is None else field(config, "extra_config", dict, _WHERE)
-    for name in changed:
-        changes = field(changed, name, dict, f"{_WHERE}.extra_config")
-        alike = all(changes.get(key) in (None, value) for key, value in scheme.items())
-        if not alike and changes.get("bits") not in (16, 32):  # float: the file's own tensors say so
-            said = f"extra_config[{printable(name, 80)!r}] gives some modules another scheme, which llmq does not read"
-            raise LlmqError(f"{_WHERE}.{said}; {remedy}")
-    head = (changed.get("lm_head") or {"bits": 16}).get("bits") not in (16, 32)
-    sym = field(config, "sym", bool, _WHERE, True)
-    zeros = {"zero_point": not sym} if "awq" in packing else {"sym": sym}
-    return _PACKINGS[packing] | {k: scheme[k] for k in ("bits", "group_size")} | {"lm_head": head} | zeros
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Order names so that block 2 comes before block 10."""
+    return [(len(part) if part.isdecimal() else 0, part) for part in name.split(".")]

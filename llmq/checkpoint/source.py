@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.checkpoint.dialects import quantization
 from llmq.checkpoint.hub import COPIED, origin
-from llmq.checkpoint.packed import quantization
 from llmq.errors import LlmqError, one_line
 from llmq.guard.reading import DTYPES, Entry, field, is_file, json_object, tensor_entries
 
@@ -191,9 +191,9 @@ class Source:
         """Return the dtype (in safetensors' spelling) and shape of every tensor, without reading any."""
         return {name: (e.dtype, list(e.shape)) for name, e in self._entries.items()}
 
-    def entries(self) -> list[Entry]:
-        """Return where every tensor lies, under the name that it has there."""
-        return list(self._entries.values())
+    def entries(self) -> dict[str, Entry]:
+        """Return where every tensor lies, and under which name there."""
+        return dict(self._entries)
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of every tensor."""

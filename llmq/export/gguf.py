@@ -26,12 +26,11 @@ from torch import Tensor
 from llmq import __version__, registry
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.digest import digest, sealed
-from llmq.checkpoint.names import own_head, settle
-from llmq.checkpoint.packed import Packing
+from llmq.checkpoint.packed import PackedCheckpoint, Packing
 from llmq.checkpoint.place import user_path
 from llmq.checkpoint.stage import fingerprint
 from llmq.gguf import container, mixture
-from llmq.gguf.architecture import architecture
+from llmq.gguf.architecture import Architecture, architecture
 from llmq.gguf.pipeline import REPORT, Blueprint, GgufSink
 from llmq.gguf.reader import GgufFile
 from llmq.gguf.tokenizer import vocabulary
@@ -83,23 +82,20 @@ def export(  # noqa: PLR0913, the options of the command
         GgufSink(out, overwrite=overwrite, reads={"SRC": user_path(src)})  # refuses before anything is read
     source = _source(src)
     run = {"command": "export", "SRC": fingerprint(source.path)} | given
-    reader = _Reader(source)
-    arch = architecture(reader.config)
-    words = vocabulary(tokenizer_of(source.path), int(reader.config.vocab_size), reader.config, pre)
-    warnings = [*arch.warnings(), *reader.warnings(), *words.warnings]
+    packed, config = _opened(source)
+    found = _record(source.path)
+    arch = architecture(config)
+    words = vocabulary(tokenizer_of(source.path), int(config.vocab_size), config, pre)
+    warnings = [*arch.warnings(), *_left_out(source, packed), *words.warnings]
     with GgufSink(out, overwrite=overwrite, reads={"SRC": source.path}, run=run) as sink:
         if sink.earlier is not None:
             sink.commit()
             return sink.earlier
         sink.copies = True
         sink.require(2 * source.bytes())
-        made: dict[str, Exported] = {}  # without their rows, which are staged
-        for name, found in reader.tensors(anew):
-            tensor = found if isinstance(found, Exported) else _float(name, arch.tensor(name), found, outside)
-            sink.add({name: tensor.rows})
-            made[name] = replace(tensor, rows=torch.empty(0))
+        made = dict(_staged(sink, packed, arch, anew, outside))
         plan = Blueprint(arch, words, _file_type_of(made.values()), {n: t.kind for n, t in made.items()}, split=split)
-        files = _write(sink, plan, reader, made, warnings)
+        files = _write(sink, plan, source, made, warnings, found)
         sink.copies = False
         done = {
             "types": dict(Counter(t.kind for t in made.values())),
@@ -115,69 +111,64 @@ def export(  # noqa: PLR0913, the options of the command
     return done
 
 
+def _staged(
+    sink: GgufSink, packed: PackedCheckpoint, arch: Architecture, requantize: str | None, embeddings: str | None
+) -> Iterator[tuple[str, Exported]]:
+    """Stage every tensor that a GGUF file holds; yield it without its rows, by its float checkpoint's name."""
+    for name, found in packed:
+        if isinstance(found, QTensor):
+            tensor = convert(found, name.removesuffix(".weight"), requantize)
+        elif name.endswith(_CACHE):
+            continue
+        else:
+            tensor = _float(name, arch.tensor(name), found, embeddings)
+        sink.add({name: tensor.rows})
+        yield name, replace(tensor, rows=torch.empty(0))
+
+
 def _write(
-    sink: GgufSink, plan: Blueprint, reader: _Reader, made: Mapping[str, Exported], warnings: list[str]
+    sink: GgufSink, plan: Blueprint, source: Source, made: Mapping[str, Exported], warnings: list[str], exported: Any
 ) -> list[Path]:
-    """Write the file from what is staged, with a record as `quantize` leaves one; return the staged files."""
-    source = reader.source
+    """Write the file from what is staged, with a record as `quantize` leaves one; return the staged files.
+
+    exported: the record of how llmq found the codes, if it did.
+    """
     record = {
         "llmq": __version__,
         "source": asdict(source.origin),
         "warnings": warnings,
         "linears": {n.removesuffix(".weight"): dict(t.line) for n, t in made.items() if t.line},
         "tensors": {n: digest(t) for n, t in sink.contents(plan)},
-        "exported": reader.record,
+        "exported": exported,
     }
-    keys = {"llmq.version": __version__, "llmq.source": reader.method}
+    keys = {"llmq.version": __version__, "llmq.source": str((source.quantization or {})["quant_method"])}
     report = json.dumps(sealed(record), separators=(",", ":"))
     return sink.write(plan, source.origin.name, keys | {REPORT: report})
 
 
-class _Reader:
-    """A quantized checkpoint read linear by linear."""
+def _opened(source: Source) -> tuple[PackedCheckpoint, Any]:
+    """Return the quantized checkpoint of a source and its config, which says whether its head is tied."""
+    config: Any = model_config(source)
+    model = blank_model(source, config)
+    packed = PackedCheckpoint.open(source, model)
+    config.tie_word_embeddings = model.config.tie_word_embeddings
+    return packed, config
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        quantization = source.quantization or {}
-        self.packing, self.method = Packing(quantization), str(quantization["quant_method"])
-        self.config: Any = model_config(source)
-        model = blank_model(source, self.config)
-        settle(source, model)
-        if own_head(source, model):
-            self.config.tie_word_embeddings = False
-        earlier = source.path / "quantization.json"
-        self.record = json_object(earlier) if earlier.is_file() else None  # how llmq found the codes
-        linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        self.linears = {n: (m.out_features, m.in_features) for n, m in linears.items()}
 
-    def warnings(self) -> list[str]:
-        """Return what of the checkpoint a GGUF file cannot hold."""
-        names = set(self.source.names())
-        linears = [s for n, (N, K) in self.linears.items() if (s := self.packing.linear(n, N, K, names))]
-        found = list(self.source.warnings)
-        if any(s.scheme.activation for s in linears):
-            found.append(
-                "the checkpoint quantizes activations too; llama.cpp has its own way, their scales are left out"
-            )
-        if any(n.endswith(_CACHE) for n in self.source.names()):
-            found.append("the scales of the key-value cache are left out; give llama.cpp --cache-type-k and -v instead")
-        return found
+def _record(folder: Path) -> dict[str, Any] | None:
+    """Return how llmq found the codes of a checkpoint, None for a peer's."""
+    file = folder / "quantization.json"
+    return json_object(file) if file.is_file() else None
 
-    def tensors(self, requantize: str | None) -> Iterator[tuple[str, Exported | Tensor]]:
-        """Yield every tensor that a GGUF file holds, by its float checkpoint's name; blocks in their order."""
-        by_module: dict[str, list[str]] = {}
-        for name in sorted(set(self.source.names()) - self.source.unread, key=_natural):
-            by_module.setdefault(name.rpartition(".")[0], []).append(name)
-        for module, names in by_module.items():
-            shape = self.linears.get(module)
-            linear = self.packing.linear(module, *shape, names) if shape else None
-            if linear is None:
-                yield from ((name, self.source.get(name)) for name in names if not name.endswith(_CACHE))
-                continue
-            local = {n.rpartition(".")[2]: self.source.get(n) for n in names}
-            yield f"{module}.weight", convert(self.packing.format.unpack(local, linear), module, requantize)
-            if "bias" in local:
-                yield f"{module}.bias", local["bias"]
+
+def _left_out(source: Source, packed: PackedCheckpoint) -> list[str]:
+    """Return what of the checkpoint a GGUF file cannot hold."""
+    found = list(source.warnings)
+    if any(linear.scheme.activation for linear in packed.linears.values()):
+        found.append("the checkpoint quantizes activations too; llama.cpp has its own way, their scales are left out")
+    if any(n.endswith(_CACHE) for n in source.names()):
+        found.append("the scales of the key-value cache are left out; give llama.cpp --cache-type-k and -v instead")
+    return found
 
 
 def convert(q: QTensor, name: str, requantize: str | None) -> Exported:
@@ -286,6 +277,7 @@ def _source(src: str) -> Source:
     source = Source(resolve(src))
     if source.quantization is None:
         raise LlmqError(f"{src} is a float checkpoint; write it with llmq quantize {src} OUT.gguf --type Q4_K_M")
+    Packing(source.quantization)  # refuses in one line what llmq does not read
     return source
 
 
@@ -294,11 +286,6 @@ def _checked(kind: str | None, option: str) -> str | None:
     if kind is not None and kind.upper() not in mixture.TYPES:
         raise LlmqError(f"{option} {kind!r} is no ggml type (there are: {', '.join(mixture.TYPES)})")
     return None if kind is None else kind.upper()
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Order names so that block 2 comes before block 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _file_type_of(made: Iterable[Exported]) -> str:

@@ -4,7 +4,7 @@ A file may lie. Fields are taken by their type, patterns get a time limit, and o
 changes a weight: shapes, dtypes, group ids, zeros and scales. What follows from the rest is not demanded.
 
 Every refusal is one line that names the key or the tensor.
-Not here: refusals before writing (_common.py), bytes (_bits.py), where a config lies (checkpoint/packed.py).
+Not here: refusals before writing (_common.py), bytes (_bits.py), where a config lies (checkpoint/dialects.py).
 """
 
 from __future__ import annotations

@@ -133,9 +133,7 @@ class Entry(NamedTuple):
 
     def read(self) -> Tensor:
         """Return the tensor. Raises LlmqError where torch has no such dtype or the file has shrunk."""
-        if self.dtype not in DTYPES:
-            raise LlmqError(f"{self.file}: tensor {self.name} is {self.dtype}, which torch does not have")
-        data = torch.empty(self.nbytes, dtype=torch.uint8)
+        dtype, data = self.meta().dtype, torch.empty(self.nbytes, dtype=torch.uint8)
         try:
             with self.file.open("rb") as f:
                 f.seek(self.start)
@@ -144,11 +142,13 @@ class Entry(NamedTuple):
             raise LlmqError(f"cannot read {self.file} ({one_line(e)})") from e
         if got != self.nbytes:
             raise LlmqError(f"{self.file} ended early at tensor {self.name}; was it changed while it was being read?")
-        return data.view(DTYPES[self.dtype]).reshape(self.shape)
+        return data.view(dtype).reshape(self.shape)
 
-    def meta(self) -> Tensor | None:
-        """Return the tensor's shape and dtype without its data, None where torch has no such dtype."""
-        return torch.empty(self.shape, dtype=DTYPES[self.dtype], device="meta") if self.dtype in DTYPES else None
+    def meta(self) -> Tensor:
+        """Return the tensor's shape and dtype without its data. Raises LlmqError where torch has no such dtype."""
+        if self.dtype not in DTYPES:
+            raise LlmqError(f"{self.file}: tensor {self.name} is {self.dtype}, which torch does not have")
+        return torch.empty(self.shape, dtype=DTYPES[self.dtype], device="meta")
 
 
 def tensor_entries(file: Path) -> dict[str, Entry]:

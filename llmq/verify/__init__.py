@@ -71,7 +71,7 @@ def _open_folder(folder: Path, report: Report) -> tuple[Folder, dict[str, Any]]:
     files.check_index(source, report)
     files.check_mirror(source, report)
     if "tensors" in recorded:
-        record.check_tensors(source.entries(), recorded["tensors"], report)
+        record.check_tensors(source.entries().values(), recorded["tensors"], report)
     found = Folder(source, recorded.get("linears", {}), report)
     found.check_cache(report)
     return found, recorded

@@ -18,7 +18,7 @@ _MIRRORED = ("bits", "group_size", "desc_act", "sym", "checkpoint_format", "lm_h
 
 def check_index(source: Source, report: Report) -> None:
     """Check that index and shards hold the same tensors, each once; note weight files that no reader takes."""
-    folder, taken = source.path, sorted({e.file for e in source.entries()})
+    folder, taken = source.path, sorted({e.file for e in source.entries().values()})
     seen: dict[str, str] = {}
     total = 0
     for file in taken:

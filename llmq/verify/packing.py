@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmq.checkpoint.packed import from_auto_round
+from llmq.checkpoint.dialects import from_auto_round
 from llmq.errors import LlmqError
 from llmq.guard.patterns import Limit, Pattern
 from llmq.guard.reading import field

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import llmq
 from llmq.checkpoint import Source
-from llmq.checkpoint.packed import Packing, unread
+from llmq.checkpoint.packed import Packing
 from llmq.export.gguf import export
 from llmq.guard.reading import tensor_entries
 from llmq.inspection import inspect
@@ -73,7 +73,7 @@ def test_the_config_may_lie_elsewhere(place: str, moved: Callable[..., Path]) ->
     folder, change = PLACES[place]
     copy = moved(folder, change)
     assert torch.equal(logits(copy), logits(folder))
-    assert unread(Source(copy).quantization or {}) is None
+    assert Packing(Source(copy).quantization or {})
     with pytest.raises(LlmqError, match="is quantized already"):
         prepare(str(copy), Recipe())
 
@@ -180,7 +180,8 @@ def test_other_methods_are_refused_by_name_with_the_remedy(method: str, kind: st
     (table,) = inspect(str(copy))  # tells why, and goes on
     assert any("llmq reads gptq" in str(cell) for column in table.columns for cell in column.cells)
     for odd in (None, 5, ["gptq"], {}):
-        assert "llmq reads gptq" in str(unread({"quant_method": odd}))
+        with pytest.raises(LlmqError, match="llmq reads gptq"):
+            Packing({"quant_method": odd})
 
 
 def test_a_gguf_file_is_not_loaded(tmp_path: Path) -> None:

@@ -16,13 +16,15 @@ import llmq
 from llmq import registry
 from llmq.checkpoint import Source
 from llmq.checkpoint.digest import digest, holds
+from llmq.checkpoint.packed import PackedCheckpoint
 from llmq.export.gguf import EXACT, REQUANTIZED, ROUNDED, convert, export
 from llmq.gguf.reader import GgufFile
 from llmq.grids.int import Int
+from llmq.model.pretrained import blank_model, model_config
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
-from llmq.types import LinearSpec, LlmqError, Params, QTensor
+from llmq.types import LlmqError, Params, QTensor
 from llmq.verify import verify
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -49,22 +51,11 @@ def weights(out):
 
 
 def solved(folder, only=""):
-    """Return every quantized linear of a checkpoint, or those with `only` in the name, as the format's reader does."""
+    """Return the quantized linears of a checkpoint with `only` in the name; GGUF has the rows of q and k otherwise."""
     source = Source(folder)
-    config = source.config
-    fmt, scheme = registry.find("formats", config["quantization_config"]["quant_method"]).read(
-        config["quantization_config"]
-    )
-    H, F = config["hidden_size"], config["intermediate_size"]
-    shapes = {"mlp.gate_proj": (F, H), "mlp.up_proj": (F, H), "mlp.down_proj": (H, F), "self_attn.o_proj": (H, 2 * H)}
-    found = {}
-    for i in range(config["num_hidden_layers"]):
-        for leaf, (N, K) in shapes.items():
-            name = f"model.layers.{i}.{leaf}"
-            if only in name and (chosen := scheme(name, N, K)) is not None:
-                local = {n.rpartition(".")[2]: source.get(n) for n in source.names() if n.startswith(f"{name}.")}
-                found[name] = fmt.unpack(local, LinearSpec(name, N, K, chosen))
-    return found
+    packed = PackedCheckpoint.open(source, blank_model(source, model_config(source)))
+    names = [n for n in packed.linears if only in n and not n.endswith(("q_proj", "k_proj"))]
+    return {name: packed.qtensor(name) for name in names}
 
 
 def ggml(name):

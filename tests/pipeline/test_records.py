@@ -10,19 +10,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
-from llmq import registry
 from llmq.checkpoint import Source
 from llmq.checkpoint.digest import holds, sealed
+from llmq.checkpoint.packed import PackedCheckpoint
 from llmq.errors import LlmqError
 from llmq.gguf.architecture import architecture
 from llmq.gguf.reader import GgufFile
 from llmq.model.folding import Fold, floats_of
+from llmq.model.pretrained import blank_model, model_config
 from llmq.pipeline import block
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
 from llmq.stats import Hessian
-from llmq.types import LinearSpec
 
 BASE = {"samples": 8, "seq_len": 64, "group_size": 32, "dtype": "float32", "bits": 3}
 W8A8 = {"bits": 8, "act_bits": 8, "group_size": None}
@@ -67,16 +67,8 @@ def made(folder, out, **options):
 def solved(out):
     """Return every quantized linear of a checkpoint, as its format reads it."""
     source = Source(out)
-    config = source.config["quantization_config"]
-    fmt, scheme = registry.find("formats", config["quant_method"]).read(config)
-    plain = AutoConfig.from_pretrained(out)
-    del plain.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(plain)
-    for name, m in model.named_modules():
-        if isinstance(m, torch.nn.Linear) and (chosen := scheme(name, m.out_features, m.in_features)):
-            own = {n.removeprefix(f"{name}."): source.get(n) for n in source.names() if n.startswith(f"{name}.")}
-            yield name, fmt.unpack(own, LinearSpec(name, m.out_features, m.in_features, chosen))
+    packed = PackedCheckpoint.open(source, blank_model(source, model_config(source)))
+    return ((name, packed.qtensor(name)) for name in packed.linears)
 
 
 def sha256(tensor):

@@ -10,17 +10,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 import llmq
-from llmq import calibration, registry
+from llmq import calibration
 from llmq.algorithms.qep import Qep
 from llmq.checkpoint import Source
+from llmq.checkpoint.packed import PackedCheckpoint
 from llmq.evaluation.scores import evaluate
 from llmq.evaluation.windows import find_convention
+from llmq.model.pretrained import blank_model, model_config
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
 from llmq.runtime.linear import QuantLinear
 from llmq.stats import Drift, Hessian
-from llmq.types import LinearSpec, LlmqError
+from llmq.types import LlmqError
 
 IDS = torch.randint(2, 300, (2, 32), generator=torch.Generator().manual_seed(0))
 BASE = {"samples": 8, "seq_len": 32, "group_size": 32, "dtype": "float32"}
@@ -40,27 +42,8 @@ def job(folder, out, **options):
 def decoded(out):
     """Return every quantized weight of a checkpoint, float32, through the format's own reader."""
     source = Source(out)
-    fmt, scheme = registry.find("formats", source.config["quantization_config"]["quant_method"]).read(
-        source.config["quantization_config"]
-    )
-    shapes = {n: (m.out_features, m.in_features) for n, m in linears_of(out)}
-    weights = {}
-    for name, (N, K) in shapes.items():
-        chosen = scheme(name, N, K)
-        if chosen is not None:
-            tensors = {n.removeprefix(f"{name}."): source.get(n) for n in source.names() if n.startswith(f"{name}.")}
-            weights[name] = fmt.unpack(tensors, LinearSpec(name, N, K, chosen)).dequantize()
-    return weights
-
-
-def linears_of(folder):
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
-    del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    packed = PackedCheckpoint.open(source, blank_model(source, model_config(source)))
+    return {name: packed.qtensor(name).dequantize() for name in packed.linears}
 
 
 @pytest.mark.parametrize(
