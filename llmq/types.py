@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError as LlmqError  # noqa: PLC0414
+from llmq.guard.patterns import Pattern
 from llmq.params import GgmlParams as GgmlParams  # noqa: PLC0414
 from llmq.params import Lattice as Lattice  # noqa: PLC0414
 from llmq.params import Params as Params  # noqa: PLC0414
@@ -409,6 +410,60 @@ class Transform(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class FloatModel:
+    """A float model as formats see it before any work.
+
+    config: transformers' config. tokenizer: loads transformers' tokenizer. shapes: of every tensor that the model
+    reads. linears: the modules of its blocks that hold a matrix. head: the output head.
+    """
+
+    config: object
+    tokenizer: Callable[[], object]
+    shapes: Mapping[str, Sequence[int]]
+    linears: Sequence[str]
+    head: str
+
+
+class Wanted(Protocol):
+    """What a recipe wants of any model, for a format to say what that means for one."""
+
+    @property
+    def override(self) -> Sequence[str]:
+        """Overrides as they were written, later ones win."""
+
+    @property
+    def skip(self) -> Sequence[Pattern]:
+        """Which linears stay float."""
+
+    @property
+    def head(self) -> bool:
+        """Whether the output head is asked for."""
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the method weighs errors by activations."""
+
+    def schemes(self, linears: Sequence[str]) -> dict[str, Scheme]:
+        """Return what the recipe's base scheme, overrides and skips make of linears; those not named stay float.
+
+        Raises LlmqError for an override or a skip that matches none.
+        """
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What becomes of every matrix of a model, decided before any work.
+
+    schemes: by the full name of the module; a matrix that is not named stays float.
+    importance: what the squared error of each input channel counts, `[K]`, by module, where the user gave it.
+    """
+
+    schemes: Mapping[str, Scheme]
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+
 class Format(Protocol):
     """Bits on disk, pure per linear. A dataclass whose fields are the options of the format.
 
@@ -423,6 +478,9 @@ class Format(Protocol):
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Return the dtype in which this format stores scales; the grid is fitted in it."""
+
+    def assign(self, model: FloatModel, wanted: Wanted) -> Assignment:
+        """Return what every matrix becomes under a recipe. Raises LlmqError for what the model does not admit."""
 
     def check(self, linears: Sequence[LinearSpec]) -> list[str]:
         """Before writing: refuse, by LlmqError, what the format cannot hold; return warnings about runtimes."""

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words
+from llmq.formats._folder import Folder
 from llmq.grids.int import Int
 from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
 
@@ -44,7 +45,7 @@ _READERS = {
 
 
 @dataclass
-class AWQ:
+class AWQ(Folder):
     """The AWQ checkpoint format, GEMM packing.
 
     zero_point: what the config says of the zeros, which are stored either way.

@@ -39,6 +39,7 @@ from torch import Tensor
 from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words, width
 from llmq.formats._config_groups import Group, Lookup, format_of, new_groups, read_group, same_scheme
+from llmq.formats._folder import Folder
 from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
 
 _EXTRA: dict[str, Any] = {
@@ -55,7 +56,7 @@ _KV_WARNING = (
 
 
 @dataclass
-class CompressedTensors:
+class CompressedTensors(Folder):
     """The compressed-tensors checkpoint format: pack-quantized and int-quantized, each module its own scheme.
 
     kv: the strategy of the key-value cache's static scales, "tensor" or "attn_head", None without.

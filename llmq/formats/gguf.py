@@ -3,8 +3,8 @@
     weight   uint8 [N, row bytes]   the stored blocks of every row, one after another
 
 A type's byte layout is its grid (grids/q4_k.py and so on), so packing is the grid's own. Which tensor gets which type
-is a mixture (`--type Q4_K_M`), the file around the tensors is llmq/gguf/.
-Not here: any of the bytes; biases and norms, which the container writes as float32.
+is a mixture (`--type Q4_K_M`), changed by overrides on ggml's tensor names (`--override 'ffn_down:type=Q6_K'`).
+Not here: any of the bytes, and the file around the tensors (llmq/gguf/).
 """
 
 from __future__ import annotations
@@ -16,7 +16,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.types import LinearSpec, LlmqError, QTensor, Scheme
+from llmq import registry
+from llmq.gguf import container, imatrix, mixture
+from llmq.gguf.architecture import Architecture, architecture
+from llmq.gguf.pipeline import Blueprint
+from llmq.gguf.tokenizer import Vocabulary, vocabulary
+from llmq.guard.patterns import Pattern
+from llmq.overrides import parse
+from llmq.types import Assignment, FloatModel, LinearSpec, LlmqError, QTensor, Scheme, Wanted
+
+_SKIPPED = "F16"  # what --skip leaves float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File(Assignment):
+    """A GGUF file before its weights.
+
+    floats: the ggml type of every tensor that stays float, by the checkpoint's names. split: bytes of one file at most.
+    """
+
+    architecture: Architecture
+    vocabulary: Vocabulary
+    mix: str
+    floats: Mapping[str, str]
+    split: int
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """What the container wants to know of it."""
+        types = {f"{n}.weight": registry.dump(s.weight).upper() for n, s in self.schemes.items()}
+        return Blueprint(self.architecture, self.vocabulary, self.mix, types | {**self.floats}, self.split)
 
 
 @dataclass
@@ -24,9 +53,13 @@ class Gguf:
     """The GGUF format.
 
     pre: llama.cpp's name of the tokenizer's pre-tokenizer, where llmq cannot find it; None finds it.
+    type, imatrix, split_max_size: as in the recipe.
     """
 
     pre: str | None = None
+    type: str = field(default="Q4_K_M", init=False)
+    imatrix: str | None = field(default=None, init=False)
+    split_max_size: str | None = field(default=None, init=False)
     quant_method: str = field(default="gguf", init=False)
 
     @property
@@ -37,6 +70,35 @@ class Gguf:
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Return float16, whatever the model's dtype."""
         return torch.float16
+
+    def assign(self, model: FloatModel, wanted: Wanted) -> _File:
+        """Return what the mixture, overrides and skips make of every tensor, the embedding and the head included.
+
+        Raises LlmqError for a model, a tokenizer, a type or an importance matrix that cannot go together.
+        """
+        if wanted.weighs and self.imatrix:
+            raise LlmqError("the method calibrates its own importance; --imatrix goes with --method rtn")
+        arch, mix = architecture(model.config), mixture.mixture(self.type)
+        names = {n: ggml for n in model.shapes if (ggml := arch.tensor(n)) is not None}
+        shapes = {ggml: model.shapes[n] for n, ggml in names.items()}
+        about = mixture.Model(arch.blocks, arch.gqa, arch.tied, arch.large, wanted.weighs or self.imatrix is not None)
+        by_ggml = mixture.assign(shapes, mix, about, _overrides(wanted))
+        words = vocabulary(model.tokenizer(), shapes["token_embd.weight"][0], model.config, self.pre)
+        importance, missing = _importance(self.imatrix, names, model)
+        types = {n: by_ggml[ggml] for n, ggml in names.items()}
+        quantized = {n: kind for n, kind in types.items() if kind not in mixture.FLOATS}
+        return _File(
+            schemes={
+                n.removesuffix(".weight"): Scheme(registry.load("grids", k.lower())) for n, k in quantized.items()
+            },
+            importance=importance,
+            warnings=[*arch.warnings(), *words.warnings, *mixture.fallen_back(shapes, by_ggml, mix, about), *missing],
+            architecture=arch,
+            vocabulary=words,
+            mix=mix,
+            floats={n: kind for n, kind in types.items() if n not in quantized},
+            split=container.parse_size(self.split_max_size),
+        )
 
     def check(self, linears: Sequence[LinearSpec]) -> list[str]:
         """Refuse what no GGUF tensor can hold. Raises LlmqError."""
@@ -84,3 +146,42 @@ class Gguf:
     def read(cls, config: Mapping[str, Any]) -> tuple[Any, Callable[[str, int, int], Scheme | None]]:
         """Refuse: a transformers checkpoint cannot be GGUF."""
         raise LlmqError("a GGUF model is one file, not a checkpoint folder; run it with llama.cpp, or llmq inspect it")
+
+
+def _overrides(wanted: Wanted) -> list[tuple[Pattern, str]]:
+    """Return the types that overrides and skips ask for. Raises LlmqError for anything but `REGEX:type=TYPE`."""
+    found = []
+    for text in wanted.override:
+        override = parse(text)
+        kind = override.changes.get("type", "").upper() if override and len(override.changes) == 1 else ""
+        if override is None or kind not in mixture.TYPES:
+            raise LlmqError(
+                f"--override {text!r} does not read; for GGUF write REGEX:type=TYPE, on names like "
+                f"blk.0.ffn_down.weight, with one of {', '.join(mixture.TYPES)}"
+            )
+        found.append((override.pattern, kind))
+    return [*found, *((pattern, _SKIPPED) for pattern in wanted.skip)]
+
+
+def _importance(file: str | None, names: Mapping[str, str], model: FloatModel) -> tuple[dict[str, Tensor], list[str]]:
+    """Return what an importance matrix says of each linear, and a warning where it leaves some out.
+
+    names: ggml's, by the checkpoint's. Raises LlmqError for a file that was made from another model.
+    """
+    if file is None:
+        return {}, []
+    means = imatrix.read(file)
+    found = {n.removesuffix(".weight"): means[ggml] for n, ggml in names.items() if ggml in means}
+    if not found:
+        raise LlmqError(f"{file} names no tensor of this model; it was made from another one")
+    for name, mean in found.items():
+        K = model.shapes[f"{name}.weight"][-1]
+        if len(mean) != K:
+            raise LlmqError(
+                f"{file} has {len(mean)} channels for {name}, the model {K}; it was made from another model"
+            )
+    blocks = {f"{n}.weight" for n in model.linears}
+    missing = [n for n, ggml in names.items() if n in blocks and ggml not in means]
+    if not missing:
+        return found, []
+    return found, [f"{file} has nothing on {len(missing)} linears, e.g. {missing[0]}; their errors weigh equally"]

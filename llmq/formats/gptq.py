@@ -31,6 +31,7 @@ from torch import Tensor
 
 from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words
+from llmq.formats._folder import Folder
 from llmq.grids.int import Int
 from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
 
@@ -46,7 +47,7 @@ _READERS = {
 
 
 @dataclass
-class GPTQ:
+class GPTQ(Folder):
     """The GPTQ checkpoint format.
 
     checkpoint_format: "gptq" (v1), "gptq_v2", or "auto": v1 for symmetric grids, else v2.

@@ -89,6 +89,11 @@ class Architecture:
         return kv_heads(self.config)
 
     @property
+    def gqa(self) -> int:
+        """Query heads for every key-value head."""
+        return int(self.config.num_attention_heads) // self.kv_heads
+
+    @property
     def head_dim(self) -> int:
         """Channels of one head."""
         return head_dim(self.config)

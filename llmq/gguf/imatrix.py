@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint.disk import writing
+from llmq.checkpoint.place import user_path
 from llmq.errors import LlmqError
 from llmq.gguf.reader import GgufFile, Stored
 
@@ -44,11 +45,12 @@ def write(path: Path, sums: Sums, dataset: str, chunk: int) -> None:
         writer.close()
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(name: str | Path) -> dict[str, Tensor]:
     """Return the mean square of every channel, float32 `[K]`, by ggml's tensor name.
 
     Raises LlmqError for a file that is not an importance matrix in GGUF form, or holds numbers that cannot be one.
     """
+    path = user_path(name)
     if path.suffix == ".dat" and path.is_file():
         raise LlmqError(
             f"{path} is an importance matrix in llama.cpp's old form; llama-imatrix --in-file {path} -o NEW.gguf turns "

@@ -1,100 +1,38 @@
-"""The GGUF side of the main job: what the file will hold, before; where its parts are staged, during; the file, after.
+"""A GGUF file while it is made: where its parts are staged, and how it is put in place.
 
-Not here: the loop (run.py), solving (block.py).
+Not here: what it holds (formats/gguf.py), its bytes (container.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from llmq import __version__
-from llmq.checkpoint import Sink, Source, disk
-from llmq.checkpoint.place import user_path
-from llmq.gguf import container, imatrix, mixture
-from llmq.gguf.architecture import Architecture, architecture
-from llmq.gguf.tokenizer import Vocabulary, vocabulary
-from llmq.guard.patterns import Pattern
-from llmq.overrides import parse
+from llmq.checkpoint import Sink, disk
+from llmq.gguf import container, mixture
+from llmq.gguf.architecture import Architecture
+from llmq.gguf.tokenizer import Vocabulary
 from llmq.recipe import Recipe
-from llmq.types import LlmqError
 
 REPORT = "llmq.report"
-_SKIPPED = "F16"  # what --skip leaves float
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A GGUF file before its weights.
+    """A GGUF file before its tensors are written.
 
-    types: the ggml type of every checkpoint tensor that is written, by the checkpoint's names.
-    importance: mean squares of the input channels `[K]` by linear, as read from `--imatrix`.
+    types: the ggml type of every tensor that is staged, by the checkpoint's names. split: bytes of a file at most.
     """
 
     architecture: Architecture
     vocabulary: Vocabulary
     mix: str
-    types: dict[str, str]
-    importance: dict[str, Tensor] = field(default_factory=dict)
+    types: Mapping[str, str]
     split: int = 0
-    warnings: list[str] = field(default_factory=list)
-
-    def quantized(self) -> dict[str, str]:
-        """Return the types of the tensors that are not float."""
-        return {name: kind for name, kind in self.types.items() if kind not in mixture.FLOATS}
-
-
-def blueprint(
-    source: Source, config: Any, recipe: Recipe, *, pre: str | None, calibrated: bool, tokenizer: Any
-) -> Blueprint:
-    """Plan a file. calibrated: whether the method weighs errors by activations of its own.
-
-    Raises LlmqError for a model, a tokenizer or a type that cannot go together.
-    """
-    arch = architecture(config)
-    mix = mixture.mixture(recipe.type or "Q4_K_M")
-    shapes = {n: shape for n, (_, shape) in source.headers().items() if n not in source.unread}
-    names = {n: ggml for n in shapes if (ggml := arch.tensor(n)) is not None}
-    model = mixture.Model(
-        blocks=arch.blocks,
-        gqa=int(config.num_attention_heads) // arch.kv_heads,
-        tied=arch.tied,
-        large=arch.large,
-        importance=calibrated or recipe.imatrix is not None,
-    )
-    overrides = [*overrides_of(recipe.override), *((Pattern(s, f"--skip {s!r}"), _SKIPPED) for s in recipe.skip)]
-    matrices = {names[n]: shapes[n] for n in names}
-    by_ggml = mixture.assign(matrices, mix, model, overrides)
-    importance, warnings = _importance(recipe, names, shapes)
-    words = vocabulary(tokenizer, shapes[_embedding(names)][0], config, pre)
-    return Blueprint(
-        arch,
-        words,
-        mix,
-        {n: by_ggml[ggml] for n, ggml in names.items()},
-        importance,
-        container.parse_size(recipe.split_max_size),
-        [*arch.warnings(), *words.warnings, *mixture.fallen_back(matrices, by_ggml, mix, model), *warnings],
-    )
-
-
-def overrides_of(texts: Sequence[str]) -> list[tuple[Pattern, str]]:
-    """Read `REGEX:type=Q6_K` on ggml's tensor names. Raises LlmqError for anything else."""
-    found = []
-    for text in texts:
-        override = parse(text)
-        kind = override.changes.get("type", "").upper() if override and len(override.changes) == 1 else ""
-        if override is None or kind not in mixture.TYPES:
-            raise LlmqError(
-                f"--override {text!r} does not read; for GGUF write REGEX:type=TYPE, on names like "
-                f"blk.0.ffn_down.weight, with one of {', '.join(mixture.TYPES)}"
-            )
-        found.append((override.pattern, kind))
-    return found
 
 
 class GgufSink(Sink):
@@ -139,31 +77,3 @@ def keys(recipe: Recipe) -> dict[str, str | int]:
     """Return llmq's own keys, which say how the file was made; REPORT, the record of the run, comes beside them."""
     own: dict[str, str | int] = {"llmq.version": __version__, "llmq.recipe": recipe.to_yaml()}
     return own | ({"quantize.imatrix.file": recipe.imatrix} if recipe.imatrix else {})
-
-
-def _importance(
-    recipe: Recipe, names: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, Tensor], list[str]]:
-    if recipe.imatrix is None:
-        return {}, []
-    means = imatrix.read(user_path(recipe.imatrix))
-    found = {n.removesuffix(".weight"): means[ggml] for n, ggml in names.items() if ggml in means}
-    if not found:
-        raise LlmqError(f"{recipe.imatrix} names no tensor of this model; it was made from another one")
-    for name, mean in found.items():
-        if len(mean) != shapes[f"{name}.weight"][-1]:
-            raise LlmqError(
-                f"{recipe.imatrix} has {len(mean)} channels for {name}, the model {shapes[f'{name}.weight'][-1]}; it "
-                "was made from another model"
-            )
-    blocks = [n for n, ggml in names.items() if ggml.startswith("blk.") and n.endswith("_proj.weight")]
-    missing = [n for n in blocks if names[n] not in means]
-    if not missing:
-        return found, []
-    return found, [
-        f"{recipe.imatrix} has nothing on {len(missing)} linears, e.g. {missing[0]}; their errors weigh equally"
-    ]
-
-
-def _embedding(names: Mapping[str, str]) -> str:
-    return next(n for n, ggml in names.items() if ggml == "token_embd.weight")

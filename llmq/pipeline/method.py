@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -33,6 +33,10 @@ from llmq.types import (
     Weighting,
 )
 
+_HELD = {
+    "desc_act": "g_idx; drop desc_act (static groups) or use --format gptq",
+    "kv": "scales of a key-value cache; use --format compressed-tensors",
+}
 STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
 """What a recipe calls a strategy of key-value scales, and what compressed-tensors does."""
 
@@ -67,6 +71,32 @@ class Method:
         steps: tuple[Correction | Solver | Refiner, ...] = (*self.corrections, self.solver, *self.refiners)
         return tuple(dict.fromkeys(stat for step in steps for stat in step.needs(grids)))
 
+    @property
+    def override(self) -> Sequence[str]:
+        """Overrides as they were written."""
+        return self.recipe.override
+
+    @property
+    def head(self) -> bool:
+        """Whether the output head is asked for."""
+        return bool(self.recipe.lm_head)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the steps weigh errors by activations, whatever the grid."""
+        return bool(self.needs([]))
+
+    def schemes(self, linears: Sequence[str]) -> dict[str, Scheme]:
+        """Return what linears become, those that stay float left out.
+
+        Raises LlmqError for an override or a skip that matches none.
+        """
+        asked = [*((p.pattern, p) for p in self.skip), *((o.text, o.pattern) for o, _ in self.overrides)]
+        for text, pattern in asked:
+            if not any(pattern.search(n) for n in linears):
+                raise LlmqError(f"{text!r} matches no linear; names look like {linears[0]}")
+        return {n: s for n in linears if (s := self.scheme(n))}
+
     def scheme(self, name: str) -> Scheme | None:
         """Return what the linear of that full name becomes, None where it stays float."""
         if self.base is None or any(p.search(name) for p in self.skip):
@@ -84,7 +114,7 @@ def method_of(recipe: Recipe, model_dtype: torch.dtype) -> Method:
     steps = _steps(recipe)
     (solver,) = steps["solver"]
     fmt = _format(recipe, solver)
-    base, overrides, skip = (None, (), ()) if recipe.gguf else _schemes(recipe, fmt, model_dtype)
+    base, overrides = (None, ()) if recipe.bits is None else _schemes(recipe, fmt, model_dtype)
     return Method(
         recipe=recipe,
         rotations=tuple(steps["rotation"]),
@@ -99,12 +129,12 @@ def method_of(recipe: Recipe, model_dtype: torch.dtype) -> Method:
         act_range=_act_range(recipe),
         base=base,
         overrides=overrides,
-        skip=skip,
+        skip=tuple(Pattern(s, f"--skip {s!r}") for s in recipe.skip),
     )
 
 
-def _schemes(recipe: Recipe, fmt: Format, model_dtype: torch.dtype) -> tuple[Scheme, Any, tuple[Pattern, ...]]:
-    """Return the scheme of most linears, how some differ from it, and which stay float."""
+def _schemes(recipe: Recipe, fmt: Format, model_dtype: torch.dtype) -> tuple[Scheme, Any]:
+    """Return the scheme of most linears, and how some differ from it."""
     activation = ActivationGrid(8, recipe.act == "token", recipe.act_sym) if recipe.act_bits else None
     try:
         grid = Int(
@@ -116,10 +146,9 @@ def _schemes(recipe: Recipe, fmt: Format, model_dtype: torch.dtype) -> tuple[Sch
             range=registry.load("ranges", recipe.range or DEFAULT_RANGE, code=True),
         )
         overrides = tuple(_override(o, grid) for o in recipe.override)
-        skip = tuple(Pattern(s, f"--skip {s!r}") for s in recipe.skip)
     except ValueError as e:
         raise LlmqError(str(e)) from e
-    return Scheme(grid, activation), overrides, skip
+    return Scheme(grid, activation), overrides
 
 
 def _act_range(recipe: Recipe) -> Range | None:
@@ -153,30 +182,16 @@ def _steps(recipe: Recipe) -> dict[str, list[Any]]:
     return steps
 
 
-def check_patterns(method: Method, given: Recipe, names: Sequence[str]) -> None:
-    """Raise LlmqError for a --skip or --override, as given by the user, that matches no linear."""
-    overrides = [o for o, _ in method.overrides if o.text in given.override]
-    asked = [*((s.pattern, s) for s in method.skip), *((o.text, o.pattern) for o in overrides)]
-    for text, pattern in asked:
-        if not any(pattern.search(n) for n in names):
-            raise LlmqError(f"{text!r} matches no linear; names look like {names[0]}")
-
-
 def _format(recipe: Recipe, solver: Any) -> Format:
-    fmt = registry.load("formats", recipe.format, code=True)
-    if getattr(solver, "desc_act", False):
-        if not hasattr(fmt, "desc_act"):
-            raise LlmqError(
-                f"format {recipe.format} holds no g_idx; drop desc_act (static groups) or use --format gptq"
-            )
-        fmt = dataclasses.replace(fmt, desc_act=True)
-    if recipe.kv_bits:
-        if not hasattr(fmt, "kv"):
-            raise LlmqError(
-                f"format {recipe.format} holds no scales of a key-value cache; use --format compressed-tensors"
-            )
-        fmt = dataclasses.replace(fmt, kv=STRATEGIES[recipe.kv])
-    return fmt
+    """Return the format with what the recipe asks of it: its options, declared as fields."""
+    fmt: Any = registry.load("formats", recipe.format, code=True)
+    asked = {"desc_act": getattr(solver, "desc_act", False), "kv": STRATEGIES[recipe.kv] if recipe.kv_bits else None}
+    asked |= {name: getattr(recipe, name) for name in ("type", "imatrix", "split_max_size")}
+    for name in [n for n, value in asked.items() if value]:
+        if name not in {f.name for f in dataclasses.fields(fmt)}:
+            raise LlmqError(f"format {recipe.format} holds no {_HELD[name]}")
+        setattr(fmt, name, asked[name])
+    return cast(Format, fmt)
 
 
 def _override(text: str, grid: Int) -> tuple[Override, dict[str, Any]]:

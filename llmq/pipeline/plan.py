@@ -6,8 +6,8 @@ Not here: running it (run.py).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,32 +18,39 @@ from torch import nn
 from llmq import registry
 from llmq.checkpoint import Source, resolve
 from llmq.errors import one_line, printable
-from llmq.gguf.pipeline import Blueprint, blueprint
+from llmq.grids.int import Int
 from llmq.model.adapter import Adapted, Adapter
+from llmq.model.pretrained import tokenizer_of
 from llmq.model.rotated import Rotated
+from llmq.model.sites import family_sites, no_table
 from llmq.model.skeleton import Skeleton
-from llmq.pipeline.method import Method, check_patterns, method_of
+from llmq.pipeline.method import Method, method_of
 from llmq.recipe import Recipe
-from llmq.types import Format, LinearSpec, LlmqError, Scheme
+from llmq.types import Assignment, FloatModel, Format, LinearSpec, LlmqError
 
 
 @dataclass
 class Plan:
     """A prepared run: what was read, what is planned, what a user should know before it starts.
 
-    linears: what the method quantizes. rows: matrices outside the blocks that are rounded row by row.
-    gguf: the file that will be written, where the format is GGUF.
+    assigned: what the format says of every matrix. linears: what the method quantizes. rows: matrices outside the
+    blocks that are rounded row by row. skipped: linears that stay float.
     """
 
     source: Source
     skeleton: Skeleton
     method: Method
+    assigned: Assignment
     linears: dict[str, LinearSpec]
+    rows: dict[str, LinearSpec]
     skipped: list[str]
     device: torch.device
     warnings: list[str] = field(default_factory=list)
-    rows: dict[str, LinearSpec] = field(default_factory=dict)
-    gguf: Blueprint | None = None
+
+    @property
+    def gguf(self) -> Assignment | None:
+        """What a GGUF file gives every matrix, where one is written."""
+        return self.assigned if self.method.recipe.gguf else None
 
     @property
     def head(self) -> str | None:
@@ -118,26 +125,41 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
         skeleton.source = source = Adapted(skeleton, Adapter(source.adapter))
     for step in method.rotations:
         skeleton = Skeleton(Rotated(skeleton, step), skeleton.dtype)
-    if recipe.gguf:
-        return _prepare_gguf(source, skeleton, method, where).told(recipe)
-    if method.finishers and recipe.act_bits:
+    _check_steps(method, skeleton)
+    plan = _assigned(skeleton, method, where)
+    specs = [*plan.linears.values(), *plan.rows.values()]
+    possible = [at_bits(s, b) for s in specs for b in method.recipe.choices()] if recipe.target_bpw else specs
+    warnings = [*source.warnings, *method.format.check(possible), *plan.assigned.warnings]
+    return _checked(dataclasses.replace(plan, warnings=warnings), source).told(recipe)
+
+
+def _assigned(skeleton: Skeleton, method: Method, device: torch.device) -> Plan:
+    """Return a plan of what the format says of every matrix of a model. Raises LlmqError where the steps cannot."""
+    source = skeleton.source
+    shapes = {n: shape for n, (_, shape) in source.headers().items() if n not in source.unread}
+    inside = [n for n, _ in skeleton.linears()]
+    head = skeleton.name_of(skeleton.model.get_output_embeddings())
+    model = FloatModel(skeleton.config, partial(tokenizer_of, source.path), shapes, inside, head)
+    assigned = method.format.assign(model, method)
+    for step in (*method.tuners, *method.finishers):
+        if not assigned.schemes or any(not isinstance(s.weight, Int) for s in assigned.schemes.values()):
+            raise LlmqError(f"{registry.dump(step)} tunes integer grids only; for GGUF leave it out")
+    solved = {*inside, head} if method.head else set(inside)
+    skipped = [n for n in (*inside, head) if n not in assigned.schemes]
+    plan = Plan(source, skeleton, method, assigned, {}, {}, skipped, device)
+    for name, scheme in assigned.schemes.items():
+        N, K = shapes[plan.weight_of(name)]
+        (plan.linears if name in solved else plan.rows)[name] = LinearSpec(name, N, K, scheme)
+    return plan
+
+
+def _check_steps(method: Method, skeleton: Skeleton) -> None:
+    """Refuse steps that the model does not admit."""
+    kind = skeleton.config.model_type
+    if method.transforms and not all(family_sites(kind, block) for block in skeleton.blocks):
+        raise LlmqError(no_table(kind, registry.dump(method.transforms[0])))
+    if method.finishers and method.recipe.act_bits:
         raise LlmqError(f"{registry.dump(method.finishers[0])} tunes models with float activations only; leave it out")
-    linears, skipped = {}, []
-    for name, module in _linears(skeleton, with_head=recipe.lm_head):
-        scheme = method.scheme(name)
-        if scheme is None:
-            skipped.append(name)
-        else:
-            linears[name] = LinearSpec(name, module.out_features, module.in_features, scheme)
-    check_patterns(method, recipe, [*linears, *skipped])
-    if not linears:
-        raise LlmqError("every linear is skipped; nothing to quantize")
-    if not recipe.lm_head:
-        skipped.append(skeleton.name_of(skeleton.model.get_output_embeddings()))
-    possible = [at_bits(s, b) for s in linears.values() for b in method.recipe.choices()] if recipe.target_bpw else None
-    warnings = method.format.check(possible or list(linears.values()))
-    plan = Plan(skeleton.source, skeleton, method, linears, skipped, where, [*source.warnings, *warnings])
-    return _checked(plan, source).told(recipe)
 
 
 def _checked(plan: Plan, source: Source) -> Plan:
@@ -180,39 +202,6 @@ def at_bits(linear: LinearSpec, bits: int) -> LinearSpec:
 def packed_bytes(fmt: Format, linear: LinearSpec) -> int:
     """Return the bytes of a linear's tensors on disk, its bias apart."""
     return sum(prod(t.shape) * t.element_size() for t in fmt.layout(linear).values())
-
-
-def _prepare_gguf(source: Source, skeleton: Skeleton, method: Method, device: torch.device) -> Plan:
-    """Plan a GGUF file: every matrix gets the type that the mixture gives it."""
-    from llmq.loading import load_tokenizer
-
-    recipe, pre = method.recipe, getattr(method.format, "pre", None)
-    calibrated = bool(method.needs([]))
-    if calibrated and recipe.imatrix:
-        raise LlmqError(f"method {recipe.method} calibrates its own importance; --imatrix goes with --method rtn")
-    for step in (*method.tuners, *method.finishers):
-        raise LlmqError(f"{registry.dump(step)} tunes integer grids only; for GGUF leave it out")
-    tokenizer = load_tokenizer(str(source.path))
-    layout = blueprint(skeleton.source, skeleton.config, recipe, pre=pre, calibrated=calibrated, tokenizer=tokenizer)
-    headers, blocks = skeleton.source.headers(), dict(skeleton.linears())
-    linears: dict[str, LinearSpec] = {}
-    rows: dict[str, LinearSpec] = {}
-    for tensor, kind in layout.quantized().items():
-        name = tensor.removesuffix(".weight")
-        N, K = headers[tensor][1]
-        found = LinearSpec(name, N, K, Scheme(registry.load("grids", kind.lower())))
-        (linears if name in blocks else rows)[name] = found
-    skipped = [n for n in blocks if n not in linears]
-    warnings = [*method.format.check([*linears.values(), *rows.values()]), *layout.warnings]
-    warnings = [*source.warnings, *warnings]
-    return _checked(Plan(skeleton.source, skeleton, method, linears, skipped, device, warnings, rows, layout), source)
-
-
-def _linears(skeleton: Skeleton, *, with_head: bool) -> Iterator[tuple[str, nn.Linear]]:
-    yield from skeleton.linears()
-    head = skeleton.model.get_output_embeddings()
-    if with_head and isinstance(head, nn.Linear):
-        yield skeleton.name_of(head), head
 
 
 def _device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,9 +48,8 @@ def publish_record(plan: Plan, sink: Sink, record: Record, total: int) -> dict[s
 
 def publish_gguf(plan: Plan, sink: pipeline.GgufSink, record: Record) -> dict[str, Any]:
     """Write the GGUF file or files from the staged parts, the record within. Returns it with the names of the files."""
-    layout = plan.gguf
-    if layout is None:
-        raise TypeError("a GGUF sink without a blueprint")
+    file: Any = plan.assigned
+    layout = file.blueprint
     digests, total = {}, 0
     for name, tensor in sink.contents(layout):
         digests[name] = digest(tensor)
@@ -65,9 +64,7 @@ def publish_gguf(plan: Plan, sink: pipeline.GgufSink, record: Record) -> dict[st
 
 def write_importance(plan: Plan, file: Path, sums: Mapping[str, tuple[Tensor, int]]) -> None:
     """Write what the calibration measured as an importance matrix, under ggml's names."""
-    recipe, layout = plan.method.recipe, plan.gguf
-    if layout is None:
-        raise TypeError("no importance matrix was asked for")
+    recipe, layout = plan.method.recipe, cast(Any, plan.assigned)
     named = {str(layout.architecture.tensor(f"{n}.weight")): entry for n, entry in sums.items()}
     imatrix.write(file, named, recipe.calib, recipe.seq_len)
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from llmq.gguf.pipeline import overrides_of
+from llmq.overrides import parse
 from llmq.pipeline.method import method_of
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
@@ -18,6 +18,6 @@ def test_a_pattern_that_takes_for_ever_is_refused():
     with pytest.raises(LlmqError, match=r"--skip .* takes more than 1 second on model\.layers"):
         steps.scheme("model.layers.0.self_attn.q_proj.and.some.more.to.make.it.long")
     assert time.process_time() - start < 10
-    ((pattern, _),) = overrides_of([f"{hanging}:type=Q8_0"])
+    override = parse(f"{hanging}:type=Q8_0")
     with pytest.raises(LlmqError, match="--override .* takes more than 1 second"):
-        pattern.search("blk.0.attn_q.weight.and.some.more.to.make.it.long.enough")
+        override.pattern.search("blk.0.attn_q.weight.and.some.more.to.make.it.long.enough")
