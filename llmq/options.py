@@ -1,6 +1,6 @@
 """What an option may be, by the annotation of its field: one reading for recipes and for `NAME:option=value`.
 
-    bool, int, float, str         itself; true is no number, a float is finite, both at most `MOST` away from zero
+    bool, int, float, str         itself; true is no number, a float is finite, both within `MOST` of zero, no text empty
     Annotated[int, Between(1, 8)]    a number within
     Literal["token", "tensor"]    one of these
     tuple[str, ...]               a list of texts
@@ -59,7 +59,7 @@ def admits(kind: Any, value: Any, within: Between | None = None) -> bool:
         return any(type(value) is type(a) and value == a for a in args)
     if origin is tuple:
         return isinstance(value, list | tuple) and all(admits(args[0], v) for v in value)
-    if type(value) not in ((int, float) if kind is float else (NoneType if kind is None else kind,)):
+    if type(value) not in ((int, float) if kind is float else (NoneType if kind is None else kind,)) or value == "":
         return False
     bounds = within or Between(-MOST, MOST)
     return not isinstance(value, int | float) or bounds.least <= value <= bounds.most  # no NaN is

@@ -130,6 +130,8 @@ def test_a_bad_file_is_named(tmp_path, content, message):
         ({"quality": ["best"]}, "--quality takes"),
         ({"target_bpw": 4, "bit_choices": 3}, "--bit-choices takes a text"),
         ({"format": {"a": 1}}, "--format takes a text"),
+        ({"format": ""}, "--format takes a text, not ''"),
+        ({"skip": ("",)}, "--skip takes a list of texts"),
         ({"format": "gguf", "split_max_size": 4}, "--split-max-size takes"),
         ({"method": "awq," * 10**5 + "rtn"}, "--method has 100,001 steps"),
         ({"override": ("a:bits=9",)}, "bits takes a whole number from 2 to 8, not '9'"),

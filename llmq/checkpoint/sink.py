@@ -81,7 +81,8 @@ class Sink:
     def __enter__(self) -> Self:
         with writing(self.out):
             self._made = [p for p in self.out.parents if not p.exists()]
-            self.out.parent.mkdir(parents=True, exist_ok=True)
+            if self._made:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
         found = self._earlier(act=True)
         self._stage = found or Stage.make(self.out, self._run or {})
         self.stage = self._stage.new
@@ -169,7 +170,8 @@ class Sink:
             target = self.stage / file.relative_to(source)
             if not any(file.match(p) for p in _REPLACED):
                 with writing(target):
-                    target.parent.mkdir(exist_ok=True)
+                    if not target.parent.is_dir():
+                        target.parent.mkdir()
                     shutil.copyfile(file, target)
 
     def files(self) -> list[Path]:

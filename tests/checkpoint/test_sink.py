@@ -39,6 +39,22 @@ def test_parts_are_joined_into_shards_that_hold_the_same_tensors(tmp_path):
             assert {f.name for f in files} == set(index["weight_map"].values())
 
 
+def test_only_folders_that_are_not_there_are_made(tmp_path, monkeypatch):
+    (tmp_path / "src/additional_chat_templates").mkdir(parents=True)
+    for name in ("tokenizer.json", "additional_chat_templates/a.jinja", "additional_chat_templates/b.jinja"):
+        (tmp_path / "src" / name).write_text("{}")
+    made, mkdir = [], os.mkdir
+    monkeypatch.setattr(os, "mkdir", lambda path, *mode: (made.append(Path(path).name), mkdir(path, *mode)))
+    with Sink(tmp_path / "out") as sink:
+        sink.copy_files(tmp_path / "src")
+        sink.commit()
+    assert made == ["out.llmq-partial", "new", "additional_chat_templates"]
+    made.clear()
+    with Sink(tmp_path / "a/b/out"):
+        pass
+    assert {"a", "b"} <= set(made) and not (tmp_path / "a").exists()
+
+
 def test_replaced_tensors_keep_dtype_neighbours_and_the_mode_of_the_file(tmp_path):
     tensors = {"a": torch.randn(4, 3).bfloat16(), "b": torch.arange(5), "c": torch.tensor(2.5)}
     before = os.umask(0o022)
