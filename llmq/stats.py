@@ -1,17 +1,28 @@
-"""Statistics: what calibration accumulates at a site. Sums, maxima and samples, which merge.
+"""Statistics: what calibration accumulates of the activation at a site. Sums and maxima, which merge exactly.
 
-Every class has a no-argument constructor, `update(X_TK)` and `merge(other)`; a block makes one of each class that a
-step needs, per site, and drops them when the site is solved. A `paired` one is updated with `(X_TK, F_TK)`: the same
-tokens' activations in the quantized and in the float model. A `weighed` one, a sum of products of two activations, is
-given them times the square root of the token's weight, where a step weighs tokens.
+A statistic keeps named tensors and declares of each how it is reduced, over batches and over ranks: by SUM or by MAX.
+That is all that a collective needs to know:
+
+    class AbsMax(Stat):
+        reductions = {"max": MAX}
+
+        def update(self, X_TK):
+            self.reduce("max", X_TK.abs().amax(0).float())
+
+`calibration/collect.py` makes one of each class that a step needs, per site, and the block drops them when the site is
+solved. A `paired` one is updated with `(X_TK, F_TK)`: the same tokens' activations in the quantized and in the float
+model. A `weighed` one, a sum of products of two activations, is given them times the square root of the token's weight,
+where a step weighs tokens.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar
+from enum import Enum
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,58 +30,135 @@ from torch import Tensor
 _PANEL = 192  # the least columns of one product in the rank-k update; narrower products lose speed
 
 
-class Hessian:
+class Reduction(Enum):
+    """How two ranks' tensors become one."""
+
+    SUM = "sum"
+    MAX = "max"
+
+    def __call__(self, mine: Tensor, theirs: Tensor) -> Tensor:
+        """Return both as one, in the memory of `mine`."""
+        return mine.add_(theirs) if self is Reduction.SUM else torch.maximum(mine, theirs, out=mine)
+
+
+SUM, MAX = Reduction.SUM, Reduction.MAX
+
+
+class Stat(ABC):
+    """An accumulator over the activations of a site.
+
+    reductions: the names of its tensors, and how each is reduced.
+    paired: whether `update` also wants the activations of the float model for the same tokens.
+    weighed: whether the activations come times the square root of their token's weight, where tokens are weighed.
+    tokens, first: how many tokens the whole calibration has, and the number of the first that this rank sees.
+    """
+
+    reductions: ClassVar[Mapping[str, Reduction]]
+    paired: ClassVar[bool] = False
+    weighed: ClassVar[bool] = False
+
+    def __init__(self, tokens: int, first: int = 0) -> None:
+        self.tokens, self.first = tokens, first
+        self.tensors: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def update(self, X_TK: Tensor, F_TK: Tensor | None = None) -> None:
+        """Add a batch of activations `[T, K]`, `F_TK` those of the float model where `paired`."""
+
+    def reduce(self, name: str, tensor: Tensor) -> None:
+        """Reduce a tensor into the one of that name; the first one becomes it."""
+        mine = self.tensors.get(name)
+        self.tensors[name] = tensor if mine is None else self.reductions[name](mine, tensor)
+
+    def merge(self, other: Stat) -> None:
+        """Add what another rank accumulated."""
+        for name, tensor in other.tensors.items():
+            self.reduce(name, tensor.clone())
+
+    def add(self, name: str, count: int) -> None:
+        """Add to a count."""
+        self.reduce(name, torch.tensor(count))
+
+    def number(self, name: str) -> int:
+        """Return a count, 0 where nothing was counted."""
+        return int(self.tensors[name]) if name in self.tensors else 0
+
+    def whole(self, name: str) -> Tensor:
+        """Return the tensor of that name. Raises ValueError where nothing was accumulated."""
+        if name not in self.tensors:
+            raise ValueError("no activation was accumulated")
+        return self.tensors[name]
+
+
+class Stats(dict[type[Stat], Any]):
+    """The statistics of one site by their class, and what steps make of them for all matrices of the site.
+
+    importance: what the squared error of each input channel counts, `[K]`, where the user gave it (an imatrix).
+    """
+
+    def __init__(self, stats: Mapping[type[Stat], Any] | None = None, importance: Tensor | None = None) -> None:
+        super().__init__(stats or {})
+        self.importance = importance
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return `make()`, or what it returned for this key before: a factor that several matrices share."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def forget(self) -> None:
+        """Drop what was made."""
+        self._made.clear()
+
+
+class Hessian(Stat):
     """`X^T X` over all tokens, in float32.
 
     Each batch is one blocked product; over some tens of batches the running sum keeps 6 digits, four more than damping
     leaves meaningful, at half the memory of float64. Asking for the mean closes the sum, whose memory it takes.
     """
 
-    paired: ClassVar[bool] = False
-    weighed: ClassVar[bool] = True
+    reductions: ClassVar[Mapping[str, Reduction]] = {"sum": SUM, "count": SUM}
+    weighed = True
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._sum: Tensor | None = None
+    def __init__(self, tokens: int, first: int = 0) -> None:
+        super().__init__(tokens, first)
         self._mean: Tensor | None = None
 
-    def update(self, X_TK: Tensor) -> None:
+    @property
+    def count(self) -> int:
+        """How many tokens were seen."""
+        return self.number("count")
+
+    def update(self, X_TK: Tensor, F_TK: Tensor | None = None) -> None:
         """Add a batch. Only the upper block triangle is computed: `mean` mirrors it."""
         X = X_TK.float()
         K = X.shape[1]
-        total = self._open(torch.zeros(K, K, dtype=torch.float32, device=X.device) if self._sum is None else self._sum)
+        if "sum" not in self.tensors:
+            self.reduce("sum", torch.zeros(K, K, dtype=torch.float32, device=X.device))
+        total = self.tensors["sum"]
         with _exact_products(X_TK.dtype):
             for i, j in _panels(K):
                 total[i:j, i:].addmm_(X[:, i:j].T, X[:, i:])
-        self.count += X.shape[0]
+        self.add("count", X.shape[0])
 
-    def merge(self, other: Hessian) -> None:
-        """Add another rank's sum."""
-        if other._sum is not None:
-            self._open(other._sum.clone() if self._sum is None else self._sum.add_(other._sum))
-        self.count += other.count
-
-    def _open(self, total: Tensor) -> Tensor:
+    def reduce(self, name: str, tensor: Tensor) -> None:
+        """See `Stat.reduce`. Raises ValueError where the mean was taken."""
         if self._mean is not None:
             raise ValueError("the mean was taken: this sum is closed")
-        self._sum = total
-        return total
-
-    def __bool__(self) -> bool:
-        """Whether any token was seen."""
-        return self.count > 0
+        super().reduce(name, tensor)
 
     def mean(self) -> Tensor:
         """Return H = X^T X / T, symmetric float32 `[K, K]`; not to be written to. Nothing can be added afterwards."""
         if self._mean is None:
-            if self._sum is None:
-                raise ValueError("no activation was accumulated")
-            mean, self._sum = self._sum.div_(max(self.count, 1)), None
+            mean = self.whole("sum").div_(max(self.count, 1))
             for i, j in _panels(len(mean)):
                 diagonal = mean[i:j, i:j]
                 diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
                 mean[j:, i:j] = mean[i:j, j:].T
             self._mean = mean
+            del self.tensors["sum"]
         return self._mean
 
 
@@ -81,42 +169,35 @@ def _panels(K: int) -> Iterator[tuple[int, int]]:
         yield i, min(i + panel, K)
 
 
-class Drift:
+class Drift(Stat):
     """`(F - X)^T X` over all tokens: how the quantized model's activations X miss the float model's F, seen from X.
 
     fit: over seven eighths of each batch's tokens. held, held_hessian: `(F - X)^T X` and `X^T X` over its last eighth,
-    which a step can choose by. Float32 sums, `[K, K]`; held_hessian is whole, not a triangle.
+    which a step can choose by. Float32 sums, `[K, K]`; held_hessian is whole, not a triangle. count, held_count: of all
+    tokens, and of those held.
     """
 
-    paired: ClassVar[bool] = True
-    weighed: ClassVar[bool] = True
+    reductions: ClassVar[Mapping[str, Reduction]] = dict.fromkeys(
+        ("fit", "held", "held_hessian", "count", "held_count"), SUM
+    )
+    paired = True
+    weighed = True
 
-    def __init__(self) -> None:
-        self.fit = self.held = self.held_hessian = torch.zeros(0, 0)
-        self.count = self.held_count = 0
-
-    def update(self, X_TK: Tensor, F_TK: Tensor) -> None:
+    def update(self, X_TK: Tensor, F_TK: Tensor | None = None) -> None:
         """Add a batch."""
+        if F_TK is None:
+            raise TypeError("a drift is between two activations")
         X, miss = X_TK.float(), F_TK.float() - X_TK.float()
-        if not self.fit.numel():
-            K = X.shape[1]
-            self.fit, self.held, self.held_hessian = (torch.zeros(K, K, device=X.device) for _ in range(3))
+        K = X.shape[1]
+        if "fit" not in self.tensors:
+            for name in ("fit", "held", "held_hessian"):
+                self.reduce(name, torch.zeros(K, K, device=X.device))
         at = X.shape[0] - X.shape[0] // 8
-        self.fit.addmm_(miss[:at].T, X[:at])
-        self.held.addmm_(miss[at:].T, X[at:])
-        self.held_hessian.addmm_(X[at:].T, X[at:])
-        self.count += X.shape[0]
-        self.held_count += X.shape[0] - at
-
-    def merge(self, other: Drift) -> None:
-        """Add another rank's sums."""
-        if not other.fit.numel():
-            return
-        for name in ("fit", "held", "held_hessian"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            setattr(self, name, mine.add_(theirs) if mine.numel() else theirs.clone())
-        self.count += other.count
-        self.held_count += other.held_count
+        self.tensors["fit"].addmm_(miss[:at].T, X[:at])
+        self.tensors["held"].addmm_(miss[at:].T, X[at:])
+        self.tensors["held_hessian"].addmm_(X[at:].T, X[at:])
+        self.add("count", X.shape[0])
+        self.add("held_count", X.shape[0] - at)
 
 
 @contextmanager
@@ -130,57 +211,38 @@ def _exact_products(dtype: torch.dtype) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-class AbsMax:
-    """The largest magnitude of every channel."""
+class AbsMax(Stat):
+    """The largest magnitude of every channel, float32 `[K]`."""
 
-    paired: ClassVar[bool] = False
-    weighed: ClassVar[bool] = False
+    reductions: ClassVar[Mapping[str, Reduction]] = {"max": MAX}
 
-    def __init__(self) -> None:
-        self.max: Tensor | None = None
-
-    def update(self, X_TK: Tensor) -> None:
+    def update(self, X_TK: Tensor, F_TK: Tensor | None = None) -> None:
         """Add a batch."""
-        top = X_TK.abs().amax(0).float()
-        self.max = top if self.max is None else torch.maximum(self.max, top)
+        self.reduce("max", X_TK.abs().amax(0).float())
 
-    def merge(self, other: AbsMax) -> None:
-        """Take the larger of two ranks' maxima."""
-        if other.max is not None:
-            self.max = other.max if self.max is None else torch.maximum(self.max, other.max)
+    @property
+    def max(self) -> Tensor:
+        """The maxima. Raises ValueError where nothing was accumulated."""
+        return self.whole("max")
 
 
-class _ChannelMean(ABC):
-    """The mean of some function of every channel."""
+class _ChannelMean(Stat):
+    """The mean of some function of every channel, summed in float64."""
 
-    paired: ClassVar[bool] = False
-    weighed: ClassVar[bool] = False
-
-    def __init__(self) -> None:
-        self.sum: Tensor | None = None
-        self.count = 0
+    reductions: ClassVar[Mapping[str, Reduction]] = {"sum": SUM, "count": SUM}
 
     @abstractmethod
     def values(self, X_TK: Tensor) -> Tensor:
         """Return what is averaged, `[T, K]`."""
 
-    def update(self, X_TK: Tensor) -> None:
+    def update(self, X_TK: Tensor, F_TK: Tensor | None = None) -> None:
         """Add a batch."""
-        total = self.values(X_TK).sum(0, dtype=torch.float64)
-        self.sum = total if self.sum is None else self.sum.add_(total)
-        self.count += X_TK.shape[0]
-
-    def merge(self, other: _ChannelMean) -> None:
-        """Add another rank's sum."""
-        if other.sum is not None:
-            self.sum = other.sum.clone() if self.sum is None else self.sum.add_(other.sum)
-        self.count += other.count
+        self.reduce("sum", self.values(X_TK).sum(0, dtype=torch.float64))
+        self.add("count", X_TK.shape[0])
 
     def mean(self) -> Tensor:
         """Return the means, float32 `[K]`."""
-        if self.sum is None:
-            raise ValueError("no activation was accumulated")
-        return (self.sum / max(self.count, 1)).float()
+        return (self.whole("sum") / max(self.number("count"), 1)).float()
 
 
 class AbsMean(_ChannelMean):
@@ -199,93 +261,80 @@ class MeanSquare(_ChannelMean):
         return X_TK.float().square()
 
 
-class Sample:
-    """Some of the tokens, each as likely as any other: every token draws a number, and the `MOST` least stay.
+class Sample(Stat):
+    """Some of the tokens, spread evenly over the calibration: one, drawn by chance, of each of `MOST` equal runs.
 
-    rank: of the process that sees the tokens. Ranks draw from different seeds, so that their merge is a sample too.
+    Which ones follows from their numbers alone, so that ranks fill rows of their own and their sum is exact.
+    rows: `[MOST or fewer, K]`, in the activation's dtype.
     """
 
-    paired: ClassVar[bool] = False
-    weighed: ClassVar[bool] = False
+    reductions: ClassVar[Mapping[str, Reduction]] = {"rows": SUM}
     MOST = 1024
 
-    def __init__(self, rank: int = 0) -> None:
-        self.rows: Tensor | None = None
-        self._rank = rank
-        self._numbers = torch.zeros(0)
-        self._draw = torch.Generator().manual_seed(rank)
+    def __init__(self, tokens: int, first: int = 0) -> None:
+        super().__init__(tokens, first)
+        self._next = first
+        run = -(-tokens // self.MOST)
+        starts = torch.arange(0, tokens, run)
+        drawn = torch.randint(2**31, starts.shape, generator=torch.Generator().manual_seed(0))
+        self._chosen = starts + drawn % (tokens - starts).clamp(max=run)  # ascending: the number of a row's token
 
-    def update(self, X_TK: Tensor) -> None:
-        """Add a batch."""
-        self._add(torch.rand(len(X_TK), generator=self._draw), X_TK)
+    def update(self, X_TK: Tensor, F_TK: Tensor | None = None) -> None:
+        """Add a batch, whose tokens follow those of the last."""
+        at = self._chosen - self._next
+        rows = ((at >= 0) & (at < len(X_TK))).nonzero()[:, 0]
+        if "rows" not in self.tensors:
+            self.reduce("rows", X_TK.new_zeros(len(at), X_TK.shape[1]))
+        self.tensors["rows"][rows.to(X_TK.device)] = X_TK[at[rows].to(X_TK.device)]
+        self._next += len(X_TK)
 
-    def merge(self, other: Sample) -> None:
-        """Keep the least numbers of two ranks. Raises ValueError where both drew the same ones."""
-        if other._rank == self._rank:
-            raise ValueError(f"two samples of rank {self._rank} draw the same numbers; make each with its own rank")
-        if other.rows is not None:
-            self._add(other._numbers, other.rows)
-
-    def _add(self, numbers: Tensor, X_TK: Tensor) -> None:
-        rows, everyone = X_TK[:0] if self.rows is None else self.rows, torch.cat([self._numbers, numbers])
-        kept = everyone.argsort()[: self.MOST].sort().values
-        old, new = (k.to(X_TK.device) for k in (kept[kept < len(rows)], kept[kept >= len(rows)] - len(rows)))
-        self.rows, self._numbers = torch.cat([rows[old], X_TK[new]]), everyone[kept]
+    @property
+    def rows(self) -> Tensor:
+        """The tokens' activations. Raises ValueError where nothing was accumulated."""
+        return self.whole("rows")
 
 
-class Histogram:
-    """Magnitudes of all channels together in `BINS` bins, whose width doubles until the largest value fits."""
+class Histogram(Stat):
+    """Magnitudes of all channels together in `BINS` bins as wide as the largest value asks for.
 
-    paired: ClassVar[bool] = False
-    weighed: ClassVar[bool] = False
+    counts: float64 `[scales, BINS]`. A batch is counted in the row of the least power of two that its values fit below,
+    so that any two rows align: two bins of one are one bin of the next.
+    """
+
+    reductions: ClassVar[Mapping[str, Reduction]] = {"counts": SUM, "max": MAX}
     BINS = 2048
+    _SCALES = range(-100, 129)  # exponents of float32's values, those of no account as one
 
-    def __init__(self) -> None:
-        self.counts = torch.zeros(self.BINS, dtype=torch.float64)
-        self.top = 0.0  # upper edge of the last bin: a power of two, so that two ranks' bins always align
-        self.max = 0.0
-
-    def update(self, X_TK: Tensor) -> None:
+    def update(self, X_TK: Tensor, F_TK: Tensor | None = None) -> None:
         """Add a batch."""
         magnitude = X_TK.detach().float().abs()
-        largest = float(magnitude.max())
-        if largest == 0 and self.top == 0:
-            return
-        self._widen(_power_of_two(largest))
-        self.max = max(self.max, largest)
-        index = (magnitude.flatten() * (self.BINS / self.top)).long().clamp_(max=self.BINS - 1)
-        self.counts += torch.bincount(index, minlength=self.BINS).cpu().double()
-
-    def merge(self, other: Histogram) -> None:
-        """Add another rank's counts, after bringing both to the wider of the two bin widths."""
-        if other.top == 0:
-            return
-        self._widen(other.top)
-        counts = other.counts.clone()
-        top = other.top
-        while top < self.top:
-            counts, top = _halve(counts), top * 2
-        self.counts += counts
-        self.max = max(self.max, other.max)
+        largest = magnitude.max().cpu()
+        scale = _scale(float(largest), self._SCALES)
+        index = (magnitude.flatten() * (self.BINS / 2.0**scale)).long().clamp_(max=self.BINS - 1)
+        counts = torch.zeros(len(self._SCALES), self.BINS, dtype=torch.float64)
+        counts[self._SCALES.index(scale)] = torch.bincount(index, minlength=self.BINS).cpu().double()
+        self.reduce("counts", counts)
+        self.reduce("max", largest)
 
     def values(self) -> tuple[Tensor, Tensor]:
         """Return the bins' centres up to the largest value, that value itself, and their counts."""
-        centres = (torch.arange(self.BINS) + 0.5) * (self.top / self.BINS)
-        seen = (self.counts > 0) & (centres < self.max)
-        return torch.cat([centres[seen], torch.tensor([self.max])]), torch.cat(
-            [self.counts[seen], torch.ones(1, dtype=torch.float64)]
-        ).float()
-
-    def _widen(self, top: float) -> None:
-        if self.top == 0:
-            self.top = top
-        while self.top < top:
-            self.counts, self.top = _halve(self.counts), self.top * 2
+        counts, largest = torch.zeros(self.BINS, dtype=torch.float64), self.whole("max")
+        used = self.tensors["counts"].any(1).nonzero()[:, 0].tolist()
+        for row in self.tensors["counts"][used[0] : used[-1] + 1]:
+            counts = _halved(counts) + row
+        centres = (torch.arange(self.BINS) + 0.5) * (2.0 ** self._SCALES[used[-1]] / self.BINS)
+        seen = (counts > 0) & (centres < largest)
+        one = torch.ones(1, dtype=torch.float64)
+        return torch.cat([centres[seen], largest[None]]), torch.cat([counts[seen], one]).float()
 
 
-def _halve(counts: Tensor) -> Tensor:
+def _scale(largest: float, scales: range) -> int:
+    """Return the least exponent of a power of two that is not below `largest`, within `scales`."""
+    mantissa, exponent = math.frexp(largest)
+    least = exponent - 1 if mantissa == 0.5 else exponent
+    return min(max(least if largest else scales[0], scales[0]), scales[-1])
+
+
+def _halved(counts: Tensor) -> Tensor:
+    """Return counts in bins twice as wide."""
     return torch.cat([counts.reshape(-1, 2).sum(1), torch.zeros(counts.numel() // 2, dtype=counts.dtype)])
-
-
-def _power_of_two(x: float) -> float:
-    return 2.0 ** torch.tensor(max(x, 1e-30)).log2().ceil().item()

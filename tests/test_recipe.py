@@ -234,13 +234,22 @@ def test_a_file_names_no_code_unless_the_user_allows_it(tmp_path, monkeypatch, t
     assert "evil" not in sys.modules
 
 
-def test_a_step_without_a_verb_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("object", "lazy.step is no step; the class of a step derives from one of Rotation, Weighting, Transform"),
+        ("Refiner", "lazy.step.*abstract.*needs, refine"),
+    ],
+)
+def test_a_step_of_no_kind_or_without_its_verb_is_named(tmp_path, monkeypatch, base, said):
     (tmp_path / "lazy").mkdir()
     (tmp_path / "lazy/step.py").write_text(
-        "from dataclasses import dataclass\n@dataclass\nclass Lazy:\n    x: int = 1\n"
+        "from dataclasses import dataclass\nfrom llmq.steps import Refiner\n"
+        f"@dataclass\nclass Lazy({base}):\n    x: int = 1\n    def refin(self, W_NK, solved, stats): ...\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(LlmqError, match="lazy.step is no step; a step has one of the methods rotate, weigh"):
+    monkeypatch.delitem(sys.modules, "lazy.step", raising=False)
+    with pytest.raises(LlmqError, match=said):
         method_of(Recipe(method="lazy.step,rtn"), torch.float16)
 
 

@@ -38,13 +38,13 @@ class Regularized:
 
     def regularize(self, H_KK: Tensor, tokens: int) -> Tensor:
         """Shrink H, the mean over so many tokens, toward its diagonal by the prior, in place; return it."""
-        made_up = self.prior * len(H_KK)
+        unseen = self.prior * len(H_KK)
         diagonal = H_KK.diagonal().clone()
-        H_KK.mul_(tokens / (tokens + made_up)).diagonal().copy_(diagonal)
+        H_KK.mul_(tokens / (tokens + unseen)).diagonal().copy_(diagonal)
         return H_KK
 
 
-def revive(H_KK: Tensor) -> tuple[Tensor, int]:
+def revived(H_KK: Tensor) -> tuple[Tensor, int]:
     """Return H with 1 on the diagonal of its dead columns, and how many there are. H itself is unchanged."""
     dead = H_KK.diagonal() == 0
     count = int(dead.sum())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from llmq.types import SiteView
+from llmq.steps import SiteView
 
 
 def shares(view: SiteView) -> int | None:
@@ -25,7 +25,7 @@ def shares(view: SiteView) -> int | None:
     return K // channels if isinstance(producer, nn.Linear) and K % channels == 0 else None
 
 
-def tie(per_input_K: Tensor, share: int, head_dim: int, *, largest: bool = False) -> Tensor:
+def shared(per_input_K: Tensor, share: int, head_dim: int, *, largest: bool = False) -> Tensor:
     """Average (or take the largest of) a statistic over the heads that share a key-value head; shape `[K]` again."""
     if share == 1:
         return per_input_K

@@ -11,21 +11,20 @@ Not here: what t, w and F are (gptq.py, descent.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmq.jit import compiled
-from llmq.types import QTensor, Target
 
 _LEAF_TORCH = 16  # columns rounded one by one; their rank-1 updates stay in the L2 cache
 _LEAF_COMPILED = 48  # measured best of 16 to 96 at N = 3072
 _CHUNK = 256  # rows of W that a compiled leaf works on at a time: its columns stay in the L1 cache
 
 
-def sweep(W_KN: Tensor, T_KN: Tensor, F_KK: Tensor, grid: Any, params: Any, group_K: Tensor) -> Tensor:
+def round_columns(W_KN: Tensor, T_KN: Tensor, F_KK: Tensor, grid: Any, params: Any, group_K: Tensor) -> Tensor:
     """Round the rows of `T_KN` in order; return the codes, uint8 `[K, N]`.
 
     W_KN: float32, what the decoded codes are compared with. T_KN: float32, the targets before any feedback, consumed
@@ -43,16 +42,16 @@ def sweep(W_KN: Tensor, T_KN: Tensor, F_KK: Tensor, grid: Any, params: Any, grou
         tensors = (W_KN, T_KN, error_KN, codes_KN, divisor_GN, scale_GN, zero_GN, offset_GN, group_K)
         arrays = tuple(t.numpy() for t in tensors)
 
-        def round_columns(lo: int, hi: int) -> None:
+        def round_leaf(lo: int, hi: int) -> None:
             leaf(F_KK[lo:hi, lo:hi].contiguous().numpy(), *arrays, lo, hi, lattice.low, lattice.high)
     else:
         columns = tuple(t.unbind() for t in (W_KN, T_KN, error_KN, codes_KN))
-        round_columns = functools.partial(_torch_leaf, (grid, params.by_group(), group_K.tolist(), F_KK, T_KN, columns))
+        round_leaf = functools.partial(_torch_leaf, (grid, params.by_group(), group_K.tolist(), F_KK, T_KN, columns))
     for lo, mid, hi in _halves(0, K, _LEAF_COMPILED if leaf else _LEAF_TORCH):
         if mid < hi:
             T_KN[mid:hi].addmm_(F_KK[lo:mid, mid:hi].T, error_KN[lo:mid])
         else:
-            round_columns(lo, hi)
+            round_leaf(lo, hi)
     return codes_KN
 
 
@@ -106,21 +105,3 @@ def _leaf(F, W, T, E, codes, divisor, scale, zero, offset, group, lo, hi, low, h
 
 
 _KINDS = "f2 f2 f2 f2 u2 f2 f2 f2 f2 i1 i i f f"  # of _leaf's arguments
-
-
-def stacks(targets: Sequence[Target]) -> list[list[Target]]:
-    """Return the linears of a site in stacks of equal grids: they share H, so one column loop rounds a stack."""
-    out: list[list[Target]] = []
-    for t in targets:
-        same = next((s for s in out if s[0].grid == t.grid and s[0].grid.range == t.grid.range), None)
-        if same is None or t.grid.per_tensor:  # one scale per tensor: a stack would share it
-            out.append([t])
-        else:
-            same.append(t)
-    return out
-
-
-def split(q: QTensor, rows: list[int]) -> list[QTensor]:
-    """Return the linears of a stack, of so many rows each."""
-    parts = zip(q.codes.split(rows), q.params.split(rows), strict=True)
-    return [QTensor(codes, params, q.grid, q.g_idx) for codes, params in parts]

@@ -17,7 +17,7 @@ from llmq.jit import compiled, in_threads
 _ROWS = 8  # that share a row of H while it is in the cache
 
 
-def walk(  # noqa: PLR0913, PLR0917, the state of the descent
+def descend_codes(  # noqa: PLR0913, PLR0917, the state of the descent
     codes: Tensor,
     gradient_NK: Tensor,
     loss_N: Tensor,

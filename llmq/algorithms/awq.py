@@ -16,13 +16,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from llmq.algorithms._shares import shares, tie
-from llmq.stats import AbsMean, Hessian
-from llmq.types import QTensor, Scaling, Site, SiteView
+from llmq.algorithms._shares import shared, shares
+from llmq.stats import AbsMean, Hessian, Stat
+from llmq.steps import Scaling, SiteView, Transform
+from llmq.types import QTensor, Site
 
 
 @dataclass(frozen=True)
-class Awq:
+class Awq(Transform):
     """Activation-aware scaling.
 
     steps: exponents tried, evenly from 0 (no scaling, always a candidate) to below 1.
@@ -38,7 +39,7 @@ class Awq:
         if self.steps < 2 or self.call_tokens < 1:
             raise ValueError("steps is at least 2 and call_tokens at least 1")
 
-    def needs(self, site: Site) -> tuple[type[Any], ...]:
+    def needs(self, site: Site) -> tuple[type[Stat], ...]:
         """Return the mean magnitudes, and the Hessian where the loss is a lone linear's."""
         if site.producer is None:
             return ()
@@ -50,7 +51,7 @@ class Awq:
         if share is None or all(g is None for g in view.grids):
             return None
         head_dim = view.head_dim
-        mean_K = tie(view.stats[AbsMean].mean(), share, head_dim).clamp(min=1e-4)
+        mean_K = shared(view.stats[AbsMean].mean(), share, head_dim).clamp(min=1e-4)
         loss = self._lone_loss(view) if Hessian in view.stats else self._parent_loss(view)
         best_scale, best_ratio, best, first = None, 0.0, float("inf"), float("inf")
         for i in range(self.steps):

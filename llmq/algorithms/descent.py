@@ -21,15 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.algorithms._hessian import Regularized, damped, revive
-from llmq.algorithms._sweep import split, stacks, sweep
-from llmq.algorithms._walk import walk
-from llmq.stats import Hessian
-from llmq.types import QTensor, Solved, Stats, Target
+from llmq.algorithms._hessian import Regularized, damped, revived
+from llmq.algorithms._sweep import round_columns
+from llmq.algorithms._walk import descend_codes
+from llmq.stats import Hessian, Stat, Stats
+from llmq.steps import Refiner, Solved
+from llmq.types import Grid, QTensor
 
 
 @dataclass(frozen=True)
-class Descent(Regularized):
+class Descent(Regularized, Refiner):
     """Least squares on the scales, coordinate descent on the codes.
 
     rounds: how often both are done. sweeps: how often a round goes over all codes.
@@ -46,33 +47,22 @@ class Descent(Regularized):
         if self.rounds < 1 or self.sweeps < 1:
             raise ValueError("rounds and sweeps are at least 1")
 
-    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
+    def needs(self, grids: Sequence[Grid]) -> tuple[type[Stat], ...]:
         """Return the Hessian."""
         return (Hessian,)
 
-    def refine(self, targets: Sequence[Target], solved: Sequence[Solved], stats: Stats) -> list[Solved]:
+    def refine(self, W_NK: Tensor, solved: Solved, stats: Stats) -> Solved:
         """Lower the loss of every row, or leave the row as it is."""
-        H_KK = self.regularize(damped(revive(stats[Hessian].mean())[0], self.damp), stats[Hessian].count)
-        by_name = {t.name: s for t, s in zip(targets, solved, strict=True)}
-        out: dict[str, Solved] = {}
-        for stack in stacks(targets):
-            parts = [by_name[t.name].q for t in stack]
-            codes, params = torch.cat([p.codes for p in parts]), parts[0].params.cat([p.params for p in parts])
-            W_NK = torch.cat([t.W_NK for t in stack])
-            q, ratio = self._stack(W_NK, QTensor(codes, params, parts[0].grid, parts[0].g_idx), H_KK)
-            for t, part in zip(stack, split(q, [t.W_NK.shape[0] for t in stack]), strict=True):
-                out[t.name] = Solved(part, {**by_name[t.name].report, "descent": round(ratio, 4)})
-        return [out[t.name] for t in targets]
-
-    def _stack(self, W_NK: Tensor, q: QTensor, H_KK: Tensor) -> tuple[QTensor, float]:
-        """Return the refined stack and its loss over the loss before."""
+        q, hessian = solved.q, stats[Hessian]
+        H_KK = stats.once(self, lambda: self.regularize(damped(revived(hessian.mean())[0], self.damp), hessian.count))
         state = _State(W_NK, q, H_KK)
         before = state.loss_N.sum()
         for _ in range(self.rounds):
             if self.scales:
                 state.fit_scales()
             state.descend(self.sweeps)
-        return QTensor(state.codes, state.params, q.grid, q.g_idx), float(state.loss_N.sum() / before)
+        ratio = round(float(state.loss_N.sum() / before), 4)
+        return Solved(QTensor(state.codes, state.params, q.grid, q.g_idx), {**solved.report, "descent": ratio})
 
 
 class _State:
@@ -120,7 +110,7 @@ class _State:
     def descend(self, sweeps: int = 1) -> None:
         """Make each code the best given the others, `sweeps` times."""
         state = (self.codes, self.gradient_NK, self.loss_N, self.H_KK)
-        if walk(*state, self._order, self.grid, self.params, self.group_K, sweeps):
+        if descend_codes(*state, self._order, self.grid, self.params, self.group_K, sweeps):
             self.Q_NK = self.grid.decode(self.codes, self.params.columns(self.codes.shape[1], self.group_K))
         else:
             for _ in range(sweeps):
@@ -132,7 +122,7 @@ class _State:
         diagonal_K, F_KK = self._factor
         Q_KN = self.Q_NK.T[order].contiguous()
         T_KN = Q_KN + self.gradient_NK.T[order].contiguous().div_(diagonal_K[:, None])
-        codes_KN = sweep(Q_KN, T_KN, F_KK, self.grid, self.params, self.group_K[order])
+        codes_KN = round_columns(Q_KN, T_KN, F_KK, self.grid, self.params, self.group_K[order])
         codes = torch.empty_like(codes_KN)
         codes[order] = codes_KN
         self._accept(codes.T.contiguous(), self.params)

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
-from llmq.types import LlmqError, ModelView
+from llmq.steps import Finisher, ModelView
+from llmq.types import LlmqError
 
 
 @dataclass(frozen=True)
-class Distill:
+class Distill(Finisher):
     """End-to-end tuning.
 
     epochs: passes over the calibration. batch: sequences a step.

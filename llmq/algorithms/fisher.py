@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmq.steps import Weighting
+
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(Weighting):
     """Weights of tokens.
 
     power: of the squared gradient; 0 weighs all tokens alike.

@@ -7,7 +7,7 @@ equal to it: the errors are those against the original weights, so H is factored
 descending diag H (act order). Grids are fitted and frozen before the loop, on the original column groups (static
 groups: no g_idx on disk) or, with `desc_act`, on the groups of the permuted order (g_idx on disk).
 
-The linears of a site share H and F, so those on equal grids are stacked along their rows.
+The matrices of a site on other grids share H and F.
 Not here: the column loop (_sweep.py), activations (model/lanes.py), clipping (ranges/), bits on disk (formats/).
 """
 
@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.algorithms._hessian import Regularized, cholesky, revive
-from llmq.algorithms._sweep import split, stacks, sweep
-from llmq.stats import Hessian
-from llmq.types import QTensor, Solved, Stats, Target
+from llmq.algorithms._hessian import Regularized, cholesky, revived
+from llmq.algorithms._sweep import round_columns
+from llmq.stats import Hessian, Stat, Stats
+from llmq.steps import Solved, Solver
+from llmq.types import Grid, QTensor
 
 
 @dataclass(frozen=True)
-class Gptq(Regularized):
+class Gptq(Regularized, Solver):
     """Second-order rounding with error feedback.
 
     damp, prior: as in _hessian.py.
@@ -43,25 +44,20 @@ class Gptq(Regularized):
         if self.desc_act and not self.act_order:
             raise ValueError("desc_act needs act_order")
 
-    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
+    def needs(self, grids: Sequence[Grid]) -> tuple[type[Stat], ...]:
         """Return the Hessian, always."""
         return (Hessian,)
 
-    def solve(self, targets: Sequence[Target], stats: Stats) -> list[Solved]:
-        """Round the linears of a site; those on equal grids in one column loop."""
-        H_KK, dead = revive(stats[Hessian].mean())
+    def solve(self, W_NK: Tensor, grid: Grid, stats: Stats) -> Solved:
+        """Round the columns one by one; to nearest where H does not factor."""
+        hessian = stats[Hessian]
+        H_KK, dead = revived(hessian.mean())
         order = torch.argsort(H_KK.diagonal(), descending=True, stable=True) if self.act_order else None
-        F_KK, damping = self.factor(H_KK, stats[Hessian].count, order)
-        report = {"damp": damping, "dead_columns": dead, "tokens": stats[Hessian].count}
+        F_KK, damping = stats.once(self, lambda: self.factor(H_KK, hessian.count, order))
+        report = {"damp": damping, "dead_columns": dead, "tokens": hessian.count}
         if F_KK is None:
             report["fallback"] = f"rtn: H does not factor with damping up to {damping:g}"
-        solved: dict[str, Solved] = {}
-        for stack in stacks(targets):
-            W_NK = torch.cat([t.W_NK for t in stack])
-            q = self._solve_stack(W_NK, stack[0].grid, H_KK, F_KK, order)
-            for t, part in zip(stack, split(q, [t.W_NK.shape[0] for t in stack]), strict=True):
-                solved[t.name] = Solved(part, dict(report))
-        return [solved[t.name] for t in targets]
+        return Solved(self._round(W_NK, grid, H_KK, F_KK, order), report)
 
     def factor(self, H_KK: Tensor, tokens: int, order: Tensor | None = None) -> tuple[Tensor | None, float]:
         """Return F, unit upper triangular with `H = F D F^T` for the regularized and damped H, and the damping used.
@@ -74,7 +70,7 @@ class Gptq(Regularized):
         L, used = cholesky(self.regularize(H_KK[reverse[:, None], reverse], tokens), self.damp)
         return (None if L is None else L.flip(0, 1).div_(L.diagonal().flip(0))), used
 
-    def _solve_stack(self, W_NK: Tensor, grid: Any, H_KK: Tensor, F_KK: Tensor | None, order: Tensor | None) -> QTensor:
+    def _round(self, W_NK: Tensor, grid: Any, H_KK: Tensor, F_KK: Tensor | None, order: Tensor | None) -> QTensor:
         K = W_NK.shape[1]
         group_K = torch.arange(K, device=W_NK.device) // (grid.group_size or K)
         if order is not None and self.desc_act:
@@ -90,7 +86,7 @@ class Gptq(Regularized):
             if order is not None:
                 W_KN, group = W_KN[order], g_idx[order]
             W_KN = W_KN.contiguous()
-            codes_KN = sweep(W_KN, W_KN.clone(), F_KK, grid, params, group)
+            codes_KN = round_columns(W_KN, W_KN.clone(), F_KK, grid, params, group)
             if order is not None:
                 codes_KN = codes_KN[torch.argsort(order)]
             codes = codes_KN.T.contiguous()

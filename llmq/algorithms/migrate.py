@@ -17,20 +17,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from llmq.algorithms._shares import shares, tie
-from llmq.stats import AbsMax, MeanSquare, Sample
-from llmq.types import LlmqError, Scaling, Site, SiteView
+from llmq.algorithms._shares import shared, shares
+from llmq.stats import AbsMax, MeanSquare, Sample, Stat
+from llmq.steps import Scaling, SiteView, Transform
+from llmq.types import LlmqError, Site
 
 _PANEL = 2**18  # products at a time
 
 
 @dataclass(frozen=True)
-class Migrate:
+class Migrate(Transform):
     """Scales by expected error.
 
     feedback: the share of the weights' expected error that the solver leaves (gptq about half of it, rtn all).
@@ -40,14 +40,11 @@ class Migrate:
     feedback: float = 0.5
     steps: int = 30
 
-    preferred_range: ClassVar[str | None] = None
-    call_tokens: ClassVar[int] = 0
-
     def __post_init__(self) -> None:
         if not 0 < self.feedback <= 1 or self.steps < 1:
             raise ValueError("feedback lies above 0 and at most at 1, and steps is at least 1")
 
-    def needs(self, site: Site) -> tuple[type[Any], ...]:
+    def needs(self, site: Site) -> tuple[type[Stat], ...]:
         """Return what the error is expected from, where the site has a producer to fold into."""
         return (AbsMax, MeanSquare, Sample) if site.producer else ()
 
@@ -58,12 +55,12 @@ class Migrate:
             return None
         head_dim = view.head_dim
         error = _ExpectedError(view, self.feedback)
-        largest_K = tie(view.stats[AbsMax].max, share, head_dim, largest=True).clamp(min=1e-5).log()
+        largest_K = shared(view.stats[AbsMax].max, share, head_dim, largest=True).clamp(min=1e-5).log()
         floor_K = largest_K if error.static else torch.full_like(largest_K, -math.inf)
-        start_K = tie(largest_K - error.largest().clamp(min=1e-5).log(), share, head_dim) / 2
+        start_K = shared(largest_K - error.largest().clamp(min=1e-5).log(), share, head_dim) / 2
         if error.static:
             start_K = start_K - (start_K - floor_K).amin()
-        log_K, ratio = self._descend(error, start_K, floor_K, lambda g_K: tie(g_K, share, head_dim))
+        log_K, ratio = self._descend(error, start_K, floor_K, lambda g_K: shared(g_K, share, head_dim))
         scale_K = (log_K - log_K.mean()).exp()  # fp16's scales of the producer's rows have a floor
         return Scaling(scale_K, {"migrate": {"expected_error_over_start": ratio}})
 

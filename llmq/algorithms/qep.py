@@ -13,7 +13,6 @@ Not here: rounding (gptq.py), the second activation stream (block.py).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.algorithms._hessian import Regularized, cholesky, revive
-from llmq.stats import Drift, Hessian
-from llmq.types import Stats, Target
+from llmq.algorithms._hessian import Regularized, cholesky, revived
+from llmq.stats import Drift, Hessian, Stat, Stats
+from llmq.steps import Correction
+from llmq.types import Grid
 
 
 @dataclass(frozen=True)
-class Qep(Regularized):
+class Qep(Regularized, Correction):
     """Quantization error propagation.
 
     alpha: how far to move, 0 to 1; None chooses it for each linear on held-out tokens.
@@ -47,42 +47,46 @@ class Qep(Regularized):
         if not 0 < self.most <= 1 or not 0 < self.share <= 1:
             raise ValueError("most and share lie above 0 and are at most 1")
 
-    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
+    def needs(self, grids: Sequence[Grid]) -> tuple[type[Stat], ...]:
         """Return the Hessian and the drift of the activations."""
         return (Hessian, Drift)
 
-    def correct(self, targets: Sequence[Target], stats: Stats) -> list[Target]:
+    def correct(self, W_NK: Tensor, rows: Sequence[int], stats: Stats) -> tuple[Tensor, list[dict[str, Any]]]:
         """Move the weights of a site; a site whose input has not drifted stays as it is."""
-        hessian, drift = stats[Hessian], stats[Drift]
-        if not drift.fit.any():
-            return list(targets)
-        W_NK = torch.cat([t.W_NK for t in targets])
-        D_NK = self._move(W_NK, (drift.fit + drift.held) / drift.count, hessian.mean(), hessian.count)
-        sizes = [t.W_NK.shape[0] for t in targets]
-        alphas = [self.alpha] * len(sizes) if self.alpha is not None else self._choose(W_NK, hessian, drift, sizes)
-        return [
-            dataclasses.replace(t, W_NK=t.W_NK + alpha * D, report={**t.report, "qep_alpha": round(alpha, 4)})
-            for t, D, alpha in zip(targets, D_NK.split(sizes), alphas, strict=True)
-        ]
+        hessian, (fit, held, _) = stats[Hessian], _sums(stats[Drift])
+        if not fit.any():
+            return W_NK, [{} for _ in rows]
+        tokens = stats[Drift].number("count")
+        D_NK = self._move(W_NK, (fit + held) / tokens, hessian.mean(), hessian.count)
+        alphas = [self.alpha] * len(rows) if self.alpha is not None else self._choose(W_NK, rows, stats)
+        parts = zip(W_NK.split(list(rows)), D_NK.split(list(rows)), alphas, strict=True)
+        moved = [W + alpha * D for W, D, alpha in parts]
+        return torch.cat(moved), [{"qep_alpha": round(alpha, 4)} for alpha in alphas]
 
-    def _choose(self, W_NK: Tensor, hessian: Hessian, drift: Drift, sizes: list[int]) -> list[float]:
+    def _choose(self, W_NK: Tensor, rows: Sequence[int], stats: Stats) -> list[float]:
         """Return, for each linear of the site, the alpha of least error on the held-out tokens."""
-        tokens = hessian.count - drift.held_count
-        unseen = (hessian.mean() * hessian.count - drift.held_hessian) / tokens
-        D_NK = self._move(W_NK, drift.fit / (drift.count - drift.held_count), unseen, tokens)
-        slope_N = ((W_NK @ drift.held) * D_NK).sum(1)
-        curvature_N = ((D_NK @ drift.held_hessian) * D_NK).sum(1)
+        hessian, (fit, held, held_hessian) = stats[Hessian], _sums(stats[Drift])
+        seen, unseen = (stats[Drift].number(name) for name in ("count", "held_count"))
+        tokens = hessian.count - unseen
+        H_KK = (hessian.mean() * hessian.count - held_hessian) / tokens
+        D_NK = self._move(W_NK, fit / (seen - unseen), H_KK, tokens)
+        slope_N = ((W_NK @ held) * D_NK).sum(1)
+        curvature_N = ((D_NK @ held_hessian) * D_NK).sum(1)
         return [
             _lowest(float(slope.sum()), float(curvature.sum()), self.most)
-            for slope, curvature in zip(slope_N.split(sizes), curvature_N.split(sizes), strict=True)
+            for slope, curvature in zip(slope_N.split(list(rows)), curvature_N.split(list(rows)), strict=True)
         ]
 
     def _move(self, W_NK: Tensor, drift_KK: Tensor, H_KK: Tensor, tokens: int) -> Tensor:
         """Return W (X - Xq)^T Xq (Xq^T Xq)^-1; zero where the Hessian does not factor."""
-        L, _ = cholesky(self.regularize(revive(H_KK)[0].clone(), tokens), self.damp)
+        L, _ = cholesky(self.regularize(revived(H_KK)[0].clone(), tokens), self.damp)
         if L is None:
             return torch.zeros_like(W_NK)
         return torch.cholesky_solve((W_NK @ drift_KK).T, L).T
+
+
+def _sums(drift: Drift) -> tuple[Tensor, Tensor, Tensor]:
+    return drift.whole("fit"), drift.whole("held"), drift.whole("held_hessian")
 
 
 def _lowest(slope: float, curvature: float, most: float) -> float:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.types import Bases
+from llmq.steps import Bases, Rotation
 
 
 @dataclass(frozen=True)
-class Rotate:
+class Rotate(Rotation):
     """Foldable rotations.
 
     heads: rotate what passes from the value to the output projection. residual: rotate the residual stream.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from llmq.stats import Hessian, MeanSquare
-from llmq.types import QTensor, Solved, Stats, Target
+from torch import Tensor
+
+from llmq.stats import Hessian, MeanSquare, Stat, Stats
+from llmq.steps import Solved, Solver
+from llmq.types import Grid, QTensor
 
 
 @dataclass(frozen=True)
-class Rtn:
+class Rtn(Solver):
     """Round to nearest. Needs activations only where the range does (`output`), or to weigh errors.
 
     importance: calibrate, and let ggml's grids weigh the error of every input channel by its mean square.
@@ -19,18 +21,13 @@ class Rtn:
 
     importance: bool = False
 
-    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
+    def needs(self, grids: Sequence[Grid]) -> tuple[type[Stat], ...]:
         """Return the Hessian where a range weighs errors by whole blocks of it, its diagonal with `importance`."""
-        if any(getattr(g.range, "uses_blocks", False) for g in grids):
+        if any(getattr(getattr(g, "range", None), "uses_blocks", False) for g in grids):
             return (Hessian,)
         return (MeanSquare,) if self.importance else ()
 
-    def solve(self, targets: Sequence[Target], stats: Stats) -> list[Solved]:
-        """Fit each grid and round."""
-        return [Solved(self._round(t, stats)) for t in targets]
-
-    def _round(self, target: Target, stats: Stats) -> QTensor:
-        weight = target.importance
-        for stat in self.needs([target.grid]):
-            weight = stats[stat].mean()
-        return QTensor.rounded(target.W_NK, target.grid, weight)
+    def solve(self, W_NK: Tensor, grid: Grid, stats: Stats) -> Solved:
+        """Fit the grid, by the errors' weights where there are any, and round."""
+        needed = self.needs([grid])
+        return Solved(QTensor.rounded(W_NK, grid, stats[needed[0]].mean() if needed else stats.importance))

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from llmq.params import stored
-from llmq.types import BlockView, LlmqError, Params, QTensor, Solved
+from llmq.steps import BlockView, Solved, Tuner
+from llmq.types import LlmqError, Params, QTensor
 
 _EDGE = 0.4  # how near to the edge of its cell a weight may start, in code units
 
 
 @dataclass(frozen=True)
-class SignRound:
+class SignRound(Tuner):
     """Learned rounding.
 
     steps: gradient steps a block. batch: sequences a step. lr: the first step of V, in code units (None: 1 / steps).
@@ -47,7 +48,7 @@ class SignRound:
 
     def tune(self, view: BlockView) -> dict[str, Solved]:
         """Return the block's linears with the best codes and scales met."""
-        trials = {n: _Trial(view.targets[n].W_NK, s.q) for n, s in view.solved.items()}
+        trials = {n: _Trial(view.targets[n], s.q) for n, s in view.solved.items()}
         train, held = _divide(view)
         draw = torch.Generator().manual_seed(view.seed)
         first = best = _loss(view, trials, held)

@@ -8,17 +8,17 @@ Not here: how activations are quantized (the runtime; the stream calibrates stat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 
-from llmq.algorithms._shares import shares, tie
-from llmq.stats import AbsMax
-from llmq.types import Scaling, Site, SiteView
+from llmq.algorithms._shares import shared, shares
+from llmq.stats import AbsMax, Stat
+from llmq.steps import Scaling, SiteView, Transform
+from llmq.types import Site
 
 
 @dataclass(frozen=True)
-class SmoothQuant:
+class SmoothQuant(Transform):
     """Migrates activation outliers.
 
     alpha: how much of the difficulty moves to the weights (0.5 in the paper, 0.8 for large Llamas; with `linears` 0.65
@@ -30,14 +30,11 @@ class SmoothQuant:
     alpha: float = 0.65
     linears: bool = True
 
-    preferred_range: ClassVar[str | None] = None
-    call_tokens: ClassVar[int] = 0
-
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha lies between 0 and 1, not {self.alpha}")
 
-    def needs(self, site: Site) -> tuple[type[Any], ...]:
+    def needs(self, site: Site) -> tuple[type[Stat], ...]:
         """Return the largest magnitudes, where the site has a producer to fold into."""
         norm = site.producer is not None and "norm" in site.producer
         return (AbsMax,) if norm or (self.linears and site.producer) else ()
@@ -48,9 +45,9 @@ class SmoothQuant:
         if share is None or all(g is None for g in view.grids):
             return None
         head_dim = view.head_dim
-        x_max = tie(view.stats[AbsMax].max, share, head_dim, largest=True).clamp(min=1e-5)
+        x_max = shared(view.stats[AbsMax].max, share, head_dim, largest=True).clamp(min=1e-5)
         w_max = torch.stack([view.modules[n].weight.abs().amax(0) for n in view.site.linears]).amax(0)
-        w_max = tie(w_max, share, head_dim, largest=True).clamp(min=1e-5)
+        w_max = shared(w_max, share, head_dim, largest=True).clamp(min=1e-5)
         scale_K = (x_max**self.alpha / w_max ** (1 - self.alpha)).clamp(min=1e-5)
         line = {"alpha": self.alpha, "scale_min": scale_K.min().item(), "scale_max": scale_K.max().item()}
         return Scaling(scale_K, {"smoothquant": line})

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from llmq.model.lanes import Call, run
 from llmq.model.skeleton import Skeleton, outside_loaded
 
+Progress = Callable[[int, int, str], None]
+"""Called with how much is done, of how much, and what is going on."""
 _HELD = 2**30  # bytes of hidden states held between the blocks
 _POSITIONS = 128  # whose logits exist at a time
 
@@ -29,7 +31,7 @@ def squared_gradients(
     calls: Sequence[Sequence[Call]],
     device: torch.device,
     seed: int,
-    report: Callable[[int, int, str], None],
+    report: Progress,
 ) -> dict[str, list[Tensor]]:
     """Return s of every linear of every block by full name, float32 `[T]`, batch by batch.
 

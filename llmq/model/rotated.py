@@ -18,7 +18,8 @@ from llmq import registry
 from llmq.checkpoint.source import View
 from llmq.model.sites import family_sites, no_table
 from llmq.model.skeleton import Skeleton
-from llmq.types import LlmqError, Rotation
+from llmq.steps import Rotation
+from llmq.types import LlmqError
 
 
 class Rotated(View):
@@ -39,7 +40,7 @@ class Rotated(View):
         self._values = {s.producer for s in sites if s.per_head}
         self._embedding = f"{skeleton.name_of(skeleton.model.get_input_embeddings())}.weight"
         self._head = f"{skeleton.name_of(skeleton.model.get_output_embeddings())}.weight"
-        self._last_norm = f"{skeleton.prefix.rpartition('.')[0]}.norm.weight"
+        self._last_norm = f"{skeleton.final_norm}.weight"
         if self._R_HH is not None:
             if self._head not in self and not step.untie:
                 size = self.sizes()[self._embedding]

@@ -62,9 +62,33 @@ class Skeleton:
                 if isinstance(module, nn.Linear):
                     yield f"{self.prefix}.{i}.{name}", module
 
+    def full_name(self, i: int, name: str) -> str:
+        """Return the full name of what block `i` calls so; the one behind the last has a `norm` and a `head`."""
+        if i < len(self):
+            return f"{self.prefix}.{i}.{name}"
+        module, dot, local = name.partition(".")
+        real = {"norm": self.final_norm, "head": self.name_of(self.model.get_output_embeddings())}
+        return f"{real.get(module, module)}{dot}{local}"
+
+    @property
+    def final_norm(self) -> str:
+        """The name of the norm behind the blocks, in the models that have it there."""
+        return f"{self.prefix.rpartition('.')[0]}.norm".lstrip(".")
+
     @contextmanager
     def loaded(self, i: int, device: torch.device) -> Iterator[nn.Module]:
-        """Yield block `i` with its weights in memory; they are dropped on leaving."""
+        """Yield block `i` with its weights in memory; they are dropped on leaving.
+
+        One behind the last is what follows the blocks (`Tail`), whose head keeps no weight: nothing runs through it.
+        """
+        if i == len(self):
+            norm = self.model.get_submodule(self.final_norm)
+            tail = Tail(norm, self.model.get_output_embeddings())
+            state = {n: self.source.get(f"{self.final_norm}.{n}").to(device, self.dtype) for n in norm.state_dict()}
+            norm.load_state_dict(state, assign=True)
+            yield tail
+            norm.to("meta")
+            return
         block = self.blocks[i]
         prefix = f"{self.prefix}.{i}."
         wanted = [n for n, _ in block.named_parameters()] + [n for n, _ in _saved_buffers(block)]
@@ -96,6 +120,19 @@ class Skeleton:
     def outside(self) -> list[str]:
         """Return the checkpoint's tensors that belong to no block."""
         return [n for n in self.source.names() if not n.startswith(self.prefix + ".")]
+
+
+class Tail(nn.Module):
+    """What follows the last block, as one more block: the final norm, and the output head that reads it."""
+
+    def __init__(self, norm: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.head = norm, head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the logits."""
+        out: Tensor = self.head(self.norm(hidden))
+        return out
 
 
 def _trim_heap() -> None:

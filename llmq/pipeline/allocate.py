@@ -16,14 +16,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from llmq.calibration.token_gradients import squared_gradients
-from llmq.model.lanes import Call, Lanes
-from llmq.pipeline.block import Streams, block_sites
+from llmq.calibration.collect import collect
+from llmq.calibration.state import Calibration
+from llmq.calibration.token_gradients import Progress, squared_gradients
+from llmq.model.lanes import Batches, Lanes
+from llmq.pipeline.block import block_sites
 from llmq.pipeline.plan import Plan, at_bits, packed_bytes
 from llmq.stats import Hessian
 from llmq.types import LinearSpec, LlmqError, QTensor
@@ -42,8 +44,8 @@ class Choice:
         return Choice(self.bits, self.size + other.size, self.error + other.error)
 
 
-def allocate(plan: Plan, streams: Streams, report: Callable[[int, int, str], None]) -> Plan:
-    """Return the plan with schemes that spend its recipe's `target_bpw`; the streams stay where they are.
+def allocate(plan: Plan, state: Calibration, report: Progress) -> Plan:
+    """Return the plan with schemes that spend its recipe's `target_bpw`; the state stays as it is.
 
     Its recipe then says as overrides what was chosen, so that what is recorded repeats the run.
     Raises LlmqError where the budget does not even hold the fewest bits.
@@ -51,7 +53,7 @@ def allocate(plan: Plan, streams: Streams, report: Callable[[int, int, str], Non
     recipe = plan.method.recipe
     if recipe.target_bpw is None:
         return plan
-    units = costs(plan, streams, report)
+    units = costs(plan, state, report)
     budget = recipe.target_bpw * sum(plan.linears[n].N * plan.linears[n].K for names in units for n in names) / 8
     chosen = spend(units, budget)
     overrides = tuple(
@@ -62,16 +64,16 @@ def allocate(plan: Plan, streams: Streams, report: Callable[[int, int, str], Non
     return plan.settled(settled, linears)
 
 
-def costs(plan: Plan, streams: Streams, report: Callable[[int, int, str], None]) -> dict[tuple[str, ...], list[Choice]]:
+def costs(plan: Plan, state: Calibration, report: Progress) -> dict[tuple[str, ...], list[Choice]]:
     """Return what the sites cost at each of the recipe's choices of bits, by the full names of their linears."""
-    hidden, calls = streams.hidden[:1], streams.calls[:1]
-    squares = streams.squares
+    first, calls, squares = state.hidden[:1], state.calls[:1], state.squares
     if not squares:
-        squares = squared_gradients(plan.skeleton, hidden, calls, plan.device, plan.method.recipe.seed, report)
+        squares = squared_gradients(plan.skeleton, first, calls, plan.device, plan.method.recipe.seed, report)
+    state = Calibration(Batches(first), calls=calls, squares=squares, ids=state.ids[: len(first[0])])
     found: dict[tuple[str, ...], list[Choice]] = {}
     for i in range(len(plan.skeleton)):
         report(i, len(plan.skeleton), f"sensitivity of block {i}")
-        hidden, of_block = _measure(plan, i, hidden, [calls[0][i]], squares)
+        of_block, state = _measure(plan, i, state)
         found |= of_block
     return found
 
@@ -118,31 +120,25 @@ def _slope(a: Choice, b: Choice) -> float:
     return (a.error - b.error) / (b.size - a.size)
 
 
-def _measure(
-    plan: Plan, i: int, hidden: list[Tensor], at: list[Call], squares: Mapping[str, Sequence[Tensor]]
-) -> tuple[list[Tensor], dict[tuple[str, ...], list[Choice]]]:
-    """Return what float block `i` makes of `hidden`, one batch, and what its sites cost, by their linears' names.
-
-    squares: s of every linear by full name, `[T]` a batch.
-    """
+def _measure(plan: Plan, i: int, state: Calibration) -> tuple[dict[tuple[str, ...], list[Choice]], Calibration]:
+    """Return what the sites of float block `i` cost, by their linears' names, and the state, one batch, behind it."""
     prefix = f"{plan.skeleton.prefix}.{i}."
     found: dict[tuple[str, ...], list[Choice]] = {}
     with plan.skeleton.loaded(i, plan.device) as block:
-        sites = block_sites(plan, block, hidden, at)
-        with Lanes(block, sites, hidden, at) as lanes:
+        sites = block_sites(plan, i, block, state)
+        with Lanes(block, sites, state.hidden, [state.calls[0][i]], last=True) as lanes:
             for site in sites:
                 (X_TK,) = lanes.advance()
                 linears = [plan.linears[prefix + n] for n in site.linears if prefix + n in plan.linears]
                 if not linears:
                     continue
-                hessian = Hessian()
-                hessian.update(X_TK)
+                H_KK = collect((Hessian,), [X_TK], state.tokens)[Hessian].mean()
                 each = []
                 for spec in linears:
-                    linear, s_T = block.get_submodule(spec.name.removeprefix(prefix)), squares[spec.name][0]
-                    each.append(_choices(plan, spec, linear, (X_TK, hessian.mean(), s_T)))
+                    linear, s_T = block.get_submodule(spec.name.removeprefix(prefix)), state.squares[spec.name][0]
+                    each.append(_choices(plan, spec, linear, (X_TK, H_KK, s_T)))
                 found[tuple(s.name for s in linears)] = [sum(alike[1:], alike[0]) for alike in zip(*each, strict=True)]
-            return list(lanes.finish()), found
+            return found, dataclasses.replace(state, hidden=Batches(lanes.finish()))
 
 
 def _choices(plan: Plan, spec: LinearSpec, linear: nn.Module, sample: tuple[Tensor, Tensor, Tensor]) -> list[Choice]:

@@ -17,21 +17,21 @@ from llmq.grids.int import Int
 from llmq.guard.patterns import Pattern
 from llmq.overrides import Override, parse
 from llmq.recipe import DEFAULT_RANGE, KINDS, Recipe, group
-from llmq.types import (
-    ActivationGrid,
+from llmq.stats import Stat
+from llmq.steps import (
+    RUNNING_ORDER,
     Correction,
     Finisher,
-    Format,
-    LlmqError,
-    Range,
     Refiner,
     Rotation,
-    Scheme,
+    SiteStep,
     Solver,
+    Step,
     Transform,
     Tuner,
     Weighting,
 )
+from llmq.types import ActivationGrid, Format, Grid, LlmqError, Range, Scheme
 
 _HELD = {
     "desc_act": "g_idx; drop desc_act (static groups) or use --format gptq",
@@ -39,12 +39,6 @@ _HELD = {
 }
 STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
 """What a recipe calls a strategy of key-value scales, and what compressed-tensors does."""
-
-_VERBS = {
-    "rotate": "rotation", "weigh": "weighting", "search": "transform", "correct": "correction",
-    "solve": "solver", "refine": "refiner", "tune": "tuner", "finish": "finisher",
-}  # fmt: skip
-_ALONE = ("rotation", "weighting", "solver")  # kinds of which a method has one at most
 
 
 @dataclass(frozen=True)
@@ -66,9 +60,9 @@ class Method:
     overrides: tuple[tuple[Override, dict[str, Any]], ...]
     skip: tuple[Pattern, ...]
 
-    def needs(self, grids: Sequence[Any]) -> tuple[type[Any], ...]:
+    def needs(self, grids: Sequence[Grid]) -> tuple[type[Stat], ...]:
         """Return the Stat classes that the steps of a site want for linears on these grids."""
-        steps: tuple[Correction | Solver | Refiner, ...] = (*self.corrections, self.solver, *self.refiners)
+        steps: tuple[SiteStep, ...] = (*self.corrections, self.solver, *self.refiners)
         return tuple(dict.fromkeys(stat for step in steps for stat in step.needs(grids)))
 
     @property
@@ -112,19 +106,19 @@ def method_of(recipe: Recipe, model_dtype: torch.dtype) -> Method:
     """Make a recipe's objects. Raises LlmqError for anything in it that names nothing or does not go together."""
     recipe = recipe.resolved()
     steps = _steps(recipe)
-    (solver,) = steps["solver"]
+    (solver,) = steps[Solver]
     fmt = _format(recipe, solver)
     base, overrides = (None, ()) if recipe.bits is None else _schemes(recipe, fmt, model_dtype)
     return Method(
         recipe=recipe,
-        rotations=tuple(steps["rotation"]),
-        weightings=tuple(steps["weighting"]),
-        transforms=tuple(steps["transform"]),
-        corrections=tuple(steps["correction"]),
+        rotations=tuple(steps[Rotation]),
+        weightings=tuple(steps[Weighting]),
+        transforms=tuple(steps[Transform]),
+        corrections=tuple(steps[Correction]),
         solver=solver,
-        refiners=tuple(steps["refiner"]),
-        tuners=tuple(steps["tuner"]),
-        finishers=tuple(steps["finisher"]),
+        refiners=tuple(steps[Refiner]),
+        tuners=tuple(steps[Tuner]),
+        finishers=tuple(steps[Finisher]),
         format=fmt,
         act_range=_act_range(recipe),
         base=base,
@@ -160,24 +154,24 @@ def _act_range(recipe: Recipe) -> Range | None:
     return range_
 
 
-def _steps(recipe: Recipe) -> dict[str, list[Any]]:
+def _steps(recipe: Recipe) -> dict[type[Step], list[Any]]:
     """Return the steps of a method by their kind. Raises LlmqError where they are out of order."""
-    steps: dict[str, list[Any]] = {kind: [] for kind in _VERBS.values()}
-    order, method = list(steps), recipe.method
-    last = order[0]
+    steps: dict[type[Step], list[Any]] = {kind: [] for kind in RUNNING_ORDER}
+    method, last = recipe.method, RUNNING_ORDER[0]
     for text in recipe.steps:
         step = registry.load("algorithms", text, code=True)
-        kind = next((k for verb, k in _VERBS.items() if hasattr(step, verb)), None)
+        kind = next((k for k in RUNNING_ORDER if isinstance(step, k)), None)
         if kind is None:
-            raise LlmqError(f"method {method!r}: {text} is no step; a step has one of the methods {', '.join(_VERBS)}")
-        if order.index(kind) < order.index(last) or (kind in _ALONE and steps[kind]):
+            bases = ", ".join(k.__name__ for k in RUNNING_ORDER)
+            raise LlmqError(f"method {method!r}: {text} is no step; the class of a step derives from one of {bases}")
+        if RUNNING_ORDER.index(kind) < RUNNING_ORDER.index(last) or (kind.alone and steps[kind]):
             raise LlmqError(
-                f"method {method!r}: {registry.dump(step)} is a {kind} and cannot follow a {last}; the order is "
-                "one rotation, one weighting, transforms, corrections, one solver, refiners, tuners, finishers"
+                f"method {method!r}: {registry.dump(step)} is a {kind.kind} and cannot follow a {last.kind}; the order "
+                "is one rotation, one weighting, transforms, corrections, one solver, refiners, tuners, finishers"
             )
         steps[kind].append(step)
         last = kind
-    if not steps["solver"]:
+    if not steps[Solver]:
         raise LlmqError(f"method {method!r} has no solver; add one, e.g. {method},gptq (`llmq list` shows all steps)")
     return steps
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from llmq import __version__, registry
 from llmq.checkpoint import Sink
@@ -23,6 +22,7 @@ from llmq.gguf import imatrix, pipeline
 from llmq.pipeline import card
 from llmq.pipeline.plan import Plan, packed_bytes
 from llmq.pipeline.records import Record
+from llmq.stats import MeanSquare
 
 
 def publish_model(plan: Plan, sink: Sink) -> int:
@@ -62,10 +62,12 @@ def publish_gguf(plan: Plan, sink: pipeline.GgufSink, record: Record) -> dict[st
     return summary | {"files": [f.name for f in files]}
 
 
-def write_importance(plan: Plan, file: Path, sums: Mapping[str, tuple[Tensor, int]]) -> None:
+def write_importance(plan: Plan, file: Path, measured: Mapping[str, MeanSquare]) -> None:
     """Write what the calibration measured as an importance matrix, under ggml's names."""
     recipe, layout = plan.method.recipe, cast(Any, plan.assigned)
-    named = {str(layout.architecture.tensor(f"{n}.weight")): entry for n, entry in sums.items()}
+    named = {
+        str(layout.architecture.tensor(f"{n}.weight")): (m.whole("sum"), m.number("count")) for n, m in measured.items()
+    }
     imatrix.write(file, named, recipe.calib, recipe.seq_len)
 
 

@@ -25,7 +25,8 @@ from llmq.model.skeleton import Skeleton
 from llmq.params import stored
 from llmq.pipeline.plan import Plan
 from llmq.runtime.linear import QuantLinear
-from llmq.types import Finisher, LlmqError, ModelView, QTensor
+from llmq.steps import Finisher, ModelView
+from llmq.types import LlmqError, QTensor
 
 _POSITIONS = 128  # whose logits exist at a time
 _BYTES_A_WEIGHT = 6  # decoded in float32, its code, and its packed code; a block's backward pass beside that is small

@@ -10,13 +10,12 @@ from llmq.algorithms.descent import Descent, _State
 from llmq.algorithms.gptq import Gptq
 from llmq.algorithms.rtn import Rtn
 from llmq.grids.int import Int
-from llmq.stats import Hessian
-from llmq.types import Target
+from llmq.stats import Hessian, Stats
 
 
 def hessian(K, T=1500, seed=0):
     g = torch.Generator().manual_seed(seed)
-    h = Hessian()
+    h = Hessian(T)
     h.update(torch.randn(T, K, generator=g) @ torch.randn(K, K, generator=g) / K**0.5 * (0.2 + torch.rand(K)))
     return h
 
@@ -35,25 +34,23 @@ def row_loss(W_NK, q, H_KK):
 @pytest.mark.parametrize("group", [32, 64, None])
 def test_no_row_gets_worse_and_the_sum_gets_better(bits, sym, group):
     W_NK, h = weight(24, 128), hessian(128)
-    target = [Target("w", W_NK, Int(bits, sym, group))]
-    before = Gptq().solve(target, {Hessian: h})
-    after = Descent().refine(target, before, {Hessian: h})
+    before = Gptq().solve(W_NK, Int(bits, sym, group), Stats({Hessian: h}))
+    after = Descent().refine(W_NK, before, Stats({Hessian: h}))
     H_KK = Descent().regularize(damped(h.mean(), Descent.damp), h.count)
-    old, new = row_loss(W_NK, before[0].q, H_KK), row_loss(W_NK, after[0].q, H_KK)
+    old, new = row_loss(W_NK, before.q, H_KK), row_loss(W_NK, after.q, H_KK)
     assert (new <= old * (1 + 1e-5)).all() and new.sum() < old.sum()
-    assert after[0].report["descent"] == pytest.approx(float(new.sum() / old.sum()), abs=1e-3)
-    assert after[0].q.params.scale.dtype == before[0].q.params.scale.dtype
-    assert int(after[0].q.codes.max()) < 2**bits
+    assert after.report["descent"] == pytest.approx(float(new.sum() / old.sum()), abs=1e-3)
+    assert after.q.params.scale.dtype == before.q.params.scale.dtype
+    assert int(after.q.codes.max()) < 2**bits
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs"])
 def test_ggml_grids_are_refined_in_what_they_store(name):
     W_NK, h, grid = weight(24, 256), hessian(256), registry.load("grids", name)
-    target = [Target("w", W_NK, grid)]
-    before = Gptq().solve(target, {Hessian: h})
-    (after,) = Descent().refine(target, before, {Hessian: h})
+    before = Gptq().solve(W_NK, grid, Stats({Hessian: h}))
+    after = Descent().refine(W_NK, before, Stats({Hessian: h}))
     H_KK = Descent().regularize(damped(h.mean(), Descent.damp), h.count)
-    old, new = row_loss(W_NK, before[0].q, H_KK), row_loss(W_NK, after.q, H_KK)
+    old, new = row_loss(W_NK, before.q, H_KK), row_loss(W_NK, after.q, H_KK)
     assert (new <= old * (1 + 1e-5)).all() and new.sum() < 0.99 * old.sum()
     codes, params = grid.from_bytes(grid.to_bytes(after.q.codes, after.q.params))
     assert torch.equal(codes, after.q.codes)
@@ -62,7 +59,7 @@ def test_ggml_grids_are_refined_in_what_they_store(name):
 
 def test_each_step_alone_lowers_the_loss():
     W_NK, H_KK, grid = weight(32, 128), hessian(128).mean(), Int(3, True, 32)
-    (start,) = Rtn().solve([Target("w", W_NK, grid)], {})
+    start = Rtn().solve(W_NK, grid, Stats())
     for step in ("fit_scales", "descend"):
         state = _State(W_NK, start.q, H_KK)
         before = state.loss_N.clone()
@@ -74,7 +71,7 @@ def test_each_step_alone_lowers_the_loss():
 def test_walking_the_codes_finds_what_sweeping_them_does(name):
     grid = Int(int(name[3:]), True, 32) if name.startswith("int") else registry.load("grids", name)
     W_NK, h = weight(27, 256), hessian(256)
-    (start,) = Gptq().solve([Target("w", W_NK, grid)], {Hessian: h})
+    start = Gptq().solve(W_NK, grid, Stats({Hessian: h}))
     walked, swept = (_State(W_NK, start.q, h.mean()) for _ in range(2))
     walked.descend(sweeps=2)
     for _ in range(2):
@@ -89,7 +86,7 @@ def test_walking_the_codes_finds_what_sweeping_them_does(name):
 
 def test_without_a_compiled_loop_the_codes_are_swept(monkeypatch):
     W_NK, H_KK, grid = weight(16, 64), hessian(64).mean(), Int(3, True, 32)
-    (start,) = Rtn().solve([Target("w", W_NK, grid)], {})
+    start = Rtn().solve(W_NK, grid, Stats())
     plain, walked = (_State(W_NK, start.q, H_KK) for _ in range(2))
     walked.descend(sweeps=3)
     monkeypatch.setattr(_walk, "compiled", lambda *_: None)
@@ -100,7 +97,7 @@ def test_without_a_compiled_loop_the_codes_are_swept(monkeypatch):
 
 def test_where_it_ends_no_single_code_lowers_the_loss():
     W_NK, H_KK, grid = weight(6, 64), hessian(64).mean(), Int(3, True, 32)
-    (start,) = Rtn().solve([Target("w", W_NK, grid)], {})
+    start = Rtn().solve(W_NK, grid, Stats())
     state = _State(W_NK, start.q, H_KK)
     for _ in range(30):
         state.descend()
@@ -115,7 +112,7 @@ def test_where_it_ends_no_single_code_lowers_the_loss():
 
 def test_scales_are_the_least_squares_solution_of_a_dense_system():
     W_NK, H_KK, grid = weight(4, 64), hessian(64).mean(), Int(4, True, 32, scale_dtype=torch.float32)
-    (start,) = Rtn().solve([Target("w", W_NK, grid)], {})
+    start = Rtn().solve(W_NK, grid, Stats())
     state = _State(W_NK, start.q, H_KK)
     codes = state.codes.double() - 8
     state.fit_scales()
@@ -128,27 +125,14 @@ def test_scales_are_the_least_squares_solution_of_a_dense_system():
 
 def test_groups_of_the_act_order_are_kept():
     W_NK, h = weight(16, 64), hessian(64)
-    target = [Target("w", W_NK, Int(4, True, 32))]
-    before = Gptq(desc_act=True).solve(target, {Hessian: h})
-    (after,) = Descent().refine(target, before, {Hessian: h})
-    assert torch.equal(after.q.g_idx, before[0].q.g_idx)
-    assert row_loss(W_NK, after.q, h.mean()).sum() < row_loss(W_NK, before[0].q, h.mean()).sum()
+    before = Gptq(desc_act=True).solve(W_NK, Int(4, True, 32), Stats({Hessian: h}))
+    after = Descent().refine(W_NK, before, Stats({Hessian: h}))
+    assert torch.equal(after.q.g_idx, before.q.g_idx)
+    assert row_loss(W_NK, after.q, h.mean()).sum() < row_loss(W_NK, before.q, h.mean()).sum()
 
 
 def test_one_scale_for_the_tensor_stays_one_scale():
     W_NK, h = weight(16, 64), hessian(64)
-    target = [Target("w", W_NK, Int(8, True, None, per_tensor=True))]
-    before = Gptq().solve(target, {Hessian: h})
-    (after,) = Descent().refine(target, before, {Hessian: h})
-    assert torch.equal(after.q.params.scale, before[0].q.params.scale)
-
-
-def test_a_stack_equals_its_linears_refined_alone():
-    h = hessian(64)
-    targets = [Target(n, weight(rows, 64, seed=rows), Int(4, True, 32)) for n, rows in (("q", 24), ("k", 8))]
-    targets.append(Target("v", weight(8, 64, seed=9), Int(3, True, 32)))
-    solved = Gptq().solve(targets, {Hessian: h})
-    together = Descent().refine(targets, solved, {Hessian: h})
-    for t, s, r in zip(targets, solved, together, strict=True):
-        (alone,) = Descent().refine([t], [s], {Hessian: h})
-        assert (alone.q.codes != r.q.codes).float().mean() < 0.01
+    before = Gptq().solve(W_NK, Int(8, True, None, per_tensor=True), Stats({Hessian: h}))
+    after = Descent().refine(W_NK, before, Stats({Hessian: h}))
+    assert torch.equal(after.q.params.scale, before.q.params.scale)

@@ -9,12 +9,12 @@ from llmq import registry
 from llmq.algorithms.gptq import Gptq
 from llmq.algorithms.rtn import Rtn
 from llmq.grids.int import Int
-from llmq.stats import Hessian
-from llmq.types import LlmqError, QTensor, Target
+from llmq.stats import Hessian, Stats
+from llmq.types import LlmqError, QTensor
 
 
 def hessian(X_TK):
-    h = Hessian()
+    h = Hessian(len(X_TK))
     h.update(X_TK)
     return h
 
@@ -56,7 +56,7 @@ def reference(W_NK, H_KK, grid, damp, act_order, desc_act):
 def test_equals_the_float64_reference(sym, options):
     W_NK, h = torch.randn(24, 96, generator=torch.Generator().manual_seed(1)), hessian(correlated(96))
     grid = Int(4, sym, 32)
-    (solved,) = Gptq(**options).solve([Target("w", W_NK, grid)], {Hessian: h})
+    solved = Gptq(**options).solve(W_NK, grid, Stats({Hessian: h}))
     step = Gptq(**options)
     H_KK = h.mean() * 2000 / (2000 + 96)  # as many tokens without correlations as there are columns
     H_KK.diagonal().copy_(h.mean().diagonal())
@@ -72,37 +72,24 @@ def test_with_identity_hessian_equals_rtn_bit_for_bit(bits, sym):
             return torch.eye(128)
 
     W_NK, grid = torch.randn(32, 128, generator=torch.Generator().manual_seed(bits)), Int(bits, sym, 32)
-    target = [Target("w", W_NK, grid)]
-    ours, plain = Gptq().solve(target, {Hessian: Identity()})[0].q, Rtn().solve(target, {})[0].q
+    ours, plain = Gptq().solve(W_NK, grid, Stats({Hessian: Identity(1)})).q, Rtn().solve(W_NK, grid, Stats()).q
     assert torch.equal(ours.codes, plain.codes) and torch.equal(ours.params.scale, plain.params.scale)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_lowers_the_loss_below_rtn(bits):
     W_NK, h = torch.randn(48, 256, generator=torch.Generator().manual_seed(2)), hessian(correlated(256))
-    target = [Target("w", W_NK, Int(bits, True, 64))]
-    ours, plain = Gptq().solve(target, {Hessian: h})[0].q, Rtn().solve(target, {})[0].q
+    grid = Int(bits, True, 64)
+    ours, plain = Gptq().solve(W_NK, grid, Stats({Hessian: h})).q, Rtn().solve(W_NK, grid, Stats()).q
     assert loss(W_NK, ours, h.mean()) < 0.7 * loss(W_NK, plain, h.mean())
-
-
-def test_stacked_linears_equal_linears_solved_alone():
-    h = hessian(correlated(64))
-    g = torch.Generator().manual_seed(3)
-    targets = [Target(n, torch.randn(rows, 64, generator=g), Int(4, True, 32)) for n, rows in (("q", 32), ("k", 16))]
-    targets.append(Target("v", torch.randn(16, 64, generator=g), Int(8, True, 32)))  # another grid: not stacked
-    together = Gptq().solve(targets, {Hessian: h})
-    for t, s in zip(targets, together, strict=True):
-        (alone,) = Gptq().solve([t], {Hessian: h})
-        assert (alone.q.codes != s.q.codes).float().mean() < 0.005
-        assert torch.equal(alone.q.params.scale, s.q.params.scale)
 
 
 def test_dead_columns_are_rounded_to_nearest_and_counted():
     X = correlated(64)
     X[:, [3, 40]] = 0
     W_NK, grid = torch.randn(16, 64, generator=torch.Generator().manual_seed(4)), Int(4, True, 32)
-    (solved,) = Gptq().solve([Target("w", W_NK, grid)], {Hessian: hessian(X)})
-    plain = Rtn().solve([Target("w", W_NK, grid)], {})[0].q
+    solved = Gptq().solve(W_NK, grid, Stats({Hessian: hessian(X)}))
+    plain = Rtn().solve(W_NK, grid, Stats()).q
     assert solved.report["dead_columns"] == 2
     assert torch.equal(solved.q.codes[:, [3, 40]], plain.codes[:, [3, 40]])
 
@@ -140,15 +127,15 @@ def test_a_hessian_that_never_factors_falls_back_on_rtn_and_says_so():
             return torch.full((64, 64), float("nan")).fill_diagonal_(1.0)
 
     W_NK, grid = torch.randn(8, 64), Int(4, True, 32)
-    (solved,) = Gptq().solve([Target("w", W_NK, grid)], {Hessian: Broken()})
+    solved = Gptq().solve(W_NK, grid, Stats({Hessian: Broken(1)}))
     assert "rtn" in solved.report["fallback"]
-    assert torch.equal(solved.q.codes, Rtn().solve([Target("w", W_NK, grid)], {})[0].q.codes)
+    assert torch.equal(solved.q.codes, Rtn().solve(W_NK, grid, Stats()).q.codes)
 
 
 def test_desc_act_keeps_a_group_index_and_static_groups_do_not():
     W_NK, h = torch.randn(8, 64), hessian(correlated(64))
     for desc_act in (True, False):
-        q = Gptq(desc_act=desc_act).solve([Target("w", W_NK, Int(4, True, 32))], {Hessian: h})[0].q
+        q = Gptq(desc_act=desc_act).solve(W_NK, Int(4, True, 32), Stats({Hessian: h})).q
         assert (q.g_idx is not None) == desc_act
         if desc_act:
             assert q.g_idx.bincount().tolist() == [32, 32]
@@ -161,7 +148,7 @@ def test_nothing_outlives_a_solve_until_a_garbage_collection():
     gc.disable()
     try:
         before = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-        Gptq().solve([Target("w", W_NK, Int(4, True, 32))], {Hessian: h})
+        Gptq().solve(W_NK, Int(4, True, 32), Stats({Hessian: h}))
         after = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
     finally:
         gc.enable()
@@ -172,12 +159,12 @@ GGML = ["q8_0", "q4_0", "q4_1", "q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs"]
 
 
 @pytest.mark.parametrize("name", GGML)
-def test_ggml_grids_are_solved_on_frozen_scales_and_split_with_what_they_store(name):
-    h, g, grid = hessian(correlated(256)), torch.Generator().manual_seed(1), registry.load("grids", name)
-    targets = [Target(n, torch.randn(rows, 256, generator=g), grid) for n, rows in (("a", 8), ("b", 5))]
-    for t, solved in zip(targets, Gptq().solve(targets, {Hessian: h}), strict=True):
-        params = grid.fit(t.W_NK, h.mean())
-        rounded = QTensor(grid.nearest(t.W_NK, params.columns(256)).to(torch.uint8), params, grid)
-        assert loss(t.W_NK, solved.q, h.mean()) < 0.9 * loss(t.W_NK, rounded, h.mean())
-        codes, read = grid.from_bytes(grid.to_bytes(solved.q.codes, solved.q.params))
-        assert torch.equal(codes, solved.q.codes) and torch.equal(read.scale, solved.q.params.scale)
+def test_ggml_grids_are_solved_on_frozen_scales(name):
+    h, grid = hessian(correlated(256)), registry.load("grids", name)
+    W_NK = torch.randn(13, 256, generator=torch.Generator().manual_seed(1))
+    solved = Gptq().solve(W_NK, grid, Stats({Hessian: h}))
+    params = grid.fit(W_NK, h.mean())
+    rounded = QTensor(grid.nearest(W_NK, params.columns(256)).to(torch.uint8), params, grid)
+    assert loss(W_NK, solved.q, h.mean()) < 0.9 * loss(W_NK, rounded, h.mean())
+    codes, read = grid.from_bytes(grid.to_bytes(solved.q.codes, solved.q.params))
+    assert torch.equal(codes, solved.q.codes) and torch.equal(read.scale, solved.q.params.scale)

@@ -8,7 +8,9 @@ from llmq.algorithms import signround
 from llmq.algorithms.rtn import Rtn
 from llmq.algorithms.signround import SignRound
 from llmq.grids.int import Int
-from llmq.types import BlockView, LlmqError, Target
+from llmq.stats import Stats
+from llmq.steps import BlockView
+from llmq.types import LlmqError
 
 
 class Block(nn.Module):
@@ -30,8 +32,8 @@ def view(sequences=16, bits=2, sym=True, seed=0, batch=4):
     calls = [(((torch.zeros(1, 24, 32),),), {"gain": torch.ones(batch, 1, 1)}) for _ in inputs]
     with torch.no_grad():
         outputs = [block(x, *args, **kwargs)[0] for x, (args, kwargs) in zip(inputs, calls, strict=True)]
-        targets = {n: Target(n, getattr(block, n).weight.detach().clone(), Int(bits, sym, 16)) for n in ("up", "down")}
-        solved = dict(zip(targets, Rtn().solve(list(targets.values()), {}), strict=True))
+        targets = {n: getattr(block, n).weight.detach().clone() for n in ("up", "down")}
+        solved = {n: Rtn().solve(W_NK, Int(bits, sym, 16), Stats()) for n, W_NK in targets.items()}
         for n, s in solved.items():
             getattr(block, n).weight.data = s.q.dequantize()
     return BlockView(block, solved, targets, inputs, outputs, calls, seed)
@@ -78,7 +80,7 @@ def test_never_trains_on_the_sequences_that_it_judges_by():
 def test_starts_from_the_solved_point():
     v = view(bits=3)
     for n, s in v.solved.items():
-        trial = signround._Trial(v.targets[n].W_NK, s.q)
+        trial = signround._Trial(v.targets[n], s.q)
         assert torch.equal(trial.quantized().codes, s.q.codes)
         assert torch.equal(trial.weight.detach(), s.q.dequantize())
 
@@ -104,12 +106,12 @@ def test_the_batch_a_sequence_came_in_does_not_matter():
 def test_falling_grids_are_tuned_too():
     v = view(bits=2)
     falling = {}
-    for n, t in v.targets.items():
+    for n, W_NK in v.targets.items():
         s = v.solved[n].q
-        params = t.grid.params(
+        params = s.grid.params(
             torch.full_like(s.params.scale, 0.3).float(), torch.full_like(s.params.scale, -0.3).float()
         )
-        codes = t.grid.nearest(t.W_NK, params.columns(t.W_NK.shape[1])).to(torch.uint8)
+        codes = s.grid.nearest(W_NK, params.columns(W_NK.shape[1])).to(torch.uint8)
         falling[n] = type(v.solved[n])(type(s)(codes, params, s.grid))
     start = BlockView(v.block, falling, v.targets, v.inputs, v.outputs, v.calls, 0)
     assert error(v, SignRound(steps=40).tune(start), range(4)) < 0.85 * error(v, falling, range(4))

@@ -25,9 +25,9 @@ def test_compiled_and_torch_leaves_round_alike(monkeypatch, bits, options, N, K)
     assert compiled(_sweep._leaf, _sweep._KINDS) is not None, "numba is a dependency"
     grid = Int(bits=bits, group_size=32, **options)
     W_KN, F_KK, params, group_K = problem(N, K, grid, seed=N + bits)
-    fast = _sweep.sweep(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
+    fast = _sweep.round_columns(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
     monkeypatch.setattr(_sweep, "compiled", lambda *_: None)
-    plain = _sweep.sweep(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
+    plain = _sweep.round_columns(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
     assert (fast != plain).float().mean() < 0.005  # sums in another order may turn a tie
 
 
@@ -37,9 +37,9 @@ def test_ggml_grids_are_compiled_too_and_a_scale_of_zero_takes_the_code_of_zero(
     W_KN, F_KK, _, group_K = problem(40, 256, grid)
     W_KN[:256, 0] = 0  # every scale of the first row
     params = grid.fit(W_KN.T.contiguous())
-    fast = _sweep.sweep(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
+    fast = _sweep.round_columns(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
     monkeypatch.setattr(_sweep, "compiled", lambda *_: None)
-    plain = _sweep.sweep(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
+    plain = _sweep.round_columns(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
     assert (fast != plain).float().mean() < 0.005
     assert not grid.decode(fast.T, params.columns(256))[0].any()
 
@@ -48,9 +48,9 @@ def test_the_weight_stays_and_errors_reach_later_columns_only():
     grid = Int(4, True, 32)
     W_KN, F_KK, params, group_K = problem(16, 64, grid)
     before = W_KN.clone()
-    codes = _sweep.sweep(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
+    codes = _sweep.round_columns(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
     assert torch.equal(W_KN, before)
     changed = W_KN.clone()
     changed[40] += 1.0
-    moved = _sweep.sweep(changed, changed.clone(), F_KK, grid, params, group_K)
+    moved = _sweep.round_columns(changed, changed.clone(), F_KK, grid, params, group_K)
     assert torch.equal(moved[:40], codes[:40]) and not torch.equal(moved[40:], codes[40:])

@@ -10,16 +10,18 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from llmq.algorithms import migrate
-from llmq.algorithms._shares import shares, tie
+from llmq.algorithms._shares import shared, shares
 from llmq.algorithms.awq import Awq
 from llmq.algorithms.smoothquant import SmoothQuant
+from llmq.calibration.collect import collect
 from llmq.families.llama import Llama
 from llmq.grids.int import Int
 from llmq.grids.q4_0 import Q4_0
 from llmq.model.folding import Fold, fold
-from llmq.model.lanes import Lanes
+from llmq.model.lanes import Batches, Lanes
 from llmq.stats import AbsMax, AbsMean, Hessian, MeanSquare, Sample
-from llmq.types import ActivationGrid, Scaling, Scheme, SiteView
+from llmq.steps import Scaling, SiteView
+from llmq.types import ActivationGrid, Scheme
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -50,12 +52,10 @@ def views(block, x, call, grid, activation=None):
 
     hooks = [modules[s.parent].register_forward_pre_hook(record(s.parent), with_kwargs=True) for s in sites]
     out = []
-    with torch.no_grad(), Lanes(block, sites, [x], [call]) as lanes:
+    with torch.no_grad(), Lanes(block, sites, Batches([x]), [call]) as lanes:
         for site in sites:
-            stats = {k: k() for k in (AbsMax, AbsMean, MeanSquare, Sample, Hessian)}
-            for X_TK in lanes.advance():
-                for s in stats.values():
-                    s.update(X_TK)
+            kinds = (AbsMax, AbsMean, MeanSquare, Sample, Hessian)
+            stats = collect(kinds, lanes.advance(), x.shape[:-1].numel())
             if site.parent not in site.linears:
                 stats.pop(Hessian)
             out.append((site, stats))
@@ -179,9 +179,8 @@ def test_only_ratios_of_activations_move_migrate(activation):
     _, block, x, call = make_block()
     view, scales = views(block, x, call, Int(8, group_size=None), activation)[-1], []
     for factor in (1, 100):
-        for stat, moment in ((AbsMax, "max"), (Sample, "rows")):
-            setattr(view.stats[stat], moment, getattr(view.stats[stat], moment) * factor)
-        view.stats[MeanSquare].sum *= factor**2
+        for stat, name, power in ((AbsMax, "max", 1), (Sample, "rows", 1), (MeanSquare, "sum", 2)):
+            view.stats[stat].tensors[name] = view.stats[stat].tensors[name] * factor**power
         with torch.no_grad():
             scales.append(migrate.Migrate().search(view).scale)
     torch.testing.assert_close(*scales, rtol=1e-3, atol=0)
@@ -214,7 +213,7 @@ def test_a_stored_dtype_rounds_the_gain_and_the_columns_take_the_exact_ratio():
 
 
 def test_tied_scales_are_equal_across_the_heads_of_a_group():
-    tied = tie(torch.arange(64.0), 2, 16).reshape(2, 2, 16)
+    tied = shared(torch.arange(64.0), 2, 16).reshape(2, 2, 16)
     assert torch.equal(tied[:, 0], tied[:, 1])
     _, block, x, call = make_block(kv_heads=2)
     assert [shares(v) for v in views(block, x, call, Int(4))] == [1, 2, 1, 1]

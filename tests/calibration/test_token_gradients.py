@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 from llmq.algorithms.fisher import Fisher
 from llmq.algorithms.gptq import Gptq
 from llmq.calibration import token_gradients
+from llmq.calibration.collect import collect
 from llmq.checkpoint import Source
 from llmq.model.skeleton import Skeleton, embed
-from llmq.pipeline.block import accumulate
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
@@ -86,11 +86,10 @@ def test_fisher_weighs_by_the_relative_gradient():
 
 def test_sums_of_products_are_weighed_and_no_others():
     X, F, w = torch.randn(8, 5), torch.randn(8, 5), torch.rand(8)
-    stats = {c: c() for c in (Hessian, Drift, MeanSquare)}
-    roots = w.sqrt()[:, None]
-    accumulate(stats, [X[:4], X[4:]], iter([F[:4], F[4:]]), iter([roots[:4], roots[4:]]))
+    roots, kinds = w.sqrt()[:, None], (Hessian, Drift, MeanSquare)
+    stats = collect(kinds, [X[:4], X[4:]], 8, iter([F[:4], F[4:]]), iter([roots[:4], roots[4:]]))
     torch.testing.assert_close(stats[Hessian].mean(), (X * w[:, None]).T @ X / 8)
-    torch.testing.assert_close(stats[Drift].fit + stats[Drift].held, ((F - X) * w[:, None]).T @ X)
+    torch.testing.assert_close(stats[Drift].whole("fit") + stats[Drift].whole("held"), ((F - X) * w[:, None]).T @ X)
     torch.testing.assert_close(stats[MeanSquare].mean(), X.square().mean(0))
 
 
@@ -99,9 +98,9 @@ def test_a_token_counts_by_its_weight_in_every_sum_of_products(tiny_checkpoint, 
     text, sums, solve = tmp_path / "calibration.txt", [], Gptq.solve
     text.write_text(prose(400))
 
-    def watched(self, targets, stats):
+    def watched(self, W_NK, grid, stats):
         sums.append(stats[Hessian].mean().clone())
-        return solve(self, targets, stats)
+        return solve(self, W_NK, grid, stats)
 
     monkeypatch.setattr(Gptq, "solve", watched)
     monkeypatch.setattr(Fisher, "weigh", lambda self, squares: torch.full_like(squares[0], 9.0**self.power))

@@ -18,7 +18,7 @@ from transformers import (
 from llmq.checkpoint import Source
 from llmq.families.llama import Llama
 from llmq.loading import load
-from llmq.model.lanes import Lanes, run
+from llmq.model.lanes import Batches, Lanes, run
 from llmq.model.sites import discover, family_sites, refuse_other_matrices
 from llmq.model.skeleton import Skeleton, embed
 from llmq.types import LlmqError, Site
@@ -40,7 +40,7 @@ def blocks_outputs(skeleton, tokens, batch):
             at = [c[i] for c in calls]
             with skeleton.loaded(i, CPU) as block:
                 sites = family_sites(skeleton.config.model_type, block) or discover(block, hidden[0][:1], at[0])
-                with Lanes(block, sites, hidden, at) as lanes:
+                with Lanes(block, sites, Batches(hidden), at) as lanes:
                     for _ in sites:
                         assert sum(x.shape[0] for x in lanes.advance()) == tokens.numel()
                     hidden = list(lanes.finish())
@@ -100,7 +100,7 @@ def test_true_sequential_later_sites_see_the_quantized_weights_of_earlier_ones(t
     block.register_forward_pre_hook(lambda m, a, k: seen.update(x=a[0], call=((), k)), with_kwargs=True)
     with torch.no_grad():
         model(TOKENS, use_cache=False)
-        with Lanes(block, Llama().sites, [seen["x"]], [seen["call"]]) as lanes:
+        with Lanes(block, Llama().sites, Batches([seen["x"]]), [seen["call"]]) as lanes:
             list(lanes.advance())
             for name in ("q_proj", "k_proj", "v_proj"):
                 getattr(block.self_attn, name).weight.zero_()
@@ -124,7 +124,7 @@ def test_linears_not_called_once_are_refused_by_name(times):
     with pytest.raises(LlmqError, match="a: not called exactly once"):
         discover(block, x, ((), {}))
     sites = (Site(("a",)), Site(("b",)))
-    with pytest.raises(LlmqError, match="rtn"), Lanes(block, sites, [x], [((), {})]) as lanes:
+    with pytest.raises(LlmqError, match="rtn"), Lanes(block, sites, Batches([x]), [((), {})]) as lanes:
         for _ in sites:
             list(lanes.advance())
         list(lanes.finish())

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmq import calibration
+from llmq.calibration.state import Calibration
 from llmq.loading import load_tokenizer
+from llmq.model.lanes import Batches
 from llmq.model.skeleton import embed
 from llmq.pipeline.allocate import Choice, costs, spend
-from llmq.pipeline.block import Streams
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
@@ -91,7 +92,7 @@ def test_costs_are_the_divergence_that_rounding_a_site_adds(tiny_checkpoint, tmp
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         hidden, calls = embed(plan.skeleton, tokens, len(tokens), torch.device("cpu"))
-        found = costs(plan, Streams(hidden, [], calls), lambda *_: None)
+        found = costs(plan, Calibration(Batches(hidden), calls=calls, ids=tokens), lambda *_: None)
         want, ratios = model(tokens).logits.log_softmax(-1), []
         for names, choices in found.items():
             floats = {n: model.get_submodule(n).weight.data.clone() for n in names}

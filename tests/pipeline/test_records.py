@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import weakref
+from functools import partial
 
 import gguf
 import pytest
@@ -38,23 +39,20 @@ def text(tmp_path, prose):
 @pytest.fixture
 def hessians(monkeypatch):
     """H of every linear as it was solved, by full name, caught on its way."""
-    caught, number = {}, [""]
+    caught, number = {}, [str]
     original = block.solve
 
-    def solve(plan, targets, stats):
+    def solve(method, targets, stats):
         if Hessian in stats:
             H_KK = stats[Hessian].mean().clone()
-            caught.update({f"{number[0]}{t.name}": H_KK for t in targets})
-        return original(plan, targets, stats)
+            caught.update({number[0](n): H_KK for n in targets})
+        return original(method, targets, stats)
 
     def quantize_block(plan, i, *rest):
-        number[0] = f"{plan.skeleton.prefix}.{i}."
-        result = block.quantize_block(plan, i, *rest)
-        number[0] = ""
-        return result
+        number[0] = partial(plan.skeleton.full_name, i)
+        return block.quantize_block(plan, i, *rest)
 
     monkeypatch.setattr("llmq.pipeline.block.solve", solve)
-    monkeypatch.setattr("llmq.pipeline.run.solve", solve)
     monkeypatch.setattr("llmq.pipeline.run.quantize_block", quantize_block)
     return caught
 
@@ -164,9 +162,9 @@ def test_hidden_states_see_what_is_written(tiny_checkpoint, tmp_path, text, monk
     """Skipped linears are rounded to bfloat16 before the blocks behind them are calibrated."""
     ran, original = {}, block._solve
 
-    def watched(b):
+    def watched(b, *rest):
         ran.update({b.full(n): t.clone() for n, t in b.module.state_dict().items()})
-        return original(b)
+        return original(b, *rest)
 
     monkeypatch.setattr(block, "_solve", watched)
     out = tmp_path / "out"
@@ -255,9 +253,9 @@ def test_a_fold_of_another_model_is_refused(tiny_checkpoint, change):
 def test_no_float_weight_outlives_its_site_but_for_tuners(tiny_checkpoint, tmp_path, text, monkeypatch, method):
     alive, seen, original = [], [], block._placed
 
-    def placed(at, answer):
-        alive.append((at.number, weakref.ref(answer.W_NK)))
-        return original(at, answer)
+    def placed(at, found, solved):
+        alive.append((at.number, weakref.ref(found.W_NK)))
+        return original(at, found, solved)
 
     def solve_site(at, *args):
         gc.collect()

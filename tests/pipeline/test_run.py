@@ -270,9 +270,9 @@ def test_share_of_the_calibration_runs_through_the_float_model(
 ):
     seen, correct = set(), Qep.correct
 
-    def watched(self, targets, stats):
-        seen.add((stats[Drift].count, stats[Hessian].count))
-        return correct(self, targets, stats)
+    def watched(self, W_NK, rows, stats):
+        seen.add((stats[Drift].number("count"), stats[Hessian].count))
+        return correct(self, W_NK, rows, stats)
 
     monkeypatch.setattr(Qep, "correct", watched)
     monkeypatch.setattr("llmq.pipeline.run.BATCH_TOKENS", 32)

@@ -11,7 +11,8 @@ from llmq.loading import load
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
-from llmq.types import LlmqError, ModelView
+from llmq.steps import ModelView
+from llmq.types import LlmqError
 
 
 @pytest.fixture

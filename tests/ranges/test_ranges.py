@@ -105,7 +105,7 @@ def static_kl(range_, act, outliers):
     grid = Int(8, True, None, scale_dtype=torch.float32)
 
     def rounded(x):
-        seen = Histogram()
+        seen = Histogram(1)
         seen.update(x)
         values, counts = seen.values()
         params = grid.params(*range_.interval(values[None], grid, counts[None]))
@@ -128,7 +128,7 @@ def test_entropy_does_not_clip_the_few_values_that_carry_a_language_models_funct
     x = torch.randn(1, 2**16, generator=g).pow(3)  # as peaked at zero as gate times up
     x[0, :16] = 3000.0
     grid = Int(8, True, None, scale_dtype=torch.float32)
-    seen = Histogram()
+    seen = Histogram(1)
     seen.update(x)
     values, counts = seen.values()
 

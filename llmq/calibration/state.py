@@ -1,0 +1,42 @@
+"""The calibration as a value: every batch where it stands between two blocks.
+
+A block is given a state and returns the next one (pipeline/block.py):
+
+    tensors, report, state = quantize_block(plan, i, state)
+
+The hidden states are by far the largest part, so a block takes them out of the state that it was given, batch by batch,
+as it moves them on: old and new ones are never held together, and a state is used once.
+Not here: the tokens' text (text.py), what is accumulated of an activation (collect.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmq.model.lanes import Batches, Call
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration where it stands between two blocks, batch by batch; empty where no step reads activations.
+
+    hidden: what the quantized blocks so far made of it. floats: what the float blocks made of its first batches, as
+    many as the steps that compare the two want. calls: the other arguments of a block's call, indexed `[batch][block]`.
+    squares: of every linear still to come, by full name, the squared gradients at its output, `[T]` a batch, where
+    tokens are weighed. ids: the tokens themselves, int64 `[samples, seq_len]`.
+    """
+
+    hidden: Batches = field(default_factory=Batches)
+    floats: Batches = field(default_factory=Batches)
+    calls: Sequence[Sequence[Call]] = ()
+    squares: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    ids: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the calibration has."""
+        return self.ids.numel()

@@ -1,0 +1,79 @@
+"""A site: its linears are one matrix for each grid, and solved as if each were alone."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llmq import registry
+from llmq.algorithms.descent import Descent
+from llmq.algorithms.gptq import Gptq
+from llmq.algorithms.qep import Qep
+from llmq.algorithms.rtn import Rtn
+from llmq.grids.int import Int
+from llmq.pipeline.site import Target, solve
+from llmq.stats import Drift, Hessian, Stats
+
+
+def method(solver, corrections=(), refiners=()):
+    return SimpleNamespace(solver=solver, corrections=corrections, refiners=refiners)
+
+
+def weight(N, K=64, seed=0):
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def stats():
+    g = torch.Generator().manual_seed(1)
+    X = torch.randn(800, 64, generator=g) @ torch.randn(64, 64, generator=g) / 8
+    hessian, drift = Hessian(800), Drift(800)
+    hessian.update(X)
+    drift.update(X, X + 0.1 * torch.randn(X.shape, generator=g))
+    return Stats({Hessian: hessian, Drift: drift})
+
+
+FOUR, EIGHT = Int(4, True, 32), Int(8, True, 32)
+
+
+@pytest.mark.parametrize("steps", [((), ()), ((), (Descent(),)), ((Qep(alpha=0.5),), (Descent(rounds=1),))])
+def test_stacked_linears_equal_linears_solved_alone(stats, steps):
+    targets = {"q": Target(weight(32), FOUR), "v": Target(weight(16, seed=2), EIGHT), "k": Target(weight(16), FOUR)}
+    together = solve(method(Gptq(), *steps), targets, stats)
+    assert list(together) == ["q", "v", "k"]
+    for name, target in targets.items():
+        (alone,) = solve(method(Gptq(), *steps), {name: target}, stats).values()
+        ours = together[name].solved
+        assert (alone.solved.q.codes != ours.q.codes).float().mean() < 0.01  # sums in another order may turn a tie
+        assert ours.report.keys() == alone.solved.report.keys() and ours.q.grid == target.grid
+        torch.testing.assert_close(alone.W_NK, together[name].W_NK, rtol=1e-4, atol=1e-5)
+
+
+def test_a_factor_is_made_once_for_all_grids_of_a_site(stats, monkeypatch):
+    made, factor = [], Gptq.factor
+    monkeypatch.setattr(Gptq, "factor", lambda *args: made.append(1) or factor(*args))
+    targets = {"q": Target(weight(8), FOUR), "v": Target(weight(8), EIGHT)}
+    solve(method(Gptq()), targets, stats)
+    assert len(made) == 1
+
+
+def test_a_scale_of_the_whole_tensor_is_not_shared_by_a_stack(stats):
+    grid = Int(8, True, None, per_tensor=True)
+    found = solve(method(Rtn()), {"q": Target(weight(8), grid), "k": Target(10 * weight(8), grid)}, stats)
+    assert found["k"].solved.q.params.scale[0, 0] > 5 * found["q"].solved.q.params.scale[0, 0]
+
+
+def test_linears_of_another_range_are_another_stack(stats):
+    mse = dataclasses.replace(FOUR, range=registry.load("ranges", "mse"))
+    found = solve(method(Rtn()), {"q": Target(weight(8), FOUR), "k": Target(weight(8), mse)}, stats)
+    assert not torch.equal(found["q"].solved.q.params.scale, found["k"].solved.q.params.scale)
+
+
+def test_importance_weighs_the_linear_that_it_was_given_for(stats):
+    grid, W_NK = registry.load("grids", "q4_0"), weight(8)
+    importance = torch.linspace(1e-3, 10, 64)
+    found = solve(method(Rtn()), {"a": Target(W_NK, grid), "b": Target(W_NK, grid, importance)}, Stats())
+    assert torch.equal(found["a"].solved.q.params.scale, grid.fit(W_NK).scale)
+    assert torch.equal(found["b"].solved.q.params.scale, grid.fit(W_NK, importance).scale)
+    assert not torch.equal(found["a"].solved.q.codes, found["b"].solved.q.codes)
