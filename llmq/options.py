@@ -1,6 +1,6 @@
 """What an option may be, by the annotation of its field: one reading for recipes and for `NAME:option=value`.
 
-    bool, int, float, str         itself; true is no number, a float is finite, both within `MOST` of zero, no text empty
+    bool, int, float, str         itself; true is no number, a float is finite, both up to `MOST`; no text is empty
     Annotated[int, Between(1, 8)]    a number within
     Literal["token", "tensor"]    one of these
     tuple[str, ...]               a list of texts

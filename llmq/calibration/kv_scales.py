@@ -1,8 +1,8 @@
 """Static scales of keys and values: the largest magnitudes that attention puts into its cache over the calibration.
 
-A decoder block hands its keys (rotated) and values to the cache it is given. `Watch` is a cache that keeps their maxima
-and nothing else, so that any transformers block is measured without a line of code of its own. The scale is that of
-compressed-tensors' symmetric int8, max / 127.5: one for the tensor, `[1]`, or one for each head, `[H, 1, 1]`.
+A decoder block hands its keys (rotated) and values to the cache it is given. `KvMaxima` is a cache that keeps their
+maxima and nothing else, so that any transformers block is measured without a line of code of its own. The scale is that
+of compressed-tensors' symmetric int8, max / 127.5: one for the tensor, `[1]`, or one for each head, `[H, 1, 1]`.
 Not here: how they are named on disk (formats/compressed_tensors.py), reading them back (integrations/cache.py).
 """
 
@@ -19,7 +19,7 @@ from llmq.model.lanes import Call
 from llmq.types import LlmqError
 
 
-class Watch(DynamicCache):
+class KvMaxima(DynamicCache):
     """A cache that stores nothing but the largest magnitude of keys and values, for each head of one block."""
 
     def __init__(self) -> None:

@@ -43,12 +43,12 @@ def squared_gradients(
     step = max(1, _HELD // size)
     for first in range(0, len(hidden), step):
         part = slice(first, first + step)
-        _some(skeleton, hidden[part], calls[part], device, draw, found)
+        _add_squares(skeleton, hidden[part], calls[part], device, draw, found)
         report(min(first + step, len(hidden)), len(hidden), "gradients")
     return found
 
 
-def _some(
+def _add_squares(
     skeleton: Skeleton,
     hidden: Sequence[Tensor],
     calls: Sequence[Sequence[Call]],
@@ -56,7 +56,7 @@ def _some(
     draw: torch.Generator,
     found: dict[str, list[Tensor]],
 ) -> None:
-    """Run some batches forward, then backward, and add what is found."""
+    """Run these batches forward through all blocks, then backward, and add the squares to those `found` so far."""
     entered = [list(hidden)]
     for i in range(len(skeleton)):
         with skeleton.loaded(i, device) as block:

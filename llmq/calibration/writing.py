@@ -72,9 +72,9 @@ def write(model: Any, tokenizer: Any, samples: int, seq_len: int, seed: int) -> 
 @torch.inference_mode()
 def _continue(model: Any, first_B1: Tensor, length: int, generator: torch.Generator, bias_V: Tensor | float) -> Tensor:
     """Return `first_B1` continued to `[B, length]` by sampling at temperature 1 from the logits plus `bias_V`."""
-    from llmq.calibration.roomy_cache import roomy_cache
+    from llmq.calibration.preallocated import preallocated_cache
 
-    written, cache = [first_B1], roomy_cache(model.config, length)
+    written, cache = [first_B1], preallocated_cache(model.config, length)
     while len(written) < length:
         out = model(written[-1], past_key_values=cache, use_cache=True)
         written.append(_draw(out.logits[:, -1].float() + bias_V, generator))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llmq import registry
 from llmq.calibration.collect import collect
-from llmq.calibration.kv_scales import Watch
+from llmq.calibration.kv_scales import KvMaxima
 from llmq.calibration.state import Calibration
 from llmq.grids.int import Int
 from llmq.model.folding import Fold, fold
@@ -113,11 +113,11 @@ def quantize_block(plan: Plan, i: int, state: Calibration) -> tuple[dict[str, Te
     calls = [c[i] if i < len(c) else ((), {}) for c in state.calls]
     with plan.skeleton.loaded(i, plan.device) as module:
         block = _Block(plan, i, module, block_sites(plan, i, module, state), calls, state, Report())
-        packed, watch = _opened(block) if i < len(plan.skeleton) else ({}, None)
-        solved, state = _solve(block, watch)
-        if watch is not None:
+        packed, maxima = _opened(block) if i < len(plan.skeleton) else ({}, None)
+        solved, state = _solve(block, maxima)
+        if maxima is not None:
             dtype = plan.method.format.scale_dtype(plan.skeleton.stored_dtype)
-            packed |= {block.full(n): t for n, t in watch.tensors(module, plan.method.recipe.kv, dtype).items()}
+            packed |= {block.full(n): t for n, t in maxima.tensors(module, plan.method.recipe.kv, dtype).items()}
         for name, s in solved.items():
             full = block.full(name)
             packed |= {f"{full}.{k}": t for k, t in plan.method.format.pack(s.q, plan.linears[full]).items()}
@@ -125,17 +125,17 @@ def quantize_block(plan: Plan, i: int, state: Calibration) -> tuple[dict[str, Te
     return packed, block.report, state
 
 
-def _opened(block: _Block) -> tuple[dict[str, Tensor], Watch | None]:
+def _opened(block: _Block) -> tuple[dict[str, Tensor], KvMaxima | None]:
     """Transform the block; return what stays float as it is written, and what will see its keys and values."""
     for step in block.plan.method.transforms:
         _transform(block, step)
-    return _settle(block), Watch() if block.plan.method.recipe.kv_bits else None
+    return _settle(block), KvMaxima() if block.plan.method.recipe.kv_bits else None
 
 
-def _solve(block: _Block, watch: Watch | None) -> tuple[dict[str, Solved], Calibration]:
+def _solve(block: _Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], Calibration]:
     """Solve every site in the order they run, then tune the block; return the state behind it too."""
     plan, module, state, tuners = block.plan, block.module, block.state, block.tuners
-    calls = watch.into(block.calls) if watch is not None else block.calls
+    calls = maxima.into(block.calls) if maxima is not None else block.calls
     solved: dict[str, Solved] = {}
     for_tuners: list[_Found] = []
     hidden: list[Tensor] = []
@@ -156,7 +156,7 @@ def _solve(block: _Block, watch: Watch | None) -> tuple[dict[str, Solved], Calib
         view = BlockView(module, solved, targets, state.hidden, outputs, block.calls, plan.method.recipe.seed)
         tuned = tuner.tune(view)
         solved = {f.name: _placed(block, f, tuned[f.name]) for f in for_tuners}
-    if tuners and (block.moves_on or watch is not None):
+    if tuners and (block.moves_on or maxima is not None):
         hidden = [run(module, h, c) for h, c in zip(state.hidden.taken(), calls, strict=True)]
     squares = {n: s for n, s in state.squares.items() if not n.startswith(block.full(""))}
     return solved, dataclasses.replace(state, hidden=Batches(hidden), floats=Batches(outputs), squares=squares)

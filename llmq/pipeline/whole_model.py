@@ -109,7 +109,7 @@ def finish(
         states = predictor.states(tokens[row].tolist())
         parts = zip(states.detach().split(_POSITIONS), truth[row].split(_POSITIONS), strict=True)
         values, slopes = zip(*(_divergence(s, t, predictor, teacher) for s, t in parts), strict=True)
-        return cast(Tensor, _Known.apply(states, torch.stack(values).sum(), torch.cat(slopes))) / len(states)
+        return cast(Tensor, _WithSlope.apply(states, torch.stack(values).sum(), torch.cat(slopes))) / len(states)
 
     view = ModelView([m.change for m in linears.values()], list(norms.values()), loss, len(tokens), seed)
     report = {registry.dump(f): f.finish(view) for f in finishers}
@@ -137,7 +137,7 @@ def _recomputed(forward: Any) -> Any:
     return call
 
 
-class _Known(torch.autograd.Function):
+class _WithSlope(torch.autograd.Function):
     """A number whose gradient is known when it is: no logits live until the backward pass, none are computed twice."""
 
     @staticmethod

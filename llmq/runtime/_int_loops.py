@@ -36,7 +36,7 @@ from llmq.runtime import _team
 _INFINITE, _TINY = np.int32(0x7F800000), np.float32(2**-120)
 _LAYOUTS = (2, 4, 8), (8, 16), (1, 4)
 """F, L and rows of x that there is code for, in every combination."""
-_BLOCK = 16  # rows of W that meet all rows of x before the next: they stay in cache
+_PANEL = 16  # rows of W that meet all rows of x before the next: they stay in cache
 _I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
@@ -150,7 +150,7 @@ def _round(x, group, a, t, sums):
 
 
 @_jit
-def few(field, words, scale, zero, x, y, first, last):
+def few_rows(field, words, scale, zero, x, y, first, last):
     """Fill `y[:, first:last]` with `x @ W^T`; x float32 `[M, S, columns of a segment]`, y float32 `[M, N]`."""
     M, (S, L), G = x.shape[0], words.shape[1:], scale.shape[1]
     rows = 1 if M == 1 else -(-M // 4) * 4
@@ -158,9 +158,9 @@ def few(field, words, scale, zero, x, y, first, last):
     sums, dots = np.zeros((M, G), np.float32), np.empty(4, np.float32)
     group = (np.arange(S) // (S // G)).astype(np.int32)
     _round(x, group, a, t, sums)
-    for begin in range(first, last, _BLOCK):
+    for begin in range(first, last, _PANEL):
         for m in range(0, M, 4):
-            for n in range(begin, min(begin + _BLOCK, last)):
+            for n in range(begin, min(begin + _PANEL, last)):
                 w, s = words[n].ctypes.data, scale[n].ctypes.data
                 x_near, t_near = a[m].ctypes.data, t[m].ctypes.data
                 _dots(field, L, min(rows, 4), w, x_near, s, group.ctypes.data, t_near, S, dots.ctypes.data)
@@ -187,7 +187,7 @@ def decode(field, words, scale, zero, W, first, last):
 
 @_jit
 def _part(data, thread, threads):
-    """Run one thread's share of `decode`, whose array W comes fourth, or of `few`, with x and y."""
+    """Run one thread's share of `decode`, whose array W comes fourth, or of `few_rows`, with x and y."""
     sizes = carray(data[0], 8, np.int64)
     field, N, S, L, G, Z, M = sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]
     words, scale = carray(data[1], (N, S, L), np.int16), carray(data[2], (N, G), np.float32)
@@ -196,25 +196,25 @@ def _part(data, thread, threads):
         decode(field, words, scale, zero, carray(data[4], (N, S, 16 // field, L), np.float32), begin, end)
     else:
         x, y = carray(data[4], (M, S, 16 // field * L), np.float32), carray(data[5], (M, N), np.float32)
-        few(field, words, scale, zero, x, y, begin, end)
+        few_rows(field, words, scale, zero, x, y, begin, end)
 
 
 @cached(numba.cfunc, _team.ENTRY)
-def _alone(data):
+def _one_thread(data):
     _part(data, np.int64(0), np.int64(1))
 
 
-def alone() -> int:
+def one_thread() -> int:
     """See _team.py."""
-    return int(_alone.address)
+    return int(_one_thread.address)
 
 
 @cache
-def share() -> int:
+def of_many() -> int:
     """See _team.py."""
 
     @cached(numba.cfunc, _team.ENTRY)
-    def _share(data):
+    def _of_many(data):
         _part(data, np.int64(_team.thread()), np.int64(_team.threads()))
 
-    return int(_share.address)
+    return int(_of_many.address)

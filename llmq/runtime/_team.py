@@ -1,8 +1,8 @@
 """How machine code of numba's runs in torch's OpenMP threads. Importing needs numba.
 
 A loop is a function of `data`, of the thread's number and of how many there are: `data` points at pointers, the first
-to the sizes (int64), the others to the arrays. It has two entries of the type ENTRY, `alone` and, made when first asked
-for because its symbols need not exist, `share`.
+to the sizes (int64), the others to the arrays. It has two entries of the type ENTRY, `one_thread` and, made when first
+asked for because its symbols need not exist, `of_many`.
 
 Threads of our own would share the cores with torch's, which spin for some milliseconds after every parallel region: a
 decode step took four times as long. Not here: the loops (_int_loops.py).
@@ -25,19 +25,19 @@ thread = types.ExternalFunction("omp_get_thread_num", types.int32())
 threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 
 
-def run(alone: Callable[[], int], share: Callable[[], int], sizes: tuple[int, ...], *arrays: Tensor) -> None:
+def run(one_thread: Callable[[], int], of_many: Callable[[], int], sizes: tuple[int, ...], *arrays: Tensor) -> None:
     """Run a loop in torch's threads where they can be had, else in this one; arrays are contiguous.
 
-    alone, share: return the addresses of the entries.
+    one_thread, of_many: return the addresses of the entries.
     """
     numbers = (ctypes.c_int64 * len(sizes))(*sizes)
     data = (ctypes.c_void_p * (1 + len(arrays)))(ctypes.addressof(numbers), *(t.data_ptr() for t in arrays))
     count = torch.get_num_threads()
     fork = omp_fork() if count > 1 else None
     if fork is None:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(alone())(data)
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(one_thread())(data)
     else:
-        fork(share(), data, count, 0)
+        fork(of_many(), data, count, 0)
 
 
 @cache

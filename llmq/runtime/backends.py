@@ -99,7 +99,7 @@ def choose(spec: LinearSpec, q: QTensor) -> type[Prepacked] | None:
     device = q.codes.device
     found = next((b for b in backends() if b.refuses(spec, device) is None and b.holds(q)), None)
     if found is None and device.type not in ("cpu", "meta"):
-        _tell(device.type, why_reference(spec, device), spec.name)
+        _warn(device.type, why_reference(spec, device), spec.name)
     return found
 
 
@@ -110,13 +110,13 @@ def why_reference(spec: LinearSpec, device: torch.device) -> str:
     return "; ".join(f"{b.name}: {b.refuses(spec, device) or held}" for b in asked) or f"none is for {device.type}"
 
 
-_told: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 
 
-def _tell(device: str, reason: str, name: str) -> None:
+def _warn(device: str, reason: str, name: str) -> None:
     """Log, once for each reason, that linears go to the reference."""
-    if (device, reason) not in _told:
-        _told.add((device, reason))
+    if (device, reason) not in _warned:
+        _warned.add((device, reason))
         log.warning("%s and all like it run the reference on %s: %s", name, device, reason)
 
 
@@ -145,7 +145,7 @@ def even_groups(q: QTensor) -> bool:
     return q.g_idx is None or bool((torch.bincount(q.g_idx, minlength=G) * G == K).all())
 
 
-def as_they_lay(codes: Tensor, order: Tensor | None) -> Tensor:
+def in_file_order(codes: Tensor, order: Tensor | None) -> Tensor:
     """Undo `by_group`."""
     return codes.contiguous() if order is None else torch.empty_like(codes).index_copy_(1, order, codes)
 

@@ -24,7 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, as_they_lay, by_group, many_rows, refuses_weight_only
+from llmq.runtime.backends import Prepacked, by_group, in_file_order, many_rows, refuses_weight_only
 from llmq.types import LinearSpec, Params, QTensor
 
 _GROUPS = (256, 128, 64, 32)  # the group sizes that the product takes
@@ -46,7 +46,7 @@ class Int4Pack(Prepacked):
         """See `Prepacked.refuses`."""
         if reason := refuses_weight_only(spec, device, bits=4, divisor=32):
             return reason
-        rows = block_rows()
+        rows = panel_rows()
         if rows is None:
             return "this torch has no int4 product, or packs in an unknown order"
         return f"{rows} does not divide N = {spec.N}" if spec.N % rows else None
@@ -83,7 +83,7 @@ class Int4Pack(Prepacked):
         """See `Prepacked.restore`."""
         N, K = self.N, self.K
         codes = _nibbles(_blocks(self.codes, N, K)).transpose(1, 2).reshape(N, K)
-        codes = as_they_lay(codes, self.order)
+        codes = in_file_order(codes, self.order)
         first = slice(None, None, self.repeats)
         scale, zero = exact_params(self.sz[first], None if self.residual is None else self.residual[first])
         params = Params(scale.T.to(self.scale_dtype).contiguous(), zero.T.to(torch.int32).contiguous())
@@ -160,7 +160,7 @@ def _(x: Tensor, codes: Tensor, sz: Tensor, residual: Tensor | None, group: int)
 
 
 def _blocks(codes: Tensor, N: int, K: int) -> Tensor:
-    rows = block_rows()
+    rows = panel_rows()
     if rows is None:  # `refuses` has asked before
         raise RuntimeError("torch packs int4 weights in an unknown order")
     return codes.view(N // rows, K, rows // 2)
@@ -172,7 +172,7 @@ def _nibbles(blocks: Tensor) -> Tensor:
 
 
 @cache
-def block_rows() -> int | None:
+def panel_rows() -> int | None:
     """Return B, found by packing a weight whose codes are all known, or None where no B explains the result."""
     if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, as_they_lay, by_group, centred, many_rows, refuses_weight_only
+from llmq.runtime.backends import Prepacked, by_group, centred, in_file_order, many_rows, refuses_weight_only
 from llmq.types import LinearSpec, Params, QTensor
 
 _PANEL = 256  # rows of W decoded at once: fewer halve the speed of the product
@@ -61,7 +61,7 @@ class Int8Pack(Prepacked):
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
         codes = self.w.transpose(0, 1).reshape(self.N, self.K).view(torch.uint8) ^ 0x80
-        codes = as_they_lay(codes, self.order)
+        codes = in_file_order(codes, self.order)
         scale = self.scale.T.contiguous()
         zero = torch.full(scale.shape, 128, dtype=torch.int32, device=scale.device)
         return QTensor(codes, Params(scale, zero), self.grid, self.g_idx)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, as_they_lay, by_group, refuses_weight_only
+from llmq.runtime.backends import Prepacked, by_group, in_file_order, refuses_weight_only
 from llmq.types import LinearSpec, Params, QTensor
 
 FEW = 64
@@ -77,7 +77,7 @@ class IntLoop(Prepacked):
         """See `Prepacked.restore`."""
         mask = 2**self.field - 1
         fields = [(self.words >> shift & mask).to(torch.uint8) for shift in range(0, 16, self.field)]
-        codes = as_they_lay(torch.stack(fields, dim=2).view(self.N, self.K), self.order)
+        codes = in_file_order(torch.stack(fields, dim=2).view(self.N, self.K), self.order)
         zero = self.zero.to(torch.int32).expand(self.scale.shape).contiguous()
         return QTensor(codes, Params(self.scale.to(self.scale_dtype), zero), self.grid, self.g_idx)
 
@@ -142,4 +142,4 @@ def _run(field: int, tensors: tuple[Tensor, ...], M: int, decoding: bool) -> Non
 
     words, scale, zero = tensors[:3]
     sizes = (decoding, field, *words.shape, scale.shape[1], zero.shape[0], M)
-    _team.run(_int_loops.alone, _int_loops.share, sizes, *tensors)
+    _team.run(_int_loops.one_thread, _int_loops.of_many, sizes, *tensors)

@@ -115,12 +115,12 @@ def stores(grids: tuple[KVGrid, KVGrid], x_BHTD: Tensor) -> tuple[Store, Store] 
     if reason is None:
         return KernelStore(grids[0]), KernelStore(grids[1])
     if x_BHTD.device.type != "cpu":
-        _say(reason)
+        _warn(reason)
     return Store(grids[0]), Store(grids[1])
 
 
 @cache
-def _say(reason: str) -> None:
+def _warn(reason: str) -> None:
     log.warning("the key-value cache is kept and read by torch, without the Triton kernels: %s", reason)
 
 

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, as_they_lay
+from llmq.runtime.backends import Prepacked, in_file_order
 from llmq.runtime.gpu import DEVICES, refuses_device, run
 from llmq.types import LinearSpec, LlmqError, Params, QTensor
 
@@ -89,7 +89,7 @@ class TritonWeightOnly(Prepacked):
         codes, scale, zero = layout.unpack(layout.PackedWeight(self.words, self.params, self.order, *shape, self.rest))
         lift = _lift(self.grid.bits)
         params = Params(scale.to(self.scale_dtype), zero - lift)
-        return QTensor(as_they_lay(codes - lift, self.order), params, self.grid, self.g_idx)
+        return QTensor(in_file_order(codes - lift, self.order), params, self.grid, self.g_idx)
 
 
 def _lift(bits: int) -> int:

@@ -227,7 +227,7 @@ def test_values_that_no_kernel_holds_are_left_to_others(on_cpu, solved, layer, d
 
 def test_what_runs_the_reference_on_a_gpu_is_logged_once_with_its_reason(caplog, monkeypatch):
     gpu_of(monkeypatch)
-    monkeypatch.setattr(backends, "_told", set())
+    monkeypatch.setattr(backends, "_warned", set())
     q = SimpleNamespace(codes=SimpleNamespace(device=CUDA))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):

@@ -3,7 +3,7 @@
 import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
-from llmq.calibration.roomy_cache import _RoomyLayer, roomy_cache
+from llmq.calibration.preallocated import _PreallocatedLayer, preallocated_cache
 
 IDS = torch.arange(2, 42).reshape(2, 20)
 
@@ -15,7 +15,7 @@ def feed(model, cache):
 
 def test_it_equals_the_cache_that_grows(tiny_llama):
     model = tiny_llama()
-    cache = roomy_cache(model.config, 20)
+    cache = preallocated_cache(model.config, 20)
     want = feed(model, DynamicCache(config=model.config))
     assert torch.equal(feed(model, cache), want)
     assert cache.layers[0].keys.data_ptr() == cache.layers[0].rooms[0].data_ptr()
@@ -30,6 +30,6 @@ def test_sliding_layers_keep_their_own():
         num_key_value_heads=1, sliding_window=8,
     )  # fmt: skip
     model = MistralForCausalLM(config).eval()
-    cache = roomy_cache(config, 20)
-    assert not any(isinstance(layer, _RoomyLayer) for layer in cache.layers)
+    cache = preallocated_cache(config, 20)
+    assert not any(isinstance(layer, _PreallocatedLayer) for layer in cache.layers)
     assert torch.equal(feed(model, cache), feed(model, DynamicCache(config=config)))

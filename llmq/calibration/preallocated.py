@@ -14,14 +14,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
-def roomy_cache(config: Any, tokens: int) -> DynamicCache:
+def preallocated_cache(config: Any, tokens: int) -> DynamicCache:
     """Return an empty cache for a model's config, with room for `tokens` in every layer of full attention."""
     cache = DynamicCache(config=config)
-    cache.layers = [_RoomyLayer(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [_PreallocatedLayer(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-class _RoomyLayer(DynamicLayer):
+class _PreallocatedLayer(DynamicLayer):
     """Keys and values `[B, H, T, D]` as views of the first T tokens of buffers."""
 
     def __init__(self, tokens: int) -> None:
