@@ -339,7 +339,7 @@ def _progress() -> Iterator[Any]:
 
 
 def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:
-    from llmq.pipeline.card import errors
+    from llmq.checkpoint.card import errors
 
     size = summary["size"]
     table = Rows(out)

@@ -174,10 +174,11 @@ class Solved:
 
 
 class Solver(SiteStep):
-    """Floats to codes."""
+    """Floats to codes. desc_act: whether it may leave groups in another order than the columns, as g_idx says."""
 
     kind = "solver"
     alone = True
+    desc_act: bool = False
 
     @abstractmethod
     def solve(self, W_NK: Tensor, grid: Grid, stats: Stats) -> Solved:

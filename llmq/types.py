@@ -15,15 +15,18 @@ name.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError as LlmqError  # noqa: PLC0414
 from llmq.guard.patterns import Pattern
+from llmq.guard.reading import Entry
 from llmq.params import GgmlParams as GgmlParams  # noqa: PLC0414
 from llmq.params import Lattice as Lattice  # noqa: PLC0414
 from llmq.params import Params as Params  # noqa: PLC0414
@@ -195,10 +198,14 @@ class Site:
 class FloatModel:
     """A float model as formats see it before any work.
 
-    config: transformers' config. tokenizer: loads transformers' tokenizer. shapes: of every tensor that the model
-    reads. linears: the modules of its blocks that hold a matrix. head: the output head.
+    name: what it is called. folder: where it lies. saved: its config.json. config: transformers' config of it.
+    tokenizer: loads transformers' tokenizer. shapes: of every tensor that the model reads. linears: the modules of its
+    blocks that hold a matrix. head: the output head.
     """
 
+    name: str
+    folder: Path
+    saved: Mapping[str, object]
     config: object
     tokenizer: Callable[[], object]
     shapes: Mapping[str, Sequence[int]]
@@ -206,52 +213,93 @@ class FloatModel:
     head: str
 
 
-class Wanted(Protocol):
-    """What a recipe wants of any model, for a format to say what that means for one."""
+@dataclass(frozen=True)
+class Wanted:
+    """What a recipe wants of any model, for a format to say what that means for one.
 
-    @property
-    def override(self) -> Sequence[str]:
-        """Overrides as they were written, later ones win."""
+    schemes: what its base scheme, overrides and skips make of linears; those that stay float are left out. Raises
+        LlmqError for an override or a skip that matches none.
+    override, skip: as they were written, and compiled, for a format that names tensors in another way.
+    head: whether the output head is asked for. weighs: whether the method weighs errors by activations.
+    """
 
-    @property
-    def skip(self) -> Sequence[Pattern]:
-        """Which linears stay float."""
+    schemes: Callable[[Sequence[str]], dict[str, Scheme]]
+    override: Sequence[str]
+    skip: Sequence[Pattern]
+    head: bool
+    weighs: bool
 
-    @property
-    def head(self) -> bool:
-        """Whether the output head is asked for."""
 
-    @property
-    def weighs(self) -> bool:
-        """Whether the method weighs errors by activations."""
+class Out(Protocol):
+    """OUT while it is made, as formats see it; checkpoint/sink.py says more.
 
-    def schemes(self, linears: Sequence[str]) -> dict[str, Scheme]:
-        """Return what the recipe's base scheme, overrides and skips make of linears; those not named stay float.
+    out: where it will lie. stage: the folder of its files so far. digests: the checksum of every tensor by its name.
+    """
 
-        Raises LlmqError for an override or a skip that matches none.
-        """
+    out: Path
+    stage: Path
+    digests: dict[str, str]
+
+    def text(self, name: str, content: str) -> None:
+        """Write a text file."""
+
+    def copy_files(self, source: Path) -> None:
+        """Copy what lies beside the weights of a checkpoint."""
+
+    def staged(self) -> list[Entry]:
+        """Return where each tensor lies that was staged."""
+
+    def join(self) -> int:
+        """Join what was staged into shards. Returns the bytes of all tensors."""
+
+    def files(self) -> list[Path]:
+        """Return the files that OUT will hold."""
 
 
 @dataclass(frozen=True)
-class Assignment:
-    """What becomes of every matrix of a model, decided before any work.
+class Made:
+    """What became of a model's matrices: those quantized, the linears left float, and the recipe for it as YAML."""
+
+    linears: Sequence[LinearSpec]
+    skipped: Sequence[str]
+    recipe: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment(ABC):
+    """What becomes of every matrix of a model, decided before any work; and how OUT is closed around them.
 
     schemes: by the full name of the module; a matrix that is not named stays float.
     importance: what the squared error of each input channel counts, `[K]`, by module, where the user gave it.
+    names: what OUT calls a tensor, where that is not the model's name.
     """
 
     schemes: Mapping[str, Scheme]
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+
+    @abstractmethod
+    def join(self, out: Out, made: Made) -> int:
+        """Write what makes of the staged tensors a model that loads. Returns the bytes of all tensors.
+
+        `out.digests` are then those of the tensors as OUT has them.
+        """
+
+    @abstractmethod
+    def close(self, out: Out, made: Made, record: dict[str, Any]) -> dict[str, Any]:
+        """Write the record of the run, which seals the rest. Returns it with what is now known of the files."""
 
 
 class Format(Protocol):
     """Bits on disk, pure per linear. A dataclass whose fields are the options of the format.
 
-    quant_method: the name in `quantization_config`.
+    quant_method: the name in `quantization_config`. sink: the class of OUT while it is made, `checkpoint.Sink` or one
+    derived from it.
     """
 
     quant_method: str
+    sink: ClassVar[type]
 
     @property
     def derived(self) -> frozenset[str]:

@@ -117,6 +117,11 @@ class Sink:
         """A folder on OUT's disk for what is not to be in OUT; it goes when the run ends."""
         return self._stage.folder
 
+    @property
+    def whole(self) -> Path:
+        """What a reader of OUT would open, while it is still staged."""
+        return self.stage
+
     def check(self) -> None:
         """Raise LlmqError unless OUT can be written, or replaced where that is asked for."""
         place.check_folder(self.out, self.reads.get("SRC"), overwrite=self.overwrite)

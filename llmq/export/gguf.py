@@ -31,8 +31,8 @@ from llmq.checkpoint.place import user_path
 from llmq.checkpoint.stage import fingerprint
 from llmq.gguf import container, mixture
 from llmq.gguf.architecture import Architecture, architecture
-from llmq.gguf.pipeline import REPORT, Blueprint, GgufSink
 from llmq.gguf.reader import GgufFile
+from llmq.gguf.sink import GgufSink
 from llmq.gguf.tokenizer import vocabulary
 from llmq.guard.reading import json_object
 from llmq.model.pretrained import blank_model, model_config, tokenizer_of
@@ -94,8 +94,11 @@ def export(  # noqa: PLR0913, the options of the command
         sink.copies = True
         sink.require(2 * source.bytes())
         made = dict(_staged(sink, packed, arch, anew, outside))
-        plan = Blueprint(arch, words, _file_type_of(made.values()), {n: t.kind for n, t in made.items()}, split=split)
-        files = _write(sink, plan, source, made, warnings, found)
+        keys = {"llmq.version": __version__, "llmq.source": str((source.quantization or {})["quant_method"])}
+        kind = mixture.file_type(_file_type_of(made.values()))
+        header = container.Header(arch, words, source.origin.name, kind, keys)
+        record = {"llmq": __version__, "source": asdict(source.origin), "warnings": warnings, "exported": found}
+        files = _write(sink, header, split, made, record)
         sink.copies = False
         done = {
             "types": dict(Counter(t.kind for t in made.values())),
@@ -127,23 +130,15 @@ def _staged(
 
 
 def _write(
-    sink: GgufSink, plan: Blueprint, source: Source, made: Mapping[str, Exported], warnings: list[str], exported: Any
+    sink: GgufSink, header: container.Header, split: int, made: Mapping[str, Exported], record: dict[str, Any]
 ) -> list[Path]:
-    """Write the file from what is staged, with a record as `quantize` leaves one; return the staged files.
-
-    exported: the record of how llmq found the codes, if it did.
-    """
-    record = {
-        "llmq": __version__,
-        "source": asdict(source.origin),
-        "warnings": warnings,
-        "linears": {n.removesuffix(".weight"): dict(t.line) for n, t in made.items() if t.line},
-        "tensors": {n: digest(t) for n, t in sink.contents(plan)},
-        "exported": exported,
-    }
-    keys = {"llmq.version": __version__, "llmq.source": str((source.quantization or {})["quant_method"])}
-    report = json.dumps(sealed(record), separators=(",", ":"))
-    return sink.write(plan, source.origin.name, keys | {REPORT: report})
+    """Write the file from what is staged, the record within; return the staged files."""
+    parts = container.typed(sink.staged(), {n: t.kind for n, t in made.items()})
+    lines = {n.removesuffix(".weight"): dict(t.line) for n, t in made.items() if t.line}
+    digests = {n: digest(t) for n, t in container.contents(header.architecture, parts)}
+    report = json.dumps(sealed(record | {"linears": lines, "tensors": digests}), separators=(",", ":"))
+    header = replace(header, keys={**header.keys, container.REPORT: report})
+    return container.write(sink.stage, sink.out, header, parts, split)
 
 
 def _opened(source: Source) -> tuple[PackedCheckpoint, Any]:

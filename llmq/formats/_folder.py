@@ -1,15 +1,33 @@
-"""What the formats of a checkpoint folder share: which matrices they quantize.
+"""What the formats of a checkpoint folder share: which matrices they quantize, and what lies beside the weights.
 
-Not here: the words of a linear (gptq.py, awq.py, compressed_tensors.py).
+    config.json         the model's, with the quantization_config (a copy of which GPTQ's older readers look for alone)
+    recipe.yaml         what repeats the run
+    README.md           the model card
+    quantization.json   what became of each linear; checksums of all tensors and files
+    and the tokenizer, chat templates and generation settings as they were
+
+Not here: the words of a linear (gptq.py, awq.py, compressed_tensors.py), how OUT is written (checkpoint/sink.py).
 """
 
 from __future__ import annotations
 
-from llmq.types import Assignment, FloatModel, LlmqError, Wanted
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from llmq.checkpoint import Sink
+from llmq.checkpoint.card import model_card
+from llmq.checkpoint.digest import file_digest, sealed
+from llmq.types import Assignment, FloatModel, LinearSpec, LlmqError, Made, Out, Wanted
 
 
-class Folder:
-    """The base of these formats."""
+class Folder(ABC):
+    """The base of these formats. copy: a file for the quantization_config alone, where readers look for one."""
+
+    sink: ClassVar[type] = Sink
+    copy: ClassVar[str | None] = None
 
     def assign(self, model: FloatModel, wanted: Wanted) -> Assignment:
         """Return what the recipe says of the linears of the blocks, and of the head where it is asked for.
@@ -19,4 +37,37 @@ class Folder:
         schemes = wanted.schemes([*model.linears, *([model.head] if wanted.head else [])])
         if not schemes:
             raise LlmqError("every linear is skipped; nothing to quantize")
-        return Assignment(schemes)
+        return _Checkpoint(schemes=schemes, form=self, model=model)
+
+    @abstractmethod
+    def config(self, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> dict[str, Any]:
+        """See `Format.config`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checkpoint(Assignment):
+    form: Folder
+    model: FloatModel
+
+    def join(self, out: Out, made: Made) -> int:
+        """Write the configs and the recipe, and join the shards."""
+        config = self._config(made)
+        out.copy_files(self.model.folder)
+        out.text("config.json", json.dumps(config, indent=2) + "\n")
+        if self.form.copy:
+            out.text(self.form.copy, json.dumps(config["quantization_config"], indent=2) + "\n")
+        out.text("recipe.yaml", made.recipe)
+        return out.join()
+
+    def close(self, out: Out, made: Made, record: dict[str, Any]) -> dict[str, Any]:
+        """Write the model card, and the record, which seals all other files."""
+        out.text("README.md", model_card(record, self._config(made)))
+        files = {p.relative_to(out.stage).as_posix(): file_digest(p) for p in out.files()}
+        record = sealed(record | {"files": files})
+        out.text("quantization.json", json.dumps(record, indent=2) + "\n")
+        return record
+
+    def _config(self, made: Made) -> dict[str, Any]:
+        """Return config.json of the quantized checkpoint; a quantized head is no longer the embedding."""
+        untied = {"tie_word_embeddings": False} if self.model.head in self.schemes else {}
+        return {**self.model.saved, "quantization_config": self.form.config(made.linears, made.skipped), **untied}

@@ -9,21 +9,23 @@ Not here: any of the bytes, and the file around the tensors (llmq/gguf/).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from llmq import registry
+from llmq.checkpoint.digest import digest, sealed
 from llmq.gguf import container, imatrix, mixture
 from llmq.gguf.architecture import Architecture, architecture
-from llmq.gguf.pipeline import Blueprint
+from llmq.gguf.sink import GgufSink
 from llmq.gguf.tokenizer import Vocabulary, vocabulary
 from llmq.guard.patterns import Pattern
 from llmq.overrides import parse
-from llmq.types import Assignment, FloatModel, LinearSpec, LlmqError, QTensor, Scheme, Wanted
+from llmq.types import Assignment, FloatModel, LinearSpec, LlmqError, Made, Out, QTensor, Scheme, Wanted
 
 _SKIPPED = "F16"  # what --skip leaves float
 
@@ -32,20 +34,41 @@ _SKIPPED = "F16"  # what --skip leaves float
 class _File(Assignment):
     """A GGUF file before its weights.
 
-    floats: the ggml type of every tensor that stays float, by the checkpoint's names. split: bytes of one file at most.
+    floats: the ggml type of every tensor that stays float, by the model's names. split: bytes of one file at most.
+    imatrix: the importance matrix that was used. names: ggml's.
     """
 
+    name: str
     architecture: Architecture
     vocabulary: Vocabulary
     mix: str
     floats: Mapping[str, str]
     split: int
+    imatrix: str | None
 
-    @property
-    def blueprint(self) -> Blueprint:
-        """What the container wants to know of it."""
+    def join(self, out: Out, made: Made) -> int:
+        """Take the checksums of the tensors as the file will have them; it is written when the record is known."""
+        digests, total = {}, 0
+        for name, tensor in container.contents(self.architecture, self._parts(out)):
+            digests[name] = digest(tensor)
+            total += tensor.nbytes
+        out.digests = digests
+        return total
+
+    def close(self, out: Out, made: Made, record: dict[str, Any]) -> dict[str, Any]:
+        """Write the file or files, the record within."""
+        keys: dict[str, str | int] = {"llmq.version": record["llmq"], "llmq.recipe": made.recipe}
+        keys |= {"quantize.imatrix.file": self.imatrix} if self.imatrix else {}
+        keys |= {container.REPORT: json.dumps(sealed(record), separators=(",", ":"))}
+        kind = mixture.file_type(self.mix)
+        header = container.Header(self.architecture, self.vocabulary, self.name, kind, keys)
+        files = container.write(out.stage, out.out, header, self._parts(out), self.split)
+        record["size"]["bytes"] = sum(f.stat().st_size for f in files)
+        return record | {"files": [f.name for f in files]}
+
+    def _parts(self, out: Out) -> list[container.Part]:
         types = {f"{n}.weight": registry.dump(s.weight).upper() for n, s in self.schemes.items()}
-        return Blueprint(self.architecture, self.vocabulary, self.mix, types | {**self.floats}, self.split)
+        return container.typed(out.staged(), types | {**self.floats})
 
 
 @dataclass
@@ -53,14 +76,15 @@ class Gguf:
     """The GGUF format.
 
     pre: llama.cpp's name of the tokenizer's pre-tokenizer, where llmq cannot find it; None finds it.
-    type, imatrix, split_max_size: as in the recipe.
+    mix, imatrix, split_max_size: as the recipe has them, the mixture as `type`.
     """
 
     pre: str | None = None
-    type: str = field(default="Q4_K_M", init=False)
+    mix: str = field(default="Q4_K_M", init=False)
     imatrix: str | None = field(default=None, init=False)
     split_max_size: str | None = field(default=None, init=False)
     quant_method: str = field(default="gguf", init=False)
+    sink: ClassVar[type] = GgufSink
 
     @property
     def derived(self) -> frozenset[str]:
@@ -78,7 +102,7 @@ class Gguf:
         """
         if wanted.weighs and self.imatrix:
             raise LlmqError("the method calibrates its own importance; --imatrix goes with --method rtn")
-        arch, mix = architecture(model.config), mixture.mixture(self.type)
+        arch, mix = architecture(model.config), mixture.mixture(self.mix)
         names = {n: ggml for n in model.shapes if (ggml := arch.tensor(n)) is not None}
         shapes = {ggml: model.shapes[n] for n, ggml in names.items()}
         about = mixture.Model(arch.blocks, arch.gqa, arch.tied, arch.large, wanted.weighs or self.imatrix is not None)
@@ -93,11 +117,14 @@ class Gguf:
             },
             importance=importance,
             warnings=[*arch.warnings(), *words.warnings, *mixture.fallen_back(shapes, by_ggml, mix, about), *missing],
+            names=names,
+            name=model.name,
             architecture=arch,
             vocabulary=words,
             mix=mix,
             floats={n: kind for n, kind in types.items() if n not in quantized},
             split=container.parse_size(self.split_max_size),
+            imatrix=self.imatrix,
         )
 
     def check(self, linears: Sequence[LinearSpec]) -> list[str]:

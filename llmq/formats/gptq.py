@@ -57,6 +57,7 @@ class GPTQ(Folder):
     keys, extra: the keys of the config that was read, and what llmq does not interpret of it.
     """
 
+    copy = "quantize_config.json"
     checkpoint_format: str = "auto"
     desc_act: bool = False
     quant_method: str = field(default="gptq", init=False)

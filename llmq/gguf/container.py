@@ -54,6 +54,8 @@ class Part:
     kind: str
 
 
+REPORT = "llmq.report"
+"""The key of the record of the run."""
 _Named = Sequence[tuple[str, Part]]  # by ggml's name
 
 
@@ -115,6 +117,11 @@ def _is_gguf(path: Path) -> bool:
     except OSError as e:
         raise LlmqError(f"cannot read {path} ({one_line(e)})") from e
     return start in (b"", b"GGUF")
+
+
+def typed(staged: Sequence[Entry], types: Mapping[str, str]) -> list[Part]:
+    """Return the parts of a file. types: what each tensor is stored in; those not named are left out."""
+    return [Part(entry, types[entry.name]) for entry in staged if entry.name in types]
 
 
 def write(stage: Path, out: Path, header: Header, parts: Sequence[Part], split: int = 0) -> list[Path]:

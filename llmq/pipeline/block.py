@@ -30,13 +30,13 @@ from llmq.calibration.state import Calibration
 from llmq.grids.int import Int
 from llmq.model.folding import Fold, fold
 from llmq.model.lanes import Batches, Call, Lanes, run
-from llmq.model.sites import discover, family_sites, no_table
+from llmq.model.sites import discover, family_sites
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Line, Record
 from llmq.pipeline.site import Answer, Target, solve
 from llmq.stats import Hessian, Histogram, MeanSquare, Stat, Stats
 from llmq.steps import BlockView, Scaling, SiteView, Solved, Transform, Tuner
-from llmq.types import LlmqError, Params, Site
+from llmq.types import Params, Site
 
 
 @dataclass
@@ -228,8 +228,6 @@ def block_sites(plan: Plan, i: int, block: nn.Module, state: Calibration) -> tup
     known = family_sites(plan.skeleton.config.model_type, block)
     if known:
         return known
-    if plan.method.transforms:
-        raise LlmqError(no_table(plan.skeleton.config.model_type, registry.dump(plan.method.transforms[0])))
     if state.hidden:
         return discover(block, state.hidden[0][:1], state.calls[0][i])
     return tuple(Site((n,)) for n, m in block.named_modules() if isinstance(m, nn.Linear))

@@ -31,7 +31,7 @@ from llmq.steps import (
     Tuner,
     Weighting,
 )
-from llmq.types import ActivationGrid, Format, Grid, LlmqError, Range, Scheme
+from llmq.types import ActivationGrid, Format, Grid, LlmqError, Range, Scheme, Wanted
 
 _HELD = {
     "desc_act": "g_idx; drop desc_act (static groups) or use --format gptq",
@@ -65,20 +65,10 @@ class Method:
         steps: tuple[SiteStep, ...] = (*self.corrections, self.solver, *self.refiners)
         return tuple(dict.fromkeys(stat for step in steps for stat in step.needs(grids)))
 
-    @property
-    def override(self) -> Sequence[str]:
-        """Overrides as they were written."""
-        return self.recipe.override
-
-    @property
-    def head(self) -> bool:
-        """Whether the output head is asked for."""
-        return bool(self.recipe.lm_head)
-
-    @property
-    def weighs(self) -> bool:
-        """Whether the steps weigh errors by activations, whatever the grid."""
-        return bool(self.needs([]))
+    def wanted(self) -> Wanted:
+        """Return what formats look at."""
+        recipe = self.recipe
+        return Wanted(self.schemes, recipe.override, self.skip, bool(recipe.lm_head), weighs=bool(self.needs([])))
 
     def schemes(self, linears: Sequence[str]) -> dict[str, Scheme]:
         """Return what linears become, those that stay float left out.
@@ -176,11 +166,11 @@ def _steps(recipe: Recipe) -> dict[type[Step], list[Any]]:
     return steps
 
 
-def _format(recipe: Recipe, solver: Any) -> Format:
+def _format(recipe: Recipe, solver: Solver) -> Format:
     """Return the format with what the recipe asks of it: its options, declared as fields."""
     fmt: Any = registry.load("formats", recipe.format, code=True)
-    asked = {"desc_act": getattr(solver, "desc_act", False), "kv": STRATEGIES[recipe.kv] if recipe.kv_bits else None}
-    asked |= {name: getattr(recipe, name) for name in ("type", "imatrix", "split_max_size")}
+    asked = {"desc_act": solver.desc_act, "kv": STRATEGIES[recipe.kv] if recipe.kv_bits else None}
+    asked |= {"mix": recipe.type, "imatrix": recipe.imatrix, "split_max_size": recipe.split_max_size}
     for name in [n for n, value in asked.items() if value]:
         if name not in {f.name for f in dataclasses.fields(fmt)}:
             raise LlmqError(f"format {recipe.format} holds no {_HELD[name]}")

@@ -26,7 +26,7 @@ from llmq.model.sites import family_sites, no_table
 from llmq.model.skeleton import Skeleton
 from llmq.pipeline.method import Method, method_of
 from llmq.recipe import Recipe
-from llmq.types import Assignment, FloatModel, Format, LinearSpec, LlmqError
+from llmq.types import Assignment, FloatModel, Format, LinearSpec, LlmqError, Made
 
 
 @dataclass
@@ -46,11 +46,6 @@ class Plan:
     skipped: list[str]
     device: torch.device
     warnings: list[str] = field(default_factory=list)
-
-    @property
-    def gguf(self) -> Assignment | None:
-        """What a GGUF file gives every matrix, where one is written."""
-        return self.assigned if self.method.recipe.gguf else None
 
     @property
     def head(self) -> str | None:
@@ -74,6 +69,10 @@ class Plan:
         specs = self.linears | self.rows
         floats = sum(n for name, n in self.source.sizes().items() if name.removesuffix(".weight") not in specs)
         return floats + sum(packed_bytes(self.method.format, s) for s in specs.values())
+
+    def made(self) -> Made:
+        """Return what is known of the matrices when all are written."""
+        return Made(list(self.linears.values()), self.skipped, self.method.recipe.to_yaml())
 
     def calibrates(self) -> bool:
         """Say whether any step needs activations."""
@@ -139,12 +138,21 @@ def _assigned(skeleton: Skeleton, method: Method, device: torch.device) -> Plan:
     shapes = {n: shape for n, (_, shape) in source.headers().items() if n not in source.unread}
     inside = [n for n, _ in skeleton.linears()]
     head = skeleton.name_of(skeleton.model.get_output_embeddings())
-    model = FloatModel(skeleton.config, partial(tokenizer_of, source.path), shapes, inside, head)
-    assigned = method.format.assign(model, method)
+    model = FloatModel(
+        name=source.origin.name,
+        folder=source.path,
+        saved=source.config,
+        config=skeleton.config,
+        tokenizer=partial(tokenizer_of, source.path),
+        shapes=shapes,
+        linears=inside,
+        head=head,
+    )
+    assigned = method.format.assign(model, method.wanted())
     for step in (*method.tuners, *method.finishers):
         if not assigned.schemes or any(not isinstance(s.weight, Int) for s in assigned.schemes.values()):
             raise LlmqError(f"{registry.dump(step)} tunes integer grids only; for GGUF leave it out")
-    solved = {*inside, head} if method.head else set(inside)
+    solved = {*inside, head} if method.recipe.lm_head else set(inside)
     skipped = [n for n in (*inside, head) if n not in assigned.schemes]
     plan = Plan(source, skeleton, method, assigned, {}, {}, skipped, device)
     for name, scheme in assigned.schemes.items():

@@ -1,8 +1,6 @@
-"""What stands beside the weights: config, recipe, record and model card; and the shards joined.
+"""The record of a run, as it stands in quantization.json or within a GGUF file, and the importance matrix beside it.
 
-First what makes a checkpoint that loads, which finishers then train (whole_model.py); last the record of what became of
-it. Not here: the weights themselves, which each block adds to the sink as it is finished (block.py), what is measured
-of them (records.py).
+Not here: where the record is written (formats/), what is measured of a linear (records.py).
 """
 
 from __future__ import annotations
@@ -11,71 +9,23 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from llmq import __version__, registry
-from llmq.checkpoint import Sink
-from llmq.checkpoint.digest import digest, file_digest, sealed
-from llmq.gguf import imatrix, pipeline
-from llmq.pipeline import card
 from llmq.pipeline.plan import Plan, packed_bytes
 from llmq.pipeline.records import Record
 from llmq.stats import MeanSquare
 
 
-def publish_model(plan: Plan, sink: Sink) -> int:
-    """Join the shards and write what makes them a checkpoint that loads. Returns the bytes of its tensors."""
-    config = _config(plan)
-    sink.copy_files(plan.source.path)
-    sink.text("config.json", json.dumps(config, indent=2) + "\n")
-    if config["quantization_config"]["quant_method"] == "gptq":
-        sink.text("quantize_config.json", json.dumps(config["quantization_config"], indent=2) + "\n")
-    sink.text("recipe.yaml", plan.method.recipe.to_yaml())
-    return sink.join()
-
-
-def publish_record(plan: Plan, sink: Sink, record: Record, total: int) -> dict[str, Any]:
-    """Write what a reader wants: the model card, and the record, which seals all other files. Returns the record."""
-    summary = _summary(plan, total, record, sink.digests)
-    sink.text("README.md", card.model_card(summary, _config(plan)))
-    files = {p.relative_to(sink.stage).as_posix(): file_digest(p) for p in sink.files()}
-    summary = sealed(summary | {"files": files})
-    sink.text("quantization.json", json.dumps(summary, indent=2) + "\n")
-    return summary
-
-
-def publish_gguf(plan: Plan, sink: pipeline.GgufSink, record: Record) -> dict[str, Any]:
-    """Write the GGUF file or files from the staged parts, the record within. Returns it with the names of the files."""
-    file: Any = plan.assigned
-    layout = file.blueprint
-    digests, total = {}, 0
-    for name, tensor in sink.contents(layout):
-        digests[name] = digest(tensor)
-        total += tensor.nbytes
-    name, keys = plan.source.origin.name, pipeline.keys(plan.method.recipe)
-    summary = _summary(plan, total, record, digests)
-    report = json.dumps(sealed(summary), separators=(",", ":"))
-    files = sink.write(layout, name, keys | {pipeline.REPORT: report})
-    summary["size"]["bytes"] = sum(f.stat().st_size for f in files)
-    return summary | {"files": [f.name for f in files]}
-
-
 def write_importance(plan: Plan, file: Path, measured: Mapping[str, MeanSquare]) -> None:
     """Write what the calibration measured as an importance matrix, under ggml's names."""
-    recipe, layout = plan.method.recipe, cast(Any, plan.assigned)
-    named = {
-        str(layout.architecture.tensor(f"{n}.weight")): (m.whole("sum"), m.number("count")) for n, m in measured.items()
-    }
-    imatrix.write(file, named, recipe.calib, recipe.seq_len)
+    from llmq.gguf import imatrix
 
-
-def _config(plan: Plan) -> dict[str, Any]:
-    """Return config.json of the quantized checkpoint."""
-    quantization = plan.method.format.config(list(plan.linears.values()), plan.skipped)
-    untied = {} if plan.head is None else {"tie_word_embeddings": False}
-    return plan.source.config | {"quantization_config": quantization} | untied
+    recipe, names = plan.method.recipe, plan.assigned.names
+    sums = {names[f"{n}.weight"]: (m.whole("sum"), m.number("count")) for n, m in measured.items()}
+    imatrix.write(file, sums, recipe.calib, recipe.seq_len)
 
 
 def _size(plan: Plan, total: int) -> dict[str, Any]:
@@ -90,7 +40,7 @@ def _size(plan: Plan, total: int) -> dict[str, Any]:
     }
 
 
-def _summary(plan: Plan, total: int, record: Record, digests: Mapping[str, str]) -> dict[str, Any]:
+def summary(plan: Plan, record: Record, total: int, digests: Mapping[str, str]) -> dict[str, Any]:
     """Return how the run went; total: the bytes of all tensors, digests: their checksums."""
     return {
         "llmq": __version__,

@@ -24,7 +24,6 @@ from llmq import calibration
 from llmq.calibration.state import Calibration
 from llmq.calibration.token_gradients import Progress, squared_gradients
 from llmq.checkpoint import Scratch, Sink
-from llmq.gguf.pipeline import GgufSink
 from llmq.model.folding import Folded
 from llmq.model.lanes import Batches
 from llmq.model.pretrained import check_ids, tokenizer_of
@@ -33,7 +32,7 @@ from llmq.pipeline.allocate import allocate
 from llmq.pipeline.block import Report, quantize_block
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Line, Record
-from llmq.pipeline.report import publish_gguf, publish_model, publish_record, write_importance
+from llmq.pipeline.report import summary, write_importance
 from llmq.pipeline.sinks import IMATRIX, sink_of
 from llmq.pipeline.whole_model import check_memory, finish
 from llmq.stats import MeanSquare
@@ -73,22 +72,19 @@ def quantize(
         _outside(plan, state, sink, done)
         if done.importance:
             write_importance(plan, sink.staged_beside(IMATRIX), done.importance)
-        if isinstance(sink, GgufSink):
-            report(blocks, blocks, "writing")
-            summary = publish_gguf(plan, sink, done.record)
-        else:
-            total = publish_model(plan, sink)
-            if plan.method.finishers:
-                report(blocks, blocks, "tuning the whole model")
-                _finish(plan, state, sink, done)
-            report(blocks, blocks, "writing")
-            summary = publish_record(plan, sink, done.record, total)
+        made = plan.made()
+        report(blocks, blocks, "writing")
+        total = plan.assigned.join(sink, made)
+        if plan.method.finishers:
+            report(blocks, blocks, "tuning the whole model")
+            _finish(plan, state, sink, done)
+        record = plan.assigned.close(sink, made, summary(plan, done.record, total, sink.digests))
         if check:
             report(blocks, blocks, "verifying")
-            require_right(sink.files()[0] if plan.gguf else sink.stage)
-        sink.seal(summary)
+            require_right(sink.whole)
+        sink.seal(record)
         sink.commit()
-    return summary
+    return record
 
 
 @dataclass

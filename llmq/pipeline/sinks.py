@@ -1,19 +1,18 @@
 """Which sink a run writes to, and what it tells the sink: what is read, and by what the same command is known again.
 
-Not here: how OUT is written (checkpoint/sink.py, gguf/pipeline.py).
+Not here: how OUT is written (checkpoint/sink.py, gguf/sink.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmq import registry
 from llmq.checkpoint import Sink
 from llmq.checkpoint.place import user_path
 from llmq.checkpoint.stage import fingerprint, look
-from llmq.gguf.pipeline import GgufSink
 from llmq.pipeline.plan import Plan
 from llmq.recipe import Recipe
 
@@ -25,19 +24,21 @@ def refuse(recipe: Recipe, src: str, adapter: str | None, out: Path, *, overwrit
     """Raise LlmqError for all that can be said against OUT before SRC is fetched or read."""
     given = {"SRC": src} | ({"--adapter": adapter} if adapter else {})
     local = {what: path for what, name in given.items() if (path := user_path(name)).is_dir()}
-    _sink(recipe, out, overwrite, local, None)
+    form = registry.find("formats", recipe.resolved().format.partition(":")[0], code=True)
+    _sink(form, recipe, out, overwrite=overwrite, reads=local)
 
 
 def sink_of(plan: Plan, out: Path, *, overwrite: bool) -> Sink:
     """Return what a plan writes to. Raises LlmqError where OUT cannot be written."""
-    return _sink(plan.method.recipe, out, overwrite, _reads(plan), _run(plan))
+    form, recipe = plan.method.format, plan.method.recipe
+    return _sink(form, recipe, out, overwrite=overwrite, reads=_reads(plan), run=_run(plan))
 
 
-def _sink(recipe: Recipe, out: Path, overwrite: bool, reads: dict[str, Path], run: Mapping[str, Any] | None) -> Sink:
-    sink_class = GgufSink if recipe.gguf else Sink
-    more = {"--imatrix": user_path(recipe.imatrix)} if recipe.imatrix else {}
+def _sink(form: Any, recipe: Recipe, out: Path, *, reads: dict[str, Path], **more: Any) -> Sink:
+    read = {"--imatrix": user_path(recipe.imatrix)} if recipe.imatrix else {}
     beside = {IMATRIX: user_path(recipe.imatrix_out)} if recipe.imatrix_out else {}
-    return sink_class(out, overwrite=overwrite, reads=reads | more, run=run, beside=beside)
+    sink: Sink = form.sink(out, reads=reads | read, beside=beside, **more)
+    return sink
 
 
 def _reads(plan: Plan) -> dict[str, Path]:

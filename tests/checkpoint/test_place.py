@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from llmq.checkpoint import Sink
 from llmq.checkpoint.place import check_file, user_path
-from llmq.gguf.pipeline import GgufSink
+from llmq.gguf.sink import GgufSink
 from llmq.types import LlmqError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmq.checkpoint import Sink
-from llmq.gguf.pipeline import GgufSink
+from llmq.gguf.sink import GgufSink
 from llmq.types import LlmqError
 
 CONFIG = '{"model_type": "llama", "quantization_config": {"bits": 4}}'

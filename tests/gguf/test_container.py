@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from llmq.gguf import container
-from llmq.gguf.pipeline import GgufSink
+from llmq.gguf.sink import GgufSink
 from llmq.types import LlmqError
 
 

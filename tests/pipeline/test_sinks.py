@@ -8,7 +8,7 @@ import pytest
 from llmq.checkpoint import Sink, disk
 from llmq.cli import app
 from llmq.export.gguf import export
-from llmq.gguf.pipeline import GgufSink
+from llmq.gguf.sink import GgufSink
 from llmq.pipeline import run as module
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from llmq.pipeline import card
+from llmq.checkpoint import card
 
 HOSTILE = [
     "plain",
