@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from llmq import LlmqError
+import llmq
 from llmq.evaluation import scores, windows
 
 SAMPLE = Path(__file__).parent / "data" / "sample.txt"
@@ -39,18 +39,17 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def report(args: argparse.Namespace, models: list[str], baseline: str | None) -> None:
     """Evaluate the models one after the other, print the table and write the JSON file if one is asked for."""
-    how = windows.find_convention(args.convention, args.window)
-    text = args.text or (None if args.dataset else SAMPLE)
+    scored = {"dataset": args.dataset} if args.dataset else {"text": args.text or SAMPLE}
     rows: dict[str, scores.Evaluation] = {}
     with Progress(console=Console(stderr=True), transient=True) as bar:
         for model in models:
             task = bar.add_task(model, total=None)
-            rows |= scores.compare(
+            rows[model] = llmq.evaluate(
                 model,
-                baseline,
-                text=text,
-                dataset=args.dataset,
-                convention=how,
+                baseline=baseline,
+                **scored,
+                convention=args.convention,
+                window=args.window,
                 windows=args.windows,
                 dtype=args.dtype,
                 device=args.device,
@@ -69,7 +68,7 @@ def main() -> None:
     args = options.parse_args()
     try:
         report(args, [args.model], args.baseline)
-    except LlmqError as e:
+    except llmq.LlmqError as e:
         sys.exit(f"error: {e}")
 
 

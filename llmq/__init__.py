@@ -9,18 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmq.api import evaluate, quantize
     from llmq.integrations.cache import QuantizedCache
     from llmq.loading import load, load_tokenizer
     from llmq.types import LlmqError
 
 __version__ = "0.1.0"
-__all__ = ["LlmqError", "QuantizedCache", "__version__", "load", "load_tokenizer"]
+__all__ = ["LlmqError", "QuantizedCache", "__version__", "evaluate", "load", "load_tokenizer", "quantize"]
 
 _HOME = {
     "LlmqError": "llmq.types",
     "QuantizedCache": "llmq.integrations.cache",
+    "evaluate": "llmq.api",
     "load": "llmq.loading",
     "load_tokenizer": "llmq.loading",
+    "quantize": "llmq.api",
 }
 
 

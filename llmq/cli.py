@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,8 +30,6 @@ from llmq.show import Rows, labelled, lines, plain
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
-OF_THE_RUN = ("src", "out", "recipe", "adapter", "device", "allow_code", "verify", "overwrite")
-"""Options of `quantize` that say what is read and written, and are no part of the recipe."""
 console = Console()
 _SHOWN = 50  # lines of what is wrong
 
@@ -125,25 +123,13 @@ def quantize(
 
     Example: `llmq quantize ./my-llama ./my-llama-int4 --method gptq --bits 4 --group-size 128 --calib text.txt`
     """
-    given = {k.rstrip("_"): v for k, v in locals().copy().items() if v is not None and k not in OF_THE_RUN}
-    from llmq.checkpoint.place import user_path
-    from llmq.pipeline.plan import prepare
-    from llmq.pipeline.run import quantize as run
-    from llmq.pipeline.sinks import refuse
-    from llmq.recipe import Recipe
+    given = {name.rstrip("_"): value for name, value in locals().copy().items()}
+    from llmq.api import quantize as run
 
     start = time.monotonic()
-    file = None if recipe is None else user_path(recipe)
-    given = given if out.suffix != ".gguf" else {"format": "gguf"} | given
-    what = Recipe.load(file, given, allow_code=allow_code)
-    refuse(what, src, adapter, out, overwrite=overwrite)
-    plan = prepare(src, what, device, adapter)
-    said = list(plan.warnings)
-    _warn(said)
     with _progress() as step:
-        summary = run(plan, out, overwrite=overwrite, check=verify, progress=step)
-    _warn(w for w in summary["warnings"] if w not in said)  # what calibration left out
-    _print_summary(out, summary, time.monotonic() - start)
+        record = run(**given, warn=_warn, progress=step)
+    _print_summary(out, record, time.monotonic() - start)
 
 
 @app.command(name="eval")
@@ -167,31 +153,20 @@ def evaluate(
 
     Example: `llmq eval ./my-llama-int4 --baseline ./my-llama --text sample.txt`
     """
+    given = {n: value for n, value in locals().copy().items() if n not in ("json_file", "overwrite")}
+    from llmq.api import evaluate as run
     from llmq.checkpoint.disk import write_text
     from llmq.checkpoint.place import check_file, user_path
-    from llmq.evaluation import scores
-    from llmq.evaluation.windows import find_convention
+    from llmq.evaluation.scores import table
 
     figures = None if json_file is None else user_path(json_file)
     if figures:
         check_file(figures, "--json", b"{", overwrite=overwrite)
-    text = None if text is None else user_path(text)
     with _progress() as step:
-        rows = scores.compare(
-            model,
-            baseline,
-            text=text,
-            dataset=None if text else dataset,
-            convention=find_convention(convention, window),
-            windows=windows,
-            dtype=dtype,
-            device=device,
-            kv_bits=kv_bits,
-            progress=step,
-        )
-    console.print(scores.table(rows))
+        found = run(**given, progress=step)
+    console.print(table({model: found}))
     if figures:
-        write_text(figures, json.dumps({name: e.to_json() for name, e in rows.items()}, indent=2) + "\n")
+        write_text(figures, json.dumps({model: found.to_json()}, indent=2) + "\n")
 
 
 @app.command()
@@ -249,7 +224,8 @@ def export(
         overwrite=overwrite,
         check=verify,
     )
-    _warn(done["warnings"])
+    for warning in done["warnings"]:
+        _warn(warning)
     table = Rows(out)
     table.add("size", f"{done['bytes'] / 1e6:,.1f} MB in {len(done['files'])} file(s)")
     table.add("tensors", ", ".join(f"{n} {kind}" for kind, n in done["types"].items()))
@@ -316,9 +292,8 @@ def list_() -> None:
         console.print(table)
 
 
-def _warn(warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        console.print(labelled("warning", "yellow", warning))
+def _warn(warning: str) -> None:
+    console.print(labelled("warning", "yellow", warning))
 
 
 @contextmanager

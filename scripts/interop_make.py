@@ -15,11 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 import llmq
-from llmq.pipeline.plan import prepare
-from llmq.pipeline.run import quantize
-from llmq.recipe import Recipe
 
 FLOAT = Path(__file__).resolve().parent.parent / "tests/golden/float"
+SMALL = {"group_size": 32, "samples": 32, "seq_len": 64}
 VARIANTS = {
     "gptq_w4g32": {"format": "gptq"},
     "gptq_w4g32_desc_act": {"format": "gptq", "method": "gptq:desc_act=true"},
@@ -41,8 +39,7 @@ def main() -> None:
     text.write_text("The quick brown fox jumps over the lazy dog; it did so twice in 1999. " * 400)
     for name, options in VARIANTS.items():
         out = args.workdir / name
-        recipe = Recipe(**({"group_size": 32, "samples": 32, "seq_len": 64, "calib": str(text)} | options))
-        quantize(prepare(str(FLOAT), recipe, "cpu"), out)
+        llmq.quantize(FLOAT, out, device="cpu", calib=text, **SMALL | options)
         with torch.no_grad():
             logits = llmq.load(out, dtype=torch.float32)(ids).logits
         (out / "interop").mkdir()

@@ -151,15 +151,8 @@ def test_a_number_that_python_does_not_print_is_refused_too():
         Recipe(samples=10**5000)
 
 
-def test_every_option_has_a_kind_and_the_command_line_has_every_option():
-    import inspect
-
-    from llmq import cli
-
-    fields = [f.name for f in dataclasses.fields(Recipe)]
-    asked = [p.rstrip("_") for p in inspect.signature(cli.quantize).parameters]
-    assert set(fields) == set(asked) - set(cli.OF_THE_RUN)
-    for name in fields:
+def test_every_option_has_a_kind():
+    for name in (f.name for f in dataclasses.fields(Recipe)):
         with pytest.raises(LlmqError, match=f"--{name.replace('_', '-')} takes "):
             Recipe(**{name: object()})
 

@@ -18,14 +18,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmq.evaluation.windows import Convention, Text, Window, cut, find_convention, fit, load_text
+from llmq.evaluation.windows import Convention, Text, Window, cut, fit
 from llmq.model.pretrained import check_ids
 from llmq.show import Rows
 from llmq.types import LlmqError
@@ -122,40 +121,6 @@ def evaluate(  # noqa: PLR0913, what is measured and how
         kv_bits=kv_bits,
         **(_against(scores, count) if truth else {}),
     )
-
-
-def compare(  # noqa: PLR0913, the options of `llmq eval` one for one
-    model: str,
-    baseline: str | None = None,
-    *,
-    text: Path | None = None,
-    dataset: str | None = None,
-    convention: str | Convention = "gptq",
-    windows: int | None = None,
-    dtype: str | None = None,
-    device: str = "auto",
-    kv_bits: int | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> dict[str, Evaluation]:
-    """Load checkpoints and a text, and `evaluate`; the result is keyed by `model`.
-
-    dtype: in which both compute ("float32" ...), None for each checkpoint's own.
-    progress: called with (done, total, what is going on). Raises LlmqError as `load`, `load_text` and `evaluate` do.
-    """
-    from llmq.loading import as_dtype, load, load_tokenizer
-
-    step = progress or (lambda done, total, what: None)
-    how = find_convention(convention) if isinstance(convention, str) else convention
-    content = load_text(text, dataset, how)
-    tokenizer = load_tokenizer(model)
-    step(0, 1, "loading")
-    truth = None if baseline is None else load(baseline, dtype=as_dtype(dtype), device=device)
-    loaded = load(model, dtype=as_dtype(dtype), device=device)
-
-    def scoring(done: int, total: int) -> None:
-        step(done, total, "scoring")
-
-    return {model: evaluate(loaded, tokenizer, content, how, truth, windows, scoring, kv_bits=kv_bits)}
 
 
 def table(rows: Mapping[str, Evaluation]) -> Rows:

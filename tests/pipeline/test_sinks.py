@@ -109,7 +109,7 @@ def test_figures_go_where_they_can_and_never_over_others(tiny_checkpoint, tmp_pa
     first = figures.read_text()
     assert "perplexity" in first
     with monkeypatch.context() as patch:
-        patch.setattr("llmq.evaluation.scores.compare", fails)  # nothing is measured before
+        patch.setattr("llmq.api.evaluate", fails)  # nothing is measured before
         with pytest.raises(LlmqError, match="--json .*exists; give another name or --overwrite"):
             command(*options, figures)
         with pytest.raises(LlmqError, match="--json .*no folder that exists"):

@@ -1,0 +1,105 @@
+"""llmq from Python: what the command line does, with its options, defaults and messages.
+
+    record = llmq.quantize("./my-llama", "./my-llama-int4", bits=4, group_size=64, calib="text.txt")
+    scores = llmq.evaluate("./my-llama-int4", baseline="./my-llama", text="held-out.txt")
+
+Not here: what the options of a recipe mean (recipe.py), how a run and its figures are shown (cli.py).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmq.checkpoint.place import user_path
+from llmq.evaluation import scores
+from llmq.evaluation.windows import find_convention, load_text
+from llmq.loading import as_dtype, load, load_tokenizer
+from llmq.pipeline import run
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import Progress
+from llmq.pipeline.sinks import refuse
+from llmq.recipe import KINDS, Recipe
+from llmq.types import LlmqError
+
+OF_THE_RUN = ("src", "out", "recipe", "adapter", "device", "allow_code", "verify", "overwrite")
+"""Options of `quantize` that say what is read and written, and are no part of the recipe."""
+
+
+def quantize(
+    src: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    adapter: str | Path | None = None,
+    device: str = "auto",
+    allow_code: bool = False,
+    verify: bool = True,
+    overwrite: bool = False,
+    warn: Callable[[str], Any] = warnings.warn,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Quantize a checkpoint and write OUT. Returns the record of the run, the content of its quantization.json.
+
+    src: the float checkpoint, a folder, `org/name` or `org/name@REVISION`. out: the folder to write, or OUT.gguf.
+    options: those of `Recipe`, laid over the file `recipe`, which names code outside llmq only with `allow_code`. None
+        means that an option is not given.
+    adapter: a LoRA adapter to add. verify: check what was written before it becomes OUT. overwrite: replace OUT.
+    warn: called with what a user should know, most of it before the work starts.
+    progress: called with blocks done, blocks in all and what is going on.
+    Raises LlmqError for an option that does not exist, and as `Recipe`, `prepare` and the run do.
+    """
+    for name in options.keys() - KINDS.keys():
+        raise LlmqError(f"quantize takes no option {name!r} (options: {', '.join((*OF_THE_RUN, *KINDS))})")
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
+    given = given if Path(out).suffix != ".gguf" else {"format": "gguf"} | given
+    what = Recipe.load(None if recipe is None else user_path(recipe), given, allow_code=allow_code)
+    refuse(what, str(src), None if adapter is None else str(adapter), Path(out), overwrite=overwrite)
+    plan = prepare(str(src), what, device, adapter)
+    said = list(plan.warnings)
+    for warning in said:
+        warn(warning)
+    record = run.quantize(plan, Path(out), overwrite=overwrite, check=verify, progress=progress)
+    for warning in record["warnings"]:
+        if warning not in said:  # what calibration left out
+            warn(warning)
+    return record
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    text: str | Path | None = None,
+    dataset: str = "wikitext2",
+    convention: str = "gptq",
+    window: int | None = None,
+    windows: int | None = None,
+    kv_bits: int | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> scores.Evaluation:
+    """Measure a checkpoint's perplexity and, against a float `baseline`, its KL divergence and top-1 agreement.
+
+    text: a file to score; without one, `dataset` of the Hub. convention: gptq, llama.cpp or lm-eval; window: tokens of
+        a window, in place of the convention's. windows: score only the first so many.
+    kv_bits: 8, 4 or 2 quantize the key-value cache. dtype: in which both compute ("float32" ...), None for their own.
+    progress: called with windows done, windows in all and what is going on.
+    Raises LlmqError as `load`, `load_text` and `scores.evaluate` do.
+    """
+    step = progress or (lambda done, total, what: None)
+    how = find_convention(convention, window)
+    content = load_text(None if text is None else user_path(text), dataset, how)
+    tokenizer = load_tokenizer(str(model))
+    step(0, 1, "loading")
+    truth = None if baseline is None else load(baseline, dtype=as_dtype(dtype), device=device)
+    loaded = load(model, dtype=as_dtype(dtype), device=device)
+
+    def scoring(done: int, total: int) -> None:
+        step(done, total, "scoring")
+
+    return scores.evaluate(loaded, tokenizer, content, how, truth, windows, scoring, kv_bits=kv_bits)
