@@ -1,14 +1,19 @@
-"""What is said before any work: weights that no scale of the format can hold."""
+"""What is known before any work: what every matrix becomes, and weights that no scale of the format can hold."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmq.pipeline.plan import prepare
+from llmq.checkpoint import Source
+from llmq.pipeline.plan import at_bits, prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
+from llmq.registry import find
+from llmq.types import LlmqError
 
 NAME = "model.layers.1.mlp.up_proj"
 RTN = {"method": "rtn", "group_size": 32}
@@ -55,3 +60,51 @@ def test_scales_as_wide_as_the_checkpoint_hold_them(faint, tmp_path):
 
 def test_ordinary_weights_are_not_warned_of(tiny_checkpoint):
     assert told(tiny_checkpoint(dtype=torch.bfloat16), **RTN) == []
+
+
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
+
+
+@pytest.mark.parametrize(
+    ("options", "outside"),
+    [
+        (RTN, set()),
+        (RTN | {"lm_head": True}, {HEAD}),
+        ({"method": "rtn", "format": "gguf", "type": "Q8_0"}, {HEAD, EMBEDDING}),
+        ({"method": "rtn", "format": "gguf", "type": "Q8_0", "skip": ("^output",)}, {EMBEDDING}),
+    ],
+    ids=["folder", "folder and head", "gguf", "gguf and skip"],
+)
+def test_a_format_sees_every_matrix_that_it_will_hold(tiny_checkpoint, monkeypatch, options, outside):
+    form = find("formats", options.get("format", "gptq"))
+    seen, check = [], form.check
+    monkeypatch.setattr(form, "check", lambda self, linears: seen.extend(linears) or check(self, linears))
+    plan = prepare(str(tiny_checkpoint()), Recipe(**options), "cpu")
+    inside = {n for n, _ in plan.skeleton.linears()}
+    assert {s.name for s in seen} == inside | outside == {*plan.linears, *plan.rows} == {*plan.assigned.schemes}
+    assert {*plan.skipped} == {HEAD} - outside
+    assert all((s.N, s.K) == (320, 64) for s in seen if s.name in outside)
+
+
+def test_other_schemes_give_another_plan_and_read_nothing(tiny_checkpoint, monkeypatch):
+    plan = prepare(str(tiny_checkpoint()), Recipe(**RTN, format="compressed-tensors", seed=1), "cpu")
+    monkeypatch.setattr(Source, "get", None)
+    other = plan.settled(dataclasses.replace(plan.method.recipe, bits=3), {NAME: at_bits(plan.linears[NAME], 3)})
+    bits = {n: s.scheme.weight.bits for n, s in other.linears.items()}
+    assert bits.pop(NAME) == 3 and set(bits.values()) == {4} and plan.linears[NAME].scheme.weight.bits == 4
+    assert other.method.recipe.bits == 3 and other.warnings == plan.warnings != []
+    assert other.bytes() < plan.bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "rtn,signround", "format": "gguf", "type": "F16"}, "signround tunes integer grids only"),
+        ({"method": "gptq:desc_act=true", "format": "awq"}, "format awq holds no g_idx"),
+        ({"method": "rtn", "kv_bits": 8, "format": "gptq"}, "format gptq holds no scales of a key-value cache"),
+        ({"method": "rtn", "format": "gguf:mix=Q8_0"}, "gguf has no option 'mix'"),
+    ],
+)
+def test_what_a_format_is_not_for_is_refused(tiny_checkpoint, options, message):
+    with pytest.raises(LlmqError, match=message):
+        prepare(str(tiny_checkpoint()), Recipe(**options), "cpu")
