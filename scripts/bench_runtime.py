@@ -239,7 +239,8 @@ def crossover(args: argparse.Namespace) -> None:
     """Print milliseconds of the packed and of the decoded product of each weight-only back-end, by rows of x."""
     from llmq.formats.compressed_tensors import CompressedTensors
     from llmq.grids.int import Int
-    from llmq.runtime import backends, int4pack, int8pack, intloop
+    from llmq.runtime import backends
+    from llmq.runtime.backends import int4pack, int8pack, intloop
     from llmq.types import ActivationGrid, LinearSpec, QTensor, Scheme
 
     now, (N, K) = clock(args.clock), (2048, 5632)

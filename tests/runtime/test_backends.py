@@ -11,8 +11,8 @@ import torch
 from llmq.formats.awq import AWQ
 from llmq.formats.gptq import GPTQ
 from llmq.grids.int import Int
-from llmq.runtime import _team, backends, fbgemm, int4pack, intloop
-from llmq.runtime.backends import choose
+from llmq.runtime import backends
+from llmq.runtime.backends import _team, choose, fbgemm, int4pack, intloop
 from llmq.types import ActivationGrid, LinearSpec, LlmqError, Params, QTensor, Scheme
 
 CPU = torch.device("cpu")
@@ -306,7 +306,7 @@ def test_without_the_split_fbgemm_is_wrong():
 
 
 def test_int_mm_equals_the_reference_on_any_cpu(solved, layer, decibel):
-    from llmq.runtime.int_mm import IntMM
+    from llmq.runtime.backends.int_mm import IntMM
 
     for activation in ACTIVATIONS:
         grid = Int(8, True, None, scale_dtype=torch.bfloat16)

@@ -24,9 +24,9 @@ import llmq
 from llmq.formats.gptq import GPTQ
 from llmq.grids.int import Int
 from llmq.runtime import backends, gpu
+from llmq.runtime.backends.triton_w8a8 import TritonW8A8
+from llmq.runtime.backends.triton_weight_only import TritonWeightOnly
 from llmq.runtime.linear import QuantLinear
-from llmq.runtime.triton_w8a8 import TritonW8A8
-from llmq.runtime.triton_weight_only import TritonWeightOnly
 from llmq.types import ActivationGrid, LinearSpec, LlmqError, QTensor, Scheme
 
 HERE = Path(__file__).parent

@@ -15,9 +15,9 @@ from llmq.formats.awq import AWQ
 from llmq.formats.compressed_tensors import CompressedTensors
 from llmq.formats.gptq import GPTQ
 from llmq.grids.int import Int
+from llmq.runtime.backends.triton_w8a8 import TritonW8A8
+from llmq.runtime.backends.triton_weight_only import TritonWeightOnly
 from llmq.runtime.reference import quantize_activation
-from llmq.runtime.triton_w8a8 import TritonW8A8
-from llmq.runtime.triton_weight_only import TritonWeightOnly
 from llmq.types import ActivationGrid
 
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -31,6 +31,7 @@ class TritonWeightOnly(Prepacked):
     """A weight for `llmq_kernels.weight_only`."""
 
     name = "triton_weight_only"
+    rank = 0
     devices: ClassVar[frozenset[str]] = DEVICES
     words: Tensor
     params: Tensor

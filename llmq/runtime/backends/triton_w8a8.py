@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmq.runtime._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
+from llmq.runtime.backends._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
 from llmq.runtime.gpu import DEVICES, refuses_device, run
 from llmq.types import LinearSpec, LlmqError, QTensor
 
@@ -24,6 +24,7 @@ class TritonW8A8(PrepackedW8A8):
     """An int8 weight for `llmq_kernels.int8`."""
 
     name = "triton_w8a8"
+    rank = 1
     devices: ClassVar[frozenset[str]] = DEVICES
     w: Tensor
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, by_group, in_file_order, refuses_weight_only
+from llmq.runtime.backends import Prepacked, avx512, by_group, in_file_order, refuses_weight_only
 from llmq.types import LinearSpec, Params, QTensor
 
 FEW = 64
@@ -30,6 +30,7 @@ class IntLoop(Prepacked):
     """A weight for loops of our own. `words` int16 `[N, S, L]`, `scale` float32 and `zero` uint8 `[N or 1, G]`."""
 
     name = "intloop"
+    rank = 4 if avx512() else 2  # there torch's products come first
     words: Tensor
     scale: Tensor
     zero: Tensor
@@ -138,7 +139,7 @@ def _(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field: int) -> Tens
 
 def _run(field: int, tensors: tuple[Tensor, ...], M: int, decoding: bool) -> None:
     """Run a loop over all rows of the weight."""
-    from llmq.runtime import _int_loops, _team
+    from llmq.runtime.backends import _int_loops, _team
 
     words, scale, zero = tensors[:3]
     sizes = (decoding, field, *words.shape, scale.shape[1], zero.shape[0], M)

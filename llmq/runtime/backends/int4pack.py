@@ -35,6 +35,7 @@ class Int4Pack(Prepacked):
     """A 4-bit weight for `_weight_int4pack_mm_for_cpu`."""
 
     name = "int4pack"
+    rank = 3
     codes: Tensor
     sz: Tensor
     residual: Tensor | None

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from llmq.jit import compiled
-from llmq.runtime._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
 from llmq.runtime.backends import has_vnni
+from llmq.runtime.backends._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
 from llmq.runtime.reference import quantize_activation
 from llmq.types import LinearSpec, QTensor
 
@@ -46,6 +46,7 @@ class Fbgemm(PrepackedW8A8):
     """An int8 weight for fbgemm, and what is left of it as a sparse matrix."""
 
     name = "fbgemm"
+    rank = 6
     index: Tensor
     offset: Tensor
     value: Tensor

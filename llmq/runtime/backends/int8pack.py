@@ -26,6 +26,7 @@ class Int8Pack(Prepacked):
     """An 8-bit symmetric weight for `_weight_int8pack_mm`."""
 
     name = "int8pack"
+    rank = 3
     w: Tensor
     scale: Tensor
     order: Tensor | None

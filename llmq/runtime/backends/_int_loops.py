@@ -31,7 +31,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llmq.jit import cached
-from llmq.runtime import _team
+from llmq.runtime.backends import _team
 
 _INFINITE, _TINY = np.int32(0x7F800000), np.float32(2**-120)
 _LAYOUTS = (2, 4, 8), (8, 16), (1, 4)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.runtime._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
 from llmq.runtime.backends import has_vnni
+from llmq.runtime.backends._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
 from llmq.runtime.reference import quantize_activation
 from llmq.types import LinearSpec, QTensor
 
@@ -23,6 +23,7 @@ class IntMM(PrepackedW8A8):
     """An int8 weight for `torch._int_mm`."""
 
     name = "int_mm"
+    rank = 5
     w: Tensor
 
     @classmethod

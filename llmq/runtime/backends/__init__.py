@@ -1,9 +1,10 @@
 """Back-ends: what a quantized linear computes with, chosen once at load.
 
-A back-end is one file with one class, a `Prepacked` weight. `refuses` says why it cannot run a linear, or None where it
-can; `choose` takes the first of `BACKENDS` that can, and the reference (reference.py) where none can, which is always
-right. On a GPU one line is logged for each reason why it is taken. A prepacked weight replaces the tensors of the file
-and gives them back without loss (`restore`), so a model never holds both and `save_pretrained` writes what was read.
+A back-end is one file of this folder with one class, a `Prepacked` weight. `refuses` says why it cannot run a linear,
+or None where it can; `choose` takes the first that can, by `rank`, and the reference (../reference.py) where none can,
+which is always right. On a GPU one line is logged for each reason why it is taken. A prepacked weight replaces the
+tensors of the file and gives them back without loss (`restore`), so a model never holds both and `save_pretrained`
+writes what was read.
 
 | back-end | takes | how |
 |---|---|---|
@@ -21,7 +22,10 @@ Not here: the layer itself (linear.py), bits on disk (formats/).
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
+import pkgutil
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -44,11 +48,12 @@ class Prepacked(nn.Module, ABC):
     """A weight in the layout that one back-end multiplies with. Its tensors are buffers outside the `state_dict`.
 
     Subclasses are made from a `QTensor` and a `LinearSpec` that `refuses` had nothing against.
-    devices: the types of device it is for.
+    devices: the types of device it is for. rank: its place among the back-ends asked, the fastest first.
     """
 
     name: ClassVar[str]
     devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
+    rank: ClassVar[int] = 9
 
     @classmethod
     @abstractmethod
@@ -79,19 +84,19 @@ class Prepacked(nn.Module, ABC):
         """Return the `QTensor` that this was made from, equal in every tensor and dtype."""
 
 
+@functools.cache
 def backends() -> tuple[type[Prepacked], ...]:
-    """Return the back-ends in the order they are asked."""
-    from llmq.runtime.fbgemm import Fbgemm
-    from llmq.runtime.int4pack import Int4Pack
-    from llmq.runtime.int8pack import Int8Pack
-    from llmq.runtime.int_mm import IntMM
-    from llmq.runtime.intloop import IntLoop
-    from llmq.runtime.triton_w8a8 import TritonW8A8
-    from llmq.runtime.triton_weight_only import TritonWeightOnly
-
-    ours, torchs = (IntLoop,), (Int4Pack, Int8Pack)
-    weight_only = torchs + ours if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else ours + torchs
-    return (TritonWeightOnly, TritonW8A8, *weight_only, IntMM, Fbgemm)
+    """Return the back-ends, one of each file of this folder, in the order they are asked."""
+    files = [
+        importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__) if m.name[0] != "_"
+    ]
+    found = [
+        c
+        for module in files
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, Prepacked) and c.__module__ == module.__name__
+    ]
+    return tuple(sorted(found, key=lambda b: (b.rank, b.name)))
 
 
 def choose(spec: LinearSpec, q: QTensor) -> type[Prepacked] | None:
@@ -154,6 +159,11 @@ def centred(q: QTensor) -> bool:
     """Return whether every zero of an 8-bit weight and of its static input is 128, so that none has to be added."""
     zeros = [q.params.zero, *([] if q.input is None else [q.input.zero])]
     return all(bool((zero == 128).all()) for zero in zeros)
+
+
+def avx512() -> bool:
+    """Say whether torch uses this CPU's AVX-512."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def many_rows() -> int:

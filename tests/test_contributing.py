@@ -1,0 +1,101 @@
+"""The files that CONTRIBUTING.md shows: each, added to llmq and nothing else changed, does what is said of it."""
+
+import ast
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GraniteConfig, GraniteForCausalLM
+
+import llmq
+from llmq import cli, registry
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import quantize
+from llmq.recipe import Recipe
+from llmq.runtime import backends
+from llmq.runtime.linear import QuantLinear
+
+ROOT = Path(__file__).parents[1]
+SHOWN = dict(re.findall(r"```python\n# (llmq/\S+)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL))
+
+
+@pytest.fixture
+def added(tmp_path, monkeypatch):
+    """`added(path)`: put the file that CONTRIBUTING.md shows into its folder of llmq, for the length of a test."""
+
+    def add(path):
+        folder, name = path.rsplit("/", 1)
+        package = importlib.import_module(folder.replace("/", "."))
+        own = tmp_path / "added" / folder
+        own.mkdir(parents=True)
+        (own / name).write_text(SHOWN[path])
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(own)])
+        monkeypatch.delitem(sys.modules, path.removesuffix(".py").replace("/", "."), raising=False)
+        importlib.invalidate_caches()
+
+    yield add
+    for path in SHOWN:
+        sys.modules.pop(path.removesuffix(".py").replace("/", "."), None)
+
+
+def run(folder, out, **options):
+    quantize(prepare(str(folder), Recipe(group_size=32, dtype="float32", **options), "cpu"), out)
+    return json.loads((out / "quantization.json").read_text())["linears"]
+
+
+def test_every_kind_is_shown_and_documented():
+    folders = {path.rsplit("/", 1)[0] for path in SHOWN}
+    assert folders == {"llmq/algorithms", "llmq/families", "llmq/runtime/backends"}
+    for path, text in SHOWN.items():
+        tree = ast.parse(text)
+        assert ast.get_docstring(tree) and all(ast.get_docstring(n) for n in tree.body if isinstance(n, ast.ClassDef))
+        assert not (ROOT / path).exists()
+
+
+def test_an_algorithm(added, tiny_checkpoint, tmp_path, capsys):
+    added("llmq/algorithms/stochastic.py")
+    folder = tiny_checkpoint()
+    errors = {}
+    for method in ("rtn", "stochastic", "stochastic:seed=1"):
+        lines = run(folder, tmp_path / method.replace(":", "-"), method=method)
+        errors[method] = sum(line["weight_error"] for line in lines.values())
+    assert errors["rtn"] < errors["stochastic"] < 3 * errors["rtn"]
+    assert errors["stochastic"] != errors["stochastic:seed=1"]
+    with pytest.raises(llmq.LlmqError, match="stochastic has no option 'sed'"):
+        registry.load("algorithms", "stochastic:sed=1")
+    cli.list_()
+    assert "Stochastic: round up or down by chance" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_family(added, tmp_path, prose, tokenizer_bos):
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=len(tokenizer_bos), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    GraniteForCausalLM(config).save_pretrained(tmp_path / "m")
+    tokenizer_bos.save_pretrained(tmp_path / "m")
+    (tmp_path / "calib.txt").write_text(prose(2000))
+    options = {"method": "awq,rtn", "samples": 4, "seq_len": 32, "calib": str(tmp_path / "calib.txt")}
+    with pytest.raises(llmq.LlmqError, match="model_type 'granite' has no table of producers, which awq needs"):
+        run(tmp_path / "m", tmp_path / "out", **options)
+    added("llmq/families/granite.py")
+    assert any("awq" in line for line in run(tmp_path / "m", tmp_path / "out", **options).values())
+
+
+def test_a_back_end(added, tiny_checkpoint, tmp_path, monkeypatch):
+    run(tiny_checkpoint(), tmp_path / "out", method="rtn")
+    ids = torch.arange(2, 12)[None]
+    want = llmq.load(tmp_path / "out", dtype=torch.float32, backend="reference")
+    added("llmq/runtime/backends/decoded.py")
+    monkeypatch.setattr(backends, "backends", backends.backends.__wrapped__)
+    got = llmq.load(tmp_path / "out", dtype=torch.float32)
+    assert {m.backend for m in got.modules() if isinstance(m, QuantLinear)} == {"decoded"}
+    with torch.no_grad():
+        torch.testing.assert_close(got(ids).logits, want(ids).logits, rtol=1e-4, atol=1e-5)
+    ours, theirs = got.state_dict(), want.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
