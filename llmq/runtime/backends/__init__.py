@@ -27,7 +27,8 @@ import importlib
 import logging
 import pkgutil
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +124,21 @@ def _warn(device: str, reason: str, name: str) -> None:
     if (device, reason) not in _warned:
         _warned.add((device, reason))
         log.warning("%s and all like it run the reference on %s: %s", name, device, reason)
+
+
+def one_op(schema: str, rows: Callable[..., int]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Make a function one operator to `torch.compile`, which cannot look into it; elsewhere it is called as it is.
+
+    schema: of its arguments, `x` first. rows: returns N from the others; the result is `[..., N]` in the dtype of `x`.
+    """
+
+    def decorate(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        name = product.__module__.rpartition(".")[2]
+        op: Any = torch.library.custom_op(f"llmq::{name}_linear", product, mutates_args=(), schema=schema)
+        op.register_fake(lambda x, *rest: x.new_empty(*x.shape[:-1], rows(*rest)))
+        return lambda *args: op(*args) if torch.compiler.is_compiling() else product(*args)
+
+    return decorate
 
 
 def refuses_weight_only(spec: LinearSpec, device: torch.device, bits: int, divisor: int) -> str | None:

@@ -24,7 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, by_group, in_file_order, many_rows, refuses_weight_only
+from llmq.runtime.backends import Prepacked, by_group, in_file_order, many_rows, one_op, refuses_weight_only
 from llmq.types import LinearSpec, Params, QTensor
 
 _GROUPS = (256, 128, 64, 32)  # the group sizes that the product takes
@@ -75,10 +75,9 @@ class Int4Pack(Prepacked):
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Prepacked.forward`."""
-        run = _linear_op if torch.compiler.is_compiling() else _linear
         if self.order is not None:
             x = x.index_select(-1, self.order)
-        return run(x, self.codes, self.sz, self.residual, self.group)
+        return _linear(x, self.codes, self.sz, self.residual, self.group)
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
@@ -113,6 +112,7 @@ def _residual(scale: Tensor) -> Tensor | None:
     return (difference >> 13).to(torch.int8) if scale.dtype == torch.float16 else difference
 
 
+@one_op("(Tensor x, Tensor codes, Tensor sz, Tensor? residual, int group) -> Tensor", lambda codes, sz, *_: sz.shape[1])
 def _linear(x: Tensor, codes: Tensor, sz: Tensor, residual: Tensor | None, group: int) -> Tensor:
     """Return `x @ W^T` in the dtype of `x`."""
     K, N = x.shape[-1], sz.shape[1]
@@ -145,19 +145,6 @@ def decoded_product(x_MK: Tensor, codes: Tensor, sz: Tensor, residual: Tensor | 
         W_GgN.sub_(zero_GN[groups, None]).mul_(scale_GN[groups, None])
         y_MN.addmm_(x_MK[:, k : k + kp], W.view(kp, N))
     return y_MN
-
-
-_linear_op = torch.library.custom_op(
-    "llmq::int4pack_linear",
-    _linear,
-    mutates_args=(),
-    schema="(Tensor x, Tensor codes, Tensor sz, Tensor? residual, int group) -> Tensor",
-)
-
-
-@_linear_op.register_fake
-def _(x: Tensor, codes: Tensor, sz: Tensor, residual: Tensor | None, group: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], sz.shape[1])
 
 
 def _blocks(codes: Tensor, N: int, K: int) -> Tensor:

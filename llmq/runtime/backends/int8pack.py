@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, by_group, centred, in_file_order, many_rows, refuses_weight_only
+from llmq.runtime.backends import Prepacked, by_group, centred, in_file_order, many_rows, one_op, refuses_weight_only
 from llmq.types import LinearSpec, Params, QTensor
 
 _PANEL = 256  # rows of W decoded at once: fewer halve the speed of the product
@@ -54,10 +54,9 @@ class Int8Pack(Prepacked):
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Prepacked.forward`."""
-        run = _linear_op if torch.compiler.is_compiling() else _linear
         if self.order is not None:
             x = x.index_select(-1, self.order)
-        return run(x, self.w, self.scale)
+        return _linear(x, self.w, self.scale)
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
@@ -68,6 +67,7 @@ class Int8Pack(Prepacked):
         return QTensor(codes, Params(scale, zero), self.grid, self.g_idx)
 
 
+@one_op("(Tensor x, Tensor w, Tensor scale) -> Tensor", lambda w, scale: w.shape[1])
 def _linear(x: Tensor, w_GNg: Tensor, scale_GN: Tensor) -> Tensor:
     """Return `x @ W^T` in the dtype of `x`."""
     G, N, g = w_GNg.shape
@@ -100,13 +100,3 @@ def decoded_product(x_MK: Tensor, w_GNg: Tensor, scale_GN: Tensor) -> Tensor:
         W_nGg = torch.empty(panel.shape).copy_(panel).mul_(scale_GN.T[n : n + _PANEL, :, None])
         panels.append(x_MK @ W_nGg.view(-1, G * g).T)
     return torch.cat(panels, dim=1)
-
-
-_linear_op = torch.library.custom_op(
-    "llmq::int8pack_linear", _linear, mutates_args=(), schema="(Tensor x, Tensor w, Tensor scale) -> Tensor"
-)
-
-
-@_linear_op.register_fake
-def _(x: Tensor, w_GNg: Tensor, scale_GN: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], w_GNg.shape[1])

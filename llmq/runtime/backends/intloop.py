@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, avx512, by_group, in_file_order, refuses_weight_only
+from llmq.runtime.backends import Prepacked, avx512, by_group, in_file_order, one_op, refuses_weight_only
 from llmq.types import LinearSpec, Params, QTensor
 
 FEW = 64
@@ -69,10 +69,9 @@ class IntLoop(Prepacked):
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Prepacked.forward`."""
-        run = _linear_op if torch.compiler.is_compiling() else _linear
         if self.order is not None:
             x = x.index_select(-1, self.order)
-        return run(x, self.words, self.scale, self.zero, self.field)
+        return _linear(x, self.words, self.scale, self.zero, self.field)
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
@@ -88,6 +87,7 @@ def _columns(field: int, lanes: int) -> int:
     return 16 // field * lanes
 
 
+@one_op("(Tensor x, Tensor words, Tensor scale, Tensor zero, int field) -> Tensor", lambda words, *_: words.shape[0])
 def _linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field: int) -> Tensor:
     """Return `x @ W^T` in the dtype of `x`."""
     K = words.shape[1] * _columns(field, words.shape[2])
@@ -122,19 +122,6 @@ def decoded_product(x_MK: Tensor, words: Tensor, scale: Tensor, zero: Tensor, fi
         _run(field, (some, scale[rows], zero[rows] if zero.shape[0] == N else zero, W), M, decoding=True)
         y_MN[:, rows] = F.linear(x_MK, W[: len(some)])
     return y_MN
-
-
-_linear_op = torch.library.custom_op(
-    "llmq::intloop_linear",
-    _linear,
-    mutates_args=(),
-    schema="(Tensor x, Tensor words, Tensor scale, Tensor zero, int field) -> Tensor",
-)
-
-
-@_linear_op.register_fake
-def _(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], words.shape[0])
 
 
 def _run(field: int, tensors: tuple[Tensor, ...], M: int, decoding: bool) -> None:
