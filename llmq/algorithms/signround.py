@@ -9,7 +9,7 @@ that GPTQ and descent have reached. This is quantization-aware training of one b
 The loss is the squared error of the block's output relative to the output's energy, token by token: the RMSNorm behind
 it sees nothing else, and the first token's massive activations do not drown the rest. Every `check` steps it is
 measured on sequences that are never trained on; the best codes and scales are kept, the start among them.
-Not here: choosing the start (gptq.py, descent.py), the forward (skeleton.py).
+Not here: choosing the start (gptq.py, descent.py), the forward (model/lanes.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The main plan: a float checkpoint in, a packed one out, one decoder block at a time.
+"""The run: a float checkpoint in, a packed one out, one decoder block at a time.
 
     tokens -> [block: load, transform, solve site by site, refine, tune, pack, write, forward]
            -> join -> finish -> record -> verify -> seal (synced, marked whole) -> commit (exchanged with OUT)
@@ -6,7 +6,7 @@
 Data goes one way: floats -> stats -> codes -> words -> shard. What a finisher moves afterwards, the scales and norms of
 the whole model, is put into the shards and measured anew.
 Not here: what can be refused before (plan.py), what happens inside a block (block.py), the suspended forwards
-(skeleton.py), the files (checkpoint/, report.py).
+(model/lanes.py), the files (checkpoint/), what is said of them (report.py).
 """
 
 from __future__ import annotations
@@ -129,10 +129,7 @@ def _enter(plan: Plan, report: Progress) -> Calibration:
 
 def _writer(plan: Plan) -> nn.Module:
     """Load the whole float model, so that it can write its own calibration text."""
-    dtype, stored = (
-        plan.skeleton.dtype,
-        plan.skeleton.stored_dtype,
-    )  # writing in bfloat16 takes minutes without its units
+    dtype, stored = plan.skeleton.dtype, plan.skeleton.stored_dtype  # bfloat16 takes minutes without its units
     calibration.check_memory(plan.source.bytes() * dtype.itemsize // stored.itemsize, plan.device)
     return Skeleton(plan.float_source, dtype).filled(plan.device)
 

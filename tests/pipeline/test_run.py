@@ -1,4 +1,4 @@
-"""The main plan on tiny checkpoints: what is written is what was solved, whole, and the same every time."""
+"""The run on tiny checkpoints: what is written is what was solved, whole, and the same every time."""
 
 import hashlib
 import json
