@@ -103,10 +103,10 @@ def _opened(source: Source, *, linears: bool) -> PackedCheckpoint | None:
 def _linears(packed: PackedCheckpoint) -> Rows:
     shown = Rows("", "linear", "shape", "bits", "group size", "symmetric", "activations")
     for name, linear in packed.linears.items():
-        grid, activation = linear.scheme.weight, linear.scheme.activation
-        group = grid.group_size or ("tensor" if grid.per_tensor else "channel")
-        inputs = f"{activation.bits} bits, {'dynamic' if activation.dynamic else 'static'}" if activation else "float"
-        shown.add(name, [linear.N, linear.K], grid.bits, group, "yes" if grid.sym else "no", inputs)
+        args, activation = linear.scheme.weight.args() or {}, linear.scheme.activation
+        inputs = f"{activation.bits} bits, {'static' if linear.scheme.static else 'dynamic'}" if activation else "float"
+        group, sym = args["group_size"] or args["strategy"], "yes" if args["symmetric"] else "no"
+        shown.add(name, [linear.N, linear.K], args["num_bits"], group, sym, inputs)
     return shown
 
 

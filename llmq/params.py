@@ -1,8 +1,9 @@
-"""Parameters: where the grid of one weight lies, in the two forms that files store.
+"""Parameters: where the grid of one weight lies, in the forms that files store.
 
     Params       w = scale * (code - zero)                  integer grids: GPTQ, AWQ, compressed-tensors
     GgmlParams   w = scale * level(code) + offset           ggml's types, whose scales are products of what is stored
 
+Another form is another frozen dataclass of tensors under `Parameters`, which spreads, stacks and splits it.
 Shape suffixes: N output features, K input features, G groups along K, B stored blocks along K.
 Not here: what chooses them (grids/).
 """
@@ -10,8 +11,9 @@ Not here: what chooses them (grids/).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -37,48 +39,72 @@ class Lattice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Params:
-    """Where one weight's grid lies: `w = scale * (code - zero)`.
+class Parameters:
+    """The base of all forms: tensors with a row for each row of the weight; those that a grid does not have are None.
 
-    scale: `[N, G]` (or any shape that broadcasts against the codes), in the dtype it is stored in, not 0; negative
-        where a symmetric grid has its surplus level above zero.
-    zero: same shape, int32, an integer code in `[0, 2**bits - 1]`.
+    scale: `[N, G]` (or any shape that broadcasts against the codes).
     """
 
     scale: Tensor
-    zero: Tensor
 
-    def map(self, f: Callable[[Tensor], Tensor]) -> Params:
-        """Apply `f` to both tensors."""
-        return Params(f(self.scale), f(self.zero))
+    @classmethod
+    def of(cls, params: Parameters) -> Self:
+        """Return `params`, which are to be of this form. Raises TypeError where they are another grid's."""
+        if not isinstance(params, cls):
+            raise TypeError(f"this grid lies by {cls.__name__}, not by {type(params).__name__}")
+        return params
 
-    def columns(self, K: int, g_idx: Tensor | None = None) -> Params:
-        """Return `[N, G]` parameters spread over K columns: by `g_idx` `[K]`, else in G equal runs."""
-        return self.map(lambda p: _spread(p, K, g_idx))
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by their names, without those that the grid does not have."""
+        return {name: t for name, t in vars(self).items() if t is not None}
 
-    def by_group(self) -> list[Params]:
-        """Return `[N, G]` parameters group by group for column loops, float32 `[N]` each, contiguous."""
-        columns = self.map(lambda p: p.float().T.contiguous())
-        return [Params(s, z) for s, z in zip(columns.scale, columns.zero, strict=True)]
+    def decoding(self) -> Self:
+        """Return what decoding needs, all of it `[N, G]`."""
+        return self
 
-    @staticmethod
-    def cat(parts: Sequence[Params]) -> Params:
+    def map(self, f: Callable[[Tensor], Tensor]) -> Self:
+        """Apply `f` to every tensor."""
+        return type(self)(**{name: f(t) for name, t in self.tensors().items()})
+
+    def columns(self, K: int, g_idx: Tensor | None = None) -> Self:
+        """Return what decoding needs spread over K columns: by `g_idx` `[K]`, else in G equal runs."""
+        return self.decoding().map(lambda p: _spread(p, K, g_idx))
+
+    def by_group(self) -> list[Self]:
+        """Return what decoding needs group by group for column loops, float32 `[N]` each, contiguous."""
+        columns = self.decoding().map(lambda p: p.float().T.contiguous())
+        return [columns.map(itemgetter(g)) for g in range(self.scale.shape[1])]
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
         """Return the parameters of stacked weights."""
-        return Params(torch.cat([p.scale for p in parts]), torch.cat([p.zero for p in parts]))
+        rest = [p.tensors() for p in parts]
+        return replace(parts[0], **{name: torch.cat([r[name] for r in rest]) for name in rest[0]})
 
-    def where(self, keep_N: Tensor, other: Params) -> Params:
+    def where(self, keep_N: Tensor, other: Self) -> Self:
         """Return these parameters in the rows where `keep_N` is true, `other` elsewhere."""
-        keep = keep_N[:, None]
-        return Params(torch.where(keep, self.scale, other.scale), torch.where(keep, self.zero, other.zero))
+        theirs = other.tensors()
+        return replace(self, **{n: torch.where(keep_N[:, None], t, theirs[n]) for n, t in self.tensors().items()})
 
-    def split(self, rows: Sequence[int]) -> list[Params]:
-        """Return `[N, G]` parameters in parts of so many rows."""
-        parts = zip(self.scale.split(list(rows)), self.zero.split(list(rows)), strict=True)
-        return [Params(s, z) for s, z in parts]
+    def split(self, rows: Sequence[int]) -> list[Self]:
+        """Return the parameters in parts of so many rows."""
+        parts = zip(*(t.split(list(rows)) for t in self.tensors().values()), strict=True)
+        return [replace(self, **dict(zip(self.tensors(), part, strict=True))) for part in parts]
 
 
 @dataclass(frozen=True)
-class GgmlParams:
+class Params(Parameters):
+    """Where one weight's grid lies: `w = scale * (code - zero)`.
+
+    scale: in the dtype it is stored in, not 0; negative where a symmetric grid has its surplus level above zero.
+    zero: same shape, int32, an integer code in `[0, 2**bits - 1]`.
+    """
+
+    zero: Tensor
+
+
+@dataclass(frozen=True)
+class GgmlParams(Parameters):
     """Where the ggml grid of one weight lies: `w = scale * level(code) + offset`, and what its file stores of that.
 
     scale: float32 `[N, G]`, `d * sc` (`d` where a type has no `sc`); any sign, 0 where a group is all zero.
@@ -87,50 +113,14 @@ class GgmlParams:
     What a type does not store is None; so is all that is stored, once spread over columns or taken by group.
     """
 
-    scale: Tensor
-    offset: Any = None  # each a Tensor or None, by the type
-    d: Any = None
-    dmin: Any = None
-    sc: Any = None
-    m: Any = None
+    offset: Tensor | None = None
+    d: Tensor | None = None
+    dmin: Tensor | None = None
+    sc: Tensor | None = None
+    m: Tensor | None = None
 
-    def map(self, f: Callable[[Tensor], Tensor]) -> GgmlParams:
-        """Apply `f` to every tensor."""
-        mapped: list[Any] = [None if p is None else f(p) for p in self._fields()]
-        return GgmlParams(*mapped)
-
-    def columns(self, K: int, g_idx: Tensor | None = None) -> GgmlParams:
-        """Return scale and offset spread over K columns: by `g_idx` `[K]`, else in G equal runs."""
-        return self._derived().map(lambda p: _spread(p, K, g_idx))
-
-    def by_group(self) -> list[GgmlParams]:
-        """Return scale and offset group by group for column loops, `[N]` each, contiguous."""
-        columns = self._derived().map(lambda p: p.T.contiguous())
-        return [columns.map(lambda p, g=g: p[g]) for g in range(self.scale.shape[1])]  # type: ignore[misc]
-
-    @staticmethod
-    def cat(parts: Sequence[GgmlParams]) -> GgmlParams:
-        """Return the parameters of stacked weights."""
-        joined: list[Any] = [
-            None if p[0] is None else torch.cat(p) for p in zip(*(q._fields() for q in parts), strict=True)
-        ]
-        return GgmlParams(*joined)
-
-    def where(self, keep_N: Tensor, other: GgmlParams) -> GgmlParams:
-        """Return these parameters in the rows where `keep_N` is true, `other` elsewhere."""
-        pairs = zip(self._fields(), other._fields(), strict=True)
-        chosen: list[Any] = [None if a is None else torch.where(keep_N[:, None], a, b) for a, b in pairs]
-        return GgmlParams(*chosen)
-
-    def split(self, rows: Sequence[int]) -> list[GgmlParams]:
-        """Return the parameters in parts of so many rows."""
-        ends = [sum(rows[: i + 1]) for i in range(len(rows))]
-        return [self.map(lambda p, a=end - n, b=end: p[a:b]) for n, end in zip(rows, ends, strict=True)]  # type: ignore[misc]
-
-    def _fields(self) -> tuple[Any, ...]:
-        return self.scale, self.offset, self.d, self.dmin, self.sc, self.m
-
-    def _derived(self) -> GgmlParams:
+    def decoding(self) -> GgmlParams:
+        """Return scale and offset."""
         return GgmlParams(self.scale, self.offset)
 
 

@@ -9,6 +9,7 @@ Not here: what a value may be (options.py), the objects that a recipe names (met
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 
 from llmq import options, registry
-from llmq.errors import printable
+from llmq.granularity import granularity
 from llmq.guard.reading import yaml_object
 from llmq.options import Between
 from llmq.overrides import parse
@@ -35,8 +36,10 @@ class When(NamedTuple):
     remedy: str
 
 
-_ALWAYS = When(lambda r: True, "")
 _INTEGERS = When(lambda r: not r.gguf, "GGUF's types fix bits, groups, ranges and the head; choose by --type alone")
+_FLAGS = When(
+    lambda r: r.weights is None, "--weights says what a weight becomes; say it there, as in int:bits=4:group=128:asym"
+)
 _GGUF = When(lambda r: r.gguf, "it is for GGUF; say --format gguf")
 _ACT = When(lambda r: r.act_bits, "it is for quantized activations; say --act-bits 8")
 _STATIC = When(lambda r: r.act_bits and r.act == "tensor", "it is for static scales; say --act-bits 8 --act tensor")
@@ -44,7 +47,7 @@ _KV = When(lambda r: r.kv_bits, "it is for the key-value cache; say --kv-bits 8"
 _BUDGET = When(lambda r: r.target_bpw, "it is for a budget of bits; say --target-bpw")
 
 
-def option(default: Any = None, when: When = _ALWAYS) -> Any:
+def option(default: Any = None, *when: When) -> Any:
     """Declare an option of `Recipe`: None until it is given, then of its annotated type."""
     return dataclasses.field(default=None, metadata={"default": default, "when": when})
 
@@ -56,8 +59,10 @@ class Recipe:
     quality: a method and a range by measurement, where no method is given.
     method: comma-separated steps, each `name[:option=value...]`, in the order one rotation, one weighting,
         transforms, corrections, one solver, refiners, tuners, finishers.
-    bits, sym: the weight grid. group_size: columns per scale, "channel" or "tensor" (128; "channel" for W8A8).
-    range: which interval a grid covers (what the method prefers, else minmax).
+    weights: the grid of a weight, `NAME[:option=value...]`; where it takes a range and names none, see `range`.
+    bits, sym, group_size, range: short for the weights int:bits=4:sym=true:group=128:range=minmax, those the defaults.
+        group_size: columns per scale, "channel" (the default for W8A8) or "tensor".
+        range: which interval a grid covers (what the method prefers, else minmax).
     act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic; `act_sym`: or with a zero point
         each) or per "tensor" (static, `act_range`).
     format: how the result is stored (gptq; compressed-tensors for W8A8, kv_bits and target_bpw).
@@ -76,10 +81,11 @@ class Recipe:
 
     quality: Literal["fast", "balanced", "best"] | None = option()
     method: str = option()
-    bits: Annotated[int, Between(2, 8)] = option(4, _INTEGERS)
-    group_size: int | str = option(None, _INTEGERS)
-    sym: bool = option(True, _INTEGERS)
-    range: str | None = option(None, _INTEGERS)
+    weights: str | None = option(None, _INTEGERS)
+    bits: Annotated[int, Between(2, 8)] = option(4, _INTEGERS, _FLAGS)
+    group_size: int | str = option(None, _INTEGERS, _FLAGS)
+    sym: bool = option(True, _INTEGERS, _FLAGS)
+    range: str | None = option(None, _INTEGERS, _FLAGS)
     act_bits: Literal[8] | None = option(None, _INTEGERS)
     act: Literal["token", "tensor"] = option("token", _ACT)
     act_sym: bool = option(True, _ACT)
@@ -110,9 +116,9 @@ class Recipe:
         if self.kv_bits and self.gguf:
             raise LlmqError("format gguf holds no scales of a key-value cache; use --format compressed-tensors")
         for f in dataclasses.fields(self):
-            when: When = f.metadata.get("when", _ALWAYS)
-            if getattr(self, f.name) is not None and not when.true(self):
-                raise LlmqError(f"{_dashed(f.name)} means nothing here: {when.remedy}")
+            for when in f.metadata.get("when", ()):
+                if getattr(self, f.name) is not None and not when.true(self):
+                    raise LlmqError(f"{_dashed(f.name)} means nothing here: {when.remedy}")
         self._check_pairs()
 
     def _check_pairs(self) -> None:
@@ -123,14 +129,14 @@ class Recipe:
             raise LlmqError("asymmetric activations (--act-asym) are for --act-bits 8 per token")
         if self.target_bpw is not None and self.act_bits:
             raise LlmqError("target_bpw chooses bits of weights; with 8-bit activations they are always 8")
-        if self.act_bits and self.bits != 8:
+        if self.act_bits and self.bits != 8 and not self.weights:
             raise LlmqError(f"8-bit activations need 8-bit weights, not {self.bits or 4}; say --bits 8")
         if len(self.steps) > _STEPS:
             raise LlmqError(f"--method has {len(self.steps):,} steps; {_STEPS} are more than enough")
         if self.bit_choices is not None:
             self.choices()
         if self.group_size is not None:
-            group(self.group_size)
+            granularity(self.group_size)
 
     def _given(self) -> Iterator[tuple[str, Any]]:
         """Yield the options that were given with their values."""
@@ -179,6 +185,10 @@ class Recipe:
         """Yield whatever the recipe names to be looked up, `NAME[:key=value...]`, with the option that names it."""
         yield from (("method", step.strip()) for step in self.steps)
         yield from ((key, text.strip()) for key in ("range", "act_range", "format") if (text := getattr(self, key)))
+        if self.weights:
+            name, *given = registry.words(self.weights)
+            yield "weights", name
+            yield from (("weights", g.partition("=")[2].strip(" []")) for g in given if g.strip().startswith("range"))
         for override in self.override:
             if (said := parse(override)) and "range" in said.changes:
                 yield "override", said.changes["range"]
@@ -189,8 +199,8 @@ class Recipe:
             return self._of_quality().resolved()
         recipe = self
         for f in dataclasses.fields(self):
-            default, when = f.metadata.get("default"), f.metadata.get("when", _ALWAYS)
-            if default is not None and getattr(recipe, f.name) is None and when.true(recipe):
+            default, meant = f.metadata.get("default"), all(w.true(recipe) for w in f.metadata.get("when", ()))
+            if default is not None and getattr(recipe, f.name) is None and meant:
                 recipe = dataclasses.replace(recipe, **{f.name: default})
         return recipe if recipe.gguf else recipe._integers()
 
@@ -199,12 +209,13 @@ class Recipe:
         steps = [registry.load("algorithms", s, code=True) for s in self.steps]
         preferred = next((s.preferred_range for s in steps if getattr(s, "preferred_range", None)), None)
         override = self.override
-        if self.range is None and preferred:  # AWQ's paper clips neither q nor k
+        if preferred and self._lacks_range():  # AWQ's paper clips neither q nor k
             override = (rf"\.(q|k)_proj$:range={DEFAULT_RANGE}", *override)
+        recipe = self._ranged(preferred or DEFAULT_RANGE)
+        if not self.weights:
+            recipe = dataclasses.replace(recipe, group_size=self.group_size or ("channel" if self.act_bits else 128))
         return dataclasses.replace(
-            self,
-            group_size=self.group_size or ("channel" if self.act_bits else 128),
-            range=self.range or preferred or DEFAULT_RANGE,
+            recipe,
             format=self.format
             or ("compressed-tensors" if self.act_bits or self.kv_bits or self.target_bpw else "gptq"),
             override=override,
@@ -221,10 +232,37 @@ class Recipe:
         """Return the recipe with the method that its quality stands for, in the words that repeat it."""
         quality = self.quality or "balanced"
         methods = _GGUF_QUALITY if self.gguf else _W8A8_QUALITY if self.act_bits else _QUALITY
-        method, range_ = methods[quality], self.range or (None if self.gguf else "mse")
+        method, recipe = methods[quality], self if self.gguf else self._ranged("mse")
         if quality == "best" and not self.gguf:
-            method += _FINISHERS.get(self.bits, "")
-        return dataclasses.replace(self, quality=None, method=method, range=range_)
+            bits = registry.load("grids", self.weights, code=True).bits if self.weights else self.bits
+            method += _FINISHERS.get(bits, "")
+        return dataclasses.replace(recipe, quality=None, method=method)
+
+    def _lacks_range(self) -> bool:
+        """Say whether the weights take a range that was not given."""
+        return registry.lacks("grids", self.weights, "range") if self.weights else self.range is None
+
+    def _ranged(self, range_: str) -> Recipe:
+        """Return the recipe with a range for its weights where they take one that was not given."""
+        if not self._lacks_range():
+            return self
+        if self.weights:
+            return dataclasses.replace(self, weights=f"{self.weights}:range=[{range_}]")
+        return dataclasses.replace(self, range=range_)
+
+    @property
+    def grid(self) -> str | None:
+        """The grid of a weight, as `NAME[:option=value...]`, in a recipe that is resolved; None for GGUF."""
+        if self.weights or self.gguf:
+            return self.weights
+        restricted = bool(self.act_bits and self.sym)
+        said = f"bits={self.bits}:sym={self.sym}:group={self.group_size}:restricted={restricted}"
+        return f"int:{said}:range=[{self.range}]"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return every option, null where it means nothing; `weights` only where they were given."""
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {k: v for k, v in values.items() if k != "weights" or v is not None}
 
     def to_yaml(self) -> str:
         """Return the options that were given as YAML that `load` reads back equal."""
@@ -249,17 +287,6 @@ _W8A8_QUALITY = {
     "balanced": "migrate,qep,gptq,descent",
     "best": "migrate,qep,gptq,descent",
 }
-
-
-def group(value: int | str) -> dict[str, Any]:
-    """Return the fields of an integer grid that a `group_size` stands for. Raises LlmqError for no such size."""
-    if value in ("channel", -1, "-1"):
-        return {"group_size": None}
-    if value == "tensor":
-        return {"group_size": None, "per_tensor": True}
-    if str(value).isdecimal() and 0 < len(str(value)) < 10 and int(value):
-        return {"group_size": int(value)}
-    raise LlmqError(f"group_size is a number of columns, 'channel' or 'tensor', not {printable(repr(value), 80)}")
 
 
 def _dashed(name: str) -> str:

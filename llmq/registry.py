@@ -1,5 +1,9 @@
 """`"gptq:damp=0.01"` -> object. A folder is the registry: adding a method is adding a file.
 
+    gptq:damp=0.01                           llmq/algorithms/gptq.py, the dataclass in it with damp=0.01
+    int:bits=3:asym:range=[mse:norm=2.4]     llmq/grids/int.py; a bare `sym` or `asym` is sym=true or sym=false, and
+                                             an option that is a range names one, in brackets if it has options too
+
 `load("algorithms", "gptq:damp=0.01")` imports `llmq/algorithms/gptq.py`, takes the one public dataclass defined in it
 and parses the options into its fields. One grammar serves the command line, recipes and `llmq list`. A dotted name
 (`mypackage.module:option=1`) admits third-party files. Naming one runs it, so only the user may: it is looked at only
@@ -17,16 +21,17 @@ import inspect
 import pkgutil
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType, TracebackType
 from typing import Any
 
 from llmq.errors import one_line, printable
 from llmq.options import parse
-from llmq.types import Format, LlmqError, Range
+from llmq.types import Format, Grid, LlmqError, Range
 
 _DOTTED = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
-_DUTIES: dict[str, type] = {"ranges": Range, "formats": Format}  # an algorithm shows its kind by its verb
+_DUTIES: dict[str, type] = {"grids": Grid, "ranges": Range, "formats": Format}  # a step shows its kind by its verb
+_COLON = re.compile(r":(?![^\[\]]*\])")
 
 
 def load(folder: str, text: str, *, code: bool = False) -> Any:
@@ -34,23 +39,71 @@ def load(folder: str, text: str, *, code: bool = False) -> Any:
 
     Raises LlmqError for an unknown name, option or value, naming what is possible.
     """
-    name, *given = text.strip().split(":")
+    name, *given = words(text)
     cls = find(folder, name, code=code)
     with _blaming(name):
-        fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-        kinds = typing.get_type_hints(cls, include_extras=True)
+        kinds = _options(cls)
     values: dict[str, Any] = {}
     for option in given:
-        key, sep, value = option.partition("=")
-        key = key.strip().replace("-", "_")
-        if not sep or key not in fields:
-            known = ", ".join(fields) or "none"
+        key, value = _pair(option, kinds)
+        if value is None or key not in kinds:
+            known = ", ".join(kinds) or "none"
             raise LlmqError(f"{text!r}: {name} has no option {key!r} (options, as key=value: {known})")
         if key in values:
             raise LlmqError(f"{text!r}: option {key} is given twice")
-        values[key] = parse(f"{text!r}: option {key}", value.strip(), kinds[key])
+        values[key] = _value(f"{text!r}: option {key}", value, kinds[key], code=code)
     with _blaming(repr(text)):
         return cls(**values)
+
+
+def changed(obj: Any, options: Mapping[str, str], name: str) -> Any:
+    """Return the object with the options that the user gives, texts by key.
+
+    name: what holds them, for messages. Raises LlmqError for an option that there is not, and for an impossible value.
+    """
+    kinds = _options(type(obj))
+    for key in options:
+        if key not in kinds:
+            raise LlmqError(f"{name}: there is no {key!r} to change (there are: {', '.join(kinds) or 'none'})")
+    values = {key: _value(f"{name}: {key}", value, kinds[key], code=True) for key, value in options.items()}
+    with _blaming(name):
+        return dataclasses.replace(obj, **values)
+
+
+def words(text: str) -> list[str]:
+    """Return what colons part, the name first; those in brackets part nothing."""
+    return _COLON.split(text.strip())
+
+
+def lacks(folder: str, text: str, option: str) -> bool:
+    """Say whether what the user's text names takes an option that the text does not give."""
+    name, *given = words(text)
+    kinds = _options(find(folder, name, code=True))
+    return option in kinds and all(_pair(g, kinds)[0] != option for g in given)
+
+
+def _options(cls: type) -> dict[str, Any]:
+    """Return what a text may give for a dataclass: its fields' annotations by name."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init and f.metadata.get("option", True)}
+
+
+def _pair(option: str, kinds: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return an option as key and value; a boolean may stand alone, to be true, or false with an `a` before it."""
+    key, sep, value = option.partition("=")
+    key = key.strip().replace("-", "_")
+    for bare, meant in ((key, "true"), (key.removeprefix("a"), "false")):
+        if not sep and kinds.get(bare) is bool:
+            return bare, meant
+    return key, value.strip() if sep else None
+
+
+def _value(name: str, text: str, kind: Any, *, code: bool) -> Any:
+    """Return what a text means for an annotated kind; where that is a range or the like, it names one."""
+    for folder, duty in _DUTIES.items():
+        if duty in (kind, *typing.get_args(kind)) and text != "none":
+            return load(folder, text.removeprefix("[").removesuffix("]"), code=code)
+    return parse(name, text, kind)
 
 
 def find(folder: str, name: str, *, code: bool = False) -> type:
@@ -128,8 +181,9 @@ def describe(folder: str) -> Iterator[tuple[str, str]]:
 
 def options(folder: str, name: str) -> str:
     """Return the options of a name with their defaults, as they are written: `damp=0.01:act_order=True`."""
-    fields = dataclasses.fields(find(folder, name))
-    return ":".join(f"{f.name}={f.default}" for f in fields if f.init and f.default is not dataclasses.MISSING)
+    fields = {f.name: f.default for f in dataclasses.fields(find(folder, name))}
+    kinds = _options(find(folder, name))
+    return ":".join(f"{key}={fields[key]}" for key in kinds if fields[key] is not dataclasses.MISSING)
 
 
 def dump(obj: Any) -> str:
@@ -137,9 +191,6 @@ def dump(obj: Any) -> str:
     name = type(obj).__module__.removeprefix("llmq.").partition(".")[2] or type(obj).__module__
     if not type(obj).__module__.startswith("llmq."):
         name = type(obj).__module__
-    changed = [
-        f"{f.name}={getattr(obj, f.name)}"
-        for f in dataclasses.fields(obj)
-        if f.init and getattr(obj, f.name) != f.default
-    ]
-    return ":".join([name, *changed])
+    given = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj) if getattr(obj, f.name) != f.default}
+    said = {key: f"[{dump(v)}]" if dataclasses.is_dataclass(v) else str(v) for key, v in given.items()}
+    return ":".join([name, *(f"{key}={said[key]}" for key in _options(type(obj)) if key in said)])

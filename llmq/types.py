@@ -25,46 +25,145 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError as LlmqError  # noqa: PLC0414
+from llmq.granularity import Granularity, PerRow, PerTensor
 from llmq.guard.patterns import Pattern
 from llmq.guard.reading import Entry
 from llmq.params import GgmlParams as GgmlParams  # noqa: PLC0414
 from llmq.params import Lattice as Lattice  # noqa: PLC0414
+from llmq.params import Parameters as Parameters  # noqa: PLC0414
 from llmq.params import Params as Params  # noqa: PLC0414
 
 
-class Grid(Protocol):
-    """The values that a weight may take, group by group along K. Its parameters are `Params` or `GgmlParams`."""
+class Grid(ABC):
+    """The values that a weight may take, laid over it by parameters, such as the scales of its groups.
+
+    A grid is made once, for many weights; `fit` says where it lies on one of them. Example: Int(bits=4, group=32) has
+    16 values for each 32 columns of a row; `fit(W_NK)` returns their scales and zeros, `[N, K / 32]`, and `nearest` and
+    `decode` go from values to codes and back. What a kind of grid does not override is as here.
+    """
 
     @property
+    @abstractmethod
     def bits(self) -> int:
         """Bits of a code."""
 
     @property
-    def group_size(self) -> int | None:
-        """Columns that share a scale; None is per channel."""
+    @abstractmethod
+    def granularity(self) -> Granularity:
+        """Which values share a scale."""
 
-    def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Any:
-        """Choose where the grid of every group lies; `H_KK` weighs the errors where the range uses it."""
+    @property
+    def wants_hessian(self) -> bool:
+        """Whether `fit` needs the Hessian, not its diagonal alone."""
+        return False
 
-    def beyond(self, W_NK: Tensor) -> Tensor:
-        """Say of each group or stored block whether the file cannot hold its scale: too small, or too large."""
+    @abstractmethod
+    def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Parameters:
+        """Choose where the grid of every group of float32 `W_NK` lies.
 
-    def nearest(self, w: Tensor, params: Any) -> Tensor:
+        H_KK: weighs the errors, where the grid weighs any; the diagonal `[K]` alone will do.
+        Raises ValueError where the groups do not divide K.
+        """
+
+    @abstractmethod
+    def nearest(self, w: Tensor, params: Parameters) -> Tensor:
         """Return the nearest codes, float32 integers; `params` broadcasts against `w`."""
 
-    def decode(self, codes: Tensor, params: Any) -> Tensor:
+    @abstractmethod
+    def decode(self, codes: Tensor, params: Parameters) -> Tensor:
         """Return the float32 values of `codes`; `params` broadcasts against `codes`."""
 
-    def lattice(self, params: Any) -> Lattice | None:
+    def lattice(self, params: Parameters) -> Lattice | None:
         """Return `[N, G]` parameters as evenly spaced values; None where the values of a group are not."""
+        return None
 
     def refine(
-        self, error_NK: Tensor, gradient_NK: Tensor, codes: Tensor, params: Any, H_KK: Tensor, group_K: Tensor
-    ) -> Any:
+        self, error_NK: Tensor, gradient_NK: Tensor, codes: Tensor, params: Parameters, H_KK: Tensor, group_K: Tensor
+    ) -> Parameters:
         """Return other params for solved codes `[N, K]`, proposed to lower `tr (W - Q) H (W - Q)^T` row by row.
 
         error_NK, gradient_NK: W - Q and (W - Q) H. group_K: int64 `[K]`, the group of each column.
         """
+        return params
+
+    def beyond(self, W_NK: Tensor) -> Tensor:
+        """Say of each group or stored block whether the file cannot hold its scale: too small, or too large."""
+        return torch.zeros(1, dtype=torch.bool)
+
+    def args(self) -> Arguments | None:
+        """Return how compressed-tensors describes the grid; None where it has no words for it."""
+        return None
+
+    def plain(self) -> Grid:
+        """Return the grid with the cheapest way to fit it, for a search that rounds many times."""
+        return self
+
+    def stored_in(self, dtype: torch.dtype) -> Grid:
+        """Return the grid for a format that stores scales in `dtype`; see `Format.scale_dtype`."""
+        return self
+
+    def with_bits(self, bits: int) -> Grid:
+        """Return the grid with codes of so many bits. Raises LlmqError for one that has no others."""
+        raise LlmqError(f"a {type(self).__name__} grid has {self.bits} bits, not {bits}; leave --target-bpw out")
+
+    def stacks_with(self, other: Grid) -> bool:
+        """Say whether the rows of a weight on `other`, below those of one on this grid, are fitted as they would be."""
+        return self == other
+
+
+Arguments = dict[str, int | str | bool | None]
+"""How compressed-tensors describes a grid: `{"num_bits": 4, "type": "int", "symmetric": True, ...}`."""
+
+
+class AffineGrid(Grid):
+    """Evenly spaced values by integer codes: `w = scale * (code - zero)`. Its parameters are `Params`.
+
+    It is what ranges place and what the integer formats hold.
+    """
+
+    @property
+    @abstractmethod
+    def sym(self) -> bool:
+        """Whether the grid is symmetric about zero."""
+
+    @property
+    @abstractmethod
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype that scales are stored in."""
+
+    @abstractmethod
+    def params(self, lo: Tensor, hi: Tensor) -> Params:
+        """Return the parameters whose grid covers `[lo, hi]`; a symmetric grid falls where lo > hi."""
+
+    @abstractmethod
+    def bounds(self) -> tuple[float, float]:
+        """Return the least and the largest code."""
+
+    def fit_values(self, w: Tensor, weight: Tensor | None) -> Params:
+        """Choose scale and zero for each row of values `w[..., g]`; weight: of their errors, broadcast to `w`."""
+        return self.params(w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0))
+
+    def args(self) -> Arguments:
+        """Return the description of integers."""
+        by = self.granularity
+        args: Arguments = {"num_bits": self.bits, "type": "int", "symmetric": self.sym}
+        return args | {"strategy": by.strategy, "group_size": by.group_size, "dynamic": False}
+
+
+class StoredGrid(Grid):
+    """A grid that is its own byte layout, as ggml's are: rows of a weight as bytes, and back."""
+
+    @abstractmethod
+    def row_bytes(self, K: int) -> int:
+        """Return the bytes of a row of K columns. Raises ValueError where they do not fill whole stored blocks."""
+
+    @abstractmethod
+    def to_bytes(self, codes: Tensor, params: Parameters) -> Tensor:
+        """Return the stored rows, uint8 `[N, row_bytes]`. Raises ValueError for params spread over columns."""
+
+    @abstractmethod
+    def from_bytes(self, rows: Tensor) -> tuple[Tensor, Parameters]:
+        """Return codes, uint8 `[N, K]`, and params of stored rows, uint8 `[N, row_bytes]`."""
 
 
 class Range(Protocol):
@@ -75,30 +174,6 @@ class Range(Protocol):
 
         A symmetric grid may be given lo >= 0 >= hi: it then falls (`AffineGrid.params`).
         """
-
-
-class AffineGrid(Protocol):
-    """What a range search may ask of a grid."""
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-
-    @property
-    def sym(self) -> bool:
-        """Whether the grid is symmetric about zero."""
-
-    def params(self, lo: Tensor, hi: Tensor) -> Params:
-        """Return the parameters whose grid covers `[lo, hi]`; a symmetric grid falls where lo > hi."""
-
-    def bounds(self) -> tuple[float, float]:
-        """Return the least and the largest code."""
-
-    def nearest(self, w: Tensor, params: Params) -> Tensor:
-        """See `Grid.nearest`."""
-
-    def decode(self, codes: Tensor, params: Params) -> Tensor:
-        """See `Grid.decode`."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +187,7 @@ class QTensor:
     """
 
     codes: Tensor
-    params: Any  # what the grid's fit returns
+    params: Parameters
     grid: Grid
     g_idx: Tensor | None = None
     input: Params | None = None
@@ -143,28 +218,27 @@ class QTensor:
 
 
 @dataclass(frozen=True)
-class ActivationGrid:
-    """How the input activation of a linear is quantized: int8.
+class Scheme:
+    """What one linear becomes: the grid of its weight and, where its input is quantized too, that of its activation.
 
-    dynamic: one scale per token, computed at run time; else one scale per tensor, fixed by calibration.
-    sym: symmetric about zero; else a token has a zero point too. Static scales are symmetric.
+    activation: 8 bits with one scale per token, found at run time (`PerRow`: the rows of an activation are tokens), or
+        one for all of them, symmetric, fixed by calibration (`PerTensor`).
     """
 
-    bits: int = 8
-    dynamic: bool = True
-    sym: bool = True
+    weight: Grid
+    activation: AffineGrid | None = None
 
     def __post_init__(self) -> None:
-        if not (self.dynamic or self.sym):
+        by = PerRow() if self.activation is None else self.activation.granularity
+        if not isinstance(by, PerRow | PerTensor):
+            raise ValueError(f"activations have scales per token or per tensor, not {by}")
+        if self.static and self.activation is not None and not self.activation.sym:
             raise ValueError("static activation scales are symmetric")
 
-
-@dataclass(frozen=True)
-class Scheme:
-    """What one linear becomes: a weight grid and, for W8A8, an activation grid."""
-
-    weight: Any  # a Grid; concrete classes are dataclasses with more fields than the protocol
-    activation: ActivationGrid | None = None
+    @property
+    def static(self) -> bool:
+        """Whether the input has one scale that calibration fixes."""
+        return self.activation is not None and isinstance(self.activation.granularity, PerTensor)
 
 
 @dataclass(frozen=True)

@@ -241,23 +241,23 @@ def crossover(args: argparse.Namespace) -> None:
     from llmq.grids.int import Int
     from llmq.runtime import backends
     from llmq.runtime.backends import int4pack, int8pack, intloop
-    from llmq.types import ActivationGrid, LinearSpec, QTensor, Scheme
+    from llmq.types import LinearSpec, QTensor, Scheme
 
     now, (N, K) = clock(args.clock), (2048, 5632)
     print(f"{measure.machine()}; N {N}, K {K}, {args.threads} threads, {args.clock} ms, least of {args.rounds}")
     W = torch.randn(N, K)
 
-    def weight(grid: Int, activation: ActivationGrid | None = None) -> tuple[QTensor, LinearSpec]:
+    def weight(grid: Int, activation: Int | None = None) -> tuple[QTensor, LinearSpec]:
         params = grid.fit(W)
         q = QTensor(grid.nearest(W, params.columns(K)).to(torch.uint8), params, grid)
         return q, LinearSpec("x", N, K, Scheme(grid, activation))
 
     four = weight(Int(4, True, 64, scale_dtype=torch.bfloat16))
-    of_eight = weight(Int(8, True, None, scale_dtype=torch.bfloat16))
+    of_eight = weight(Int(8, True, "channel", scale_dtype=torch.bfloat16))
     pack, eight = int4pack.Int4Pack(*four), int8pack.Int8Pack(*of_eight)
     loops = {bits: intloop.IntLoop(*weight(Int(bits, True, 64, scale_dtype=torch.bfloat16))) for bits in (2, 3, 4)}
     loops[8] = intloop.IntLoop(*of_eight)
-    w8a8 = weight(Int(8, True, None, restricted=True, scale_dtype=torch.bfloat16), ActivationGrid())
+    w8a8 = weight(Int(8, True, "channel", restricted=True, scale_dtype=torch.bfloat16), Int(8, True, "channel"))
     layer = QuantLinear(CompressedTensors(), w8a8[1])
     layer.load_state_dict(CompressedTensors().pack(*w8a8), assign=True)
     layer.prepack()

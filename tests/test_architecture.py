@@ -12,7 +12,7 @@ CLOSING = {  # a format closes OUT: it knows how OUT is written, and GGUF's own 
     "formats/_folder.py": ("llmq.checkpoint",),
     "formats/gguf.py": ("llmq.checkpoint.digest", "llmq.gguf"),
 }
-LOW = {"errors", "guard", "params", "types", "options", "overrides", "registry", "jit"}
+LOW = {"errors", "granularity", "guard", "params", "types", "options", "overrides", "registry", "jit"}
 OF_STEPS = {"stats", "steps"}  # what algorithms are made of
 
 

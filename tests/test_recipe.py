@@ -249,5 +249,5 @@ def test_a_step_of_no_kind_or_without_its_verb_is_named(tmp_path, monkeypatch, b
 def test_overrides_apply_in_order_and_keep_the_rest_of_the_grid():
     recipe = Recipe(override=(r"mlp\.:bits=8", r"down_proj$:group_size=32,range=mse:norm=2.4"), sym=False)
     grid = method_of(recipe, torch.float16).scheme("model.layers.0.mlp.down_proj").weight
-    assert (grid.bits, grid.group_size, grid.sym, grid.range.norm) == (8, 32, False, 2.4)
+    assert (grid.bits, grid.group, grid.sym, grid.range.norm) == (8, 32, False, 2.4)
     assert method_of(recipe, torch.float16).scheme("model.layers.0.self_attn.o_proj").weight.bits == 4

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from llmq.jit import compiled
+from llmq.types import Grid, Parameters
 
 _LEAF_TORCH = 16  # columns rounded one by one; their rank-1 updates stay in the L2 cache
 _LEAF_COMPILED = 48  # measured best of 16 to 96 at N = 3072
 _CHUNK = 256  # rows of W that a compiled leaf works on at a time: its columns stay in the L1 cache
 
 
-def round_columns(W_KN: Tensor, T_KN: Tensor, F_KK: Tensor, grid: Any, params: Any, group_K: Tensor) -> Tensor:
+def round_columns(W_KN: Tensor, T_KN: Tensor, F_KK: Tensor, grid: Grid, params: Parameters, group_K: Tensor) -> Tensor:
     """Round the rows of `T_KN` in order; return the codes, uint8 `[K, N]`.
 
     W_KN: float32, what the decoded codes are compared with. T_KN: float32, the targets before any feedback, consumed

@@ -7,12 +7,11 @@ Not here: what the gradient is, and the scales (descent.py).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from llmq.jit import compiled, in_threads
+from llmq.types import Grid, Parameters
 
 _ROWS = 8  # that share a row of H while it is in the cache
 
@@ -23,8 +22,8 @@ def descend_codes(  # noqa: PLR0913, PLR0917, the state of the descent
     loss_N: Tensor,
     H_KK: Tensor,
     order: Tensor,
-    grid: Any,
-    params: Any,
+    grid: Grid,
+    params: Parameters,
     group_K: Tensor,
     sweeps: int,
 ) -> bool:

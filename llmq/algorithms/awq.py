@@ -9,7 +9,6 @@ uses unless it names another, on all linears but q and k. A transform: rtn or gp
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from torch import Tensor
 from llmq.algorithms._shares import shared, shares
 from llmq.stats import AbsMean, Hessian, Stat
 from llmq.steps import Scaling, SiteView, Transform
-from llmq.types import QTensor, Site
+from llmq.types import Grid, QTensor, Site
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,11 @@ class Awq(Transform):
 
     def _lone_loss(self, view: SiteView) -> Callable[[Tensor], float]:
         W_NK = view.modules[view.site.linears[0]].weight.detach().clone()
+        (grid,) = (g for g in view.grids if g is not None)
         H_KK = view.stats[Hessian].mean()
 
         def loss(scale_K: Tensor) -> float:
-            E_NK = _rounded(W_NK, scale_K, view.grids[0]) - W_NK
+            E_NK = _rounded(W_NK, scale_K, grid) - W_NK
             return ((E_NK @ H_KK) * E_NK).sum().item()
 
         return loss
@@ -96,10 +96,9 @@ class Awq(Transform):
         return loss
 
 
-def _rounded(W_NK: Tensor, scale_K: Tensor, grid: Any) -> Tensor:
-    """Return the weight that scaling, rounding to nearest (min-max range) and unscaling give."""
-    plain = grid if grid.range is None else dataclasses.replace(grid, range=None)
-    return QTensor.rounded(W_NK.float() * scale_K, plain).dequantize().div_(scale_K)
+def _rounded(W_NK: Tensor, scale_K: Tensor, grid: Grid) -> Tensor:
+    """Return the weight that scaling, rounding to nearest (a plain fit: min-max) and unscaling give."""
+    return QTensor.rounded(W_NK.float() * scale_K, grid.plain()).dequantize().div_(scale_K)
 
 
 def _output(out: Any) -> Tensor:

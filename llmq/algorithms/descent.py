@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from llmq.algorithms._sweep import round_columns
 from llmq.algorithms._walk import descend_codes
 from llmq.stats import Hessian, Stat, Stats
 from llmq.steps import Refiner, Solved
-from llmq.types import Grid, QTensor
+from llmq.types import Grid, Parameters, QTensor
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class _State:
     """A stack while it is refined: codes, parameters, decoded weight Q, gradient (W - Q) H, and loss row by row."""
 
     def __init__(self, W_NK: Tensor, q: QTensor, H_KK: Tensor) -> None:
-        self.grid: Any = q.grid
+        self.grid = q.grid
         self.params, self.codes = q.params, q.codes.clone(memory_format=torch.contiguous_format)  # moved in place
         self.W_NK, self.H_KK, self.group_K = W_NK, H_KK, q.group_K
         self.Q_NK, self.gradient_NK, self.loss_N = self._measure(q.codes, q.params)
@@ -84,13 +83,13 @@ class _State:
         diagonal_K = self.H_KK.diagonal()[self._order]
         return diagonal_K, self.H_KK[self._order][:, self._order].div_(diagonal_K)
 
-    def _measure(self, codes: Tensor, params: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _measure(self, codes: Tensor, params: Parameters) -> tuple[Tensor, Tensor, Tensor]:
         Q_NK = self.grid.decode(codes, params.columns(codes.shape[1], self.group_K))
         error = self.W_NK - Q_NK
         gradient = error @ self.H_KK
         return Q_NK, gradient, (gradient * error).sum(1)
 
-    def _accept(self, codes: Tensor, params: Any) -> None:
+    def _accept(self, codes: Tensor, params: Parameters) -> None:
         """Take the rows of a proposal that have less loss."""
         Q_NK, gradient, loss = self._measure(codes, params)
         better = loss < self.loss_N

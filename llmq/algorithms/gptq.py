@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,9 +69,9 @@ class Gptq(Regularized, Solver):
         L, used = cholesky(self.regularize(H_KK[reverse[:, None], reverse], tokens), self.damp)
         return (None if L is None else L.flip(0, 1).div_(L.diagonal().flip(0))), used
 
-    def _round(self, W_NK: Tensor, grid: Any, H_KK: Tensor, F_KK: Tensor | None, order: Tensor | None) -> QTensor:
+    def _round(self, W_NK: Tensor, grid: Grid, H_KK: Tensor, F_KK: Tensor | None, order: Tensor | None) -> QTensor:
         K = W_NK.shape[1]
-        group_K = torch.arange(K, device=W_NK.device) // (grid.group_size or K)
+        group_K = torch.arange(K, device=W_NK.device) // grid.granularity.columns(K)
         if order is not None and self.desc_act:
             params = grid.fit(W_NK[:, order], H_KK[order][:, order])
             g_idx = torch.empty_like(group_K)

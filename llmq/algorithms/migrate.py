@@ -99,9 +99,9 @@ class _ExpectedError:
             for name, scheme in zip(view.site.linears, view.schemes, strict=True)
             if scheme
         ]
-        activation = next(s for s in view.schemes if s).activation  # that of all
-        self.static = activation is not None and not activation.dynamic
-        self.tokens_TK = view.stats[Sample].rows.float() if activation and activation.dynamic else None
+        scheme = next(s for s in view.schemes if s)  # whose activation is that of all
+        self.static, per_token = scheme.static, scheme.activation is not None and not scheme.static
+        self.tokens_TK = view.stats[Sample].rows.float() if per_token else None
         self.energy_K = torch.stack([W_NK.square().sum(0) for W_NK, _ in self.weights]).sum(0)
 
     def largest(self) -> Tensor:
@@ -122,10 +122,10 @@ class _ExpectedError:
             gradient_K += 2 * (energy_K * step_K.sum() - energy_K.sum() * step_K)
         moment_K = self.moments_K / scale_K.square()
         for W_NK, grid in self.weights:
-            rows = len(W_NK) if getattr(grid, "per_tensor", False) else 1  # that share a scale
-            held = _largest(W_NK.reshape(-1, rows * K), scale_K.repeat(rows), grid.group_size or rows * K)
+            group = grid.granularity.columns(K)
+            rows = len(W_NK) // grid.granularity.rows(len(W_NK))  # that share a scale
+            held = _largest(W_NK.reshape(-1, rows * K), scale_K.repeat(rows), rows * group)
             step_K = held.view(rows, K).sum(0).mul_(rows * self.feedback / ((2**grid.bits - 1) / 2) ** 2)
-            group = grid.group_size or K
             steps_G1, moments_G1 = (x.view(-1, group).sum(1, keepdim=True) for x in (step_K, moment_K))
             total += (steps_G1 * moments_G1).sum().item()
             gradient_K += 2 * (step_K.view(-1, group) * moments_G1 - steps_G1 * moment_K.view(-1, group)).flatten()

@@ -23,7 +23,7 @@ class Rtn(Solver):
 
     def needs(self, grids: Sequence[Grid]) -> tuple[type[Stat], ...]:
         """Return the Hessian where a range weighs errors by whole blocks of it, its diagonal with `importance`."""
-        if any(getattr(getattr(g, "range", None), "uses_blocks", False) for g in grids):
+        if any(g.wants_hessian for g in grids):
             return (Hessian,)
         return (MeanSquare,) if self.importance else ()
 

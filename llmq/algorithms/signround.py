@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llmq.params import stored
 from llmq.steps import BlockView, Solved, Tuner
-from llmq.types import LlmqError, Params, QTensor
+from llmq.types import AffineGrid, LlmqError, Params, QTensor
 
 _EDGE = 0.4  # how near to the edge of its cell a weight may start, in code units
 
@@ -75,9 +75,11 @@ class _Trial:
 
     def __init__(self, W_NK: Tensor, q: QTensor) -> None:
         self.q, self.group_K = q, q.group_K
-        grid: Any = q.grid
-        self.low, self.high = grid.bounds()
-        self.zero_NK = q.params.zero[:, self.group_K].float()
+        if not isinstance(q.grid, AffineGrid):
+            raise LlmqError(f"signround tunes integer grids, not {type(q.grid).__name__}; leave it out of --method")
+        self.low, self.high = q.grid.bounds()
+        self.zero = Params.of(q.params).zero
+        self.zero_NK = self.zero[:, self.group_K].float()
         self.scale_NG = q.params.scale.float().clone()
         center = q.codes.float()
         place = W_NK / self.scale_NG[:, self.group_K] + self.zero_NK
@@ -108,7 +110,7 @@ class _Trial:
     def quantized(self) -> QTensor:
         scale = stored(self.scale_NG, self.q.params.scale)
         codes = self.codes().to(torch.uint8)
-        return QTensor(codes, Params(scale, self.q.params.zero), self.q.grid, self.q.g_idx, self.q.input)
+        return QTensor(codes, Params(scale, self.zero), self.q.grid, self.q.g_idx, self.q.input)
 
 
 _Sequence = tuple[Tensor, Tensor, tuple[Any, ...], dict[str, Any]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,17 +31,18 @@ def model_card(summary: dict[str, Any], config: dict[str, Any]) -> str:
         for kind, mean, worst, most in errors(summary)
     )
     method = config["quantization_config"]["quant_method"]
+    bits = recipe["bits"] or Counter(line["bits"] for line in summary["linears"].values()).most_common(1)[0][0]
     about = {
         "base_model": _base_model(source["name"], config.get("_name_or_path")),
         "library_name": "transformers",
-        "tags": [method, f"{recipe['bits']}-bit", "llmq"],
+        "tags": [method, f"{bits}-bit", "llmq"],
     }
     steps = _yaml({k: v for k, v in recipe.items() if v not in (None, [], ())})
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", steps)), default=0))
     act = f", {recipe['act_bits']}-bit activations" if recipe["act_bits"] else ""
     return f"""---
 {_yaml(about)}---
-# {_text(source["name"])}, {recipe["bits"]}-bit weights{act}
+# {_text(source["name"])}, {bits}-bit weights{act}
 
 Quantized with llmq {summary["llmq"]} from {_origin(source)}; per-linear figures are in `quantization.json`. The recipe
 in `recipe.yaml` repeats it:

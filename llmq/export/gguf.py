@@ -37,7 +37,7 @@ from llmq.gguf.tokenizer import vocabulary
 from llmq.guard.reading import json_object
 from llmq.model.pretrained import blank_model, model_config, tokenizer_of
 from llmq.pipeline.records import Line
-from llmq.types import GgmlParams, LlmqError, QTensor
+from llmq.types import GgmlParams, LlmqError, Params, QTensor
 from llmq.verify import require_right
 
 EXACT, ROUNDED, REQUANTIZED = "values exact", "codes exact, minimum rounded", "requantized"
@@ -174,7 +174,7 @@ def convert(q: QTensor, name: str, requantize: str | None) -> Exported:
     why = _obstacle(q)
     if why is None:
         d = _scales(q)
-        zero = _by_block(q, q.params.zero)
+        zero = _by_block(q, Params.of(q.params).zero)
         level = q.codes.to(torch.int16).unflatten(1, (-1, _BLOCK)) - zero[..., None].to(torch.int16)
         lo, hi = int(level.min()), int(level.max())
         if lo >= -8 and hi <= 7:
@@ -206,7 +206,7 @@ def _obstacle(q: QTensor) -> str | None:
     off = int((~torch.isfinite(exact) | (exact.float() != scale.float())).sum())
     if off:
         return f"{off} of {scale.numel()} scales are not float16 numbers"
-    if q.grid.bits == 4 and not torch.isfinite((q.params.zero.float() * scale.float()).half()).all():
+    if q.grid.bits == 4 and not torch.isfinite((Params.of(q.params).zero.float() * scale.float()).half()).all():
         return "a minimum is beyond float16"
     return None
 

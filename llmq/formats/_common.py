@@ -10,38 +10,45 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmq.grids.int import Int  # the vocabulary of every integer format, hence the one import from a sibling folder
-from llmq.types import LinearSpec, LlmqError
+from llmq.granularity import PerBlock
+from llmq.types import AffineGrid, LinearSpec, LlmqError, StoredGrid
 
 _IN_BLOCK = re.compile(r".*?\.\d+\.(.+)")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def int_grid(spec: LinearSpec, method: str) -> Int:
-    """Return the integer grid of `spec`. Raises LlmqError for any other kind of grid."""
+def int_grid(spec: LinearSpec, method: str) -> AffineGrid:
+    """Return the grid of `spec`, of 2 to 8 bits. Raises LlmqError for what is no integer grid, or has blocks."""
     grid = spec.scheme.weight
-    if not isinstance(grid, Int):
-        raise LlmqError(f"{spec.name}: {method} holds integer grids, not {type(grid).__name__}; use --format gguf")
+    if not isinstance(grid, AffineGrid) or not 2 <= grid.bits <= 8:
+        remedy = "--format gguf" if isinstance(grid, StoredGrid) else "--weights int"
+        raise LlmqError(f"{spec.name}: {method} holds integer grids, not {type(grid).__name__}; use {remedy}")
+    if isinstance(grid.granularity, PerBlock):
+        raise LlmqError(f"{spec.name}: {method} holds no {grid.granularity}; use scales per group or per channel")
     return grid
 
 
 def groups(spec: LinearSpec) -> int:
     """Return G. Raises LlmqError, with the group sizes that would do, where the group does not divide K."""
-    size = spec.scheme.weight.group_size or spec.K
-    if spec.K % size:
+    try:
+        return spec.scheme.weight.granularity.groups(spec.K)
+    except ValueError as e:
         fitting = ", ".join(str(g) for g in range(32, spec.K + 1, 32) if spec.K % g == 0)
         remedy = f"--group-size takes {fitting} there" if fitting else "say --group-size channel"
-        raise LlmqError(f"{spec.name}: group size {size} does not divide K = {spec.K}; {remedy}, or --skip the module")
-    return spec.K // size
+        raise LlmqError(f"{spec.name}: {e}; {remedy}, or --skip the module") from e
 
 
-def describe(grid: Int) -> str:
+def group_size(grid: AffineGrid) -> int:
+    """Return the group size as GPTQ and AWQ write it: -1 for one scale a row, or for all."""
+    return grid.granularity.group_size or -1
+
+
+def describe(grid: AffineGrid) -> str:
     """Return a grid in words: `4-bit asymmetric, group size 128`."""
-    symmetry = "symmetric" if grid.sym else "asymmetric"
-    return f"{grid.bits}-bit {symmetry}, " + (f"group size {grid.group_size}" if grid.group_size else "per channel")
+    return f"{grid.bits}-bit {'symmetric' if grid.sym else 'asymmetric'}, {grid.granularity}"
 
 
-def uniform(linears: Sequence[LinearSpec], method: str) -> Int:
+def uniform(linears: Sequence[LinearSpec], method: str) -> AffineGrid:
     """Return the one grid of a checkpoint whose config has room for one.
 
     Raises LlmqError where there is no linear, where two differ in bits, group size or symmetry, and where an
@@ -53,7 +60,7 @@ def uniform(linears: Sequence[LinearSpec], method: str) -> Int:
     grid = int_grid(first, method)
     for spec in linears:
         other = int_grid(spec, method)
-        if (other.bits, other.sym, other.group_size) != (grid.bits, grid.sym, grid.group_size):
+        if (other.bits, other.sym, group_size(other)) != (grid.bits, grid.sym, group_size(grid)):
             raise LlmqError(
                 f"{spec.name}: {describe(other)}, but {first.name}: {describe(grid)}, and transformers does not load "
                 f"{method} checkpoints that mix schemes; use --format compressed-tensors"
@@ -63,14 +70,12 @@ def uniform(linears: Sequence[LinearSpec], method: str) -> Int:
     return grid
 
 
-def group_size_warnings(grid: Int, readers: Mapping[str, Sequence[int]]) -> list[str]:
+def group_size_warnings(grid: AffineGrid, readers: Mapping[str, Sequence[int]]) -> list[str]:
     """Return a warning for each reader that does not take the grid's group size; per channel they all take."""
-    if grid.group_size is None:
-        return []
     return [
-        f"group size {grid.group_size} is not read by {reader} (it takes {', '.join(map(str, sizes))} and per channel)"
+        f"group size {size} is not read by {reader} (it takes {', '.join(map(str, sizes))} and per channel)"
         for reader, sizes in readers.items()
-        if grid.group_size not in sizes
+        if (size := grid.granularity.group_size) is not None and size not in sizes
     ]
 
 

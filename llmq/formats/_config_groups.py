@@ -15,9 +15,10 @@ from typing import Any
 
 from llmq.errors import printable
 from llmq.formats import _common, _reading
+from llmq.granularity import PerRow
 from llmq.grids.int import Int
 from llmq.guard.reading import field
-from llmq.types import ActivationGrid, LinearSpec, LlmqError, Scheme
+from llmq.types import AffineGrid, Arguments, LinearSpec, LlmqError, Scheme
 
 _FLOATS = {  # what a format's name says of weights that are no integers
     "float-quantized": "FP8",
@@ -83,18 +84,15 @@ def format_of(scheme: Scheme) -> str:
     return "pack-quantized" if scheme.activation is None else "int-quantized"
 
 
-def args_of(scheme: Scheme) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def args_of(scheme: Scheme) -> tuple[Arguments, Arguments | None]:
     """Return the arguments of the weights and of the input activations."""
-    grid = scheme.weight
-    strategy = "tensor" if grid.per_tensor else "group" if grid.group_size else "channel"
-    weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.sym}
-    weights |= {"strategy": strategy, "group_size": grid.group_size, "dynamic": False}
-    if scheme.activation is None:
-        return weights, None
-    dynamic = scheme.activation.dynamic
-    inputs = {"num_bits": 8, "type": "int", "symmetric": scheme.activation.sym}
-    inputs |= {"strategy": "token" if dynamic else "tensor"}
-    return weights, inputs | {"group_size": None, "dynamic": dynamic}
+    return dict(scheme.weight.args() or {}), None if scheme.activation is None else _input_args(scheme.activation)
+
+
+def _input_args(grid: AffineGrid) -> Arguments:
+    """Return the arguments of activations; a scale for each of their rows is one per token, found at run time."""
+    args = grid.args()
+    return args | ({"strategy": "token", "dynamic": True} if args["strategy"] == PerRow.strategy else {})
 
 
 def same_scheme(a: Scheme | None, b: Scheme) -> bool:
@@ -144,23 +142,29 @@ def read_group(name: str, group: Any, config: Mapping[str, Any]) -> Group:
 def _read_weights(args: Mapping[str, Any], where: str) -> Int:
     size = args.get("group_size")
     strategy = args.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
-    _only(args, {"symmetric": (True, False), "num_bits": tuple(range(2, 9)), "type": ("int",)}, where, _INTEGERS)
-    # another actorder would come with a weight_g_idx
-    _only(args, {"dynamic": (False,), "actorder": (False, "weight", "static")}, where, _INTEGERS)
+    _only(args, {"symmetric": (True, False), "num_bits": tuple(range(2, 9))}, where, _INTEGERS)
     _only({"strategy": strategy}, {"strategy": ("tensor", "channel", "group")}, where, _INTEGERS)
-    group_size = _reading.group_size_of(args) if strategy == "group" else None
-    sym = _reading.optional(args, "symmetric", bool, True)
-    return Int(_reading.optional(args, "num_bits", int, 8), sym, group_size, per_tensor=strategy == "tensor")
+    group = _reading.group_of(args) if strategy == "group" else strategy
+    grid = Int(_reading.optional(args, "num_bits", int, 8), _reading.optional(args, "symmetric", bool, True), group)
+    # another actorder would come with a weight_g_idx
+    possible = _as_in(grid.args(), ("type", "dynamic")) | {"actorder": (False, "weight", "static")}
+    _only(args, possible, where, _INTEGERS)
+    return grid
 
 
-def _read_inputs(args: Mapping[str, Any], where: str) -> ActivationGrid | None:
+def _read_inputs(args: Mapping[str, Any], where: str) -> Int | None:
     if not args:
         return None
     dynamic = args.get("dynamic") is True
-    possible = {"num_bits": (8,), "type": ("int",), "dynamic": (True, False)}
-    possible |= {"symmetric": (True, False) if dynamic else (True,), "strategy": ("token" if dynamic else "tensor",)}
+    grid = Int(8, args.get("symmetric") is not False or not dynamic, "channel" if dynamic else "tensor")
+    possible = _as_in(_input_args(grid), ("num_bits", "type", "dynamic", "symmetric", "strategy"))
     _only(args, possible, where, "int8, per token dynamic or symmetric per tensor static")
-    return ActivationGrid(dynamic=dynamic, sym=args.get("symmetric") is not False)
+    return grid
+
+
+def _as_in(args: Arguments, keys: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """Return what some arguments of a grid may be, once it is read: what the grid says of them."""
+    return {key: (args[key],) for key in keys}
 
 
 def _only(args: Mapping[str, Any], possible: Mapping[str, Sequence[Any]], where: str, reads: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmq.errors import printable
 from llmq.guard.patterns import Limit, Pattern
 from llmq.guard.reading import field
-from llmq.types import LinearSpec, LlmqError, QTensor
+from llmq.types import LinearSpec, LlmqError, Params, QTensor
 
 CONFIG = "quantization_config"
 REQUANTIZE = "quantize the float model again"
@@ -67,14 +67,14 @@ def need(config: Mapping[str, Any], key: str, possible: Sequence[Any], remedy: s
     return value
 
 
-def group_size_of(config: Mapping[str, Any]) -> int | None:
-    """Return `group_size`, None for the -1 that means per channel on disk. Raises LlmqError for anything else."""
+def group_of(config: Mapping[str, Any]) -> int | str:
+    """Return `group_size`, "channel" for the -1 that says so on disk. Raises LlmqError for anything else."""
     size = config.get("group_size")
     if isinstance(size, bool) or not isinstance(size, int) or size < -1 or size == 0:
         raise LlmqError(
             f"{CONFIG}.group_size is {printable(repr(size), 80)}; it must be positive, or -1 for per channel"
         )
-    return None if size == -1 else size
+    return "channel" if size == -1 else size
 
 
 def rules_of(config: Mapping[str, Any], method: str) -> dict[str, Any]:
@@ -139,7 +139,8 @@ def sound(q: QTensor, spec: LinearSpec, scale: str, zero: str) -> QTensor:
 
     scale, zero: the tensors' local names.
     """
-    scales, zeros = q.params.scale, q.params.zero
+    params = Params.of(q.params)
+    scales, zeros = params.scale, params.zero
     for name, values, good in (
         (scale, scales, scales.isfinite() & (scales != 0)),
         (zero, zeros, (zeros >= 0) & (zeros < 2**q.grid.bits)),
@@ -170,7 +171,7 @@ def group_ids(g_idx: Tensor, G: int, spec: LinearSpec) -> Tensor:
         column = int(bad[0])
         said = f"column {column} is in group {int(g_idx[column])}, of groups 0 to {G - 1}"
         raise LlmqError(f"{spec.name}.g_idx: {said}: {damaged}")
-    size = spec.scheme.weight.group_size or spec.K
+    size = spec.scheme.weight.granularity.columns(spec.K)
     columns = torch.bincount(g_idx, minlength=G).tolist()
     for group, n in enumerate(columns):
         whole = size if group < G - 1 else spec.K - size * (G - 1)

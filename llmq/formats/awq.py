@@ -96,10 +96,11 @@ class AWQ(Folder):
         """Return qweight, qzeros and scales (dtype kept). Raises LlmqError for a weight in activation order."""
         if q.g_idx is not None:
             raise LlmqError("awq has no g_idx for weights in activation order; use --format gptq:desc_act=true")
+        params = Params.of(q.params)
         return {
             "qweight": _pack_columns(q.codes),
-            "qzeros": _pack_columns(q.params.zero.to(torch.uint8)),
-            "scales": q.params.scale.t().contiguous(),
+            "qzeros": _pack_columns(params.zero.to(torch.uint8)),
+            "scales": params.scale.t().contiguous(),
         }
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
@@ -134,7 +135,7 @@ class AWQ(Folder):
             "quant_method": "awq",
             "method": "awq",
             "bits": 4,
-            "group_size": grid.group_size or -1,
+            "group_size": _common.group_size(grid),
             "zero_point": self.zero_point,
             "desc_act": False,
             "lm_head": lm_head,
@@ -168,7 +169,7 @@ class AWQ(Folder):
         interpreted = {*_KEYS, *_VERSIONS, "method", "pack_dtype", "desc_act", "lm_head", "dynamic"}
         form.keys = tuple(k for k in config if k in interpreted)
         form.extra = {k: v for k, v in config.items() if k not in interpreted}
-        scheme = Scheme(Int(4, not form.zero_point, _reading.group_size_of(config)))
+        scheme = Scheme(Int(4, not form.zero_point, _reading.group_of(config)))
 
         def scheme_of(name: str, N: int, K: int) -> Scheme | None:
             return scheme if form._quantized(name, lm_head) else None

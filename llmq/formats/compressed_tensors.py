@@ -40,8 +40,11 @@ from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words, width
 from llmq.formats._config_groups import Group, Lookup, format_of, new_groups, read_group, same_scheme
 from llmq.formats._folder import Folder
+from llmq.granularity import PerTensor
+from llmq.grids.int import Int
 from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
 
+_NAME = "compressed-tensors"
 _EXTRA: dict[str, Any] = {
     "global_compression_ratio": None,
     "kv_cache_scheme": None,
@@ -65,7 +68,7 @@ class CompressedTensors(Folder):
     """
 
     kv: str | None = None
-    quant_method: str = field(default="compressed-tensors", init=False)
+    quant_method: str = field(default=_NAME, init=False)
     groups: tuple[Group, ...] = field(default=(), init=False, repr=False)
     ignore: list[str] = field(default_factory=list, init=False, repr=False)
     extra: dict[str, Any] = field(default_factory=lambda: dict(_EXTRA), init=False, repr=False)
@@ -84,7 +87,7 @@ class CompressedTensors(Folder):
         if not linears:
             raise LlmqError("no linear is left to quantize; skip fewer modules")
         for spec in linears:
-            _common.int_grid(spec, "compressed-tensors")
+            _common.int_grid(spec, _NAME)
             _common.groups(spec)
             activation = spec.scheme.activation
             if activation is not None and activation.bits != 8:
@@ -101,9 +104,9 @@ class CompressedTensors(Folder):
                 "compressed-tensors (0.20) has no weights in activation order; leave desc_act out, or use "
                 "--format gptq:desc_act=true, which GPTQModel and llmq read and vLLM does not"
             )
-        grid: Any = q.grid
-        half = 2 ** (grid.bits - 1)
-        scale, zero = (p[:1, 0] if grid.per_tensor else p for p in (q.params.scale, q.params.zero))
+        grid, shape = _common.int_grid(spec, _NAME), spec.scheme.weight.granularity.shape(spec.N, spec.K)
+        half, params = 2 ** (grid.bits - 1), Params.of(q.params)
+        scale, zero = (p[: shape[0]].reshape(shape) for p in (params.scale, params.zero))
         packed = spec.scheme.activation is None
         tensors = {"weight_scale": scale.contiguous()}
         if packed:
@@ -112,10 +115,9 @@ class CompressedTensors(Folder):
         else:
             tensors["weight"] = (q.codes - half).view(torch.int8)  # modulo 256, which is two's complement
         if not grid.sym:
-            in_words = packed and not grid.per_tensor
             tensors["weight_zero_point"] = (
                 pack_words(zero.t().to(torch.uint8), grid.bits).t().contiguous()
-                if in_words
+                if packed and len(shape) == 2
                 else (zero - half).to(torch.int8)
             )
         if q.input is not None:
@@ -125,9 +127,9 @@ class CompressedTensors(Folder):
     def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
         """Invert `pack`. Raises LlmqError that names the tensor."""
         found = _reading.checked(tensors, self.layout(spec), spec, self.derived)
-        grid = spec.scheme.weight
+        grid, by = _common.int_grid(spec, _NAME), spec.scheme.weight.granularity
         half = 2 ** (grid.bits - 1)
-        scale = found["weight_scale"].reshape(1 if grid.per_tensor else (spec.N, -1))
+        scale = found["weight_scale"].reshape(by.rows(spec.N), -1)
         if "weight" in found:
             codes = found["weight"].view(torch.uint8) + half
         else:
@@ -138,13 +140,11 @@ class CompressedTensors(Folder):
         zero = found.get("weight_zero_point")
         if zero is None:
             zero = torch.full(scale.shape, half, dtype=torch.int32, device=scale.device)
-        elif "weight" in found or grid.per_tensor:
+        elif "weight" in found or len(by.shape(spec.N, spec.K)) == 1:
             zero = zero.to(torch.int32).reshape(scale.shape) + half
         else:
             zero = unpack_words(zero.t(), grid.bits, spec.N).t().to(torch.int32).contiguous()
-        params = Params(scale, zero)
-        if grid.per_tensor:
-            params = params.map(lambda p: p.expand(spec.N, 1).contiguous())
+        params = Params(scale, zero).map(lambda p: p.expand(spec.N, -1).contiguous())
         static = None
         if "input_scale" in found:
             input_scale = found["input_scale"].reshape(1)
@@ -154,12 +154,12 @@ class CompressedTensors(Folder):
 
     def layout(self, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the meta tensors of one linear. Raises LlmqError where the group does not divide K."""
-        grid, N, K, G = spec.scheme.weight, spec.N, spec.K, _common.groups(spec)
+        grid, N, K, G = _common.int_grid(spec, _NAME), spec.N, spec.K, _common.groups(spec)
 
         def meta(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        per_scale = (1,) if grid.per_tensor else (N, G)
+        per_scale = grid.granularity.shape(N, K)
         tensors = {"weight_scale": meta(*per_scale, dtype=grid.scale_dtype)}
         activation = spec.scheme.activation
         packed = activation is None
@@ -168,9 +168,9 @@ class CompressedTensors(Folder):
             tensors["weight_shape"] = meta(2, dtype=torch.int64)
         else:
             tensors["weight"] = meta(N, K, dtype=torch.int8)
-            if not activation.dynamic:
+            if spec.scheme.static:
                 tensors["input_scale"] = meta(1, dtype=grid.scale_dtype)
-        if not grid.sym and packed and not grid.per_tensor:
+        if not grid.sym and packed and len(per_scale) == 2:
             tensors["weight_zero_point"] = meta(width(N, grid.bits), G, dtype=torch.int32)
         elif not grid.sym:
             tensors["weight_zero_point"] = meta(*per_scale, dtype=torch.int8)
@@ -192,7 +192,7 @@ class CompressedTensors(Folder):
             self.extra
             | _kv_scheme(self.kv)
             | {
-                "quant_method": "compressed-tensors",
+                "quant_method": _NAME,
                 "quantization_status": "compressed",
                 "format": formats.pop() if len(formats) == 1 else "mixed-precision",
                 "config_groups": {group.name: group.config() for group in groups},
@@ -226,12 +226,13 @@ class CompressedTensors(Folder):
 def _kv_scheme(strategy: str | None) -> dict[str, Any]:
     if strategy is None:
         return {}
-    args = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": False}
-    return {"kv_cache_scheme": args | {"group_size": None, "block_structure": None, "actorder": None}}
+    args = {k: v for k, v in Int(8, True, "tensor").args().items() if k != "group_size"}
+    args |= {"strategy": strategy, "group_size": None, "block_structure": None, "actorder": None}
+    return {"kv_cache_scheme": args}
 
 
 def _warnings(linears: Sequence[LinearSpec]) -> list[str]:
-    weight_only = [s.scheme.weight for s in linears if s.scheme.activation is None]
+    weight_only = [_common.int_grid(s, _NAME) for s in linears if s.scheme.activation is None]
     warnings = _common.fused_warnings(linears)
     if any(not grid.sym for grid in weight_only) and all(same_scheme(linears[0].scheme, s.scheme) for s in linears):
         warnings.append(
@@ -249,16 +250,16 @@ def _warnings(linears: Sequence[LinearSpec]) -> list[str]:
         warnings.append(f"vLLM 0.32 reads weights of {widths} bits on NVIDIA GPUs alone, with its humming kernels")
     if any(grid.bits == 8 for grid in weight_only):
         warnings.append("vLLM 0.32 reads 8-bit weights, alone or beside others, on GPUs, not on CPUs")
-    if any(grid.per_tensor for grid in weight_only):
+    if any(isinstance(grid.granularity, PerTensor) for grid in weight_only):
         warnings.append("vLLM reads weight-only quantization per group or per channel, not per tensor")
-    if any(s.scheme.activation is not None and not s.scheme.weight.sym for s in linears):
+    both = [(_common.int_grid(s, _NAME), s.scheme.activation) for s in linears if s.scheme.activation is not None]
+    if any(not grid.sym for grid, _ in both):
         warnings.append("vLLM reads int8 activations with symmetric weights only")
-    activations = [s.scheme.activation for s in linears if s.scheme.activation is not None]
-    if any(not a.sym for a in activations):
+    if any(not a.sym for _, a in both):
         warnings.append(
             "vLLM 0.32 multiplies asymmetric activations right on NVIDIA GPUs (CUTLASS) and on CPUs with VNNI; its "
             "product saturates on other CPUs, where the model speaks rubbish, and AMD's GPUs do not have it"
         )
-    if any(not (a.sym and a.dynamic) for a in activations):
+    if any(s.scheme.static for s in linears) or any(not a.sym for _, a in both):
         warnings.append("SGLang 0.5 ignores static scales and zero points: it quantizes every token symmetrically")
     return warnings

@@ -25,7 +25,7 @@ from llmq.gguf.sink import GgufSink
 from llmq.gguf.tokenizer import Vocabulary, vocabulary
 from llmq.guard.patterns import Pattern
 from llmq.overrides import parse
-from llmq.types import Assignment, FloatModel, LinearSpec, LlmqError, Made, Out, QTensor, Scheme, Wanted
+from llmq.types import Assignment, FloatModel, LinearSpec, LlmqError, Made, Out, QTensor, Scheme, StoredGrid, Wanted
 
 _SKIPPED = "F16"  # what --skip leaves float
 
@@ -130,11 +130,7 @@ class Gguf:
     def check(self, linears: Sequence[LinearSpec]) -> list[str]:
         """Refuse what no GGUF tensor can hold. Raises LlmqError."""
         for spec in linears:
-            grid = spec.scheme.weight
-            if not hasattr(grid, "row_bytes"):
-                raise LlmqError(
-                    f"{spec.name}: GGUF holds ggml's types, not {type(grid).__name__} grids; say --type Q4_K_M"
-                )
+            grid = _grid(spec)
             if spec.scheme.activation is not None:
                 raise LlmqError(f"{spec.name}: GGUF holds no quantized activations; use --format compressed-tensors")
             try:
@@ -147,7 +143,7 @@ class Gguf:
         """Return the stored rows. The codes must lie on the natural column order (no g_idx)."""
         if q.g_idx is not None:
             raise LlmqError(f"{spec.name}: GGUF holds no g_idx; drop desc_act (static groups)")
-        return {"weight": spec.scheme.weight.to_bytes(q.codes, q.params)}
+        return {"weight": _grid(spec).to_bytes(q.codes, q.params)}
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
         """Invert `pack`. Raises LlmqError where the rows are missing or of another size."""
@@ -156,14 +152,12 @@ class Gguf:
         if rows is None or rows.shape != expected.shape or rows.dtype != expected.dtype:
             found = "missing" if rows is None else f"{rows.dtype} {list(rows.shape)}"
             raise LlmqError(f"{spec.name}.weight is {found}, not {expected.dtype} {list(expected.shape)}")
-        codes, params = spec.scheme.weight.from_bytes(rows)
+        codes, params = _grid(spec).from_bytes(rows)
         return QTensor(codes, params, spec.scheme.weight)
 
     def layout(self, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the meta tensor of the stored rows."""
-        return {
-            "weight": torch.empty(spec.N, spec.scheme.weight.row_bytes(spec.K), dtype=torch.uint8, device="meta"),
-        }
+        return {"weight": torch.empty(spec.N, _grid(spec).row_bytes(spec.K), dtype=torch.uint8, device="meta")}
 
     def config(self, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> dict[str, Any]:
         """Return the method's name alone: a GGUF file has no config.json, each tensor says its type."""
@@ -212,3 +206,11 @@ def _importance(file: str | None, names: Mapping[str, str], model: FloatModel) -
     if not missing:
         return found, []
     return found, [f"{file} has nothing on {len(missing)} linears, e.g. {missing[0]}; their errors weigh equally"]
+
+
+def _grid(spec: LinearSpec) -> StoredGrid:
+    """Return the grid of `spec`. Raises LlmqError for one that is no type of ggml."""
+    grid = spec.scheme.weight
+    if not isinstance(grid, StoredGrid):
+        raise LlmqError(f"{spec.name}: GGUF holds ggml's types, not {type(grid).__name__} grids; say --type Q4_K_M")
+    return grid

@@ -33,7 +33,7 @@ from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words
 from llmq.formats._folder import Folder
 from llmq.grids.int import Int
-from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
+from llmq.types import AffineGrid, LinearSpec, LlmqError, Params, QTensor, Scheme
 
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every field of a word
 _KEYS = ("quant_method", "bits", "group_size", "desc_act", "sym", "lm_head", "checkpoint_format")
@@ -103,7 +103,7 @@ class GPTQ(Folder):
                     )
         return self._warnings(grid, linears)
 
-    def _warnings(self, grid: Int, linears: Sequence[LinearSpec]) -> list[str]:
+    def _warnings(self, grid: AffineGrid, linears: Sequence[LinearSpec]) -> list[str]:
         warnings = _common.group_size_warnings(grid, _READERS) + _common.fused_warnings(linears)
         if not grid.sym:
             warnings.append(
@@ -118,7 +118,7 @@ class GPTQ(Folder):
             warnings.append(
                 "vLLM 0.32 refuses desc_act; GPTQModel, and transformers with it, read it: leave desc_act out for vLLM"
             )
-        if grid.bits == 4 and grid.group_size is None and any(s.K not in _CPU_GROUPS for s in linears):
+        if grid.bits == 4 and grid.granularity.group_size is None and any(s.K not in _CPU_GROUPS for s in linears):
             warnings.append(
                 "on a CPU GPTQModel 7.7, and transformers with it, load 4-bit gptq per channel and fail at the first "
                 "token; vLLM runs it: take a group size for them"
@@ -134,9 +134,9 @@ class GPTQ(Folder):
         g_idx = q.group_K.to(torch.int32)
         if not self.desc_act and not torch.equal(g_idx, _plain_g_idx(spec, g_idx.device)):
             raise LlmqError("the weights are in activation order, which needs --format gptq:desc_act=true")
-        bits = q.grid.bits
-        zero_GN = q.params.zero.t()
-        if self._version(q.grid) == 2:
+        bits, params = q.grid.bits, Params.of(q.params)
+        zero_GN = params.zero.t()
+        if self._version(_common.int_grid(spec, "gptq")) == 2:
             qzeros = pack_words(zero_GN.to(torch.uint8), bits)
         elif bits in _ONES:
             qzeros = pack_words(zero_GN.to(torch.uint8), bits) - _ONES[bits]
@@ -145,7 +145,7 @@ class GPTQ(Folder):
         return {
             "qweight": pack_words(q.codes, bits).t().contiguous(),
             "qzeros": qzeros,
-            "scales": q.params.scale.t().contiguous(),
+            "scales": params.scale.t().contiguous(),
             "g_idx": g_idx,
         }
 
@@ -157,7 +157,7 @@ class GPTQ(Folder):
         """
         found = _reading.checked(tensors, self.layout(spec), spec, self.derived)
         qweight, qzeros, scales = found["qweight"], found["qzeros"], found["scales"]
-        grid = spec.scheme.weight
+        grid = _common.int_grid(spec, "gptq")
         if self._version(grid) == 2:
             zero_GN = unpack_words(qzeros, grid.bits, spec.N)
         elif grid.bits in _ONES:
@@ -173,14 +173,15 @@ class GPTQ(Folder):
                 "set it to true, or download the checkpoint again"
             )
         params = Params(scales.t().contiguous(), zero_GN.t().to(torch.int32).contiguous())
-        even = spec.K % (grid.group_size or spec.K) == 0
+        even = spec.K % grid.granularity.columns(spec.K) == 0
         codes = unpack_words(qweight.t(), grid.bits, spec.K)
         q = QTensor(codes, params, grid, None if in_order and even else g_idx)
         return _reading.sound(q, spec, "scales", "qzeros")
 
     def layout(self, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the meta tensors of one linear; the last group of a peer's may be short (`check` refuses our own)."""
-        bits, G = spec.scheme.weight.bits, -(-spec.K // (spec.scheme.weight.group_size or spec.K))
+        grid = spec.scheme.weight
+        bits, G = grid.bits, -(-spec.K // grid.granularity.columns(spec.K))
 
         def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -209,7 +210,7 @@ class GPTQ(Folder):
             "quant_method": "gptq",
             "method": "gptq",
             "bits": grid.bits,
-            "group_size": grid.group_size or -1,
+            "group_size": _common.group_size(grid),
             "desc_act": self.desc_act,
             "sym": grid.sym,
             "lm_head": lm_head,
@@ -242,7 +243,7 @@ class GPTQ(Folder):
         )
         sym = _reading.need(known, "sym", (True, False), "correct it")
         lm_head = _reading.need(known, "lm_head", (True, False), "correct it")
-        scheme = Scheme(Int(bits, sym, _reading.group_size_of(config)))
+        scheme = Scheme(Int(bits, sym, _reading.group_of(config)))
         form.dynamic = _reading.rules_of(config, "gptq")
         form.rules = _reading.rule_patterns(form.dynamic)
         form.modules_in_block_to_quantize = _modules(config)
@@ -266,7 +267,7 @@ class GPTQ(Folder):
         ]
         return not listed or any(name.endswith(m) for m in listed)
 
-    def _version(self, grid: Any) -> int:
+    def _version(self, grid: AffineGrid) -> int:
         if self.checkpoint_format == "auto":
             return 1 if grid.sym else 2
         return 1 if self.checkpoint_format == "gptq" else 2
@@ -281,4 +282,4 @@ def _modules(config: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _plain_g_idx(spec: LinearSpec, device: torch.device) -> Tensor:
-    return torch.arange(spec.K, dtype=torch.int32, device=device) // (spec.scheme.weight.group_size or spec.K)
+    return torch.arange(spec.K, dtype=torch.int32, device=device) // spec.scheme.weight.granularity.columns(spec.K)

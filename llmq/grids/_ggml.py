@@ -15,15 +15,17 @@ Facts: the block structures of ggml-common.h (ggml-org/llama.cpp). Not here: the
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from functools import cached_property
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmq.types import GgmlParams, Lattice, LlmqError
+from llmq.granularity import PerGroup
+from llmq.types import GgmlParams, LlmqError, Parameters, StoredGrid
 
 _CHUNK = 2**20  # weights of one chunk: enough that torch's calls cost little beside what they do for its superblocks
 _ROUND = torch.tensor(12582912.0)  # 1.5 * 2^23
@@ -37,19 +39,19 @@ class Stored(NamedTuple):
     """What a qblock stores beside its codes; shapes as in `GgmlParams`."""
 
     d: Tensor
-    dmin: Any = None  # each a Tensor or None, by the type
-    sc: Any = None
-    m: Any = None
+    dmin: Tensor | None = None
+    sc: Tensor | None = None
+    m: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class GgmlGrid(ABC):
+class GgmlGrid(StoredGrid):
     """The base of the ggml grids.
 
     bits: bits of a code. group_size: columns that share a scale.
     qblock, qblock_bytes: columns and bytes of a stored block.
     small_range: least and greatest `sc` and `m`; (1, 1) where a type stores neither.
-    range, per_tensor: there is no range to choose; `fit` searches the scales itself.
+    There is no range to choose: `fit` searches the scales itself.
     """
 
     bits: ClassVar[int]
@@ -57,8 +59,11 @@ class GgmlGrid(ABC):
     qblock: ClassVar[int]
     qblock_bytes: ClassVar[int]
     small_range: ClassVar[tuple[int, int]] = (1, 1)
-    range: ClassVar[None] = None
-    per_tensor: ClassVar[bool] = False
+
+    @cached_property
+    def granularity(self) -> PerGroup:
+        """See `Grid.granularity`."""
+        return PerGroup(self.group_size)
 
     @property
     def bits_per_weight(self) -> float:
@@ -85,9 +90,8 @@ class GgmlGrid(ABC):
         importance = _importance(H_KK)
         step = max(1, _CHUNK // K)
         chunks = (W_NK[i : i + step].float() for i in range(0, N, step))
-        stored = [self._fit_rows(_finite(chunk), importance) for chunk in chunks]
-        joined: list[Any] = [None if p[0] is None else torch.cat(p) for p in zip(*stored, strict=True)]
-        return self.params(Stored(*joined))
+        d, *rest = zip(*(self._fit_rows(_finite(chunk), importance) for chunk in chunks), strict=True)
+        return self.params(Stored(torch.cat(d), *(None if p[0] is None else torch.cat(p) for p in rest)))
 
     def beyond(self, W_NK: Tensor) -> Tensor:
         """Say of each qblock `[N, B]` of a float matrix whether its `d` is one that float16 does not hold.
@@ -103,7 +107,7 @@ class GgmlGrid(ABC):
         """Return the scale with which the levels just cover `[lo, hi]`."""
 
     def refine(
-        self, error_NK: Tensor, gradient_NK: Tensor, codes: Tensor, params: GgmlParams, H_KK: Tensor, group_K: Tensor
+        self, error_NK: Tensor, gradient_NK: Tensor, codes: Tensor, params: Parameters, H_KK: Tensor, group_K: Tensor
     ) -> GgmlParams:
         """Return params with no higher `tr (W - Q) H (W - Q)^T` for solved codes `[N, K]`; see `_ggml_refine`.
 
@@ -111,8 +115,7 @@ class GgmlGrid(ABC):
         """
         from llmq.grids._ggml_refine import refine
 
-        stored = Stored(params.d, params.dmin, params.sc, params.m)
-        return self.params(refine(error_NK, self._decoded_levels(codes), stored, H_KK, self))
+        return self.params(refine(error_NK, self._decoded_levels(codes), _stored(params), H_KK, self))
 
     def params(self, stored: Stored) -> GgmlParams:
         """Return the parameters that `stored` means."""
@@ -126,34 +129,21 @@ class GgmlGrid(ABC):
         offset = None if stored.dmin is None else product(stored.dmin, stored.m).neg_()
         return GgmlParams(scale, offset, *stored)
 
-    def to_bytes(self, codes: Tensor, params: GgmlParams) -> Tensor:
+    def to_bytes(self, codes: Tensor, params: Parameters) -> Tensor:
         """Return the stored rows, uint8 `[N, row_bytes]`. Raises ValueError for params spread over columns."""
-        if params.d is None:
-            raise ValueError("these params hold no stored scales; pass what fit or from_bytes returned")
         N, K = codes.shape
         B = K // self.qblock
-        small = [None if p is None else p.reshape(N, B, -1) for p in (params.sc, params.m)]
-        blocks = self._pack(codes.to(torch.uint8).reshape(N, B, self.qblock), Stored(params.d, params.dmin, *small))
+        d, dmin, *small = _stored(params)
+        by_qblock = (None if p is None else p.reshape(N, B, -1) for p in small)
+        blocks = self._pack(codes.to(torch.uint8).reshape(N, B, self.qblock), Stored(d, dmin, *by_qblock))
         return blocks.reshape(N, self.row_bytes(K))
 
     def from_bytes(self, rows: Tensor) -> tuple[Tensor, GgmlParams]:
         """Return codes, uint8 `[N, K]`, and params of stored rows, uint8 `[N, row_bytes]`."""
         N = rows.shape[0]
         codes, stored = self._unpack(rows.reshape(N, -1, self.qblock_bytes))
-        flat: list[Any] = [None if p is None else p.reshape(N, -1) for p in stored]
-        return codes.reshape(N, -1), self.params(Stored(*flat))
-
-    @abstractmethod
-    def nearest(self, w: Tensor, params: GgmlParams) -> Tensor:
-        """Return the nearest codes as float32 integers; where the scale is 0, the code that decodes to the offset."""
-
-    @abstractmethod
-    def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
-        """Return float32 values, bit for bit those of ggml's dequantizer."""
-
-    @abstractmethod
-    def lattice(self, params: GgmlParams) -> Lattice | None:
-        """Return the values of `[N, G]` parameters where they are evenly spaced."""
+        rest = (None if p is None else p.reshape(N, -1) for p in stored[1:])
+        return codes.reshape(N, -1), self.params(Stored(stored.d.reshape(N, -1), *rest))
 
     @abstractmethod
     def _fit_rows(self, W_nK: Tensor, importance: Tensor | None) -> Stored:
@@ -170,6 +160,19 @@ class GgmlGrid(ABC):
     @abstractmethod
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         """Invert `_pack`."""
+
+
+def _stored(params: Parameters) -> Stored:
+    """Return what a file stores of params. Raises ValueError where they are spread over columns."""
+    own = GgmlParams.of(params)
+    return Stored(held(own.d), own.dmin, own.sc, own.m)
+
+
+def held(p: Tensor | None) -> Tensor:
+    """Return what a type stores. Raises ValueError where params lack it: spread over columns, or another type's."""
+    if p is None:
+        raise ValueError("these params hold no stored scales; pass what fit or from_bytes returned")
+    return p
 
 
 def _importance(H_KK: Tensor | None) -> Tensor | None:
@@ -256,9 +259,9 @@ def half(x: Tensor) -> Tensor:
     return x.clamp(-65504.0, 65504.0).to(torch.float16)
 
 
-def half_to_bytes(*halves: Tensor) -> Tensor:
+def half_to_bytes(*halves: Tensor | None) -> Tensor:
     """Return float16 tensors `[...]` as little-endian bytes `[..., 2 * count]`."""
-    return torch.stack(halves, dim=-1).view(torch.uint8)
+    return torch.stack([held(h) for h in halves], dim=-1).view(torch.uint8)
 
 
 def bytes_to_half(raw: Tensor) -> Tensor:
@@ -289,13 +292,13 @@ def split_bits(raw: Tensor) -> Tensor:
     return split(raw, 1).mT.flatten(-2)
 
 
-def pack_six(sc: Tensor, m: Tensor) -> Tensor:
+def pack_six(sc: Tensor | None, m: Tensor | None) -> Tensor:
     """Return the 12 bytes in which Q4_K and Q5_K keep 6-bit sc and m, `[..., 8]` each.
 
     Bytes 0-3 hold sc of groups 0-3, bytes 4-7 their m, both with the high 2 bits of groups 4-7 on top; bytes 8-11 hold
     the low 4 bits of groups 4-7, sc in the low nibble, m in the high one.
     """
-    (sc_low, sc_high), (m_low, m_high) = (p.to(torch.uint8).split(4, dim=-1) for p in (sc, m))
+    (sc_low, sc_high), (m_low, m_high) = (held(p).to(torch.uint8).split(4, dim=-1) for p in (sc, m))
     nibbles = (sc_high & 15) | (m_high & 15) << 4
     return torch.cat([sc_low | sc_high >> 4 << 6, m_low | m_high >> 4 << 6, nibbles], dim=-1)
 

@@ -30,12 +30,13 @@ from llmq.grids._ggml import (
     error_weights,
     extremes,
     half,
+    held,
     inverse,
     nearest_integer,
     ratio,
 )
 from llmq.jit import Loop, compiled, in_threads
-from llmq.types import GgmlParams, Lattice
+from llmq.types import GgmlParams, Lattice, Parameters
 
 _ROUNDS = 3
 _SHRINK = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8)  # of the largest scale: what `d` is first fitted to
@@ -69,17 +70,19 @@ class Affine(GgmlGrid):
 
     starts: ClassVar[tuple[float, ...]]
 
-    def nearest(self, w: Tensor, params: GgmlParams) -> Tensor:
+    def nearest(self, w: Tensor, params: Parameters) -> Tensor:
         """Return the nearest codes as float32 integers, 0 where the scale is 0."""
-        return self._round(((w - params.offset) / params.scale).nan_to_num_(0.0, 0.0, 0.0))
+        offset = held(GgmlParams.of(params).offset)
+        return self._round(((w - offset) / params.scale).nan_to_num_(0.0, 0.0, 0.0))
 
-    def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
+    def decode(self, codes: Tensor, params: Parameters) -> Tensor:
         """Return `scale * code + offset` in float32."""
-        return (codes * params.scale).add_(params.offset)
+        return (codes * params.scale).add_(held(GgmlParams.of(params).offset))
 
-    def lattice(self, params: GgmlParams) -> Lattice:
+    def lattice(self, params: Parameters) -> Lattice:
         """Return the values of `[N, G]` parameters."""
-        return Lattice(params.scale, torch.zeros_like(params.scale), params.offset, 0.0, 2.0**self.bits - 1)
+        scale, offset = params.scale, held(GgmlParams.of(params).offset)
+        return Lattice(scale, torch.zeros_like(scale), offset, 0.0, 2.0**self.bits - 1)
 
     def _decoded_levels(self, codes: Tensor) -> Tensor:
         return codes.float()

@@ -30,7 +30,7 @@ from llmq.grids._ggml import (
     ratio,
 )
 from llmq.jit import Loop, compiled, in_threads
-from llmq.types import GgmlParams, Lattice
+from llmq.types import Lattice, Parameters
 
 _ROUNDS = 3
 
@@ -47,15 +47,15 @@ class Linear(GgmlGrid):
     starts: ClassVar[tuple[float, ...]]
     sc_starts: ClassVar[tuple[float, ...]] = ()
 
-    def nearest(self, w: Tensor, params: GgmlParams) -> Tensor:
+    def nearest(self, w: Tensor, params: Parameters) -> Tensor:
         """Return the nearest codes as float32 integers; the code of level 0 where the scale is 0."""
         return self._levels((w / params.scale).nan_to_num_(0.0, 0.0, 0.0)).add_(self.zero)
 
-    def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
+    def decode(self, codes: Tensor, params: Parameters) -> Tensor:
         """Return `scale * (code - zero)` in float32."""
         return self._decoded_levels(codes).mul_(params.scale)
 
-    def lattice(self, params: GgmlParams) -> Lattice | None:
+    def lattice(self, params: Parameters) -> Lattice | None:
         """Return the values of `[N, G]` parameters."""
         scale = params.scale
         zero = torch.full_like(scale, self.zero)
@@ -200,15 +200,15 @@ class Table(Linear):
 
     zero: ClassVar[int] = 0
 
-    def nearest(self, w: Tensor, params: GgmlParams) -> Tensor:
+    def nearest(self, w: Tensor, params: Parameters) -> Tensor:
         """Return the codes of the nearest levels as float32 integers."""
         return _look_up(_NEAREST.float(), (w / params.scale).nan_to_num_(0.0, 0.0, 0.0))
 
-    def decode(self, codes: Tensor, params: GgmlParams) -> Tensor:
+    def decode(self, codes: Tensor, params: Parameters) -> Tensor:
         """Return `scale * table[code]` in float32."""
         return self._decoded_levels(codes).mul_(params.scale)
 
-    def lattice(self, params: GgmlParams) -> None:
+    def lattice(self, params: Parameters) -> None:
         """Return None: the levels are not evenly spaced."""
 
     def _decoded_levels(self, codes: Tensor) -> Tensor:

@@ -10,13 +10,16 @@ Not here: which interval to cover (ranges/), how codes are packed (formats/).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from llmq.types import Lattice, Params, Range
+from llmq.granularity import Granularity, PerBlock, PerTensor, granularity
+from llmq.options import Between
+from llmq.types import AffineGrid, Grid, Lattice, Parameters, Params, Range
 
 _LEAST = {torch.float16: 2.0**-24}  # the least scale of a group that is not all zero: float16 holds nothing below
 _DEFAULT_LEAST = 1e-30
@@ -29,59 +32,81 @@ _ROUND = torch.tensor(12582912.0)
 
 
 @dataclass(frozen=True)
-class Int:
+class Int(AffineGrid):
     """An integer grid.
 
-    group_size: columns that share a scale; None is per channel (one group a row).
-    per_tensor: one scale for the whole weight; needs group_size None.
+    group: columns that share a scale; "channel" is one scale a row, "tensor" one for the whole weight.
+    restricted: codes reach as far below zero as above.
     range: how `fit` chooses intervals; None (a grid read from a checkpoint) is min-max.
     scale_dtype: the dtype scales are stored in.
     """
 
-    bits: int = 4
+    bits: Annotated[int, Between(2, 8)] = 4
     sym: bool = True
-    group_size: int | None = 128
-    per_tensor: bool = False
+    group: int | str = 128
     restricted: bool = False
-    scale_dtype: Any = field(default=torch.float16, compare=False)
     range: Range | None = field(default=None, compare=False)
+    scale_dtype: torch.dtype = field(default=torch.float16, compare=False, metadata={"option": False})
 
     def __post_init__(self) -> None:
         if self.bits not in range(2, 9):
             raise ValueError(f"bits must be 2 to 8, not {self.bits}")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be positive, or None for per channel, not {self.group_size}")
-        if self.per_tensor and getattr(self.range, "uses_blocks", False):
+        if isinstance(self.granularity, PerBlock):
+            raise ValueError(f"an integer grid has scales per group, channel or tensor, not {self.granularity}")
+        if isinstance(self.granularity, PerTensor) and self.wants_hessian:
             raise ValueError("the range 'output' needs scales per group or per channel, not per tensor")
 
-    def groups(self, K: int) -> int:
-        """Return G for K input features. Raises ValueError where the group does not divide K."""
-        g = self.group_size or K
-        if K % g:
-            raise ValueError(f"group size {g} does not divide K = {K}")
-        return K // g
+    @cached_property
+    def granularity(self) -> Granularity:
+        """See `Grid.granularity`."""
+        return granularity(self.group)
+
+    @property
+    def wants_hessian(self) -> bool:
+        """Whether the range weighs errors by the group's whole part of H."""
+        return getattr(self.range, "wants_hessian", False)
+
+    def plain(self) -> Int:
+        """Return the grid with the min-max range."""
+        return self if self.range is None else replace(self, range=None)
+
+    def stored_in(self, dtype: torch.dtype) -> Int:
+        """See `Grid.stored_in`."""
+        return replace(self, scale_dtype=dtype)
+
+    def with_bits(self, bits: int) -> Int:
+        """See `Grid.with_bits`."""
+        return replace(self, bits=bits)
+
+    def stacks_with(self, other: Grid) -> bool:
+        """See `Grid.stacks_with`; two weights do not share the scale of a tensor."""
+        alike = isinstance(other, Int) and self == other and self.range == other.range
+        return alike and not isinstance(self.granularity, PerTensor)
 
     def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Params:
         """Choose scale and zero `[N, G]` for float32 `W_NK`, errors weighed by the diagonal of `H_KK` if given.
 
-        `H_KK` may be that diagonal alone, `[K]`.
-
-        A range that wants whole diagonal blocks of H (`uses_blocks`) is handed `[G, g, g]` in place of `[G, g]`.
+        `H_KK` may be that diagonal alone, `[K]`. A range that wants the Hessian is handed its diagonal blocks
+        `[G, g, g]` in place of the diagonal `[G, g]`. Raises ValueError where the groups do not divide K.
         """
         N, K = W_NK.shape
-        G = self.groups(K)
-        if self.per_tensor:
+        G = self.granularity.groups(K)
+        if isinstance(self.granularity, PerTensor):
             weight = None if H_KK is None else _diagonal(H_KK).expand(N, K).reshape(-1)
-            params = self._fit_rows(W_NK.reshape(-1), weight)
-            return params.map(lambda p: p.expand(N, 1).contiguous())
-        return self._fit_rows(W_NK.reshape(N, G, K // G), _group_weight(H_KK, G, self.range))
+            return self.fit_values(W_NK.reshape(-1), weight).map(lambda p: p.expand(N, 1).contiguous())
+        return self.fit_values(W_NK.reshape(N, G, K // G), self._weight(H_KK, G))
 
-    def _fit_rows(self, w: Tensor, weight: Tensor | None) -> Params:
+    def fit_values(self, w: Tensor, weight: Tensor | None) -> Params:
+        """See `AffineGrid.fit_values`."""
         if self.range is None:
-            lo, hi = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-        else:
-            lo, hi = self.range.interval(w, self, weight)
-        return self.params(lo, hi)
+            return super().fit_values(w, weight)
+        return self.params(*self.range.interval(w, self, weight))
+
+    def _weight(self, H_KK: Tensor | None, G: int) -> Tensor | None:
+        if H_KK is None or not self.wants_hessian:
+            return None if H_KK is None else _diagonal(H_KK).reshape(G, -1)
+        g, i = len(H_KK) // G, torch.arange(G, device=H_KK.device)
+        return H_KK.reshape(G, g, G, g)[i, :, i, :]
 
     def params(self, lo: Tensor, hi: Tensor) -> Params:
         """Return the grid that covers `[lo, hi]` (lo <= 0 <= hi), scales rounded to `scale_dtype`.
@@ -106,7 +131,8 @@ class Int:
         Such a group is so small that codes or all of it are lost, or so large that it is clipped.
         """
         N, K = W_NK.shape
-        w = W_NK.reshape(1, 1, -1) if self.per_tensor else W_NK.reshape(N, self.groups(K), -1)
+        by = self.granularity
+        w = W_NK.reshape(by.rows(N), by.groups(K), -1)
         lo, hi = (x.float() for x in w.aminmax(dim=-1))
         exact = self._scale(lo.clamp(max=0), hi.clamp(min=0))
         least, limit = self._held()
@@ -127,42 +153,35 @@ class Int:
         """Return the least and the largest code."""
         return 1.0 if self.restricted else 0.0, 2.0**self.bits - 1
 
-    def nearest(self, w: Tensor, params: Params) -> Tensor:
+    def nearest(self, w: Tensor, params: Parameters) -> Tensor:
         """Return the nearest codes as float32 integers."""
+        params = Params.of(params)
         code = (w / params.scale.float()).add_(_ROUND).sub_(_ROUND)
         return code.add_(params.zero).clamp_(*self.bounds())
 
-    def decode(self, codes: Tensor, params: Params) -> Tensor:
+    def decode(self, codes: Tensor, params: Parameters) -> Tensor:
         """Return `scale * (code - zero)` in float32."""
+        params = Params.of(params)
         return (codes - params.zero).float().mul_(params.scale.float())
 
-    def lattice(self, params: Params) -> Lattice:
+    def lattice(self, params: Parameters) -> Lattice:
         """Return the values of `[N, G]` parameters."""
+        params = Params.of(params)
         scale = params.scale.float()
         return Lattice(scale, params.zero.float(), torch.zeros_like(scale), *self.bounds())
 
     def refine(
-        self, error_NK: Tensor, gradient_NK: Tensor, codes: Tensor, params: Params, H_KK: Tensor, group_K: Tensor
-    ) -> Params:
+        self, error_NK: Tensor, gradient_NK: Tensor, codes: Tensor, params: Parameters, H_KK: Tensor, group_K: Tensor
+    ) -> Parameters:
         """Return params whose scales are the least-squares ones for these codes; see `_int_refine`.
 
         One scale for the whole tensor stays as it is.
         """
-        if self.per_tensor:
+        if isinstance(self.granularity, PerTensor):
             return params
         from llmq.grids._int_refine import refine
 
-        return refine(gradient_NK, codes, params, H_KK, group_K)
-
-
-def _group_weight(H_KK: Tensor | None, G: int, range_: Range | None) -> Tensor | None:
-    if H_KK is None:
-        return None
-    g = H_KK.shape[0] // G
-    if getattr(range_, "uses_blocks", False):
-        i = torch.arange(G, device=H_KK.device)
-        return H_KK.reshape(G, g, G, g)[i, :, i, :]
-    return _diagonal(H_KK).reshape(G, g)
+        return refine(gradient_NK, codes, Params.of(params), H_KK, group_K)
 
 
 def _diagonal(H_KK: Tensor) -> Tensor:

@@ -9,9 +9,6 @@ Facts: block_iq4_nl of ggml-common.h. Not here: the search (_ggml_linear.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -19,15 +16,14 @@ from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, s
 from llmq.grids._ggml_linear import Table
 
 
-@dataclass(frozen=True)
 class IQ4_NL(Table):
     """16 levels, closer together near zero."""
 
-    bits: ClassVar[int] = 4
-    group_size: ClassVar[int] = 32
-    qblock: ClassVar[int] = 32
-    qblock_bytes: ClassVar[int] = 18
-    starts: ClassVar[tuple[float, ...]] = (*spread(-108, -152, 12), *spread(106, 122, 4))
+    bits = 4
+    group_size = 32
+    qblock = 32
+    qblock_bytes = 18
+    starts = (*spread(-108, -152, 12), *spread(106, 122, 4))
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         return torch.cat([half_to_bytes(stored.d), merge(codes.unflatten(-1, (2, 16)), 4)], dim=-1)

@@ -11,30 +11,26 @@ Facts: block_iq4_xs of ggml-common.h. Not here: the search (_ggml_linear.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split, spread
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, held, merge, split, spread
 from llmq.grids._ggml_linear import Table
 
 
-@dataclass(frozen=True)
 class IQ4_XS(Table):
     """16 levels, closer together near zero; signed 6-bit scales."""
 
-    bits: ClassVar[int] = 4
-    group_size: ClassVar[int] = 32
-    qblock: ClassVar[int] = 256
-    qblock_bytes: ClassVar[int] = 136
-    starts: ClassVar[tuple[float, ...]] = (*spread(-108, -152, 12), *spread(106, 122, 4))
-    small_range: ClassVar[tuple[int, int]] = (-32, 31)
-    sc_starts: ClassVar[tuple[float, ...]] = (-32, -31, -30, -28, 31, 30, 29)
+    bits = 4
+    group_size = 32
+    qblock = 256
+    qblock_bytes = 136
+    starts = (*spread(-108, -152, 12), *spread(106, 122, 4))
+    small_range = (-32, 31)
+    sc_starts = (-32, -31, -30, -28, 31, 30, 29)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
-        small = (stored.sc + 32).to(torch.uint8)
+        small = (held(stored.sc) + 32).to(torch.uint8)
         high = merge((small >> 4).unflatten(-1, (2, 4)).mT, 2)
         low = merge((small & 15).unflatten(-1, (4, 2)).mT, 4)
         qs = merge(codes.unflatten(-1, (8, 2, 16)), 4).flatten(-2)

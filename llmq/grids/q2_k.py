@@ -11,29 +11,25 @@ Facts: block_q2_K of ggml-common.h. Not here: the search (_ggml_affine.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split, spread
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, held, merge, split, spread
 from llmq.grids._ggml_affine import Affine
 
 
-@dataclass(frozen=True)
 class Q2_K(Affine):
     """4 codes; 4-bit scales and minima."""
 
-    bits: ClassVar[int] = 2
-    group_size: ClassVar[int] = 16
-    qblock: ClassVar[int] = 256
-    qblock_bytes: ClassVar[int] = 84
-    starts: ClassVar[tuple[float, ...]] = spread(2.1, 4.3, 14)
-    small_range: ClassVar[tuple[int, int]] = (0, 15)
+    bits = 2
+    group_size = 16
+    qblock = 256
+    qblock_bytes = 84
+    starts = spread(2.1, 4.3, 14)
+    small_range = (0, 15)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
-        small = (stored.sc | stored.m << 4).to(torch.uint8)
+        small = (held(stored.sc) | held(stored.m) << 4).to(torch.uint8)
         qs = merge(codes.unflatten(-1, (2, 4, 32)), 2).flatten(-2)
         return torch.cat([small, qs, half_to_bytes(stored.d, stored.dmin)], dim=-1)
 

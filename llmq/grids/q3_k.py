@@ -12,31 +12,27 @@ Facts: block_q3_K of ggml-common.h. Not here: the search (_ggml_linear.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split, spread
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, held, merge, split, spread
 from llmq.grids._ggml_linear import Linear
 
 
-@dataclass(frozen=True)
 class Q3_K(Linear):
     """8 levels from -4 to 3; signed 6-bit scales."""
 
-    bits: ClassVar[int] = 3
-    group_size: ClassVar[int] = 16
-    qblock: ClassVar[int] = 256
-    qblock_bytes: ClassVar[int] = 110
-    zero: ClassVar[int] = 4
-    starts: ClassVar[tuple[float, ...]] = (*spread(-3.3, -5, 12), *spread(3.1, 3.8, 3))
-    small_range: ClassVar[tuple[int, int]] = (-32, 31)
-    sc_starts: ClassVar[tuple[float, ...]] = (-32, -31, -30, -28, -26, 31, 30, 29, 27)
+    bits = 3
+    group_size = 16
+    qblock = 256
+    qblock_bytes = 110
+    zero = 4
+    starts = (*spread(-3.3, -5, 12), *spread(3.1, 3.8, 3))
+    small_range = (-32, 31)
+    sc_starts = (-32, -31, -30, -28, -26, 31, 30, 29, 27)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
-        small = (stored.sc + 32).to(torch.uint8)
+        small = (held(stored.sc) + 32).to(torch.uint8)
         low, high = merge((small & 15).unflatten(-1, (2, 8)), 4), merge((small >> 4).unflatten(-1, (4, 4)), 2)
         top = merge((codes >> 2).unflatten(-1, (8, 32)), 1)
         qs = merge((codes & 3).unflatten(-1, (2, 4, 32)), 2).flatten(-2)

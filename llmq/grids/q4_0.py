@@ -9,9 +9,6 @@ Facts: block_q4_0 of ggml-common.h. Not here: the search (_ggml_linear.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -19,16 +16,15 @@ from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, s
 from llmq.grids._ggml_linear import Linear
 
 
-@dataclass(frozen=True)
 class Q4_0(Linear):
     """16 levels from -8 to 7; the scale is negative where the largest value is positive."""
 
-    bits: ClassVar[int] = 4
-    group_size: ClassVar[int] = 32
-    qblock: ClassVar[int] = 32
-    qblock_bytes: ClassVar[int] = 18
-    zero: ClassVar[int] = 8
-    starts: ClassVar[tuple[float, ...]] = (*spread(-6.8, -9.6, 12), *spread(6.9, 7.7, 3))
+    bits = 4
+    group_size = 32
+    qblock = 32
+    qblock_bytes = 18
+    zero = 8
+    starts = (*spread(-6.8, -9.6, 12), *spread(6.9, 7.7, 3))
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         return torch.cat([half_to_bytes(stored.d), merge(codes.unflatten(-1, (2, 16)), 4)], dim=-1)

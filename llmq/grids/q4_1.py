@@ -10,28 +10,24 @@ Facts: block_q4_1 of ggml-common.h. Not here: the search (_ggml_affine.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split, spread
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, held, merge, split, spread
 from llmq.grids._ggml_affine import Affine
 
 
-@dataclass(frozen=True)
 class Q4_1(Affine):
     """16 codes between a minimum and a maximum."""
 
-    bits: ClassVar[int] = 4
-    group_size: ClassVar[int] = 32
-    qblock: ClassVar[int] = 32
-    qblock_bytes: ClassVar[int] = 20
-    starts: ClassVar[tuple[float, ...]] = spread(14.1, 18, 12)
+    bits = 4
+    group_size = 32
+    qblock = 32
+    qblock_bytes = 20
+    starts = spread(14.1, 18, 12)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
-        halves = half_to_bytes(stored.d, -stored.dmin)
+        halves = half_to_bytes(stored.d, -held(stored.dmin))
         return torch.cat([halves, merge(codes.unflatten(-1, (2, 16)), 4)], dim=-1)
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:

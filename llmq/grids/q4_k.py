@@ -11,9 +11,6 @@ Facts: block_q4_K of ggml-common.h. Not here: the search (_ggml_affine.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -21,16 +18,15 @@ from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, p
 from llmq.grids._ggml_affine import Affine
 
 
-@dataclass(frozen=True)
 class Q4_K(Affine):
     """16 codes; 6-bit scales and minima."""
 
-    bits: ClassVar[int] = 4
-    group_size: ClassVar[int] = 32
-    qblock: ClassVar[int] = 256
-    qblock_bytes: ClassVar[int] = 144
-    starts: ClassVar[tuple[float, ...]] = spread(14.1, 18, 12)
-    small_range: ClassVar[tuple[int, int]] = (0, 63)
+    bits = 4
+    group_size = 32
+    qblock = 256
+    qblock_bytes = 144
+    starts = spread(14.1, 18, 12)
+    small_range = (0, 63)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         qs = merge(codes.unflatten(-1, (4, 2, 32)), 4).flatten(-2)

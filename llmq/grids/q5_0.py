@@ -10,9 +10,6 @@ Facts: block_q5_0 of ggml-common.h. Not here: the search (_ggml_linear.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -20,16 +17,15 @@ from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, m
 from llmq.grids._ggml_linear import Linear
 
 
-@dataclass(frozen=True)
 class Q5_0(Linear):
     """32 levels from -16 to 15; the scale is negative where the largest value is positive."""
 
-    bits: ClassVar[int] = 5
-    group_size: ClassVar[int] = 32
-    qblock: ClassVar[int] = 32
-    qblock_bytes: ClassVar[int] = 22
-    zero: ClassVar[int] = 16
-    starts: ClassVar[tuple[float, ...]] = (*spread(-13.6, -18.4, 12), *spread(13.8, 15.6, 3))
+    bits = 5
+    group_size = 32
+    qblock = 32
+    qblock_bytes = 22
+    zero = 16
+    starts = (*spread(-13.6, -18.4, 12), *spread(13.8, 15.6, 3))
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         nibbles = merge((codes & 15).unflatten(-1, (2, 16)), 4)

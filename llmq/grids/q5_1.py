@@ -11,29 +11,36 @@ Facts: block_q5_1 of ggml-common.h. Not here: the search (_ggml_affine.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, merge_bits, split, split_bits, spread
+from llmq.grids._ggml import (
+    Stored,
+    bytes_to_half,
+    cut,
+    half_to_bytes,
+    held,
+    merge,
+    merge_bits,
+    split,
+    split_bits,
+    spread,
+)
 from llmq.grids._ggml_affine import Affine
 
 
-@dataclass(frozen=True)
 class Q5_1(Affine):
     """32 codes between a minimum and a maximum."""
 
-    bits: ClassVar[int] = 5
-    group_size: ClassVar[int] = 32
-    qblock: ClassVar[int] = 32
-    qblock_bytes: ClassVar[int] = 24
-    starts: ClassVar[tuple[float, ...]] = spread(30.1, 35.6, 12)
+    bits = 5
+    group_size = 32
+    qblock = 32
+    qblock_bytes = 24
+    starts = spread(30.1, 35.6, 12)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         nibbles = merge((codes & 15).unflatten(-1, (2, 16)), 4)
-        return torch.cat([half_to_bytes(stored.d, -stored.dmin), merge_bits(codes >> 4), nibbles], dim=-1)
+        return torch.cat([half_to_bytes(stored.d, -held(stored.dmin)), merge_bits(codes >> 4), nibbles], dim=-1)
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:
         halves, high, nibbles = cut(blocks, (4, 4, 16))

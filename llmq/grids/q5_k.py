@@ -13,9 +13,6 @@ Facts: block_q5_K of ggml-common.h. Not here: the search (_ggml_affine.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -23,16 +20,15 @@ from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, p
 from llmq.grids._ggml_affine import Affine
 
 
-@dataclass(frozen=True)
 class Q5_K(Affine):
     """32 codes; 6-bit scales and minima."""
 
-    bits: ClassVar[int] = 5
-    group_size: ClassVar[int] = 32
-    qblock: ClassVar[int] = 256
-    qblock_bytes: ClassVar[int] = 176
-    starts: ClassVar[tuple[float, ...]] = spread(30.1, 35.6, 12)
-    small_range: ClassVar[tuple[int, int]] = (0, 63)
+    bits = 5
+    group_size = 32
+    qblock = 256
+    qblock_bytes = 176
+    starts = spread(30.1, 35.6, 12)
+    small_range = (0, 63)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         top = merge((codes >> 4).unflatten(-1, (8, 32)), 1)

@@ -12,33 +12,29 @@ Facts: block_q6_K of ggml-common.h. Not here: the search (_ggml_linear.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, merge, split, spread
+from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, held, merge, split, spread
 from llmq.grids._ggml_linear import Linear
 
 
-@dataclass(frozen=True)
 class Q6_K(Linear):
     """64 levels from -32 to 31; signed 8-bit scales."""
 
-    bits: ClassVar[int] = 6
-    group_size: ClassVar[int] = 16
-    qblock: ClassVar[int] = 256
-    qblock_bytes: ClassVar[int] = 210
-    zero: ClassVar[int] = 32
-    starts: ClassVar[tuple[float, ...]] = (*spread(-20.8, -35, 12), *spread(20.8, 31.4, 8))
-    small_range: ClassVar[tuple[int, int]] = (-128, 127)
-    sc_starts: ClassVar[tuple[float, ...]] = (-128, -126, -123, 127, 125, 122)
+    bits = 6
+    group_size = 16
+    qblock = 256
+    qblock_bytes = 210
+    zero = 32
+    starts = (*spread(-20.8, -35, 12), *spread(20.8, 31.4, 8))
+    small_range = (-128, 127)
+    sc_starts = (-128, -126, -123, 127, 125, 122)
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         low = merge((codes & 15).unflatten(-1, (2, 2, 64)), 4).flatten(-2)
         high = merge((codes >> 4).unflatten(-1, (2, 4, 32)), 2).flatten(-2)
-        sc = stored.sc.to(torch.int8).view(torch.uint8)
+        sc = held(stored.sc).to(torch.int8).view(torch.uint8)
         return torch.cat([low, high, sc, half_to_bytes(stored.d)], dim=-1)
 
     def _unpack(self, blocks: Tensor) -> tuple[Tensor, Stored]:

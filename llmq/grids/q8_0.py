@@ -9,9 +9,6 @@ Facts: block_q8_0 of ggml-common.h. Not here: the search (_ggml_linear.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -19,16 +16,15 @@ from llmq.grids._ggml import Stored, bytes_to_half, cut, half_to_bytes, spread
 from llmq.grids._ggml_linear import Linear
 
 
-@dataclass(frozen=True)
 class Q8_0(Linear):
     """256 levels from -128 to 127."""
 
-    bits: ClassVar[int] = 8
-    group_size: ClassVar[int] = 32
-    qblock: ClassVar[int] = 32
-    qblock_bytes: ClassVar[int] = 34
-    zero: ClassVar[int] = 128
-    starts: ClassVar[tuple[float, ...]] = (127, *spread(-112, -132, 6), *spread(112, 126, 3))
+    bits = 8
+    group_size = 32
+    qblock = 32
+    qblock_bytes = 34
+    zero = 128
+    starts = (127, *spread(-112, -132, 6), *spread(112, 126, 3))
 
     def _pack(self, codes: Tensor, stored: Stored) -> Tensor:
         return torch.cat([half_to_bytes(stored.d), codes ^ 128], dim=-1)  # code - 128 in two's complement

@@ -27,7 +27,6 @@ from llmq import registry
 from llmq.calibration.collect import collect
 from llmq.calibration.kv_scales import KvMaxima
 from llmq.calibration.state import Calibration
-from llmq.grids.int import Int
 from llmq.model.folding import Fold, fold
 from llmq.model.lanes import Batches, Call, Lanes, run
 from llmq.model.sites import discover, family_sites
@@ -36,7 +35,7 @@ from llmq.pipeline.records import Line, Record
 from llmq.pipeline.site import Answer, Target, solve
 from llmq.stats import Hessian, Histogram, MeanSquare, Stat, Stats
 from llmq.steps import BlockView, Scaling, SiteView, Solved, Transform, Tuner
-from llmq.types import Params, Site
+from llmq.types import AffineGrid, Params, Site
 
 
 @dataclass
@@ -171,7 +170,7 @@ def _solve_site(
     """
     plan, report = block.plan, block.report
     specs = {n: plan.linears[block.full(n)] for n in site.linears if block.full(n) in plan.linears}
-    static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in specs.values())
+    static = next((s.scheme.activation for s in specs.values() if s.scheme.static), None)
     needs = {*plan.method.needs([s.scheme.weight for s in specs.values()]), *((Histogram,) if static else ())}
     measured: set[type[Stat]] = {MeanSquare} if plan.method.recipe.imatrix_out else set()
     stats = Stats()
@@ -189,7 +188,7 @@ def _solve_site(
     }
     answers = solve(plan.method, targets, stats)
     if static:
-        inputs = _input_params(plan, stats[Histogram])
+        inputs = _input_params(static, stats[Histogram])
         answers = {n: a._replace(solved=_with_input(a.solved, inputs)) for n, a in answers.items()}
     H_KK = stats[Hessian].mean() if Hessian in stats else None
     if plan.method.finishers and H_KK is not None:
@@ -279,14 +278,11 @@ def _record_calls(module: nn.Module, name: str, into: dict[str, list[Call]], tok
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _input_params(plan: Plan, histogram: Histogram) -> Params:
-    """Return the static int8 grid of a site's input, `[1]` each, scale in the format's dtype."""
-    range_: Any = plan.method.act_range
-    scale_dtype = plan.method.format.scale_dtype(plan.skeleton.stored_dtype)
-    grid = Int(8, True, None, scale_dtype=scale_dtype, range=range_)
+def _input_params(grid: AffineGrid, histogram: Histogram) -> Params:
+    """Return where the static grid of a site's input lies, `[1]` each; never falling: runtimes want positive scales."""
     values, counts = histogram.values()
-    lo, hi = range_.interval(values[None], grid, counts[None])
-    return grid.params(torch.minimum(lo, hi), torch.maximum(lo, hi))  # never falling: runtimes want positive scales
+    params = grid.fit_values(values[None], counts[None])
+    return dataclasses.replace(params, scale=params.scale.abs())
 
 
 def _settle(block: _Block) -> dict[str, Tensor]:

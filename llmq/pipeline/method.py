@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import torch
 
-from llmq import options, registry
+from llmq import registry
 from llmq.grids.int import Int
 from llmq.guard.patterns import Pattern
 from llmq.overrides import Override, parse
-from llmq.recipe import DEFAULT_RANGE, KINDS, Recipe, group
+from llmq.recipe import Recipe
 from llmq.stats import Stat
 from llmq.steps import (
     RUNNING_ORDER,
@@ -31,7 +31,7 @@ from llmq.steps import (
     Tuner,
     Weighting,
 )
-from llmq.types import ActivationGrid, Format, Grid, LlmqError, Range, Scheme, Wanted
+from llmq.types import AffineGrid, Format, Grid, LlmqError, Scheme, Wanted
 
 _HELD = {
     "desc_act": "g_idx; drop desc_act (static groups) or use --format gptq",
@@ -55,9 +55,8 @@ class Method:
     tuners: tuple[Tuner, ...]
     finishers: tuple[Finisher, ...]
     format: Format
-    act_range: Range | None  # of static activation scales
     base: Scheme | None  # None where the format's own types take its place (GGUF)
-    overrides: tuple[tuple[Override, dict[str, Any]], ...]
+    overrides: tuple[tuple[Override, dict[str, str]], ...]
     skip: tuple[Pattern, ...]
 
     def needs(self, grids: Sequence[Grid]) -> tuple[type[Stat], ...]:
@@ -88,7 +87,7 @@ class Method:
         grid = self.base.weight
         for override, new in self.overrides:
             if override.pattern.search(name):
-                grid = dataclasses.replace(grid, **new)
+                grid = registry.changed(grid, new, override.text)
         return Scheme(grid, self.base.activation)
 
 
@@ -98,7 +97,7 @@ def method_of(recipe: Recipe, model_dtype: torch.dtype) -> Method:
     steps = _steps(recipe)
     (solver,) = steps[Solver]
     fmt = _format(recipe, solver)
-    base, overrides = (None, ()) if recipe.bits is None else _schemes(recipe, fmt, model_dtype)
+    base, overrides = _schemes(recipe, recipe.grid, fmt.scale_dtype(model_dtype)) if recipe.grid else (None, ())
     return Method(
         recipe=recipe,
         rotations=tuple(steps[Rotation]),
@@ -110,38 +109,29 @@ def method_of(recipe: Recipe, model_dtype: torch.dtype) -> Method:
         tuners=tuple(steps[Tuner]),
         finishers=tuple(steps[Finisher]),
         format=fmt,
-        act_range=_act_range(recipe),
         base=base,
         overrides=overrides,
         skip=tuple(Pattern(s, f"--skip {s!r}") for s in recipe.skip),
     )
 
 
-def _schemes(recipe: Recipe, fmt: Format, model_dtype: torch.dtype) -> tuple[Scheme, Any]:
-    """Return the scheme of most linears, and how some differ from it."""
-    activation = ActivationGrid(8, recipe.act == "token", recipe.act_sym) if recipe.act_bits else None
-    try:
-        grid = Int(
-            bits=recipe.bits,
-            sym=recipe.sym,
-            **group(recipe.group_size),
-            restricted=activation is not None and recipe.sym,
-            scale_dtype=fmt.scale_dtype(model_dtype),
-            range=registry.load("ranges", recipe.range or DEFAULT_RANGE, code=True),
-        )
-        overrides = tuple(_override(o, grid) for o in recipe.override)
-    except ValueError as e:
-        raise LlmqError(str(e)) from e
-    return Scheme(grid, activation), overrides
+def _schemes(recipe: Recipe, text: str, scale_dtype: torch.dtype) -> tuple[Scheme, Any]:
+    """Return the scheme of most linears, whose grid a text names, and how some differ from it."""
+    grid: Grid = registry.load("grids", text, code=True).stored_in(scale_dtype)
+    if recipe.act_bits and grid.bits != 8:
+        raise LlmqError(f"8-bit activations need 8-bit weights, not {grid.bits}; say --weights int:bits=8:...")
+    return Scheme(grid, _activation(recipe, scale_dtype)), tuple(_override(o, grid) for o in recipe.override)
 
 
-def _act_range(recipe: Recipe) -> Range | None:
-    if recipe.act_range is None:
+def _activation(recipe: Recipe, scale_dtype: torch.dtype) -> AffineGrid | None:
+    """Return the grid of the linears' inputs, None where they stay float."""
+    if not recipe.act_bits:
         return None
-    range_ = registry.load("ranges", recipe.act_range, code=True)
-    if getattr(range_, "uses_blocks", False):
+    range_ = registry.load("ranges", recipe.act_range, code=True) if recipe.act_range else None
+    if getattr(range_, "wants_hessian", False):
         raise LlmqError(f"--act-range {recipe.act_range} weighs errors of weights; choose another for activations")
-    return range_
+    group = "channel" if recipe.act == "token" else "tensor"
+    return Int(8, recipe.act_sym, group, range=range_, scale_dtype=scale_dtype)
 
 
 def _steps(recipe: Recipe) -> dict[type[Step], list[Any]]:
@@ -178,19 +168,11 @@ def _format(recipe: Recipe, solver: Solver) -> Format:
     return cast(Format, fmt)
 
 
-def _override(text: str, grid: Int) -> tuple[Override, dict[str, Any]]:
+def _override(text: str, grid: Grid) -> tuple[Override, dict[str, str]]:
+    """Return an override and what it changes of a grid. Raises LlmqError for what does not read, or change it."""
     override = parse(text)
     if override is None:
         raise LlmqError(f"--override {text!r} does not read; write REGEX:bits=8,group_size=32 (also sym=, range=)")
-    new: dict[str, Any] = {}
-    for key, value in override.changes.items():
-        if key == "group_size":
-            new |= group(value)
-        elif key == "range":
-            new["range"] = registry.load("ranges", value, code=True)
-        elif key in ("bits", "sym"):
-            new[key] = options.parse(f"--override {text!r}: {key}", value, KINDS[key])
-        else:
-            raise LlmqError(f"--override {text!r}: there is no {key!r} to change")
-    dataclasses.replace(grid, **new)  # raises ValueError for an impossible grid
+    new = {"group" if key == "group_size" else key: value for key, value in override.changes.items()}
+    registry.changed(grid, new, f"--override {text!r}")
     return override, new

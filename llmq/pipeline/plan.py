@@ -18,7 +18,6 @@ from torch import nn
 from llmq import registry
 from llmq.checkpoint import Source, resolve
 from llmq.errors import one_line, printable
-from llmq.grids.int import Int
 from llmq.model.adapter import Adapted, Adapter
 from llmq.model.pretrained import tokenizer_of
 from llmq.model.rotated import Rotated
@@ -26,7 +25,7 @@ from llmq.model.sites import family_sites, no_table
 from llmq.model.skeleton import Skeleton
 from llmq.pipeline.method import Method, method_of
 from llmq.recipe import Recipe
-from llmq.types import Assignment, FloatModel, Format, LinearSpec, LlmqError, Made
+from llmq.types import AffineGrid, Assignment, FloatModel, Format, LinearSpec, LlmqError, Made
 
 
 @dataclass
@@ -77,7 +76,7 @@ class Plan:
     def calibrates(self) -> bool:
         """Say whether any step needs activations."""
         grids = [s.scheme.weight for s in self.linears.values()]
-        static = any(s.scheme.activation and not s.scheme.activation.dynamic for s in self.linears.values())
+        static = any(s.scheme.static for s in self.linears.values())
         recipe, method = self.method.recipe, self.method
         measured = recipe.target_bpw is not None or recipe.imatrix_out is not None or recipe.kv_bits is not None
         steps = (method.weightings, method.transforms, method.needs(grids), method.tuners, method.finishers)
@@ -150,7 +149,7 @@ def _assigned(skeleton: Skeleton, method: Method, device: torch.device) -> Plan:
     )
     assigned = method.format.assign(model, method.wanted())
     for step in (*method.tuners, *method.finishers):
-        if not assigned.schemes or any(not isinstance(s.weight, Int) for s in assigned.schemes.values()):
+        if not assigned.schemes or any(not isinstance(s.weight, AffineGrid) for s in assigned.schemes.values()):
             raise LlmqError(f"{registry.dump(step)} tunes integer grids only; for GGUF leave it out")
     solved = {*inside, head} if method.recipe.lm_head else set(inside)
     skipped = [n for n in (*inside, head) if n not in assigned.schemes]
@@ -203,7 +202,7 @@ def _check_head(skeleton: Skeleton) -> None:
 
 def at_bits(linear: LinearSpec, bits: int) -> LinearSpec:
     """Return a linear with so many bits a code, the rest of its grid as it is."""
-    grid = dataclasses.replace(linear.scheme.weight, bits=bits)
+    grid = linear.scheme.weight.with_bits(bits)
     return dataclasses.replace(linear, scheme=dataclasses.replace(linear.scheme, weight=grid))
 
 

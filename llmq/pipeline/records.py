@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,8 +70,7 @@ def _solved(q: QTensor, Q_NK: Tensor) -> dict[str, Tensor]:
     """Return what the checksums of a linear are taken of."""
     if not isinstance(q.params, Params):
         return {"values": Q_NK.float()}
-    grid: Any = q.grid
-    params = q.params.map(lambda p: p[:1]) if grid.per_tensor else q.params
+    params = q.params.map(itemgetter(slice(q.grid.granularity.rows(len(q.codes)))))
     found = {"codes": q.codes, "scale": params.scale, "zero": params.zero}
     return found if q.g_idx is None else found | {"g_idx": q.g_idx.to(torch.int32)}
 

@@ -6,7 +6,6 @@ Not here: where the record is written (formats/), what is measured of a linear (
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def summary(plan: Plan, record: Record, total: int, digests: Mapping[str, str]) 
         "device": plan.device.type,
         "dtype": str(plan.skeleton.dtype).removeprefix("torch."),
         "source": dataclasses.asdict(plan.source.origin),
-        "recipe": json.loads(json.dumps(dataclasses.asdict(plan.method.recipe))),
+        "recipe": plan.method.recipe.to_json(),
         "warnings": plan.warnings,
         "size": _size(plan, total),
         "linears": record.linears,

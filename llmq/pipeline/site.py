@@ -80,10 +80,8 @@ def _stacks(targets: Mapping[str, Target]) -> list[list[str]]:
 
 
 def _alike(a: Target, b: Target) -> bool:
-    """Say whether two linears may be one matrix; one scale for a whole tensor would become that of both."""
-    whole = getattr(a.grid, "per_tensor", False)
-    same = a.grid == b.grid and getattr(a.grid, "range", None) == getattr(b.grid, "range", None)
-    return same and not whole and a.importance is None and b.importance is None
+    """Say whether two linears may be one matrix."""
+    return a.grid.stacks_with(b.grid) and a.importance is None and b.importance is None
 
 
 def _own(stats: Stats, target: Target) -> Stats:

@@ -24,7 +24,7 @@ class Output:
     steps: how many factors are tried (AWQ: 10; 20 here).
     """
 
-    uses_blocks = True
+    wants_hessian = True
     least: float = 0.5
     steps: int = 21
 

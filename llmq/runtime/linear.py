@@ -121,7 +121,7 @@ class QuantLinear(nn.Module):
         grid = self.spec.scheme.weight
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={grid.bits}, group_size={grid.group_size}, format={self.fmt.quant_method}, backend={self.backend}"
+            f"bits={grid.bits}, {grid.granularity}, format={self.fmt.quant_method}, backend={self.backend}"
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

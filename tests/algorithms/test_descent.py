@@ -31,7 +31,7 @@ def row_loss(W_NK, q, H_KK):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("group", [32, 64, None])
+@pytest.mark.parametrize("group", [32, 64, "channel"])
 def test_no_row_gets_worse_and_the_sum_gets_better(bits, sym, group):
     W_NK, h = weight(24, 128), hessian(128)
     before = Gptq().solve(W_NK, Int(bits, sym, group), Stats({Hessian: h}))
@@ -133,6 +133,6 @@ def test_groups_of_the_act_order_are_kept():
 
 def test_one_scale_for_the_tensor_stays_one_scale():
     W_NK, h = weight(16, 64), hessian(64)
-    before = Gptq().solve(W_NK, Int(8, True, None, per_tensor=True), Stats({Hessian: h}))
+    before = Gptq().solve(W_NK, Int(8, True, "tensor"), Stats({Hessian: h}))
     after = Descent().refine(W_NK, before, Stats({Hessian: h}))
     assert torch.equal(after.q.params.scale, before.q.params.scale)

@@ -36,7 +36,7 @@ def reference(W_NK, H_KK, grid, damp, act_order, desc_act):
     order = torch.argsort(H_KK.diagonal(), descending=True, stable=True) if act_order else torch.arange(K)
     H.diagonal().add_(damp * H.diagonal().mean())
     U = torch.linalg.cholesky(torch.linalg.inv(H[order][:, order]), upper=True)
-    group = torch.arange(K) // grid.group_size
+    group = torch.arange(K) // grid.group
     if not desc_act:
         group = group[order]
     params = grid.fit(W_NK[:, order] if desc_act else W_NK, H_KK)

@@ -15,7 +15,7 @@ def problem(N, K, grid, seed=0):
     W_NK, X_TK = torch.randn(N, K, generator=g), torch.randn(400, K, generator=g) @ torch.randn(K, K, generator=g)
     F_KK, _ = Gptq().factor(X_TK.T @ X_TK / 400, 400)
     W_KN = W_NK.T.contiguous()
-    return W_KN, F_KK, grid.fit(W_NK), torch.arange(K) // grid.group_size
+    return W_KN, F_KK, grid.fit(W_NK), torch.arange(K) // grid.granularity.group_size
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -23,7 +23,7 @@ def problem(N, K, grid, seed=0):
 @pytest.mark.parametrize(("N", "K"), [(1, 32), (24, 96), (300, 160)])
 def test_compiled_and_torch_leaves_round_alike(monkeypatch, bits, options, N, K):
     assert compiled(_sweep._leaf, _sweep._KINDS) is not None, "numba is a dependency"
-    grid = Int(bits=bits, group_size=32, **options)
+    grid = Int(bits=bits, group=32, **options)
     W_KN, F_KK, params, group_K = problem(N, K, grid, seed=N + bits)
     fast = _sweep.round_columns(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
     monkeypatch.setattr(_sweep, "compiled", lambda *_: None)

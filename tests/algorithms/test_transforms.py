@@ -21,7 +21,7 @@ from llmq.model.folding import Fold, fold
 from llmq.model.lanes import Batches, Lanes
 from llmq.stats import AbsMax, AbsMean, Hessian, MeanSquare, Sample
 from llmq.steps import Scaling, SiteView
-from llmq.types import ActivationGrid, Scheme
+from llmq.types import Scheme
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -129,7 +129,7 @@ def test_smoothquant_scales_by_its_formula():
     torch.testing.assert_close(view.modules["input_layernorm"].weight, gain / want)
 
 
-DYNAMIC, STATIC = ActivationGrid(), ActivationGrid(dynamic=False)
+DYNAMIC, STATIC = Int(8, True, "channel"), Int(8, True, "tensor")
 
 
 def product_errors(view, scale_K):
@@ -141,7 +141,7 @@ def product_errors(view, scale_K):
         params = scheme.weight.fit(W_NK * scale_K).columns(W_NK.shape[1])
         W = scheme.weight.decode(scheme.weight.nearest(W_NK * scale_K, params), params)
         if scheme.activation:
-            step = (x.abs().amax(1, keepdim=True) if scheme.activation.dynamic else x.abs().amax()) / 127
+            step = (x.abs().amax(1, keepdim=True) if not scheme.static else x.abs().amax()) / 127
             x = (x / step).round() * step
         error += (x @ W.T - X_TK @ W_NK.T).square().sum(1).mean().item()
     return error
@@ -153,7 +153,7 @@ def test_migrate_expects_the_error_that_rounding_makes(activation, per_tensor):
     _, block, x, call = make_block()
     for p in block.parameters():
         p.data *= torch.linspace(0.5, 2, len(p)).view(-1, *[1] * (p.dim() - 1))  # rows of unequal size
-    grid = Int(8, group_size=None if activation or per_tensor else 32, per_tensor=per_tensor)
+    grid = Int(8, group="tensor" if per_tensor else "channel" if activation else 32)
     for view in views(block, x, call, grid, activation):
         scale_K = torch.rand(view.modules[view.site.linears[0]].weight.shape[1]) + 0.5
         scale_K *= (view.stats[AbsMax].max / scale_K).max()  # as static scales want it
@@ -165,7 +165,7 @@ def test_migrate_expects_the_error_that_rounding_makes(activation, per_tensor):
 @pytest.mark.parametrize("activation", [DYNAMIC, STATIC, None], ids=["token", "tensor", "weights"])
 def test_the_error_that_migrate_lowers_is_convex_in_the_logarithms(activation):
     _, block, x, call = make_block()
-    for view in views(block, x, call, Int(4, group_size=32), activation):
+    for view in views(block, x, call, Int(4, group=32), activation):
         error = migrate._ExpectedError(view, feedback=0.5)
         a, b = torch.randn(2, view.modules[view.site.linears[0]].weight.shape[1])
         (at_a, slope_K), (at_b, _), (between, _) = (error(p.exp()) for p in (a, b, (a + b) / 2))
@@ -177,7 +177,7 @@ def test_the_error_that_migrate_lowers_is_convex_in_the_logarithms(activation):
 @pytest.mark.parametrize("activation", [DYNAMIC, STATIC], ids=["token", "tensor"])
 def test_only_ratios_of_activations_move_migrate(activation):
     _, block, x, call = make_block()
-    view, scales = views(block, x, call, Int(8, group_size=None), activation)[-1], []
+    view, scales = views(block, x, call, Int(8, group="channel"), activation)[-1], []
     for factor in (1, 100):
         for stat, name, power in ((AbsMax, "max", 1), (Sample, "rows", 1), (MeanSquare, "sum", 2)):
             view.stats[stat].tensors[name] = view.stats[stat].tensors[name] * factor**power
@@ -191,7 +191,7 @@ def test_migrate_lowers_the_error_of_rounded_products_below_smoothquants(activat
     _, block, x, call = make_block()
     errors = []
     for step in (migrate.Migrate(feedback=1.0), SmoothQuant()):
-        sites = views(block, x, call, Int(8, group_size=None), activation)
+        sites = views(block, x, call, Int(8, group="channel"), activation)
         with torch.no_grad():
             found = [step.search(view) for view in sites]
         errors.append([product_errors(view, f.scale) for view, f in zip(sites, found, strict=True)])

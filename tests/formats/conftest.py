@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmq.grids.int import Int
-from llmq.types import ActivationGrid, LinearSpec, Params, QTensor, Scheme
+from llmq.types import LinearSpec, Params, QTensor, Scheme
 
 BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 BLOCK += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -21,8 +21,8 @@ def q_of() -> Callable[..., QTensor]:
 
     def make(grid: Int, N: int, K: int, seed: int = 0) -> QTensor:
         g = torch.Generator().manual_seed(seed)
-        top, rows = 2**grid.bits - 1, 1 if grid.per_tensor else N
-        scale = (torch.rand(rows, grid.groups(K), generator=g) + 0.01).to(grid.scale_dtype)
+        top, rows = 2**grid.bits - 1, grid.granularity.rows(N)
+        scale = (torch.rand(rows, grid.granularity.groups(K), generator=g) + 0.01).to(grid.scale_dtype)
         zero = torch.full(scale.shape, (top + 1) // 2, dtype=torch.int32)
         if not grid.sym:
             zero = torch.randint(0, top + 1, scale.shape, generator=g, dtype=torch.int32)
@@ -49,9 +49,7 @@ def spec_of() -> Callable[..., LinearSpec]:
 def model_of(spec_of: Callable[..., LinearSpec]) -> Callable[..., list[LinearSpec]]:
     """`model_of(grid, blocks=2, skip=())`: the linears of a Llama but its head, without those whose name ends so."""
 
-    def make(
-        grid: Any, blocks: int = 2, skip: tuple[str, ...] = (), activation: ActivationGrid | None = None
-    ) -> list[LinearSpec]:
+    def make(grid: Any, blocks: int = 2, skip: tuple[str, ...] = (), activation: Int | None = None) -> list[LinearSpec]:
         names = [f"model.layers.{i}.{leaf}" for i in range(blocks) for leaf in BLOCK]
         return [spec_of(grid, name=n, activation=activation) for n in names if not n.endswith(skip or "\n")]
 

@@ -13,10 +13,11 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llmq.formats.awq import AWQ
 from llmq.grids.int import Int
-from llmq.types import ActivationGrid, LinearSpec, LlmqError, QTensor, Scheme
+from llmq.grids.q4_0 import Q4_0
+from llmq.types import LinearSpec, LlmqError, QTensor, Scheme
 
 
-def spec_like(q: QTensor, activation: ActivationGrid | None = None) -> LinearSpec:
+def spec_like(q: QTensor, activation: Int | None = None) -> LinearSpec:
     return LinearSpec("model.layers.0.mlp.down_proj", *q.codes.shape, Scheme(q.grid, activation))
 
 
@@ -25,11 +26,11 @@ CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True
 
 
 @pytest.mark.parametrize("shape", [(8, 32), (64, 192), (40, 64)])
-@pytest.mark.parametrize("group", [32, None])
+@pytest.mark.parametrize("group", [32, "channel"])
 @pytest.mark.parametrize("sym", [True, False])
 def test_round_trip(
     sym: bool,
-    group: int | None,
+    group: int | str,
     shape: tuple[int, int],
     q_of: Callable[..., QTensor],
     spec_of: Callable[..., LinearSpec],
@@ -82,7 +83,7 @@ def test_symmetric_is_written_with_true_zeros(q_of: Callable[..., QTensor], spec
         (Int(5, True, 32), (64, 64), "awq holds 4 bits, not 5; use --format compressed-tensors"),
         (Int(4, True, 128), (64, 576), "K = 576; --group-size takes 32, 64, 96, 192, 288, 576 there, or --skip"),
         (Int(4, True, 32), (60, 64), "N = 60 is no multiple of 8"),
-        (object(), (64, 64), "awq holds integer grids, not object; use --format gguf"),
+        (Q4_0(), (64, 64), "awq holds integer grids, not Q4_0; use --format gguf"),
     ],
 )
 def test_refusals(grid: Any, shape: tuple[int, int], message: str, spec_of: Callable[..., LinearSpec]) -> None:
@@ -96,7 +97,7 @@ def test_refuses_mixes_activations_and_order(spec_of: Callable[..., LinearSpec],
     with pytest.raises(LlmqError, match=r"^b: 4-bit symmetric, group size 64, but a: .*compressed-tensors$"):
         AWQ().check([a, spec_of(Int(4, True, 64), name="b")])
     with pytest.raises(LlmqError, match=r"^b: awq holds no quantized activations"):
-        AWQ().check([a, spec_of(Int(4, True, 32), name="b", activation=ActivationGrid())])
+        AWQ().check([a, spec_of(Int(4, True, 32), name="b", activation=Int(8, True, "channel"))])
     q = q_of(Int(4, True, 32), 16, 64)
     with pytest.raises(LlmqError, match="awq has no g_idx"):
         AWQ().pack(
@@ -136,7 +137,7 @@ def test_every_reader_skips_what_was_skipped(skip: tuple[str, ...], model_of: Ca
 def test_config(model_of: Callable[..., list[LinearSpec]], spec_of: Callable[..., LinearSpec]) -> None:
     linears = model_of(Int(4, False, 32))
     assert AWQ().config(linears, ["lm_head"]) == CONFIG | {"modules_to_not_convert": ["lm_head"]}
-    assert AWQ().config(model_of(Int(4, True, None)), [])["group_size"] == -1
+    assert AWQ().config(model_of(Int(4, True, "channel")), [])["group_size"] == -1
     assert AWQ().config([*linears, spec_of(Int(4, False, 32), name="lm_head")], [])["lm_head"] is True
 
 

@@ -16,27 +16,23 @@ from compressed_tensors.utils.match import is_match, match_targets
 
 from llmq.formats.compressed_tensors import CompressedTensors
 from llmq.grids.int import Int
-from llmq.types import ActivationGrid, LinearSpec, LlmqError, Params, QTensor, Scheme
+from llmq.grids.q4_0 import Q4_0
+from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
 
 
-def spec_like(q: QTensor, activation: ActivationGrid | None = None) -> LinearSpec:
+def spec_like(q: QTensor, activation: Int | None = None) -> LinearSpec:
     return LinearSpec("model.layers.0.mlp.down_proj", *q.codes.shape, Scheme(q.grid, activation))
 
 
-DYNAMIC, ASYMMETRIC, STATIC = ActivationGrid(), ActivationGrid(sym=False), ActivationGrid(dynamic=False)
-LAYOUTS = {  # group size, per tensor
-    "group": (32, False),
-    "channel": (None, False),
-    "tensor": (None, True),
-}
+DYNAMIC, ASYMMETRIC, STATIC = Int(8, True, "channel"), Int(8, False, "channel"), Int(8, True, "tensor")
+LAYOUTS = {"group": 32, "channel": "channel", "tensor": "tensor"}
 
 
 def case_of(
-    bits: int, sym: bool, layout: str, activation: ActivationGrid | None, q_of: Any, spec_of: Any
+    bits: int, sym: bool, layout: str, activation: Int | None, q_of: Any, spec_of: Any
 ) -> tuple[CompressedTensors, QTensor, LinearSpec]:
     """A planned format, a random linear of 40 x 96 and its spec, scales in float32."""
-    group, per_tensor = LAYOUTS[layout]
-    grid = Int(bits, sym, group, per_tensor, scale_dtype=torch.float32)
+    grid = Int(bits, sym, LAYOUTS[layout], scale_dtype=torch.float32)
     q, spec = q_of(grid, 40, 96), spec_of(grid, 40, 96, activation=activation)
     if activation is STATIC:
         q = replace(q, input=Params(torch.tensor([0.25]), torch.tensor([128], dtype=torch.int32)))
@@ -53,7 +49,7 @@ def test_round_trip_and_the_library_decodes_the_same(
     bits: int,
     sym: bool,
     layout: str,
-    activation: ActivationGrid | None,
+    activation: Int | None,
     q_of: Callable[..., QTensor],
     spec_of: Callable[..., LinearSpec],
     equal: Callable[..., None],
@@ -97,7 +93,7 @@ def test_dequantized_by_hand(q_of: Callable[..., QTensor], spec_of: Callable[...
 
 
 MIX = {  # leaf: scheme
-    "self_attn.o_proj": (Int(8, True, None, scale_dtype=torch.bfloat16), DYNAMIC),
+    "self_attn.o_proj": (Int(8, True, "channel", scale_dtype=torch.bfloat16), DYNAMIC),
     "mlp.down_proj": (Int(8, False, 32, scale_dtype=torch.bfloat16), None),
 }
 
@@ -131,7 +127,11 @@ def test_mixed_config_as_the_library_matches_it(model_of: Callable[..., list[Lin
     for spec in linears:
         weights = schemes[match_targets(spec.name, module, schemes)[0]].weights
         grid = spec.scheme.weight
-        assert (weights.num_bits, weights.symmetric, weights.group_size) == (grid.bits, grid.sym, grid.group_size)
+        assert (weights.num_bits, weights.symmetric, weights.group_size) == (
+            grid.bits,
+            grid.sym,
+            grid.granularity.group_size,
+        )
         assert scheme_of(spec.name, spec.N, spec.K) == spec.scheme
     for name in skipped:
         assert is_match(name, module, library.ignore) and scheme_of(name, 64, 64) is None
@@ -166,7 +166,9 @@ def test_uniform_config(model_of: Callable[..., list[LinearSpec]]) -> None:
         "transform_config": {},
         "version": "0.20.0",
     }
-    inputs = CompressedTensors().config(model_of(Int(8, True, None), activation=STATIC), [])["config_groups"]["group_0"]
+    inputs = CompressedTensors().config(model_of(Int(8, True, "channel"), activation=STATIC), [])["config_groups"][
+        "group_0"
+    ]
     assert inputs["format"] == "int-quantized" and inputs["input_activations"]["strategy"] == "tensor"
     assert inputs["weights"]["strategy"] == "channel" and inputs["weights"]["group_size"] is None
 
@@ -204,7 +206,7 @@ def test_targets_by_name_pattern_and_class(spec_of: Callable[..., LinearSpec]) -
     form, scheme_of = CompressedTensors.read(config)
     names = ["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj", "model.layers.2.mlp.down_proj"]
     schemes = [scheme_of(n, 64, 64) for n in names]
-    assert [s.weight for s in schemes] == [Int(8, True, None), Int(4, True, None), Int(2, True, None)]
+    assert [s.weight for s in schemes] == [Int(8, True, "channel"), Int(4, True, "channel"), Int(2, True, "channel")]
     assert scheme_of("lm_head", 64, 64) is None and scheme_of("model.layers.1.mlp.up_proj", 64, 64) is None
     targets = ["Linear", r"re:.*up_proj$", "model.layers.0.mlp.up_proj"]
     chosen = [match_targets(n, torch.nn.Linear(1, 1), targets)[0] for n in names]
@@ -220,7 +222,7 @@ def test_targets_by_name_pattern_and_class(spec_of: Callable[..., LinearSpec]) -
 
 def test_the_zero_points_of_tokens_are_in_the_config_alone(model_of: Callable[..., list[LinearSpec]]) -> None:
     configs = [
-        CompressedTensors().config(model_of(Int(8, True, None), activation=a), []) for a in (DYNAMIC, ASYMMETRIC)
+        CompressedTensors().config(model_of(Int(8, True, "channel"), activation=a), []) for a in (DYNAMIC, ASYMMETRIC)
     ]
     symmetric, asymmetric = (c["config_groups"]["group_0"]["input_activations"] for c in configs)
     assert symmetric | {"symmetric": False} == asymmetric and symmetric["symmetric"] is True
@@ -230,14 +232,14 @@ def test_the_zero_points_of_tokens_are_in_the_config_alone(model_of: Callable[..
 
 
 def test_other_keys_are_kept(model_of: Callable[..., list[LinearSpec]]) -> None:
-    config = CompressedTensors().config(model_of(Int(8, True, None), activation=DYNAMIC), ["lm_head"])
+    config = CompressedTensors().config(model_of(Int(8, True, "channel"), activation=DYNAMIC), ["lm_head"])
     config |= {"kv_cache_scheme": {"num_bits": 8}, "version": "0.15.0"}
     group = config["config_groups"]["group_0"]
     group["weights"] |= {"observer": "mse", "group_size": -1, "actorder": "static"}
     group["input_activations"] |= {"observer": None}
     form, _ = CompressedTensors.read(copy.deepcopy(config))
     assert form.extra["kv_cache_scheme"] == {"num_bits": 8}
-    assert form.config(model_of(Int(8, True, None), activation=DYNAMIC), ["lm_head"]) == config
+    assert form.config(model_of(Int(8, True, "channel"), activation=DYNAMIC), ["lm_head"]) == config
     changed = form.config(model_of(Int(4, True, 32)), ["lm_head"])["config_groups"]["group_0"]
     assert changed["weights"]["num_bits"] == 4 and changed["format"] == "pack-quantized"
 
@@ -252,13 +254,11 @@ def test_other_keys_are_kept(model_of: Callable[..., list[LinearSpec]]) -> None:
             "K = 576; --group-size takes 32, 64, 96, 192, 288, 576 there, or --skip the module",
         ),
         (Int(4, True, 128), 40, None, "K = 40; say --group-size channel, or --skip the module"),
-        (object(), 64, None, "compressed-tensors holds integer grids, not object; use --format gguf"),
-        (Int(8, True, None), 64, ActivationGrid(bits=4), "activations have 8 bits in compressed-tensors, not 4"),
+        (Q4_0(), 64, None, "compressed-tensors holds integer grids, not Q4_0; use --format gguf"),
+        (Int(8, True, "channel"), 64, Int(4, True, "channel"), "activations have 8 bits in compressed-tensors, not 4"),
     ],
 )
-def test_refusals(
-    grid: Any, K: int, activation: ActivationGrid | None, message: str, spec_of: Callable[..., LinearSpec]
-) -> None:
+def test_refusals(grid: Any, K: int, activation: Int | None, message: str, spec_of: Callable[..., LinearSpec]) -> None:
     with pytest.raises(LlmqError, match=re.escape(message)) as e:
         CompressedTensors().check([spec_of(grid, 64, K, name="model.layers.3.mlp.down_proj", activation=activation)])
     assert str(e.value).startswith("model.layers.3.mlp.down_proj: ") and "\n" not in str(e.value)
@@ -267,7 +267,7 @@ def test_refusals(
 def test_one_grid_may_be_used_with_and_without_activations(
     q_of: Callable[..., QTensor], spec_of: Callable[..., LinearSpec]
 ) -> None:
-    form, grid = CompressedTensors(), Int(8, True, None)
+    form, grid = CompressedTensors(), Int(8, True, "channel")
     linears = [spec_of(grid, name="a", activation=DYNAMIC), spec_of(grid, name="b")]
     form.check(linears)
     q = q_of(grid, 64, 64)
@@ -286,20 +286,20 @@ def test_warnings(model_of: Callable[..., list[LinearSpec]]) -> None:
     def plan(*args: Any, **kwargs: Any) -> list[str]:
         return CompressedTensors().check(model_of(*args, **kwargs))
 
-    assert plan(Int(4, True, 32)) == plan(Int(8, True, None), activation=DYNAMIC) == []
-    (eight,) = plan(Int(8, True, None))
+    assert plan(Int(4, True, 32)) == plan(Int(8, True, "channel"), activation=DYNAMIC) == []
+    (eight,) = plan(Int(8, True, "channel"))
     assert "8-bit weights" in eight and "not on CPUs" in eight
     (asym,) = plan(Int(4, False, 32))
     assert "CompressedTensorsConfig(dequantize=True)" in asym
     (three,) = plan(Int(3, True, 32))
     assert "weights of 3 bits on NVIDIA GPUs alone" in three
-    (tensor,) = plan(Int(4, True, None, per_tensor=True))
+    (tensor,) = plan(Int(4, True, "tensor"))
     assert "not per tensor" in tensor
-    (w8a8,) = plan(Int(8, False, None), activation=DYNAMIC)
+    (w8a8,) = plan(Int(8, False, "channel"), activation=DYNAMIC)
     assert "symmetric weights only" in w8a8
-    zeros, sglang = plan(Int(8, True, None), activation=ASYMMETRIC)
+    zeros, sglang = plan(Int(8, True, "channel"), activation=ASYMMETRIC)
     assert "CPUs with VNNI" in zeros and "saturates" in zeros and "SGLang" in sglang
-    (static,) = plan(Int(8, True, None), activation=STATIC)
+    (static,) = plan(Int(8, True, "channel"), activation=STATIC)
     assert static == sglang
     linears = model_of(Int(4, True, 32))
     linears[0] = replace(linears[0], scheme=replace(linears[0].scheme, weight=Int(8, True, 32)))

@@ -12,10 +12,11 @@ import torch
 
 from llmq.formats.gptq import GPTQ
 from llmq.grids.int import Int
-from llmq.types import ActivationGrid, LinearSpec, LlmqError, Params, QTensor, Scheme
+from llmq.grids.q4_0 import Q4_0
+from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
 
 
-def spec_like(q: QTensor, activation: ActivationGrid | None = None) -> LinearSpec:
+def spec_like(q: QTensor, activation: Int | None = None) -> LinearSpec:
     return LinearSpec("model.layers.0.mlp.down_proj", *q.codes.shape, Scheme(q.grid, activation))
 
 
@@ -29,13 +30,13 @@ def field_of(words: list[int], i: int, bits: int) -> int:
 
 
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2", "auto"])
-@pytest.mark.parametrize("group", [32, 64, None])
+@pytest.mark.parametrize("group", [32, 64, "channel"])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_round_trip(
     bits: int,
     sym: bool,
-    group: int | None,
+    group: int | str,
     checkpoint_format: str,
     q_of: Callable[..., QTensor],
     spec_of: Callable[..., LinearSpec],
@@ -125,10 +126,10 @@ def test_scales_keep_the_dtype_of_the_file(q_of: Callable[..., QTensor], spec_of
             "K = 576; --group-size takes 32, 64, 96, 192, 288, 576 there, or --skip",
         ),
         (GPTQ(), Int(5, True, 32), (64, 64), "not 5; use --format compressed-tensors"),
-        (GPTQ(), Int(4, True, None), (64, 52), "K = 52 codes of 4 bits do not fill 32-bit words"),
+        (GPTQ(), Int(4, True, "channel"), (64, 52), "K = 52 codes of 4 bits do not fill 32-bit words"),
         (GPTQ(), Int(3, True, 32), (40, 64), "N = 40 codes of 3 bits do not fill 32-bit words"),
         (GPTQ("gptq"), Int(4, False, 32), (64, 64), "checkpoint_format=gptq_v2, awq or compressed-tensors"),
-        (GPTQ(), object(), (64, 64), "gptq holds integer grids, not object; use --format gguf"),
+        (GPTQ(), Q4_0(), (64, 64), "gptq holds integer grids, not Q4_0; use --format gguf"),
     ],
 )
 def test_refusals(form: GPTQ, grid: Any, shape: tuple[int, int], message: str, spec_of: Callable[..., Any]) -> None:
@@ -139,20 +140,20 @@ def test_refusals(form: GPTQ, grid: Any, shape: tuple[int, int], message: str, s
 
 def test_refuses_mixes_activations_and_nothing(spec_of: Callable[..., LinearSpec]) -> None:
     a = spec_of(Int(4, True, 32), name="a")
-    for other in (Int(8, True, 32), Int(4, True, 64), Int(4, False, 32), Int(4, True, None)):
+    for other in (Int(8, True, 32), Int(4, True, 64), Int(4, False, 32), Int(4, True, "channel")):
         with pytest.raises(LlmqError, match=r"^b: .*but a: 4-bit symmetric, group size 32.*compressed-tensors$"):
             GPTQ().check([a, spec_of(other, name="b")])
     with pytest.raises(LlmqError, match=r"^b: gptq holds no quantized activations; use --format compressed-tensors$"):
-        GPTQ().check([a, spec_of(Int(4, True, 32), name="b", activation=ActivationGrid())])
+        GPTQ().check([a, spec_of(Int(4, True, 32), name="b", activation=Int(8, True, "channel"))])
     with pytest.raises(LlmqError, match="no linear"):
         GPTQ().check([])
 
 
 def test_warnings(model_of: Callable[..., list[LinearSpec]], spec_of: Callable[..., LinearSpec]) -> None:
     assert GPTQ().check(model_of(Int(4, True, 32))) == []
-    assert GPTQ().check(model_of(Int(4, True, None))) == []  # K = 64, a group that torch's product takes
-    assert "fail at the first token" in GPTQ().check([spec_of(Int(4, True, None), 64, 576)])[0]
-    (eight,) = GPTQ().check(model_of(Int(8, True, None)))
+    assert GPTQ().check(model_of(Int(4, True, "channel"))) == []  # K = 64, a group that torch's product takes
+    assert "fail at the first token" in GPTQ().check([spec_of(Int(4, True, "channel"), 64, 576)])[0]
+    (eight,) = GPTQ().check(model_of(Int(8, True, "channel")))
     assert eight.startswith("8-bit") and "not on CPUs" in eight
     (order,) = GPTQ(desc_act=True).check(model_of(Int(4, True, 32)))
     assert order.startswith("vLLM 0.32 refuses desc_act")
@@ -173,7 +174,7 @@ def test_warns_of_group_sizes_by_reader(spec_of: Callable[..., LinearSpec]) -> N
 
 def test_config_of_a_new_checkpoint(model_of: Callable[..., list[LinearSpec]]) -> None:
     assert GPTQ().config(model_of(Int(4, True, 32)), ["lm_head"]) == CONFIG | {"checkpoint_format": "gptq"}
-    asym = GPTQ().config(model_of(Int(2, False, None)), ["lm_head"])
+    asym = GPTQ().config(model_of(Int(2, False, "channel")), ["lm_head"])
     assert asym == CONFIG | {"bits": 2, "sym": False, "group_size": -1, "checkpoint_format": "gptq_v2"}
     assert GPTQ("gptq_v2").config(model_of(Int(4, True, 32)), [])["checkpoint_format"] == "gptq_v2"
 
@@ -307,7 +308,7 @@ def test_bad_option() -> None:
 def test_params_of_one_group_stay_two_dimensional(
     q_of: Callable[..., QTensor], spec_of: Callable[..., LinearSpec]
 ) -> None:
-    grid = Int(8, True, None)
+    grid = Int(8, True, "channel")
     params: Params = (
         GPTQ().unpack(GPTQ().pack(q_of(grid, 32, 64), spec_like(q_of(grid, 32, 64))), spec_of(grid, 32, 64)).params
     )

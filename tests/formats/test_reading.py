@@ -17,7 +17,7 @@ from llmq.formats.compressed_tensors import CompressedTensors
 from llmq.formats.gptq import GPTQ
 from llmq.grids.int import Int
 from llmq.guard import patterns
-from llmq.types import ActivationGrid, LinearSpec, LlmqError, Params, QTensor
+from llmq.types import LinearSpec, LlmqError, Params, QTensor
 
 NAME = "model.layers.0.mlp.down_proj"
 BASE = {"bits": 4, "group_size": 32}
@@ -156,12 +156,12 @@ def test_shapes_and_zero_points_may_have_any_width(
     tensors = form.pack(q, spec)
     equal(form.unpack(tensors | {"weight_shape": tensors["weight_shape"].int()}, spec), q)
     equal(form.unpack({k: t for k, t in tensors.items() if k != "weight_shape"}, spec), q)
-    asym = Int(8, False, None)
-    q, spec = q_of(asym, 64, 64), spec_of(asym, activation=ActivationGrid())
+    asym = Int(8, False, "channel")
+    q, spec = q_of(asym, 64, 64), spec_of(asym, activation=Int(8, True, "channel"))
     tensors = form.pack(q, spec)
     equal(form.unpack(tensors | {"weight_zero_point": tensors["weight_zero_point"].long()}, spec), q)
-    whole = Int(8, True, None, per_tensor=True)
-    q, spec = q_of(whole, 64, 64), spec_of(whole, activation=ActivationGrid(dynamic=False))
+    whole = Int(8, True, "tensor")
+    q, spec = q_of(whole, 64, 64), spec_of(whole, activation=Int(8, True, "tensor"))
     q = replace(q, input=Params(torch.tensor([0.5]), torch.tensor([128], dtype=torch.int32)))
     tensors = form.pack(q, spec)
     scalars = {k: tensors[k].reshape(()) for k in ("weight_scale", "input_scale")}
@@ -234,12 +234,12 @@ def test_a_scale_that_no_weight_can_have_is_named(
 def test_static_scales_and_zero_points_are_checked(
     q_of: Callable[..., QTensor], spec_of: Callable[..., LinearSpec]
 ) -> None:
-    form, grid = CompressedTensors(), Int(8, True, None)
-    spec = spec_of(grid, activation=ActivationGrid(dynamic=False))
+    form, grid = CompressedTensors(), Int(8, True, "channel")
+    spec = spec_of(grid, activation=Int(8, True, "tensor"))
     q = replace(q_of(grid, 64, 64), input=Params(torch.zeros(1), torch.tensor([128], dtype=torch.int32)))
     with pytest.raises(LlmqError, match=r"down_proj\.input_scale is \[0\.0\]"):
         form.unpack(form.pack(q, spec), spec)
-    whole = Int(4, False, None, per_tensor=True)
+    whole = Int(4, False, "tensor")
     tensors = form.pack(q_of(whole, 64, 64), spec_of(whole))
     tensors["weight_zero_point"][0] = 100
     with pytest.raises(LlmqError, match=r"down_proj\.weight_zero_point: row 0, group 0 is 108"):

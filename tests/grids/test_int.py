@@ -11,31 +11,31 @@ from llmq.types import QTensor
 
 
 def test_int8_of_1_2_has_the_textbook_scale():
-    grid = Int(8, sym=True, group_size=None, restricted=True, scale_dtype=torch.float32)
+    grid = Int(8, sym=True, group="channel", restricted=True, scale_dtype=torch.float32)
     scale = grid.fit(torch.tensor([[0.3, -1.0, 1.2]])).scale
     assert scale.item() == pytest.approx(1.2 / 127, rel=1e-6)
     assert round(scale.item(), 5) == 0.00945
 
 
 def test_an_all_positive_range_has_zero_point_0():
-    grid = Int(8, sym=False, group_size=None, scale_dtype=torch.float32)
+    grid = Int(8, sym=False, group="channel", scale_dtype=torch.float32)
     params = grid.fit(torch.tensor([[0.5, 2.0, 5.1]]))
     assert params.zero.item() == 0
     assert params.scale.item() == pytest.approx(5.1 / 255, rel=1e-6)
 
 
 def test_an_all_negative_range_has_the_top_code_as_zero():
-    params = Int(4, sym=False, group_size=None).fit(torch.tensor([[-3.0, -1.0]]))
+    params = Int(4, sym=False, group="channel").fit(torch.tensor([[-3.0, -1.0]]))
     assert params.zero.item() == 15
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("group_size", [32, 64, None])
-def test_codes_survive_decoding_and_errors_stay_within_half_a_step(bits, sym, group_size):
+@pytest.mark.parametrize("group", [32, 64, "channel"])
+def test_codes_survive_decoding_and_errors_stay_within_half_a_step(bits, sym, group):
     torch.manual_seed(bits)
     W_NK = torch.randn(16, 128)
-    grid = Int(bits, sym, group_size, scale_dtype=torch.float32)
+    grid = Int(bits, sym, group, scale_dtype=torch.float32)
     params = grid.fit(W_NK)
     columns = params.columns(128)
     codes = grid.nearest(W_NK, columns)
@@ -58,7 +58,7 @@ def test_zero_stays_exactly_zero():
 
 
 def test_per_tensor_has_one_scale():
-    params = Int(8, True, None, per_tensor=True).fit(torch.randn(8, 32))
+    params = Int(8, True, "tensor").fit(torch.randn(8, 32))
     assert params.scale.shape == (8, 1) and params.scale.unique().numel() == 1
 
 
@@ -82,7 +82,7 @@ def test_all_zero_groups_decode_to_zero_and_huge_ones_do_not_overflow():
 @given(st.floats(-(2.0**21), 2.0**21, width=32))
 @settings(max_examples=200, deadline=None)
 def test_rounding_equals_torch_round(x):
-    grid = Int(8, False, None, scale_dtype=torch.float32)
+    grid = Int(8, False, "channel", scale_dtype=torch.float32)
     params = grid.params(torch.tensor(0.0), torch.tensor(255.0))
     want = torch.tensor(x).round().clamp(0, 255)
     assert grid.nearest(torch.tensor(x), params) == want
@@ -97,7 +97,7 @@ def test_dequantize_with_g_idx_reads_the_named_group():
     assert torch.equal(mixed, torch.stack([s[1], s[0], s[0], s[1]])[None])
 
 
-@pytest.mark.parametrize("bad", [{"bits": 9}, {"bits": 1}, {"group_size": 0}])
+@pytest.mark.parametrize("bad", [{"bits": 9}, {"bits": 1}, {"group": "8x8"}])
 def test_impossible_grids_are_refused(bad):
     with pytest.raises(ValueError):
         Int(**bad)
@@ -127,7 +127,7 @@ def test_groups_too_large_for_their_scales_are_told_of():
     W_NK[1, 40] = -1e6
     assert Int(4, True, 32).beyond(W_NK).tolist() == [[False, False], [False, True]]
     assert not Int(4, True, 32, scale_dtype=torch.bfloat16).beyond(W_NK).any()
-    assert Int(4, True, None, per_tensor=True).beyond(W_NK).tolist() == [[True]]
+    assert Int(4, True, "tensor").beyond(W_NK).tolist() == [[True]]
 
 
 def test_a_moved_scale_that_the_file_cannot_hold_stays_as_it_was():

@@ -17,6 +17,7 @@ from llmq.checkpoint.packed import PackedCheckpoint
 from llmq.errors import LlmqError
 from llmq.gguf.architecture import architecture
 from llmq.gguf.reader import GgufFile
+from llmq.granularity import PerTensor
 from llmq.model.folding import Fold, floats_of
 from llmq.model.pretrained import blank_model, model_config
 from llmq.pipeline import block
@@ -77,7 +78,7 @@ def check(folder, out, record, hessians=None):
     """Hold a record against the files of the checkpoint and the float one that it was made of."""
     floats, seen = floats_of(Source(folder), record, record["linears"], "the record"), set()
     for name, q in solved(out):
-        line, one = record["linears"][name], q.grid.per_tensor
+        line, one = record["linears"][name], isinstance(q.grid.granularity, PerTensor)
         stored = {"codes": q.codes, "scale": q.params.scale[:1] if one else q.params.scale}
         stored["zero"] = (q.params.zero[:1] if one else q.params.zero).int()
         stored |= {} if q.g_idx is None else {"g_idx": q.g_idx.int()}

@@ -59,7 +59,7 @@ def test_a_factor_is_made_once_for_all_grids_of_a_site(stats, monkeypatch):
 
 
 def test_a_scale_of_the_whole_tensor_is_not_shared_by_a_stack(stats):
-    grid = Int(8, True, None, per_tensor=True)
+    grid = Int(8, True, "tensor")
     found = solve(method(Rtn()), {"q": Target(weight(8), grid), "k": Target(10 * weight(8), grid)}, stats)
     assert found["k"].solved.q.params.scale[0, 0] > 5 * found["q"].solved.q.params.scale[0, 0]
 

@@ -14,9 +14,9 @@ from llmq.ranges.percentile import Percentile
 from llmq.stats import Histogram
 
 
-def error(range_, w, bits=4, H_KK=None, group_size=None, norm=2.0):
+def error(range_, w, bits=4, H_KK=None, group="channel", norm=2.0):
     """Return decoded - w for a grid fitted with `range_`."""
-    grid = Int(bits, True, group_size, scale_dtype=torch.float32, range=range_)
+    grid = Int(bits, True, group, scale_dtype=torch.float32, range=range_)
     params = grid.fit(w, H_KK).columns(w.shape[1])
     return grid.decode(grid.nearest(w, params), params) - w
 
@@ -71,7 +71,7 @@ def test_output_has_less_error_of_the_groups_output_than_mse():
     H_KK = X.T @ X / 512
 
     def loss(range_):
-        e = error(range_, w, bits=3, H_KK=H_KK, group_size=64).reshape(64, 2, 64)
+        e = error(range_, w, bits=3, H_KK=H_KK, group=64).reshape(64, 2, 64)
         return sum(((e[:, i] @ H_KK[64 * i : 64 * i + 64, 64 * i : 64 * i + 64]) * e[:, i]).sum() for i in range(2))
 
     assert loss(Output()) < 0.95 * loss(Mse(weighted=False))
@@ -102,7 +102,7 @@ def static_kl(range_, act, outliers):
     W1, W2 = torch.randn(256, 64, generator=g) / 8, torch.randn(16, 256, generator=g) / 8
     X = torch.randn(4096, 64, generator=g)
     X[:, 3] *= 20 if outliers else 1
-    grid = Int(8, True, None, scale_dtype=torch.float32)
+    grid = Int(8, True, "channel", scale_dtype=torch.float32)
 
     def rounded(x):
         seen = Histogram(1)
@@ -127,7 +127,7 @@ def test_entropy_does_not_clip_the_few_values_that_carry_a_language_models_funct
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1, 2**16, generator=g).pow(3)  # as peaked at zero as gate times up
     x[0, :16] = 3000.0
-    grid = Int(8, True, None, scale_dtype=torch.float32)
+    grid = Int(8, True, "channel", scale_dtype=torch.float32)
     seen = Histogram(1)
     seen.update(x)
     values, counts = seen.values()
@@ -171,7 +171,7 @@ def test_falling_grids_and_shifted_zeros_lower_the_weighted_error(sym):
 
 
 def test_a_falling_grid_has_its_surplus_level_above_zero():
-    grid = Int(2, True, None, scale_dtype=torch.float32)
+    grid = Int(2, True, "channel", scale_dtype=torch.float32)
     rising, falling = (grid.params(torch.tensor([lo]), torch.tensor([hi])) for lo, hi in ((-3.0, 3.0), (3.0, -3.0)))
     codes = torch.arange(4.0)
     assert grid.decode(codes, rising).tolist() == [-4.0, -2.0, 0.0, 2.0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmq.formats.compressed_tensors import CompressedTensors
 from llmq.grids.int import Int
-from llmq.types import ActivationGrid, LinearSpec, Params, QTensor, Scheme
+from llmq.types import LinearSpec, Params, QTensor, Scheme
 
 
 def sqnr(got: Tensor, want: Tensor) -> float:
@@ -19,11 +19,11 @@ def sqnr(got: Tensor, want: Tensor) -> float:
     return float(10 * torch.log10(want.double().square().sum() / noise.clamp(min=1e-300)))
 
 
-def make(N: int, K: int, grid: Int, activation: ActivationGrid | None = None, act_order: bool = False, seed: int = 0):
+def make(N: int, K: int, grid: Int, activation: Int | None = None, act_order: bool = False, seed: int = 0):
     """Return a random weight on `grid` and its spec."""
     random = torch.Generator().manual_seed(seed)
     W = torch.randn(N, K, generator=random) * torch.logspace(-1, 1, N)[:, None]
-    G = grid.groups(K)
+    G = grid.granularity.groups(K)
     g_idx = None
     order = torch.arange(K)
     if act_order:
@@ -33,7 +33,7 @@ def make(N: int, K: int, grid: Int, activation: ActivationGrid | None = None, ac
     columns = params.columns(K, g_idx)
     codes = grid.nearest(W, columns).to(torch.uint8)
     static = None
-    if activation is not None and not activation.dynamic:
+    if activation is not None and activation.group == "tensor":
         static = Params(torch.tensor([0.03], dtype=grid.scale_dtype), torch.tensor([128], dtype=torch.int32))
     spec = LinearSpec("model.layers.0.mlp.up_proj", N, K, Scheme(grid, activation))
     return QTensor(codes, params, grid, g_idx, static), spec

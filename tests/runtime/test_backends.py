@@ -13,20 +13,20 @@ from llmq.formats.gptq import GPTQ
 from llmq.grids.int import Int
 from llmq.runtime import backends
 from llmq.runtime.backends import _team, choose, fbgemm, int4pack, intloop
-from llmq.types import ActivationGrid, LinearSpec, LlmqError, Params, QTensor, Scheme
+from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = [1, 3, 17, 33, 65]  # few rows take a packed product, many a decoded one, whatever the CPU
 W8A8 = next((b.name for b in backends.backends() if b.name in ("int_mm", "fbgemm") and not b.refuses(
-    LinearSpec("x", 32, 64, Scheme(Int(8, True, None), ActivationGrid())), CPU)), "reference")  # fmt: skip
+    LinearSpec("x", 32, 64, Scheme(Int(8, True, "channel"), Int(8, True, "channel"))), CPU)), "reference")  # fmt: skip
 
 WEIGHT_ONLY = {  # bits, sym, group, N, K, scale dtype, act order
     "w4g32": (4, True, 32, 64, 96, torch.float16, False),
     "w4g64": (4, True, 64, 128, 320, torch.bfloat16, False),
     "w4g96": (4, True, 96, 64, 192, torch.float16, False),
     "w4g128_asym": (4, False, 128, 192, 256, torch.float16, False),
-    "w4_channel": (4, True, None, 64, 320, torch.float32, False),
+    "w4_channel": (4, True, "channel", 64, 320, torch.float32, False),
     "w4g32_asym_act_order": (4, False, 32, 64, 128, torch.float16, True),
     "w2g64": (2, False, 64, 48, 192, torch.float16, False),
     "w2g128_act_order": (2, True, 128, 40, 256, torch.bfloat16, True),
@@ -34,9 +34,9 @@ WEIGHT_ONLY = {  # bits, sym, group, N, K, scale dtype, act order
     "w3g64_asym": (3, False, 64, 33, 128, torch.float32, False),
     "w5g32": (5, True, 32, 64, 96, torch.float16, False),
     "w6g64_asym_act_order": (6, False, 64, 33, 128, torch.bfloat16, True),
-    "w7_channel": (7, True, None, 24, 80, torch.float32, False),
+    "w7_channel": (7, True, "channel", 24, 80, torch.float32, False),
     "w8g64_asym": (8, False, 64, 24, 128, torch.float16, False),
-    "w8_channel": (8, True, None, 40, 48, torch.float16, False),
+    "w8_channel": (8, True, "channel", 40, 48, torch.float16, False),
     "w8g32": (8, True, 32, 56, 160, torch.bfloat16, False),
     "w8g128_act_order": (8, True, 128, 64, 256, torch.float32, True),
 }
@@ -235,14 +235,14 @@ def test_the_product_of_few_rows_is_of_the_rounded_weight(solved, decibel):
     assert torch.allclose(w(x).double(), want, rtol=2**-8, atol=1e-4 * float(want.abs().max()))
 
 
-ACTIVATIONS = [ActivationGrid(), ActivationGrid(sym=False), ActivationGrid(dynamic=False)]
+ACTIVATIONS = [Int(8, True, "channel"), Int(8, False, "channel"), Int(8, True, "tensor")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 65])
 def test_w8a8_is_exact(rows, activation, dtype, solved, layer, decibel):
-    grid = Int(8, True, None, restricted=True, scale_dtype=torch.bfloat16)
+    grid = Int(8, True, "channel", restricted=True, scale_dtype=torch.bfloat16)
     q, spec = solved(48, 130, grid, activation)
     fast = layer(q, spec)
     fast.prepack()
@@ -269,9 +269,9 @@ def test_w8a8_never_saturates(extreme, layer, decibel):
     if extreme != "weights":
         x = x.sign()
         x[0], x[1] = 1, -1
-    grid = Int(8, True, None, scale_dtype=torch.float32)
+    grid = Int(8, True, "channel", scale_dtype=torch.float32)
     params = Params(torch.ones(N, 1), torch.full((N, 1), 128, dtype=torch.int32))
-    spec = LinearSpec("x", N, K, Scheme(grid, ActivationGrid()))
+    spec = LinearSpec("x", N, K, Scheme(grid, Int(8, True, "channel")))
     q = QTensor((w + 128).to(torch.uint8), params, grid)
     fast = layer(q, spec)
     fast.prepack()
@@ -309,7 +309,7 @@ def test_int_mm_equals_the_reference_on_any_cpu(solved, layer, decibel):
     from llmq.runtime.backends.int_mm import IntMM
 
     for activation in ACTIVATIONS:
-        grid = Int(8, True, None, scale_dtype=torch.bfloat16)
+        grid = Int(8, True, "channel", scale_dtype=torch.bfloat16)
         q, spec = solved(33, 70, grid, activation)
         w, x = IntMM(q, spec), torch.randn(2, 5, 70)
         assert decibel(w(x), layer(q, spec)(x)) > 120
@@ -320,9 +320,9 @@ REFUSED = {
     "cuda": (Int(4, True, 32), None, 64, 64, torch.device("cuda"), "not on cuda"),
     "group 8": (Int(4, True, 8), None, 64, 64, CPU, "32 does not divide"),
     "2 bits, group 32": (Int(2, True, 32), None, 64, 64, CPU, "64 does not divide"),
-    "8-bit K 40": (Int(8, True, None), None, 64, 40, CPU, "16 does not divide"),
-    "4-bit per tensor": (Int(4, True, None, per_tensor=True), None, 64, 64, CPU, "per group or channel"),
-    "asymmetric W8A8": (Int(8, False, None), ActivationGrid(), 64, 64, CPU, "symmetric"),
+    "8-bit K 40": (Int(8, True, "channel"), None, 64, 40, CPU, "16 does not divide"),
+    "4-bit per tensor": (Int(4, True, "tensor"), None, 64, 64, CPU, "per group or channel"),
+    "asymmetric W8A8": (Int(8, False, "channel"), Int(8, True, "channel"), 64, 64, CPU, "symmetric"),
 }
 
 
@@ -425,7 +425,7 @@ def test_torch_compile(kind, solved, layer):
         q, spec = make(kind, solved)
         linear = layer(q, spec, GPTQ(desc_act=q.g_idx is not None))
     elif kind.startswith("w8a8"):
-        linear = layer(*solved(64, 96, Int(8, True, None), ActivationGrid(sym=kind == "w8a8")))
+        linear = layer(*solved(64, 96, Int(8, True, "channel"), Int(8, kind == "w8a8", "channel")))
     else:
         linear = layer(*solved(24, 96, Int(3, True, 8)))
     linear.prepack()

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmq import registry
+from llmq.grids.int import Int
 from llmq.runtime.linear import QuantLinear
 from llmq.runtime.reference import fake_quantize
-from llmq.types import ActivationGrid, LinearSpec, Params, QTensor
+from llmq.types import LinearSpec, Params, QTensor
 
 N, K = 288, 64  # more rows than are decoded at once
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,11 +52,11 @@ def solved(name: str) -> tuple[QTensor, QuantLinear]:
     fmt, scheme = registry.find("formats", config["quant_method"]).read(config)
     chosen = scheme("model.layers.0.mlp.up_proj", N, K)
     grid, W = chosen.weight, torch.randn(N, K)
-    G = grid.groups(K)
+    G = grid.granularity.groups(K)
     params = grid.fit(W)
     codes = grid.nearest(W.reshape(N, G, -1), params.map(lambda p: p[..., None])).reshape(N, K).to(torch.uint8)
     static = None
-    if chosen.activation is not None and not chosen.activation.dynamic:
+    if chosen.static:
         static = Params(torch.tensor([0.02], dtype=grid.scale_dtype), torch.tensor([128], dtype=torch.int32))
     q = QTensor(codes, params, grid, input=static)
     spec_ = LinearSpec("model.layers.0.mlp.up_proj", N, K, chosen)
@@ -133,10 +134,10 @@ def test_activation_rounding_has_the_bits_of_compressed_tensors(dtype, case):
     if "token" in case:
         x[0, 4], x[0, 5] = x[0, 4].abs(), -x[0, 5].abs()
         scale, zero = compute_dynamic_scales_and_zp(x, args, None)
-        got = fake_quantize(x, ActivationGrid(sym=case == "token"))
+        got = fake_quantize(x, Int(8, case == "token", "channel"))
     else:
         scale, zero = torch.tensor([0.0371], dtype=dtype), torch.tensor([-7 if case == "asymmetric" else 0])
-        got = fake_quantize(x, ActivationGrid(dynamic=False), Params(scale, zero.int() + 128))
+        got = fake_quantize(x, Int(8, True, "tensor"), Params(scale, zero.int() + 128))
     assert got.dtype == dtype
     assert torch.equal(got, peer(x, scale, zero.to(torch.int8), args))
 
@@ -145,7 +146,7 @@ def test_activation_rounding_keeps_zero_and_touches_no_input():
     x = torch.randn(3, K)
     x[1] = 0
     before = x.clone()
-    got = fake_quantize(x, ActivationGrid())
+    got = fake_quantize(x, Int(8, True, "channel"))
     assert torch.equal(x, before)
     assert torch.equal(got[1], torch.zeros(K))
     step = x.abs().amax(-1, keepdim=True) / 127.5
@@ -155,7 +156,7 @@ def test_activation_rounding_keeps_zero_and_touches_no_input():
 
 def test_a_static_grid_needs_its_scale():
     with pytest.raises(ValueError, match="static"):
-        fake_quantize(torch.ones(2, K), ActivationGrid(dynamic=False))
+        fake_quantize(torch.ones(2, K), Int(8, True, "tensor"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

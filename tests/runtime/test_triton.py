@@ -27,7 +27,7 @@ from llmq.runtime import backends, gpu
 from llmq.runtime.backends.triton_w8a8 import TritonW8A8
 from llmq.runtime.backends.triton_weight_only import TritonWeightOnly
 from llmq.runtime.linear import QuantLinear
-from llmq.types import ActivationGrid, LinearSpec, LlmqError, QTensor, Scheme
+from llmq.types import LinearSpec, LlmqError, QTensor, Scheme
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -149,17 +149,17 @@ def spec(grid, activation=None, N=64, K=128):
     return LinearSpec("model.layers.0.mlp.up_proj", N, K, Scheme(grid, activation))
 
 
-W4, W8 = Int(4, True, 32), Int(8, True, None)
+W4, W8 = Int(4, True, 32), Int(8, True, "channel")
 REFUSED = {  # back-end, spec, device, reason
     "cpu": (TritonWeightOnly, spec(W4), CPU, "on a GPU, not on cpu"),
-    "mps": (TritonW8A8, spec(W8, ActivationGrid()), torch.device("mps"), "on a GPU, not on mps"),
+    "mps": (TritonW8A8, spec(W8, Int(8, True, "channel")), torch.device("mps"), "on a GPU, not on mps"),
     "group 16": (TritonWeightOnly, spec(Int(4, True, 16)), CUDA, "32 does not divide the group size 16"),
     "group and K": (TritonWeightOnly, spec(Int(4, True, 96)), CUDA, "96 does not divide K = 128"),
-    "8-bit activations": (TritonWeightOnly, spec(W8, ActivationGrid()), CUDA, "float activations"),
-    "zero points": (TritonW8A8, spec(W8, ActivationGrid(sym=False)), CUDA, "symmetric activations"),
+    "8-bit activations": (TritonWeightOnly, spec(W8, Int(8, True, "channel")), CUDA, "float activations"),
+    "zero points": (TritonW8A8, spec(W8, Int(8, False, "channel")), CUDA, "symmetric activations"),
     "float activations": (TritonW8A8, spec(W8), CUDA, "8-bit activations"),
-    "4-bit W8A8": (TritonW8A8, spec(Int(4, True, None), ActivationGrid()), CUDA, "symmetric 8-bit"),
-    "K": (TritonW8A8, spec(W8, ActivationGrid(), K=131072), CUDA, "int32"),
+    "4-bit W8A8": (TritonW8A8, spec(Int(4, True, "channel"), Int(8, True, "channel")), CUDA, "symmetric 8-bit"),
+    "K": (TritonW8A8, spec(W8, Int(8, True, "channel"), K=131072), CUDA, "int32"),
 }
 
 
@@ -191,7 +191,7 @@ def test_the_gpu_is_asked_what_it_can_do(case, monkeypatch):
     found, reason = GPUS[case]
     gpu_of(monkeypatch, **found)
     monkeypatch.setattr(gpu.shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
-    for backend, linear in ((TritonWeightOnly, spec(W4)), (TritonW8A8, spec(W8, ActivationGrid()))):
+    for backend, linear in ((TritonWeightOnly, spec(W4)), (TritonW8A8, spec(W8, Int(8, True, "channel")))):
         said = backend.refuses(linear, CUDA)
         assert said is None if reason is None else reason in str(said)
 
@@ -217,7 +217,7 @@ def test_values_that_no_kernel_holds_are_left_to_others(on_cpu, solved, layer, d
     assert not TritonWeightOnly.holds(uneven)
     q.params.zero[3, 1] = 16
     assert not TritonWeightOnly.holds(q)
-    w8a8, _ = solved(64, 128, W8, ActivationGrid())
+    w8a8, _ = solved(64, 128, W8, Int(8, True, "channel"))
     assert TritonW8A8.holds(w8a8)
     w8a8.params.zero[3] = 127
     assert not TritonW8A8.holds(w8a8)

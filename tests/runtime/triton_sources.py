@@ -18,15 +18,15 @@ from llmq.grids.int import Int
 from llmq.runtime.backends.triton_w8a8 import TritonW8A8
 from llmq.runtime.backends.triton_weight_only import TritonWeightOnly
 from llmq.runtime.reference import quantize_activation
-from llmq.types import ActivationGrid
 
 FP32, BF16 = torch.float32, torch.bfloat16
+BY_ROW = Int(8, True, "channel", scale_dtype=BF16)
 SOURCES = {  # format, grid, activation, act-order, N, K
     "gptq w4g32": (GPTQ(), Int(4, True, 32), None, False, 96, 192),
     "gptq w4g128": (GPTQ(), Int(4, True, 128), None, False, 64, 256),
     "gptq w4g64 asym": (GPTQ(), Int(4, False, 64), None, False, 96, 192),
     "gptq w4g32 asym act-order": (GPTQ(desc_act=True), Int(4, False, 32), None, True, 96, 192),
-    "gptq w4 channel": (GPTQ(), Int(4, True, None), None, False, 160, 96),
+    "gptq w4 channel": (GPTQ(), Int(4, True, "channel"), None, False, 160, 96),
     "gptq w2g64": (GPTQ(), Int(2, True, 64), None, False, 96, 192),
     "gptq w3g32 asym": (GPTQ(), Int(3, False, 32), None, False, 96, 192),
     "gptq w8g32 act-order": (GPTQ(desc_act=True), Int(8, True, 32), None, True, 96, 192),
@@ -34,13 +34,13 @@ SOURCES = {  # format, grid, activation, act-order, N, K
     "awq w4g32": (AWQ(), Int(4, True, 32), None, False, 40, 64),
     "ct w4g128": (CompressedTensors(), Int(4, True, 128, scale_dtype=BF16), None, False, 33, 256),
     "ct w4g32 asym float32": (CompressedTensors(), Int(4, False, 32, scale_dtype=FP32), None, False, 72, 160),
-    "ct w8 channel": (CompressedTensors(), Int(8, True, None, scale_dtype=BF16), None, False, 50, 200),
-    "ct w8 tensor": (CompressedTensors(), Int(8, True, None, per_tensor=True, scale_dtype=FP32), None, False, 40, 64),
+    "ct w8 channel": (CompressedTensors(), BY_ROW, None, False, 50, 200),
+    "ct w8 tensor": (CompressedTensors(), Int(8, True, "tensor", scale_dtype=FP32), None, False, 40, 64),
     "ct w3g96": (CompressedTensors(), Int(3, True, 96), None, False, 40, 192),
     "ct w5g64": (CompressedTensors(), Int(5, True, 64, scale_dtype=BF16), None, False, 48, 128),
-    "ct w6 asym channel": (CompressedTensors(), Int(6, False, None), None, False, 40, 160),
-    "ct w8a8 per token": (CompressedTensors(), Int(8, True, None, scale_dtype=BF16), ActivationGrid(), False, 50, 200),
-    "ct w8a8 static": (CompressedTensors(), Int(8, True, None), ActivationGrid(dynamic=False), False, 64, 128),
+    "ct w6 asym channel": (CompressedTensors(), Int(6, False, "channel"), None, False, 40, 160),
+    "ct w8a8 per token": (CompressedTensors(), BY_ROW, Int(8, True, "channel"), False, 50, 200),
+    "ct w8a8 static": (CompressedTensors(), Int(8, True, "channel"), Int(8, True, "tensor"), False, 64, 128),
 }
 
 

@@ -27,8 +27,8 @@ ACTIVATIONS_ERROR = 6e-2  # int8 activations are the runtime's, and not in the f
 def solved(N, K, grid, seed=0):
     """Return a random QTensor on a grid: every code and, where it has zeros, every zero occurs."""
     draw = torch.Generator().manual_seed(seed)
-    G, top = (1 if grid.per_tensor else grid.groups(K)), 2**grid.bits
-    rows = 1 if grid.per_tensor else N
+    G, top = grid.granularity.groups(K), 2**grid.bits
+    rows = grid.granularity.rows(N)
     scale = (torch.rand(rows, G, generator=draw) + 0.5).half().expand(N, G).contiguous()
     zero = torch.full((N, G), top // 2, dtype=torch.int32)
     if not grid.sym:
@@ -49,12 +49,12 @@ def decoded(fmt, q, name="model.layers.0.mlp.up_proj"):
 
 
 CASES = [
-    *((GPTQ("gptq"), Int(bits, True, group)) for bits in (2, 3, 4, 8) for group in (32, None)),
+    *((GPTQ("gptq"), Int(bits, True, group)) for bits in (2, 3, 4, 8) for group in (32, "channel")),
     *((GPTQ("gptq_v2"), Int(bits, False, 32)) for bits in (2, 3, 4, 8)),
     (AWQ(), Int(4, False, 32)),
-    (AWQ(), Int(4, True, None)),
+    (AWQ(), Int(4, True, "channel")),
     *((CompressedTensors(), Int(bits, False, 32)) for bits in range(2, 9)),
-    (CompressedTensors(), Int(4, False, None, per_tensor=True)),
+    (CompressedTensors(), Int(4, False, "tensor")),
 ]
 
 
@@ -64,7 +64,7 @@ CASES = [
 def test_what_is_packed_comes_back(fmt, grid):
     q = solved(64, 96, grid)
     weight = decoded(fmt, q)
-    params = q.params.map(lambda p: p[:1]) if grid.per_tensor else q.params
+    params = q.params.map(lambda p: p[: grid.granularity.rows(len(p))])
     assert np.array_equal(weight.codes, q.codes.numpy())
     assert np.array_equal(weight.scale, params.scale.float().numpy())
     assert np.array_equal(weight.zero, params.zero.numpy())

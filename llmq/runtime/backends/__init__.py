@@ -33,7 +33,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmq.types import LinearSpec, QTensor
+from llmq.granularity import PerTensor
+from llmq.types import LinearSpec, Params, QTensor
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +145,10 @@ def one_op(schema: str, rows: Callable[..., int]) -> Callable[[Callable[..., Ten
 def refuses_weight_only(spec: LinearSpec, device: torch.device, bits: int, divisor: int) -> str | None:
     """Return why a CPU's product of `bits`-bit weights cannot run a linear; `divisor` is to divide its groups."""
     grid = spec.scheme.weight
-    size = grid.group_size or spec.K
+    size = grid.granularity.columns(spec.K)
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
-    if grid.bits != bits or grid.per_tensor or spec.scheme.activation is not None:
+    if grid.bits != bits or isinstance(grid.granularity, PerTensor) or spec.scheme.activation is not None:
         return f"it takes {bits}-bit weights with scales per group or channel and float activations"
     return f"{divisor} does not divide the {size} columns of a group" if size % divisor or spec.K % size else None
 
@@ -173,7 +174,7 @@ def in_file_order(codes: Tensor, order: Tensor | None) -> Tensor:
 
 def centred(q: QTensor) -> bool:
     """Return whether every zero of an 8-bit weight and of its static input is 128, so that none has to be added."""
-    zeros = [q.params.zero, *([] if q.input is None else [q.input.zero])]
+    zeros = [Params.of(q.params).zero, *([] if q.input is None else [q.input.zero])]
     return all(bool((zero == 128).all()) for zero in zeros)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmq.runtime.backends import Prepacked, centred
-from llmq.types import LinearSpec, Params, QTensor
+from llmq.types import AffineGrid, LinearSpec, Params, QTensor
 
 
 class PrepackedW8A8(Prepacked):
@@ -67,6 +67,7 @@ def centred_int8(q: QTensor) -> Tensor:
 def refuses_scheme(spec: LinearSpec) -> str | None:
     """Return why an int8 x int8 product cannot run a linear: its scheme, or a sum that int32 might not hold."""
     grid, activation = spec.scheme.weight, spec.scheme.activation
-    if activation is None or grid.bits != 8 or not grid.sym or grid.group_size is not None:
+    per_row = grid.granularity.group_size is None
+    if activation is None or grid.bits != 8 or not (isinstance(grid, AffineGrid) and grid.sym and per_row):
         return "it takes symmetric 8-bit weights with a scale per channel or tensor, and 8-bit activations"
     return "the sum over K might not fit int32" if spec.K > 131071 else None

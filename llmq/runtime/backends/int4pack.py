@@ -60,7 +60,7 @@ class Int4Pack(Prepacked):
         self.repeats = size // self.group
         codes, order = by_group(q)
         scale = q.params.scale.repeat_interleave(self.repeats, dim=1).T
-        zero = q.params.zero.repeat_interleave(self.repeats, dim=1).T
+        zero = Params.of(q.params).zero.repeat_interleave(self.repeats, dim=1).T
         s = scale.to(torch.bfloat16)
         z = ((8 - zero) * s.float()).to(torch.bfloat16)
         self.scale_dtype = q.params.scale.dtype

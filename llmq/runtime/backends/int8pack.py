@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmq.runtime.backends import Prepacked, by_group, centred, in_file_order, many_rows, one_op, refuses_weight_only
-from llmq.types import LinearSpec, Params, QTensor
+from llmq.types import AffineGrid, LinearSpec, Params, QTensor
 
 _PANEL = 256  # rows of W decoded at once: fewer halve the speed of the product
 
@@ -37,7 +37,8 @@ class Int8Pack(Prepacked):
         """See `Prepacked.refuses`."""
         if reason := refuses_weight_only(spec, device, bits=8, divisor=16):
             return reason
-        if not spec.scheme.weight.sym:
+        grid = spec.scheme.weight
+        if not (isinstance(grid, AffineGrid) and grid.sym):
             return "it takes symmetric weights"
         return None if hasattr(torch.ops.aten, "_weight_int8pack_mm") else "this torch has no int8 product"
 

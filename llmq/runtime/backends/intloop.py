@@ -50,7 +50,7 @@ class IntLoop(Prepacked):
         codes, order = by_group(q)
         self.field = _FIELD[q.grid.bits]
         self.lanes = 16 if self.K // q.params.scale.shape[1] % _columns(self.field, 16) == 0 else 8
-        zero = q.params.zero.to(torch.uint8)
+        zero = Params.of(q.params).zero.to(torch.uint8)
         self.scale_dtype = q.params.scale.dtype
         self.keep(
             words=self._pack(codes),

@@ -43,7 +43,7 @@ class TritonWeightOnly(Prepacked):
     def refuses(cls, spec: LinearSpec, device: torch.device) -> str | None:
         """See `Prepacked.refuses`."""
         grid = spec.scheme.weight
-        size = grid.group_size or spec.K
+        size = grid.granularity.columns(spec.K)
         if device.type not in cls.devices:
             return refuses_device(device, cls.devices)
         if spec.scheme.activation is not None:
@@ -100,7 +100,7 @@ def _lift(bits: int) -> int:
 
 def _lifted(q: QTensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """Return codes, scales, zeros and bits as the kernel takes them."""
-    codes, scale, zero = q.codes, q.params.scale, q.params.zero
+    codes, scale, zero = q.codes, q.params.scale, Params.of(q.params).zero
     if lift := _lift(q.grid.bits):
         return codes + lift, scale, zero + lift, 8
     return codes, scale, zero, q.grid.bits

@@ -1,0 +1,132 @@
+"""Granularity: which values of a matrix share one scale, as a value.
+
+    PerTensor()        all of them                       "tensor"
+    PerRow()           a row: an output channel          "channel"
+    PerGroup(128)      128 neighbouring columns of a row 128
+    PerBlock(128, 64)  128 rows of 64 columns            "128x64"
+
+Of a weight `[N, K]` the rows are output channels; of an activation `[T, K]` they are tokens.
+Not here: how a scale is chosen (grids/), which of these a file can hold (formats/).
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llmq.errors import LlmqError, printable
+
+
+class Granularity(ABC):
+    """Which values share a scale. `str()` of it is how messages say it.
+
+    strategy: compressed-tensors' word for it. group_size: columns of a group, None where a scale is not for a group.
+    """
+
+    strategy: ClassVar[str]
+
+    @property
+    def group_size(self) -> int | None:
+        """Return None, but for groups."""
+        return None
+
+    def columns(self, K: int) -> int:
+        """Return how many of K columns share a scale."""
+        return self.group_size or K
+
+    def groups(self, K: int) -> int:
+        """Return G, the scales along K columns. Raises ValueError where the groups do not divide them."""
+        columns = self.columns(K)
+        if K % columns:
+            raise ValueError(f"group size {columns} does not divide K = {K}")
+        return K // columns
+
+    def rows(self, N: int) -> int:
+        """Return how many rows of scales a weight of N rows has. Raises ValueError where blocks do not divide them."""
+        return N
+
+    def shape(self, N: int, K: int) -> tuple[int, ...]:
+        """Return the shape of a weight's scales in a file. Raises ValueError as `groups` and `rows`."""
+        return self.rows(N), self.groups(K)
+
+    @abstractmethod
+    def __str__(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class PerTensor(Granularity):
+    """One scale for all."""
+
+    strategy = "tensor"
+
+    def rows(self, N: int) -> int:
+        """Return 1."""
+        return 1
+
+    def shape(self, N: int, K: int) -> tuple[int, ...]:
+        """Return `(1,)`."""
+        return (1,)
+
+    def __str__(self) -> str:
+        return "per tensor"
+
+
+@dataclass(frozen=True)
+class PerRow(Granularity):
+    """One scale for a row."""
+
+    strategy = "channel"
+
+    def __str__(self) -> str:
+        return "per channel"
+
+
+@dataclass(frozen=True)
+class PerGroup(Granularity):
+    """One scale for `size` neighbouring columns of a row."""
+
+    size: int
+    strategy = "group"
+
+    @property
+    def group_size(self) -> int:
+        """Return the size."""
+        return self.size
+
+    def __str__(self) -> str:
+        return f"group size {self.size}"
+
+
+@dataclass(frozen=True)
+class PerBlock(Granularity):
+    """One scale for `height` rows of `width` columns."""
+
+    height: int
+    width: int
+    strategy = "block"
+
+    def columns(self, K: int) -> int:
+        """Return the width."""
+        return self.width
+
+    def rows(self, N: int) -> int:
+        """See `Granularity.rows`."""
+        if N % self.height:
+            raise ValueError(f"blocks of {self.height} rows do not divide N = {N}")
+        return N // self.height
+
+    def __str__(self) -> str:
+        return f"blocks of {self.height} x {self.width}"
+
+
+def granularity(said: int | str) -> Granularity:
+    """Return what a user says: columns, "channel" (or -1), "tensor" or "128x64". Raises LlmqError for anything else."""
+    words = {"channel": PerRow(), "-1": PerRow(), "tensor": PerTensor()}
+    if (text := str(said)) in words:
+        return words[text]
+    numbers = [int(n) for n in text.split("x")] if re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})?", text) else [0]
+    if 0 in numbers:
+        raise LlmqError(f"group_size is a number of columns, 'channel' or 'tensor', not {printable(repr(said), 80)}")
+    return PerGroup(*numbers) if len(numbers) == 1 else PerBlock(*numbers)
