@@ -64,7 +64,7 @@ def reached(files):
 
 
 def test_what_verifies_shares_nothing_with_what_packs():
-    """Nor does what it imports, to the end; the registry finds it the rotations that a record names, which pack none."""
+    """Nor does what it imports, to the end; the registry finds it rotations that a record names: they pack nothing."""
     own = set((ROOT / "verify").glob("*.py"))
     assert len(own) > 5 and len(reached(own)) > len(own) + 15
     for file in reached(own):
