@@ -1,8 +1,11 @@
 import io
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from llmq.errors import LlmqError
 from llmq.inspection import inspect
@@ -15,6 +18,7 @@ def shown(folder, **options):
     return out.getvalue()
 
 
+GOLDEN = Path(__file__).parent / "golden"
 LINE = {"bits": 4, "method": "rtn", "weight_error": 0.0123}
 
 
@@ -47,3 +51,39 @@ def test_quantization_config_null_is_float_and_a_string_is_refused(tiny_checkpoi
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": "gptq"}))
     with pytest.raises(LlmqError, match="quantization_config"):
         shown(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("gptq_v1_w3g32", {"0.self_attn.k_proj": "[64, 64] 3 32 yes float"}),
+        ("awq_w4g64", {"1.mlp.down_proj": "[64, 128] 4 64 no float"}),
+        ("auto_round_w4g32_asym", {"1.mlp.up_proj": "[128, 64] 4 32 no float"}),
+        ("ct_mixed", {"0.mlp.down_proj": "[64, 128] 8 channel yes float", "0.mlp.up_proj": "[128, 64] 4 32 yes float"}),
+        ("ct_int_w8a8_dynamic", {"1.self_attn.q_proj": "[128, 64] 8 channel yes 8 bits, dynamic"}),
+        ("ct_int_w8a8_static", {"1.self_attn.q_proj": "[128, 64] 8 channel yes 8 bits, static"}),
+    ],
+)
+def test_a_peers_linears_are_shown_with_their_schemes(name, rows):
+    said = [" ".join(line.replace("\u2502", " ").split()) for line in shown(GOLDEN / name, linears=True).splitlines()]
+    assert sum(line.startswith("model.layers.") for line in said) == 14
+    for linear, row in rows.items():
+        assert f"model.layers.{linear} {row}" in said
+
+
+def test_a_packed_checkpoint_that_does_not_load_is_shown_with_the_reason(tmp_path):
+    folder = shutil.copytree(GOLDEN / "gptq_v1_w3g32", tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.scales_2"] = tensors.pop("model.layers.1.mlp.up_proj.scales")
+    save_file(tensors, folder / "model.safetensors")
+    said = shown(folder, linears=True)
+    assert "not loaded by llmq" in said and "up_proj.scales is missing" in said
+    assert "model.layers.1.mlp.up_proj.scales_2" in said and "F16" in said
+
+
+def test_what_llmq_recorded_is_shown_in_place_of_headers(tmp_path):
+    folder = shutil.copytree(GOLDEN / "gptq_v1_w3g32", tmp_path / "copy")
+    record = {"size": {}, "recipe": {}, "linears": {"model.x": LINE}}
+    (folder / "quantization.json").write_text(json.dumps(record))
+    said = shown(folder, linears=True)
+    assert "1.230e-02" in said and "group size" not in said

@@ -20,6 +20,7 @@ from llmq.checkpoint.packed import PackedCheckpoint
 from llmq.export.gguf import EXACT, REQUANTIZED, ROUNDED, convert, export
 from llmq.gguf.reader import GgufFile
 from llmq.grids.int import Int
+from llmq.guard.reading import Entry
 from llmq.model.pretrained import blank_model, model_config
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
@@ -206,6 +207,26 @@ def test_the_file_holds_a_record_of_what_became_of_every_linear(tiny_checkpoint,
     assert 0 < line["weight_error"] == pytest.approx(wanted, rel=1e-3) and wanted < 1e-6
 
 
+def edited(folder, tensors=None, **config):
+    """Change the tensors and the config of a checkpoint; return its folder."""
+    save_file(load_file(folder / "model.safetensors") | (tensors or {}), folder / "model.safetensors")
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | config))
+    return folder
+
+
+def test_a_head_of_its_own_stays_though_the_config_ties_it(golden, tmp_path):
+    folder = edited(golden("gptq_v1_w4g32_sym"), tie_word_embeddings=True)
+    export(str(folder), tmp_path / "out.gguf")
+    assert torch.equal(weights(tmp_path / "out.gguf")["output.weight"], Source(folder).get("lm_head.weight").float())
+
+
+def test_scales_of_the_key_value_cache_are_left_out(golden, tmp_path):
+    scales = {f"model.layers.{i}.self_attn.{kv}_scale": torch.ones(1) for i in range(2) for kv in "kv"}
+    done = export(str(edited(golden("ct_pack_w4g32_sym"), scales)), tmp_path / "out.gguf")
+    assert any("key-value cache are left out" in w for w in done["warnings"]) and sum(done["types"].values()) == 21
+
+
 def test_exact_values_have_no_error(golden, tmp_path):
     export(str(golden("gptq_v1_w4g32_sym")), tmp_path / "out.gguf")
     record = record_of(tmp_path / "out.gguf")
@@ -214,11 +235,20 @@ def test_exact_values_have_no_error(golden, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"embeddings": "Q9"}, "--embeddings 'Q9'"), ({"split_max_size": "x"}, "does not read"), ({}, "no tokenizer")],
+    [
+        ({"embeddings": "Q9"}, "--embeddings 'Q9'"),
+        ({"split_max_size": "x"}, "does not read"),
+        ({"pre": "gpt-2"}, r"up_proj\.scales is missing"),
+        ({}, "no tokenizer"),
+    ],
 )
 def test_what_can_be_refused_is_refused_before_a_tensor_is_read(golden, tmp_path, monkeypatch, options, message):
     folder = golden("gptq_v1_w4g32_sym")
-    monkeypatch.setattr(Source, "get", lambda *_: pytest.fail("a tensor was read"))
+    if "pre" in options:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["model.layers.1.mlp.up_proj.scales"]
+        save_file(tensors, folder / "model.safetensors")
+    monkeypatch.setattr(Entry, "read", lambda entry: pytest.fail(f"{entry.name} was read"))
     if not options:
         for file in folder.glob("tokenizer*"):
             file.unlink()
