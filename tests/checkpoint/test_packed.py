@@ -92,6 +92,24 @@ def test_the_header_of_a_shard_is_read_once(tmp_path: Path, monkeypatch: pytest.
     assert sorted(opens) == sorted(set(where.values())) and sorted(reads) == sorted(tensors)
 
 
+def test_a_checkpoint_of_the_bare_decoder_has_the_names_of_the_model(tmp_path: Path) -> None:
+    """Of many blocks, with a bias that the model has not, and a tensor that nothing reads."""
+    folder = Path(shutil.copytree(GOLDEN / "gptq_v1_w4g32_sym", tmp_path / "copy"))
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    stored = {n.removeprefix("model."): t for n, t in tensors.items() if ".layers." not in n}
+    for n, t in tensors.items():
+        if ".layers.0." in n:
+            stored |= {n.removeprefix("model.").replace("layers.0", f"layers.{i}"): t.clone() for i in range(11)}
+    stored |= {"layers.10.mlp.up_proj.bias": torch.ones(128), "nothing.reads": torch.ones(1)}
+    save_file(stored, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 11}))
+    found = dict(opened(folder))
+    blocks = [int(n.split(".")[2]) for n in found if ".layers." in n]
+    assert blocks == sorted(blocks) and set(blocks) == set(range(11))
+    assert isinstance(found["model.layers.10.mlp.up_proj.weight"], QTensor) and "nothing.reads" not in found
+    assert torch.equal(found["model.layers.10.mlp.up_proj.bias"], torch.ones(128))
+
+
 def test_blocks_are_in_their_order_whatever_their_names() -> None:
     names = [f"model.layers.{n}.x" for n in ("2", "10", "9" * 5000)]
     assert sorted(reversed(names), key=_natural) == names
