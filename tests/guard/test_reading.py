@@ -103,6 +103,14 @@ def test_a_file_without_a_header_is_refused(tmp_path, data):
         tensor_entries(put(tmp_path / "m.safetensors", data))
 
 
+def test_a_dtype_that_torch_does_not_have_is_named_when_it_is_asked_for(tmp_path):
+    header = {"w": entry(dtype="F6_E2M3", offsets=(0, 3))}
+    found = tensor_entries(lying(tmp_path, header, b"abc"))["w"]
+    for ask in (found.read, found.meta):
+        with pytest.raises(LlmqError, match=r"m\.safetensors: tensor w is F6_E2M3, which torch does not have"):
+            ask()
+
+
 def test_text_of_files_cannot_act():
     assert printable("a\x1b[2J\r\nb\x07") == "a\\x1b[2J b\\x07"
     assert str(LlmqError("tensor x\x1b]0;pwned\x07\nerror: all is well")).isprintable()
