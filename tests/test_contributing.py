@@ -13,6 +13,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 
 import llmq
 from llmq import cli, registry
+from llmq.checkpoint import Source
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
@@ -49,7 +50,7 @@ def run(folder, out, **options):
 
 def test_every_kind_is_shown_and_documented():
     folders = {path.rsplit("/", 1)[0] for path in SHOWN}
-    assert folders == {"llmq/algorithms", "llmq/families", "llmq/runtime/backends"}
+    assert folders == {"llmq/algorithms", "llmq/formats", "llmq/families", "llmq/runtime/backends"}
     for path, text in SHOWN.items():
         tree = ast.parse(text)
         assert ast.get_docstring(tree) and all(ast.get_docstring(n) for n in tree.body if isinstance(n, ast.ClassDef))
@@ -69,6 +70,23 @@ def test_an_algorithm(added, tiny_checkpoint, tmp_path, capsys):
         registry.load("algorithms", "stochastic:sed=1")
     cli.list_()
     assert "Stochastic: round up or down by chance" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_format(added, tiny_checkpoint, tmp_path):
+    added("llmq/formats/plain.py")
+    plan = prepare(str(tiny_checkpoint()), Recipe(group_size=32, method="rtn", bits=3, format="plain"), "cpu")
+    assert plan.warnings[-1] == "no runtime reads plain checkpoints"
+    record = quantize(plan, tmp_path / "out", check=False)
+    written = Source(tmp_path / "out")
+    assert written.config["quantization_config"]["bits"] == dict.fromkeys(record["linears"], 3)
+    for name, spec in plan.linears.items():
+        stored = {local: written.get(f"{name}.{local}") for local in ("codes", "scale", "zero")}
+        layout = plan.method.format.layout(spec)
+        assert {n: (t.shape, t.dtype) for n, t in stored.items()} == {n: (t.shape, t.dtype) for n, t in layout.items()}
+        W_NK = plan.source.get(f"{name}.weight").float()
+        Q_NK = plan.method.format.unpack(stored, spec).dequantize()
+        error = ((Q_NK - W_NK).square().sum() / W_NK.square().sum()).item()
+        assert error == pytest.approx(record["linears"][name]["weight_error"], rel=1e-5)
 
 
 def test_a_family(added, tmp_path, prose, tokenizer_bos):
