@@ -97,8 +97,8 @@ def export(  # noqa: PLR0913, the options of the command
         keys = {"llmq.version": __version__, "llmq.source": str((source.quantization or {})["quant_method"])}
         kind = mixture.file_type(_file_type_of(made.values()))
         header = container.Header(arch, words, source.origin.name, kind, keys)
-        record = {"llmq": __version__, "source": asdict(source.origin), "warnings": warnings, "exported": found}
-        files = _write(sink, header, split, made, record)
+        record = {"llmq": __version__, "source": asdict(source.origin), "warnings": warnings}
+        files = _write(sink, header, split, made, record, found)
         sink.copies = False
         done = {
             "types": dict(Counter(t.kind for t in made.values())),
@@ -130,13 +130,17 @@ def _staged(
 
 
 def _write(
-    sink: GgufSink, header: container.Header, split: int, made: Mapping[str, Exported], record: dict[str, Any]
+    sink: GgufSink, header: container.Header, split: int, made: Mapping[str, Exported], record: Any, exported: Any
 ) -> list[Path]:
-    """Write the file from what is staged, the record within; return the staged files."""
+    """Write the file from what is staged, the record within; return the staged files.
+
+    record: how it begins. exported: the record of how llmq found the codes, if it did.
+    """
     parts = container.typed(sink.staged(), {n: t.kind for n, t in made.items()})
     lines = {n.removesuffix(".weight"): dict(t.line) for n, t in made.items() if t.line}
     digests = {n: digest(t) for n, t in container.contents(header.architecture, parts)}
-    report = json.dumps(sealed(record | {"linears": lines, "tensors": digests}), separators=(",", ":"))
+    record = record | {"linears": lines, "tensors": digests, "exported": exported}
+    report = json.dumps(sealed(record), separators=(",", ":"))
     header = replace(header, keys={**header.keys, container.REPORT: report})
     return container.write(sink.stage, sink.out, header, parts, split)
 
