@@ -114,13 +114,11 @@ class PackedCheckpoint:
     def __iter__(self) -> Iterator[tuple[str, QTensor | Tensor]]:
         """Yield every weight, bias and other tensor by the name that it has in a float checkpoint, block by block."""
         for module, names in self._modules.items():
-            if module in self.linears:
+            packed = module in self.linears
+            if packed:
                 yield f"{module}.weight", self.qtensor(module)
-            yield from (
-                (name, self._entries[name].read())
-                for name in names
-                if module not in self.linears or name == f"{module}.bias"
-            )
+            floats = (name for name in names if not packed or name == f"{module}.bias")
+            yield from ((name, self._entries[name].read()) for name in floats)
 
     def _linear(self, name: str, module: nn.Linear, tied: bool) -> LinearSpec | None:
         """Return what a linear of the model is in the file, None where it is float. Raises LlmqError for a tied one."""

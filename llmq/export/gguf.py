@@ -83,7 +83,8 @@ def export(  # noqa: PLR0913, the options of the command
     source = _source(src)
     run = {"command": "export", "SRC": fingerprint(source.path)} | given
     packed, config = _opened(source)
-    found = _record(source.path)
+    made_by = source.path / "quantization.json"
+    found = json_object(made_by) if made_by.is_file() else None  # how llmq found the codes
     arch = architecture(config)
     words = vocabulary(tokenizer_of(source.path), int(config.vocab_size), config, pre)
     warnings = [*arch.warnings(), *_left_out(source, packed), *words.warnings]
@@ -154,12 +155,6 @@ def _opened(source: Source) -> tuple[PackedCheckpoint, Any]:
     return packed, config
 
 
-def _record(folder: Path) -> dict[str, Any] | None:
-    """Return how llmq found the codes of a checkpoint, None for a peer's."""
-    file = folder / "quantization.json"
-    return json_object(file) if file.is_file() else None
-
-
 def _left_out(source: Source, packed: PackedCheckpoint) -> list[str]:
     """Return what of the checkpoint a GGUF file cannot hold."""
     found = list(source.warnings)
@@ -177,8 +172,8 @@ def convert(q: QTensor, name: str, requantize: str | None) -> Exported:
     """
     why = _obstacle(q)
     if why is None:
-        d = _scales(q)
-        zero = _by_block(q, Params.of(q.params).zero)
+        at = Params.of(q.params).map(lambda p: p[:, q.group_K[::_BLOCK]])  # of every block, `[N, K / 32]`
+        d, zero = at.scale.half(), at.zero
         level = q.codes.to(torch.int16).unflatten(1, (-1, _BLOCK)) - zero[..., None].to(torch.int16)
         lo, hi = int(level.min()), int(level.max())
         if lo >= -8 and hi <= 7:
@@ -213,15 +208,6 @@ def _obstacle(q: QTensor) -> str | None:
     if q.grid.bits == 4 and not torch.isfinite((Params.of(q.params).zero.float() * scale.float()).half()).all():
         return "a minimum is beyond float16"
     return None
-
-
-def _scales(q: QTensor) -> Tensor:
-    return _by_block(q, q.params.scale).half()
-
-
-def _by_block(q: QTensor, p: Tensor) -> Tensor:
-    """Return parameters `[N, G]` for every block of 32 columns, `[N, K / 32]`."""
-    return p[:, q.group_K[::_BLOCK]]
 
 
 def _pack(kind: str, codes: Tensor, d: Tensor, dmin: Tensor | None, q: QTensor) -> Exported:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from llmq.checkpoint import Source, source
 from llmq.checkpoint.packed import PackedCheckpoint, _natural
+from llmq.grids.int import Int
 from llmq.guard.reading import Entry, tensor_entries
 from llmq.model.pretrained import blank_model, model_config
 from llmq.types import LlmqError, QTensor
@@ -66,8 +67,8 @@ def test_linears_are_known_before_a_weight_is_read(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Entry, "read", lambda entry: pytest.fail(f"{entry.name} was read"))
     packed = opened(GOLDEN / "ct_mixed")
     down = packed.linears["model.layers.1.mlp.down_proj"]
-    assert (down.N, down.K, down.scheme.weight.bits, down.scheme.weight.group_size) == (64, 128, 8, None)
-    assert packed.linears[LINEAR].scheme.weight.group_size == 32
+    assert (down.N, down.K, down.scheme.weight) == (64, 128, Int(8, True, "channel"))
+    assert packed.linears[LINEAR].scheme.weight == Int(4, True, 32)
 
 
 def test_the_header_of_a_shard_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
