@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -361,7 +361,7 @@ class Assignment(ABC):
         """
 
     @abstractmethod
-    def close(self, out: Out, made: Made, record: dict[str, Any]) -> dict[str, Any]:
+    def close(self, out: Out, made: Made, record: dict[str, object]) -> dict[str, object]:
         """Write the record of the run, which seals the rest. Returns it with what is now known of the files."""
 
 
@@ -397,9 +397,9 @@ class Format(Protocol):
     def layout(self, spec: LinearSpec) -> dict[str, Tensor]:
         """Return meta tensors of the names, shapes and dtypes that `pack` gives; files may hold other float widths."""
 
-    def config(self, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> dict[str, Any]:
+    def config(self, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> dict[str, object]:
         """Return the `quantization_config`; `skipped` are the linears of the model that stay float."""
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> tuple[Any, Callable[[str, int, int], Scheme | None]]:
+    def read(cls, config: Mapping[str, object]) -> tuple[Format, Callable[[str, int, int], Scheme | None]]:
         """Return the format of a `quantization_config` and `scheme(name, N, K)`, None for a module that is float."""

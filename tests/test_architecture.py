@@ -72,6 +72,15 @@ def test_what_verifies_shares_nothing_with_what_packs():
         assert not shared, f"{file.relative_to(ROOT)}, which verify reaches, imports {shared}"
 
 
+def test_the_types_of_the_domain_are_typed():
+    for name in ("types", "params", "granularity"):
+        said = [
+            n for n in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())) if isinstance(n, ast.Name | ast.alias)
+        ]
+        assert len(said) > 20
+        assert not [n for n in said if getattr(n, "id", getattr(n, "name", "")) in ("Any", "cast")], name
+
+
 def test_no_pickle_and_no_remote_code():
     for file in ROOT.rglob("*.py"):
         text = file.read_text()

@@ -14,6 +14,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 import llmq
 from llmq import cli, registry
 from llmq.checkpoint import Source
+from llmq.pipeline.method import method_of
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
@@ -50,7 +51,7 @@ def run(folder, out, **options):
 
 def test_every_kind_is_shown_and_documented():
     folders = {path.rsplit("/", 1)[0] for path in SHOWN}
-    assert folders == {"llmq/algorithms", "llmq/formats", "llmq/families", "llmq/runtime/backends"}
+    assert folders == {f"llmq/{n}" for n in ("algorithms", "grids", "formats", "families", "runtime/backends")}
     for path, text in SHOWN.items():
         tree = ast.parse(text)
         assert ast.get_docstring(tree) and all(ast.get_docstring(n) for n in tree.body if isinstance(n, ast.ClassDef))
@@ -70,6 +71,37 @@ def test_an_algorithm(added, tiny_checkpoint, tmp_path, capsys):
         registry.load("algorithms", "stochastic:sed=1")
     cli.list_()
     assert "Stochastic: round up or down by chance" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_grid(added, tiny_checkpoint, tmp_path, prose, capsys):
+    folder, source = tiny_checkpoint(), Source(tiny_checkpoint())
+    (tmp_path / "calib.txt").write_text(prose(2000))
+    calibration = {"samples": 4, "seq_len": 32, "calib": str(tmp_path / "calib.txt")}
+    with pytest.raises(llmq.LlmqError, match="'ternary' is none of llmq's grids"):
+        method_of(Recipe(weights="ternary"), torch.float32)
+    added("llmq/grids/ternary.py")
+    for method in ("rtn", "gptq"):
+        given = {"weights": "ternary:group=32", "method": method, "format": "compressed-tensors", "dtype": "float32"}
+        out = tmp_path / method
+        quantize(prepare(str(folder), Recipe(**given, **calibration), "cpu"), out)
+        line = json.loads((out / "quantization.json").read_text())["linears"]["model.layers.0.mlp.up_proj"]
+        assert line["bits"] == 2 and "2-bit weights" in (out / "README.md").read_text()
+        for name, module in llmq.load(out, dtype=torch.float32, backend="reference").named_modules():
+            if isinstance(module, QuantLinear):
+                W_NK = source.get(f"{name}.weight").float()
+                groups, scale_NG1 = W_NK.unflatten(1, (-1, 32)), module.unpack().params.scale.float()[..., None]
+                large = groups.abs() > 0.7 * groups.abs().mean(-1, keepdim=True)
+                torch.testing.assert_close(
+                    scale_NG1, (groups.abs() * large).sum(-1, keepdim=True) / large.sum(-1, keepdim=True)
+                )
+                levels = module.dequantize().unflatten(1, (-1, 32)) / scale_NG1
+                assert set(levels.unique().tolist()) == {-1.0, 0.0, 1.0}
+                if method == "rtn":
+                    assert torch.equal(levels, (groups / scale_NG1).round().clamp(-1, 1))
+    with pytest.raises(llmq.LlmqError, match="a Ternary grid has 2 bits, not 3; leave --target-bpw out"):
+        prepare(str(folder), Recipe(weights="ternary:group=32", target_bpw=3.0), "cpu")
+    cli.list_()
+    assert "Ternary: -s, 0 and s, with s chosen as in" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_format(added, tiny_checkpoint, tmp_path):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from llmq.pipeline.method import method_of
 from llmq.recipe import Recipe
@@ -251,3 +252,54 @@ def test_overrides_apply_in_order_and_keep_the_rest_of_the_grid():
     grid = method_of(recipe, torch.float16).scheme("model.layers.0.mlp.down_proj").weight
     assert (grid.bits, grid.group, grid.sym, grid.range.norm) == (8, 32, False, 2.4)
     assert method_of(recipe, torch.float16).scheme("model.layers.0.self_attn.o_proj").weight.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "weights"),
+    [
+        ({}, "int"),
+        ({"bits": 3, "group_size": 64, "sym": False}, "int:bits=3:group=64:asym"),
+        ({"bits": 8, "group_size": "tensor", "range": "mse:norm=2.4"}, "int:bits=8:group=tensor:range=[mse:norm=2.4]"),
+        ({"group_size": "channel", "method": "awq,gptq"}, "int:group=channel:sym"),
+        ({"quality": "best", "bits": 2}, "int:bits=2"),
+        ({"override": (r"down_proj$:bits=8,group_size=32,range=minmax",), "method": "rtn"}, "int"),
+    ],
+)
+def test_the_flags_are_short_for_weights(flags, weights):
+    rest = {k: v for k, v in flags.items() if k not in ("bits", "group_size", "sym", "range")}
+    short, long = (method_of(Recipe(**given), torch.float16) for given in (flags, rest | {"weights": weights}))
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"):
+        grids = [m.scheme(name).weight for m in (short, long)]
+        assert grids[0] == grids[1] and grids[0].range == grids[1].range and grids[0].scale_dtype == torch.float16
+    assert short.recipe.method == long.recipe.method
+    again = Recipe(**yaml.safe_load(long.recipe.to_yaml()))  # what recipe.yaml says is all there is to say
+    assert again.resolved() == long.recipe
+
+
+@pytest.mark.parametrize("flag", [{"bits": 4}, {"group_size": 64}, {"sym": False}, {"range": "mse"}])
+def test_weights_and_the_flags_that_are_short_for_them_are_refused_together(flag):
+    name = next(iter(flag)).replace("_", "-")
+    with pytest.raises(LlmqError, match=f"^--{name} means nothing here: --weights says what a weight becomes; say it"):
+        Recipe(weights="int", **flag)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"weights": "int:bits=9"}, "option bits takes a whole number from 2 to 8, not '9'"),
+        ({"weights": "int:group=128x64"}, "scales per group, channel or tensor, not blocks of 128 x 64"),
+        ({"weights": "int:group=0"}, "group_size is a number of columns, 'channel' or 'tensor', not 0"),
+        ({"weights": "int:scale_dtype=float32"}, "int has no option 'scale_dtype'"),
+        ({"weights": "int:bits"}, "int has no option 'bits'"),
+        ({"weights": "int:asym:sym=true"}, "option sym is given twice"),
+        ({"weights": "integer"}, "'integer' is none of llmq's grids"),
+        ({"weights": "int:range=mxe"}, "'mxe' is none of llmq's ranges"),
+        ({"weights": "int", "act_bits": 8}, "8-bit activations need 8-bit weights, not 4; say --weights int:bits=8"),
+        ({"weights": "int", "override": ("a:levels=3",)}, "there is no 'levels' to change"),
+        ({"weights": "int", "format": "gguf"}, "--weights means nothing here: GGUF's types fix bits"),
+    ],
+)
+def test_what_weights_may_not_say_is_one_line(given, said):
+    with pytest.raises(LlmqError, match=said) as e:
+        method_of(Recipe(**given), torch.float16)
+    assert "\n" not in str(e.value)

@@ -10,7 +10,7 @@ Not here: which interval to cover (ranges/), how codes are packed (formats/).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Annotated
 
@@ -74,9 +74,9 @@ class Int(AffineGrid):
         """See `Grid.stored_in`."""
         return replace(self, scale_dtype=dtype)
 
-    def with_bits(self, bits: int) -> Int:
-        """See `Grid.with_bits`."""
-        return replace(self, bits=bits)
+    def with_bits(self, bits: int) -> Grid:
+        """See `Grid.with_bits`; a kind derived from this one may fix its bits."""
+        return replace(self, bits=bits) if "bits" in {f.name for f in fields(self)} else super().with_bits(bits)
 
     def stacks_with(self, other: Grid) -> bool:
         """See `Grid.stacks_with`; two weights do not share the scale of a tensor."""
