@@ -9,9 +9,15 @@ ROOT = Path(llmq.__file__).parent
 SIBLINGS = {"algorithms", "grids", "ranges", "families", "formats"}
 VOCABULARY = "llmq.grids.int"  # the grid of every integer format: formats read and write its fields
 CLOSING = {  # a format closes OUT: it knows how OUT is written, and GGUF's own files fill a room
+    "formats/_reading.py": ("llmq.checkpoint.stored",),
     "formats/_folder.py": ("llmq.checkpoint",),
     "formats/gguf.py": ("llmq.checkpoint.digest", "llmq.gguf"),
 }
+FLOORS = (  # a room, or a file of the top level, imports only from floors below its own
+    "errors", "guard show", "options signals jit granularity overrides", "params", "types", "registry stats",
+    "steps", "ranges grids families algorithms", "checkpoint", "model", "gguf calibration runtime", "formats",
+    "integrations", "loading verify", "evaluation recipe inspection", "pipeline", "export", "api", "cli", "__main__",
+)  # fmt: skip
 LOW = {"errors", "granularity", "guard", "params", "types", "options", "overrides", "registry", "jit"}
 OF_STEPS = {"stats", "steps"}  # what algorithms are made of
 
@@ -49,6 +55,18 @@ def test_the_base_imports_nothing_above_it():
     for file in low:
         above = [n for n in imports(file) if n.startswith("llmq.") and n.split(".")[1] not in LOW | OF_STEPS]
         assert not above, f"{file.name} imports {above}"
+
+
+def test_the_rooms_stand_one_above_the_other():
+    floor = {room: i for i, rooms in enumerate(FLOORS) for room in rooms.split()}
+    files = [f for f in ROOT.rglob("*.py") if f != ROOT / "__init__.py"]
+    assert {f.relative_to(ROOT).parts[0].removesuffix(".py") for f in files} == set(floor)
+    for file in files:
+        own = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        for name in imports(file):
+            room = name.split(".")[1] if name.startswith("llmq.") else own
+            if room in floor and room != own:
+                assert floor[room] < floor[own], f"{file.relative_to(ROOT)} imports {name}, which is not below it"
 
 
 def reached(files):

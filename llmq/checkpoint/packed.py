@@ -23,8 +23,8 @@ from llmq import registry
 from llmq.checkpoint.dialects import known
 from llmq.checkpoint.names import own_head, settle
 from llmq.checkpoint.source import Source
+from llmq.checkpoint.stored import checked
 from llmq.errors import LlmqError
-from llmq.formats._reading import checked
 from llmq.guard.reading import Entry
 from llmq.types import Format, LinearSpec, QTensor, Scheme
 

@@ -26,6 +26,7 @@ from functools import cache
 from tokenizers import Regex, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
+from llmq.model.pretrained import PROBE
 from llmq.types import LlmqError
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -36,17 +37,6 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
-)
-
-# Runs of spaces, tabs and newlines in every order, digits of every length, other digits, contractions in both cases,
-# case changes, punctuation before letters and newlines, CJK, combining marks, emoji with joiners.
-PROBE = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \nHello  world 1 22 333 4444 55555 666666 7777777 3.14 v2beta "
-    "I'm we'LL THEY'RE don'T it's 'tis camelCaseWord HTTPServer XMLHttpRequest2 snake_case\n\n  indented(code);\n\t}"
-    '//comment/\n/path/\r\n\r\n...!!! ?? "quoted" #tag @at $5 100% a/b\u00a0c\u3000d e\u0301te\u0301 na\u00efve '
-    "\u4f60\u597d\u4e16\u754c\u3002\u65e5\u672c\u8a9e\u30c6\u30ad\u30b9\u30c8 \ud55c\uad6d\uc5b4 \u0440\u0443\u0441"
-    "\u0441\u043a\u0438\u0439 \u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22 \u0661\u0662\u0663 \u2167 \u00bd x\u00b2 "
-    "\U0001f680\U0001f636\u200d\U0001f32b\ufe0f\u2705 <tag> -->   trailing   "
 )
 
 

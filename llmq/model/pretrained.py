@@ -58,6 +58,18 @@ _LIBRARIES = {
     "torch", "transformers",
 }  # fmt: skip
 
+# Runs of spaces, tabs and newlines in every order, digits of every length, other digits, contractions in both cases,
+# case changes, punctuation before letters and newlines, CJK, combining marks, emoji with joiners.
+PROBE = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \nHello  world 1 22 333 4444 55555 666666 7777777 3.14 v2beta "
+    "I'm we'LL THEY'RE don'T it's 'tis camelCaseWord HTTPServer XMLHttpRequest2 snake_case\n\n  indented(code);\n\t}"
+    '//comment/\n/path/\r\n\r\n...!!! ?? "quoted" #tag @at $5 100% a/b\u00a0c\u3000d e\u0301te\u0301 na\u00efve '
+    "\u4f60\u597d\u4e16\u754c\u3002\u65e5\u672c\u8a9e\u30c6\u30ad\u30b9\u30c8 \ud55c\uad6d\uc5b4 \u0440\u0443\u0441"
+    "\u0441\u043a\u0438\u0439 \u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22 \u0661\u0662\u0663 \u2167 \u00bd x\u00b2 "
+    "\U0001f680\U0001f636\u200d\U0001f32b\ufe0f\u2705 <tag> -->   trailing   "
+)
+"""A text that any two rules of cutting cut differently."""
+
 
 class foreign:  # noqa: N801  (used as a statement: `with foreign(...)`)
     """Turn what transformers or tokenizers raise in the body into one LlmqError: `where: what they said`.
@@ -170,7 +182,6 @@ def _try(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
     Raises LlmqError where they take too long. Where they panic, Rust prints pages, which the child keeps to itself.
     """
-    from llmq.gguf.pretokenizer import PROBE
 
     def cut(_: None) -> None:
         try:

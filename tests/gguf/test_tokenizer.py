@@ -9,9 +9,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from llmq.gguf.architecture import architecture
-from llmq.gguf.pretokenizer import PROBE, byte_level_name, pieces, rules
+from llmq.gguf.pretokenizer import byte_level_name, pieces, rules
 from llmq.gguf.tokenizer import vocabulary
 from llmq.loading import load_tokenizer
+from llmq.model.pretrained import PROBE
 from llmq.types import LlmqError
 
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
