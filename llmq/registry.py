@@ -135,7 +135,9 @@ def _third_party(folder: str, name: str) -> type:
         )
     with _blaming(f"{name!r} cannot be imported"):
         cls = _public_dataclass(importlib.import_module(name))
-    if lacking := [n for n in vars(_DUTIES.get(folder, object)) if not n.startswith("_") and not hasattr(cls, n)]:
+    duty = _DUTIES.get(folder, object)
+    named = (*vars(duty), *inspect.get_annotations(duty))
+    if lacking := [n for n in named if not n.startswith("_") and not hasattr(cls, n)]:
         raise LlmqError(f"{name!r} is none of the {folder}: {cls.__name__} has no {', '.join(lacking)}")
     return cls
 

@@ -330,15 +330,6 @@ class Out(Protocol):
         """Return the files that OUT will hold."""
 
 
-@dataclass(frozen=True)
-class Made:
-    """What became of a model's matrices: those quantized, the linears left float, and the recipe for it as YAML."""
-
-    linears: Sequence[LinearSpec]
-    skipped: Sequence[str]
-    recipe: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class Assignment(ABC):
     """What becomes of every matrix of a model, decided before any work; and how OUT is closed around them.
@@ -354,14 +345,15 @@ class Assignment(ABC):
     warnings: Sequence[str] = ()
 
     @abstractmethod
-    def join(self, out: Out, made: Made) -> int:
+    def join(self, out: Out, config: Mapping[str, object], recipe: str) -> int:
         """Write what makes of the staged tensors a model that loads. Returns the bytes of all tensors.
 
+        config: the format's `quantization_config`. recipe: what repeats the run, as YAML.
         `out.digests` are then those of the tensors as OUT has them.
         """
 
     @abstractmethod
-    def close(self, out: Out, made: Made, record: dict[str, object]) -> dict[str, object]:
+    def close(self, out: Out, record: dict[str, object], recipe: str) -> dict[str, object]:
         """Write the record of the run, which seals the rest. Returns it with what is now known of the files."""
 
 

@@ -23,17 +23,19 @@ def errors(summary: dict[str, Any]) -> Iterator[tuple[str, float, str, float]]:
             yield kind, sum(values.values()) / len(values), worst, values[worst]
 
 
-def model_card(summary: dict[str, Any], config: dict[str, Any]) -> str:
-    """Return README.md of the quantized checkpoint. Names and values stay text, whatever characters they have."""
+def model_card(summary: dict[str, Any], method: str, said: object) -> str:
+    """Return README.md of the quantized checkpoint. Names and values stay text, whatever characters they have.
+
+    method: the `quant_method`. said: what the float model's config says it is called.
+    """
     recipe, sizes, source = summary["recipe"], summary["size"], summary["source"]
     off = "\n".join(
         f"| mean {kind}, squared and relative (worst) | | {mean:.3e} ({most:.3e} {_text(worst)}) |"
         for kind, mean, worst, most in errors(summary)
     )
-    method = config["quantization_config"]["quant_method"]
     bits = recipe["bits"] or Counter(line["bits"] for line in summary["linears"].values()).most_common(1)[0][0]
     about = {
-        "base_model": _base_model(source["name"], config.get("_name_or_path")),
+        "base_model": _base_model(source["name"], said),
         "library_name": "transformers",
         "tags": [method, f"{bits}-bit", "llmq"],
     }

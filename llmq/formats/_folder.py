@@ -12,20 +12,20 @@ Not here: the words of a linear (gptq.py, awq.py, compressed_tensors.py), how OU
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from llmq.checkpoint import Sink
 from llmq.checkpoint.card import model_card
 from llmq.checkpoint.digest import file_digest, sealed
-from llmq.types import Assignment, FloatModel, LinearSpec, LlmqError, Made, Out, Wanted
+from llmq.types import Assignment, FloatModel, LlmqError, Out, Wanted
 
 
-class Folder(ABC):
+class Folder:
     """The base of these formats. copy: a file for the quantization_config alone, where readers look for one."""
 
+    quant_method: str
     sink: ClassVar[type] = Sink
     copy: ClassVar[str | None] = None
 
@@ -39,35 +39,30 @@ class Folder(ABC):
             raise LlmqError("every linear is skipped; nothing to quantize")
         return _Checkpoint(schemes=schemes, form=self, model=model)
 
-    @abstractmethod
-    def config(self, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> dict[str, Any]:
-        """See `Format.config`."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Checkpoint(Assignment):
     form: Folder
     model: FloatModel
 
-    def join(self, out: Out, made: Made) -> int:
-        """Write the configs and the recipe, and join the shards."""
-        config = self._config(made)
+    def join(self, out: Out, config: Mapping[str, Any], recipe: str) -> int:
+        """Write the configs and the recipe, and join the shards. A quantized head is no longer the embedding."""
+        untied = {"tie_word_embeddings": False} if self.model.head in self.schemes else {}
         out.copy_files(self.model.folder)
-        out.text("config.json", json.dumps(config, indent=2) + "\n")
+        out.text("config.json", _json({**self.model.saved, "quantization_config": config, **untied}))
         if self.form.copy:
-            out.text(self.form.copy, json.dumps(config["quantization_config"], indent=2) + "\n")
-        out.text("recipe.yaml", made.recipe)
+            out.text(self.form.copy, _json(config))
+        out.text("recipe.yaml", recipe)
         return out.join()
 
-    def close(self, out: Out, made: Made, record: dict[str, Any]) -> dict[str, Any]:
+    def close(self, out: Out, record: dict[str, Any], recipe: str) -> dict[str, Any]:
         """Write the model card, and the record, which seals all other files."""
-        out.text("README.md", model_card(record, self._config(made)))
+        out.text("README.md", model_card(record, self.form.quant_method, self.model.saved.get("_name_or_path")))
         files = {p.relative_to(out.stage).as_posix(): file_digest(p) for p in out.files()}
         record = sealed(record | {"files": files})
-        out.text("quantization.json", json.dumps(record, indent=2) + "\n")
+        out.text("quantization.json", _json(record))
         return record
 
-    def _config(self, made: Made) -> dict[str, Any]:
-        """Return config.json of the quantized checkpoint; a quantized head is no longer the embedding."""
-        untied = {"tie_word_embeddings": False} if self.model.head in self.schemes else {}
-        return {**self.model.saved, "quantization_config": self.form.config(made.linears, made.skipped), **untied}
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"

@@ -25,7 +25,7 @@ from llmq.gguf.sink import GgufSink
 from llmq.gguf.tokenizer import Vocabulary, vocabulary
 from llmq.guard.patterns import Pattern
 from llmq.overrides import parse
-from llmq.types import Assignment, FloatModel, LinearSpec, LlmqError, Made, Out, QTensor, Scheme, StoredGrid, Wanted
+from llmq.types import Assignment, FloatModel, LinearSpec, LlmqError, Out, QTensor, Scheme, StoredGrid, Wanted
 
 _SKIPPED = "F16"  # what --skip leaves float
 
@@ -46,7 +46,7 @@ class _File(Assignment):
     split: int
     imatrix: str | None
 
-    def join(self, out: Out, made: Made) -> int:
+    def join(self, out: Out, config: Mapping[str, Any], recipe: str) -> int:
         """Take the checksums of the tensors as the file will have them; it is written when the record is known."""
         digests, total = {}, 0
         for name, tensor in container.contents(self.architecture, self._parts(out)):
@@ -55,9 +55,9 @@ class _File(Assignment):
         out.digests = digests
         return total
 
-    def close(self, out: Out, made: Made, record: dict[str, Any]) -> dict[str, Any]:
+    def close(self, out: Out, record: dict[str, Any], recipe: str) -> dict[str, Any]:
         """Write the file or files, the record within."""
-        keys: dict[str, str | int] = {"llmq.version": record["llmq"], "llmq.recipe": made.recipe}
+        keys: dict[str, str | int] = {"llmq.version": record["llmq"], "llmq.recipe": recipe}
         keys |= {"quantize.imatrix.file": self.imatrix} if self.imatrix else {}
         keys |= {container.REPORT: json.dumps(sealed(record), separators=(",", ":"))}
         kind = mixture.file_type(self.mix)

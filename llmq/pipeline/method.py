@@ -46,18 +46,18 @@ class Method:
     """A resolved recipe with its objects made."""
 
     recipe: Recipe
+    solver: Solver
+    format: Format
+    base: Scheme | None  # None where the format's own types take its place (GGUF)
+    overrides: tuple[Override, ...]
+    skip: tuple[Pattern, ...]
     rotations: tuple[Rotation, ...]
     weightings: tuple[Weighting, ...]
     transforms: tuple[Transform, ...]
     corrections: tuple[Correction, ...]
-    solver: Solver
     refiners: tuple[Refiner, ...]
     tuners: tuple[Tuner, ...]
     finishers: tuple[Finisher, ...]
-    format: Format
-    base: Scheme | None  # None where the format's own types take its place (GGUF)
-    overrides: tuple[tuple[Override, dict[str, str]], ...]
-    skip: tuple[Pattern, ...]
 
     def needs(self, grids: Sequence[Grid]) -> tuple[type[Stat], ...]:
         """Return the Stat classes that the steps of a site want for linears on these grids."""
@@ -74,7 +74,7 @@ class Method:
 
         Raises LlmqError for an override or a skip that matches none.
         """
-        asked = [*((p.pattern, p) for p in self.skip), *((o.text, o.pattern) for o, _ in self.overrides)]
+        asked = [*((p.pattern, p) for p in self.skip), *((o.text, o.pattern) for o in self.overrides)]
         for text, pattern in asked:
             if not any(pattern.search(n) for n in linears):
                 raise LlmqError(f"{text!r} matches no linear; names look like {linears[0]}")
@@ -85,9 +85,9 @@ class Method:
         if self.base is None or any(p.search(name) for p in self.skip):
             return None
         grid = self.base.weight
-        for override, new in self.overrides:
+        for override in self.overrides:
             if override.pattern.search(name):
-                grid = registry.changed(grid, new, override.text)
+                grid = registry.changed(grid, override.changes, override.text)
         return Scheme(grid, self.base.activation)
 
 
@@ -98,24 +98,12 @@ def method_of(recipe: Recipe, model_dtype: torch.dtype) -> Method:
     (solver,) = steps[Solver]
     fmt = _format(recipe, solver)
     base, overrides = _schemes(recipe, recipe.grid, fmt.scale_dtype(model_dtype)) if recipe.grid else (None, ())
-    return Method(
-        recipe=recipe,
-        rotations=tuple(steps[Rotation]),
-        weightings=tuple(steps[Weighting]),
-        transforms=tuple(steps[Transform]),
-        corrections=tuple(steps[Correction]),
-        solver=solver,
-        refiners=tuple(steps[Refiner]),
-        tuners=tuple(steps[Tuner]),
-        finishers=tuple(steps[Finisher]),
-        format=fmt,
-        base=base,
-        overrides=overrides,
-        skip=tuple(Pattern(s, f"--skip {s!r}") for s in recipe.skip),
-    )
+    skip = tuple(Pattern(s, f"--skip {s!r}") for s in recipe.skip)
+    several: dict[str, Any] = {f"{kind.kind}s": tuple(found) for kind, found in steps.items() if kind is not Solver}
+    return Method(recipe, solver, fmt, base, overrides, skip, **several)
 
 
-def _schemes(recipe: Recipe, text: str, scale_dtype: torch.dtype) -> tuple[Scheme, Any]:
+def _schemes(recipe: Recipe, text: str, scale_dtype: torch.dtype) -> tuple[Scheme, tuple[Override, ...]]:
     """Return the scheme of most linears, whose grid a text names, and how some differ from it."""
     grid: Grid = registry.load("grids", text, code=True).stored_in(scale_dtype)
     if recipe.act_bits and grid.bits != 8:
@@ -168,11 +156,11 @@ def _format(recipe: Recipe, solver: Solver) -> Format:
     return cast(Format, fmt)
 
 
-def _override(text: str, grid: Grid) -> tuple[Override, dict[str, str]]:
-    """Return an override and what it changes of a grid. Raises LlmqError for what does not read, or change it."""
+def _override(text: str, grid: Grid) -> Override:
+    """Return an override, by a grid's own keys. Raises LlmqError for what does not read, or does not change it."""
     override = parse(text)
     if override is None:
         raise LlmqError(f"--override {text!r} does not read; write REGEX:bits=8,group_size=32 (also sym=, range=)")
     new = {"group" if key == "group_size" else key: value for key, value in override.changes.items()}
     registry.changed(grid, new, f"--override {text!r}")
-    return override, new
+    return dataclasses.replace(override, changes=new)

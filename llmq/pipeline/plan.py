@@ -25,7 +25,7 @@ from llmq.model.sites import family_sites, no_table
 from llmq.model.skeleton import Skeleton
 from llmq.pipeline.method import Method, method_of
 from llmq.recipe import Recipe
-from llmq.types import AffineGrid, Assignment, FloatModel, Format, LinearSpec, LlmqError, Made
+from llmq.types import AffineGrid, Assignment, FloatModel, Format, LinearSpec, LlmqError
 
 
 @dataclass
@@ -69,9 +69,9 @@ class Plan:
         floats = sum(n for name, n in self.source.sizes().items() if name.removesuffix(".weight") not in specs)
         return floats + sum(packed_bytes(self.method.format, s) for s in specs.values())
 
-    def made(self) -> Made:
-        """Return what is known of the matrices when all are written."""
-        return Made(list(self.linears.values()), self.skipped, self.method.recipe.to_yaml())
+    def config(self) -> dict[str, Any]:
+        """Return the `quantization_config`."""
+        return self.method.format.config(list(self.linears.values()), self.skipped)
 
     def calibrates(self) -> bool:
         """Say whether any step needs activations."""

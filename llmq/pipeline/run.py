@@ -72,13 +72,13 @@ def quantize(
         _outside(plan, state, sink, done)
         if done.importance:
             write_importance(plan, sink.staged_beside(IMATRIX), done.importance)
-        made = plan.made()
+        recipe = plan.method.recipe.to_yaml()
         report(blocks, blocks, "writing")
-        total = plan.assigned.join(sink, made)
+        total = plan.assigned.join(sink, plan.config(), recipe)
         if plan.method.finishers:
             report(blocks, blocks, "tuning the whole model")
             _finish(plan, state, sink, done)
-        record = plan.assigned.close(sink, made, summary(plan, done.record, total, sink.digests))
+        record = plan.assigned.close(sink, summary(plan, done.record, total, sink.digests), recipe)
         if check:
             report(blocks, blocks, "verifying")
             require_right(sink.whole)

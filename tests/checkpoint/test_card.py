@@ -26,7 +26,7 @@ def made(name="tiny", said=None, **recipe):
         "size": {"float_bytes": 2000, "bytes": 1000, "bits_per_weight": 4.5},
         "linears": {"model.layers.0.q_proj": {"weight_error": 0.01}},
     }
-    return card.model_card(summary, {"_name_or_path": said, "quantization_config": {"quant_method": "gptq"}})
+    return card.model_card(summary, "gptq", said)
 
 
 def parts(text):
