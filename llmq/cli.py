@@ -87,7 +87,7 @@ def quantize(
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter to add to the weights: a folder or Hub id.")] = None,
     quality: Annotated[str | None, typer.Option(help="fast, balanced or best: time against error. [balanced]")] = None,
     method: Annotated[str | None, typer.Option(help="Steps by name in place of a quality: awq,gptq:damp=0.01")] = None,
-    weights: Annotated[str | None, typer.Option(help="Weight grid, as int:bits=4:group=128:asym; short:")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weight grid, int:bits=4:group=128:asym; short for it:")] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")] = None,
     group_size: Annotated[str | None, typer.Option(help="Columns per scale, 'channel' or 'tensor'. [128]")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric or asymmetric grid. [sym]")] = None,

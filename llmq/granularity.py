@@ -12,24 +12,25 @@ Not here: how a scale is chosen (grids/), which of these a file can hold (format
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
 from llmq.errors import LlmqError, printable
 
 
-class Granularity(ABC):
+@dataclass(frozen=True)
+class Granularity:
     """Which values share a scale. `str()` of it is how messages say it.
 
-    strategy: compressed-tensors' word for it. group_size: columns of a group, None where a scale is not for a group.
+    strategy: compressed-tensors' word for it. words: ours, with the fields in braces.
     """
 
     strategy: ClassVar[str]
+    words: ClassVar[str]
 
     @property
     def group_size(self) -> int | None:
-        """Return None, but for groups."""
+        """Return the columns of a group, None where a scale is not for a group."""
         return None
 
     def columns(self, K: int) -> int:
@@ -51,8 +52,8 @@ class Granularity(ABC):
         """Return the shape of a weight's scales in a file. Raises ValueError as `groups` and `rows`."""
         return self.rows(N), self.groups(K)
 
-    @abstractmethod
-    def __str__(self) -> str: ...
+    def __str__(self) -> str:
+        return self.words.format(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class PerTensor(Granularity):
     """One scale for all."""
 
     strategy = "tensor"
+    words = "per tensor"
 
     def rows(self, N: int) -> int:
         """Return 1."""
@@ -69,18 +71,13 @@ class PerTensor(Granularity):
         """Return `(1,)`."""
         return (1,)
 
-    def __str__(self) -> str:
-        return "per tensor"
-
 
 @dataclass(frozen=True)
 class PerRow(Granularity):
     """One scale for a row."""
 
     strategy = "channel"
-
-    def __str__(self) -> str:
-        return "per channel"
+    words = "per channel"
 
 
 @dataclass(frozen=True)
@@ -89,14 +86,12 @@ class PerGroup(Granularity):
 
     size: int
     strategy = "group"
+    words = "group size {size}"
 
     @property
     def group_size(self) -> int:
         """Return the size."""
         return self.size
-
-    def __str__(self) -> str:
-        return f"group size {self.size}"
 
 
 @dataclass(frozen=True)
@@ -106,6 +101,7 @@ class PerBlock(Granularity):
     height: int
     width: int
     strategy = "block"
+    words = "blocks of {height} x {width}"
 
     def columns(self, K: int) -> int:
         """Return the width."""
@@ -116,9 +112,6 @@ class PerBlock(Granularity):
         if N % self.height:
             raise ValueError(f"blocks of {self.height} rows do not divide N = {N}")
         return N // self.height
-
-    def __str__(self) -> str:
-        return f"blocks of {self.height} x {self.width}"
 
 
 def granularity(said: int | str) -> Granularity:

@@ -21,7 +21,7 @@ import inspect
 import pkgutil
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -43,15 +43,7 @@ def load(folder: str, text: str, *, code: bool = False) -> Any:
     cls = find(folder, name, code=code)
     with _blaming(name):
         kinds = _options(cls)
-    values: dict[str, Any] = {}
-    for option in given:
-        key, value = _pair(option, kinds)
-        if value is None or key not in kinds:
-            known = ", ".join(kinds) or "none"
-            raise LlmqError(f"{text!r}: {name} has no option {key!r} (options, as key=value: {known})")
-        if key in values:
-            raise LlmqError(f"{text!r}: option {key} is given twice")
-        values[key] = _value(f"{text!r}: option {key}", value, kinds[key], code=code)
+    values = _values([_pair(option, kinds) for option in given], kinds, f"{text!r}: {name}", code=code)
     with _blaming(repr(text)):
         return cls(**values)
 
@@ -61,13 +53,23 @@ def changed(obj: Any, options: Mapping[str, str], name: str) -> Any:
 
     name: what holds them, for messages. Raises LlmqError for an option that there is not, and for an impossible value.
     """
-    kinds = _options(type(obj))
-    for key in options:
-        if key not in kinds:
-            raise LlmqError(f"{name}: there is no {key!r} to change (there are: {', '.join(kinds) or 'none'})")
-    values = {key: _value(f"{name}: {key}", value, kinds[key], code=True) for key, value in options.items()}
+    values = _values(options.items(), _options(type(obj)), name, code=True)
     with _blaming(name):
         return dataclasses.replace(obj, **values)
+
+
+def _values(
+    given: Iterable[tuple[str, str | None]], kinds: Mapping[str, Any], name: str, *, code: bool
+) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, text in given:
+        if text is None or key not in kinds:
+            known = ", ".join(kinds) or "none"
+            raise LlmqError(f"{name} has no option {key!r} (options, as key=value: {known})")
+        if key in values:
+            raise LlmqError(f"{name}: option {key} is given twice")
+        values[key] = _value(f"{name}: option {key}", text, kinds[key], code=code)
+    return values
 
 
 def words(text: str) -> list[str]:

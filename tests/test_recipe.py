@@ -137,7 +137,7 @@ def test_a_bad_file_is_named(tmp_path, content, message):
         ({"method": "awq," * 10**5 + "rtn"}, "--method has 100,001 steps"),
         ({"override": ("a:bits=9",)}, "bits takes a whole number from 2 to 8, not '9'"),
         ({"override": ("a:sym=maybe",)}, "sym takes true or false"),
-        ({"override": ("a:bits=4,skip=b",)}, "no 'skip' to change"),
+        ({"override": ("a:bits=4,skip=b",)}, "has no option 'skip'"),
     ],
     ids=lambda v: str(v)[:40],
 )
@@ -295,7 +295,7 @@ def test_weights_and_the_flags_that_are_short_for_them_are_refused_together(flag
         ({"weights": "integer"}, "'integer' is none of llmq's grids"),
         ({"weights": "int:range=mxe"}, "'mxe' is none of llmq's ranges"),
         ({"weights": "int", "act_bits": 8}, "8-bit activations need 8-bit weights, not 4; say --weights int:bits=8"),
-        ({"weights": "int", "override": ("a:levels=3",)}, "there is no 'levels' to change"),
+        ({"weights": "int", "override": ("a:levels=3",)}, "has no option 'levels'"),
         ({"weights": "int", "format": "gguf"}, "--weights means nothing here: GGUF's types fix bits"),
     ],
 )

@@ -71,7 +71,7 @@ class GgmlGrid(StoredGrid):
         return 8 * self.qblock_bytes / self.qblock
 
     def row_bytes(self, K: int) -> int:
-        """Return the bytes of a row of K columns. Raises ValueError where the qblock does not divide K."""
+        """See `StoredGrid.row_bytes`."""
         if K % self.qblock:
             raise ValueError(
                 f"{type(self).__name__} stores {self.qblock} columns together, which do not divide K = {K}"
@@ -130,7 +130,7 @@ class GgmlGrid(StoredGrid):
         return GgmlParams(scale, offset, *stored)
 
     def to_bytes(self, codes: Tensor, params: Parameters) -> Tensor:
-        """Return the stored rows, uint8 `[N, row_bytes]`. Raises ValueError for params spread over columns."""
+        """See `StoredGrid.to_bytes`."""
         N, K = codes.shape
         B = K // self.qblock
         d, dmin, *small = _stored(params)
@@ -139,7 +139,7 @@ class GgmlGrid(StoredGrid):
         return blocks.reshape(N, self.row_bytes(K))
 
     def from_bytes(self, rows: Tensor) -> tuple[Tensor, GgmlParams]:
-        """Return codes, uint8 `[N, K]`, and params of stored rows, uint8 `[N, row_bytes]`."""
+        """See `StoredGrid.from_bytes`."""
         N = rows.shape[0]
         codes, stored = self._unpack(rows.reshape(N, -1, self.qblock_bytes))
         rest = (None if p is None else p.reshape(N, -1) for p in stored[1:])
