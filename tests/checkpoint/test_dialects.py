@@ -172,8 +172,8 @@ def test_a_head_is_packed_where_auto_round_says_so() -> None:
     [("fp8", "FP8"), ("fbgemm_fp8", "FP8"), ("mxfp4", "MXFP4"), ("modelopt", "FP8 or NVFP4"), ("bitsandbytes", "")],
 )
 def test_other_methods_are_refused_by_name_with_the_remedy(method: str, kind: str, moved: Callable[..., Path]) -> None:
-    said = {"quant_method": method}
-    copy = moved(GOLDEN / "float", lambda folder, config, quantization: config.update(quantization_config=said))
+    said = {"quantization_config": {"quant_method": method}, "model_type": "of the future"}  # which comes second
+    copy = moved(GOLDEN / "float", lambda folder, config, quantization: config.update(said))
     for read in (llmq.load, lambda c: export(str(c), c.parent / "x.gguf")):
         with pytest.raises(LlmqError, match=f"{method}.*{kind}.*quantize the float model again"):
             read(copy)
