@@ -167,7 +167,10 @@ class StoredGrid(Grid):
 
 
 class Range(Protocol):
-    """Chooses the interval `[lo, hi]` that a grid covers, one for each row of values."""
+    """Chooses the interval `[lo, hi]` that a grid covers, one for each row of values.
+
+    One whose class says `wants_hessian = True` is given each group's whole part of H for its weight, `[G, g, g]`.
+    """
 
     def interval(self, w: Tensor, grid: AffineGrid, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return lo <= 0 <= hi, each `w.shape[:-1]`, for values `w[..., g]` with error weights broadcast to `w`.

@@ -13,12 +13,11 @@ least squares, then codes". Not here: rounding the codes again (algorithms/).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmq.grids._ggml import Stored, half, ratio
+from llmq.grids._ggml import GgmlGrid, Stored, half, ratio
 
 
 @dataclass
@@ -62,11 +61,10 @@ class _Scales:
     m: Tensor
 
 
-def refine(error_NK: Tensor, levels_NK: Tensor, stored: Stored, H_KK: Tensor, grid: Any) -> Stored:
+def refine(error_NK: Tensor, levels_NK: Tensor, stored: Stored, H_KK: Tensor, grid: GgmlGrid) -> Stored:
     """Return scales with a loss no higher for the same codes, after one sweep over the qblocks.
 
     error_NK: W - Q. levels_NK: what the codes stand for, float32 (the code less its zero, or a table entry).
-    grid: gives `qblock`, `group_size` and `small_range`, the least and the greatest of sc and m.
     """
     N, B = stored.d.shape
     groups = grid.qblock // grid.group_size
