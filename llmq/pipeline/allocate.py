@@ -60,8 +60,8 @@ def allocate(plan: Plan, state: Calibration, report: Progress) -> Plan:
         f"^({'|'.join(re.escape(n) for n in names)})$:bits={choice.bits}" for names, choice in chosen.items()
     )
     settled = dataclasses.replace(recipe, override=(*recipe.override, *overrides), target_bpw=None, bit_choices=None)
-    linears = {n: at_bits(plan.linears[n], choice.bits) for names, choice in chosen.items() for n in names}
-    return plan.settled(settled, linears)
+    schemes = {n: at_bits(plan.linears[n], choice.bits).scheme for names, choice in chosen.items() for n in names}
+    return plan.settled(schemes, settled)
 
 
 def costs(plan: Plan, state: Calibration, report: Progress) -> dict[tuple[str, ...], list[Choice]]:

@@ -6,8 +6,9 @@ Not here: running it (run.py).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,32 +26,49 @@ from llmq.model.sites import family_sites, no_table
 from llmq.model.skeleton import Skeleton
 from llmq.pipeline.method import Method, method_of
 from llmq.recipe import Recipe
-from llmq.types import AffineGrid, Assignment, FloatModel, Format, LinearSpec, LlmqError
+from llmq.types import AffineGrid, Assignment, FloatModel, Format, LinearSpec, LlmqError, Scheme
 
 
 @dataclass
 class Plan:
     """A prepared run: what was read, what is planned, what a user should know before it starts.
 
-    assigned: what the format says of every matrix. linears: what the method quantizes. rows: matrices outside the
-    blocks that are rounded row by row. skipped: linears that stay float.
+    skeleton, model: the float model, as the run and as a format sees it. assigned: what becomes of every matrix.
     """
 
-    source: Source
     skeleton: Skeleton
     method: Method
+    model: FloatModel
     assigned: Assignment
-    linears: dict[str, LinearSpec]
-    rows: dict[str, LinearSpec]
-    skipped: list[str]
     device: torch.device
     warnings: list[str] = field(default_factory=list)
 
     @property
+    def source(self) -> Source:
+        """The float weights, an adapter added and rotated where that is asked for."""
+        return self.skeleton.source
+
+    @cached_property
+    def matrices(self) -> dict[str, LinearSpec]:
+        """Every matrix that is quantized, by the name of its module."""
+        shapes = {n: self.model.shapes[self.weight_of(n)] for n in self.assigned.schemes}
+        return {n: LinearSpec(n, N, K, self.assigned.schemes[n]) for n, (N, K) in shapes.items()}
+
+    @cached_property
+    def linears(self) -> dict[str, LinearSpec]:
+        """Those that the method solves: in the blocks, and the head where it is asked for."""
+        return {n: s for n, s in self.matrices.items() if n not in self.rows}
+
+    @cached_property
+    def rows(self) -> dict[str, LinearSpec]:
+        """Those that are rounded row by row, as a format wants it: the embedding, the head that nobody asked for."""
+        solved = {*self.model.linears} | ({self.model.head} if self.method.recipe.lm_head else set())
+        return {n: s for n, s in self.matrices.items() if n not in solved}
+
+    @property
     def head(self) -> str | None:
-        """The full name of the output head, where it is quantized."""
-        name = self.skeleton.name_of(self.skeleton.model.get_output_embeddings())
-        return name if name in self.linears else None
+        """The full name of the output head, where the method solves it."""
+        return self.model.head if self.model.head in self.linears else None
 
     @property
     def float_source(self) -> Source:
@@ -65,13 +83,14 @@ class Plan:
 
     def bytes(self) -> int:
         """Return the size of the weights that will be written."""
-        specs = self.linears | self.rows
-        floats = sum(n for name, n in self.source.sizes().items() if name.removesuffix(".weight") not in specs)
-        return floats + sum(packed_bytes(self.method.format, s) for s in specs.values())
+        sizes = self.source.sizes().items()
+        floats = sum(size for name, size in sizes if name.removesuffix(".weight") not in self.matrices)
+        return floats + sum(packed_bytes(self.method.format, s) for s in self.matrices.values())
 
     def config(self) -> dict[str, Any]:
         """Return the `quantization_config`."""
-        return self.method.format.config(list(self.linears.values()), self.skipped)
+        skipped = [n for n in (*self.model.linears, self.model.head) if n not in self.matrices]
+        return self.method.format.config(list(self.linears.values()), skipped)
 
     def calibrates(self) -> bool:
         """Say whether any step needs activations."""
@@ -93,10 +112,11 @@ class Plan:
         method = dataclasses.replace(self.method, recipe=dataclasses.replace(self.method.recipe, **none))
         return dataclasses.replace(self, method=method, warnings=[*self.warnings, *([say] if idle else [])])
 
-    def settled(self, recipe: Recipe, linears: dict[str, LinearSpec]) -> Plan:
-        """Return the plan with other schemes for some linears; recipe: what asks for them, for the record."""
+    def settled(self, schemes: Mapping[str, Scheme], recipe: Recipe) -> Plan:
+        """Return the plan with other schemes for some matrices; recipe: what asks for them, for the record."""
+        assigned = dataclasses.replace(self.assigned, schemes={**self.assigned.schemes, **schemes})
         method = dataclasses.replace(self.method, recipe=recipe)
-        plan = dataclasses.replace(self, method=method, linears=self.linears | linears).told(recipe)
+        plan = dataclasses.replace(self, method=method, assigned=assigned).told(recipe)
         return dataclasses.replace(plan, warnings=self.warnings)  # what the user was told of the options that he gave
 
     def paired(self) -> float:
@@ -124,40 +144,30 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     for step in method.rotations:
         skeleton = Skeleton(Rotated(skeleton, step), skeleton.dtype)
     _check_steps(method, skeleton)
-    plan = _assigned(skeleton, method, where)
-    specs = [*plan.linears.values(), *plan.rows.values()]
+    model = _model(skeleton)
+    plan = Plan(skeleton, method, model, method.format.assign(model, method.wanted()), where)
+    specs = list(plan.matrices.values())
+    for tuner in (*method.tuners, *method.finishers):
+        if not specs or any(not isinstance(s.scheme.weight, AffineGrid) for s in specs):
+            raise LlmqError(f"{registry.dump(tuner)} tunes integer grids only; for GGUF leave it out")
     possible = [at_bits(s, b) for s in specs for b in method.recipe.choices()] if recipe.target_bpw else specs
     warnings = [*source.warnings, *method.format.check(possible), *plan.assigned.warnings]
     return _checked(dataclasses.replace(plan, warnings=warnings), source).told(recipe)
 
 
-def _assigned(skeleton: Skeleton, method: Method, device: torch.device) -> Plan:
-    """Return a plan of what the format says of every matrix of a model. Raises LlmqError where the steps cannot."""
+def _model(skeleton: Skeleton) -> FloatModel:
+    """Return what a format sees of a model."""
     source = skeleton.source
-    shapes = {n: shape for n, (_, shape) in source.headers().items() if n not in source.unread}
-    inside = [n for n, _ in skeleton.linears()]
-    head = skeleton.name_of(skeleton.model.get_output_embeddings())
-    model = FloatModel(
+    return FloatModel(
         name=source.origin.name,
         folder=source.path,
         saved=source.config,
         config=skeleton.config,
         tokenizer=partial(tokenizer_of, source.path),
-        shapes=shapes,
-        linears=inside,
-        head=head,
+        shapes={n: shape for n, (_, shape) in source.headers().items() if n not in source.unread},
+        linears=[n for n, _ in skeleton.linears()],
+        head=skeleton.name_of(skeleton.model.get_output_embeddings()),
     )
-    assigned = method.format.assign(model, method.wanted())
-    for step in (*method.tuners, *method.finishers):
-        if not assigned.schemes or any(not isinstance(s.weight, AffineGrid) for s in assigned.schemes.values()):
-            raise LlmqError(f"{registry.dump(step)} tunes integer grids only; for GGUF leave it out")
-    solved = {*inside, head} if method.recipe.lm_head else set(inside)
-    skipped = [n for n in (*inside, head) if n not in assigned.schemes]
-    plan = Plan(source, skeleton, method, assigned, {}, {}, skipped, device)
-    for name, scheme in assigned.schemes.items():
-        N, K = shapes[plan.weight_of(name)]
-        (plan.linears if name in solved else plan.rows)[name] = LinearSpec(name, N, K, scheme)
-    return plan
 
 
 def _check_steps(method: Method, skeleton: Skeleton) -> None:
@@ -171,7 +181,7 @@ def _check_steps(method: Method, skeleton: Skeleton) -> None:
 
 def _checked(plan: Plan, source: Source) -> Plan:
     """Read every weight once; warn of those that no scale of the format can hold. Raises LlmqError for one of NaN."""
-    specs = {plan.weight_of(s.name): s for s in (*plan.linears.values(), *plan.rows.values())}
+    specs = {plan.weight_of(n): s for n, s in plan.matrices.items()}
     beyond: dict[str, int] = {}
 
     def see(name: str, W_NK: torch.Tensor) -> None:

@@ -29,7 +29,7 @@ def write_importance(plan: Plan, file: Path, measured: Mapping[str, MeanSquare])
 
 def _size(plan: Plan, total: int) -> dict[str, Any]:
     """Return the bytes of the file before and after, and the bits per quantized weight, scales and zeros counted."""
-    specs = (plan.linears | plan.rows).values()
+    specs = plan.matrices.values()
     weights, packed = sum(s.N * s.K for s in specs), sum(packed_bytes(plan.method.format, s) for s in specs)
     return {
         "float_bytes": plan.source.bytes(),

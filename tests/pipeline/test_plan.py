@@ -81,15 +81,15 @@ def test_a_format_sees_every_matrix_that_it_will_hold(tiny_checkpoint, monkeypat
     monkeypatch.setattr(form, "check", lambda self, linears: seen.extend(linears) or check(self, linears))
     plan = prepare(str(tiny_checkpoint()), Recipe(**options), "cpu")
     inside = {n for n, _ in plan.skeleton.linears()}
-    assert {s.name for s in seen} == inside | outside == {*plan.linears, *plan.rows} == {*plan.assigned.schemes}
-    assert {*plan.skipped} == {HEAD} - outside
+    assert {s.name for s in seen} == inside | outside == {*plan.matrices} and plan.linears | plan.rows == plan.matrices
+    assert (plan.head == HEAD) == bool(options.get("lm_head")) and {*plan.rows} == outside - {plan.head}
     assert all((s.N, s.K) == (320, 64) for s in seen if s.name in outside)
 
 
 def test_other_schemes_give_another_plan_and_read_nothing(tiny_checkpoint, monkeypatch):
     plan = prepare(str(tiny_checkpoint()), Recipe(**RTN, format="compressed-tensors", seed=1), "cpu")
     monkeypatch.setattr(Source, "get", None)
-    other = plan.settled(dataclasses.replace(plan.method.recipe, bits=3), {NAME: at_bits(plan.linears[NAME], 3)})
+    other = plan.settled({NAME: at_bits(plan.linears[NAME], 3).scheme}, dataclasses.replace(plan.method.recipe, bits=3))
     bits = {n: s.scheme.weight.bits for n, s in other.linears.items()}
     assert bits.pop(NAME) == 3 and set(bits.values()) == {4} and plan.linears[NAME].scheme.weight.bits == 4
     assert other.method.recipe.bits == 3 and other.warnings == plan.warnings != []
