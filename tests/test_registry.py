@@ -73,6 +73,8 @@ def test_a_third_party_file_is_loaded_by_its_dotted_name(tmp_path, monkeypatch):
             registry.load(folder, text)  # a name that a file may have said
     with pytest.raises(LlmqError, match="none of the ranges: Theirs has no interval"):
         registry.load("ranges", "their_package.step", code=True)
+    with pytest.raises(LlmqError, match="none of the formats: Theirs has no .*assign, .*quant_method, sink$"):
+        registry.load("formats", "their_package.step", code=True)
 
 
 @pytest.mark.parametrize(
