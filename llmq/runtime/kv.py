@@ -3,18 +3,21 @@
 Tokens arrive in float and stay so in a window of the latest; the oldest leave it into the packed store, once, and are
 never quantized again. Two axes, each with its own scale (Liu et al. 2024, KIVI, arXiv:2402.02750, for the asymmetry):
 
-    token     one scale for each token and head:                  x = scale * q + low,    D values share a scale
+    token     one scale for each token and head, D values share it
     channel   one scale for each channel of a run of `RUN` tokens, for keys, whose outliers keep to few channels
 
-    8 bits    symmetric, q in -127 .. 127, no `low`;  static: one given scale a layer or head, q in -128 .. 127
-    4, 2      asymmetric, q in 0 .. 2^b - 1, `low` the least value
+    8 bits             x = scale * q            scale = max|x| / 127.5, q in -128 .. 127;  static: a given scale
+    4, 2 by token      x = scale * (q - zero)   scale = (max - min) / (2^b - 1), min <= 0 <= max; zero a whole number
+    4, 2 by channel    x = scale * q + low      low = min, which may be far from 0;  here and above q in 0 .. 2^b - 1
 
     codes   int8 [B, H, T, D], or uint8 [B, H, T, D*b/8]: byte j holds channels j, j + D*b/8, ... from the lowest bits
-    scale   [B, H, T, 1] or [B, H, T/RUN, D], bfloat16 (float16 in a float16 model);  low: the same
+    scale   float32 [B, H, T, 1] or [B, H, T/RUN, D]; where there is a zero, the 8 lowest bits of its mantissa
+    low     [B, H, T/RUN, D], then both bfloat16 (float16 in a float16 model)
 
-B batch, H key-value heads, T tokens, D channels of a head, Q query tokens. Scale and low are rounded before the codes
-are chosen. Attention walks over the store a tile of tokens at a time with a running maximum and sum (Milakov and
-Gimelshein 2018, arXiv:1805.02867), so that no more than a tile is ever in float.
+B batch, H key-value heads, T tokens, D channels of a head, Q query tokens. Scale and low are rounded, or cut to 24
+bits, before the codes are chosen. By token it is the arithmetic of `llmq_kernels.kv`, bit for bit, so that a cache is
+the same on every device. Attention walks over the store a tile of tokens at a time with a running maximum and sum
+(Milakov and Gimelshein 2018, arXiv:1805.02867), so that no more than a tile is ever in float.
 Not here: transformers' cache and attention interfaces (integrations/cache.py).
 """
 
@@ -31,6 +34,7 @@ RUN = 64
 TILE = 1024  # tokens decoded at once in attention; a multiple of RUN
 STEP = 128
 """Tokens by which a store grows."""
+_FLOOR, _ZERO = 1e-8, 0xFF  # the least scale, the bits of a scale that hold a zero
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class KVGrid:
 
 @dataclass
 class Packed:
-    """Some quantized tokens: `codes`, `scale` and, for asymmetric grids, `low` (see the module)."""
+    """Some quantized tokens: `codes`, `scale` and, for asymmetric grids by channel, `low` (see the module)."""
 
     codes: Tensor
     scale: Tensor
@@ -72,16 +76,29 @@ def quantize(x_BHTD: Tensor, grid: KVGrid) -> Packed:
         return Packed(codes.to(torch.int8), grid.static)
     runs = x.unflatten(2, (-1, grid.run)) if grid.axis == "channel" else x.unsqueeze(2)  # [B, H, T/RUN, RUN, D]
     dim = 3 if grid.axis == "channel" else -1
-    tiny = torch.finfo(stored).tiny
+    least, most = runs.amin(dim, keepdim=True), runs.amax(dim, keepdim=True)
     if grid.bits == 8:
-        scale = (runs.abs().amax(dim, keepdim=True) / 127).clamp_(min=tiny).to(stored)
-        codes = (runs / scale.float()).round_().clamp_(-127, 127).to(torch.int8)
+        scale = _step(torch.maximum(most, -least), 127.5)
+        codes = (runs / scale).round_().clamp_(-128, 127).to(torch.int8)
         return Packed(codes.reshape(x.shape), _flat(scale, grid))
     top = 2**grid.bits - 1
-    low = runs.amin(dim, keepdim=True).to(stored)
-    scale = ((runs.amax(dim, keepdim=True) - low.float()) / top).clamp_(min=tiny).to(stored)
-    codes = ((runs - low.float()) / scale.float()).round_().clamp_(0, top).to(torch.uint8).reshape(x.shape)
-    return Packed(_pack(codes, grid.bits), _flat(scale, grid), _flat(low, grid))
+    if grid.axis == "token":
+        least, most = least.clamp_(max=0), most.clamp_(min=0)
+        params = _step(most - least, top).view(torch.int32) & ~_ZERO
+        step = params.view(torch.float32)
+        zero = (-least / step).round_().clamp_(0, top)
+        codes, scale, low = (runs / step).round_() + zero, (params | zero.to(torch.int32)).view(torch.float32), None
+    else:
+        low = least.to(stored)
+        scale = ((most - low.float()) / top).clamp_(min=torch.finfo(stored).tiny).to(stored)
+        codes = ((runs - low.float()) / scale.float()).round_()
+    packed = _pack(codes.clamp_(0, top).to(torch.uint8).reshape(x.shape), grid.bits)
+    return Packed(packed, _flat(scale, grid), None if low is None else _flat(low, grid))
+
+
+def _step(width: Tensor, steps: float) -> Tensor:
+    """Return the scale at which `steps` steps span a width; by a number, torch multiplies by its inverse on a GPU."""
+    return (width / torch.full_like(width, steps)).clamp_(min=_FLOOR)
 
 
 def dequantize(packed: Packed, grid: KVGrid, dtype: torch.dtype) -> Tensor:
@@ -90,8 +107,11 @@ def dequantize(packed: Packed, grid: KVGrid, dtype: torch.dtype) -> Tensor:
     if grid.static is not None:
         return (codes.float() * grid.static.float()).to(dtype)
     B, H, T, D = codes.shape
-    runs = codes.float().view(B, H, T // grid.run, grid.run, D)
-    runs = runs.mul_(packed.scale.float().unsqueeze(3))
+    runs, scale = codes.float().view(B, H, T // grid.run, grid.run, D), packed.scale.float()
+    if grid.bits < 8 and grid.axis == "token":
+        params = scale.view(torch.int32)
+        runs, scale = runs.sub_((params & _ZERO).unsqueeze(3)), (params & ~_ZERO).view(torch.float32)
+    runs = runs.mul_(scale.unsqueeze(3))
     if packed.low is not None:
         runs.add_(packed.low.float().unsqueeze(3))
     return runs.view(B, H, T, D).to(dtype)

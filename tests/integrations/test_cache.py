@@ -111,10 +111,11 @@ def test_the_store_of_the_kernels(kernels, kind, size, model, truth, decibel):
     assert decibel(feed(model, caches[0], size), decoded) > 100
 
 
-def test_static_scales_mean_the_same_in_both_stores():
+def test_both_stores_hold_the_same():
     x = torch.randn(2, 2, 140, 80, generator=torch.Generator().manual_seed(3))
-    for static in (torch.tensor([0.01]), torch.tensor([[[0.01]], [[0.03]]])):
-        stores = Store(KVGrid(8, static=static)), KernelStore(KVGrid(8, static=static))
+    static = torch.tensor([0.01]), torch.tensor([[[0.01]], [[0.03]]])
+    for grid in (KVGrid(8), KVGrid(4), *(KVGrid(8, static=s) for s in static)):
+        stores = Store(grid), KernelStore(grid)
         for store in stores:
             store.append(x[:, :, :90])
             store.append(x[:, :, 90:])
@@ -220,7 +221,7 @@ def test_it_is_small(model):
         feed(model, cache, 64, ids)
         sizes[bits] = cache.nbytes
     float_bytes = 2 * 2 * 2 * 16 * 448 * 4  # keys and values, layers, heads, channels, tokens, float32
-    assert sizes[8] < 0.40 * float_bytes
+    assert sizes[8] < 0.42 * float_bytes
     assert sizes[4] < 0.34 * float_bytes
 
 
