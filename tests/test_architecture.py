@@ -1,6 +1,7 @@
 """The house rules that imports can show: one way down, siblings apart, heavy libraries at their one door."""
 
 import ast
+import re
 from pathlib import Path
 
 import llmq
@@ -104,3 +105,19 @@ def test_no_pickle_and_no_remote_code():
         text = file.read_text()
         assert "pickle" not in set(imports(file)) and "torch.load(" not in text, file
         assert "trust_remote_code=True" not in text, file
+
+
+def test_the_readme_names_every_room_and_nothing_that_is_not_there():
+    tree = (ROOT.parent / "README.md").read_text().split("## The code")[1].split("```")[1]
+    repository = room = ROOT.parent
+    named = set()
+    for line in tree.splitlines():
+        if line[:1].strip():
+            room = repository / line.split()[0]
+            room = room if room.is_dir() else room.parent
+        for name in re.findall(r"[\w/]+(?:\.py|\.md|/)(?!\w)", line):
+            found = [p for p in (repository / name, room / name) if p.exists()]
+            assert found, f"README's tree names {name}, which is not there"
+            named.update(found)
+    rooms = {file.parent for file in ROOT.glob("*/*.py")}
+    assert (rooms | set(ROOT.glob("*.py"))) - named == {ROOT / "__init__.py"}
