@@ -3,8 +3,6 @@
 Importing the package imports nothing else and changes nothing; the names below are fetched when first used.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

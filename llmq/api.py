@@ -6,8 +6,6 @@
 Not here: what the options of a recipe mean (recipe.py), how a run and its figures are shown (cli.py).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from pathlib import Path

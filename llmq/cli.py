@@ -5,8 +5,6 @@ half-written OUT.
 Not here: any work. Each command parses, calls the library and prints.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import resource

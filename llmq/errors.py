@@ -4,8 +4,6 @@ Text of files ends up in these lines (tensor names, keys, other libraries' messa
 no terminal escape, no second line, no half of a surrogate pair gets through.
 """
 
-from __future__ import annotations
-
 _LONGEST = 2000  # characters of a message; a hostile file can put megabytes into a name
 
 

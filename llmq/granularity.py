@@ -9,8 +9,6 @@ Of a weight `[N, K]` the rows are output channels; of an activation `[T, K]` the
 Not here: how a scale is chosen (grids/), which of these a file can hold (formats/).
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """What a checkpoint holds, from its config, headers and records alone: no weight is read."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

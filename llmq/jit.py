@@ -4,8 +4,6 @@ Where numba is missing the caller has a torch path; compiled code is kept beside
 folder, or, where neither can be written, made anew in each process.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import itertools

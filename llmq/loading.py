@@ -6,8 +6,6 @@ after it (integrations/transformers.py), so that `llmq.load` neither needs `regi
 Not here: reading tensors one at a time, which quantizing uses (checkpoint/).
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

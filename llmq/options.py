@@ -9,8 +9,6 @@
 Not here: which options there are (recipe.py, the fields of a step), which of them go together.
 """
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Iterator
 from types import NoneType, UnionType

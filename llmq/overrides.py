@@ -7,8 +7,6 @@ A value may hold colons and equals signs of its own (`range=percentile:p=99.9`).
 Not here: what a key means and which there are; each format says so of its grids.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ where the caller says so (`code=True`), and no text of a checkpoint gets there.
 Not here: what an option may be (options.py), which texts are the user's (recipe.py).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import importlib

@@ -5,8 +5,6 @@ order. Everything that comes from a file goes through `plain`, which makes both 
 Not here: what is printed (cli.py, inspection.py, scores.py).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from rich.table import Table

@@ -6,8 +6,6 @@ More of them within two seconds are one gesture; a later one means that the end 
 Not here: what is said and with which status (cli.py), what is cleaned up (checkpoint/sink.py).
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import time

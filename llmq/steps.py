@@ -22,8 +22,6 @@ they are solved, and split again afterwards (pipeline/site.py). A solver never s
 Not here: the steps themselves (algorithms/), who calls them (pipeline/).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -9,8 +9,6 @@ Damping adds `damp * mean(diag H)` to the diagonal, tenfold more at each retry. 
 (H_jj = 0), gets H_jj = 1: it takes no part in any feedback.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -3,8 +3,6 @@
 Not here: folding the scales (folding.py).
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from llmq.steps import SiteView

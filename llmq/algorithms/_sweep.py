@@ -8,8 +8,6 @@ are evenly spaced; elsewhere the same loop runs in torch.
 Not here: what t, w and F are (gptq.py, descent.py).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from typing import Any

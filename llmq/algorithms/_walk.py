@@ -5,8 +5,6 @@ at the end without a product. It needs a compiled loop: a weight on the CPU and 
 Not here: what the gradient is, and the scales (descent.py).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

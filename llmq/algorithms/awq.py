@@ -7,8 +7,6 @@ Lin et al. 2024, arXiv:2306.00978, section 3.2. The paper's clip search is the r
 uses unless it names another, on all linears but q and k. A transform: rtn or gptq rounds afterwards.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar

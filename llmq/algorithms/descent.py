@@ -11,8 +11,6 @@ Coordinate descent on the codes is the local search of QuantEase (Behdin et al. 
 Not here: the loops (_walk.py, _sweep.py), the scales of a kind of grid (grids/_int_refine.py, grids/_ggml_refine.py).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass

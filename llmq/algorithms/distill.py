@@ -9,8 +9,6 @@ step for each sequence (docs/accuracy.md), and needs the float and the decoded m
 Not here: the model and its gradients (whole_model.py).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -9,8 +9,6 @@ Kim et al. 2025, arXiv:2505.07004, equation 7 with one group of output channels 
 Not here: the gradients (token_gradients.py), the sums they weigh (stats.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -11,8 +11,6 @@ The matrices of a site on other grids share H and F.
 Not here: the column loop (_sweep.py), activations (model/lanes.py), clipping (ranges/), bits on disk (formats/).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

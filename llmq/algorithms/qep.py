@@ -11,8 +11,6 @@ fitted part, the error on the held-out part is a parabola in alpha, whose lowest
 Not here: rounding (gptq.py), the second activation stream (block.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

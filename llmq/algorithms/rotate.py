@@ -9,8 +9,6 @@ alternative to AWQ's scales rather than an addition to them.
 Not here: turning a checkpoint's tensors by them (rotated.py), rounding (rtn.py, gptq.py).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """RTN: round every weight to the nearest value of its grid. No calibration, the baseline of every table."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -12,8 +12,6 @@ measured on sequences that are never trained on; the best codes and scales are k
 Not here: choosing the start (gptq.py, descent.py), the forward (model/lanes.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

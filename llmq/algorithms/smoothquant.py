@@ -5,8 +5,6 @@ Xiao et al. 2023, arXiv:2211.10438, equation 4. A transform: the function is unc
 Not here: how activations are quantized (the runtime; the stream calibrates static scales).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -9,8 +9,6 @@ text.py: files, folders and Hub data sets. rows.py: their rows and chats. writin
 Not here: what is accumulated over the tokens (stats), running blocks on them (model), scoring text (evaluation).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any

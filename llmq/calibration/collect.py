@@ -3,8 +3,6 @@
 Not here: the statistics (stats.py), how the batches come to a site (model/lanes.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor

@@ -6,8 +6,6 @@ of compressed-tensors' symmetric int8, max / 127.5: one for the tensor, `[1]`, o
 Not here: how they are named on disk (formats/compressed_tensors.py), reading them back (integrations/cache.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ leave gaps in the heap, and memory peaks where chance has it.
 Not here: quantized caches (integrations/cache.py).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -11,8 +11,6 @@ Files and templates may be hostile: all of this runs in a child process (confine
 Not here: tokens of the documents (text.py).
 """
 
-from __future__ import annotations
-
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field

@@ -9,8 +9,6 @@ as it moves them on: old and new ones are never held together, and a state is us
 Not here: the tokens' text (text.py), what is accumulated of an activation (collect.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

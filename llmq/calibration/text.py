@@ -5,8 +5,6 @@ them, in the order of the text.
 Not here: what files and rows hold (rows.py), text that the model writes (writing.py).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import re

@@ -9,8 +9,6 @@ states between the blocks allow.
 Not here: what is made of the numbers (algorithms/fisher.py), where they are used (block.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -6,8 +6,6 @@ downloaded, but the whole model must be in memory, and every token costs a forwa
 Not here: text that others wrote (text.py).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """What a user reads afterwards: the errors in a line, and the model card written beside the weights."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator

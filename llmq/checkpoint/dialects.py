@@ -9,8 +9,6 @@ A null config is none: the checkpoint is float. What llmq does not read is refus
 Not here: what the fields of a method mean (formats/), the tensors (packed.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any

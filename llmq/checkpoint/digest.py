@@ -4,8 +4,6 @@ A tensor's is taken over its bytes, C order, little endian. A record (`quantizat
 canonical JSON: keys sorted, no spaces, UTF-8.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

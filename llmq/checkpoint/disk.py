@@ -7,8 +7,6 @@ Source: renameat2(2), RENAME_EXCHANGE; fsync(2) on why a folder is synced too.
 Not here: what is written (sink.py), where a run works (stage.py).
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os

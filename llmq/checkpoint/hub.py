@@ -9,8 +9,6 @@ called org/name, and its commit is known.
 Not here: what is in the folder (source.py), adapters (adapter.py).
 """
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass

@@ -14,8 +14,6 @@ Source: transformers 5.23, `core_model_loading.rename_source_key` (called here) 
 Not here: which files count (source.py), what packed tensors mean (formats, integrations/transformers.py).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

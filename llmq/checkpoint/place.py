@@ -6,8 +6,6 @@ files in it is a project: neither is ever replaced.
 Not here: the write itself (sink.py), earlier runs on the same OUT (stage.py), GGUF shards (gguf/container.py).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from fnmatch import fnmatch

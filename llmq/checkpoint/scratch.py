@@ -3,8 +3,6 @@
 Not here: what is written (sink.py).
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable
 from pathlib import Path

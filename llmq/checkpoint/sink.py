@@ -13,8 +13,6 @@ After an error or an interrupt what is finished stays, and the error says where;
 Not here: what the tensors mean (formats), reading a checkpoint (source.py), what OUT may be (place.py).
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -10,8 +10,6 @@ Not here: which folder a name means (hub.py), which tensor is which (names.py), 
 reading a header (reading.py), writing (sink.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Not here: the promise (`Format.layout`), what the words mean (formats/).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

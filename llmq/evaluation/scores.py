@@ -11,8 +11,6 @@ float32 never exists.
 Not here: which windows of a text are scored (windows), loading models (loading), text to calibrate on (calibration).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time

@@ -7,8 +7,6 @@ is the task `wikitext` of lm-evaluation-harness.
 Not here: scores (evaluation), text to calibrate on (calibration).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import re

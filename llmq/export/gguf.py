@@ -11,8 +11,6 @@ is rounded again if the user asks for it.
 Not here: reading the formats (formats/), the file (gguf/container.py).
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

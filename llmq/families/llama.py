@@ -1,7 +1,5 @@
 """Llama: RMSNorm -> q, k, v -> o; RMSNorm -> gate, up -> down. No biases."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llmq.types import Site

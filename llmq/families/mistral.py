@@ -1,7 +1,5 @@
 """Mistral: Llama's block; sliding-window attention changes the mask, not the linears."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llmq.families.llama import Llama

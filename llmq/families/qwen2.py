@@ -1,7 +1,5 @@
 """Qwen2 and Qwen2.5: Llama's block with biases on q, k and v (folds divide the producer's bias too)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llmq.families.llama import Llama

@@ -1,7 +1,5 @@
 """Qwen3: Llama's block with RMSNorms on the heads of q and k, behind the linears, which take no part in folds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llmq.families.llama import Llama

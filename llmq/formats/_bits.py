@@ -12,8 +12,6 @@ the sign bit of a word is a bit like any other.
 Not here: which dim is packed, in which order, and what a code means (gptq.py, awq.py, compressed_tensors.py).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ Every refusal is one line: the module, the reason, the remedy.
 Not here: a peer's config and tensors (_reading.py), bytes (_bits.py and the format files).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -7,8 +7,6 @@
 Not here: the tensors, and the rest of the config (compressed_tensors.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -9,8 +9,6 @@
 Not here: the words of a linear (gptq.py, awq.py, compressed_tensors.py), how OUT is written (checkpoint/sink.py).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

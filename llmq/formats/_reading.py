@@ -7,8 +7,6 @@ Every refusal is one line that names the key or the tensor.
 Not here: refusals before writing (_common.py), bytes (_bits.py), where a config lies (checkpoint/dialects.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 

@@ -7,8 +7,6 @@ is a mixture (`--type Q4_K_M`), changed by overrides on ggml's tensor names (`--
 Not here: any of the bytes, and the file around the tensors (llmq/gguf/).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

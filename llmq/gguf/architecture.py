@@ -16,8 +16,6 @@ Source: the `gguf` package's tensor map; llama.cpp's `conversion/llama.py` and `
 Not here: rotary embedding (rope.py), the tokenizer (tokenizer.py), types of tensors (mixture.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property

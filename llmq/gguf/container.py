@@ -10,8 +10,6 @@ Source: the GGUF specification of ggml; the `gguf` package writes the header and
 Not here: what a model or a tokenizer needs in the header (architecture.py, tokenizer.py), staging (checkpoint/sink.py).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -9,8 +9,6 @@ Source: llama.cpp `tools/imatrix/imatrix.cpp` (save_imatrix) and `common/imatrix
 Not here: what weighs errors by it (grids/), where the sums come from (stats.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

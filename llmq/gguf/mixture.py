@@ -13,8 +13,6 @@ Source: llama.cpp `src/llama-quant.cpp` (`llama_tensor_get_type_impl`, `tensor_t
 `llama-quantize` printed. Not here: bytes of a type (grids/).
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence

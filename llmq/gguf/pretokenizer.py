@@ -17,8 +17,6 @@ Source: llama.cpp `src/llama-vocab.cpp` (`llm_tokenizer_bpe`), tokenizer.json of
 Not here: vocabulary and merges (tokenizer.py).
 """
 
-from __future__ import annotations
-
 import unicodedata
 from dataclasses import dataclass
 from functools import cache

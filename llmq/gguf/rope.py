@@ -16,8 +16,6 @@ Source: llama.cpp `ggml/src/ggml.c` (ggml_rope_yarn_corr_dims), `ggml-cpu/ops.cp
 (attn_factor); transformers' `modeling_rope_utils`. Not here: all other keys (architecture.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@ place when the files are whole.
 Not here: checksums of single tensors and linears (records.py), who compares (verify/).
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Not here: what it holds (formats/gguf.py), its bytes (container.py).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llmq.checkpoint import Sink, disk

@@ -9,8 +9,6 @@ Source: the `gguf` package's `Keys.Tokenizer`; llama.cpp `conversion/base.py` an
 Not here: which text is cut where (pretokenizer.py).
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

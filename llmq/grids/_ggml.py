@@ -13,8 +13,6 @@ superblock run at full vector width.
 Facts: the block structures of ggml-common.h (ggml-org/llama.cpp). Not here: the container (formats/).
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

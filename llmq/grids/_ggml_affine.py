@@ -12,8 +12,6 @@ In a superblock `s = d * sc` and `o = -dmin * m`. The integers are chosen by the
 next to s / d, with the best m for each; then d and dmin are solved for over the whole superblock (a 2 x 2 system).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple

@@ -6,8 +6,6 @@ for s and keeps the best; then it alternates: store the scales, round with what 
 does not lower the error of a qblock is not kept, so more rounds never hurt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar

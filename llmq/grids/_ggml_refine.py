@@ -10,8 +10,6 @@ Frantar et al.'s feedback fixes the scales before it rounds; this is the second 
 least squares, then codes". Not here: rounding the codes again (algorithms/).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -6,8 +6,6 @@ the dtype that scales are stored in.
 Not here: rounding the codes again (algorithms/descent.py).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -9,8 +9,6 @@
 Facts: block_iq4_xs of ggml-common.h. Not here: the search (_ggml_linear.py).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -9,8 +9,6 @@
 Facts: block_q4_K of ggml-common.h. Not here: the search (_ggml_affine.py).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

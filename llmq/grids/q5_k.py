@@ -11,8 +11,6 @@
 Facts: block_q5_K of ggml-common.h. Not here: the search (_ggml_affine.py).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -10,8 +10,6 @@
 Facts: block_q6_K of ggml-common.h. Not here: the search (_ggml_linear.py).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

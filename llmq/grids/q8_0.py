@@ -7,8 +7,6 @@
 Facts: block_q8_0 of ggml-common.h. Not here: the search (_ggml_linear.py).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -12,8 +12,6 @@ notes where the parent can read it, so that the line names a row and not a file 
 Not here: what is called (calibration/).
 """
 
-from __future__ import annotations
-
 import faulthandler
 import json
 import mmap

@@ -6,8 +6,6 @@ take a limit. What Python's own engine does not know (recursion, fuzzy matches) 
 Not here: what a pattern selects (formats/_reading.py, method.py).
 """
 
-from __future__ import annotations
-
 import re
 import time
 import warnings

@@ -8,8 +8,6 @@ names the file. What the values mean is the caller's; `field` takes one out of a
 Not here: which files make a checkpoint (checkpoint/), GGUF (gguf/reader.py), calibration text (calibration.py).
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from collections import Counter

@@ -12,8 +12,6 @@ Not here: the checks of the files before any weight is read (checkpoint/packed.p
 (formats/), the linear itself (runtime/linear.py), `llmq.load` (loading.py).
 """
 
-from __future__ import annotations
-
 import copy
 import re
 import threading

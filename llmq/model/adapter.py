@@ -15,8 +15,6 @@ What is no plain sum (DoRA, other kinds of adapters) is refused, and so is an ad
 Not here: finding the folder (checkpoint/hub.py).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import filecmp
 import hashlib

@@ -1,7 +1,5 @@
 """The heads of an attention, as a Hugging Face config gives or implies them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

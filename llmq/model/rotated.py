@@ -9,8 +9,6 @@ Linears whose producer is a norm read the residual stream, those with another pr
 Not here: the bases (algorithms/rotate.py).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 Not here: the tables (families/), suspending batches at the sites (lanes.py).
 """
 
-from __future__ import annotations
-
 import re
 
 from torch import Tensor, nn

@@ -7,8 +7,6 @@
 Not here: what the batches do inside a block (lanes.py), which of its linears share an input (sites.py).
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager

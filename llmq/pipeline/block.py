@@ -11,8 +11,6 @@ Not here: the suspended forwards (model/lanes.py), solving a site (site.py), any
 (model/folding.py), measuring an error (records.py).
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,6 @@
 Not here: what a user may write (recipe.py), the model that it is for (plan.py).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

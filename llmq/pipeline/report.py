@@ -3,8 +3,6 @@
 Not here: where the record is written (formats/), what is measured of a linear (records.py).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path

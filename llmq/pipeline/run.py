@@ -9,8 +9,6 @@ Not here: what can be refused before (plan.py), what happens inside a block (blo
 (model/lanes.py), the files (checkpoint/), what is said of them (report.py).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from functools import partial

@@ -3,8 +3,6 @@
 Not here: how OUT is written (checkpoint/sink.py, gguf/sink.py).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

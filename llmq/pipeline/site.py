@@ -7,8 +7,6 @@ factor of H.
 Not here: where the statistics come from (block.py), any method (algorithms/).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 

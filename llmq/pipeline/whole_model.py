@@ -5,8 +5,6 @@ weight times a factor for each group; both are held in memory, and the blocks' a
 Not here: what moves the parameters (algorithms/distill.py), writing and measuring them (run.py).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ in torch.
 Not here: which intervals are tried (mse.py, output.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np

@@ -10,8 +10,6 @@ zero. And a divergence does not see how far a clipped value moves, which a langu
 only thresholds whose squared error is no greater than without clipping are chosen from.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Min-max: cover every value. No clipping, so the largest value sets the step of its group."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

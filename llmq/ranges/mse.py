@@ -9,8 +9,6 @@ A symmetric grid has one level more below zero than above; with `shift` it is al
 Q4_0's and AutoRound's full range), and an asymmetric one also with its zero point a step up or down.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

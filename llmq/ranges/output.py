@@ -5,8 +5,6 @@ partial sum over the calibration tokens is `(v - w) H_g (v - w)^T` (Lin et al. 2
 there computed on a sample of tokens). Without a Hessian it falls back on nothing: the recipe is refused.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

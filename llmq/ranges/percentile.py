@@ -3,8 +3,6 @@
 Suits activations and whole channels, where few outliers stretch the interval; a group of 64 has no tail to cut.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

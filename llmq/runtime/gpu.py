@@ -7,8 +7,6 @@ their kin: NVIDIA from compute capability 8.0 (async copies, bfloat16), AMD's CD
 Not here: the back-ends (triton_weight_only.py, triton_w8a8.py), the kernels (kernels/llmq_kernels).
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

@@ -12,8 +12,6 @@ change every weight. A layer that is moved to another kind of device is prepacke
 Not here: bits on disk (formats/), replacing the linears of a model (integrations/).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

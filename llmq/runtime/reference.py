@@ -7,8 +7,6 @@ shape, dtype and device; a forward holds one weight's values, and nothing decode
 Not here: the layer that holds the packed tensors (linear.py), the faster back-ends (one file each).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from operator import itemgetter
 

@@ -10,8 +10,6 @@ A peer's checkpoint, which has no records, gets all but the comparison with them
 Not here: writing (formats/, gguf/), what the command prints (cli.py).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

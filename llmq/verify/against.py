@@ -7,8 +7,6 @@ W is the source's weight in the basis and with the folds that are recorded. With
 Not here: rotations and folds themselves (rotated.py, folding.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

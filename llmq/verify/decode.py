@@ -17,8 +17,6 @@ lowest word first, along one axis; they differ in the axis, and in what stands b
 Not here: which linear is stored how (packing.py), GGUF (gguf.py; its package decodes).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

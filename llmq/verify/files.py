@@ -3,8 +3,6 @@
 Not here: checksums (record.py), which file a reader takes (checkpoint/source.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -5,8 +5,6 @@ nothing may lie beside a linear that its reader does not take.
 Not here: GGUF (ggml.py), the walk through the blocks (forward.py), which tensor is which (checkpoint/names.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ the same tokens tell how far apart the two are.
 Not here: reading a weight (folder.py, gguf.py), measuring quality (scores.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 

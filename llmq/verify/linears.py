@@ -3,8 +3,6 @@
 Not here: what the config says of it (packing.py), the bits (decode.py), what was recorded (record.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -8,8 +8,6 @@
 Not here: the bits (decode.py). Nothing of llmq/formats is used, so that config and tensors are judged independently.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace

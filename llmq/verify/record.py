@@ -12,8 +12,6 @@ Checksums of files find what has changed since; those of linears find what was n
 Not here: the checksum of a GGUF file (seal.py), the weights of the source (against.py).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping

@@ -3,8 +3,6 @@
 Not here: what is looked at (the other files of this folder), printing (cli.py).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any

@@ -20,8 +20,6 @@ On AVX-512 torch's int4 and int8 products come before intloop. A back-end for an
 Not here: the layer itself (linear.py), bits on disk (formats/).
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import logging

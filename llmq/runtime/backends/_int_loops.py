@@ -17,8 +17,6 @@ Not here: packing, threads, which of the two products is taken (intloop.py).
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,call-arg,arg-type,attr-defined"
 # ruff: noqa: PLR0913, PLR0917  # numba compiles functions, not objects
 
-from __future__ import annotations
-
 import itertools
 from functools import cache
 

@@ -8,8 +8,6 @@ Threads of our own would share the cores with torch's, which spin for some milli
 decode step took four times as long. Not here: the loops (_int_loops.py).
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Not here: the products (int_mm.py, fbgemm.py, triton_w8a8.py), how activations are rounded (reference.py).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

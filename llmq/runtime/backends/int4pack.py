@@ -17,8 +17,6 @@ weight:
 Not here: 8 bits (int8pack.py).
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

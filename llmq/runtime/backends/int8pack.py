@@ -11,8 +11,6 @@ end of a row where 16 does not divide K, and so crashes the process: such groups
 Not here: asymmetric grids, whose zero would be subtracted after rounding; 8-bit activations (int_mm.py, fbgemm.py).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

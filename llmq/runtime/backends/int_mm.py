@@ -8,8 +8,6 @@ time, 20 to 70 times slower than float32 (docs/runtime.md): there fbgemm.py is a
 Not here: how activations are rounded (reference.py).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -9,8 +9,6 @@ activation order, and x follows.
 On AVX-512 torch's own products come first (int4pack.py, int8pack.py).
 """
 
-from __future__ import annotations
-
 import importlib.util
 
 import torch

@@ -8,8 +8,6 @@ sums are exact and are scaled in float32. float16, bfloat16 and float32 activati
 Not here: weights alone (triton_weight_only.py), what a GPU must have (gpu.py).
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -15,8 +15,6 @@ displaced of float32 scales, which the product does without (2^-15 of a scale) a
 Not here: 8-bit activations (triton_w8a8.py), what a GPU must have (gpu.py).
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch
