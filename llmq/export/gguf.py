@@ -39,7 +39,7 @@ from llmq.types import GgmlParams, LlmqError, Params, QTensor
 from llmq.verify import require_right
 
 EXACT, ROUNDED, REQUANTIZED = "values exact", "codes exact, minimum rounded", "requantized"
-_BLOCK = 32  # columns of a block of Q4_0, Q4_1 and Q8_0
+_QBLOCK = 32  # columns of a qblock of Q4_0, Q4_1 and Q8_0
 _CACHE = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")  # of a quantized key-value cache
 _KEPT = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -170,9 +170,9 @@ def convert(q: QTensor, name: str, requantize: str | None) -> Exported:
     """
     why = _obstacle(q)
     if why is None:
-        at = Params.of(q.params).map(lambda p: p[:, q.group_K[::_BLOCK]])  # of every block, `[N, K / 32]`
+        at = Params.of(q.params).map(lambda p: p[:, q.group_K[::_QBLOCK]])  # of every block, `[N, K / 32]`
         d, zero = at.scale.half(), at.zero
-        level = q.codes.to(torch.int16).unflatten(1, (-1, _BLOCK)) - zero[..., None].to(torch.int16)
+        level = q.codes.to(torch.int16).unflatten(1, (-1, _QBLOCK)) - zero[..., None].to(torch.int16)
         lo, hi = int(level.min()), int(level.max())
         if lo >= -8 and hi <= 7:
             return _pack("Q4_0", level + 8, d, None, q)
@@ -191,12 +191,12 @@ def convert(q: QTensor, name: str, requantize: str | None) -> Exported:
 def _obstacle(q: QTensor) -> str | None:
     """Return why the codes cannot be kept in blocks of 32 columns, None where they can."""
     K = q.codes.shape[1]
-    if K % _BLOCK:
-        return f"rows of {K} columns are no multiple of {_BLOCK}"
-    group = q.group_K.reshape(-1, _BLOCK)
+    if K % _QBLOCK:
+        return f"rows of {K} columns are no multiple of {_QBLOCK}"
+    group = q.group_K.reshape(-1, _QBLOCK)
     if (group != group[:, :1]).any():
         if q.g_idx is None:
-            return f"groups of {K // q.params.scale.shape[1]} columns are no multiple of {_BLOCK}"
+            return f"groups of {K // q.params.scale.shape[1]} columns are no multiple of {_QBLOCK}"
         return "its groups follow the activation order (desc_act), not the columns"
     scale = q.params.scale
     exact = scale.half()

@@ -5,6 +5,6 @@ tokenizer.py      vocabulary, merges, special tokens; pretokenizer.py: which rul
 mixture.py        the type of every tensor
 imatrix.py        importance, exchanged with llama.cpp
 container.py      staged parts -> one file or several; reader.py: a file opened
-pipeline.py       all of this in the main job: before, during, after
+sink.py           OUT while it is made; seal.py: a checksum of the whole file
 Not here: block types (grids/), the format a recipe names (formats/gguf.py).
 """

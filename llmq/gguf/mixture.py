@@ -63,7 +63,7 @@ def file_type(name: str) -> int:
     return int(gguf.LlamaFileType[f"{prefix}_{name}"])
 
 
-def block_size(kind: str) -> int:
+def qblock(kind: str) -> int:
     """Return how many columns a type stores together."""
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
 
@@ -80,10 +80,10 @@ def type_of(name: str, shape: Sequence[int], mix: str, model: Model) -> str:
 
 def fallback(kind: str, K: int) -> str:
     """Return `kind`, or what llama.cpp takes in its place for rows of K columns."""
-    if K % block_size(kind) == 0:
+    if K % qblock(kind) == 0:
         return kind
     kind = _FALLBACK.get(kind, kind)
-    return kind if K % block_size(kind) == 0 else "F16"
+    return kind if K % qblock(kind) == 0 else "F16"
 
 
 def assign(
@@ -103,10 +103,10 @@ def assign(
             raise LlmqError(f"--override {pattern.pattern!r} matches no matrix; names look like {next(iter(shapes))}")
         for name in reached:
             K = shapes[name][-1]
-            if K % block_size(kind):
-                fitting = ", ".join(t for t in TYPES if K % block_size(t) == 0)
+            if K % qblock(kind):
+                fitting = ", ".join(t for t in TYPES if K % qblock(t) == 0)
                 raise LlmqError(
-                    f"{name}: rows of {K} columns cannot be {kind}, whose blocks are {block_size(kind)} columns; take "
+                    f"{name}: rows of {K} columns cannot be {kind}, whose blocks are {qblock(kind)} columns; take "
                     f"one of {fitting}"
                 )
             types[name] = kind
@@ -135,7 +135,7 @@ def fallen_back(shapes: Mapping[str, Sequence[int]], types: Mapping[str, str], m
 def _rule(name: str, K: int, mix: str, model: Model) -> str:
     base = _BASE[mix]
     if name == "output.weight" or (model.tied and name == "token_embd.weight"):
-        return "Q8_0" if K % block_size(base) or base == "Q8_0" else "Q6_K"
+        return "Q8_0" if K % qblock(base) or base == "Q8_0" else "Q6_K"
     found = re.match(r"blk\.(\d+)\.(attn_v|attn_output|ffn_down)\.", name)
     if found is None:
         return base

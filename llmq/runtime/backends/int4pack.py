@@ -8,10 +8,10 @@ activations, scales, offsets and results are rounded to bfloat16 (2^-9, relative
 rounding took from a scale is kept in `residual`, so the checkpoint's scales come back bit for bit and the second case
 uses them.
 
-`codes`, as torch packs them: blocks of B output rows (32 with AVX2, 64 with AVX-512; the packer is asked), one nibble a
+`codes`, as torch packs them: tiles of B output rows (32 with AVX2, 64 with AVX-512; the packer is asked), one nibble a
 weight:
 
-    uint8 [N/B, K, B/2]    byte j of column k:  low nibble row j of the block, high nibble row B/2 + j
+    uint8 [N/B, K, B/2]    byte j of column k:  low nibble row j of the tile, high nibble row B/2 + j
 
 `sz` bfloat16 `[K/g, N, 2]`. Columns are sorted by group where the checkpoint has an activation order, and x follows.
 Not here: 8 bits (int8pack.py).
@@ -45,7 +45,7 @@ class Int4Pack(Prepacked):
         """See `Prepacked.refuses`."""
         if reason := refuses_weight_only(spec, device, bits=4, divisor=32):
             return reason
-        rows = panel_rows()
+        rows = tile_rows()
         if rows is None:
             return "this torch has no int4 product, or packs in an unknown order"
         return f"{rows} does not divide N = {spec.N}" if spec.N % rows else None
@@ -80,7 +80,7 @@ class Int4Pack(Prepacked):
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
         N, K = self.N, self.K
-        codes = _nibbles(_blocks(self.codes, N, K)).transpose(1, 2).reshape(N, K)
+        codes = _nibbles(_tiles(self.codes, N, K)).transpose(1, 2).reshape(N, K)
         codes = in_file_order(codes, self.order)
         first = slice(None, None, self.repeats)
         scale, zero = exact_params(self.sz[first], None if self.residual is None else self.residual[first])
@@ -131,12 +131,12 @@ def decoded_product(x_MK: Tensor, codes: Tensor, sz: Tensor, residual: Tensor | 
     """Return `x @ W^T` in float32, decoding `_PANEL` columns of W at a time."""
     K, N = x_MK.shape[1], sz.shape[1]
     scale_GN, zero_GN = exact_params(sz, residual)
-    blocks = _blocks(codes, N, K)
+    tiles = _tiles(codes, N, K)
     y_MN = x_MK.new_zeros(len(x_MK), N)
     for k in range(0, K, _PANEL):
-        panel = blocks[:, k : k + _PANEL]
+        panel = tiles[:, k : k + _PANEL]
         kp, groups = panel.shape[1], slice(k // group, (k + panel.shape[1]) // group)
-        W = torch.empty(kp, len(blocks), 2, panel.shape[2])  # k, block, half, row
+        W = torch.empty(kp, len(tiles), 2, panel.shape[2])  # k, tile, half, row
         W[:, :, 0].copy_((panel & 15).transpose(0, 1))
         W[:, :, 1].copy_((panel >> 4).transpose(0, 1))
         W_GgN = W.view(-1, group, N)
@@ -145,20 +145,20 @@ def decoded_product(x_MK: Tensor, codes: Tensor, sz: Tensor, residual: Tensor | 
     return y_MN
 
 
-def _blocks(codes: Tensor, N: int, K: int) -> Tensor:
-    rows = panel_rows()
+def _tiles(codes: Tensor, N: int, K: int) -> Tensor:
+    rows = tile_rows()
     if rows is None:  # `refuses` has asked before
         raise RuntimeError("torch packs int4 weights in an unknown order")
     return codes.view(N // rows, K, rows // 2)
 
 
-def _nibbles(blocks: Tensor) -> Tensor:
-    """Return the codes `[N/B, K, B]` of packed blocks `[N/B, K, B/2]`."""
-    return torch.cat([blocks & 15, blocks >> 4], dim=-1)
+def _nibbles(tiles: Tensor) -> Tensor:
+    """Return the codes `[N/B, K, B]` of packed tiles `[N/B, K, B/2]`."""
+    return torch.cat([tiles & 15, tiles >> 4], dim=-1)
 
 
 @cache
-def panel_rows() -> int | None:
+def tile_rows() -> int | None:
     """Return B, found by packing a weight whose codes are all known, or None where no B explains the result."""
     if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return None
