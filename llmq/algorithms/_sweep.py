@@ -2,9 +2,10 @@
 
 For each column j of a weight, in order:   q_j = nearest(t_j + sum_(i<j) e_i F_ij),   e_j = w_j - decode(q_j).
 
-The sum is a recursion: round the left half, apply its errors to the right half by one product, round the right half. A
-leaf of a few columns is rounded by a loop that numba compiles where the weight is on the CPU and the values of its grid
-are evenly spaced; elsewhere the same loop runs in torch.
+Column by column that is one thin update for each column, which is bound by memory. So the columns are halved: of 8,
+round 0 to 3, add their errors to columns 4 to 7 by one product, round 4 to 7; and 0 to 3 in the same way. What is left
+when a part is small (a leaf) is rounded one by one, in a loop that numba compiles where the weight is on the CPU and
+the values of its grid are evenly spaced; elsewhere the same loop runs in torch.
 Not here: what t, w and F are (gptq.py, descent.py).
 """
 

@@ -1,7 +1,10 @@
-"""Coordinate descent on codes, row by row: a code that changes moves the gradient of its row, all others cost a look.
+"""Coordinate descent on codes, row by row, with the gradient of each row kept up to date.
 
-A sweep of _sweep.py finds the same codes by products over all columns; here few codes change, and the gradient is known
-at the end without a product. It needs a compiled loop: a weight on the CPU and a grid of evenly spaced values.
+Take a row of three codes. Code 1 would be better one step higher: it takes that step, and the step times row 1 of H is
+taken off the gradient, three additions. Codes 2 and 3 are best where they are: each costs a look at its gradient and
+nothing else. After GPTQ few codes change, so a sweep costs about N K looks and K additions for each change, where the
+column loop of _sweep.py would cost products over all columns; the gradient is known at the end without a product.
+It needs a compiled loop, so a weight on the CPU and a grid of evenly spaced values; elsewhere _sweep.py finds the same.
 Not here: what the gradient is, and the scales (descent.py).
 """
 

@@ -1,6 +1,11 @@
-"""A prepared run: what was read, what is planned, and everything that can be refused before any work.
+"""The plan of a run, made before any work: what each matrix becomes, and everything that can be refused.
 
-Not here: running it (run.py).
+    plan = prepare("./my-llama", Recipe(bits=4, group_size=64))
+    plan.linears["model.layers.0.mlp.up_proj"].scheme.weight     Int(bits=4, group=64, ...)
+    plan.settled(schemes, recipe)                                the same with other schemes, as a budget of bits asks
+
+Only headers, the config and each weight once (for NaN) are read; what a file or a recipe has wrong is said here, in one
+line, not when its block comes. Not here: running it (run.py), what a format makes of a model (formats/).
 """
 
 from __future__ import annotations

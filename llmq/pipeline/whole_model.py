@@ -136,7 +136,11 @@ def _recomputed(forward: Any) -> Any:
 
 
 class _WithSlope(torch.autograd.Function):
-    """A number whose gradient is known when it is: no logits live until the backward pass, none are computed twice."""
+    """A loss that comes with its gradient by the states, `slope`.
+
+    Both are computed in one visit of the logits, a few positions at a time: the logits of a whole sequence need not be
+    kept for the backward pass, nor computed again in it.
+    """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, value: Tensor, slope: Tensor) -> Tensor:
