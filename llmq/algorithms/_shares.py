@@ -1,6 +1,6 @@
 """Channels that share a scale: those of several heads where grouped-query attention reads one of the producer's.
 
-Not here: folding the scales (folding.py).
+Not here: folding the scales (model/folding.py).
 """
 
 from torch import Tensor, nn

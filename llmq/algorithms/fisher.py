@@ -6,7 +6,7 @@ with s the squared gradients of the float model's loss at the linear's output z,
 each relative to its mean. Power 1 is the Fisher matrix with one number for each token; a few tokens then hold most of
 the weight, and so little calibration is left that it pays to go half the way (docs/accuracy.md).
 Kim et al. 2025, arXiv:2505.07004, equation 7 with one group of output channels (GuidedQuant).
-Not here: the gradients (token_gradients.py), the sums they weigh (stats.py).
+Not here: the gradients (calibration/token_gradients.py), the sums they weigh (stats.py).
 """
 
 from collections.abc import Sequence

@@ -8,7 +8,7 @@ optimise the same objective.
 W* overfits the calibration tokens, so alpha is chosen on tokens that it was not fitted on: with D = W* - W of the
 fitted part, the error on the held-out part is a parabola in alpha, whose lowest point is
 <W (X - Xq)^T Xq, D> / <D Xq^T Xq, D>, taken between 0 and `most`.
-Not here: rounding (gptq.py), the second activation stream (block.py).
+Not here: rounding (gptq.py), the second activation stream (pipeline/block.py).
 """
 
 from collections.abc import Sequence

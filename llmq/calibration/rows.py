@@ -7,7 +7,7 @@ A chat goes whole through the tokenizer's own template, tool calls, reasoning an
 `apply_chat_template(messages, tools=row["tools"])` has it; ShareGPT's `from` and `value` are `role` and `content`. What
 no document takes, a row without text or a key that is not read, is counted, and told in one line.
 
-Files and templates may be hostile: all of this runs in a child process (confined.py), which sends the text back.
+Files and templates may be hostile: all of this runs in a child process (guard/confined.py), which sends the text back.
 Not here: tokens of the documents (text.py).
 """
 

@@ -6,7 +6,7 @@ With labels drawn from the model, L's Hessian is the Fisher matrix, which is als
 float model: what an error at z_t does to the model's answer, to second order, with one number for a token.
 One block is in memory at a time, forward and then backward, for as many sequences at once as `_HELD` bytes of hidden
 states between the blocks allow.
-Not here: what is made of the numbers (algorithms/fisher.py), where they are used (block.py).
+Not here: what is made of the numbers (algorithms/fisher.py), where they are used (pipeline/block.py).
 """
 
 from collections.abc import Callable, Sequence

@@ -6,7 +6,7 @@
 
 The Hub's cache keeps each commit in `models--org--name/snapshots/COMMIT`: a folder there, however it is reached, is
 called org/name, and its commit is known.
-Not here: what is in the folder (source.py), adapters (adapter.py).
+Not here: what is in the folder (source.py), adapters (model/adapter.py).
 """
 
 import os

@@ -28,7 +28,7 @@ T = TypeVar("T")
 class Patterns:
     """Regular expressions of a config, each by what it stands for, matched from the start of a name.
 
-    They have one limit of time together (patterns.py).
+    They have one limit of time together (guard/patterns.py).
     """
 
     def __init__(self, patterns: Mapping[str, str]) -> None:

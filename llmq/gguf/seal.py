@@ -3,7 +3,7 @@
 The key `llmq.sha256` of the first shard holds one sha256 in hex for each shard, one after the other. They are taken of
 the files as they are, but with the digits of this very string read as zeros: so it is written as zeros, and put in
 place when the files are whole.
-Not here: checksums of single tensors and linears (records.py), who compares (verify/).
+Not here: checksums of single tensors and linears (pipeline/records.py), who compares (verify/).
 """
 
 import hashlib

@@ -4,7 +4,7 @@
     float      must be W, rounded to the dtype that it is stored in; but for what a finisher tuned, which is recorded
 
 W is the source's weight in the basis and with the folds that are recorded. Without a record both are told, not judged.
-Not here: rotations and folds themselves (rotated.py, folding.py).
+Not here: rotations and folds themselves (model/rotated.py, model/folding.py).
 """
 
 from collections.abc import Collection
