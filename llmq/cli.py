@@ -86,7 +86,7 @@ def quantize(
     quality: Annotated[str | None, typer.Option(help="fast, balanced or best: time against error. [balanced]")] = None,
     method: Annotated[str | None, typer.Option(help="Steps by name in place of a quality: awq,gptq:damp=0.01")] = None,
     weights: Annotated[str | None, typer.Option(help="Weight grid, int:bits=4:group=128:asym; short for it:")] = None,
-    bits: Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of a weight, 2 to 8.")] = None,
     group_size: Annotated[str | None, typer.Option(help="Columns per scale, 'channel' or 'tensor'. [128]")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric or asymmetric grid. [sym]")] = None,
     range_: Annotated[str | None, typer.Option("--range", help="minmax, mse, percentile, entropy, output.")] = None,
@@ -238,16 +238,22 @@ def verify(
     against: Annotated[str | None, typer.Option(help="The checkpoint it was made from, to compare weights.")] = None,
     adapter: Annotated[str | None, typer.Option(help="The LoRA adapter that was added to its weights.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all that was found to this file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --json.")] = False,
 ) -> None:
     """Reopen a written checkpoint, decode it by other code, and compare it with what was recorded when it was made.
 
     Example: `llmq verify ./my-llama-int4 --against ./my-llama`
     """
+    from llmq.checkpoint.disk import write_text
+    from llmq.checkpoint.place import check_file, user_path
     from llmq.verify import verify as run
 
+    found = None if json_file is None else user_path(json_file)
+    if found:
+        check_file(found, "--json", b"{", overwrite=overwrite)
     report = run(out, against, adapter)
-    if json_file:
-        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    if found:
+        write_text(found, json.dumps(report.to_json(), indent=2) + "\n")
     for note in report.notes:
         console.print(labelled("note", "dim", note), soft_wrap=True)
     for line in report.failures[:_SHOWN]:

@@ -28,7 +28,11 @@ from llmq.options import parse
 from llmq.types import Format, Grid, LlmqError, Range
 
 _DOTTED = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
-_DUTIES: dict[str, type] = {"grids": Grid, "ranges": Range, "formats": Format}  # a step shows its kind by its verb
+_DUTIES: dict[str, type] = {
+    "grids": Grid,
+    "ranges": Range,
+    "formats": Format,
+}  # a step shows its kind by its base class
 _COLON = re.compile(r":(?![^\[\]]*\])")
 
 
@@ -39,8 +43,7 @@ def load(folder: str, text: str, *, code: bool = False) -> Any:
     """
     name, *given = words(text)
     cls = find(folder, name, code=code)
-    with _blaming(name):
-        kinds = _options(cls)
+    kinds = _options(cls)
     values = _values([_pair(option, kinds) for option in given], kinds, f"{text!r}: {name}", code=code)
     with _blaming(repr(text)):
         return cls(**values)
@@ -83,8 +86,9 @@ def lacks(folder: str, text: str, option: str) -> bool:
 
 
 def _options(cls: type) -> dict[str, Any]:
-    """Return what a text may give for a dataclass: its fields' annotations by name."""
-    hints = typing.get_type_hints(cls, include_extras=True)
+    """Return what a text may give for a dataclass: its fields' annotations by name. Raises LlmqError as `load`."""
+    with _blaming(cls.__module__):
+        hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init and f.metadata.get("option", True)}
 
 

@@ -58,7 +58,7 @@ class Rotation(Step):
 
     kind = "rotation"
     alone = True
-    untie: bool
+    untie: bool = False
 
     @abstractmethod
     def rotate(self, head_dim: int, hidden_size: int) -> Bases:
@@ -153,7 +153,7 @@ class Correction(SiteStep):
     """
 
     kind = "correction"
-    share: float
+    share: float = 1.0
 
     @abstractmethod
     def correct(self, W_NK: Tensor, rows: Sequence[int], stats: Stats) -> tuple[Tensor, list[dict[str, Any]]]:

@@ -303,3 +303,17 @@ def test_what_weights_may_not_say_is_one_line(given, said):
     with pytest.raises(LlmqError, match=said) as e:
         method_of(Recipe(**given), torch.float16)
     assert "\n" not in str(e.value)
+
+
+def test_a_budget_chooses_bits_and_no_override_beside_it():
+    with pytest.raises(LlmqError, match="'down_proj:bits=8': --target-bpw chooses the bits of every linear"):
+        Recipe(target_bpw=4.5, override=("down_proj:bits=8",))
+    assert Recipe(target_bpw=4.5, override=("down_proj:sym=false",)).target_bpw == 4.5
+
+
+def test_no_key_of_an_override_in_a_file_names_code(tmp_path):
+    (tmp_path / "r.yaml").write_text("override: ['down_proj:spread=tp.exit']\n")
+    with pytest.raises(LlmqError, match="override names code outside llmq .tp.exit"):
+        Recipe.load(tmp_path / "r.yaml", {})
+    (tmp_path / "r.yaml").write_text("override: ['down_proj:range=mse:norm=2.5', 'up_proj:bits=8']\n")
+    assert len(Recipe.load(tmp_path / "r.yaml", {}).override) == 2

@@ -2,7 +2,7 @@
 
 s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), folded as x / s and W * s.
 Xiao et al. 2023, arXiv:2211.10438, equation 4. A transform: the function is unchanged; rtn or gptq rounds afterwards.
-Not here: how activations are quantized (the runtime; the stream calibrates static scales).
+Not here: how activations are quantized (the runtime; calibration/ measures static scales).
 """
 
 from dataclasses import dataclass

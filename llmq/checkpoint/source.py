@@ -6,7 +6,7 @@ points, but for a Hub cache's own links:
 
     models--org--name/snapshots/COMMIT/config.json -> ../../blobs/SHA
 
-Not here: which folder a name means (hub.py), which tensor is which (names.py), what tensors mean (stream, formats),
+Not here: which folder a name means (hub.py), which tensor is which (names.py), what tensors mean (model/, formats/),
 reading a header (guard/reading.py), writing (sink.py).
 """
 

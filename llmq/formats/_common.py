@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmq.granularity import PerBlock
+from llmq.granularity import PerBlock, PerTensor
 from llmq.types import AffineGrid, LinearSpec, LlmqError, StoredGrid
 
 _IN_BLOCK = re.compile(r".*?\.\d+\.(.+)")
@@ -65,6 +65,11 @@ def uniform(linears: Sequence[LinearSpec], method: str) -> AffineGrid:
             )
         if spec.scheme.activation is not None:
             raise LlmqError(f"{spec.name}: {method} holds no quantized activations; use --format compressed-tensors")
+        if other.granularity == PerTensor():
+            raise LlmqError(
+                f"{spec.name}: {method} holds scales per group or per channel; say --group-size channel, or use "
+                "--format compressed-tensors"
+            )
     return grid
 
 

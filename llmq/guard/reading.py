@@ -5,7 +5,7 @@ names the file. What the values mean is the caller's; `field` takes one out of a
 
     safetensors    u64 length of the header | JSON {"name": {"dtype", "shape", "data_offsets"}} | data, without gaps
 
-Not here: which files make a checkpoint (checkpoint/), GGUF (gguf/reader.py), calibration text (calibration.py).
+Not here: which files make a checkpoint (checkpoint/), GGUF (gguf/reader.py), calibration text (calibration/).
 """
 
 import json

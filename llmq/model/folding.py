@@ -28,6 +28,7 @@ from llmq.errors import LlmqError, one_line, printable
 from llmq.guard.reading import field
 from llmq.model.rotated import Rotated
 from llmq.model.skeleton import Skeleton
+from llmq.steps import Rotation
 
 Stored = Callable[[str], torch.dtype]
 """Gives the dtype that a tensor of the checkpoint is stored in, by its name."""
@@ -124,7 +125,7 @@ def floats_of(source: Source, record: Mapping[str, Any], quantized: Container[st
 def _rotation(text: str, where: str) -> Any:
     if text.partition(":")[0] in registry.names("algorithms"):  # a file's word imports nothing else
         step = registry.load("algorithms", text)
-        if hasattr(step, "rotate"):
+        if isinstance(step, Rotation):
             return step
     raise LlmqError(f"{where}: {printable(text, 80)} is no rotation of llmq's own, and cannot be repeated")
 

@@ -24,6 +24,7 @@ from torch import nn
 from llmq import registry
 from llmq.checkpoint import Source, resolve
 from llmq.errors import one_line, printable
+from llmq.granularity import PerTensor
 from llmq.model.adapter import Adapted, Adapter
 from llmq.model.pretrained import tokenizer_of
 from llmq.model.rotated import Rotated
@@ -122,7 +123,16 @@ class Plan:
         assigned = dataclasses.replace(self.assigned, schemes={**self.assigned.schemes, **schemes})
         method = dataclasses.replace(self.method, recipe=recipe)
         plan = dataclasses.replace(self, method=method, assigned=assigned).told(recipe)
-        return dataclasses.replace(plan, warnings=self.warnings)  # what the user was told of the options that he gave
+        before = self.method.format.check(self.possible())  # of bits of which some were not chosen
+        at = next((i for i, w in enumerate(self.warnings) if w in before), 0)
+        told = [w for w in self.warnings if w not in before]  # what the user was told of the options that he gave
+        now = method.format.check(list(plan.matrices.values()))
+        return dataclasses.replace(plan, warnings=[*told[:at], *now, *told[at:]])
+
+    def possible(self) -> list[LinearSpec]:
+        """Return every matrix as it will be, or may be under a budget of bits."""
+        specs, recipe = list(self.matrices.values()), self.method.recipe
+        return [at_bits(s, b) for s in specs for b in recipe.choices()] if recipe.target_bpw else specs
 
     def paired(self) -> float:
         """Return the share of the calibration that runs through the float model too, for steps that compare the two."""
@@ -152,12 +162,24 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     model = _model(skeleton)
     plan = Plan(skeleton, method, model, method.format.assign(model, method.wanted()), where)
     specs = list(plan.matrices.values())
+    for s in specs:
+        if s.scheme.activation and s.scheme.weight.bits != 8:
+            raise LlmqError(f"{s.name}: 8-bit activations need 8-bit weights, not {s.scheme.weight.bits}; --skip it")
     for tuner in (*method.tuners, *method.finishers):
-        if not specs or any(not isinstance(s.scheme.weight, AffineGrid) for s in specs):
-            raise LlmqError(f"{registry.dump(tuner)} tunes integer grids only; for GGUF leave it out")
-    possible = [at_bits(s, b) for s in specs for b in method.recipe.choices()] if recipe.target_bpw else specs
-    warnings = [*source.warnings, *method.format.check(possible), *plan.assigned.warnings]
+        _check_tuner(registry.dump(tuner), method.recipe, specs)
+    warnings = [*source.warnings, *method.format.check(plan.possible()), *plan.assigned.warnings]
     return _checked(dataclasses.replace(plan, warnings=warnings), source).told(recipe)
+
+
+def _check_tuner(step: str, recipe: Recipe, specs: list[LinearSpec]) -> None:
+    """Refuse what a step that moves codes and scales by gradients cannot tune."""
+    if not specs or any(not isinstance(s.scheme.weight, AffineGrid) for s in specs):
+        raise LlmqError(f"{step} tunes integer grids only; for GGUF leave it out")
+    whole = next((s.name for s in specs if s.scheme.weight.granularity == PerTensor()), None)
+    if whole:
+        raise LlmqError(f"{whole}: {step} moves the scale of every row, and there is one; take --group-size channel")
+    if recipe.samples is not None and recipe.samples < 2:
+        raise LlmqError(f"{step} judges by sequences that it does not train on; give at least 2 --samples")
 
 
 def _model(skeleton: Skeleton) -> FloatModel:

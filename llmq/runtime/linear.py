@@ -4,7 +4,7 @@
 
 It is made with the tensors of the file as buffers, under the names they have on disk, and computes with the reference
 (reference.py), decoding the weight at every forward. `prepack()`, which loading a checkpoint calls, hands the weight to
-the first back-end that can run it (backends.py); the tensors of the file are dropped and come back from the back-end,
+the first back-end that can run it (backends/); the tensors of the file are dropped and come back from the back-end,
 bit for bit, whenever a `state_dict` is asked for. So a model is always its checkpoint, and never holds two copies.
 A buffer keeps the dtype it was stored in whatever happens to the model: rounding scales to the model's dtype would
 change every weight. A layer that is moved to another kind of device is prepacked anew there.

@@ -13,6 +13,7 @@ Not here: writing (formats/, gguf/), what the command prints (cli.py).
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from llmq.checkpoint import Source, resolve
@@ -27,6 +28,7 @@ from llmq.verify.ggml import Gguf, open_gguf
 from llmq.verify.report import Report as Report
 
 
+@np.errstate(all="ignore")  # what is not finite is found and named
 def verify(model: str | Path, against: str | Path | None = None, adapter: str | Path | None = None) -> Report:
     """Verify a checkpoint folder, Hub id or GGUF file.
 

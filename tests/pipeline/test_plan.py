@@ -92,7 +92,8 @@ def test_other_schemes_give_another_plan_and_read_nothing(tiny_checkpoint, monke
     other = plan.settled({NAME: at_bits(plan.linears[NAME], 3).scheme}, dataclasses.replace(plan.method.recipe, bits=3))
     bits = {n: s.scheme.weight.bits for n, s in other.linears.items()}
     assert bits.pop(NAME) == 3 and set(bits.values()) == {4} and plan.linears[NAME].scheme.weight.bits == 4
-    assert other.method.recipe.bits == 3 and other.warnings == plan.warnings != []
+    assert other.method.recipe.bits == 3 and other.warnings[-1:] == plan.warnings != []
+    assert any("weights of 3 bits" in w for w in other.warnings)
     assert other.bytes() < plan.bytes()
 
 
@@ -108,3 +109,24 @@ def test_other_schemes_give_another_plan_and_read_nothing(tiny_checkpoint, monke
 def test_what_a_format_is_not_for_is_refused(tiny_checkpoint, options, message):
     with pytest.raises(LlmqError, match=message):
         prepare(str(tiny_checkpoint()), Recipe(**options), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "rtn,signround", "group_size": "tensor"}, "signround moves the scale of every row.*channel"),
+        ({"method": "gptq,distill", "bits": 2, "group_size": "tensor"}, "distill moves the scale of every row"),
+        ({"method": "rtn,signround", "samples": 1}, "signround judges by sequences .* at least 2 --samples"),
+        ({"bits": 8, "act_bits": 8, "override": ("down_proj:bits=4",)}, "down_proj: 8-bit activations need 8-bit"),
+    ],
+)
+def test_what_cannot_be_tuned_or_run_is_refused_before_any_work(tiny_checkpoint, options, message):
+    form = {"format": "compressed-tensors", "method": "rtn"}
+    with pytest.raises(LlmqError, match=message):
+        prepare(str(tiny_checkpoint()), Recipe(**(form | options)), "cpu")
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_formats_of_groups_hold_no_scale_of_a_whole_tensor(tiny_checkpoint, form):
+    with pytest.raises(LlmqError, match=f"{form} holds scales per group or per channel; say --group-size channel"):
+        prepare(str(tiny_checkpoint()), Recipe(method="rtn", group_size="tensor", format=form), "cpu")
