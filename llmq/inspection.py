@@ -111,5 +111,5 @@ def _linears(packed: PackedCheckpoint) -> Rows:
 def _shapes(source: Source) -> Rows:
     shown = Rows("", "tensor", "dtype", "shape")
     for name, (dtype, shape) in sorted(source.headers().items()):
-        shown.add(name, dtype, shape)
+        shown.add(name, dtype, list(shape))
     return shown

@@ -18,6 +18,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+ROUNDER = 12582912.0
+"""1.5 * 2^23: added to a float32 below 2^22 and taken away again, it rounds it half to even, like torch.round."""
+
 
 def stored(scale: Tensor, old: Tensor) -> Tensor:
     """Return scales in the dtype of `old`, and those of `old` where rounding makes 0 or infinity of them."""

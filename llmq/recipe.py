@@ -129,12 +129,9 @@ class Recipe:
             raise LlmqError("asymmetric activations (--act-asym) are for --act-bits 8 per token")
         if self.target_bpw is not None and self.act_bits:
             raise LlmqError("target_bpw chooses bits of weights; with 8-bit activations they are always 8")
-        if self.target_bpw is not None:
-            for text in self.override:
-                if (said := parse(text)) and "bits" in said.changes:
-                    raise LlmqError(
-                        f"--override {text!r}: --target-bpw chooses the bits of every linear; --skip it there"
-                    )
+        for text in self.override if self.target_bpw is not None else ():
+            if (said := parse(text)) and "bits" in said.changes:
+                raise LlmqError(f"--override {text!r}: --target-bpw chooses the bits of every linear; --skip it there")
         if self.act_bits and self.bits != 8 and not self.weights:
             raise LlmqError(f"8-bit activations need 8-bit weights, not {self.bits or 4}; say --bits 8")
         if len(self.steps) > _STEPS:
@@ -196,7 +193,7 @@ class Recipe:
             yield "weights", name
             yield from (("weights", g.partition("=")[2].strip(" []")) for g in given if g.strip().startswith("range"))
         for override in self.override:
-            values = said.changes.items() if (said := parse(override)) else ()
+            values = said.changes.items() if (said := parse(override)) else ()  # a number names nothing, dot or not
             yield from (("override", v) for key, v in values if key == "range" or v.lstrip("[")[:1].isalpha())
 
     def resolved(self) -> Recipe:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmq.jit import compiled
+from llmq.params import ROUNDER
 from llmq.types import Grid, Parameters
 
 _LEAF_TORCH = 16  # columns rounded one by one; their rank-1 updates stay in the L2 cache
@@ -86,7 +87,7 @@ def _leaf(F, W, T, E, codes, divisor, scale, zero, offset, group, lo, hi, low, h
     F: the leaf's own diagonal block of the factor. divisor: the scale, infinite where that is 0. Adding and taking away
     1.5 * 2^23 rounds half to even, as the grids' `nearest` does, and vectorises.
     """
-    magic = W.dtype.type(12582912.0)
+    magic = W.dtype.type(ROUNDER)
     N = W.shape[1]
     for first in range(0, N, _CHUNK):
         last = min(first + _CHUNK, N)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmq.jit import compiled, in_threads
+from llmq.params import ROUNDER
 from llmq.types import Grid, Parameters
 
 _ROWS = 8  # that share a row of H while it is in the cache
@@ -49,7 +50,7 @@ def descend_codes(  # noqa: PLR0913, PLR0917, the state of the descent
 
 def _loop(codes, gradient, loss, H, diagonal, order, group, divisor, scale, zero, sweeps, first, last, low, high):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     """Do rows first to last. numba compiles this. Rounding and divisor are those of _sweep.py's leaf."""
-    magic = gradient.dtype.type(12582912.0)
+    magic = gradient.dtype.type(ROUNDER)
     K = len(order)
     for start in range(first, last, _ROWS):
         stop = min(start + _ROWS, last)

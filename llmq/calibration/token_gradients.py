@@ -66,7 +66,7 @@ def _add_squares(
             for b, (h, c) in enumerate(zip(inputs, calls, strict=True)):
                 slopes[b], squares = _through(block, h, c[i], slopes[b])
                 for name, s in squares.items():
-                    found.setdefault(f"{skeleton.prefix}.{i}.{name}", []).append(s)
+                    found.setdefault(skeleton.full_name(i, name), []).append(s)
 
 
 def _of_outputs(skeleton: Skeleton, outputs: list[Tensor], device: torch.device, draw: torch.Generator) -> list[Tensor]:

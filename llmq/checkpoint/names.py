@@ -169,8 +169,10 @@ def _refuse_misshapen(source: Source, model: Any, found: Match) -> None:
         if name not in found.stored or name.rpartition(".")[0] in linears:  # a packed one is its format's to check
             continue
         stored = found.stored[name]
-        if (got := headers[stored][1]) != list(want.shape):
-            raise LlmqError(f"tensor {stored} is {got}, but {source.path}/config.json asks for {list(want.shape)}")
+        if (got := headers[stored][1]) != want.shape:
+            raise LlmqError(
+                f"tensor {stored} is {list(got)}, but {source.path}/config.json asks for {list(want.shape)}"
+            )
 
 
 def _unread(source: Source, model: Any, found: Match) -> list[str]:

@@ -185,9 +185,9 @@ class Source:
         """Return what one tensor is stored in."""
         return DTYPES[self._entries[name].dtype]
 
-    def headers(self) -> dict[str, tuple[str, list[int]]]:
+    def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return the dtype (in safetensors' spelling) and shape of every tensor, without reading any."""
-        return {name: (e.dtype, list(e.shape)) for name, e in self._entries.items()}
+        return {name: (e.dtype, e.shape) for name, e in self._entries.items()}
 
     def entries(self) -> dict[str, Entry]:
         """Return where every tensor lies, and under which name there."""

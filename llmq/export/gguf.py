@@ -34,7 +34,7 @@ from llmq.gguf.sink import GgufSink
 from llmq.gguf.tokenizer import vocabulary
 from llmq.guard.reading import json_object
 from llmq.model.pretrained import blank_model, model_config, tokenizer_of
-from llmq.pipeline.records import Line
+from llmq.pipeline.records import Line, rounded
 from llmq.types import GgmlParams, LlmqError, Params, QTensor
 from llmq.verify import require_right
 
@@ -214,24 +214,17 @@ def _pack(kind: str, codes: Tensor, d: Tensor, dmin: Tensor | None, q: QTensor) 
     grid = registry.load("grids", kind.lower())
     packed = QTensor(codes.to(torch.uint8).reshape(q.codes.shape), params, grid)
     outcome = EXACT if dmin is None else ROUNDED
-    return Exported(kind, grid.to_bytes(packed.codes, params), outcome, _line(Line(), packed, q.dequantize()))
+    line = Line().add(packed, packed.dequantize(), q.dequantize()).to_json()
+    return Exported(kind, grid.to_bytes(packed.codes, params), outcome, {"method": "export", "bits": grid.bits} | line)
 
 
 def _rounded(W_NK: Tensor, name: str, kind: str, outcome: str) -> Exported:
-    """Return a float matrix rounded to nearest, some rows at a time."""
+    """Return a float matrix rounded to nearest."""
     if kind in mixture.FLOATS:
         return Exported(kind, container.as_float(W_NK, kind, name), outcome)
-    grid, found, packed, line = registry.load("grids", kind.lower()), Line(), [], {}
-    for W_nK in W_NK.split(4096):
-        part = QTensor.rounded(W_nK.float(), grid)
-        packed.append(grid.to_bytes(part.codes, part.params))
-        line = _line(found, part, W_nK)
-    return Exported(kind, torch.cat(packed), outcome, line)
-
-
-def _line(found: Line, q: QTensor, W_NK: Tensor) -> dict[str, Any]:
-    """Return the record of a matrix after these rows of it."""
-    return {"method": "export", "bits": q.grid.bits} | found.add(q, q.dequantize(), W_NK).to_json()
+    grid = registry.load("grids", kind.lower())
+    rows, line = rounded(W_NK, grid, lambda q: grid.to_bytes(q.codes, q.params))
+    return Exported(kind, rows, outcome, {"method": "export", "bits": grid.bits} | line)
 
 
 def _float(name: str, ggml: str | None, tensor: Tensor, embeddings: str | None) -> Exported:

@@ -49,8 +49,8 @@ def describe(grid: AffineGrid) -> str:
 def uniform(linears: Sequence[LinearSpec], method: str) -> AffineGrid:
     """Return the one grid of a checkpoint whose config has room for one.
 
-    Raises LlmqError where there is no linear, where two differ in bits, group size or symmetry, and where an
-    activation is quantized.
+    Raises LlmqError where there is no linear, where two differ in bits, group size or symmetry, where an activation is
+    quantized, and where one scale is for a whole tensor.
     """
     if not linears:
         raise LlmqError(f"no linear is left to quantize, and {method} cannot say so; skip fewer modules")

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from llmq.granularity import PerGroup
+from llmq.params import ROUNDER
 from llmq.types import GgmlParams, LlmqError, Parameters, StoredGrid
 
 _CHUNK = 2**20  # weights of one chunk: enough that torch's calls cost little beside what they do for its superblocks
-_ROUND = torch.tensor(12582912.0)  # 1.5 * 2^23
+_ROUND = torch.tensor(ROUNDER)
 _LEAST_D = 2.0**-24  # float16 holds nothing below
 _LARGEST = 1e9  # beyond what any type reaches (65504 * 128 * 32); keeps squares and their sums finite
 _HEAVIEST = 1e4  # of a weight without importance, for the same reason

@@ -19,16 +19,16 @@ from torch import Tensor
 
 from llmq.granularity import Granularity, PerBlock, PerTensor, granularity
 from llmq.options import Between
+from llmq.params import ROUNDER
 from llmq.types import AffineGrid, Grid, Lattice, Parameters, Params, Range
 
 _LEAST = {torch.float16: 2.0**-24}  # the least scale of a group that is not all zero: float16 holds nothing below
 _DEFAULT_LEAST = 1e-30
 _OF_ZEROS = {torch.float16: 1e-5}  # the scale of a group that is
 _DEFAULT_OF_ZEROS = 1e-8
-# Adding and taking away 1.5 * 2^23 rounds a float32 below 2^22 half to even, like torch.round, whose kernel wakes every
-# thread for a row of 3,000 values and so spends milliseconds in barriers when a core is busy.
-# A tensor, since a Python number would be converted at every call.
-_ROUND = torch.tensor(12582912.0)
+# torch.round's kernel wakes every thread for a row of 3,000 values and so spends milliseconds in barriers when a core
+# is busy. A tensor, since a Python number would be converted at every call.
+_ROUND = torch.tensor(ROUNDER)
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ class Adapted(View):
         file, other_model = self._added.file, "the adapter was made for another model"
         if name not in self:
             raise LlmqError(f"{file} changes {name}, which {self.path} does not have; {other_model}")
-        shape = self.headers()[name][1]
+        shape = list(self._entries[name].shape)
         wanted = self._added.wanted(name, shape)
         for role, entry in parts.items():
             other = role.translate(str.maketrans("AB", "BA"))

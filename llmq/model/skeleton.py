@@ -58,7 +58,7 @@ class Skeleton:
         for i, block in enumerate(self.blocks):
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear):
-                    yield f"{self.prefix}.{i}.{name}", module
+                    yield self.full_name(i, name), module
 
     def full_name(self, i: int, name: str) -> str:
         """Return the full name of what block `i` calls so; the one behind the last has a `norm` and a `head`."""
@@ -79,24 +79,17 @@ class Skeleton:
 
         One behind the last is what follows the blocks (`Tail`), whose head keeps no weight: nothing runs through it.
         """
-        if i == len(self):
-            norm = self.model.get_submodule(self.final_norm)
-            tail = Tail(norm, self.model.get_output_embeddings())
-            state = {n: self.source.get(f"{self.final_norm}.{n}").to(device, self.dtype) for n in norm.state_dict()}
-            norm.load_state_dict(state, assign=True)
-            yield tail
-            norm.to("meta")
-            return
-        block = self.blocks[i]
-        prefix = f"{self.prefix}.{i}."
-        wanted = [n for n, _ in block.named_parameters()] + [n for n, _ in _saved_buffers(block)]
-        state = {n: self.source.get(prefix + n).to(device, self.dtype) for n in wanted}
-        block.load_state_dict(state, strict=True, assign=True)
-        block.to(device)  # buffers that are not saved
+        tail = i == len(self)
+        name = self.final_norm if tail else f"{self.prefix}.{i}"
+        filled = self.model.get_submodule(name)
+        wanted = [n for n, _ in filled.named_parameters()] + [n for n, _ in _saved_buffers(filled)]
+        state = {n: self.source.get(f"{name}.{n}").to(device, self.dtype) for n in wanted}
+        filled.load_state_dict(state, strict=True, assign=True)
+        filled.to(device)  # buffers that are not saved
         try:
-            yield block
+            yield Tail(filled, self.model.get_output_embeddings()) if tail else filled
         finally:
-            block.to("meta")
+            filled.to("meta")
             _trim_heap()
 
     def filled(self, device: torch.device) -> Any:

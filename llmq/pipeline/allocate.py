@@ -122,22 +122,21 @@ def _slope(a: Choice, b: Choice) -> float:
 
 def _measure(plan: Plan, i: int, state: Calibration) -> tuple[dict[tuple[str, ...], list[Choice]], Calibration]:
     """Return what the sites of float block `i` cost, by their linears' names, and the state, one batch, behind it."""
-    prefix = f"{plan.skeleton.prefix}.{i}."
     found: dict[tuple[str, ...], list[Choice]] = {}
     with plan.skeleton.loaded(i, plan.device) as block:
         sites = block_sites(plan, i, block, state)
         with Lanes(block, sites, state.hidden, [state.calls[0][i]], last=True) as lanes:
             for site in sites:
                 (X_TK,) = lanes.advance()
-                linears = [plan.linears[prefix + n] for n in site.linears if prefix + n in plan.linears]
-                if not linears:
+                names = {full: n for n in site.linears if (full := plan.skeleton.full_name(i, n)) in plan.linears}
+                if not names:
                     continue
                 H_KK = collect((Hessian,), [X_TK], state.tokens)[Hessian].mean()
-                each = []
-                for spec in linears:
-                    linear, s_T = block.get_submodule(spec.name.removeprefix(prefix)), state.squares[spec.name][0]
-                    each.append(_choices(plan, spec, linear, (X_TK, H_KK, s_T)))
-                found[tuple(s.name for s in linears)] = [sum(alike[1:], alike[0]) for alike in zip(*each, strict=True)]
+                each = [
+                    _choices(plan, plan.linears[full], block.get_submodule(n), (X_TK, H_KK, state.squares[full][0]))
+                    for full, n in names.items()
+                ]
+                found[tuple(names)] = [sum(alike[1:], alike[0]) for alike in zip(*each, strict=True)]
             return found, dataclasses.replace(state, hidden=Batches(lanes.finish()))
 
 

@@ -84,7 +84,7 @@ class _Block:
         """Return a tensor of the block as the checkpoint has it: what is computed with may hold less, or nothing."""
         source, full = self.plan.source, self.full(name)
         if tensor.is_meta:
-            return source.get(f"{self.plan.weight_of(full.removesuffix('.weight'))}").to(self.plan.device)
+            return source.get(self.plan.weight_of(full.removesuffix(".weight"))).to(self.plan.device)
         whole = tensor.dtype in (torch.float32, source.dtype_of(full))
         return tensor.detach() if whole else source.get(full).to(tensor.device)
 

@@ -230,9 +230,8 @@ def _checked(plan: Plan, source: Source) -> Plan:
 
 def _check_head(skeleton: Skeleton) -> None:
     """Refuse to quantize a head that is no linear behind a final norm `norm`, where calibration finds its input."""
-    owner, _, _ = skeleton.prefix.rpartition(".")
-    head = skeleton.model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or not hasattr(skeleton.model.get_submodule(owner), "norm"):
+    head, modules = skeleton.model.get_output_embeddings(), dict(skeleton.model.named_modules())
+    if not isinstance(head, nn.Linear) or skeleton.final_norm not in modules:
         kind = skeleton.config.model_type
         raise LlmqError(f"--lm-head: the final norm or the head of model_type {kind!r} is not known; leave it float")
 

@@ -20,7 +20,7 @@ Not here: the transforms in a record (folding.py), writing it (report.py), compa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint.digest import raw
-from llmq.types import Params, QTensor
+from llmq.types import Grid, Params, QTensor
 
 if TYPE_CHECKING:
     from llmq.model.folding import Fold
 
 _AT_ONCE = 2**22  # weights whose error is in memory at a time
+_ROUNDED_AT_ONCE = 2**24  # weights of a matrix in float32 at a time
 
 
 class Line:
@@ -73,6 +74,23 @@ def _solved(q: QTensor, Q_NK: Tensor) -> dict[str, Tensor]:
     params = q.params.map(itemgetter(slice(q.grid.granularity.rows(len(q.codes)))))
     found = {"codes": q.codes, "scale": params.scale, "zero": params.zero}
     return found if q.g_idx is None else found | {"g_idx": q.g_idx.to(torch.int32)}
+
+
+def rounded(
+    W_NK: Tensor, grid: Grid, pack: Callable[[QTensor], Tensor], importance: Tensor | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Round a matrix to nearest, some rows at a time, so that no embedding is whole in float32.
+
+    pack: returns the stored rows of some. importance: what the squared error of each input channel counts, `[K]`.
+    Returns all stored rows, and what `quantization.json` says of the matrix.
+    """
+    packed, line = [], Line()
+    for rows in W_NK.split(max(1, _ROUNDED_AT_ONCE // W_NK.shape[1])):
+        W_nK = rows.float()
+        q = QTensor.rounded(W_nK, grid, importance)
+        packed.append(pack(q))
+        line.add(q, q.dequantize(), W_nK)
+    return torch.cat(packed), line.to_json()
 
 
 @dataclass

@@ -29,7 +29,7 @@ from llmq.model.skeleton import Skeleton, embed
 from llmq.pipeline.allocate import allocate
 from llmq.pipeline.block import Report, quantize_block
 from llmq.pipeline.plan import Plan
-from llmq.pipeline.records import Line, Record
+from llmq.pipeline.records import Line, Record, rounded
 from llmq.pipeline.report import summary, write_importance
 from llmq.pipeline.sinks import IMATRIX, sink_of
 from llmq.pipeline.whole_model import check_memory, finish
@@ -38,7 +38,6 @@ from llmq.types import LinearSpec, QTensor
 from llmq.verify import require_right
 
 BATCH_TOKENS = 4096  # tokens of one suspended batch
-_ROWS_AT_ONCE = 2**24  # weights of an embedding in float32 at a time
 
 
 def quantize(
@@ -165,13 +164,12 @@ def _outside(plan: Plan, state: Calibration, sink: Sink, done: _Done) -> None:
 
 
 def _rounded(plan: Plan, linear: LinearSpec) -> tuple[Tensor, dict[str, Any]]:
-    """Round an embedding or a head to nearest, some rows at a time; return its stored rows and its report line."""
-    grid, weight = linear.scheme.weight, plan.source.get(f"{linear.name}.weight")
-    importance = plan.assigned.importance.get(linear.name)
-    packed: list[Tensor] = []
-    line = Line()
-    for rows in weight.split(max(1, _ROWS_AT_ONCE // linear.K)):
-        q = QTensor.rounded(rows.float(), grid, importance)
-        packed += plan.method.format.pack(q, linear).values()
-        line.add(q, q.dequantize(), rows.float())
-    return torch.cat(packed), {"method": "rtn", "bits": grid.bits, **line.to_json()}
+    """Round an embedding or a head to nearest; return its stored rows and its report line."""
+    weight, importance = plan.source.get(f"{linear.name}.weight"), plan.assigned.importance.get(linear.name)
+
+    def pack(q: QTensor) -> Tensor:
+        (stored,) = plan.method.format.pack(q, linear).values()
+        return stored
+
+    rows, line = rounded(weight, linear.scheme.weight, pack, importance)
+    return rows, {"method": "rtn", "bits": linear.scheme.weight.bits, **line}

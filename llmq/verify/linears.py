@@ -36,7 +36,7 @@ class Linear:
     input: Tensor | None = None
 
 
-Headers = Mapping[str, tuple[str, list[int]]]
+Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 """Dtype and shape of every tensor of a checkpoint, as `Source.headers` gives them."""
 
 
@@ -94,8 +94,8 @@ def _tensors(
             continue
         kind, has = headers[full]
         same = kind in (FLOATS if dtype == "float" else _INTEGERS if local in _ANY_WIDTH else (dtype,))
-        right = same and (tuple(has) == wanted or (local.startswith("input_") and tuple(has) == ()))
-        if report.expect(right, f"{full} is {kind} {has}, not {dtype} {list(wanted)}, as {how} has it"):
+        right = same and (has == wanted or (local.startswith("input_") and has == ()))
+        if report.expect(right, f"{full} is {kind} {list(has)}, not {dtype} {list(wanted)}, as {how} has it"):
             found[local] = source.get(full)
         else:
             good = False

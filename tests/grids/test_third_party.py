@@ -53,6 +53,7 @@ from typing import ClassVar
 import torch
 
 from llmq.formats._folder import Folder
+from llmq.types import LlmqError, Parameters, QTensor
 
 
 @dataclass
@@ -80,11 +81,11 @@ class Plain(Folder):
         return {"quant_method": "plain"}
 
     def unpack(self, tensors, spec):
-        raise NotImplementedError
+        return QTensor(tensors["codes"], Parameters(tensors["scale"]), spec.scheme.weight)
 
     @classmethod
     def read(cls, config):
-        raise NotImplementedError
+        raise LlmqError("plain checkpoints are not loaded")
 '''
 
 

@@ -84,27 +84,31 @@ def test_suspended_forwards_equal_the_models_own(config, batch, tmp_path):
     assert all(p.is_meta for p in skeleton.model.parameters())
 
 
-def test_discovery_finds_the_llama_table(tiny_llama):
+@pytest.fixture
+def entered(tiny_llama):
+    """The first block of a tiny Llama, the hidden states that enter it, and the rest of its call."""
     model, seen = tiny_llama(), {}
     block = model.model.layers[0]
     block.register_forward_pre_hook(lambda m, a, k: seen.update(x=a[0], call=((), k)), with_kwargs=True)
     with torch.no_grad():
         model(TOKENS, use_cache=False)
-        found = discover(block, seen["x"], seen["call"])
+    return block, seen["x"], seen["call"]
+
+
+def test_discovery_finds_the_llama_table(entered):
+    block, hidden, call = entered
+    with torch.no_grad():
+        found = discover(block, hidden, call)
     assert [s.linears for s in found] == [s.linears for s in Llama().sites]
 
 
-def test_true_sequential_later_sites_see_the_quantized_weights_of_earlier_ones(tiny_llama):
-    model, seen = tiny_llama(), {}
-    block = model.model.layers[0]
-    block.register_forward_pre_hook(lambda m, a, k: seen.update(x=a[0], call=((), k)), with_kwargs=True)
-    with torch.no_grad():
-        model(TOKENS, use_cache=False)
-        with Lanes(block, Llama().sites, Batches([seen["x"]]), [seen["call"]]) as lanes:
-            list(lanes.advance())
-            for name in ("q_proj", "k_proj", "v_proj"):
-                getattr(block.self_attn, name).weight.zero_()
-            assert all((x == 0).all() for x in lanes.advance())  # o_proj reads attention over zero values
+def test_true_sequential_later_sites_see_the_quantized_weights_of_earlier_ones(entered):
+    block, hidden, call = entered
+    with torch.no_grad(), Lanes(block, Llama().sites, Batches([hidden]), [call]) as lanes:
+        list(lanes.advance())
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(block.self_attn, name).weight.zero_()
+        assert all((x == 0).all() for x in lanes.advance())  # o_proj reads attention over zero values
 
 
 class Twice(nn.Module):
