@@ -1,22 +1,17 @@
-"""What llama.cpp calls a model: architecture, hyper-parameter keys, tensor names, and the order of q and k rows.
+"""What llama.cpp calls a model: architecture, hyper-parameter keys, tensor names, and how tensors are stored.
 
-    model_type        architecture   q and k rows    frequency table   biases read
-    llama, mistral    llama          reordered       yes               of every linear
-    qwen2             qwen2          as they are     no                of q, k, v
-    qwen3             qwen3          as they are     no                of q, k, v
+Hugging Face rotates channel i of a head with channel i + d/2; some of ggml's graphs rotate neighbours 2i and 2i + 1, so
+that rows 0 .. d/2-1 and d/2 .. d-1 of every head of q and k are interleaved. Rows are independent in every quantizer:
+reordering packed rows equals packing reordered rows. ggml's norms multiply by their weight: where transformers' do by
+1 + weight (Gemma), 1 + weight is stored.
 
-Hugging Face rotates channel i of a head with channel i + d/2, ggml's `llama` graph rotates neighbours 2i and 2i + 1, so
-that rows 0 .. d/2-1 and d/2 .. d-1 of every head are interleaved. Rows are independent in every quantizer: reordering
-packed rows equals packing reordered rows.
-
-An architecture of llama.cpp is a program, and a config can ask transformers for another one under the same model_type
-(another activation, a window, attention both ways). So what decides the function is read from the modules that
-transformers makes of the config: it is written, or refused, whatever the key is called.
-Source: the `gguf` package's tensor map; llama.cpp's `conversion/llama.py` and `src/models/*.cpp` for what is read.
+An architecture of llama.cpp is a program (programs.py), and what transformers makes of the config is held against it
+(differences.py): it is written, or refused, whatever the key is called.
+Source: the `gguf` package's tensor map; llama.cpp's `conversion/*.py` and `src/models/*.cpp` for what is read.
 Not here: rotary embedding (rope.py), the tokenizer (tokenizer.py), types of tensors (mixture.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,55 +21,37 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import LlmqError
+from llmq.gguf.differences import differences, gain, is_norm
+from llmq.gguf.programs import PROGRAMS, Program
 from llmq.gguf.rope import Rotary, rotary
 from llmq.model.config import head_dim, kv_heads
 from llmq.model.pretrained import foreign
 
-_ATTENTION = ("attn_q", "attn_k", "attn_v")
 _DROPPED = (".rotary_emb.inv_freq",)  # buffers of old checkpoints that every runtime computes itself
-
-
-@dataclass(frozen=True)
-class _Program:
-    """What one architecture of llama.cpp computes.
-
-    biases: which linears' it reads. table: whether it reads `rope_freqs.weight`. square: whether all heads together
-    must have as many channels as the residual stream.
-    """
-
-    arch: gguf.MODEL_ARCH
-    biases: tuple[str, ...] = _ATTENTION
-    table: bool = False
-    square: bool = False
-
-
-_LLAMA = _Program(gguf.MODEL_ARCH.LLAMA, (*_ATTENTION, "attn_output", "ffn_gate", "ffn_up", "ffn_down"), table=True)
-_PROGRAMS = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _Program(gguf.MODEL_ARCH.QWEN2, square=True),
-    "qwen3": _Program(gguf.MODEL_ARCH.QWEN3),
-}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
 class Architecture:
     """One model's place in llama.cpp, made from its transformers config by `architecture`.
 
-    window: how far back attention sees, 0 for all the way.
-    parameters: the names of the tensors that transformers' model has.
+    local: the rotary embedding of blocks with a window, where it is their own. windows: how far back attention sees in
+    every block, 0 for all the way. shifted: the norms that multiply by 1 + weight. parameters: the names of the tensors
+    that transformers' model has.
     """
 
     config: Any
-    program: _Program
+    program: Program
     rope: Rotary
-    window: int
+    local: Rotary | None
+    windows: tuple[int, ...]
+    shifted: frozenset[str]
     parameters: frozenset[str]
 
     @property
     def name(self) -> str:
         """The value of `general.architecture`."""
-        return gguf.MODEL_ARCH_NAMES[self.program.arch]
+        return self.program.name
 
     @property
     def blocks(self) -> int:
@@ -132,9 +109,16 @@ class Architecture:
         linear, _, leaf = ggml.removeprefix("blk.").partition(".")[2].rpartition(".")
         return leaf != "bias" or linear in self.program.biases
 
+    def stored(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor of the checkpoint, float or packed rows, as the file holds it."""
+        rows = self.rows(name)
+        if name in self.shifted:
+            tensor = 1 + tensor.float()
+        return tensor if rows is None else tensor[rows]
+
     def rows(self, name: str) -> Tensor | None:
         """Return the order in which the rows of a checkpoint tensor are written (int64 `[N]`), None for as it is."""
-        if self.program is not _LLAMA:
+        if not self.program.interleaved:
             return None
         leaf = name.rpartition("self_attn.")[2]
         heads = {"q_proj": int(self.config.num_attention_heads), "k_proj": self.kv_heads}.get(leaf.partition(".")[0])
@@ -151,8 +135,8 @@ class Architecture:
         found = []
         if self.context < self.config.max_position_embeddings:
             found.append(
-                f"llama.cpp's {self.name} has no sliding window, this model's is {self.window} tokens: the file says "
-                f"that its context is {self.context} tokens, up to which both compute the same"
+                f"llama.cpp's {self.name} has no sliding window, this model's is {max(self.windows)} tokens: the file "
+                f"says that its context is {self.context} tokens, up to which both compute the same"
             )
         if self.rope.divisors is not None and self.config.rope_parameters["rope_type"] != "llama3":
             found.append(
@@ -164,7 +148,8 @@ class Architecture:
     @property
     def context(self) -> int:
         """How many tokens the model is trained for and llama.cpp computes rightly."""
-        return min(self.config.max_position_embeddings, self.window or self.config.max_position_embeddings)
+        trained = int(self.config.max_position_embeddings)
+        return trained if self.program.period else min(trained, max(self.windows, default=0) or trained)
 
     def describe(self, writer: gguf.GGUFWriter) -> None:
         """Add the hyper-parameter keys."""
@@ -179,8 +164,17 @@ class Architecture:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_key_length(self.head_dim)
         writer.add_value_length(self.head_dim)
-        writer.add_rope_dimension_count(self.head_dim)
         self.rope.describe(writer)
+        if self.program.period:
+            writer.add_sliding_window(max(self.windows) or self.context)
+            writer.add_sliding_window_pattern(_period(self.windows, self.program))
+        if self.local is not None:
+            writer.add_rope_freq_base_swa(self.local.base)
+        for key in self.program.caps:
+            if getattr(config, key):
+                getattr(writer, f"add_{key}")(getattr(config, key))
+        for key, method in self.program.multipliers.items():
+            getattr(writer, f"add_{method}")(getattr(config, key))
 
 
 def architecture(config: Any) -> Architecture:
@@ -190,23 +184,18 @@ def architecture(config: Any) -> Architecture:
     than llama.cpp does.
     """
     kind = config.model_type
-    if kind not in _PROGRAMS:
+    if kind not in PROGRAMS:
         raise LlmqError(
-            f"model_type {kind!r} is not among those written as GGUF ({', '.join(_PROGRAMS)}); use --format gptq, "
+            f"model_type {kind!r} is not among those written as GGUF ({', '.join(PROGRAMS)}); use --format gptq, "
             "awq or compressed-tensors"
         )
-    program, model = _PROGRAMS[kind], _model(config)
-    for reason in _differences(config, model, program):
-        raise LlmqError(f"{reason}, which llama.cpp's {kind} does not compute; write another format")
-    with foreign("config.json, rope_parameters"):
-        rope = rotary(type(model.model.rotary_emb)(config), config, head_dim(config), divisors=program.table)
-    return Architecture(
-        config,
-        program,
-        rope,
-        max((_window(config, block) for block in model.model.layers), default=0),
-        frozenset(model.state_dict()),
-    )
+    program, model = PROGRAMS[kind], _model(config)
+    windows = tuple(_window(config, block) for block in model.model.layers)
+    for reason in (*differences(config, model, program), *_irregular(windows, program)):
+        raise LlmqError(f"{reason}, which llama.cpp's {program.name} does not compute; write another format")
+    rope, local = _rotary(config, model, program)
+    shifted = {f"{n}.weight" for n, m in model.named_modules() if is_norm(m) and gain(m, config.rms_norm_eps)}
+    return Architecture(config, program, rope, local, windows, frozenset(shifted), frozenset(model.state_dict()))
 
 
 def _model(config: Any) -> Any:
@@ -217,27 +206,39 @@ def _model(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def _differences(config: Any, model: Any, program: _Program) -> Iterator[str]:
-    """Yield what transformers computes otherwise than a program of llama.cpp, as the subject of a sentence."""
-    probe, d = torch.linspace(-4, 4, 33), head_dim(config)
-    if not 0 < config.max_position_embeddings < 2**32:
-        yield f"config.json asks for {config.max_position_embeddings:,} positions"
-    if not 0 <= config.rms_norm_eps < 1e30:
-        yield f"norms add {config.rms_norm_eps}"
-    if not getattr(config, "is_causal", True):
-        yield "config.json asks for attention both ways (is_causal false)"
-    if d % 2 or (program.square and d * config.num_attention_heads != config.hidden_size):
-        yield f"{config.num_attention_heads} heads of {d} channels for a residual stream of {config.hidden_size}"
-    for block in model.model.layers[:1]:
-        if not torch.allclose(block.mlp.act_fn(probe), nn.functional.silu(probe), atol=1e-6):
-            yield f"config.json asks for the activation {config.hidden_act!r}"
-        if abs(block.self_attn.scaling - d**-0.5) > 1e-6 * d**-0.5:
-            yield f"attention is scaled by {block.self_attn.scaling}"
-        if block.input_layernorm.variance_epsilon != config.rms_norm_eps:
-            yield f"norms add {block.input_layernorm.variance_epsilon}"
+def _rotary(config: Any, model: Any, program: Program) -> tuple[Rotary, Rotary | None]:
+    """Return the rotary embedding of the blocks, and that of those with a window where it is their own."""
+    with foreign("config.json, rope_parameters"):
+        embedding = type(model.model.rotary_emb)(config)
+        known: dict[str, Any] = {"divisors": program.table, "partial": program.partial}
+        if not program.local:
+            return rotary(embedding, config, head_dim(config), **known), None
+        kinds = [kind for kind in (_FULL, _SLIDING) if kind in config.layer_types]
+        first, *more = [rotary(embedding, config, head_dim(config), layer_type=kind, **known) for kind in kinds]
+    local = more[0] if more else first
+    if local.kind != "none" or "yarn" in (first.kind, local.kind) or {first.attn_factor, local.attn_factor} != {1}:
+        raise LlmqError(
+            f"llama.cpp's {program.name} turns blocks with a window without scaling, and scales others linearly at "
+            "most; write another format, or take the scaling out of config.json"
+        )
+    return first, local
 
 
 def _window(config: Any, block: nn.Module) -> int:
     """Return how far back the attention of a block sees, 0 for all the way."""
     own = getattr(block.self_attn, "sliding_window", None)
-    return int((config.sliding_window if config.model_type == "mistral" else own) or 0)
+    return int((config.sliding_window if config.model_type in ("mistral", "phi3") else own) or 0)
+
+
+def _irregular(windows: Sequence[int], program: Program) -> Iterator[str]:
+    """Yield what a program with windows has no keys for."""
+    if program.period and (len({*windows} - {0}) > 1 or _period(windows, program) == 0):
+        yield f"config.json asks for windows of {', '.join(map(str, windows))} tokens in its blocks"
+
+
+def _period(windows: Sequence[int], program: Program) -> int:
+    """Return the period of which the last block sees all the way and no other does; 0 where there is none."""
+    for period in (program.period, *range(1, len(windows) + 2)):
+        if all((window > 0) == (i % period < period - 1) for i, window in enumerate(windows)):
+            return period
+    return 0

@@ -200,8 +200,7 @@ def _load(arch: Architecture, part: Part) -> Tensor:
     tensor = part.entry.read()
     if part.kind in FLOATS:
         tensor = as_float(tensor, part.kind, part.entry.name)
-    rows = arch.rows(part.entry.name)
-    return tensor if rows is None else tensor[rows]
+    return arch.stored(part.entry.name, tensor)
 
 
 def as_float(tensor: Tensor, kind: str, name: str) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmq.errors import LlmqError, printable
 
@@ -37,9 +37,10 @@ _REMEDY = "write another format, or take the scaling out of config.json and stay
 
 @dataclass(frozen=True)
 class Rotary:
-    """llama.cpp's rotary embedding: the symbols of the module's formula, `divisors` float32 `[d/2]`."""
+    """llama.cpp's rotary embedding of `d` channels: the symbols of the module's formula, divisors float32 `[d/2]`."""
 
     base: float
+    d: int
     kind: str = "none"
     factor: float = 1.0
     context: int = 0
@@ -48,6 +49,7 @@ class Rotary:
 
     def describe(self, writer: gguf.GGUFWriter) -> None:
         """Add the keys; the divisors are a tensor of the file."""
+        writer.add_rope_dimension_count(self.d)
         writer.add_rope_freq_base(self.base)
         if self.kind != "none":
             writer.add_rope_scaling_type(gguf.RopeScalingType(self.kind))
@@ -57,78 +59,87 @@ class Rotary:
         if self.attn_factor != 1:
             writer.add_rope_scaling_attn_factors(self.attn_factor)
 
-    def frequencies(self, d: int) -> Tensor:
-        """Return what llama.cpp turns each pair of a head of `d` channels by at position 1, float64 `[d/2]`."""
-        i = torch.arange(d // 2, dtype=torch.float64)
-        plain = float(np.float32(self.base)) ** (-2 * i / d)
+    def frequencies(self) -> Tensor:
+        """Return what llama.cpp turns each pair of channels by at position 1, float64 `[d/2]`."""
+        i = torch.arange(self.d // 2, dtype=torch.float64)
+        plain = float(np.float32(self.base)) ** (-2 * i / self.d)
         if self.divisors is not None:
             plain = plain / self.divisors.double()
         kept = {"none": torch.ones_like(i), "linear": torch.zeros_like(i)}.get(self.kind)
-        kept = self._ramp(i, d) if kept is None else kept
+        kept = self._ramp(i) if kept is None else kept
         return plain * (kept + (1 - kept) / float(np.float32(self.factor)))
 
     def magnitude(self) -> float:
         """Return what llama.cpp multiplies cosine and sine by."""
         return self.attn_factor * (1 + 0.1 * math.log(max(self.factor, 1)) if self.kind == "yarn" else 1)
 
-    def _ramp(self, i: Tensor, d: int) -> Tensor:
+    def _ramp(self, i: Tensor) -> Tensor:
         """Return the share of each pair that is not interpolated; in float32 as there, since it is floored."""
         with np.errstate(all="ignore"):
             turns = np.array([_FAST, _SLOW], np.float32) * np.float32(2 * math.pi)
-            lo, hi = d * np.log(np.float32(self.context) / turns) / (2 * np.log(np.float32(self.base)))
-        lo, hi = max(0.0, float(np.floor(lo))), min(d - 1.0, float(np.ceil(hi)))
+            lo, hi = self.d * np.log(np.float32(self.context) / turns) / (2 * np.log(np.float32(self.base)))
+        lo, hi = max(0.0, float(np.floor(lo))), min(self.d - 1.0, float(np.ceil(hi)))
         return 1 - ((i - lo) / max(0.001, hi - lo)).clamp(0, 1)
 
 
-def rotary(embedding: nn.Module, config: Any, d: int, *, divisors: bool) -> Rotary:
+def rotary(
+    embedding: Any, config: Any, d: int, *, divisors: bool, partial: bool = False, layer_type: str | None = None
+) -> Rotary:
     """Return the keys by which llama.cpp rotates as `embedding`, transformers' module, does heads of `d` channels.
 
-    divisors: whether the architecture reads `rope_freqs.weight`.
+    divisors: whether the architecture reads `rope_freqs.weight`. partial: whether it can turn the first channels alone.
+    layer_type: of the blocks that are meant, where a config turns them by their type; None where it does not.
     Raises LlmqError where no keys do.
     """
     given, limit = dict(config.rope_parameters), config.max_position_embeddings
+    given = given if layer_type is None else dict(given[layer_type])
     said = f"rope_parameters {printable(repr(given), 200)}"
-    wanted, magnitude = _values(embedding, limit, d, said)
-    proposals = list(_proposals(given, limit, said))
+    wanted, magnitude = _values(embedding, limit, said, layer_type)
+    d = 2 * len(wanted) if partial else d
+    if 2 * len(wanted) != d:
+        raise LlmqError(f"{said} do not rotate the {d} channels of a head; {_REMEDY}")
+    proposals = list(_proposals(given, limit, d, said))
     for found in proposals:
-        if _equal(found.frequencies(d), wanted):
+        if _equal(found.frequencies(), wanted):
             return _scaled(found, magnitude)
     if divisors:  # over the kind that the config names, so that a reader without the table is not far off
         found = next((p for p in proposals if p.kind == given["rope_type"]), proposals[0])
-        found = replace(found, divisors=(found.frequencies(d) / wanted).clamp(max=_STILL).float())
-        if _equal(found.frequencies(d), wanted):
+        found = replace(found, divisors=(found.frequencies() / wanted).clamp(max=_STILL).float())
+        if _equal(found.frequencies(), wanted):
             return _scaled(found, magnitude)
     raise LlmqError(f"llama.cpp has no keys that rotate as {said} say; {_REMEDY}")
 
 
-def _values(embedding: Any, limit: int, d: int, said: str) -> tuple[Tensor, float]:
+def _values(embedding: Any, limit: int, said: str, layer_type: str | None) -> tuple[Tensor, float]:
     """Return transformers' frequencies, float64 `[d/2]`, and magnitude, at whatever length of text.
 
-    Raises LlmqError where they depend on the length, or are not those of a whole head.
+    Raises LlmqError where they depend on the length, or are no finite numbers.
     """
+    own, kinds = ("", ()) if layer_type is None else (f"{layer_type}_", (layer_type,))
     seen = []
     for length in (1, min(limit, _LONGEST), 2 * min(limit, _LONGEST)):
-        embedding(torch.zeros(1), torch.tensor([[length - 1]]))  # dynamic kinds set their frequencies here
-        seen.append((embedding.inv_freq.double(), float(embedding.attention_scaling)))
+        embedding(torch.zeros(1), torch.tensor([[length - 1]]), *kinds)  # dynamic kinds set their frequencies here
+        found = getattr(embedding, f"{own}inv_freq"), getattr(embedding, f"{own}attention_scaling")
+        seen.append((found[0].double(), float(found[1])))
     wanted, magnitude = seen[0]
     if any(not torch.equal(wanted, w) or m != magnitude for w, m in seen):
         raise LlmqError(f"{said} rotate by the length of the text, which llama.cpp does not; {_REMEDY}")
-    if 2 * len(wanted) != d or not torch.isfinite(wanted).all() or not math.isfinite(magnitude):
-        raise LlmqError(f"{said} do not rotate the {d} channels of a head by finite numbers; {_REMEDY}")
+    if not torch.isfinite(wanted).all() or not math.isfinite(magnitude):
+        raise LlmqError(f"{said} do not rotate by finite numbers; {_REMEDY}")
     return wanted, magnitude
 
 
-def _proposals(given: Mapping[str, Any], limit: int, said: str) -> Iterator[Rotary]:
+def _proposals(given: Mapping[str, Any], limit: int, d: int, said: str) -> Iterator[Rotary]:
     """Yield what the numbers of a config may mean to llama.cpp, the plainest first."""
     base, context = _number(given, "rope_theta"), _number(given, "original_max_position_embeddings")
     if not base:
         raise LlmqError(f"{said} have no rope_theta above 0, the base of the frequencies; correct config.json")
-    yield Rotary(base)
+    yield Rotary(base, d)
     factor = _number(given, "factor") or (limit / context if context else 0)
     if factor:
-        yield Rotary(base, "linear", factor)
+        yield Rotary(base, d, "linear", factor)
     if factor and 1 <= context < 2**32:
-        yield Rotary(base, "yarn", factor, int(context))
+        yield Rotary(base, d, "yarn", factor, int(context))
 
 
 def _number(given: Mapping[str, Any], key: str) -> float:

@@ -24,11 +24,14 @@ _NOTHING = 1e-12  # an error that is none: what float32 makes of a weight that a
 class Truth:
     """The checkpoint that another was made from, after what is recorded to have been done to its floats.
 
-    skeleton: of the source as it is, for a forward beside. packed: the linears of the other that are packed.
+    skeleton: of the source as it is, for a forward beside. packed: the linears of the other that are packed. shifted:
+    the norms of which it stores 1 + weight, in whose last bit a small weight is lost.
     """
 
-    def __init__(self, skeleton: Skeleton, record: dict[str, Any], packed: Collection[str]) -> None:
-        self.skeleton, self.packed = skeleton, packed
+    def __init__(
+        self, skeleton: Skeleton, record: dict[str, Any], packed: Collection[str], shifted: Collection[str] = ()
+    ) -> None:
+        self.skeleton, self.packed, self.shifted = skeleton, packed, shifted
         self._judged = "transforms" in record or "exported" in record
         self._lines = record.get("linears", {})
         self._tuned = set(record.get("tuned", ()))
@@ -50,7 +53,7 @@ class Truth:
             self._check_packed(module, tensor, W.float(), report)
         elif name not in self._tuned:
             report.count("floats compared with the source")
-            if not _close(tensor, W.to(tensor.dtype)):
+            if not _close(tensor, W.to(tensor.dtype), around=float(name in self.shifted)):
                 self._differ.append(name)
 
     def conclude(self, report: Report) -> None:
@@ -93,9 +96,9 @@ def _square_sum(x: Tensor) -> float:
     return x.square().sum(dtype=torch.float64).item()
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors of one dtype are equal but for the last bit of folded values."""
+def _close(a: Tensor, b: Tensor, around: float) -> bool:
+    """Return whether two tensors of one dtype are equal but for the last bit of folded values, and of 1 + weight."""
     if torch.equal(a, b):
         return True
-    eps = torch.finfo(a.dtype).eps
-    return bool(torch.isclose(a.float(), b.float(), rtol=eps, atol=torch.finfo(a.dtype).tiny).all())
+    eps, tiny = torch.finfo(a.dtype).eps, torch.finfo(a.dtype).tiny
+    return bool(torch.isclose(a.float(), b.float(), rtol=eps, atol=max(tiny, eps * around)).all())

@@ -28,6 +28,7 @@ from llmq.model.skeleton import Skeleton
 from llmq.verify import record
 from llmq.verify.decode import Array
 from llmq.verify.forward import Decoded
+from llmq.verify.keys import Keys, reading
 from llmq.verify.linears import FLOATS, check_float
 from llmq.verify.report import Report
 
@@ -35,14 +36,6 @@ REPORT = "llmq.report"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _ROWS = 2**22  # weights decoded at a time
 _DIVISORS = "rope_freqs.weight"
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)")
-_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_IN_BLOCK = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
 
 
 def open_gguf(path: Path, report: Report) -> tuple[Gguf, dict[str, Any]]:
@@ -103,14 +96,15 @@ class Gguf:
     """
 
     def __init__(self, files: list[GgufFile], recorded: Mapping[str, Any], report: Report) -> None:
-        path, self.first, self.recorded = files[0].path, files[0], recorded
-        self.arch = str(self.first.value("general.architecture"))
+        path, self.recorded = files[0].path, recorded
+        self._key = Keys(files[0])
+        self._reading = reading(self._key)
         self._stored: dict[str, Any] = {}
         for file in files:
             for ggml, tensor in file.tensors.items():
                 report.expect(ggml not in self._stored, f"tensor {ggml} is in two shards")
                 self._stored[ggml] = tensor
-        self.tensors = {_name(n): t for n, t in self._stored.items() if n != _DIVISORS}
+        self.tensors = {self._reading.name(n): t for n, t in self._stored.items() if n != _DIVISORS}
         self.skeleton = Skeleton(_Keyed(path, self._config(), self.tensors), torch.float32)
         self._set_rotary()
         model = self.skeleton.model
@@ -120,6 +114,7 @@ class Gguf:
         self.skeleton.source = Decoded(self.skeleton.source, self.names(), self.read)
         kinds = {n: t.tensor_type.name for n, t in self.tensors.items()}
         self.packed = {n.removesuffix(".weight") for n, kind in kinds.items() if kind not in FLOATS}
+        self.shifted = {n for n in self.tensors if self._reading.adds_one(n)}
         for name in sorted(self.tensors.keys() - self._shapes.keys()):
             report.fail(f"nothing reads tensor {self.tensors[name].name}")
 
@@ -136,7 +131,7 @@ class Gguf:
         shape, wanted = tuple(reversed(stored.shape)), self._shapes[name]
         if not report.expect(shape == wanted, f"tensor {ggml} is {list(shape)}, the keys make it {list(wanted)}"):
             return None
-        values = self._in_order(name, _decode(stored, shape))
+        values = self._reading.in_order(name, _decode(stored, shape), self._key)
         tensor, kind = torch.from_numpy(values), stored.tensor_type.name
         if not check_float(ggml, tensor, report, "float tensors" if kind in FLOATS else "packed linears"):
             return None
@@ -152,22 +147,14 @@ class Gguf:
             found = record.of_array(self._stored[name].data)
             report.expect(recorded.get(name) == found, f"tensor {name} is not as it was solved: its checksum differs")
 
-    def _key(self, key: str, default: Any = None) -> Any:
-        value = self.first.value(f"{self.arch}.{key}")
-        if value is None and default is None:
-            raise LlmqError(f"{self.first.path}: key {self.arch}.{key} is missing")
-        return default if value is None else value
-
     def _config(self) -> dict[str, Any]:
         """Return the config of a transformers model that says what the keys say."""
-        if self.arch not in ("llama", "qwen2", "qwen3"):
-            raise LlmqError(f"{self.first.path}: verify knows the keys of llama, qwen2 and qwen3, not of {self.arch!r}")
         embedding = self.tensors.get("model.embed_tokens.weight")
         if embedding is None:
-            raise LlmqError(f"{self.first.path} has no token_embd.weight")
+            raise LlmqError(f"{self._key.file.path} has no token_embd.weight")
         heads = self._key("attention.head_count")
         return {
-            "model_type": self.arch,
+            "model_type": self._reading.model_type,
             "vocab_size": embedding.shape[1],
             "hidden_size": self._key("embedding_length"),
             "intermediate_size": self._key("feed_forward_length"),
@@ -180,42 +167,29 @@ class Gguf:
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},  # but see _set_rotary
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.tensors,
             "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self.tensors,
+            "pad_token_id": None,
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,
             "use_sliding_window": False,
-        }
+        } | self._reading.config(self._key)
 
     def _set_rotary(self) -> None:
         """Put llama.cpp's rotary embedding, as the keys say it, in the place of transformers'."""
         table = self._stored.get(_DIVISORS)
-        found = Rotary(
+        full = Rotary(
             float(self._key("rope.freq_base", 10000.0)),
+            int(self._key("rope.dimension_count", self.skeleton.head_dim)),
             self._key("rope.scaling.type", "none"),
             float(self._key("rope.scaling.factor", 1.0)),
             int(self._key("rope.scaling.original_context_length", self._key("context_length"))),
             float(self._key("rope.scaling.attn_factor", 1.0)),
             None if table is None else torch.from_numpy(np.array(table.data, np.float32)),
         )
+        local = Rotary(float(self._key("rope.freq_base_swa", 10000.0)), full.d)
         for module in self.skeleton.model.modules():
-            if isinstance(getattr(module, "inv_freq", None), Tensor):
-                module.inv_freq = found.frequencies(self.skeleton.head_dim).float()
-                module.attention_scaling = found.magnitude()
-
-    def _in_order(self, name: str, values: Array) -> Array:
-        """Return rows as transformers has them: ggml's llama interleaves the halves of every head of q and k."""
-        heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}.get(name.split(".")[-2])
-        if self.arch != "llama" or heads is None:
-            return values
-        halves = values.reshape(self._key(heads), -1, 2, *values.shape[1:])
-        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
-
-
-def _name(ggml: str) -> str:
-    """Return transformers' name of a tensor; one that is not known keeps its own, and nothing will read it."""
-    module, _, kind = ggml.rpartition(".")
-    block = _BLOCK.fullmatch(module)
-    if block:
-        return f"model.layers.{block[1]}.{_IN_BLOCK.get(block[2], block[2])}.{kind}"
-    return f"{_OUTSIDE.get(module, module)}.{kind}"
+            for kind, found in (("", full), ("full_attention_", full), ("sliding_attention_", local)):
+                if isinstance(getattr(module, f"{kind}inv_freq", None), Tensor):
+                    setattr(module, f"{kind}inv_freq", found.frequencies().float())
+                    setattr(module, f"{kind}attention_scaling", found.magnitude())
 
 
 def _decode(stored: Any, shape: tuple[int, ...]) -> Array:

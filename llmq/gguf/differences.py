@@ -1,0 +1,119 @@
+"""Whether transformers computes of a config what a program of llama.cpp does, read from the modules it makes of it.
+
+A config can ask for another function under the same model_type: another activation, a cap, a window, attention both
+ways. Keys prove nothing, so what decides the function is tried out on the modules, on a few numbers: it is the
+program's, or the first thing that is not is named.
+Not here: rotary frequencies, which the file says by value (rope.py); what the programs compute (programs.py).
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.gguf.programs import Program
+from llmq.model.config import head_dim
+
+_PROBE = 8  # channels of a norm that is tried out
+
+
+def differences(config: Any, model: Any, program: Program) -> Iterator[str]:
+    """Yield what transformers computes otherwise than a program of llama.cpp, as the subject of a sentence."""
+    d, heads = head_dim(config), config.num_attention_heads
+    if not 0 < config.max_position_embeddings < 2**32:
+        yield f"config.json asks for {config.max_position_embeddings:,} positions"
+    if not 0 <= config.rms_norm_eps < 1e30:
+        yield f"norms add {config.rms_norm_eps}"
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        yield "config.json asks for attention both ways (is_causal, use_bidirectional_attention)"
+    if d % 2 or (program.square and d * heads != config.hidden_size):
+        yield f"{heads} heads of {d} channels for a residual stream of {config.hidden_size}"
+    if program.untied and config.tie_word_embeddings:
+        yield "a head that is the embedding (tie_word_embeddings)"
+    yield from _numbers(config, program)
+    yield from _blocks(config, model, program)
+
+
+def _numbers(config: Any, program: Program) -> Iterator[str]:
+    """Yield caps and multipliers that no key says, or that the program does not do without."""
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        value = getattr(config, key, None)
+        if (value is not None and key not in program.caps) or (program.capped and not value):
+            yield f"config.json, {key}: {value}"
+    for key in program.multipliers:
+        if not 0 < abs(getattr(config, key)) < 1e30:
+            yield f"config.json, {key}: {getattr(config, key)}"
+
+
+def _blocks(config: Any, model: Any, program: Program) -> Iterator[str]:
+    probe, eps = torch.linspace(-4, 4, 33), config.rms_norm_eps
+    scale = getattr(model.model.embed_tokens, "scalar_embed_scale", 1.0)
+    if abs(scale - (config.hidden_size**0.5 if program.scaled else 1)) > 1e-6 * scale:
+        yield f"embeddings are multiplied by {scale}"
+    for block in model.model.layers[:1]:
+        act = getattr(block.mlp, "act_fn", None) or block.mlp.activation_fn
+        if not torch.allclose(act(probe), program.activation(probe), atol=1e-6):
+            said = getattr(config, "hidden_activation", None) or config.hidden_act
+            yield f"config.json asks for the activation {said!r}"
+    for i, block in enumerate(model.model.layers):
+        scaling = block.self_attn.scaling
+        if program.scale and abs(scaling - program.scale(config)) > 1e-6 * abs(scaling):
+            yield f"attention is scaled by {scaling}"
+        if bool(getattr(block.self_attn, "use_rope", True)) != turned(i, program):
+            yield f"block {i} {'without' if turned(i, program) else 'with'} rotary embedding"
+    for name, module in first_norms(model):
+        if gain(module, eps) is None:
+            yield f"{name}, a {type(module).__name__} that is no RMSNorm that adds {eps}"
+
+
+def turned(block: int, program: Program) -> bool:
+    """Say whether a program turns q and k in a block."""
+    return not program.nope or (block + 1) % program.nope != 0
+
+
+def first_norms(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yield one norm of each class, with its name."""
+    seen = set()
+    for name, module in model.named_modules():
+        if is_norm(module) and type(module) not in seen:
+            seen.add(type(module))
+            yield name, module
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Say whether a module has a gain for each channel and nothing more."""
+    weights = dict(module.named_parameters())
+    return weights.keys() == {"weight"} and weights["weight"].dim() == 1
+
+
+def gain(norm: nn.Module, eps: float) -> float | None:
+    """Return 0 for an RMSNorm that multiplies by its weight, 1 for one that does by 1 + weight, None for another.
+
+    A norm of the same class is tried out, its own eps taken over: numbers so small that eps is seen, and large ones.
+    """
+    own: Any = type(norm)(_PROBE)
+    for name in ("eps", "variance_epsilon"):
+        if hasattr(norm, name):
+            setattr(own, name, getattr(norm, name))
+    with torch.no_grad():
+        own.weight.copy_(torch.linspace(0.5, 2, _PROBE))
+    for plus in (0.0, 1.0):
+        if all(_is_norm_of(own, x, plus, eps) for x in _inputs(eps)):
+            return plus
+    return None
+
+
+def _inputs(eps: float) -> Sequence[Tensor]:
+    x = torch.linspace(-1, 2, _PROBE)
+    return x, x * max(eps, 1e-12) ** 0.5
+
+
+def _is_norm_of(norm: Any, x: Tensor, plus: float, eps: float) -> bool:
+    """Say whether norm(x) is that of the formula; a gate, where a norm takes one, is left at the value x."""
+    takes = len(inspect.signature(norm.forward).parameters)
+    with torch.no_grad():
+        found = norm(*[x] * takes)
+        wanted = x * torch.rsqrt(x.square().mean() + eps) * (plus + norm.weight)
+    return torch.allclose(found, wanted * nn.functional.silu(x) if takes > 1 else wanted, rtol=1e-4, atol=1e-7)

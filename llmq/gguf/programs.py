@@ -1,0 +1,119 @@
+"""What each architecture of llama.cpp computes, as far as models of Hugging Face differ in it.
+
+    model_type        architecture   of its own
+    llama, mistral    llama          q and k rows interleaved, a table of frequencies, biases of every linear
+    qwen2             qwen2          biases of q, k, v
+    qwen3             qwen3          norms of every head of q and k
+    gemma2            gemma2         windows in every other block, tanh caps on attention and logits, four norms
+    gemma3_text       gemma3         windows in five blocks of six, turned by a base of their own
+    phi3              phi3           q, k, v in one linear, gate and up in one; part of a head may be turned
+    olmo2             olmo2          norms behind attention and MLP only, over all heads of q and k together
+    granite           granite        as llama, with four multipliers
+    glm4              glm4           neighbours of half a head are turned, gate and up in one linear
+    smollm3           smollm3        as llama, every fourth block without rotary embedding
+
+A program is compiled in: what it does not read from a key of the file (a period of four, a cap, a scale of attention)
+it assumes, so an entry here says what is assumed, and differences.py holds the model against it.
+Source: llama.cpp `src/models/*.cpp`, `src/llama-model.cpp` (llama_model_rope_type) and `conversion/*.py`.
+Not here: names of tensors (the `gguf` package's map), rotary embedding by value (rope.py).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gguf
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmq.model.config import head_dim
+
+_ATTENTION = ("attn_q", "attn_k", "attn_v")
+_LINEARS = (*_ATTENTION, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+def _by_head(config: Any) -> float:
+    return head_dim(config) ** -0.5
+
+
+def _by_stream(blocks: int) -> Callable[[Any], float]:
+    """Return Gemma's scale: of the 27B model, told by its number of blocks, the residual stream's share of a head."""
+
+    def scale(config: Any) -> float:
+        large = config.num_hidden_layers == blocks
+        return (config.hidden_size // config.num_attention_heads) ** -0.5 if large else _by_head(config)
+
+    return scale
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+@dataclass(frozen=True)
+class Program:
+    """One architecture of llama.cpp.
+
+    biases: which linears' it reads. interleaved: whether rows 0 .. d/2-1 and d/2 .. d-1 of every head of q and k take
+    turns in the file. table: whether it reads `rope_freqs.weight`. partial: whether it can turn the first channels of a
+    head alone. square: whether all heads together must have as many channels as the residual stream. untied: whether it
+    must have a head of its own.
+    activation: between up and down. scaled: whether embeddings are multiplied by the root of their width.
+    scale: what scores are multiplied by, of the config; None where a key says it.
+    period: of blocks with a window, of which the last one sees all the way; 0 where windows are not known.
+    local: whether blocks with a window are turned by a base of their own. nope: every so many blocks one is not turned.
+    caps: keys of the config for tanh caps that the writer's methods of that name add; capped: whether it always caps.
+    multipliers: the writer's methods by keys of the config, numbers other than 0.
+    """
+
+    arch: gguf.MODEL_ARCH
+    biases: tuple[str, ...] = _ATTENTION
+    interleaved: bool = False
+    table: bool = False
+    partial: bool = False
+    square: bool = False
+    untied: bool = False
+    activation: Callable[[Tensor], Tensor] = nn.functional.silu
+    scaled: bool = False
+    scale: Callable[[Any], float] | None = _by_head
+    period: int = 0
+    local: bool = False
+    nope: int = 0
+    caps: tuple[str, ...] = ()
+    capped: bool = False
+    multipliers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The value of `general.architecture`."""
+        return gguf.MODEL_ARCH_NAMES[self.arch]
+
+
+_ARCH = gguf.MODEL_ARCH
+_LLAMA = Program(_ARCH.LLAMA, _LINEARS, interleaved=True, table=True)
+_FINAL = "final_logit_softcapping"
+PROGRAMS: Mapping[str, Program] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": Program(_ARCH.QWEN2, square=True),
+    "qwen3": Program(_ARCH.QWEN3),
+    "gemma2": Program(
+        _ARCH.GEMMA2, (), activation=_gelu, scaled=True, scale=_by_stream(46), period=2,
+        caps=("attn_logit_softcapping", _FINAL), capped=True,
+    ),
+    "gemma3_text": Program(
+        _ARCH.GEMMA3, (), activation=_gelu, scaled=True, scale=_by_stream(62), period=6, local=True, caps=(_FINAL,),
+    ),
+    "phi3": Program(_ARCH.PHI3, (), partial=True, square=True),
+    "olmo2": Program(_ARCH.OLMO2, (), square=True, untied=True),
+    "granite": Program(
+        _ARCH.GRANITE, _LINEARS, interleaved=True, table=True, scale=None,
+        multipliers={
+            "attention_multiplier": "attention_scale", "embedding_multiplier": "embedding_scale",
+            "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale",
+        },
+    ),
+    "glm4": Program(_ARCH.GLM4, partial=True),
+    "smollm3": Program(_ARCH.SMOLLM3, interleaved=True, nope=4),
+}  # fmt: skip
+"""By transformers' model_type."""

@@ -1,0 +1,154 @@
+"""What the keys of a GGUF file say, as the config of a transformers model; and ggml's names and order as transformers'.
+
+Of llmq's code that writes GGUF nothing is used, so that a slip there is not repeated here. Every architecture is an
+entry: the model_type, the tensors of a block that transformers calls otherwise than Llama's, how rows and norms are
+stored, and what of the config its own keys say.
+Source: llama.cpp `src/models/*.cpp`; transformers' configs.
+Not here: reading tensors (ggml.py), rotary embedding, which is put in by value (ggml.py).
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llmq.errors import LlmqError
+from llmq.gguf.reader import GgufFile
+from llmq.verify.decode import Array
+
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)")
+_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_IN_BLOCK = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_BEHIND = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+_MISSING = object()
+
+
+class Keys:
+    """The keys of a file's architecture: `keys("block_count")`, without its prefix."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.file, self.arch = file, str(file.value("general.architecture"))
+
+    def __call__(self, key: str, default: Any = _MISSING) -> Any:
+        """Return a value, `default` where there is none. Raises LlmqError for one that must be there."""
+        value = self.file.value(f"{self.arch}.{key}")
+        if value is None and default is _MISSING:
+            raise LlmqError(f"{self.file.path}: key {self.arch}.{key} is missing")
+        return default if value is None else value
+
+    def number(self, key: str, *default: int) -> int:
+        """Return a whole number of at least 1. Raises LlmqError for anything else."""
+        value = self(key, *default)
+        if not isinstance(value, int) or value < 1:
+            raise LlmqError(f"{self.file.path}: key {self.arch}.{key} is no number above 0")
+        return value
+
+
+def _nothing(_keys: Keys) -> dict[str, Any]:
+    return {}
+
+
+def _windows(keys: Keys, period: int) -> dict[str, Any]:
+    """Return the windows of blocks: of every `period` the last sees all the way."""
+    period, blocks = keys.number("attention.sliding_window_pattern", period), range(keys.number("block_count"))
+    kinds = ["sliding_attention" if i % period < period - 1 else "full_attention" for i in blocks]
+    return {"sliding_window": keys("attention.sliding_window"), "layer_types": kinds}
+
+
+def _gemma(large: int, period: int) -> Callable[[Keys], dict[str, Any]]:
+    def config(keys: Keys) -> dict[str, Any]:
+        wide = keys.number("embedding_length") // keys.number("attention.head_count")
+        return _windows(keys, period) | {
+            "query_pre_attn_scalar": wide if keys("block_count") == large else keys("attention.key_length"),
+            "attn_logit_softcapping": keys("attn_logit_softcapping", None),
+            "final_logit_softcapping": keys("final_logit_softcapping", None),
+        }
+
+    return config
+
+
+def _granite(keys: Keys) -> dict[str, Any]:
+    said = {"attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale"}
+    said |= {"residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}
+    return {name: keys(key) for name, key in said.items()}
+
+
+def _partial(keys: Keys) -> dict[str, Any]:
+    turned = keys.number("rope.dimension_count") / keys.number("attention.key_length")
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": turned}}
+
+
+def _smollm3(_keys: Keys) -> dict[str, Any]:
+    return {"no_rope_layers": None, "no_rope_layer_interval": 4}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How transformers reads an architecture.
+
+    names: of a block's modules by ggml's. interleaved: whether rows of the halves of every head of q and k take turns.
+    shifted: whether norms are stored as 1 + weight. config: what of a config the architecture's own keys say.
+    """
+
+    model_type: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    interleaved: bool = False
+    shifted: bool = False
+    config: Callable[[Keys], dict[str, Any]] = _nothing
+
+    def name(self, ggml: str) -> str:
+        """Return transformers' name of a tensor; one that is not known keeps its own, and nothing will read it."""
+        module, _, kind = ggml.rpartition(".")
+        block, known = _BLOCK.fullmatch(module), _IN_BLOCK | {**self.names}
+        if block:
+            return f"model.layers.{block[1]}.{known.get(block[2], block[2])}.{kind}"
+        return f"{_OUTSIDE.get(module, module)}.{kind}"
+
+    def adds_one(self, name: str) -> bool:
+        """Say whether a tensor, by transformers' name, is stored as 1 + weight."""
+        return self.shifted and name.endswith("norm.weight")
+
+    def in_order(self, name: str, values: Array, keys: Keys) -> Array:
+        """Return a tensor's values as transformers stores them, by its name there."""
+        if self.adds_one(name):
+            return values - 1
+        heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}.get(name.split(".")[-2])
+        if not self.interleaved or heads is None:
+            return values
+        halves = values.reshape(keys.number(heads), -1, 2, *values.shape[1:])
+        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+
+
+_FOUR_NORMS = _BEHIND | {"ffn_norm": "pre_feedforward_layernorm"}
+READINGS: Mapping[str, Reading] = {
+    "llama": Reading("llama", interleaved=True),
+    "qwen2": Reading("qwen2"),
+    "qwen3": Reading("qwen3"),
+    "gemma2": Reading("gemma2", _FOUR_NORMS, shifted=True, config=_gemma(46, 2)),
+    "gemma3": Reading("gemma3_text", _FOUR_NORMS, shifted=True, config=_gemma(62, 6)),
+    "phi3": Reading("phi3", {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}, config=_partial),
+    "olmo2": Reading("olmo2", _BEHIND),
+    "granite": Reading("granite", interleaved=True, config=_granite),
+    "glm4": Reading(
+        "glm4",
+        {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm",
+         "ffn_up": "mlp.gate_up_proj"},
+        config=_partial,
+    ),
+    "smollm3": Reading("smollm3", interleaved=True, config=_smollm3),
+}  # fmt: skip
+"""By `general.architecture`."""
+
+
+def reading(keys: Keys) -> Reading:
+    """Return how the architecture of a file is read. Raises LlmqError for one that is not known."""
+    if keys.arch not in READINGS:
+        raise LlmqError(f"{keys.file.path}: verify knows the keys of {', '.join(READINGS)}, not of {keys.arch!r}")
+    return READINGS[keys.arch]

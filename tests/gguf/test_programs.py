@@ -1,0 +1,115 @@
+"""Every architecture: a tiny random model written in full, whose logits llama.cpp and transformers agree on."""
+
+import gguf
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmq.checkpoint import Source
+from llmq.gguf.programs import PROGRAMS
+from llmq.gguf.reader import GgufFile
+from llmq.pipeline.plan import prepare
+from llmq.pipeline.run import quantize
+from llmq.recipe import Recipe
+from llmq.verify import verify
+
+SIZES = {"vocab_size": 328, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1,
+         "initializer_range": 0.2}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0}
+PLAIN = {"rope_type": "default", "rope_theta": 5000.0}
+HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+FOUR = {"attention_multiplier": 0.4, "embedding_multiplier": 1.7, "residual_multiplier": 0.6, "logits_scaling": 1.5}
+CASES = {  # options that only a file that says them computes rightly
+    "gemma2": {"head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 32, "final_logit_softcapping": 4.0},
+    "gemma3_text": {"head_dim": 32, "sliding_window": 6, "num_hidden_layers": 7, "query_pre_attn_scalar": 32,
+                    "rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN},
+                    "final_logit_softcapping": 5.0},
+    "phi3": {"rope_parameters": HALF},
+    "olmo2": {"rope_parameters": PLAIN},
+    "granite": FOUR | {"attention_bias": True, "mlp_bias": True},
+    "glm4": {"head_dim": 16, "attention_bias": True},
+    "smollm3": {"num_hidden_layers": 5, "rope_parameters": PLAIN, "initializer_range": 0.3,
+                "tie_word_embeddings": True},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, tokenizer_plain):
+    """`written(kind, **options)`: a random model, its folder and its file, in float32."""
+
+    def write(kind, **options):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **(SIZES | CASES[kind] | options))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                torch.nn.init.normal_(p, 0.5 if "norm" in name else 0, 0.3)
+        folder = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folder / "model")
+        tokenizer_plain.save_pretrained(folder / "model")
+        recipe = Recipe(format="gguf", method="rtn", type="F32", dtype="float32")
+        quantize(prepare(str(folder / "model"), recipe, "cpu"), folder / "out.gguf")
+        return model, folder / "model", folder / "out.gguf"
+
+    return write
+
+
+def difference(model, running):
+    """Return the largest difference of a log-probability behind 24 tokens, more than any window."""
+    ids = torch.randint(2, 320, (24,)).tolist()
+    with torch.no_grad():
+        wanted = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    return max(abs(wanted[i].item() - p) for i, p in running.log_probabilities(ids, 328).items())
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_llama_cpp_computes_what_transformers_does(kind, written, llama_cpp):
+    model, folder, out = written(kind)
+    assert difference(model, llama_cpp(out)) < 0.03
+    report = verify(out, folder)  # read back by other code, and beside the model: what the keys say is its config
+    assert report.passed, report.failures
+    assert report.figures["kl"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("gemma2", {"sliding_window": 20}),
+        ("gemma3_text", {"final_logit_softcapping": 9.0}),
+        ("gemma3_text", {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN | LINEAR}}),
+        ("phi3", {"rope_parameters": HALF | {"partial_rotary_factor": 1.0}}),
+        ("granite", {"residual_multiplier": 0.9}),
+        ("glm4", {"rope_parameters": HALF | {"partial_rotary_factor": 1.0}}),
+        ("smollm3", {"no_rope_layers": [1] * 5}),
+    ],
+)
+def test_the_comparison_sees_each_of_them(kind, change, written, llama_cpp):
+    model, _, out = written(kind)
+    other = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **(SIZES | CASES[kind] | change)), attn_implementation="eager"
+    )
+    other.load_state_dict(model.state_dict())
+    assert difference(other.eval(), llama_cpp(out)) > 0.2
+
+
+def test_gemma_3_has_the_keys_of_googles_own_file(written):
+    """Names of keys and tensors, as in the GGUF of Gemma 3 270M; beside them the period and the window's own base."""
+    _, folder, out = written("gemma3_text")
+    file = GgufFile(out)
+    theirs = {"context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+              "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length", "rope.freq_base",
+              "attention.sliding_window", "attention.head_count_kv"}  # fmt: skip
+    ours = {k.removeprefix("gemma3.") for k in file.keys() if k.startswith("gemma3.")}  # noqa: SIM118
+    assert theirs <= ours and {"attention.sliding_window_pattern", "rope.freq_base_swa"} <= ours
+    leaves = {"attn_k", "attn_k_norm", "attn_norm", "attn_output", "attn_q", "attn_q_norm", "attn_v", "ffn_down",
+              "ffn_gate", "ffn_norm", "ffn_up", "post_attention_norm", "post_ffw_norm"}  # fmt: skip
+    assert {n.split(".")[2] for n in file.tensors if n.startswith("blk.0.")} == leaves
+    norm = Source(folder).get("model.layers.0.input_layernorm.weight")
+    assert torch.equal(torch.from_numpy(file.tensors["blk.0.attn_norm.weight"].data.copy()), 1 + norm)
+
+
+def test_every_program_is_an_architecture_that_gguf_names():
+    assert len(PROGRAMS) > 10
+    for program in PROGRAMS.values():
+        assert program.name == gguf.MODEL_ARCH_NAMES[program.arch] and program.arch in gguf.MODEL_TENSORS
