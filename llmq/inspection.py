@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint import Source, resolve
+from llmq.checkpoint.decoding import as_floats, narrow
 from llmq.checkpoint.packed import PackedCheckpoint, Packing
 from llmq.errors import LlmqError, printable
 from llmq.gguf.reader import GgufFile
@@ -36,7 +37,11 @@ def inspect(name: str, *, linears: bool = False) -> Iterator[Rows]:
     record = json_object(record_file) if record_file.is_file() else None
     packed = None
     try:
-        packed = _opened(source, linears=linears and record is None) if quantization else None
+        if narrow(quantization):
+            as_floats(source)
+            table.add("  decoded as they are read", ", ".join(f"{n} {kind}" for kind, n in _kinds(source)))
+        elif quantization:
+            packed = _opened(source, linears=linears and record is None)
     except LlmqError as e:
         table.add("  not loaded by llmq", e)
     for key, value in quantization.items():
@@ -90,6 +95,11 @@ def _errors(report: Mapping[str, Any], where: str) -> Rows:
         said = ("" if math.isnan(e) else f"{e:.3e}" for e in errors)
         shown.add(name, line.get("bits"), *said, *(line.get(k, "") for k in ("method", "damp", "fallback")))
     return shown
+
+
+def _kinds(source: Source) -> Iterator[tuple[str, int]]:
+    """Yield what the weights of a decoded source are stored as, and how many are."""
+    yield from ((source.decoded or {}).get("weights", {})).items()
 
 
 def _opened(source: Source, *, linears: bool) -> PackedCheckpoint | None:

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.checkpoint import Source, resolve
+from llmq.checkpoint.decoding import as_floats, narrow
 from llmq.checkpoint.names import settle
 from llmq.checkpoint.packed import Packing
 from llmq.errors import LlmqError, one_line
+from llmq.guard.reading import Entry
 from llmq.integrations.transformers import registered
 from llmq.model.pretrained import blank_model, foreign, model_config, shut, tokenizer_of
 
@@ -32,6 +35,7 @@ def load(
 ) -> PreTrainedModel:
     """Return the causal language model at `path`, in eval mode, its quantized linears computing from packed weights.
 
+    Narrow floats (FP8, NVFP4, MXFP4 ...) are decoded as they are read, to the model's dtype: it is then a float model.
     path: a local folder or a Hub id.
     dtype: of the float weights and the activations; None is the checkpoint's own. Packed tensors keep theirs.
     device: "auto" is cuda where available, else cpu.
@@ -40,19 +44,24 @@ def load(
     Raises LlmqError, one line, for whatever is wrong with the path or the checkpoint.
     """
     source = Source(resolve(str(path)))
+    if narrow(source.quantization):
+        as_floats(source)
     folder, packed = source.path, source.quantization
     if packed is not None:
         Packing(packed)  # refuses in one line what llmq does not read
     target, config = _device(device), model_config(source)
     config.quantization_config = packed  # transformers looks for it in config.json alone
-    settle(source, blank_model(source, config), converts=True)
+    blank, entries = blank_model(source, config), source.entries()
+    settle(source, blank, converts=True)
     for warning in source.warnings:
         log.warning(warning)
     with registered(backend=backend), foreign(f"{folder}: transformers cannot load it"), shut():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
+        auto: Any = type(blank) if source.decoded else AutoModelForCausalLM
+        loaded: Any = auto.from_pretrained(
+            None if source.decoded else folder,
+            state_dict={name: _Unread(entry) for name, entry in entries.items()} if source.decoded else None,
             config=config,
-            dtype="auto" if dtype is None else dtype,
+            dtype=source.dtype if source.decoded and dtype is None else "auto" if dtype is None else dtype,
             device_map=None if target.type == "cpu" else {"": target},
             local_files_only=True,
             use_safetensors=True,
@@ -62,7 +71,20 @@ def load(
         )
     model, info = loaded
     _check_loaded(folder, info)
+    if source.decoded and (folder / "generation_config.json").is_file():
+        with foreign(f"{folder}/generation_config.json"), shut():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval()
+
+
+class _Unread:
+    """A tensor that transformers reads when it comes to it, as it does those of a safetensors file."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._entry.read()[index]
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

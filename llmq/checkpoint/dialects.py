@@ -1,6 +1,7 @@
 """How a checkpoint says that its linears are packed: in which place, in whose dialect, and what llmq reads of it.
 
-    config.json              quantization_config, or compression_config (compressed-tensors before 0.6)
+    config.json              quantization_config, or compression_config (compressed-tensors before 0.6); of a wrapper
+                             also in its text_config
     quantize_config.json     beside it (AutoGPTQ), where there are packed tensors and config.json says nothing
     quant_config.json        the same of AutoAWQ, which spells w_bit and q_group_size
 
@@ -28,7 +29,9 @@ _PACKINGS = {  # auto-round's name of a packing: the config that says the same; 
     "auto_round": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"},
     "auto_round:auto_awq": {"quant_method": "awq", "version": "gemm"},
 }
-_WHERE = "quantization_config"
+WHERE = "quantization_config"
+"""The key of config.json."""
+_KEYS = (WHERE, "compression_config")
 
 
 def quantization(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any] | None:
@@ -37,9 +40,11 @@ def quantization(folder: Path, config: Mapping[str, Any], names: Collection[str]
     config: its config.json. names: of its tensors.
     Raises LlmqError where it says something else than an object, or packed tensors are all that says it.
     """
-    for key in (_WHERE, "compression_config"):
-        if config.get(key) is not None:
-            return dict(field(config, key, dict, f"{folder / 'config.json'}"))
+    text = config.get("text_config")
+    for said in (config, text if isinstance(text, dict) else {}):  # of a wrapper, its text model may say it
+        for key in _KEYS:
+            if said.get(key) is not None:
+                return dict(field(said, key, dict, f"{folder / 'config.json'}"))
     packed = next((n for n in names if n.endswith((".qweight", ".weight_packed"))), None)
     if packed is None:
         return None
@@ -51,6 +56,13 @@ def quantization(folder: Path, config: Mapping[str, Any], names: Collection[str]
         f"{folder}: {printable(packed, 200)} is packed, but config.json has no quantization_config and there is no "
         "quantize_config.json; download the checkpoint again"
     )
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json that says nothing of packed weights."""
+    kept = {key: value for key, value in config.items() if key not in _KEYS}
+    text = kept.get("text_config")
+    return kept | {"text_config": without_quantization(text)} if isinstance(text, dict) else kept
 
 
 def known(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -67,9 +79,9 @@ def known(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _foreign(method: Any) -> str:
     """Return why a method is not read, with the remedy."""
     if method is None:
-        return f"{_WHERE}.quant_method is missing; llmq reads {', '.join(METHODS)}"
+        return f"{WHERE}.quant_method is missing; llmq reads {', '.join(METHODS)}"
     kind = _FLOATS.get(method) if isinstance(method, str) else None
-    said = f"{_WHERE}.quant_method is {printable(repr(method), 80)}" + (f" ({kind} weights)" if kind else "")
+    said = f"{WHERE}.quant_method is {printable(repr(method), 80)}" + (f" ({kind} weights)" if kind else "")
     return (
         f"{said}; llmq reads {', '.join(METHODS)}: run it with the runtime that it was made for, or quantize the float "
         "model again"
@@ -80,22 +92,22 @@ def from_auto_round(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the GPTQ or AWQ config that says what an auto-round config says. Raises LlmqError where none does."""
     remedy = "write it again with auto-round's --format auto_gptq or auto_awq, or quantize the float model with llmq"
     scheme = {key: config.get(key) for key in ("bits", "group_size", "sym")}
-    scheme["data_type"] = field(config, "data_type", str, _WHERE, "int")
-    packing = field(config, "packing_format", str, _WHERE, "auto_round:auto_gptq")
+    scheme["data_type"] = field(config, "data_type", str, WHERE, "int")
+    packing = field(config, "packing_format", str, WHERE, "auto_round:auto_gptq")
     activations = config.get("act_bits") or 16
     if packing not in _PACKINGS or scheme["data_type"] != "int" or activations not in (16, 32):
         said = f"auto-round's packing {printable(packing, 60)!r} of {printable(repr(scheme['data_type']), 40)}"
-        raise LlmqError(f"{_WHERE}: {said}, activations {printable(repr(activations), 20)}, is not read; {remedy}")
+        raise LlmqError(f"{WHERE}: {said}, activations {printable(repr(activations), 20)}, is not read; {remedy}")
     if config.get("rotation_config"):
-        raise LlmqError(f"{_WHERE}.rotation_config is set, which llmq does not read; {remedy}")
-    changed = {} if config.get("extra_config") is None else field(config, "extra_config", dict, _WHERE)
+        raise LlmqError(f"{WHERE}.rotation_config is set, which llmq does not read; {remedy}")
+    changed = {} if config.get("extra_config") is None else field(config, "extra_config", dict, WHERE)
     for name in changed:
-        changes = field(changed, name, dict, f"{_WHERE}.extra_config")
+        changes = field(changed, name, dict, f"{WHERE}.extra_config")
         alike = all(changes.get(key) in (None, value) for key, value in scheme.items())
         if not alike and changes.get("bits") not in (16, 32):  # float: the file's own tensors say so
             said = f"extra_config[{printable(name, 80)!r}] gives some modules another scheme, which llmq does not read"
-            raise LlmqError(f"{_WHERE}.{said}; {remedy}")
+            raise LlmqError(f"{WHERE}.{said}; {remedy}")
     head = (changed.get("lm_head") or {"bits": 16}).get("bits") not in (16, 32)
-    sym = field(config, "sym", bool, _WHERE, True)
+    sym = field(config, "sym", bool, WHERE, True)
     zeros = {"zero_point": not sym} if "awq" in packing else {"sym": sym}
     return _PACKINGS[packing] | {k: scheme[k] for k in ("bits", "group_size")} | {"lm_head": head} | zeros

@@ -43,6 +43,10 @@ class Packing:
         found: Any = registry.find("formats", config["quant_method"])
         self.format, self._scheme = found.read(config)
 
+    def scheme(self, name: str) -> Scheme | None:
+        """Return what the config makes of a linear, None where it is float; its shape changes nothing."""
+        return self._scheme(name, 0, 0)
+
     def linear(self, name: str, N: int, K: int, stored: Collection[str]) -> LinearSpec | None:
         """Return what the linear `name` is in the file, None where it is float.
 

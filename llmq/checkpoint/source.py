@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.checkpoint.dialects import quantization
+from llmq.checkpoint.dialects import quantization, without_quantization
 from llmq.checkpoint.hub import COPIED, origin
 from llmq.errors import LlmqError, one_line
 from llmq.guard.reading import DTYPES, Entry, field, is_file, json_object, tensor_entries
@@ -92,9 +92,12 @@ class Source:
     """A checkpoint's tensors by name: as stored, until names.settle gives them the model's.
 
     adapter: the folder of one that is going to be added, and may therefore lie beside the weights.
-    warnings: what a user should know of the source. unread: names of tensors that no model reads.
+    warnings: what a user should know of the source. unread: names of tensors that no model reads. decoded: what was
+    packed and is decoded as it is read (decoding.py), None of a checkpoint of floats.
     Raises LlmqError for a missing, truncated or pickle-only file, each by name, and for an adapter not asked for.
     """
+
+    decoded: dict[str, Any] | None = None
 
     def __init__(self, path: Path, adapter: Path | None = None) -> None:
         self.path = path
@@ -148,6 +151,11 @@ class Source:
         """What the checkpoint says of packed weights, wherever its writer put it; None of a float one."""
         return quantization(self.path, self.config, self._entries)
 
+    def become(self, entries: Mapping[str, Entry], decoded: Mapping[str, Any]) -> None:
+        """Hold other tensors, decoded as they are read, and a config that says nothing of packed ones."""
+        self._entries, self.decoded = dict(entries), dict(decoded)
+        self.config = without_quantization(self.config)
+
     def rename(self, names: Mapping[str, str], written: Mapping[str, str], unread: Iterable[str]) -> None:
         """Give the tensors other names, new -> old; those not named are left out. written: new -> as OUT has them."""
         self._entries = {new: self._entries[old] for new, old in names.items()}
@@ -175,6 +183,12 @@ class Source:
             raise LlmqError(f"tensor {name} is missing from {self.path}; the checkpoint does not match its config.json")
         return self._entries[name].read()
 
+    def get_slice(self, name: str, i: int) -> Tensor:
+        """Return what the first dimension of a tensor has at `i`, without reading or decoding the rest."""
+        if name not in self._entries:
+            return self.get(name)  # raises
+        return self._entries[name].read_slice(i)
+
     @property
     def dtype(self) -> torch.dtype:
         """What the checkpoint is stored in: the dtype of its first float tensor."""
@@ -198,7 +212,9 @@ class Source:
         return {name: e.nbytes for name, e in self._entries.items()}
 
     def bytes(self) -> int:
-        """Return the size of all weight files."""
+        """Return the size of all weight files; of decoded ones, the size that they would have."""
+        if self.decoded:
+            return sum(self.sizes().values())
         return sum(file.stat().st_size for file in {e.file for e in self._entries.values()})
 
     def check(self, see: Callable[[str, Tensor], None] | None = None) -> None:
@@ -223,11 +239,16 @@ class View(Source):
     def __init__(self, base: Source) -> None:
         self.base, self.path, self.origin, self.config = base, base.path, base.origin, dict(base.config)
         self.adapter, self.warnings, self.unread = base.adapter, list(base.warnings), base.unread
+        self.decoded = base.decoded
         self._entries, self._written = dict(base._entries), dict(base._written)
 
     def get(self, name: str) -> Tensor:
         """Return one tensor of the base."""
         return self.base.get(name)
+
+    def get_slice(self, name: str, i: int) -> Tensor:
+        """Return what the first dimension of a tensor has at `i`, the change made."""
+        return self.get(name)[i]
 
 
 def _named_by(index: Path) -> list[str]:

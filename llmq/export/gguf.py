@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llmq import __version__, registry
 from llmq.checkpoint import Source, resolve
+from llmq.checkpoint.decoding import narrow
 from llmq.checkpoint.digest import digest, sealed
 from llmq.checkpoint.packed import PackedCheckpoint, Packing
 from llmq.checkpoint.place import user_path
@@ -253,6 +254,11 @@ def _source(src: str) -> Source:
     source = Source(resolve(src))
     if source.quantization is None:
         raise LlmqError(f"{src} is a float checkpoint; write it with llmq quantize {src} OUT.gguf --type Q4_K_M")
+    if narrow(source.quantization):
+        raise LlmqError(
+            f"{src} holds narrow floats ({source.quantization['quant_method']}), whose codes no ggml type keeps; "
+            f"decode and round them: llmq quantize {src} OUT.gguf --type Q4_K_M"
+        )
     Packing(source.quantization)  # refuses in one line what llmq does not read
     return source
 

@@ -12,9 +12,10 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -119,7 +120,8 @@ def field(found: Mapping[str, Any], key: str, kind: type[T], where: str, default
     return value  # type: ignore[return-value]
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Entry:
     """A tensor in a safetensors file: where its bytes lie and what they are. dtype: in safetensors' spelling."""
 
     file: Path
@@ -131,16 +133,24 @@ class Entry(NamedTuple):
 
     def read(self) -> Tensor:
         """Return the tensor. Raises LlmqError where torch has no such dtype or the file has shrunk."""
-        dtype, data = self.meta().dtype, torch.empty(self.nbytes, dtype=torch.uint8)
+        return self._bytes(self.start, self.nbytes).view(self.meta().dtype).reshape(self.shape)
+
+    def read_slice(self, i: int) -> Tensor:
+        """Return what the first dimension has at `i`, an expert's matrix of many, without reading the rest."""
+        size = self.nbytes // self.shape[0]
+        return self._bytes(self.start + i * size, size).view(self.meta().dtype).reshape(self.shape[1:])
+
+    def _bytes(self, start: int, count: int) -> Tensor:
+        data = torch.empty(count, dtype=torch.uint8)
         try:
             with self.file.open("rb") as f:
-                f.seek(self.start)
+                f.seek(start)
                 got = f.readinto(data.numpy())  # type: ignore[arg-type]  # an array is a buffer
         except OSError as e:
             raise LlmqError(f"cannot read {self.file} ({one_line(e)})") from e
-        if got != self.nbytes:
+        if got != count:
             raise LlmqError(f"{self.file} ended early at tensor {self.name}; was it changed while it was being read?")
-        return data.view(dtype).reshape(self.shape)
+        return data
 
     def meta(self) -> Tensor:
         """Return the tensor's shape and dtype without its data. Raises LlmqError where torch has no such dtype."""

@@ -23,7 +23,8 @@ from torch import nn
 
 from llmq import registry
 from llmq.checkpoint import Source, resolve
-from llmq.errors import one_line, printable
+from llmq.checkpoint.decoding import as_floats
+from llmq.errors import one_line
 from llmq.granularity import PerTensor
 from llmq.model.adapter import Adapted, Adapter
 from llmq.model.pretrained import tokenizer_of
@@ -145,9 +146,7 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     adapter: a LoRA adapter to add to the weights, a folder or a Hub id.
     """
     source = Source(resolve(src), None if adapter is None else resolve(str(adapter)))
-    if source.quantization is not None:
-        kind = printable(str(source.quantization.get("quant_method")), 80)
-        raise LlmqError(f"{src} is quantized already ({kind}); give the float checkpoint that it was made from")
+    as_floats(source)
     where = _device(device)
     stored = source.dtype
     method = method_of(recipe, stored)

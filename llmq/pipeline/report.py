@@ -45,6 +45,7 @@ def summary(plan: Plan, record: Record, total: int, digests: Mapping[str, str]) 
         "device": plan.device.type,
         "dtype": str(plan.skeleton.dtype).removeprefix("torch."),
         "source": dataclasses.asdict(plan.source.origin),
+        **({"decoded": plan.source.decoded} if plan.source.decoded else {}),
         "recipe": plan.method.recipe.to_json(),
         "warnings": plan.warnings,
         "size": _size(plan, total),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from llmq.checkpoint import Source, resolve
+from llmq.checkpoint.decoding import as_floats
 from llmq.errors import LlmqError
 from llmq.model.adapter import Adapted, Adapter
 from llmq.model.skeleton import Skeleton
@@ -78,12 +79,14 @@ def _open_folder(folder: Path, report: Report) -> tuple[Folder, dict[str, Any]]:
 
 
 def _truth(source: Source, recorded: dict[str, Any], found: Folder | Gguf) -> Truth:
-    """Open the source: a float checkpoint, its adapter added, or a packed one that was exported."""
+    """Open the source: a float checkpoint, its adapter added, one decoded as it was for the run, or one exported."""
     made = recorded.get("source")
     added = made.get("adapter") if isinstance(made, dict) else None
     if bool(added) != (source.adapter is not None):
         name = added.get("name") if isinstance(added, dict) else added
         raise LlmqError(f"made with the adapter {name}; give it with --adapter" if added else "made without an adapter")
+    if "decoded" in recorded:
+        as_floats(source)
     if source.quantization is not None:
         return Truth(Folder(source, {}, Report()).skeleton, recorded, found.packed)
     skeleton = Skeleton(source, torch.float32)

@@ -74,8 +74,8 @@ def test_the_config_may_lie_elsewhere(place: str, moved: Callable[..., Path]) ->
     copy = moved(folder, change)
     assert torch.equal(logits(copy), logits(folder))
     assert Packing(Source(copy).quantization or {})
-    with pytest.raises(LlmqError, match="is quantized already"):
-        prepare(str(copy), Recipe())
+    plan = prepare(str(copy), Recipe(method="rtn", group_size=32))
+    assert sum(plan.source.decoded["weights"].values()) == 14 and "compression_config" not in plan.model.saved
 
 
 def test_null_is_a_float_model_whatever_lies_beside_it(moved: Callable[..., Path]) -> None:
@@ -167,21 +167,29 @@ def test_a_head_is_packed_where_auto_round_says_so() -> None:
         assert (packing.linear("lm_head", 64, 64, packed) is not None) is there
 
 
-@pytest.mark.parametrize(
-    ("method", "kind"),
-    [("fp8", "FP8"), ("fbgemm_fp8", "FP8"), ("mxfp4", "MXFP4"), ("modelopt", "FP8 or NVFP4"), ("bitsandbytes", "")],
-)
-def test_other_methods_are_refused_by_name_with_the_remedy(method: str, kind: str, moved: Callable[..., Path]) -> None:
-    said = {"quantization_config": {"quant_method": method}, "model_type": "of the future"}  # which comes second
+def test_other_methods_are_refused_by_name_with_the_remedy(moved: Callable[..., Path]) -> None:
+    said = {"quantization_config": {"quant_method": "bitsandbytes"}, "model_type": "of the future"}  # which is second
     copy = moved(GOLDEN / "float", lambda folder, config, quantization: config.update(said))
     for read in (llmq.load, lambda c: export(str(c), c.parent / "x.gguf")):
-        with pytest.raises(LlmqError, match=f"{method}.*{kind}.*quantize the float model again"):
+        with pytest.raises(LlmqError, match=r"bitsandbytes.*quantize the float model again"):
             read(copy)
     (table,) = inspect(str(copy))  # tells why, and goes on
     assert any("llmq reads gptq" in str(cell) for column in table.columns for cell in column.cells)
     for odd in (None, 5, ["gptq"], {}):
         with pytest.raises(LlmqError, match="llmq reads gptq"):
             Packing({"quant_method": odd})
+
+
+@pytest.mark.parametrize("method", ["fp8", "fbgemm_fp8", "mxfp4", "modelopt"])
+def test_narrow_floats_are_decoded_but_not_exported(method: str, moved: Callable[..., Path]) -> None:
+    said = {"quantization_config": {"quant_method": method}}
+    copy = moved(GOLDEN / "float", lambda folder, config, quantization: config.update(said))
+    with pytest.raises(LlmqError, match="none is packed"):
+        llmq.load(copy)
+    with pytest.raises(LlmqError, match=rf"narrow floats \({method}\).*llmq quantize .* OUT\.gguf"):
+        export(str(copy), copy.parent / "x.gguf")
+    (table,) = inspect(str(copy))
+    assert any("none is packed" in str(cell) for column in table.columns for cell in column.cells)
 
 
 def test_a_gguf_file_is_not_loaded(tmp_path: Path) -> None:

@@ -350,12 +350,6 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(tiny_checkpoint, tm
     assert summary["size"]["bytes"] == steps.bytes()
 
 
-def test_a_quantized_source_is_refused(tiny_checkpoint, tmp_path, text):
-    job(tiny_checkpoint(), tmp_path / "a", calib=text, method="rtn")
-    with pytest.raises(LlmqError, match="quantized already"):
-        prepare(str(tmp_path / "a"), Recipe(**BASE), "cpu")
-
-
 @pytest.mark.parametrize("method", ["rtn", "gptq", "migrate,rtn"])
 @pytest.mark.parametrize("kv", ["tensor", "head"])
 def test_static_scales_of_the_cache_are_those_of_the_quantized_model(kv, method, tiny_checkpoint, prose, tmp_path):
