@@ -1,8 +1,9 @@
 """The type of every tensor: llama.cpp's mixtures by its own names and rules.
 
-A mixture such as Q4_K_M has a base type and gives more bits to the tensors that need them: attn_v, ffn_down and
-attn_output in chosen blocks, and the head. With n blocks, "chosen" is the first eighth, the last eighth and every third
-between. The rules look at the grouped-query ratio, tied embeddings, the 70B models and whether importance is known.
+A mixture such as Q4_K_M has a base type and gives more bits to the tensors that need them: attn_v (or attn_qkv),
+ffn_down and attn_output in chosen blocks, and the head. With n blocks, "chosen" is the first eighth, the last eighth
+and every third between. The rules look at the grouped-query ratio, tied embeddings, the 70B models and whether
+importance is known.
 
 Where the block of a type does not divide the row, llama.cpp takes a type of 32-column blocks in its place:
 
@@ -94,13 +95,13 @@ def assign(
 ) -> dict[str, str]:
     """Return the type of every tensor, by ggml's names. Later overrides win, and reach matrices only.
 
-    Raises LlmqError for an override that matches no matrix and for one to a type that the row cannot hold.
+    Raises LlmqError for one that matches no matrix and for one to a type that the row cannot hold.
     """
     types = {name: type_of(name, shape, mix, model) for name, shape in shapes.items()}
     for pattern, kind in overrides:
         reached = [n for n, shape in shapes.items() if pattern.search(n) and len(shape) > 1]
         if not reached:
-            raise LlmqError(f"--override {pattern.pattern!r} matches no matrix; names look like {next(iter(shapes))}")
+            raise LlmqError(f"{pattern.said} matches no matrix; names look like {next(iter(shapes))}")
         for name in reached:
             K = shapes[name][-1]
             if K % qblock(kind):
@@ -136,11 +137,9 @@ def _rule(name: str, K: int, mix: str, model: Model) -> str:
     base = _BASE[mix]
     if name == "output.weight" or (model.tied and name == "token_embd.weight"):
         return "Q8_0" if K % qblock(base) or base == "Q8_0" else "Q6_K"
-    found = re.match(r"blk\.(\d+)\.(attn_v|attn_output|ffn_down)\.", name)
-    if found is None:
-        return base
-    block, n = int(found[1]), model.blocks
-    return {"attn_v": _attn_v, "attn_output": _attn_output, "ffn_down": _ffn_down}[found[2]](block, n, mix, model)
+    found = re.match(r"blk\.(\d+)\.(\w+)\.", name)
+    rule = _RULES.get(found[2]) if found else None
+    return base if found is None or rule is None else rule(int(found[1]), model.blocks, mix, model)
 
 
 def _chosen(block: int, n: int) -> bool:
@@ -179,3 +178,7 @@ def _ffn_down(block: int, n: int, mix: str, model: Model) -> str:
     elif mix in ("Q4_0", "Q5_0") and early and model.importance:
         kind = {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}[mix]
     return kind
+
+
+_RULES = {"attn_v": _attn_v, "attn_qkv": _attn_v, "attn_output": _attn_output, "ffn_down": _ffn_down}
+"""By ggml's name of a linear: q, k and v in one are treated as v alone is."""

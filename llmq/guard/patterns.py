@@ -45,18 +45,18 @@ class Pattern:
     """
 
     def __init__(self, text: str, said: str, limit: Limit | None = None) -> None:
-        self.pattern, self._said, self._limit = text, printable(said, 120), limit or Limit()
+        self.pattern, self.said, self._limit = text, printable(said, 120), limit or Limit()
         if len(text) > _LONGEST:
-            raise LlmqError(f"{self._said} has {len(text):,} characters; {_LONGEST:,} are read")
+            raise LlmqError(f"{self.said} has {len(text):,} characters; {_LONGEST:,} are read")
         start = time.thread_time()
         try:
             with warnings.catch_warnings(action="ignore"):
                 re.compile(text)
                 self._compiled = regex.compile(text)
         except (re.error, regex.error, RecursionError, OverflowError) as e:
-            raise LlmqError(f"{self._said} is not a regular expression ({one_line(e)})") from e
+            raise LlmqError(f"{self.said} is not a regular expression ({one_line(e)})") from e
         if not self._limit.spend(start, _USUAL_COMPILATION):
-            raise LlmqError(f"{self._said} takes too long to read; write it simpler")
+            raise LlmqError(f"{self.said} takes too long to read; write it simpler")
 
     def search(self, name: str) -> bool:
         """Say whether the pattern is found in `name`. Raises LlmqError where that takes too long."""
@@ -74,5 +74,5 @@ class Pattern:
         except TimeoutError:
             in_time = self._limit.end()
         if not in_time:
-            raise LlmqError(f"{self._said} takes more than {_SECONDS:.0f} second on {name}; write it simpler")
+            raise LlmqError(f"{self.said} takes more than {_SECONDS:.0f} second on {name}; write it simpler")
         return found

@@ -105,7 +105,8 @@ class Plan:
         static = any(s.scheme.static for s in self.linears.values())
         recipe, method = self.method.recipe, self.method
         measured = recipe.target_bpw is not None or recipe.imatrix_out is not None or recipe.kv_bits is not None
-        steps = (method.weightings, method.transforms, method.needs(grids), method.tuners, method.finishers)
+        needs = method.needs(grids) if grids else ()  # where nothing is left to round, nothing is weighed
+        steps = (method.weightings, method.transforms, needs, method.tuners, method.finishers)
         return measured or static or any(steps)
 
     def told(self, given: Recipe) -> Plan:
@@ -114,7 +115,8 @@ class Plan:
             return self
         names = ("calib", "samples", "seq_len", "seed")
         idle = ["--" + n.replace("_", "-") for n in names if getattr(given, n) is not None]
-        say = f"{', '.join(idle)}: method {self.method.recipe.method} reads no calibration text, they change nothing"
+        who = f"method {self.method.recipe.method}" if self.linears else "a run that rounds no linear"
+        say = f"{', '.join(idle)}: {who} reads no calibration text, they change nothing"
         none: dict[str, Any] = dict.fromkeys(names)
         method = dataclasses.replace(self.method, recipe=dataclasses.replace(self.method.recipe, **none))
         return dataclasses.replace(self, method=method, warnings=[*self.warnings, *([say] if idle else [])])

@@ -11,6 +11,7 @@ from llmq import registry
 from llmq.checkpoint import Sink
 from llmq.checkpoint.place import user_path
 from llmq.checkpoint.stage import fingerprint, look
+from llmq.errors import LlmqError
 from llmq.pipeline.plan import Plan
 from llmq.recipe import Recipe
 
@@ -33,6 +34,11 @@ def sink_of(plan: Plan, out: Path, *, overwrite: bool) -> Sink:
 
 
 def _sink(form: Any, recipe: Recipe, out: Path, *, reads: dict[str, Path], **more: Any) -> Sink:
+    if out.suffix == ".gguf" and not recipe.gguf:
+        raise LlmqError(
+            f"{out} ends in .gguf, by which llama.cpp's tools know its files, but --format {recipe.resolved().format} "
+            "writes a folder; leave --format out to write GGUF, or name a folder"
+        )
     read = {"--imatrix": user_path(recipe.imatrix)} if recipe.imatrix else {}
     beside = {IMATRIX: user_path(recipe.imatrix_out)} if recipe.imatrix_out else {}
     sink: Sink = form.sink(out, reads=reads | read, beside=beside, **more)

@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import re
 from pathlib import Path
 
 import pytest
 
 from llmq.gguf import mixture
 from llmq.gguf.architecture import architecture
+from llmq.guard.patterns import Pattern
 from llmq.types import LlmqError
 
 ROOT = Path(__file__).parents[2]
@@ -50,10 +50,10 @@ def test_names_are_llama_cpps_own():
 def test_the_last_override_wins_and_vectors_stay_float():
     shapes = {"blk.0.ffn_down.weight": (4, 256), "blk.0.ffn_norm.weight": (256,)}
     model = mixture.Model(1, 1, True, False, False)
-    rules = [(re.compile("ffn"), "Q8_0"), (re.compile("down"), "Q5_K")]
+    rules = [(Pattern("ffn", "--override"), "Q8_0"), (Pattern("down", "--override"), "Q5_K")]
     assert mixture.assign(shapes, "Q4_0", model, rules) == {
         "blk.0.ffn_down.weight": "Q5_K",
         "blk.0.ffn_norm.weight": "F32",
     }
-    with pytest.raises(LlmqError, match="matches no matrix"):
-        mixture.assign(shapes, "Q4_0", model, [(re.compile("ffn_norm"), "Q8_0")])
+    with pytest.raises(LlmqError, match="--skip 'ffn_norm' matches no matrix"):
+        mixture.assign(shapes, "Q4_0", model, [(Pattern("ffn_norm", "--skip 'ffn_norm'"), "F16")])

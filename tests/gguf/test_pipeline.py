@@ -166,6 +166,16 @@ def test_overrides_and_skips_name_tensors_as_ggml_does(tiny_checkpoint, tmp_path
     assert types["blk.0.attn_v.weight"] == "F16" and types["blk.0.attn_q.weight"] == "Q4_0"
 
 
+def test_floats_alone_are_not_calibrated(tiny_checkpoint, tmp_path):
+    folder, out = tiny_checkpoint(), tmp_path / "out.gguf"
+    plan = prepare(str(folder), Recipe(format="gguf", type="F16", calib="no-such-text.txt"), "cpu")
+    assert not plan.calibrates() and "--calib: a run that rounds no linear reads no" in plan.warnings[-1]
+    quantize(plan, out)
+    weight = Source(folder).get("model.layers.1.mlp.up_proj.weight")
+    assert torch.equal(values(opened(out)[1]["blk.1.ffn_up.weight"]), weight.half().float())
+    assert prepare(str(folder), Recipe(format="gguf", type="F16", override=("attn_v:type=Q8_0",)), "cpu").calibrates()
+
+
 def test_a_split_file_is_read_as_one(tiny_checkpoint, tmp_path, llama_cpp):
     folder, out = tiny_checkpoint(**WIDE), tmp_path / "out.gguf"
     summary = job(folder, out, type="F32", split_max_size="1M")
@@ -290,7 +300,9 @@ def test_the_recipe_and_the_report_are_in_the_file(tiny_checkpoint, tmp_path):
     [
         ({"type": "Q4_K_X"}, "no GGUF type 'Q4_K_X'"),
         ({"type": "Q8_0", "override": ("ffn_down:type=Q4_K",)}, "rows of 128 columns cannot be Q4_K"),
-        ({"type": "Q8_0", "override": ("nothing:type=Q4_0",)}, "matches no matrix"),
+        ({"type": "Q8_0", "override": ("nothing:type=Q4_0",)}, "--override 'nothing:type=Q4_0' matches no matrix"),
+        ({"type": "Q8_0", "skip": ("nothing",)}, "--skip 'nothing' matches no matrix"),
+        ({"format": "gptq", "group_size": 32}, "ends in .gguf, by which .* but --format gptq writes a folder"),
         ({"type": "Q8_0", "override": ("ffn_down:bits=8",)}, "REGEX:type=TYPE"),
         ({"type": "Q8_0", "split_max_size": "4 gigabytes"}, "does not read"),
         ({"type": "Q8_0", "group_size": 32}, "choose by --type alone"),
