@@ -30,8 +30,8 @@ def test_every_program_that_is_written_is_read_under_its_model_type():
 
 
 def test_windows_are_those_of_the_period(keys):
-    found = keys("gemma3", **{"block_count": 5, "attention.sliding_window": 8, "attention.sliding_window_pattern": 2,
-                              "embedding_length": 64, "attention.head_count": 2, "attention.key_length": 16})  # fmt: skip
+    said = {"block_count": 5, "embedding_length": 64, "attention.head_count": 2, "attention.key_length": 16}
+    found = keys("gemma3", **said, **{"attention.sliding_window": 8, "attention.sliding_window_pattern": 2})
     config = reading(found).config(found)
     assert [kind.partition("_")[0] for kind in config["layer_types"]] == ["sliding", "full"] * 2 + ["sliding"]
     assert config["sliding_window"] == 8 and config["query_pre_attn_scalar"] == 16
