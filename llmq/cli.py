@@ -102,6 +102,7 @@ def quantize(
         list[str] | None, typer.Option(help="'REGEX:bits=8,group_size=32'; GGUF: 'REGEX:type=Q6_K'; repeatable.")
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave float; repeatable.")] = None,
+    on_misfit: Annotated[str | None, typer.Option(help="'skip' leaves linears float that no group divides.")] = None,
     target_bpw: Annotated[float | None, typer.Option(help="Bits per weight to spend where they help most.")] = None,
     bit_choices: Annotated[str | None, typer.Option(help="Bits that --target-bpw chooses from. [3,4,5,6,8]")] = None,
     lm_head: Annotated[bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output head.")] = None,

@@ -41,6 +41,7 @@ _FLAGS = When(
     lambda r: r.weights is None, "--weights says what a weight becomes; say it there, as in int:bits=4:group=128:asym"
 )
 _GGUF = When(lambda r: r.gguf, "it is for GGUF; say --format gguf")
+_FOLDERS = When(lambda r: not r.gguf, "in GGUF a matrix that a type does not fit falls back to another type by itself")
 _ACT = When(lambda r: r.act_bits, "it is for quantized activations; say --act-bits 8")
 _STATIC = When(lambda r: r.act_bits and r.act == "tensor", "it is for static scales; say --act-bits 8 --act tensor")
 _KV = When(lambda r: r.kv_bits, "it is for the key-value cache; say --kv-bits 8")
@@ -68,6 +69,7 @@ class Recipe:
     format: how the result is stored (gptq; compressed-tensors for W8A8, kv_bits and target_bpw).
     kv_bits: 8 writes static scales of the key-value cache too, one per "tensor" or per "head" (`kv`).
     override: `REGEX:bits=8,group_size=32` on full module names, later ones win. skip: regexes of linears left float.
+    on_misfit: linears whose shape the format cannot hold (no group divides K) are left float by "skip", else refused.
     target_bpw: bits per quantized weight, scales counted, to spend where they help most; --bit-choices lists the bits
         that a site may get.
     lm_head: quantize the output head too.
@@ -95,6 +97,7 @@ class Recipe:
     format: str = option()
     override: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    on_misfit: Literal["refuse", "skip"] | None = option(None, _FOLDERS)
     target_bpw: Annotated[float, Between(1, 16)] | None = option(None, _INTEGERS)
     bit_choices: str | None = option("3,4,5,6,8", _BUDGET)
     lm_head: bool = option(False, _INTEGERS)
@@ -263,9 +266,9 @@ class Recipe:
         return f"int:{said}:range=[{self.range}]"
 
     def to_json(self) -> dict[str, Any]:
-        """Return every option, null where it means nothing; `weights` only where they were given."""
+        """Return every option, null where it means nothing; `weights` and `on_misfit` only where they were given."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {k: v for k, v in values.items() if k != "weights" or v is not None}
+        return {k: v for k, v in values.items() if k not in ("weights", "on_misfit") or v is not None}
 
     def to_yaml(self) -> str:
         """Return the options that were given as YAML that `load` reads back equal."""

@@ -298,6 +298,7 @@ class Wanted:
         LlmqError for an override or a skip that matches none.
     override, skip: as they were written, and compiled, for a format that names tensors in another way.
     head: whether the output head is asked for. weighs: whether the method weighs errors by activations.
+    leaves: whether linears whose shape the format cannot hold stay float, rather than being refused.
     """
 
     schemes: Callable[[Sequence[str]], dict[str, Scheme]]
@@ -305,6 +306,7 @@ class Wanted:
     skip: Sequence[Pattern]
     head: bool
     weighs: bool
+    leaves: bool = False
 
 
 class Out(Protocol):
@@ -380,8 +382,11 @@ class Format(Protocol):
     def assign(self, model: FloatModel, wanted: Wanted) -> Assignment:
         """Return what every matrix becomes under a recipe. Raises LlmqError for what the model does not admit."""
 
-    def check(self, linears: Sequence[LinearSpec]) -> list[str]:
-        """Before writing: refuse, by LlmqError, what the format cannot hold; return warnings about runtimes."""
+    def check(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[str]:
+        """Before writing: refuse, by LlmqError, what the format cannot hold; return warnings about runtimes.
+
+        skipped: the linears of the model that stay float.
+        """
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the tensors of one linear by their local names, without its bias."""

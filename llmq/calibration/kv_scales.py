@@ -16,6 +16,19 @@ from transformers import DynamicCache
 from llmq.model.lanes import Call
 from llmq.types import LlmqError
 
+_REMEDY = "leave --kv-bits out for this model"
+
+
+def owner_of_cache(block: nn.Module, name: str) -> str:
+    """Return the attention of a block, whose keys a linear of their own makes: the scales are stored beside it.
+
+    Raises LlmqError, calling the block `name`, where it has none: a state space, or keys fused with queries.
+    """
+    owners = [n for n, m in block.named_modules() if hasattr(m, "layer_idx") and hasattr(m, "k_proj")]
+    if len(owners) != 1:
+        raise LlmqError(f"{name} ({type(block).__name__}) has no attention whose keys a k_proj makes; {_REMEDY}")
+    return owners[0]
+
 
 class KvMaxima(DynamicCache):
     """A cache that stores nothing but the largest magnitude of keys and values, for each head of one block."""
@@ -38,13 +51,11 @@ class KvMaxima(DynamicCache):
 
     def tensors(self, block: nn.Module, strategy: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return `k_scale` and `v_scale` by their names in the block. Raises LlmqError where nothing was seen."""
-        owners = [n for n, m in block.named_modules() if hasattr(m, "layer_idx") and hasattr(m, "k_proj")]
-        if not self.largest or len(owners) != 1:
-            raise LlmqError(
-                f"{type(block).__name__} puts no keys into a cache that llmq knows; leave --kv-bits out for this model"
-            )
+        owner = owner_of_cache(block, type(block).__name__)
+        if not self.largest:
+            raise LlmqError(f"{type(block).__name__} puts no keys into its cache; {_REMEDY}")
         scales = {}
         for local, largest_H in zip(("k_scale", "v_scale"), self.largest, strict=True):
             top = largest_H[:, None, None] if strategy == "head" else largest_H.max()[None]
-            scales[f"{owners[0]}.{local}"] = (top / 127.5).clamp(min=1e-8).to(dtype)
+            scales[f"{owner}.{local}"] = (top / 127.5).clamp(min=1e-8).to(dtype)
         return scales

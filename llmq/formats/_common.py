@@ -5,11 +5,12 @@ Not here: a peer's config and tensors (_reading.py), bytes (_bits.py and the for
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import gcd
 from typing import Any
 
 from llmq.granularity import PerBlock, PerTensor
-from llmq.types import AffineGrid, LinearSpec, LlmqError, StoredGrid
+from llmq.types import AffineGrid, LinearSpec, LlmqError, Scheme, StoredGrid
 
 _IN_BLOCK = re.compile(r".*?\.\d+\.(.+)")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -28,12 +29,46 @@ def int_grid(spec: LinearSpec, method: str) -> AffineGrid:
 
 def groups(spec: LinearSpec) -> int:
     """Return G. Raises LlmqError, with the group sizes that would do, where the group does not divide K."""
+    refuse_misfits([spec], undivided)
+    return spec.scheme.weight.granularity.groups(spec.K)
+
+
+def undivided(spec: LinearSpec) -> str | None:
+    """Return how the groups of a linear do not divide its K, None where they do."""
     try:
-        return spec.scheme.weight.granularity.groups(spec.K)
+        spec.scheme.weight.granularity.groups(spec.K)
     except ValueError as e:
-        fitting = ", ".join(str(g) for g in range(32, spec.K + 1, 32) if spec.K % g == 0)
-        remedy = f"--group-size takes {fitting} there" if fitting else "say --group-size channel"
-        raise LlmqError(f"{spec.name}: {e}; {remedy}, or --skip the module") from e
+        return str(e)
+    return None
+
+
+def misfits(linears: Sequence[LinearSpec], misfit: Callable[[LinearSpec], str | None]) -> dict[str, str]:
+    """Return which linears a file cannot hold, by their names, and why `misfit` says so."""
+    return {s.name: why for s in linears if (why := misfit(s))}
+
+
+def listed(found: Mapping[str, str]) -> str:
+    """Return misfits as a list in words, in which those that differ by numbers alone are one."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, why in found.items():
+        alike.setdefault((re.sub(r"\.\d+(?=\.)", ".*", name), why), []).append(name)
+    return ", ".join(
+        f"{names[0] if len(names) == 1 else f'{path} ({len(names)} linears)'}: {why}"
+        for (path, why), names in alike.items()
+    )
+
+
+def refuse_misfits(linears: Sequence[LinearSpec], misfit: Callable[[LinearSpec], str | None]) -> None:
+    """Raise LlmqError with all linears that a file cannot hold, and what would let it."""
+    found = misfits(linears, misfit)
+    if not found:
+        return
+    K = gcd(*(s.K for s in linears))
+    fitting = ", ".join(str(g) for g in range(32, K + 1, 32) if K % g == 0)
+    remedy = f"--group-size takes {fitting} there" if fitting else "say --group-size channel"
+    if not misfits(linears, undivided):
+        remedy = "use --format compressed-tensors"
+    raise LlmqError(f"{listed(found)}; {remedy}, or leave what does not fit float: --on-misfit skip")
 
 
 def group_size(grid: AffineGrid) -> int:
@@ -82,18 +117,20 @@ def group_size_warnings(grid: AffineGrid, readers: Mapping[str, Sequence[int]]) 
     ]
 
 
-def fused_warnings(linears: Sequence[LinearSpec]) -> list[str]:
-    """Return a warning where q, k, v or gate, up of one block differ in scheme or are quantized only in part."""
-    schemes: dict[str, dict[str, Any]] = {}
-    for spec in linears:
-        parent, _, leaf = spec.name.rpartition(".")
-        schemes.setdefault(parent, {})[leaf] = spec.scheme
-    unlike = [
-        f"{parent}: {', '.join(fused)}"
-        for parent, of in schemes.items()
-        for fused in _FUSED
-        if any(leaf in of for leaf in fused) and any(of.get(leaf) != of.get(fused[0]) for leaf in fused)
-    ]
+def fused_warnings(linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[str]:
+    """Return a warning where q, k, v or gate, up of one block differ in scheme or are quantized only in part.
+
+    skipped: the other linears of the model, which tell a part that is left float from one that there is not.
+    """
+    schemes: dict[str, dict[str, Scheme | None]] = {}
+    for name, scheme in ((s.name, s.scheme) for s in linears):
+        parent, _, leaf = name.rpartition(".")
+        schemes.setdefault(parent, {})[leaf] = scheme
+    for name in skipped:
+        parent, _, leaf = name.rpartition(".")
+        schemes.setdefault(parent, {}).setdefault(leaf, None)
+    parts = [(parent, [n for n in fused if n in of], of) for parent, of in schemes.items() for fused in _FUSED]
+    unlike = [f"{parent}: {', '.join(some)}" for parent, some, of in parts if any(of[n] != of[some[0]] for n in some)]
     if not unlike:
         return []
     more = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""

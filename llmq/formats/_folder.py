@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 from llmq.checkpoint import Sink
 from llmq.checkpoint.card import model_card
 from llmq.checkpoint.digest import file_digest, sealed
-from llmq.types import Assignment, FloatModel, LlmqError, Out, Wanted
+from llmq.formats import _common
+from llmq.types import Assignment, FloatModel, LinearSpec, LlmqError, Out, Scheme, Wanted
 
 
 class Folder:
@@ -33,9 +34,22 @@ class Folder:
         Raises LlmqError where none is left to quantize.
         """
         schemes = wanted.schemes([*model.linears, *([model.head] if wanted.head else [])])
+        left = self._misfits(schemes, model) if wanted.leaves else {}
+        schemes = {n: scheme for n, scheme in schemes.items() if n not in left}
         if not schemes:
-            raise LlmqError("every linear is skipped; nothing to quantize")
-        return _Checkpoint(schemes=schemes, form=self, model=model)
+            why = _common.listed(left) or "every linear is skipped"
+            raise LlmqError(f"{why}; nothing is left to quantize")
+        warnings = [f"left float, as --on-misfit skip asks: {_common.listed(left)}"] if left else []
+        return _Checkpoint(schemes=schemes, warnings=warnings, form=self, model=model)
+
+    def misfit(self, spec: LinearSpec) -> str | None:
+        """Return why the file cannot hold a linear of that shape, None where it can."""
+        return _common.undivided(spec)
+
+    def _misfits(self, schemes: Mapping[str, Scheme], model: FloatModel) -> dict[str, str]:
+        """Return the linears that the file cannot hold, and why; not a tied head, which has no tensor."""
+        shapes = {n: model.shapes[w] for n in schemes if (w := f"{n}.weight") in model.shapes}
+        return _common.misfits([LinearSpec(n, N, K, schemes[n]) for n, (N, K) in shapes.items()], self.misfit)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,21 +76,19 @@ class AWQ(Folder):
         """Return float16, whatever the model's dtype."""
         return torch.float16
 
-    def check(self, linears: Sequence[LinearSpec]) -> list[str]:
+    def check(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[str]:
         """Refuse what AWQ files cannot hold; return warnings about readers. Raises LlmqError."""
         grid = _common.uniform(linears, "awq")
         if grid.bits != 4:
             other = "gptq or compressed-tensors" if grid.bits in (2, 3, 8) else "compressed-tensors"
             raise LlmqError(f"{linears[0].name}: awq holds 4 bits, not {grid.bits}; use --format {other}")
-        for spec in linears:
-            _common.groups(spec)
-            if spec.N % 8:
-                raise LlmqError(
-                    f"{spec.name}: N = {spec.N} is no multiple of 8, as awq needs; "
-                    "--skip the module or use --format compressed-tensors"
-                )
-        warnings = _common.group_size_warnings(grid, _READERS) + _common.fused_warnings(linears)
+        _common.refuse_misfits(linears, self.misfit)
+        warnings = _common.group_size_warnings(grid, _READERS) + _common.fused_warnings(linears, skipped)
         return warnings + _common.head_warnings(linears, "awq")
+
+    def misfit(self, spec: LinearSpec) -> str | None:
+        """See `Folder.misfit`."""
+        return f"N = {spec.N} is no multiple of 8, as awq needs" if spec.N % 8 else _common.undivided(spec)
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return qweight, qzeros and scales (dtype kept). Raises LlmqError for a weight in activation order."""

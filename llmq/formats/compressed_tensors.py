@@ -82,17 +82,17 @@ class CompressedTensors(Folder):
         """Return the model's dtype, as the peers do."""
         return model_dtype
 
-    def check(self, linears: Sequence[LinearSpec]) -> list[str]:
+    def check(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[str]:
         """Refuse what the files cannot hold; return warnings about readers. Raises LlmqError."""
         if not linears:
             raise LlmqError("no linear is left to quantize; skip fewer modules")
         for spec in linears:
             _common.int_grid(spec, _NAME)
-            _common.groups(spec)
             activation = spec.scheme.activation
             if activation is not None and activation.bits != 8:
                 raise LlmqError(f"{spec.name}: activations have 8 bits in compressed-tensors, not {activation.bits}")
-        return [*_warnings(linears), *([_KV_WARNING] if self.kv else [])]
+        _common.refuse_misfits(linears, self.misfit)
+        return [*_warnings(linears, skipped), *([_KV_WARNING] if self.kv else [])]
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the tensors of one linear, scales in the dtype they have.
@@ -231,9 +231,9 @@ def _kv_scheme(strategy: str | None) -> dict[str, Any]:
     return {"kv_cache_scheme": args}
 
 
-def _warnings(linears: Sequence[LinearSpec]) -> list[str]:
+def _warnings(linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[str]:
     weight_only = [_common.int_grid(s, _NAME) for s in linears if s.scheme.activation is None]
-    warnings = _common.fused_warnings(linears)
+    warnings = _common.fused_warnings(linears, skipped)
     if any(not grid.sym for grid in weight_only) and all(same_scheme(linears[0].scheme, s.scheme) for s in linears):
         warnings.append(
             "stock transformers loads asymmetric pack-quantized weights only with "

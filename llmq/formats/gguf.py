@@ -125,7 +125,7 @@ class Gguf:
             imatrix=self.imatrix,
         )
 
-    def check(self, linears: Sequence[LinearSpec]) -> list[str]:
+    def check(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[str]:
         """Refuse what no GGUF tensor can hold. Raises LlmqError."""
         for spec in linears:
             grid = _grid(spec)

@@ -82,7 +82,7 @@ class GPTQ(Folder):
         """Return float16, whatever the model's dtype."""
         return torch.float16
 
-    def check(self, linears: Sequence[LinearSpec]) -> list[str]:
+    def check(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[str]:
         """Refuse what GPTQ files cannot hold; return warnings about readers. Raises LlmqError."""
         grid = _common.uniform(linears, "gptq")
         first = linears[0].name
@@ -93,18 +93,19 @@ class GPTQ(Folder):
                 f"{first}: gptq v1 stores zero - 1 and cannot hold an asymmetric zero of 0; "
                 "use --format gptq:checkpoint_format=gptq_v2, awq or compressed-tensors"
             )
-        for spec in linears:
-            _common.groups(spec)
-            for side, n in (("K", spec.K), ("N", spec.N)):
-                if n * grid.bits % 32:
-                    raise LlmqError(
-                        f"{spec.name}: {side} = {n} codes of {grid.bits} bits do not fill 32-bit words, as gptq needs; "
-                        "--skip the module or use --format compressed-tensors"
-                    )
-        return self._warnings(grid, linears)
+        _common.refuse_misfits(linears, self.misfit)
+        return self._warnings(grid, linears, skipped)
 
-    def _warnings(self, grid: AffineGrid, linears: Sequence[LinearSpec]) -> list[str]:
-        warnings = _common.group_size_warnings(grid, _READERS) + _common.fused_warnings(linears)
+    def misfit(self, spec: LinearSpec) -> str | None:
+        """See `Folder.misfit`."""
+        bits = spec.scheme.weight.bits
+        for side, n in (("K", spec.K), ("N", spec.N)):
+            if n * bits % 32:
+                return f"{side} = {n} codes of {bits} bits do not fill 32-bit words, as gptq needs"
+        return _common.undivided(spec)
+
+    def _warnings(self, grid: AffineGrid, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[str]:
+        warnings = _common.group_size_warnings(grid, _READERS) + _common.fused_warnings(linears, skipped)
         if not grid.sym:
             warnings.append(
                 "asymmetric gptq is written as gptq_v2, which GPTQModel and transformers read and vLLM does not; "

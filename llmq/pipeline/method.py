@@ -65,7 +65,8 @@ class Method:
     def wanted(self) -> Wanted:
         """Return what formats look at."""
         recipe = self.recipe
-        return Wanted(self.schemes, recipe.override, self.skip, bool(recipe.lm_head), weighs=bool(self.needs([])))
+        leaves, weighs = recipe.on_misfit == "skip", bool(self.needs([]))
+        return Wanted(self.schemes, recipe.override, self.skip, bool(recipe.lm_head), weighs, leaves)
 
     def schemes(self, linears: Sequence[str]) -> dict[str, Scheme]:
         """Return what linears become, those that stay float left out.

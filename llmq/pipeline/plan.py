@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from llmq import registry
+from llmq.calibration.kv_scales import owner_of_cache
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import as_floats
 from llmq.errors import one_line
@@ -73,6 +74,11 @@ class Plan:
         return {n: s for n, s in self.matrices.items() if n not in solved}
 
     @property
+    def skipped(self) -> list[str]:
+        """The linears that stay float."""
+        return [n for n in (*self.model.linears, self.model.head) if n not in self.matrices]
+
+    @property
     def head(self) -> str | None:
         """The full name of the output head, where the method solves it."""
         return self.model.head if self.model.head in self.linears else None
@@ -96,8 +102,7 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """Return the `quantization_config`."""
-        skipped = [n for n in (*self.model.linears, self.model.head) if n not in self.matrices]
-        return self.method.format.config(list(self.linears.values()), skipped)
+        return self.method.format.config(list(self.linears.values()), self.skipped)
 
     def calibrates(self) -> bool:
         """Say whether any step needs activations."""
@@ -126,10 +131,10 @@ class Plan:
         assigned = dataclasses.replace(self.assigned, schemes={**self.assigned.schemes, **schemes})
         method = dataclasses.replace(self.method, recipe=recipe)
         plan = dataclasses.replace(self, method=method, assigned=assigned).told(recipe)
-        before = self.method.format.check(self.possible())  # of bits of which some were not chosen
+        before = self.method.format.check(self.possible(), self.skipped)  # of bits of which some were not chosen
         at = next((i for i, w in enumerate(self.warnings) if w in before), 0)
         told = [w for w in self.warnings if w not in before]  # what the user was told of the options that he gave
-        now = method.format.check(list(plan.matrices.values()))
+        now = method.format.check(list(plan.matrices.values()), self.skipped)
         return dataclasses.replace(plan, warnings=[*told[:at], *now, *told[at:]])
 
     def possible(self) -> list[LinearSpec]:
@@ -168,7 +173,7 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
             raise LlmqError(f"{s.name}: 8-bit activations need 8-bit weights, not {s.scheme.weight.bits}; --skip it")
     for tuner in (*method.tuners, *method.finishers):
         _check_tuner(registry.dump(tuner), method.recipe, specs)
-    warnings = [*source.warnings, *method.format.check(plan.possible()), *plan.assigned.warnings]
+    warnings = [*source.warnings, *method.format.check(plan.possible(), plan.skipped), *plan.assigned.warnings]
     return _checked(dataclasses.replace(plan, warnings=warnings), source).told(recipe)
 
 
@@ -203,6 +208,9 @@ def _check_steps(method: Method, skeleton: Skeleton) -> None:
     kind = skeleton.config.model_type
     if method.transforms and not all(family_sites(kind, block) for block in skeleton.blocks):
         raise LlmqError(no_table(kind, registry.dump(method.transforms[0])))
+    if method.recipe.kv_bits:
+        for i, block in enumerate(skeleton.blocks):
+            owner_of_cache(block, f"{skeleton.prefix}.{i}")
     if method.finishers and method.recipe.act_bits:
         raise LlmqError(f"{registry.dump(method.finishers[0])} tunes models with float activations only; leave it out")
 

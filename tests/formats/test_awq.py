@@ -81,7 +81,11 @@ def test_symmetric_is_written_with_true_zeros(q_of: Callable[..., QTensor], spec
         (Int(3, True, 32), (64, 64), "awq holds 4 bits, not 3; use --format gptq or compressed-tensors"),
         (Int(8, True, 32), (64, 64), "awq holds 4 bits, not 8; use --format gptq or compressed-tensors"),
         (Int(5, True, 32), (64, 64), "awq holds 4 bits, not 5; use --format compressed-tensors"),
-        (Int(4, True, 128), (64, 576), "K = 576; --group-size takes 32, 64, 96, 192, 288, 576 there, or --skip"),
+        (
+            Int(4, True, 128),
+            (64, 576),
+            "K = 576; --group-size takes 32, 64, 96, 192, 288, 576 there, or leave what does not fit float",
+        ),
         (Int(4, True, 32), (60, 64), "N = 60 is no multiple of 8"),
         (Q4_0(), (64, 64), "awq holds integer grids, not Q4_0; use --format gguf"),
     ],
@@ -109,7 +113,7 @@ def test_refuses_mixes_activations_and_order(spec_of: Callable[..., LinearSpec],
 def test_warnings(model_of: Callable[..., list[LinearSpec]], spec_of: Callable[..., LinearSpec]) -> None:
     assert AWQ().check(model_of(Int(4, False, 32))) == []
     assert len(AWQ().check([spec_of(Int(4, False, 96), 64, 192)])) == 2
-    (fused,) = AWQ().check(model_of(Int(4, False, 32), skip=("gate_proj",)))
+    (fused,) = AWQ().check(model_of(Int(4, False, 32), skip=("gate_proj",)), ["model.layers.0.mlp.gate_proj"])
     assert "gate_proj, up_proj" in fused and "vLLM" in fused
     (head,) = AWQ().check([spec_of(Int(4, False, 32), name="lm_head")])
     assert "output head" in head

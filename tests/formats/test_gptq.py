@@ -123,7 +123,7 @@ def test_scales_keep_the_dtype_of_the_file(q_of: Callable[..., QTensor], spec_of
             GPTQ(),
             Int(4, True, 128),
             (64, 576),
-            "K = 576; --group-size takes 32, 64, 96, 192, 288, 576 there, or --skip",
+            "K = 576; --group-size takes 32, 64, 96, 192, 288, 576 there, or leave",
         ),
         (GPTQ(), Int(5, True, 32), (64, 64), "not 5; use --format compressed-tensors"),
         (GPTQ(), Int(4, True, "channel"), (64, 52), "K = 52 codes of 4 bits do not fill 32-bit words"),
@@ -161,9 +161,17 @@ def test_warnings(model_of: Callable[..., list[LinearSpec]], spec_of: Callable[.
     assert "written as gptq_v2" in asym
     (three,) = GPTQ().check(model_of(Int(3, True, 32)))
     assert three.startswith("3-bit gptq") and "not by vLLM" in three
-    fused = GPTQ().check(model_of(Int(4, True, 32), skip=("k_proj",)))
+    keys = [f"model.layers.{i}.self_attn.k_proj" for i in range(2)]
+    fused = GPTQ().check(model_of(Int(4, True, 32), skip=("k_proj",)), keys)
     assert len(fused) == 1 and fused[0].startswith("model.layers.0.self_attn: q_proj, k_proj, v_proj (and 1 more)")
-    assert GPTQ().check(model_of(Int(4, True, 32), skip=("down_proj", "q_proj", "k_proj", "v_proj"))) == []
+    parts = ("q_proj", "k_proj", "v_proj")
+    whole = [f"model.layers.{i}.self_attn.{part}" for i in range(2) for part in parts]
+    assert GPTQ().check(model_of(Int(4, True, 32), skip=("down_proj", *parts)), whole) == []
+
+
+def test_no_warning_of_parts_that_a_family_does_not_have(model_of: Callable[..., list[LinearSpec]]) -> None:
+    ungated = model_of(Int(4, True, 32), skip=("gate_proj", "k_proj", "v_proj"))
+    assert GPTQ().check(ungated, ["lm_head", "model.layers.1.mlp.router"]) == []
 
 
 def test_warns_of_group_sizes_by_reader(spec_of: Callable[..., LinearSpec]) -> None:

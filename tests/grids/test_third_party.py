@@ -66,7 +66,7 @@ class Plain(Folder):
     def scale_dtype(self, model_dtype):
         return torch.float32
 
-    def check(self, linears):
+    def check(self, linears, skipped=()):
         return []
 
     def pack(self, q, spec):

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from _families import FAMILIES
 from safetensors.torch import load_file, save_file
 
 from llmq.checkpoint import Source
@@ -78,7 +79,7 @@ HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 def test_a_format_sees_every_matrix_that_it_will_hold(tiny_checkpoint, monkeypatch, options, outside):
     form = find("formats", options.get("format", "gptq"))
     seen, check = [], form.check
-    monkeypatch.setattr(form, "check", lambda self, linears: seen.extend(linears) or check(self, linears))
+    monkeypatch.setattr(form, "check", lambda self, linears, skipped: seen.extend(linears) or check(self, linears))
     plan = prepare(str(tiny_checkpoint()), Recipe(**options), "cpu")
     inside = {n for n, _ in plan.skeleton.linears()}
     assert {s.name for s in seen} == inside | outside == {*plan.matrices} and plan.linears | plan.rows == plan.matrices
@@ -130,3 +131,53 @@ def test_what_cannot_be_tuned_or_run_is_refused_before_any_work(tiny_checkpoint,
 def test_formats_of_groups_hold_no_scale_of_a_whole_tensor(tiny_checkpoint, form):
     with pytest.raises(LlmqError, match=f"{form} holds scales per group or per channel; say --group-size channel"):
         prepare(str(tiny_checkpoint()), Recipe(method="rtn", group_size="tensor", format=form), "cpu")
+
+
+UNEVEN = {"group_size": 64, "method": "rtn", "format": "compressed-tensors"}  # of K = 64 and 96
+
+
+def test_what_no_group_divides_is_refused_with_the_whole_list(tiny_checkpoint):
+    said = (
+        r"model\.layers\.\*\.mlp\.down_proj \(2 linears\): group size 64 does not divide K = 96; --group-size takes 32"
+    )
+    with pytest.raises(LlmqError, match=said + ".* --on-misfit skip$"):
+        prepare(str(tiny_checkpoint(intermediate_size=96)), Recipe(**UNEVEN), "cpu")
+    odd = {"intermediate_size": 100, "hidden_size": 72, "num_attention_heads": 2, "num_key_value_heads": 1}
+    with pytest.raises(
+        LlmqError, match=r"q_proj \(2 linears\): .*K = 72, .*down_proj \(2 .*K = 100; say --group-size ch"
+    ):
+        prepare(str(tiny_checkpoint(**odd)), Recipe(**UNEVEN), "cpu")
+
+
+def test_what_no_group_divides_is_left_float_where_that_is_asked_for(tiny_checkpoint, tmp_path):
+    plan = prepare(str(tiny_checkpoint(intermediate_size=96)), Recipe(**UNEVEN, on_misfit="skip"), "cpu")
+    left = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert plan.skipped == [*left, "lm_head"] == plan.config()["ignore"] and len(plan.matrices) == 12
+    (said,) = [w for w in plan.warnings if "down_proj" in w]
+    assert said.startswith("left float, as --on-misfit skip asks: model.layers.*.mlp.down_proj (2 linears): group size")
+    record = quantize(plan, tmp_path / "out")
+    assert said in record["warnings"] and record["recipe"]["on_misfit"] == "skip"
+    assert "on_misfit: skip" in (tmp_path / "out" / "recipe.yaml").read_text()
+    with pytest.raises(LlmqError, match=r"K = 96.*; nothing is left to quantize"):
+        prepare(str(tiny_checkpoint(hidden_size=96, intermediate_size=96)), Recipe(**UNEVEN, on_misfit="skip"), "cpu")
+
+
+@pytest.mark.parametrize(("form", "why"), [("gptq", "do not fill 32-bit words"), ("awq", "no multiple of 8")])
+def test_rows_that_do_not_fill_words_are_left_float_too(tiny_checkpoint, form, why):
+    narrow = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 4, "hidden_size": 64}
+    options = {"group_size": "channel", "method": "rtn", "format": form}
+    with pytest.raises(LlmqError, match=f"k_proj .*{why}.*use --format compressed-tensors, or"):
+        prepare(str(tiny_checkpoint(**narrow)), Recipe(**options), "cpu")
+    plan = prepare(str(tiny_checkpoint(**narrow)), Recipe(**options, on_misfit="skip"), "cpu")
+    assert {n.rpartition(".")[2] for n in plan.skipped} == {"k_proj", "v_proj", "lm_head"}
+    assert any("not quantized alike" in w for w in plan.warnings)
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox"])
+def test_scales_of_a_cache_without_keys_of_their_own_are_refused_before_any_work(tmp_path, name):
+    FAMILIES[name].save(tmp_path)
+    options = {"method": "rtn", "group_size": 32, "kv_bits": 8}
+    with pytest.raises(
+        LlmqError, match=r"layers\.0 \(\w+\) has no attention whose keys a k_proj makes; leave --kv-bits"
+    ):
+        prepare(str(tmp_path), Recipe(**options), "cpu")
