@@ -7,17 +7,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmq.api import evaluate, quantize
+    from llmq.api import dequantize, evaluate, quantize
     from llmq.integrations.cache import QuantizedCache
     from llmq.loading import load, load_tokenizer
     from llmq.types import LlmqError
 
 __version__ = "0.1.0"
-__all__ = ["LlmqError", "QuantizedCache", "__version__", "evaluate", "load", "load_tokenizer", "quantize"]
+__all__ = [
+    "LlmqError", "QuantizedCache", "__version__", "dequantize", "evaluate", "load", "load_tokenizer", "quantize",
+]  # fmt: skip
 
 _HOME = {
     "LlmqError": "llmq.types",
     "QuantizedCache": "llmq.integrations.cache",
+    "dequantize": "llmq.api",
     "evaluate": "llmq.api",
     "load": "llmq.loading",
     "load_tokenizer": "llmq.loading",

@@ -2,6 +2,7 @@
 
     record = llmq.quantize("./my-llama", "./my-llama-int4", bits=4, group_size=64, calib="text.txt")
     scores = llmq.evaluate("./my-llama-int4", baseline="./my-llama", text="held-out.txt")
+    record = llmq.dequantize("./my-llama-fp8", "./my-llama")
 
 Not here: what the options of a recipe mean (recipe.py), how a run and its figures are shown (cli.py).
 """
@@ -14,6 +15,7 @@ from typing import Any
 from llmq.checkpoint.place import user_path
 from llmq.evaluation import scores
 from llmq.evaluation.windows import find_convention, load_text
+from llmq.export import floats
 from llmq.loading import as_dtype, load, load_tokenizer
 from llmq.pipeline import run
 from llmq.pipeline.plan import prepare
@@ -64,6 +66,30 @@ def quantize(
     for warning in record["warnings"]:
         if warning not in said:  # what calibration left out
             warn(warning)
+    return record
+
+
+def dequantize(
+    src: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    verify: bool = True,
+    overwrite: bool = False,
+    warn: Callable[[str], Any] = warnings.warn,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a quantized checkpoint as a float one. Returns the content of its dequantization.json.
+
+    src: a checkpoint of any format that llmq reads, a folder, `org/name` or `org/name@REVISION`. out: the folder.
+    dtype: of what is decoded, bfloat16, float16 or float32; what is float stays as it is.
+    verify: read again what was written before it becomes OUT. overwrite: replace OUT.
+    warn: called with what a user should know. progress: called with tensors done, tensors in all and a name.
+    Raises LlmqError where SRC is not quantized or not whole, and where OUT cannot be written.
+    """
+    record = floats.dequantize(str(src), Path(out), dtype=dtype, overwrite=overwrite, check=verify, progress=progress)
+    for warning in record["warnings"]:
+        warn(warning)
     return record
 
 

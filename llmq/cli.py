@@ -1,4 +1,4 @@
-"""The command line: `llmq quantize | export | verify | eval | generate | inspect | list`.
+"""The command line: `llmq quantize | export | dequantize | verify | eval | generate | inspect | list`.
 
 Bad input ends in one line on standard error and exit status 1, a signal in 128 and its number; neither leaves a
 half-written OUT.
@@ -230,6 +230,29 @@ def export(
     table.add("size", f"{done['bytes'] / 1e6:,.1f} MB in {len(done['files'])} file(s)")
     table.add("tensors", ", ".join(f"{n} {kind}" for kind, n in done["types"].items()))
     table.add("linears", ", ".join(f"{n} {outcome}" for outcome, n in done["outcomes"].items()))
+    console.print(table)
+
+
+@app.command()
+def dequantize(
+    src: Annotated[str, typer.Argument(help="Quantized checkpoint, by any tool: a folder, org/name ...")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    dtype: Annotated[str, typer.Option(help="Of what is decoded: bfloat16, float16 or float32.")] = "bfloat16",
+    verify: Annotated[bool, typer.Option(help="Read again what was written before it becomes OUT.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when it is whole.")] = False,
+) -> None:
+    """Write a quantized checkpoint (FP8, NVFP4, MXFP4, GPTQ, AWQ, compressed-tensors) as a float one.
+
+    Example: `llmq dequantize ./my-llama-fp8 ./my-llama --dtype bfloat16`
+    """
+    given = locals().copy()
+    from llmq.api import dequantize as run
+
+    with _progress() as step:
+        done = run(**given, warn=_warn, progress=step)
+    table = Rows(out)
+    table.add("size", f"{done['bytes'] / 1e6:,.1f} MB in {len(done['tensors'])} tensors")
+    table.add("decoded", ", ".join(f"{n} weights, {kind}" for kind, n in done["decoded"]["weights"].items()))
     console.print(table)
 
 

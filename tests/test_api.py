@@ -59,6 +59,7 @@ def test_what_the_command_line_says_of_a_default_is_the_default():
     ("command", "function", "of_the_terminal", "of_python"),
     [
         (cli.quantize, llmq.quantize, set(), {"warn", "progress", "options"}),
+        (cli.dequantize, llmq.dequantize, set(), {"warn", "progress"}),
         (cli.evaluate, llmq.evaluate, {"json_file", "overwrite"}, {"progress"}),
     ],
 )

@@ -137,16 +137,22 @@ def _warnings(source: Source, kinds: Counter[str], dtype: str, left: list[str]) 
     held = ", ".join(f"{n} weights as {kind}" for kind, n in kinds.most_common(3))
     held += f" and {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""
     said = f"{source.path} holds {held}: they are decoded to {dtype} as they are read"
-    if any(kind.startswith("integers") for kind in kinds):
-        yield (
-            f"{said}; rounding what was rounded adds a second error: give the float model that it was made from where "
-            "there is one (llmq export writes its codes as GGUF as they are)"
-        )
-    else:
-        yield said
+    yield said
     if left:
         kept = "scales of activations or of a key-value cache"
         yield f"{len(left)} {kept} of {source.path} are left out, e.g. {left[0]}: they belong to its own format"
+
+
+def rounded_twice(source: Source) -> list[str]:
+    """Return what to say where integers of a decoded source are going to be rounded to integers again."""
+    kinds = (source.decoded or {}).get("weights", {})
+    integers = [kind for kind in kinds if kind.startswith("integers")]
+    if not integers:
+        return []
+    return [
+        f"{source.path} holds {integers[0]}: rounding what was rounded adds a second error to the first; give the "
+        "float model that it was made from where there is one (llmq export writes its codes as GGUF as they are)"
+    ]
 
 
 def _dtype(source: Source) -> torch.dtype:

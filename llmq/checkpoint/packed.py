@@ -78,7 +78,7 @@ class PackedCheckpoint:
     def __init__(self, packing: Packing, entries: Mapping[str, Entry], model: Any, prefix: str = "") -> None:
         self.packing, self._entries = packing, entries
         self._modules: dict[str, list[str]] = {}
-        for name in sorted(entries, key=_natural):
+        for name in sorted(entries, key=natural):
             self._modules.setdefault(name.rpartition(".")[0], []).append(name)
         modules = {prefix + n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         tied = {prefix + n.removesuffix(".weight") for n in getattr(model, "all_tied_weights_keys", {})}
@@ -163,6 +163,6 @@ class PackedCheckpoint:
                 )
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Order names so that block 2 comes before block 10."""
     return [(len(part) if part.isdecimal() else 0, part) for part in name.split(".")]

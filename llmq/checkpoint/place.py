@@ -1,8 +1,8 @@
 """What may be written where: everything about OUT that can be refused before any work.
 
 OUT is new, or the user gives it up by `--overwrite`, and then only if it is what llmq would write there: a quantized
-checkpoint, ours or a peer's, and nothing beside it. A float checkpoint may be someone's only copy, a folder with other
-files in it is a project: neither is ever replaced.
+checkpoint, ours or a peer's, or one that `llmq dequantize` made, and nothing beside it. Any other float checkpoint may
+be someone's only copy, a folder with other files in it is a project: neither is ever replaced.
 Not here: the write itself (sink.py), earlier runs on the same OUT (stage.py), GGUF shards (gguf/container.py).
 """
 
@@ -21,11 +21,13 @@ _CHECKPOINT = (
     "*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "*.jinja",
     "chat_template.json", "additional_chat_templates", "quantization.json", "quant_log.csv", "recipe.yaml", "README.md",
-    "LICENSE*", "NOTICE*", "USE_POLICY.md", ".gitattributes",
+    "LICENSE*", "NOTICE*", "USE_POLICY.md", ".gitattributes", "dequantization.json",
 )  # fmt: skip
 """What a quantized checkpoint's folder holds, by this tool or another."""
 _QUANTIZED = ("quantization_config", "quantization", "compression_config")  # keys of config.json
-_RECORDS = ("quantization.json", "quantize_config.json", "quant_config.json")  # files beside it, of older tools too
+DEQUANTIZED = "dequantization.json"
+"""The record of a float checkpoint that llmq made of a quantized one, which can be made again."""
+_RECORDS = ("quantization.json", DEQUANTIZED, "quantize_config.json", "quant_config.json")  # beside it, of any tool
 
 
 def user_path(text: str | Path) -> Path:

@@ -24,7 +24,7 @@ from torch import nn
 from llmq import registry
 from llmq.calibration.kv_scales import owner_of_cache
 from llmq.checkpoint import Source, resolve
-from llmq.checkpoint.decoding import as_floats
+from llmq.checkpoint.decoding import as_floats, rounded_twice
 from llmq.errors import one_line
 from llmq.granularity import PerTensor
 from llmq.model.adapter import Adapted, Adapter
@@ -154,6 +154,7 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     """
     source = Source(resolve(src), None if adapter is None else resolve(str(adapter)))
     as_floats(source)
+    source.warnings += rounded_twice(source)
     where = _device(device)
     stored = source.dtype
     method = method_of(recipe, stored)

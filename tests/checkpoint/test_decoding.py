@@ -17,7 +17,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from llmq.checkpoint import Source
-from llmq.checkpoint.decoding import Decoded, as_floats
+from llmq.checkpoint.decoding import Decoded, as_floats, rounded_twice
 from llmq.checkpoint.packed import PackedCheckpoint
 from llmq.guard.reading import Entry
 from llmq.model.pretrained import blank_model, model_config
@@ -77,7 +77,7 @@ def test_every_weight_is_what_the_peers_decoder_makes_of_it(kind, narrow):
         assert (dtype, shape, source.sizes()[name]) == ("BF16", tuple(want.shape), want.nbytes)
         assert torch.equal(source.get(name).view(torch.int16), want.view(torch.int16)), name
     assert sum(source.decoded["weights"].values()) == 14 and source.quantization is None
-    assert "14 weights as" in source.warnings[0] and "bfloat16" in source.warnings[0]
+    assert "14 weights as" in source.warnings[0] and "bfloat16" in source.warnings[0] and not rounded_twice(source)
 
 
 def _locals(stored: Tensors, module: str) -> Tensors:
@@ -100,7 +100,7 @@ def test_integers_are_what_a_packed_checkpoint_holds(name):
     for tensor, W in want.items():
         assert floats.headers()[tensor][1] == tuple(W.shape)
         assert torch.equal(floats.get(tensor), W), tensor
-    assert "second error" in floats.warnings[0]
+    assert "weights as integers of" in floats.warnings[0] and "second error" in rounded_twice(floats)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmq.checkpoint import Source, source
-from llmq.checkpoint.packed import PackedCheckpoint, _natural
+from llmq.checkpoint.packed import PackedCheckpoint, natural
 from llmq.grids.int import Int
 from llmq.guard.reading import Entry, tensor_entries
 from llmq.model.pretrained import blank_model, model_config
@@ -50,7 +50,7 @@ def test_what_it_yields_is_the_model_that_the_peers_reader_runs(name: str) -> No
     for tensor, weight in opened(GOLDEN / name):
         assert isinstance(weight, QTensor) == tensor.endswith("_proj.weight")
         state[tensor] = weight.dequantize() if isinstance(weight, QTensor) else weight.float()
-    assert list(state) == sorted(state, key=_natural)
+    assert list(state) == sorted(state, key=natural)
     model.load_state_dict(state, strict=True)
     want = GOLDEN / name / "logits.safetensors"
     if not want.exists():
@@ -113,8 +113,8 @@ def test_a_checkpoint_of_the_bare_decoder_has_the_names_of_the_model(tmp_path: P
 
 def test_blocks_are_in_their_order_whatever_their_names() -> None:
     names = [f"model.layers.{n}.x" for n in ("2", "10", "9" * 5000)]
-    assert sorted(reversed(names), key=_natural) == names
-    assert len(sorted(["model.layers.\u00b2.x", "", "."], key=_natural)) == 3
+    assert sorted(reversed(names), key=natural) == names
+    assert len(sorted(["model.layers.\u00b2.x", "", "."], key=natural)) == 3
 
 
 # What is refused
