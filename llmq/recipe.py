@@ -26,6 +26,7 @@ from llmq.overrides import parse
 from llmq.types import LlmqError
 
 DEFAULT_RANGE = "minmax"
+UNCLIPPED = rf"\.(q|k)_proj$:range={DEFAULT_RANGE}"  # AWQ's paper clips neither; other models have both in one linear
 _STEPS = 50
 
 
@@ -215,8 +216,8 @@ class Recipe:
         steps = [registry.load("algorithms", s, code=True) for s in self.steps]
         preferred = next((s.preferred_range for s in steps if getattr(s, "preferred_range", None)), None)
         override = self.override
-        if preferred and self._lacks_range():  # AWQ's paper clips neither q nor k
-            override = (rf"\.(q|k)_proj$:range={DEFAULT_RANGE}", *override)
+        if preferred and self._lacks_range():
+            override = (UNCLIPPED, *override)
         recipe = self._ranged(preferred or DEFAULT_RANGE)
         if not self.weights:
             recipe = dataclasses.replace(recipe, group_size=self.group_size or ("channel" if self.act_bits else 128))

@@ -87,7 +87,6 @@ class SiteView:
     stats: the accumulators of the site's activation.
     calls: recorded `(args, kwargs)` of the parent module, where the transform asked for them.
     schemes: what each linear of the site becomes, None where it stays float.
-    head_dim: channels of one attention head.
     """
 
     site: Site
@@ -95,7 +94,6 @@ class SiteView:
     stats: Stats
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
     schemes: Sequence[Scheme | None]
-    head_dim: int
 
     @property
     def grids(self) -> list[Grid | None]:

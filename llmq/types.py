@@ -255,20 +255,33 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
+class Producer:
+    """The norm or linear whose output a site reads channel by channel, and nothing else reads: it can take the scales.
+
+    module: its name relative to the block.
+    rows: which of its output channels feeds each input channel of the site, `[K]`; None where each feeds its own.
+    gain: how a norm stores what it multiplies by, "w" or "1 + w"; "" of a linear.
+    per_head: attention alone lies between. It mixes tokens, not channels: any change of basis within a head passes.
+    """
+
+    module: str
+    rows: tuple[int, ...] | None = None
+    gain: str = ""
+    per_head: bool = False
+
+
+@dataclass(frozen=True)
 class Site:
     """The linears of a block that read one activation, in call order.
 
     linears: module names relative to the block.
-    producer: the module whose output they read and that can absorb a per-channel scale (a norm or a linear), or None.
+    producer: what their input comes from, where it can absorb a scale for each channel; None where nothing can.
     parent: the smallest module whose output shows the effect of quantizing them (AWQ's loss); "" is the block.
-    per_head: attention alone lies between the producer's channels and the linears. It mixes tokens, not channels: any
-        change of basis within a head passes through it.
     """
 
     linears: tuple[str, ...]
-    producer: str | None = None
+    producer: Producer | None = None
     parent: str = ""
-    per_head: bool = False
 
 
 @dataclass(frozen=True)

@@ -131,10 +131,11 @@ def test_a_family(added, tmp_path, prose, tokenizer_bos):
     tokenizer_bos.save_pretrained(tmp_path / "m")
     (tmp_path / "calib.txt").write_text(prose(2000))
     options = {"method": "awq,rtn", "samples": 4, "seq_len": 32, "calib": str(tmp_path / "calib.txt")}
-    with pytest.raises(llmq.LlmqError, match="model_type 'granite' has no table of producers, which awq needs"):
-        run(tmp_path / "m", tmp_path / "out", **options)
+    lines = run(tmp_path / "m", tmp_path / "found", **options)
     added("llmq/families/granite.py")
-    assert any("awq" in line for line in run(tmp_path / "m", tmp_path / "out", **options).values())
+    others = run(tmp_path / "m", tmp_path / "overridden", **options)
+    scaled = [{n.rpartition(".")[2] for n, line in made.items() if "awq" in line} for made in (lines, others)]
+    assert "o_proj" in scaled[0] and scaled[1] == scaled[0] - {"o_proj"}
 
 
 def test_a_back_end(added, tiny_checkpoint, tmp_path, monkeypatch):

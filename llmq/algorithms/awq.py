@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from llmq.algorithms._shares import shared, shares
+from llmq.algorithms._shares import shared
 from llmq.stats import AbsMean, Hessian, Stat
 from llmq.steps import Scaling, SiteView, Transform
 from llmq.types import Grid, QTensor, Site
@@ -44,11 +44,10 @@ class Awq(Transform):
 
     def search(self, view: SiteView) -> Scaling | None:
         """Return the best scales, or None where no exponent beats r = 0."""
-        share = shares(view)
-        if share is None or all(g is None for g in view.grids):
+        producer = view.site.producer
+        if producer is None or all(g is None for g in view.grids):
             return None
-        head_dim = view.head_dim
-        mean_K = shared(view.stats[AbsMean].mean(), share, head_dim).clamp(min=1e-4)
+        mean_K = shared(view.stats[AbsMean].mean(), producer).clamp(min=1e-4)
         loss = self._lone_loss(view) if Hessian in view.stats else self._parent_loss(view)
         best_scale, best_ratio, best, first = None, 0.0, float("inf"), float("inf")
         for i in range(self.steps):

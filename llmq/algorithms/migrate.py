@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.algorithms._shares import shared, shares
+from llmq.algorithms._shares import shared
 from llmq.stats import AbsMax, MeanSquare, Sample, Stat
 from llmq.steps import Scaling, SiteView, Transform
 from llmq.types import LlmqError, Site
@@ -50,17 +50,16 @@ class Migrate(Transform):
 
     def search(self, view: SiteView) -> Scaling | None:
         """Return this site's scales."""
-        share = shares(view)
-        if share is None or not any(view.schemes):
+        producer = view.site.producer
+        if producer is None or not any(view.schemes):
             return None
-        head_dim = view.head_dim
         error = _ExpectedError(view, self.feedback)
-        largest_K = shared(view.stats[AbsMax].max, share, head_dim, largest=True).clamp(min=1e-5).log()
+        largest_K = shared(view.stats[AbsMax].max, producer, largest=True).clamp(min=1e-5).log()
         floor_K = largest_K if error.static else torch.full_like(largest_K, -math.inf)
-        start_K = shared(largest_K - error.largest().clamp(min=1e-5).log(), share, head_dim) / 2
+        start_K = shared(largest_K - error.largest().clamp(min=1e-5).log(), producer) / 2
         if error.static:
             start_K = start_K - (start_K - floor_K).amin()
-        log_K, ratio = self._descend(error, start_K, floor_K, lambda g_K: shared(g_K, share, head_dim))
+        log_K, ratio = self._descend(error, start_K, floor_K, lambda g_K: shared(g_K, producer))
         scale_K = (log_K - log_K.mean()).exp()  # fp16's scales of the producer's rows have a floor
         return Scaling(scale_K, {"migrate": {"expected_error_over_start": ratio}})
 

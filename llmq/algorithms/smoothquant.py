@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmq.algorithms._shares import shared, shares
+from llmq.algorithms._shares import shared
 from llmq.stats import AbsMax, Stat
 from llmq.steps import Scaling, SiteView, Transform
 from llmq.types import Site
@@ -34,18 +34,17 @@ class SmoothQuant(Transform):
 
     def needs(self, site: Site) -> tuple[type[Stat], ...]:
         """Return the largest magnitudes, where the site has a producer to fold into."""
-        norm = site.producer is not None and "norm" in site.producer
-        return (AbsMax,) if norm or (self.linears and site.producer) else ()
+        wanted = site.producer is not None and (self.linears or site.producer.gain != "")
+        return (AbsMax,) if wanted else ()
 
     def search(self, view: SiteView) -> Scaling | None:
         """Return this site's migration scales."""
-        share = shares(view)
-        if share is None or all(g is None for g in view.grids):
+        producer = view.site.producer
+        if producer is None or all(g is None for g in view.grids):
             return None
-        head_dim = view.head_dim
-        x_max = shared(view.stats[AbsMax].max, share, head_dim, largest=True).clamp(min=1e-5)
+        x_max = shared(view.stats[AbsMax].max, producer, largest=True).clamp(min=1e-5)
         w_max = torch.stack([view.modules[n].weight.abs().amax(0) for n in view.site.linears]).amax(0)
-        w_max = shared(w_max, share, head_dim, largest=True).clamp(min=1e-5)
+        w_max = shared(w_max, producer, largest=True).clamp(min=1e-5)
         scale_K = (x_max**self.alpha / w_max ** (1 - self.alpha)).clamp(min=1e-5)
         line = {"alpha": self.alpha, "scale_min": scale_K.min().item(), "scale_max": scale_K.max().item()}
         return Scaling(scale_K, {"smoothquant": line})

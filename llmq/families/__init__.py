@@ -1,1 +1,1 @@
-"""Families: which linears of a block read one activation, one file per model_type."""
+"""Families: what is to be changed of the sites that were found in a block, one file per model_type that needs it."""

@@ -2,14 +2,15 @@
 
     x -> x / s  in the producer,   W[:, j] -> W[:, j] * s_j  in its readers:   W x stays what it was
 
-A norm absorbs 1 / s in its gain, a linear in its rows and bias. Where the producer is the value projection of
-grouped-query attention, each of its rows feeds one channel of several heads, and these channels share one scale. A
-gain is rounded to the dtype that it is stored in first and the readers take the ratio that results, so that the
-rounding cancels; channels whose gain is or becomes 0 keep scale 1.
+A norm absorbs 1 / s in its gain and bias, a linear in its rows and bias. Where a row of a linear feeds several
+channels, as a value does in grouped-query attention, these share one scale. A gain, stored as w or as what 1 lacks to
+it, is rounded to the dtype that it is stored in first and the readers take the ratio that results, so that the rounding
+cancels; channels whose gain is or becomes 0 keep scale 1.
 
 `fold` makes a fold in a block while it is quantized, and again wherever the float weights as they stood before rounding
 are wanted: a `Fold` is written to `quantization.json`, and `floats_of` repeats it on the checkpoint.
-Not here: what chooses the scales (algorithms/), the other transform of a checkpoint's weights (rotated.py).
+Not here: what can take a scale (producers.py), what chooses the scales (algorithms/), the other transform of a
+checkpoint's weights (rotated.py).
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from llmq import registry
 from llmq.checkpoint import Source
 from llmq.errors import LlmqError, one_line, printable
 from llmq.guard.reading import field
+from llmq.model.probe import OFFSETS
 from llmq.model.rotated import Rotated
 from llmq.model.skeleton import Skeleton
 from llmq.steps import Rotation
+from llmq.types import Producer
 
 Stored = Callable[[str], torch.dtype]
 """Gives the dtype that a tensor of the checkpoint is stored in, by its name."""
@@ -38,67 +41,108 @@ Stored = Callable[[str], torch.dtype]
 class Fold:
     """One fold, by the full names of its modules.
 
-    step: the transform that chose it, as a recipe writes it. block: its number. head_dim: channels of one head.
+    step: the transform that chose it, as a recipe writes it. block: its number.
     scale: float32 `[K]`, by which the linears' columns are multiplied.
     """
 
     step: str
     block: int
     linears: tuple[str, ...]
-    producer: str
-    head_dim: int
+    producer: Producer
     scale: Tensor
 
     def names(self) -> list[str]:
         """Return the tensors that it may change."""
-        return [f"{self.producer}.weight", f"{self.producer}.bias", *(f"{n}.weight" for n in self.linears)]
+        module = self.producer.module
+        return [f"{module}.weight", f"{module}.bias", *(f"{n}.weight" for n in self.linears)]
 
     def fits(self, shapes: Mapping[str, Sequence[int]]) -> bool:
         """Return whether it can be made in tensors of these shapes."""
-        K = len(self.scale)
-        N, *rest = shapes.get(f"{self.producer}.weight") or [0]
-        shared = N == K or (len(rest) == 1 and N > 0 and K % N == 0 and self.head_dim > 0 and N % self.head_dim == 0)
+        K, rows = len(self.scale), self.producer.rows
+        N, *rest = shapes.get(f"{self.producer.module}.weight") or [0]
+        fed = N == K if rows is None else len(rows) == K and all(0 <= row < N for row in rows)
         readers = [list(shapes.get(f"{n}.weight", [])) for n in self.linears]
-        return len(rest) < 2 and shared and all(len(shape) == 2 and shape[1] == K for shape in readers)
+        return len(rest) < 2 and fed and all(len(shape) == 2 and shape[1] == K for shape in readers)
 
     def to_json(self) -> dict[str, Any]:
-        """Return its entry in `quantization.json`: the scales are little-endian float32 in base64."""
+        """Return its entry in `quantization.json`: rows as runs, the scales as little-endian float32 in base64."""
         text = base64.b64encode(self.scale.detach().cpu().numpy().astype("<f4").tobytes()).decode()
-        facts = {"step": self.step, "block": self.block, "linears": list(self.linears), "producer": self.producer}
-        return facts | {"head_dim": self.head_dim, "scale": text}
+        by = self.producer
+        facts = {"step": self.step, "block": self.block, "linears": list(self.linears), "producer": by.module}
+        rows = {} if by.rows is None else {"rows": _runs(by.rows)}
+        return facts | rows | ({"gain": by.gain} if by.gain == "1 + w" else {}) | {"scale": text}
 
     @classmethod
-    def from_json(cls, entry: Mapping[str, Any], where: str) -> Fold:
-        """Return the fold of an entry. Raises LlmqError, naming `where`, for one that is not as `to_json` writes it."""
+    def from_json(cls, entry: Mapping[str, Any], where: str, shapes: Mapping[str, Sequence[int]]) -> Fold:
+        """Return the fold of an entry, in a checkpoint of these shapes.
+
+        Raises LlmqError, naming `where`, for one that is not as `to_json` writes it.
+        """
         step, producer, text = (field(entry, key, str, where) for key in ("step", "producer", "scale"))
-        block, head_dim = (field(entry, key, int, where) for key in ("block", "head_dim"))
         linears = tuple(str(n) for n in field(entry, "linears", list, where))
         try:
             scale = torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.float32)
         except ValueError as e:
             raise LlmqError(f"{where}: the scales of {printable(producer, 80)} do not read ({one_line(e)})") from e
-        return cls(step, block, linears, producer, head_dim, scale)
+        gain = field(entry, "gain", str, where, "w")
+        if gain not in OFFSETS:
+            raise LlmqError(f"{where}: {printable(gain, 80)} is no way to store a gain")
+        N = (shapes.get(f"{producer}.weight") or [0])[0]
+        rows = _rows(entry, where, N, len(scale))
+        return cls(step, field(entry, "block", int, where), linears, Producer(producer, rows, gain), scale)
+
+
+def _runs(rows: Sequence[int]) -> list[list[int]]:
+    """Return rows as runs of neighbours, `[first, how many]` each: [4, 5, 4, 5] -> [[4, 2], [4, 2]]."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and row == sum(runs[-1]):
+            runs[-1][1] += 1
+        else:
+            runs.append([row, 1])
+    return runs
+
+
+def _rows(entry: Mapping[str, Any], where: str, N: int, K: int) -> tuple[int, ...] | None:
+    """Return the rows of an entry; in older records `head_dim` says what heads of N rows feed K channels."""
+    if "rows" in entry:
+        runs = field(entry, "rows", list, where)
+        pairs = all(isinstance(r, list) and len(r) == 2 and all(type(n) is int and n >= 0 for n in r) for r in runs)
+        if not pairs or sum(n for _, n in runs) != K:
+            raise LlmqError(f"{where}: rows are no runs of {K} channels")
+        return tuple(row for first, n in runs for row in range(first, first + n))
+    d = field(entry, "head_dim", int, where, 0)
+    if N in (0, K) or d < 1 or K % N or N % d:
+        return None
+    return tuple(torch.arange(N).reshape(-1, 1, d).expand(-1, K // N, -1).flatten().tolist())
 
 
 def fold(weights: Mapping[str, Tensor], by: Fold, stored: Stored) -> None:
     """Make a fold in float32 tensors, by their full names, in place."""
-    name = f"{by.producer}.weight"
-    producer, bias = weights[name], weights.get(f"{by.producer}.bias")
+    name = f"{by.producer.module}.weight"
+    producer, bias, rows = weights[name], weights.get(f"{by.producer.module}.bias"), by.producer.rows
     scale_K = by.scale.to(producer.device)
+    rows_K = torch.arange(len(producer)) if rows is None else torch.tensor(rows)
+    rows_K = rows_K.to(producer.device)
+    factor_N = torch.ones(len(producer), device=producer.device).index_put((rows_K,), scale_K)
     if producer.dim() == 2:
-        N, K = len(producer), len(scale_K)
-        rows_N = scale_K if N == K else scale_K.reshape(-1, K // N, by.head_dim)[:, 0].reshape(-1)
-        producer.div_(rows_N[:, None])
+        producer.div_(factor_N[:, None])
     else:
-        gain = (producer / scale_K).to(stored(name)).to(producer.dtype)
-        keep = (gain == 0) | ~torch.isfinite(gain)
-        gain = torch.where(keep, producer, gain)
-        rows_N = scale_K = torch.where(keep, torch.ones_like(scale_K), producer / gain)
-        producer.copy_(gain)
+        factor_N = _fold_gain(producer, factor_N, OFFSETS[by.producer.gain], stored(name))
     if bias is not None:
-        bias.div_(rows_N)
+        bias.div_(factor_N)
     for linear in by.linears:
-        weights[f"{linear}.weight"].mul_(scale_K)
+        weights[f"{linear}.weight"].mul_(factor_N[rows_K])
+
+
+def _fold_gain(w_N: Tensor, factor_N: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
+    """Divide the gain `offset + w` of a norm, rounded as it is stored; return what it was divided by in truth."""
+    new_N = ((w_N + offset) / factor_N - offset).to(dtype).to(w_N.dtype)
+    gain_N = new_N + offset
+    keep = (gain_N == 0) | ~torch.isfinite(gain_N)
+    factor_N = torch.where(keep, torch.ones_like(factor_N), (w_N + offset) / gain_N)
+    w_N.copy_(torch.where(keep, w_N, new_N))
+    return factor_N
 
 
 def floats_of(source: Source, record: Mapping[str, Any], quantized: Container[str], where: str) -> Folded:
@@ -113,7 +157,7 @@ def floats_of(source: Source, record: Mapping[str, Any], quantized: Container[st
         if not isinstance(entry, dict):
             raise LlmqError(f"{here} is no object")
         if "scale" in entry:
-            folds.append(Fold.from_json(entry, here))
+            folds.append(Fold.from_json(entry, here, shapes))
             if not folds[-1].fits(shapes):
                 raise LlmqError(f"{here} names other modules, or scales of another number, than {source.path} has")
         else:

@@ -1,6 +1,6 @@
-"""Which linears of a block read the same activation: the table of its family, or what one forward discovers.
+"""Which linears of a block read the same activation, discovered by one forward; a family may override it (families/).
 
-Not here: the tables (families/), suspending batches at the sites (lanes.py).
+Not here: what the activation comes from (producers.py), suspending batches at the sites (lanes.py).
 """
 
 import re
@@ -53,20 +53,10 @@ def refuse_other_matrices(block: nn.Module, where: str) -> None:
         )
 
 
-def no_table(model_type: str, step: str) -> str:
-    """Return what to say of a step that needs a family's table where the model_type has none."""
-    names = ", ".join(registry.names("families"))
-    return (
-        f"model_type {model_type!r} has no table of producers, which {step} needs (there are: {names}); leave it "
-        "out, as --quality balanced does"
-    )
-
-
-def family_sites(model_type: str, block: nn.Module) -> tuple[Site, ...] | None:
-    """Return the sites of a known model_type whose table covers every linear of the block, else None."""
+def overridden(model_type: str, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+    """Return what the override of a model_type makes of sites that were found; without one, these."""
     name = re.sub(r"\W", "_", model_type)
     if name not in registry.names("families"):
-        return None
-    sites = registry.load("families", name).sites
-    table = {n for s in sites for n in s.linears}
-    return sites if table == {n for n, m in block.named_modules() if isinstance(m, nn.Linear)} else None
+        return sites
+    changed: tuple[Site, ...] = registry.load("families", name).sites(sites)
+    return changed

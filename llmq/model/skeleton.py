@@ -153,6 +153,7 @@ class _Recorder(nn.Module):
         super().__init__()
         self._block = [block]  # in a list: not a submodule
         self.last = last
+        self.entered = torch.empty(0)
         self.call: Call = ((), {})
 
     def __getattr__(self, name: str) -> Any:
@@ -162,9 +163,9 @@ class _Recorder(nn.Module):
             return getattr(self._block[0], name)  # transformers reads attributes such as attention_type
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.call = (args, kwargs)
+        self.entered, self.call = hidden, (args, kwargs)
         if self.last:
-            raise _Reached(hidden)
+            raise _Reached
         return hidden
 
 
@@ -187,8 +188,8 @@ def embed(
             setattr(owner, leaf, nn.ModuleList(recorders))
             try:
                 model(input_ids=ids.to(device), use_cache=False)
-            except _Reached as e:
-                hidden.append(e.args[0])
+            except _Reached:
+                hidden.append(recorders[0].entered)  # some models take apart what a block returns
             finally:
                 setattr(owner, leaf, blocks)
             calls.setdefault(len(ids), [r.call for r in recorders])
@@ -199,7 +200,7 @@ def embed(
 def outside_loaded(skeleton: Skeleton, device: torch.device, *, head: bool = False) -> Iterator[None]:
     """Load everything that is no block: with the head, or all but it.
 
-    Embeddings stay in their stored dtype, their outputs are cast; the head computes in the skeleton's.
+    Embeddings stay in their stored dtype, their outputs are cast; all else computes in the skeleton's.
     """
     output = skeleton.model.get_output_embeddings()
     modules = [
@@ -214,7 +215,8 @@ def outside_loaded(skeleton: Skeleton, device: torch.device, *, head: bool = Fal
             if module is output:
                 tensor = skeleton.source.get(full if full in skeleton.source else tied).to(device, skeleton.dtype)
             else:
-                tensor = skeleton.source.get(full).to(device)
+                dtype = None if isinstance(module, nn.Embedding) else skeleton.dtype
+                tensor = skeleton.source.get(full).to(device, dtype)
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
         for leaf, buffer in module.named_buffers(recurse=False):
             setattr(module, leaf, buffer.to(device))

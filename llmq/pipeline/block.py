@@ -27,13 +27,13 @@ from llmq.calibration.kv_scales import KvMaxima
 from llmq.calibration.state import Calibration
 from llmq.model.folding import Fold, fold
 from llmq.model.lanes import Batches, Call, Lanes, run
-from llmq.model.sites import discover, family_sites
+from llmq.model.sites import discover, overridden
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Line, Record
 from llmq.pipeline.site import Answer, Target, solve
 from llmq.stats import Hessian, Histogram, MeanSquare, Stat, Stats
 from llmq.steps import BlockView, Scaling, SiteView, Solved, Transform, Tuner
-from llmq.types import AffineGrid, Params, Site
+from llmq.types import AffineGrid, Params, Producer, Site
 
 
 @dataclass
@@ -219,32 +219,33 @@ def _roots(block: _Block, site: Site) -> Iterator[Tensor]:
 
 
 def block_sites(plan: Plan, i: int, block: nn.Module, state: Calibration) -> tuple[Site, ...]:
-    """Return the sites of block `i`: its family's table, or what one forward discovers; the head is a site itself."""
+    """Return the sites of block `i`: as planned, or what one forward discovers; the head is a site itself."""
     if i == len(plan.skeleton):
         return (Site(("head",)),)
-    known = family_sites(plan.skeleton.config.model_type, block)
-    if known:
-        return known
+    if plan.sites:
+        return plan.sites[i]
     if state.hidden:
-        return discover(block, state.hidden[0][:1], state.calls[0][i])
+        found = discover(block, state.hidden[0], state.calls[0][i])
+        return overridden(plan.skeleton.config.model_type, found)
     return tuple(Site((n,)) for n, m in block.named_modules() if isinstance(m, nn.Linear))
 
 
 def _transform(block: _Block, step: Transform) -> None:
     """Collect at every site of the float block, search all sites, then fold all; note what was done."""
-    plan, head_dim, record = block.plan, block.plan.skeleton.head_dim, block.report.record
+    plan, record = block.plan, block.report.record
     modules = dict(block.module.named_modules())
     stats, calls = _observe(block, step)
-    found: list[tuple[Site, Scaling]] = []
+    found: list[tuple[Site, Producer, Scaling]] = []
     for site, seen in zip(block.sites, stats, strict=True):
         schemes = [s.scheme if (s := plan.linears.get(block.full(n))) else None for n in site.linears]
-        view = SiteView(site, modules, seen, calls.get(site.parent, []), schemes, head_dim)
+        view = SiteView(site, modules, seen, calls.get(site.parent, []), schemes)
         scaling = step.search(view) if seen else None
-        found += [(site, scaling)] if scaling else []
+        found += [(site, site.producer, scaling)] if scaling and site.producer else []
     weights = {block.full(n): p.data for n, p in block.module.named_parameters()}
-    for site, (scale_K, report) in found:
+    for site, producer, (scale_K, report) in found:
         linears = tuple(block.full(n) for n in site.linears)
-        by = Fold(registry.dump(step), block.number, linears, block.full(site.producer or ""), head_dim, scale_K)
+        named = dataclasses.replace(producer, module=block.full(producer.module))
+        by = Fold(registry.dump(step), block.number, linears, named, scale_K)
         fold(weights, by, plan.source.dtype_of)
         record.folds.append(by)
         for name in linears:

@@ -14,7 +14,7 @@ from llmq import registry
 from llmq.grids.int import Int
 from llmq.guard.patterns import Pattern
 from llmq.overrides import Override, parse
-from llmq.recipe import Recipe
+from llmq.recipe import UNCLIPPED, Recipe
 from llmq.stats import Stat
 from llmq.steps import (
     RUNNING_ORDER,
@@ -73,7 +73,8 @@ class Method:
 
         Raises LlmqError for an override or a skip that matches none.
         """
-        asked = [*((p.pattern, p) for p in self.skip), *((o.text, o.pattern) for o in self.overrides)]
+        overrides = [(o.text, o.pattern) for o in self.overrides if o.text != UNCLIPPED]
+        asked = [*((p.pattern, p) for p in self.skip), *overrides]
         for text, pattern in asked:
             if not any(pattern.search(n) for n in linears):
                 raise LlmqError(f"{text!r} matches no linear; names look like {linears[0]}")

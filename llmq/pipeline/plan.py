@@ -11,7 +11,8 @@ line, not when its block comes. Not here: running it (run.py), what a format mak
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import prod
@@ -29,12 +30,12 @@ from llmq.errors import one_line
 from llmq.granularity import PerTensor
 from llmq.model.adapter import Adapted, Adapter
 from llmq.model.pretrained import tokenizer_of
-from llmq.model.rotated import Rotated
-from llmq.model.sites import family_sites, no_table
+from llmq.model.producers import of_blocks
+from llmq.model.rotated import Rotated, prove
 from llmq.model.skeleton import Skeleton
 from llmq.pipeline.method import Method, method_of
 from llmq.recipe import Recipe
-from llmq.types import AffineGrid, Assignment, FloatModel, Format, LinearSpec, LlmqError, Scheme
+from llmq.types import AffineGrid, Assignment, FloatModel, Format, LinearSpec, LlmqError, Scheme, Site
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Plan:
     """A prepared run: what was read, what is planned, what a user should know before it starts.
 
     skeleton, model: the float model, as the run and as a format sees it. assigned: what becomes of every matrix.
+    sites: of every block, with their producers, where transforms want these; else empty.
     """
 
     skeleton: Skeleton
@@ -50,6 +52,7 @@ class Plan:
     assigned: Assignment
     device: torch.device
     warnings: list[str] = field(default_factory=list)
+    sites: Sequence[tuple[Site, ...]] = ()
 
     @property
     def source(self) -> Source:
@@ -175,7 +178,7 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     for tuner in (*method.tuners, *method.finishers):
         _check_tuner(registry.dump(tuner), method.recipe, specs)
     warnings = [*source.warnings, *method.format.check(plan.possible(), plan.skipped), *plan.assigned.warnings]
-    return _checked(dataclasses.replace(plan, warnings=warnings), source).told(recipe)
+    return _tried(_checked(dataclasses.replace(plan, warnings=warnings), source)).told(recipe)
 
 
 def _check_tuner(step: str, recipe: Recipe, specs: list[LinearSpec]) -> None:
@@ -206,14 +209,33 @@ def _model(skeleton: Skeleton) -> FloatModel:
 
 def _check_steps(method: Method, skeleton: Skeleton) -> None:
     """Refuse steps that the model does not admit."""
-    kind = skeleton.config.model_type
-    if method.transforms and not all(family_sites(kind, block) for block in skeleton.blocks):
-        raise LlmqError(no_table(kind, registry.dump(method.transforms[0])))
     if method.recipe.kv_bits:
         for i, block in enumerate(skeleton.blocks):
             owner_of_cache(block, f"{skeleton.prefix}.{i}")
     if method.finishers and method.recipe.act_bits:
         raise LlmqError(f"{registry.dump(method.finishers[0])} tunes models with float activations only; leave it out")
+
+
+def _tried(plan: Plan) -> Plan:
+    """Run blocks on a few tokens: prove what is rotated, find what transforms can fold into, warn of what they cannot.
+
+    Raises LlmqError for a rotation that changes the function, and for a transform that finds nothing.
+    """
+    if isinstance(plan.source, Rotated):
+        prove(plan.skeleton, plan.source, plan.device)
+    steps = plan.method.transforms
+    if not steps:
+        return plan
+    found = of_blocks(plan.skeleton, plan.device)
+    alone = [(s.linears, f.reasons[s.linears[0]]) for f in found for s in f.sites if s.producer is None]
+    left = Counter(f"{', '.join(linears)} ({why})" for linears, why in alone)
+    for step in steps:
+        if not any(step.needs(site) for f in found for site in f.sites):
+            tried = f", not into what comes before {'; '.join(left)}" if left else ""
+            raise LlmqError(f"{registry.dump(step)} finds nothing to fold scales into{tried}; leave it out")
+    names = ", ".join(registry.dump(step) for step in steps)
+    warnings = [f"{names}: left alone in {n} of {len(found)} blocks: {what}" for what, n in left.items()]
+    return dataclasses.replace(plan, sites=[f.sites for f in found], warnings=[*plan.warnings, *warnings])
 
 
 def _checked(plan: Plan, source: Source) -> Plan:

@@ -12,7 +12,7 @@ from llmq.algorithms.rotate import Rotate, orthogonal
 from llmq.checkpoint import Source
 from llmq.gguf.reader import GgufFile
 from llmq.loading import load
-from llmq.model.rotated import Rotated
+from llmq.model.rotated import Rotated, prove
 from llmq.model.skeleton import Skeleton
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
@@ -72,6 +72,50 @@ def test_the_function_is_unchanged(config, options, tied, tmp_path):
         full = f"model.layers.1.self_attn.{name}.weight"
         changed = (name != "q_proj" and step.heads) or step.residual
         assert torch.allclose(source.get(full), before[full], atol=1e-6) == (not changed)
+
+
+def family(kind, folder):
+    """Write a small model of a family, its norms and biases random, and return it."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"pad_token_id": 0, "max_position_embeddings": 64, "tie_word_embeddings": True}
+    if kind == "falcon":
+        del sizes["head_dim"]  # which it computes
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    for name, p in model.named_parameters():
+        p.data += 0.3 * torch.rand_like(p) if "norm" in name or "bias" in name else 0.0
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(kind, {}) for kind in ("phi3", "gemma3_text", "glm4", "cohere", "olmo2", "gpt_neox", "falcon", "opt")]
+    + [(kind, {"residual": True, "untie": True}) for kind in ("granite", "gemma", "phi3", "smollm3")],
+)
+def test_every_family_is_rotated_where_it_is_sound(kind, options, tmp_path):
+    model = family(kind, tmp_path)
+    skeleton = Skeleton(Source(tmp_path), torch.float32)
+    turned, source = rotated(tmp_path, Rotate(**options))
+    prove(Skeleton(source, torch.float32), source, torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(turned(IDS).logits, model(IDS).logits, atol=2e-4, rtol=1e-4)
+    changed = [
+        n
+        for n, _ in skeleton.linears()
+        if not torch.equal(source.get(f"{n}.weight"), skeleton.source.get(f"{n}.weight"))
+    ]
+    assert len(changed) >= 4 if not options else len(changed) == len([*skeleton.linears()])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("gemma3_text", "block 0 of model_type 'gemma3_text' changes by"), ("olmo2", "block 0 of"), ("glm4", "block 0 of"),
+     ("cohere", "block 0 of model_type 'cohere'"), ("opt", "the final norm of model_type 'opt' is not known")],
+)  # fmt: skip
+def test_a_residual_stream_that_cannot_turn_is_refused(kind, message, tmp_path):
+    family(kind, tmp_path)
+    with pytest.raises(LlmqError, match=rf"^rotate:residual=True:untie=True: {message}.*; leave residual out$"):
+        prepare(str(tmp_path), Recipe(method="rotate:residual=true:untie=true,rtn", group_size="channel"), "cpu")
 
 
 def test_outliers_are_spread(tiny_llama, tmp_path):

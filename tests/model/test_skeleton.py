@@ -16,10 +16,9 @@ from transformers import (
 )
 
 from llmq.checkpoint import Source
-from llmq.families.llama import Llama
 from llmq.loading import load
 from llmq.model.lanes import Batches, Lanes, run
-from llmq.model.sites import discover, family_sites, refuse_other_matrices
+from llmq.model.sites import discover, refuse_other_matrices
 from llmq.model.skeleton import Skeleton, embed
 from llmq.types import LlmqError, Site
 
@@ -39,7 +38,7 @@ def blocks_outputs(skeleton, tokens, batch):
         for i in range(len(skeleton)):
             at = [c[i] for c in calls]
             with skeleton.loaded(i, CPU) as block:
-                sites = family_sites(skeleton.config.model_type, block) or discover(block, hidden[0][:1], at[0])
+                sites = discover(block, hidden[0], at[0])
                 with Lanes(block, sites, Batches(hidden), at) as lanes:
                     for _ in sites:
                         assert sum(x.shape[0] for x in lanes.advance()) == tokens.numel()
@@ -95,16 +94,17 @@ def entered(tiny_llama):
     return block, seen["x"], seen["call"]
 
 
-def test_discovery_finds_the_llama_table(entered):
+def test_discovery_finds_what_reads_one_activation_in_the_order_it_runs(entered):
     block, hidden, call = entered
     with torch.no_grad():
         found = discover(block, hidden, call)
-    assert [s.linears for s in found] == [s.linears for s in Llama().sites]
+    names = [[n.rpartition(".")[2] for n in s.linears] for s in found]
+    assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
 def test_true_sequential_later_sites_see_the_quantized_weights_of_earlier_ones(entered):
     block, hidden, call = entered
-    with torch.no_grad(), Lanes(block, Llama().sites, Batches([hidden]), [call]) as lanes:
+    with torch.no_grad(), Lanes(block, discover(block, hidden, call), Batches([hidden]), [call]) as lanes:
         list(lanes.advance())
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(block.self_attn, name).weight.zero_()

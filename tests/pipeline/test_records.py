@@ -25,6 +25,7 @@ from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
 from llmq.stats import Hessian
+from llmq.types import Producer
 
 BASE = {"samples": 8, "seq_len": 64, "group_size": 32, "dtype": "float32", "bits": 3}
 W8A8 = {"bits": 8, "act_bits": 8, "group_size": None}
@@ -158,6 +159,35 @@ def test_biases_and_mixed_dtypes_are_written_as_they_run(tmp_path, tokenizer_bos
         assert dtypes["model.layers.0.self_attn.v_proj.bias"] == "BF16"
 
 
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("phi3", "awq,rtn"),
+        ("gemma3_text", "smoothquant,gptq"),
+        ("gpt_neox", "rotate,migrate,rtn"),
+        ("cohere", "awq,rtn"),
+    ],
+)
+def test_other_families_fold_into_what_was_found(kind, method, tmp_path, tokenizer_bos, text, hessians):
+    """Rows of a fused linear, gains stored as 1 + w, heads that are interleaved, one norm before five linears."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 320, "pad_token_id": 0, "sliding_window": 16}
+    config = AutoConfig.for_model(kind, **sizes, bos_token_id=0, eos_token_id=1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 and "bias" not in name else 0.0, 0.2)
+    model.save_pretrained(tmp_path / "float")
+    tokenizer_bos.save_pretrained(tmp_path / "float")
+    record = made(tmp_path / "float", tmp_path / "out", method=method, calib=text, seq_len=32)
+    check(tmp_path / "float", tmp_path / "out", record, hessians)
+    folds = [entry for entry in record["transforms"] if "scale" in entry]
+    assert {"phi3": "rows", "gpt_neox": "rows", "gemma3_text": "gain"}.get(kind, "scale") in {
+        k for f in folds for k in f
+    }
+    assert [f["block"] for f in folds] == sorted(f["block"] for f in folds) and {f["block"] for f in folds} == {0, 1}
+
+
 @pytest.mark.parametrize("step", ["awq", "rotate"])
 def test_hidden_states_see_what_is_written(tiny_checkpoint, tmp_path, text, monkeypatch, step):
     """Skipped linears are rounded to bfloat16 before the blocks behind them are calibrated."""
@@ -219,13 +249,36 @@ def test_a_record_that_was_changed_does_not_hold():
     assert not holds(record | {"a": 2}) and not holds({"a": 1})
 
 
-def test_a_fold_is_written_and_read(tmp_path):
-    by = Fold("awq", 3, ("a", "b"), "c", 16, torch.rand(8))
-    again = Fold.from_json(json.loads(json.dumps(by.to_json())), "here")
+SHAPES = {"c.weight": [64], "d.weight": [32, 8]}
+
+
+@pytest.mark.parametrize(
+    ("producer", "said"),
+    [(Producer("c"), {}), (Producer("c", gain="1 + w"), {"gain": "1 + w"}),
+     (Producer("d", (4, 5, 6, 4, 5, 6, 20, 0)), {"rows": [[4, 3], [4, 3], [20, 1], [0, 1]]})],
+)  # fmt: skip
+def test_a_fold_is_written_and_read(producer, said):
+    by = Fold("awq", 3, ("a", "b"), producer, torch.rand(8))
+    entry = json.loads(json.dumps(by.to_json()))
+    assert entry == {"step": "awq", "block": 3, "linears": ["a", "b"], "producer": producer.module} | said | {
+        "scale": entry["scale"]
+    }
+    again = Fold.from_json(entry, "here", SHAPES)
     assert torch.equal(again.scale, by.scale) and again.to_json() == by.to_json()
-    for change in ({"scale": "%"}, {"scale": "AAA="}, {"linears": 4}, {"head_dim": "16"}, {"producer": None}):
+    for change in (
+        {"scale": "%"}, {"scale": "AAA="}, {"linears": 4}, {"gain": 16}, {"gain": "w2"}, {"producer": None},
+        {"rows": 1}, {"rows": [[0, 10**12]]}, {"rows": [[-1, 8]]}, {"rows": [[0, 4], 4]}, {"rows": [["0", 8]]},
+        {"block": "3"},
+    ):  # fmt: skip
         with pytest.raises(LlmqError, match="here"):
-            Fold.from_json(by.to_json() | change, "here")
+            Fold.from_json(by.to_json() | change, "here", SHAPES)
+
+
+def test_a_fold_of_an_older_record_says_rows_by_heads():
+    entry = Fold("awq", 3, ("a",), Producer("d"), torch.rand(64)).to_json() | {"head_dim": 16}
+    heads = [range(16), range(16), range(16, 32), range(16, 32)]
+    assert Fold.from_json(entry, "here", SHAPES).producer.rows == tuple(row for head in heads for row in head)
+    assert Fold.from_json(entry | {"producer": "c"}, "here", SHAPES).producer.rows is None
 
 
 def test_nothing_that_a_record_names_is_imported(tiny_checkpoint):
@@ -237,15 +290,19 @@ def test_nothing_that_a_record_names_is_imported(tiny_checkpoint):
 @pytest.mark.parametrize(
     "change",
     [{"producer": "model.norms"}, {"linears": ("model.layers.0.mlp.down_proj",)}, {"scale": torch.ones(63)},
-     {"producer": "model.layers.0.self_attn.v_proj", "head_dim": 24}, {"linears": ("model.norm",)}],
+     {"producer": "model.layers.0.self_attn.v_proj"}, {"linears": ("model.norm",)}, {"rows": (*range(63), 64)}],
 )  # fmt: skip
 def test_a_fold_of_another_model_is_refused(tiny_checkpoint, change):
-    base = {"step": "awq", "block": 0, "linears": ("model.layers.0.mlp.up_proj",), "head_dim": 16}
-    base |= {"producer": "model.layers.0.post_attention_layernorm", "scale": torch.ones(64)}
+    base = {"linears": ("model.layers.0.mlp.up_proj",), "scale": torch.ones(64), "rows": None}
+    base |= {"producer": "model.layers.0.post_attention_layernorm"}
+
+    def entry(linears, scale, rows, producer):
+        return Fold("awq", 0, linears, Producer(producer, rows), scale).to_json()
+
     source = Source(tiny_checkpoint())
-    floats_of(source, {"transforms": [Fold(**base).to_json()]}, {}, "here").get("model.layers.0.mlp.up_proj.weight")
+    floats_of(source, {"transforms": [entry(**base)]}, {}, "here").get("model.layers.0.mlp.up_proj.weight")
     with pytest.raises(LlmqError, match=r"here, transforms\[0\] names other modules"):
-        floats_of(source, {"transforms": [Fold(**(base | change)).to_json()]}, {}, "here")
+        floats_of(source, {"transforms": [entry(**(base | change))]}, {}, "here")
     with pytest.raises(LlmqError, match="is no object"):
         floats_of(source, {"transforms": [4]}, {}, "here")
 
