@@ -102,7 +102,7 @@ class Gguf:
             raise LlmqError("the method calibrates its own importance; --imatrix goes with --method rtn")
         arch, mix = architecture(model.config), mixture.mixture(self.mix)
         names = {n: ggml for n in model.shapes if (ggml := arch.tensor(n)) is not None}
-        shapes = {ggml: model.shapes[n] for n, ggml in names.items()}
+        shapes = {ggml: _shape(arch, n, model.shapes[n]) for n, ggml in names.items()}
         about = mixture.Model(arch.blocks, arch.gqa, arch.tied, arch.large, wanted.weighs or self.imatrix is not None)
         by_ggml = mixture.assign(shapes, mix, about, _overrides(wanted))
         words = vocabulary(model.tokenizer(), shapes["token_embd.weight"][0], model.config, self.pre)
@@ -165,6 +165,12 @@ class Gguf:
     def read(cls, config: Mapping[str, Any]) -> tuple[Any, Callable[[str, int, int], Scheme | None]]:
         """Refuse: a transformers checkpoint cannot be GGUF."""
         raise LlmqError("a GGUF model is one file, not a checkpoint folder; run it with llama.cpp, or llmq inspect it")
+
+
+def _shape(arch: Architecture, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of a tensor in the file, of its columns those that stay together."""
+    *N, K = arch.shape(name, shape)
+    return (*N, arch.together(name, K))
 
 
 def _overrides(wanted: Wanted) -> list[tuple[Pattern, str]]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import LlmqError
+from llmq.gguf import delta_net, mixture
 from llmq.gguf.differences import differences, gain, is_norm
 from llmq.gguf.programs import PROGRAMS, Program
 from llmq.gguf.rope import Rotary, rotary
@@ -95,7 +96,7 @@ class Architecture:
         """
         if name.endswith(_DROPPED) or (self.tied and name == "lm_head.weight"):
             return None
-        found = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        found = self._names.get_name(name.replace(".dt_bias", ".dt_proj.bias"), try_suffixes=(".weight", ".bias"))
         if name not in self.parameters:
             raise LlmqError(
                 f"tensor {name} has no place in the model that config.json describes; correct config.json, or leave "
@@ -109,15 +110,35 @@ class Architecture:
         linear, _, leaf = ggml.removeprefix("blk.").partition(".")[2].rpartition(".")
         return leaf != "bias" or linear in self.program.biases
 
-    def stored(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor of the checkpoint, float or packed rows, as the file holds it."""
-        rows = self.rows(name)
+    def stored(self, name: str, tensor: Tensor, kind: str) -> Tensor:
+        """Return a tensor of the checkpoint, floats or packed rows of a ggml type, as the file holds it."""
         if name in self.shifted:
             tensor = 1 + tensor.float()
+        if self.program.delta and tensor.is_floating_point():
+            tensor = delta_net.value(name, tensor)
+        rows, columns = self.rows(name), self.columns(name)
+        if columns is not None:
+            size = mixture.qblock(kind)
+            pieces = tensor.unflatten(1, (len(columns) // size, -1))
+            tensor = pieces[:, columns[::size] // size].flatten(1)
         return tensor if rows is None else tensor[rows]
+
+    def shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape in which a tensor is stored."""
+        return tuple(self.stored(name, torch.empty(tuple(shape), device="meta"), "F32").shape)
+
+    def columns(self, name: str) -> Tensor | None:
+        """Return the order in which the columns of a linear are written (int64 `[K]`), None for as it is."""
+        return delta_net.columns(self.config, name) if self.program.delta else None
+
+    def together(self, name: str, K: int) -> int:
+        """Return how many of the K columns of a linear stay together, which blocks of its type must divide."""
+        return K if self.columns(name) is None else int(self.config.linear_value_head_dim)
 
     def rows(self, name: str) -> Tensor | None:
         """Return the order in which the rows of a checkpoint tensor are written (int64 `[N]`), None for as it is."""
+        if self.program.delta:
+            return delta_net.rows(self.config, name)
         if not self.program.interleaved:
             return None
         leaf = name.rpartition("self_attn.")[2]
@@ -173,6 +194,8 @@ class Architecture:
         for key in self.program.caps:
             if getattr(config, key):
                 getattr(writer, f"add_{key}")(getattr(config, key))
+        if self.program.delta:
+            delta_net.keys(config, writer)
         for key, method in self.program.multipliers.items():
             getattr(writer, f"add_{method}")(getattr(config, key))
 
@@ -226,7 +249,7 @@ def _rotary(config: Any, model: Any, program: Program) -> tuple[Rotary, Rotary |
 
 def _window(config: Any, block: nn.Module) -> int:
     """Return how far back the attention of a block sees, 0 for all the way."""
-    own = getattr(block.self_attn, "sliding_window", None)
+    own = getattr(getattr(block, "self_attn", None), "sliding_window", None)
     return int((config.sliding_window if config.model_type in ("mistral", "phi3") else own) or 0)
 
 

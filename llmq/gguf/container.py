@@ -157,7 +157,7 @@ def _declared(
     for ggml, tensor in header.architecture.extra().items():
         writer.add_tensor_info(ggml, tensor.shape, tensor.numpy().dtype, tensor.nbytes)
     for ggml, part in named:
-        _declare(writer, ggml, part)
+        _declare(writer, ggml, part, header.architecture)
     return writer
 
 
@@ -186,10 +186,12 @@ def _describe(writer: gguf.GGUFWriter, header: Header) -> None:
     header.vocabulary.describe(writer)
 
 
-def _declare(writer: gguf.GGUFWriter, name: str, part: Part) -> None:
+def _declare(writer: gguf.GGUFWriter, name: str, part: Part, arch: Architecture) -> None:
     kind = gguf.GGMLQuantizationType[part.kind]
     shape = list(part.entry.shape)
-    if part.kind not in FLOATS:
+    if part.kind in FLOATS:
+        shape = list(arch.shape(part.entry.name, shape))
+    else:
         shape = list(gguf.quant_shape_from_byte_shape(shape, kind))
     block, size = gguf.GGML_QUANT_SIZES[kind]
     nbytes = torch.Size(shape).numel() // block * size
@@ -200,7 +202,7 @@ def _load(arch: Architecture, part: Part) -> Tensor:
     tensor = part.entry.read()
     if part.kind in FLOATS:
         tensor = as_float(tensor, part.kind, part.entry.name)
-    return arch.stored(part.entry.name, tensor)
+    return arch.stored(part.entry.name, tensor, part.kind)
 
 
 def as_float(tensor: Tensor, kind: str, name: str) -> Tensor:

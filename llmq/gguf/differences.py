@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.gguf import delta_net
 from llmq.gguf.programs import Program
 from llmq.model.config import head_dim
 
@@ -32,6 +33,8 @@ def differences(config: Any, model: Any, program: Program) -> Iterator[str]:
         yield f"{heads} heads of {d} channels for a residual stream of {config.hidden_size}"
     if program.untied and config.tie_word_embeddings:
         yield "a head that is the embedding (tie_word_embeddings)"
+    if program.delta:
+        yield from delta_net.differences(config)
     yield from _numbers(config, program)
     yield from _blocks(config, model, program)
 
@@ -58,6 +61,8 @@ def _blocks(config: Any, model: Any, program: Program) -> Iterator[str]:
             said = getattr(config, "hidden_activation", None) or config.hidden_act
             yield f"config.json asks for the activation {said!r}"
     for i, block in enumerate(model.model.layers):
+        if not hasattr(block, "self_attn"):
+            continue  # linear attention
         scaling = block.self_attn.scaling
         if program.scale and abs(scaling - program.scale(config)) > 1e-6 * abs(scaling):
             yield f"attention is scaled by {scaling}"

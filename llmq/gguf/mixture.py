@@ -32,6 +32,7 @@ _BASE = {  # mixture -> the type of most tensors
 _ALIAS = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # as llama-quantize reads them
 _FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 FLOATS = ("F32", "F16", "BF16")
+_FLOAT = ("ssm_conv1d", "ffn_gate_inp")
 TYPES = tuple(dict.fromkeys(_BASE.values()))
 
 
@@ -69,9 +70,17 @@ def qblock(kind: str) -> int:
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
 
 
+def always_float(name: str) -> bool:
+    """Say whether llama.cpp computes with a tensor in float32 alone, whatever its shape."""
+    return not name.endswith(".weight") or name.endswith("_norm.weight") or any(part in name for part in _FLOAT)
+
+
 def type_of(name: str, shape: Sequence[int], mix: str, model: Model) -> str:
-    """Return the type of one tensor, by ggml's name and its shape as a checkpoint has it (`[N, K]` or `[N]`)."""
-    if len(shape) < 2 or not name.endswith(".weight") or name.endswith("_norm.weight"):
+    """Return the type of one tensor, by ggml's name and its shape (`[N, K]` or `[N]`).
+
+    K: the columns that stay together in the file, fewer than a row has where pieces of it are moved.
+    """
+    if len(shape) < 2 or always_float(name):
         return "F32"
     kind = _BASE[mix]
     if kind in FLOATS:

@@ -11,6 +11,7 @@
     granite           granite        as llama, with four multipliers
     glm4              glm4           neighbours of half a head are turned, gate and up in one linear
     smollm3           smollm3        as llama, every fourth block without rotary embedding
+    qwen3_5_text      qwen35         gated attention beside linear attention (delta_net.py)
 
 A program is compiled in: what it does not read from a key of the file (a period of four, a cap, a scale of attention)
 it assumes, so an entry here says what is assumed, and differences.py holds the model against it.
@@ -63,7 +64,8 @@ class Program:
     period: of blocks with a window, of which the last one sees all the way; 0 where windows are not known.
     local: whether blocks with a window are turned by a base of their own. nope: every so many blocks one is not turned.
     caps: keys of the config for tanh caps that the writer's methods of that name add; capped: whether it always caps.
-    multipliers: the writer's methods by keys of the config, numbers other than 0.
+    multipliers: the writer's methods by keys of the config, numbers other than 0. delta: whether there are blocks of
+    linear attention (delta_net.py).
     """
 
     arch: gguf.MODEL_ARCH
@@ -82,6 +84,7 @@ class Program:
     caps: tuple[str, ...] = ()
     capped: bool = False
     multipliers: Mapping[str, str] = field(default_factory=dict)
+    delta: bool = False
 
     @property
     def name(self) -> str:
@@ -115,5 +118,6 @@ PROGRAMS: Mapping[str, Program] = {
     ),
     "glm4": Program(_ARCH.GLM4, partial=True),
     "smollm3": Program(_ARCH.SMOLLM3, interleaved=True, nope=4),
+    "qwen3_5_text": Program(_ARCH.QWEN35, ("ssm_dt",), partial=True, delta=True),
 }  # fmt: skip
 """By transformers' model_type."""

@@ -25,7 +25,7 @@ class Truth:
     """The checkpoint that another was made from, after what is recorded to have been done to its floats.
 
     skeleton: of the source as it is, for a forward beside. packed: the linears of the other that are packed. shifted:
-    the norms of which it stores 1 + weight, in whose last bit a small weight is lost.
+    those that it stores as another float, such as 1 + weight, in whose last bit a small weight is lost.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ def _square_sum(x: Tensor) -> float:
 
 
 def _close(a: Tensor, b: Tensor, around: float) -> bool:
-    """Return whether two tensors of one dtype are equal but for the last bit of folded values, and of 1 + weight."""
+    """Return whether two tensors of one dtype are equal but for the last bit of folded values, or of `around`."""
     if torch.equal(a, b):
         return True
     eps, tiny = torch.finfo(a.dtype).eps, torch.finfo(a.dtype).tiny

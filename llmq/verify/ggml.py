@@ -21,7 +21,7 @@ from llmq.checkpoint import Source
 from llmq.checkpoint.hub import Origin
 from llmq.errors import LlmqError
 from llmq.gguf import seal
-from llmq.gguf.reader import GgufFile
+from llmq.gguf.reader import GgufFile, Stored
 from llmq.gguf.rope import Rotary
 from llmq.guard.reading import Entry
 from llmq.model.skeleton import Skeleton
@@ -83,10 +83,10 @@ def _record(first: GgufFile, unsealed: bool, report: Report) -> dict[str, Any]:
 class _Keyed(Source):
     """What the skeleton of a model wants to know of a checkpoint: its config, and the shapes of its tensors."""
 
-    def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.path, self.config, self.origin = path, config, Origin(path.name)
         self.adapter, self.warnings, self.unread, self._written = None, [], frozenset(), {}
-        self._entries = {n: Entry(path, n, "F32", tuple(reversed(t.shape)), 0, 0) for n, t in tensors.items()}
+        self._entries = {n: Entry(path, n, "F32", shape, 0, 0) for n, shape in shapes.items()}
 
 
 class Gguf:
@@ -105,7 +105,8 @@ class Gguf:
                 report.expect(ggml not in self._stored, f"tensor {ggml} is in two shards")
                 self._stored[ggml] = tensor
         self.tensors = {self._reading.name(n): t for n, t in self._stored.items() if n != _DIVISORS}
-        self.skeleton = Skeleton(_Keyed(path, self._config(), self.tensors), torch.float32)
+        shapes = {n: self._reading.shape(n, t) for n, t in self.tensors.items()}
+        self.skeleton = Skeleton(_Keyed(path, self._config(), shapes), torch.float32)
         self._set_rotary()
         model = self.skeleton.model
         self._shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
@@ -114,7 +115,7 @@ class Gguf:
         self.skeleton.source = Decoded(self.skeleton.source, self.names(), self.read)
         kinds = {n: t.tensor_type.name for n, t in self.tensors.items()}
         self.packed = {n.removesuffix(".weight") for n, kind in kinds.items() if kind not in FLOATS}
-        self.shifted = {n for n in self.tensors if self._reading.adds_one(n)}
+        self.shifted = {n for n in self.tensors if self._reading.rounds(n)}
         for name in sorted(self.tensors.keys() - self._shapes.keys()):
             report.fail(f"nothing reads tensor {self.tensors[name].name}")
 
@@ -128,10 +129,10 @@ class Gguf:
         if not report.expect(stored is not None, f"the tensor of {name} is missing") or stored is None:
             return None
         ggml = stored.name
-        shape, wanted = tuple(reversed(stored.shape)), self._shapes[name]
+        shape, wanted = self._reading.shape(name, stored), self._shapes[name]
         if not report.expect(shape == wanted, f"tensor {ggml} is {list(shape)}, the keys make it {list(wanted)}"):
             return None
-        values = self._reading.in_order(name, _decode(stored, shape), self._key)
+        values = self._reading.in_order(name, _decode(stored), self._key)
         tensor, kind = torch.from_numpy(values), stored.tensor_type.name
         if not check_float(ggml, tensor, report, "float tensors" if kind in FLOATS else "packed linears"):
             return None
@@ -192,8 +193,9 @@ class Gguf:
                     setattr(module, f"{kind}attention_scaling", found.magnitude())
 
 
-def _decode(stored: Any, shape: tuple[int, ...]) -> Array:
+def _decode(stored: Stored) -> Array:
     """Return a tensor's values, float32, some rows at a time."""
+    shape = tuple(reversed(stored.shape))
     if len(shape) < 2:
         return np.array(gguf.quants.dequantize(stored.data, stored.tensor_type), np.float32).reshape(shape)
     out = np.empty(shape, np.float32)

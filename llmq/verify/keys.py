@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from llmq.errors import LlmqError
-from llmq.gguf.reader import GgufFile
+from llmq.gguf.reader import GgufFile, Stored
+from llmq.verify import delta_net
 from llmq.verify.decode import Array
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)")
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_BLOCK = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -105,19 +106,31 @@ class Reading:
 
     def name(self, ggml: str) -> str:
         """Return transformers' name of a tensor; one that is not known keeps its own, and nothing will read it."""
-        module, _, kind = ggml.rpartition(".")
-        block, known = _BLOCK.fullmatch(module), _IN_BLOCK | {**self.names}
+        block, known = _BLOCK.fullmatch(ggml), _IN_BLOCK | {**self.names}
+        if block and block[2] in known:  # a parameter that is no module's weight or bias
+            return f"model.layers.{block[1]}.{known[block[2]]}"
+        module, _, kind = (block[2] if block else ggml).rpartition(".")
         if block:
-            return f"model.layers.{block[1]}.{known.get(block[2], block[2])}.{kind}"
+            return f"model.layers.{block[1]}.{known.get(module, module)}.{kind}"
         return f"{_OUTSIDE.get(module, module)}.{kind}"
 
-    def adds_one(self, name: str) -> bool:
-        """Say whether a tensor, by transformers' name, is stored as 1 + weight."""
-        return self.shifted and name.endswith("norm.weight")
+    def rounds(self, name: str) -> bool:
+        """Say whether a tensor, by transformers' name, is stored as another float that says it: 1 + w, -exp(w)."""
+        return self._adds_one(name) or name.endswith(".A_log")
+
+    def _adds_one(self, name: str) -> bool:
+        return self.shifted and name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight")
+
+    def shape(self, name: str, stored: Stored) -> tuple[int, ...]:
+        """Return the shape that a stored tensor has in transformers."""
+        shape = tuple(reversed(stored.shape))
+        return (shape[0], 1, *shape[1:]) if name.endswith("conv1d.weight") and shape else shape
 
     def in_order(self, name: str, values: Array, keys: Keys) -> Array:
         """Return a tensor's values as transformers stores them, by its name there."""
-        if self.adds_one(name):
+        if "linear_attn." in name:
+            return delta_net.in_order(name, values, keys)
+        if self._adds_one(name):
             return values - 1
         heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}.get(name.split(".")[-2])
         if not self.interleaved or heads is None:
@@ -143,6 +156,7 @@ READINGS: Mapping[str, Reading] = {
         config=_partial,
     ),
     "smollm3": Reading("smollm3", interleaved=True, config=_smollm3),
+    "qwen35": Reading("qwen3_5_text", delta_net.NAMES, shifted=True, config=delta_net.config),
 }  # fmt: skip
 """By `general.architecture`."""
 
