@@ -20,51 +20,49 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmq.gguf import imatrix
 from llmq.gguf.architecture import architecture
+from llmq.gguf.mixture import always_float
 
 OUT = Path(__file__).parents[1] / "tests" / "golden" / "gguf_mixtures.json"
 MIXTURES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S",
             "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS", "F16")  # fmt: skip
-MODELS = {  # name: family, blocks, heads, key-value heads, hidden, intermediate, tied
-    "llama, 32 blocks, gqa 1": (LlamaConfig, 32, 8, 8, 256, 256, False),
-    "llama, 32 blocks, gqa 4": (LlamaConfig, 32, 8, 2, 256, 512, False),
-    "llama, 80 blocks, gqa 8 (70B)": (LlamaConfig, 80, 8, 1, 256, 256, False),
-    "llama, 30 blocks, tied, rows of 288": (LlamaConfig, 30, 9, 3, 288, 512, True),
-    "llama, 5 blocks, rows of 48": (LlamaConfig, 5, 3, 3, 48, 256, False),
-    "qwen2, 24 blocks, tied, rows of 224": (Qwen2Config, 24, 7, 1, 224, 512, True),
-    "qwen2, 80 blocks, gqa 2 (70B)": (Qwen2Config, 80, 8, 4, 256, 256, False),
-    "qwen3, 28 blocks, tied, gqa 2": (Qwen3Config, 28, 8, 4, 256, 512, True),
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 128,
+          "linear_value_head_dim": 128}  # fmt: skip
+MODELS = {  # name: model_type, blocks, heads, key-value heads, hidden, intermediate, tied, more of the config
+    "llama, 32 blocks, gqa 1": ("llama", 32, 8, 8, 256, 256, False, {}),
+    "llama, 32 blocks, gqa 4": ("llama", 32, 8, 2, 256, 512, False, {}),
+    "llama, 80 blocks, gqa 8 (70B)": ("llama", 80, 8, 1, 256, 256, False, {}),
+    "llama, 30 blocks, tied, rows of 288": ("llama", 30, 9, 3, 288, 512, True, {}),
+    "llama, 5 blocks, rows of 48": ("llama", 5, 3, 3, 48, 256, False, {}),
+    "qwen2, 24 blocks, tied, rows of 224": ("qwen2", 24, 7, 1, 224, 512, True, {}),
+    "qwen2, 80 blocks, gqa 2 (70B)": ("qwen2", 80, 8, 4, 256, 256, False, {}),
+    "qwen3, 28 blocks, tied, gqa 2": ("qwen3", 28, 8, 4, 256, 512, True, {}),
+    "gemma3, 26 blocks, tied": ("gemma3_text", 26, 4, 1, 256, 512, True, {"query_pre_attn_scalar": 64}),
+    "phi3, 32 blocks, q k v in one": ("phi3", 32, 8, 2, 256, 512, False, {}),
+    "qwen3.5, 24 blocks, linear attention": ("qwen3_5_text", 24, 4, 1, 256, 512, True, LINEAR),
 }
 _LINE = re.compile(r"\]\s+(\S+)\s+- \[.*?type =\s+(\w+), size = .*?(?:\((\w+)\))?\s*$")
 
 
 def config_of(name: str):
     """Return the transformers config of a model above."""
-    family, blocks, heads, kv, hidden, inner, tied = MODELS[name]
-    return family(
-        num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=kv, hidden_size=hidden,
-        head_dim=hidden // heads, intermediate_size=inner, vocab_size=64, tie_word_embeddings=tied,
+    kind, blocks, heads, kv, hidden, inner, tied, more = MODELS[name]
+    return AutoConfig.for_model(
+        kind, num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=kv, hidden_size=hidden,
+        head_dim=hidden // heads, intermediate_size=inner, vocab_size=64, tie_word_embeddings=tied, pad_token_id=None,
+        **more,
     )  # fmt: skip
 
 
 def shapes_of(config) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a model by ggml's names, `[N, K]`."""
     arch = architecture(config)
-    H, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    Q, KV = config.num_attention_heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (V, H), "output_norm.weight": (H,)}
-    if not config.tie_word_embeddings:
-        shapes["output.weight"] = (V, H)
-    for i in range(arch.blocks):
-        leaves = {"attn_norm": (H,), "ffn_norm": (H,), "attn_q": (Q, H), "attn_k": (KV, H), "attn_v": (KV, H)}
-        leaves |= {"attn_output": (H, Q), "ffn_gate": (F, H), "ffn_up": (F, H), "ffn_down": (H, F)}
-        if arch.name == "qwen3":
-            leaves |= {"attn_q_norm": (arch.head_dim,), "attn_k_norm": (arch.head_dim,)}
-        shapes |= {f"blk.{i}.{leaf}.weight": shape for leaf, shape in leaves.items()}
-    return shapes
+    with torch.device("meta"):
+        tensors = AutoModelForCausalLM.from_config(config).state_dict().items()
+    return {ggml: arch.shape(name, t.shape) for name, t in tensors if (ggml := arch.tensor(name)) is not None}
 
 
 def runs(types: dict[str, str]) -> dict[str, str]:
@@ -74,7 +72,7 @@ def runs(types: dict[str, str]) -> dict[str, str]:
         types.items(), key=lambda item: [int(p) if p.isdigit() else -1 for p in item[0].split(".")]
     ):
         leaf = re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
-        if not leaf.endswith("_norm"):
+        if not always_float(name):
             leaves.setdefault(leaf, []).append(kind)
     return {leaf: " ".join(f"{k}x{len(list(g))}" for k, g in groupby(kinds)) for leaf, kinds in sorted(leaves.items())}
 
@@ -84,7 +82,8 @@ def _write(path: Path, config, shapes: dict[str, tuple[int, ...]]) -> None:
     writer = gguf.GGUFWriter(path, arch.name)
     arch.describe(writer)
     for name, shape in shapes.items():
-        writer.add_tensor(name, np.zeros(shape, np.float32 if len(shape) == 1 else np.float16))
+        single = len(shape) == 1 or always_float(name)
+        writer.add_tensor(name, np.zeros(shape, np.float32 if single else np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
