@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import as_floats, narrow
@@ -21,7 +21,7 @@ from llmq.checkpoint.packed import Packing
 from llmq.errors import LlmqError, one_line
 from llmq.guard.reading import Entry
 from llmq.integrations.transformers import registered
-from llmq.model.pretrained import blank_model, foreign, model_config, shut, tokenizer_of
+from llmq.model.pretrained import auto_class, blank_model, foreign, model_config, shut, tokenizer_of
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def load(
     device: torch.device | str = "auto",
     backend: str = "auto",
 ) -> PreTrainedModel:
-    """Return the causal language model at `path`, in eval mode, its quantized linears computing from packed weights.
+    """Return the language model at `path` (one that reads images too, as a whole), in eval mode, its quantized linears computing from packed weights.
 
     Narrow floats (FP8, NVFP4, MXFP4 ...) are decoded as they are read, to the model's dtype: it is then a float model.
     path: a local folder or a Hub id.
@@ -56,7 +56,7 @@ def load(
     for warning in source.warnings:
         log.warning(warning)
     with registered(backend=backend), foreign(f"{folder}: transformers cannot load it"), shut():
-        auto: Any = type(blank) if source.decoded else AutoModelForCausalLM
+        auto: Any = type(blank) if source.decoded else auto_class(config)
         loaded: Any = auto.from_pretrained(
             None if source.decoded else folder,
             state_dict={name: _Unread(entry) for name, entry in entries.items()} if source.decoded else None,

@@ -11,11 +11,22 @@ Not here: the tokens' text (text.py), what is accumulated of an activation (coll
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmq.model.lanes import Batches, Call
+
+
+class Probe(NamedTuple):
+    """One short sequence, by which it is found what the linears of a block read: no value of it counts.
+
+    hidden: float `[1, S, H]`. calls: the other arguments of each block's call for a sequence of that length.
+    """
+
+    hidden: Tensor
+    calls: Sequence[Call]
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,7 @@ class Calibration:
     hidden: what the quantized blocks so far made of it. floats: what the float blocks made of its first batches, as
     many as the steps that compare the two want. calls: the other arguments of a block's call, indexed `[batch][block]`.
     squares: of every linear still to come, by full name, the squared gradients at its output, `[T]` a batch, where
-    tokens are weighed. ids: the tokens themselves, int64 `[samples, seq_len]`.
+    tokens are weighed. ids: the tokens themselves, int64 `[samples, seq_len]`. probe: a short sequence beside them.
     """
 
     hidden: Batches = field(default_factory=Batches)
@@ -33,6 +44,7 @@ class Calibration:
     calls: Sequence[Sequence[Call]] = ()
     squares: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     ids: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    probe: Probe | None = None
 
     @property
     def tokens(self) -> int:

@@ -31,7 +31,13 @@ from llmq.guard.confined import Confined
 from llmq.guard.reading import field, json_object
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 ACTING = frozenset({
     "auto_map", "trust_remote_code", "custom_generate",  # code of the checkpoint
@@ -110,26 +116,41 @@ def model_config(source: Source) -> PreTrainedConfig:
 
 
 def blank_model(source: Source, config: PreTrainedConfig, *, buffers: bool = False) -> PreTrainedModel:
-    """Return the causal language model of a config without weights, all on meta; with its buffers real if asked.
+    """Return the language model of a config (see `auto_class`) without weights; with its buffers real if asked.
 
     Raises LlmqError for a config that transformers makes no such model of, or whose buffers would fill the memory.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
+    auto = auto_class(config)
     plain = copy.deepcopy(config)  # transformers writes into a config that it builds from
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     with foreign(f"{source.path}/config.json (model_type {config.model_type!r})"), shut():
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
+            model = auto.from_config(plain, trust_remote_code=False)
         size = sum(b.nbytes for b in model.buffers())
         if size > _BUFFER_BYTES:
             raise LlmqError(f"{source.path}/config.json asks for tables of {size / 1e9:.0f} GB; no model has such")
         if buffers:
             with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
+                model = auto.from_config(plain, trust_remote_code=False)
     return model.eval()
+
+
+def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """Return transformers' door to the model of a config: a causal language model, or one that reads images too.
+
+    The latter (Gemma 3, Qwen3.5, Mistral 3 ...) wraps a language model; a config that can be either is what its
+    `architectures` say, or where they are silent the whole.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if config.get_text_config() is config:
+        return AutoModelForCausalLM
+    plain = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    named = plain is not None and [plain.__name__] == config.architectures
+    return AutoModelForCausalLM if named else AutoModelForImageTextToText
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:

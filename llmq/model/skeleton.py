@@ -8,7 +8,7 @@ Not here: what the batches do inside a block (lanes.py), which of its linears sh
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -170,20 +170,22 @@ class _Recorder(nn.Module):
 
 
 def embed(
-    skeleton: Skeleton, tokens: Tensor, batch: int, device: torch.device
-) -> tuple[list[Tensor], list[list[Call]]]:
+    skeleton: Skeleton, batches: Sequence[Tensor], device: torch.device
+) -> tuple[list[Tensor], list[Sequence[Call]]]:
     """Return the hidden states that enter block 0, per batch, and the other arguments of every block's call.
 
-    tokens: int64 `[samples, seq_len]`, no padding. The second list is indexed `[batch][block]`; batches of equal size
-    share their arguments (masks, rotary tables). Only what lies before the blocks is loaded, in its stored dtype.
+    batches: of tokens, int64 `[B, S]`, no padding. The second list is indexed `[batch][block]`; batches of one shape
+    share the tensors that are equal (masks, rotary tables). Only what lies before the blocks is loaded, in its stored
+    dtype.
     """
     model, blocks = skeleton.model, skeleton.blocks
     parent, _, leaf = skeleton.prefix.rpartition(".")
     owner = model.get_submodule(parent)
     hidden: list[Tensor] = []
-    calls: dict[int, list[Call]] = {}
+    calls: list[Sequence[Call]] = []
+    first: dict[torch.Size, Sequence[Call]] = {}
     with outside_loaded(skeleton, device):
-        for ids in tokens.split(batch):
+        for ids in batches:
             recorders = [_Recorder(b, i == len(blocks) - 1) for i, b in enumerate(blocks)]
             setattr(owner, leaf, nn.ModuleList(recorders))
             try:
@@ -192,8 +194,29 @@ def embed(
                 hidden.append(recorders[0].entered)  # some models take apart what a block returns
             finally:
                 setattr(owner, leaf, blocks)
-            calls.setdefault(len(ids), [r.call for r in recorders])
-    return hidden, [calls[len(h)] for h in hidden]
+            own = [r.call for r in recorders]
+            calls.append(_sharing(own, first.setdefault(ids.shape, own), {}))
+    return hidden, calls
+
+
+def _sharing(new: Any, old: Any, seen: dict[tuple[int, int], Any]) -> Any:
+    """Return arguments with every tensor that equals the old one replaced by it; others, and objects, are kept.
+
+    seen: what was compared before, by identity: blocks that were called with one object still are.
+    """
+    key = (id(new), id(old))
+    if new is old or type(new) is not type(old):
+        return new
+    if key not in seen:
+        found = new
+        if isinstance(new, Tensor):
+            found = old if new.shape == old.shape and torch.equal(new, old) else new
+        elif type(new) in (list, tuple) and len(new) == len(old):
+            found = type(new)(_sharing(a, b, seen) for a, b in zip(new, old, strict=True))
+        elif type(new) is dict:
+            found = {k: _sharing(v, old.get(k), seen) for k, v in new.items()}
+        seen[key] = found
+    return seen[key]
 
 
 @contextmanager

@@ -224,8 +224,8 @@ def block_sites(plan: Plan, i: int, block: nn.Module, state: Calibration) -> tup
         return (Site(("head",)),)
     if plan.sites:
         return plan.sites[i]
-    if state.hidden:
-        found = discover(block, state.hidden[0], state.calls[0][i])
+    if state.probe:
+        found = discover(block, state.probe.hidden, state.probe.calls[i])
         return overridden(plan.skeleton.config.model_type, found)
     return tuple(Site((n,)) for n, m in block.named_modules() if isinstance(m, nn.Linear))
 

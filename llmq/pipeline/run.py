@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import calibration
-from llmq.calibration.state import Calibration
+from llmq.calibration.state import Calibration, Probe
 from llmq.calibration.token_gradients import Progress, squared_gradients
 from llmq.checkpoint import Scratch, Sink
 from llmq.model.folding import Folded
@@ -38,6 +38,7 @@ from llmq.types import LinearSpec, QTensor
 from llmq.verify import require_right
 
 BATCH_TOKENS = 4096  # tokens of one suspended batch
+PROBE_TOKENS = 9  # of one sequence, by which it is found which linears read what
 
 
 def quantize(
@@ -116,12 +117,13 @@ def _enter(plan: Plan, report: Progress) -> Calibration:
     how = (recipe.samples, recipe.seq_len, recipe.seed)
     ids = calibration.tokens(recipe.calib, tokenizer, *how, writer, plan.warnings.append)
     check_ids(ids, plan.skeleton.model)
-    hidden, calls = embed(plan.skeleton, ids, max(1, BATCH_TOKENS // recipe.seq_len), plan.device)
+    batches = ids.split(max(1, BATCH_TOKENS // recipe.seq_len))
+    (*hidden, short), (*calls, call) = embed(plan.skeleton, [*batches, ids[:1, :PROBE_TOKENS]], plan.device)
     squares = {}
     if plan.method.weightings:
         squares = squared_gradients(plan.skeleton, hidden, calls, plan.device, recipe.seed, report)
     floats = hidden[: math.ceil(plan.paired() * len(hidden))]
-    return Calibration(Batches(hidden), Batches(floats), calls, squares, ids)
+    return Calibration(Batches(hidden), Batches(floats), calls, squares, ids, Probe(short, call))
 
 
 def _writer(plan: Plan) -> nn.Module:

@@ -51,7 +51,7 @@ class Forward:
         vocabulary = skeleton.model.get_input_embeddings().weight.shape[0]
         ids = (torch.arange(1, _TOKENS + 1) * 7919 % vocabulary)[None] if ids is None else ids
         with torch.no_grad():
-            (self.hidden,), (self.calls,) = embed(skeleton, ids, 1, _CPU)
+            (self.hidden,), (self.calls,) = embed(skeleton, [ids], _CPU)
 
     def step(self, i: int) -> Tensor:
         """Move the hidden states past block `i`; return them."""

@@ -29,7 +29,7 @@ SIZES = {
 def found(folder, batch=2):
     skeleton = Skeleton(Source(folder), torch.float32)
     with torch.no_grad():
-        hidden, calls = embed(skeleton, IDS, batch, CPU)
+        hidden, calls = embed(skeleton, IDS.split(batch), CPU)
         squares = token_gradients.squared_gradients(skeleton, hidden, calls, CPU, 5, lambda *_: None)
     assert all(len(s) == len(IDS) // batch for s in squares.values())
     return {n: torch.cat(s) for n, s in squares.items()}

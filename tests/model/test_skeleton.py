@@ -33,7 +33,7 @@ GATED = SMALL | {"intermediate_size": 96, "num_key_value_heads": 2}
 
 def blocks_outputs(skeleton, tokens, batch):
     """Advance through all blocks with every linear's site suspended; return the last hidden states."""
-    hidden, calls = embed(skeleton, tokens, batch, CPU)
+    hidden, calls = embed(skeleton, tokens.split(batch), CPU)
     with torch.no_grad():
         for i in range(len(skeleton)):
             at = [c[i] for c in calls]

@@ -91,7 +91,7 @@ def test_costs_are_the_divergence_that_rounding_a_site_adds(tiny_checkpoint, tmp
     tokens = calibration.tokens(str(text), load_tokenizer(str(folder)), 64, 64, 1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        hidden, calls = embed(plan.skeleton, tokens, len(tokens), torch.device("cpu"))
+        hidden, calls = embed(plan.skeleton, [tokens], torch.device("cpu"))
         found = costs(plan, Calibration(Batches(hidden), calls=calls, ids=tokens), lambda *_: None)
         want, ratios = model(tokens).logits.log_softmax(-1), []
         for names, choices in found.items():
