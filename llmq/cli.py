@@ -352,6 +352,11 @@ def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:
         table.add("bits per quantized weight", f"{size['bits_per_weight']:.3f} (scales and zeros counted)")
         for kind, mean, worst, most in errors(summary):
             table.add(f"mean {kind}", f"{mean:.3e} (squared, relative), worst {most:.3e} {worst}")
+    if left := summary["untouched"]:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        table.add(
+            "matrices left as they are", f"{', '.join(left[:3])}{more} (routers, what reads images, and the like)"
+        )
     fallbacks = [n for n, v in summary["linears"].items() if "fallback" in v]
     if fallbacks:
         table.add("fallbacks", f"{len(fallbacks)}: {', '.join(fallbacks[:3])} (see quantization.json)")

@@ -33,7 +33,9 @@ def load(
     device: torch.device | str = "auto",
     backend: str = "auto",
 ) -> PreTrainedModel:
-    """Return the language model at `path` (one that reads images too, as a whole), in eval mode, its quantized linears computing from packed weights.
+    """Return the model at `path`, in eval mode, its quantized linears computing from packed weights.
+
+    A causal language model, or the whole of one that reads images too.
 
     Narrow floats (FP8, NVFP4, MXFP4 ...) are decoded as they are read, to the model's dtype: it is then a float model.
     path: a local folder or a Hub id.

@@ -290,7 +290,7 @@ class FloatModel:
 
     name: what it is called. folder: where it lies. saved: its config.json. config: transformers' config of it.
     tokenizer: loads transformers' tokenizer. shapes: of every tensor that the model reads. linears: the modules of its
-    blocks that hold a matrix. head: the output head.
+    blocks that hold a matrix. head: the output head. written: gives the name by which runtimes look for a tensor.
     """
 
     name: str
@@ -301,6 +301,7 @@ class FloatModel:
     shapes: Mapping[str, Sequence[int]]
     linears: Sequence[str]
     head: str
+    written: Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -361,6 +362,10 @@ class Assignment(ABC):
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+
+    def staged(self, name: str) -> str:
+        """Return what a tensor of the model is called where it is staged."""
+        return name
 
     @abstractmethod
     def join(self, out: Out, config: Mapping[str, object], recipe: str) -> int:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from llmq.model.ends import logits, outside_loaded
 from llmq.model.lanes import Call, run
-from llmq.model.skeleton import Skeleton, outside_loaded
+from llmq.model.skeleton import Skeleton
 
 Progress = Callable[[int, int, str], None]
 """Called with how much is done, of how much, and what is going on."""
@@ -71,25 +72,19 @@ def _add_squares(
 
 def _of_outputs(skeleton: Skeleton, outputs: list[Tensor], device: torch.device, draw: torch.Generator) -> list[Tensor]:
     """Return the gradient of L with respect to the last block's output, batch by batch."""
-    parent, _, leaf = skeleton.prefix.rpartition(".")
-    owner = skeleton.model.get_submodule(parent)
-    setattr(owner, leaf, nn.ModuleList())
-    try:
-        with outside_loaded(skeleton, device, head=True):
-            slopes = []
-            for out in outputs:
-                parts = out.reshape(-1, out.shape[-1]).split(_POSITIONS)
-                slopes.append(torch.cat([_of_positions(skeleton.model, x, draw) for x in parts]).reshape(out.shape))
-            return slopes
-    finally:
-        setattr(owner, leaf, skeleton.blocks)
+    with outside_loaded(skeleton, device, head=True):
+        slopes = []
+        for out in outputs:
+            parts = out.reshape(-1, out.shape[-1]).split(_POSITIONS)
+            slopes.append(torch.cat([_of_positions(skeleton, x, draw) for x in parts]).reshape(out.shape))
+        return slopes
 
 
-def _of_positions(model: nn.Module, x_TH: Tensor, draw: torch.Generator) -> Tensor:
+def _of_positions(skeleton: Skeleton, x_TH: Tensor, draw: torch.Generator) -> Tensor:
     """Return the gradient of L with respect to a few positions, through what lies behind the blocks."""
     with torch.enable_grad():
         x = x_TH[None].detach().requires_grad_()
-        log_p = model(inputs_embeds=x, use_cache=False).logits[0].float().log_softmax(-1)
+        log_p = logits(skeleton, x)[0].float().log_softmax(-1)
         labels = torch.multinomial(log_p.detach().exp(), 1, generator=draw)
         return torch.autograd.grad(-log_p.gather(1, labels).sum(), x)[0][0]
 

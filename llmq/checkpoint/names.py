@@ -33,13 +33,15 @@ class Match:
     """The tensors of a checkpoint by the model's names; the values are the checkpoint's own names.
 
     stored: tensors that the model has. beside: others of its modules (packed words and scales, or a mistake).
-    unread: tensors of no module. written: what of `stored` keeps an older name when written, and that name.
+    unread: tensors of no module. carried: those of parts that transformers never builds (heads that predict further
+    tokens). written: what of `stored` has another name when written, and that name.
     missing: tensors of the model that are not there. converted: those that transformers makes of several.
     """
 
     stored: dict[str, str]
     beside: dict[str, str]
     unread: dict[str, str]
+    carried: dict[str, str]
     written: dict[str, str]
     missing: list[str]
     converted: set[str]
@@ -47,10 +49,12 @@ class Match:
 
 def match(model: Any, names: Iterable[str]) -> Match:
     """Return which of `names` is which tensor of a blank model. Raises LlmqError where two are one and the same."""
-    naming, ignored, tied = _Naming(model), _ignored(model), getattr(model, "all_tied_weights_keys", {})
+    naming, tied = _Naming(model), getattr(model, "all_tied_weights_keys", {})
+    computed, left_out = _computed(model), _left_out(model)
     stored: dict[str, str] = {}
     beside: dict[str, str] = {}
     unread: dict[str, str] = {}
+    carried: dict[str, str] = {}
     converted: set[str] = set()
     for name in sorted(names):
         found, several = naming.of(name)
@@ -58,18 +62,20 @@ def match(model: Any, names: Iterable[str]) -> Match:
             converted |= several
             continue
         known = found in naming.wanted
-        if not known and ignored.search(found):
+        if not known and computed.search(found):
+            continue
+        if not known and left_out.search(found):
+            carried[name] = name
             continue
         place = stored if known else beside if found.rpartition(".")[0] in naming.modules else unread
         if place.setdefault(found, name) != name:
             raise LlmqError(f"tensors {place[found]} and {name} are one and the same in {type(model).__name__}")
-    for target, source in tied.items():
-        if target in stored and source not in stored:
-            stored[source] = stored.pop(target)
-    written = {n: w for n, s in stored.items() if (w := naming.prefixed(s)) != n and n not in tied.values()}
+    moved = {t: s for t, s in tied.items() if t in stored and s not in stored}
+    written = {n: w for n, w in naming.runtimes(stored).items() if w != n}
+    stored |= {source: stored.pop(target) for target, source in moved.items()}
     present = stored.keys() | converted
     missing = [n for n in naming.wanted if n not in present and tied.get(n) not in present]
-    return Match(stored, beside, unread, written, missing, converted & naming.wanted.keys())
+    return Match(stored, beside, unread, carried, written, missing, converted & naming.wanted.keys())
 
 
 class _Naming:
@@ -111,6 +117,11 @@ class _Naming:
         """Return a checkpoint's name with the prefix of the model's base put on or taken off, and nothing else done."""
         return self._renamed(name, [], [])[0]
 
+    def runtimes(self, stored: Mapping[str, str]) -> dict[str, str]:
+        """Return the names that runtimes look for: the checkpoint's, with the prefix where it is that of a decoder."""
+        prefixed = {n: self.prefixed(s) for n, s in stored.items()}
+        return prefixed if all(name in self.wanted for name in prefixed.values()) else dict(stored)
+
     def _renamed(self, name: str, renamings: list[Any], converters: list[Any]) -> tuple[str, set[str]]:
         from transformers.core_model_loading import rename_source_key
 
@@ -129,9 +140,9 @@ def settle(source: Source, model: Any, *, converts: bool = False) -> None:
     _refuse_missing(source, found, converts=converts)
     _refuse_misshapen(source, model, found)
     unread = _unread(source, model, found)
-    kept = found.stored | (found.beside if source.quantization else {}) | {n: n for n in unread}
+    kept = found.stored | (found.beside if source.quantization else {}) | {n: n for n in unread} | found.carried
     old = source.unread
-    source.rename(kept, found.written, unread)
+    source.rename(kept, found.written, [*unread, *found.carried])
     if set(unread) - old:
         few = ", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if len(unread) > 3 else "")
         source.warnings.append(f"{type(model).__name__} has no place for {few} of {source.path}: nothing reads them")
@@ -193,8 +204,16 @@ def _unread(source: Source, model: Any, found: Match) -> list[str]:
     return sorted(loose.values())
 
 
-def _ignored(model: Any) -> re.Pattern[str]:
-    """Return what names every transformers model of this class ignores: `PreTrainedModel` says it of old buffers."""
+def _computed(model: Any) -> re.Pattern[str]:
+    """Return what names the old buffers that this model computes: `PreTrainedModel` ignores them in every class."""
     buffers = [n for n, _ in model.named_buffers()]
-    old = [pattern for end, pattern in _OLD_BUFFERS.items() if any(n.endswith(end) for n in buffers)]
-    return re.compile("|".join(f"({p})" for p in [*(model._keys_to_ignore_on_load_unexpected or ()), *old]) or r"(?!)")
+    return _any_of(p for end, p in _OLD_BUFFERS.items() if any(n.endswith(end) for n in buffers))
+
+
+def _left_out(model: Any) -> re.Pattern[str]:
+    """Return what names the tensors of a checkpoint that this model, by its own word, leaves out."""
+    return _any_of(model._keys_to_ignore_on_load_unexpected or ())
+
+
+def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(f"({p})" for p in patterns) or r"(?!)")

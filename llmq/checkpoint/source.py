@@ -159,7 +159,7 @@ class Source:
     def rename(self, names: Mapping[str, str], written: Mapping[str, str], unread: Iterable[str]) -> None:
         """Give the tensors other names, new -> old; those not named are left out. written: new -> as OUT has them."""
         self._entries = {new: self._entries[old] for new, old in names.items()}
-        self._written = {**written, **self._written}
+        self._written = _modules(written) | self._written
         self.unread = frozenset(unread)
 
     def drop(self, name: str) -> None:
@@ -167,8 +167,9 @@ class Source:
         del self._entries[name]
 
     def written(self, name: str) -> str:
-        """Return the name under which runtimes look for a tensor that is written."""
-        return self._written.get(name, name)
+        """Return the name under which runtimes look for a module, or for a tensor of one, packed or not."""
+        parent, dot, leaf = name.rpartition(".")
+        return self._written.get(name) or f"{self._written.get(parent, parent)}{dot}{leaf}"
 
     def names(self) -> list[str]:
         """Return all tensor names."""
@@ -249,6 +250,18 @@ class View(Source):
     def get_slice(self, name: str, i: int) -> Tensor:
         """Return what the first dimension of a tensor has at `i`, the change made."""
         return self.get(name)[i]
+
+
+def _modules(names: Mapping[str, str]) -> dict[str, str]:
+    """Return other names of tensors and of the modules around them, as far as these end alike."""
+    found: dict[str, str] = {}
+    for tensor, stored in names.items():
+        new, old, leaf, same = tensor, stored, "", ""
+        while new and new != old and new not in found and leaf == same:
+            found[new] = old
+            new, _, leaf = new.rpartition(".")
+            old, _, same = old.rpartition(".")
+    return found
 
 
 def _named_by(index: Path) -> list[str]:

@@ -57,6 +57,10 @@ class _Checkpoint(Assignment):
     form: Folder
     model: FloatModel
 
+    def staged(self, name: str) -> str:
+        """Return the name that runtimes know."""
+        return self.model.written(name)
+
     def join(self, out: Out, config: Mapping[str, Any], recipe: str) -> int:
         """Write the configs and the recipe, and join the shards. A quantized head is no longer the embedding."""
         untied = {"tie_word_embeddings": False} if self.model.head in self.schemes else {}

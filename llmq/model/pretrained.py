@@ -148,7 +148,7 @@ def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[Au
 
     if config.get_text_config() is config:
         return AutoModelForCausalLM
-    plain = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    plain: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     named = plain is not None and [plain.__name__] == config.architectures
     return AutoModelForCausalLM if named else AutoModelForImageTextToText
 

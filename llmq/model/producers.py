@@ -21,10 +21,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from llmq.model.ends import embed
 from llmq.model.lanes import Call
 from llmq.model.probe import Change, Probe
 from llmq.model.sites import discover, overridden
-from llmq.model.skeleton import Skeleton, embed
+from llmq.model.skeleton import Skeleton
 from llmq.types import Producer, Site
 
 _TOKENS = 9
@@ -59,7 +60,7 @@ def entering(skeleton: Skeleton, device: torch.device) -> tuple[Tensor, Sequence
     """Return what enters block 0 for a few tokens from all over the vocabulary, `[1, T, H]`, and every block's call."""
     size = len(skeleton.model.get_input_embeddings().weight)
     ids = torch.arange(_TOKENS) * (size // _TOKENS) + size // _TOKENS // 2
-    (hidden,), (calls,) = embed(skeleton, ids[None], 1, device)
+    (hidden,), (calls,) = embed(skeleton, [ids[None]], device)
     return hidden, calls
 
 

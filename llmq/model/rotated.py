@@ -77,7 +77,7 @@ class Rotated(View):
     def __init__(self, skeleton: Skeleton, step: Rotation) -> None:
         super().__init__(skeleton.source)
         self.skeleton, self.step = skeleton, step
-        self.Q_dd, self.R_HH = step.rotate(skeleton.head_dim, skeleton.config.hidden_size)
+        self.Q_dd, self.R_HH = step.rotate(skeleton.head_dim, skeleton.text.hidden_size)
         self._prefix = f"{skeleton.prefix}."
         self._embedding = f"{skeleton.name_of(skeleton.model.get_input_embeddings())}.weight"
         self._head = f"{skeleton.name_of(skeleton.model.get_output_embeddings())}.weight"

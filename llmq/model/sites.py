@@ -40,17 +40,22 @@ def discover(block: nn.Module, hidden: Tensor, call: Call) -> tuple[Site, ...]:
 
 
 def refuse_other_matrices(block: nn.Module, where: str) -> None:
-    """Raise LlmqError, by name, for weight matrices of block `where` in no `nn.Linear` (fused experts, Conv1D)."""
-    others = [
-        f"{name}.{leaf} {list(p.shape)} of {type(module).__name__}".lstrip(".")
+    """Raise LlmqError, by name, for matrices of block `where` that should be quantized and are in no `nn.Linear`.
+
+    These are fused experts `[E, N, K]` and the Conv1D of GPT-2. Other parameters (routers, convolutions, sinks, states
+    of linear attention) stay as they are.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    found = [
+        f"{where}.{name}.{leaf} {list(p.shape)} of {type(module).__name__}"
         for name, module in block.named_modules()
         for leaf, p in module.named_parameters(recurse=False)
-        if p.dim() >= 2 and not isinstance(module, nn.Linear | nn.Embedding)
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        and (p.dim() > 2 or (p.dim() == 2 and isinstance(module, Conv1D)))
     ]
-    if others:
-        raise LlmqError(
-            f"{where} holds weights outside nn.Linear, which llmq does not quantize: {', '.join(others[:4])}"
-        )
+    if found:
+        raise LlmqError(f"{found[0]} (of {len(found)} there) should be quantized, and is no nn.Linear: not known yet")
 
 
 def overridden(model_type: str, sites: tuple[Site, ...]) -> tuple[Site, ...]:

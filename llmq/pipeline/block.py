@@ -116,9 +116,8 @@ def quantize_block(plan: Plan, i: int, state: Calibration) -> tuple[dict[str, Te
             dtype = plan.method.format.scale_dtype(plan.skeleton.stored_dtype)
             packed |= {block.full(n): t for n, t in maxima.tensors(module, plan.method.recipe.kv, dtype).items()}
         for name, s in solved.items():
-            full = block.full(name)
-            packed |= {f"{full}.{k}": t for k, t in plan.method.format.pack(s.q, plan.linears[full]).items()}
-            block.report.record.note(full, s.report)
+            packed |= plan.packed(block.full(name), s.q)
+            block.report.record.note(block.full(name), s.report)
     return packed, block.report, state
 
 

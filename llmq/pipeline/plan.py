@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmq import registry
 from llmq.calibration.kv_scales import owner_of_cache
@@ -35,7 +35,7 @@ from llmq.model.rotated import Rotated, prove
 from llmq.model.skeleton import Skeleton
 from llmq.pipeline.method import Method, method_of
 from llmq.recipe import Recipe
-from llmq.types import AffineGrid, Assignment, FloatModel, Format, LinearSpec, LlmqError, Scheme, Site
+from llmq.types import AffineGrid, Assignment, FloatModel, Format, LinearSpec, LlmqError, QTensor, Scheme, Site
 
 
 @dataclass
@@ -103,9 +103,28 @@ class Plan:
         floats = sum(size for name, size in sizes if name.removesuffix(".weight") not in self.matrices)
         return floats + sum(packed_bytes(self.method.format, s) for s in self.matrices.values())
 
+    def packed(self, name: str, q: QTensor) -> dict[str, Tensor]:
+        """Return the packed tensors of a linear, by their full names."""
+        return {f"{name}.{k}": t for k, t in self.method.format.pack(q, self.linears[name]).items()}
+
+    def staged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors of the model by the names that they have where they are staged."""
+        return {self.assigned.staged(name): tensor for name, tensor in tensors.items()}
+
+    @cached_property
+    def beside(self) -> list[str]:
+        """Modules with a matrix outside the linears of the blocks and the head: routers, what reads images, and so on.
+
+        They stay as they are. Embeddings are not among them.
+        """
+        known = {*self.model.linears, self.model.head, *self.skeleton.embeddings()}
+        shapes = {n: shape for n, (_, shape) in self.source.headers().items() if n.endswith(".weight")}
+        return [m for n, shape in shapes.items() if len(shape) == 2 and (m := n.removesuffix(".weight")) not in known]
+
     def config(self) -> dict[str, Any]:
-        """Return the `quantization_config`."""
-        return self.method.format.config(list(self.linears.values()), self.skipped)
+        """Return the `quantization_config`, which names what stays float as the model and as runtimes call it."""
+        names = {n: None for m in (*self.skipped, *self.beside) for n in (m, self.source.written(m))}
+        return self.method.format.config(list(self.linears.values()), list(names))
 
     def calibrates(self) -> bool:
         """Say whether any step needs activations."""
@@ -204,6 +223,7 @@ def _model(skeleton: Skeleton) -> FloatModel:
         shapes={n: shape for n, (_, shape) in source.headers().items() if n not in source.unread},
         linears=[n for n, _ in skeleton.linears()],
         head=skeleton.name_of(skeleton.model.get_output_embeddings()),
+        written=source.written,
     )
 
 
@@ -243,7 +263,7 @@ def _checked(plan: Plan, source: Source) -> Plan:
     specs = {plan.weight_of(n): s for n, s in plan.matrices.items()}
     beyond: dict[str, int] = {}
 
-    def see(name: str, W_NK: torch.Tensor) -> None:
+    def see(name: str, W_NK: Tensor) -> None:
         if name in specs and (groups := int(specs[name].scheme.weight.beyond(W_NK).sum())):
             beyond[specs[name].name] = groups
 

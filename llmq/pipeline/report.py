@@ -50,6 +50,7 @@ def summary(plan: Plan, record: Record, total: int, digests: Mapping[str, str]) 
         "warnings": plan.warnings,
         "size": _size(plan, total),
         "linears": record.linears,
+        "untouched": plan.beside,
         "transforms": [
             *({"step": registry.dump(r)} for r in plan.method.rotations),
             *(f.to_json() for f in record.folds),

@@ -22,10 +22,11 @@ from llmq import calibration
 from llmq.calibration.state import Calibration, Probe
 from llmq.calibration.token_gradients import Progress, squared_gradients
 from llmq.checkpoint import Scratch, Sink
+from llmq.model.ends import embed
 from llmq.model.folding import Folded
 from llmq.model.lanes import Batches
 from llmq.model.pretrained import check_ids, tokenizer_of
-from llmq.model.skeleton import Skeleton, embed
+from llmq.model.skeleton import Skeleton
 from llmq.pipeline.allocate import allocate
 from llmq.pipeline.block import Report, quantize_block
 from llmq.pipeline.plan import Plan
@@ -65,7 +66,7 @@ def quantize(
         for i in range(blocks):
             report(i, blocks, f"block {i}")
             tensors, known, state = quantize_block(plan, i, state)
-            sink.add(tensors)
+            sink.add(plan.staged(tensors))
             done.add(known)
         _outside(plan, state, sink, done)
         if done.importance:
@@ -138,10 +139,10 @@ def _finish(plan: Plan, state: Calibration, sink: Sink, done: _Done) -> None:
     record, seed = done.record, plan.method.recipe.seed
     found = finish(plan.method.finishers, sink.stage, plan.float_source, state.ids, seed, plan.device)
     record.finished, record.tuned = found.report, sorted(found.norms)
-    sink.replace(found.norms.items())
+    sink.replace(plan.staged(found.norms).items())
     floats = Folded(plan.source, record.folds, plan.linears)
     for name, q in found.linears.items():
-        sink.replace((f"{name}.{k}", t) for k, t in plan.method.format.pack(q, plan.linears[name]).items())
+        sink.replace(plan.staged(plan.packed(name, q)).items())
         W_NK = floats.get(plan.weight_of(name)).to(plan.device, torch.float32)
         H_KK = done.hessians.get(name)
         line = Line().add(q, q.dequantize(), W_NK, None if H_KK is None else H_KK.to(plan.device))
@@ -156,12 +157,12 @@ def _outside(plan: Plan, state: Calibration, sink: Sink, done: _Done) -> None:
         if module in plan.rows:
             packed, line = _rounded(plan, plan.rows[module])
             done.record.note(module, line)
-            sink.add({name: packed})
+            sink.add(plan.staged({name: packed}))
         elif module != plan.head:
-            sink.add({plan.source.written(name): plan.source.get(name)})
+            sink.add(plan.staged({name: plan.source.get(name)}))
     if plan.head is not None:
         tensors, known, _ = quantize_block(plan, len(plan.skeleton), state)
-        sink.add(tensors)
+        sink.add(plan.staged(tensors))
         done.add(known)
 
 

@@ -66,7 +66,7 @@ class Finished(NamedTuple):
 
 def check_memory(plan: Plan) -> None:
     """Raise LlmqError where the models that finishers hold, and what they hand from one to the other, do not fit."""
-    recipe, width = plan.method.recipe, plan.skeleton.config.hidden_size
+    recipe, width = plan.method.recipe, plan.skeleton.text.hidden_size
     weights = plan.source.bytes() // plan.skeleton.stored_dtype.itemsize
     need = weights * _BYTES_A_WEIGHT + 4 * recipe.samples * recipe.seq_len * width
     free = free_memory(plan.device)

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmq.checkpoint.source import Source, View
+from llmq.model.ends import embed, logits, outside_loaded
 from llmq.model.lanes import run
-from llmq.model.skeleton import Skeleton, embed, outside_loaded
+from llmq.model.skeleton import Skeleton
 from llmq.verify.against import Truth
 from llmq.verify.report import Report
 
@@ -61,14 +62,8 @@ class Forward:
 
     def logits(self) -> Tensor:
         """Return the logits, float32 `[T, V]`, of the hidden states behind the last block."""
-        parent, _, leaf = self.skeleton.prefix.rpartition(".")
-        owner = self.skeleton.model.get_submodule(parent)
-        setattr(owner, leaf, nn.ModuleList())
-        try:
-            with outside_loaded(self.skeleton, _CPU, head=True), torch.no_grad():
-                return self.skeleton.model(inputs_embeds=self.hidden, use_cache=False).logits[0].float()
-        finally:
-            setattr(owner, leaf, self.skeleton.blocks)
+        with outside_loaded(self.skeleton, _CPU, head=True), torch.no_grad():
+            return logits(self.skeleton, self.hidden)[0].float()
 
 
 def walk(skeleton: Skeleton, names: list[str], truth: Truth | None, report: Report) -> None:
@@ -86,9 +81,9 @@ def walk(skeleton: Skeleton, names: list[str], truth: Truth | None, report: Repo
     if not forward or not report.passed:
         report.note("no forward was run to its end: what is wrong with the weights comes first")
         return
-    logits = forward.logits()
-    if check_states("the logits", logits, report) and beside:
-        compare(logits, beside.logits(), report)
+    predicted = forward.logits()
+    if check_states("the logits", predicted, report) and beside:
+        compare(predicted, beside.logits(), report)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from llmq.algorithms.gptq import Gptq
 from llmq.calibration import token_gradients
 from llmq.calibration.collect import collect
 from llmq.checkpoint import Source
-from llmq.model.skeleton import Skeleton, embed
+from llmq.model.ends import embed
+from llmq.model.skeleton import Skeleton
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe

@@ -11,7 +11,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Qwen3MoeConfig,
+)
 
 import llmq
 from llmq.checkpoint import Source
@@ -252,7 +259,7 @@ def test_experts_behind_a_dense_block_are_refused_before_any_work(tmp_path):
         **SMALL, num_key_value_heads=1, head_dim=16, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32,
         mlp_only_layers=[0],
     )  # fmt: skip
-    with pytest.raises(LlmqError, match=r"model\.layers\.1 holds weights outside nn\.Linear.*experts"):
+    with pytest.raises(LlmqError, match=r"model\.layers\.1\.mlp\.experts.* is no nn\.Linear"):
         prepare(str(saved(tmp_path / "m", config)), Recipe(**RTN), "cpu")
 
 
@@ -276,3 +283,57 @@ def test_two_tensors_for_one_place_are_refused(llama, tmp_path):
     rewrite(tmp_path / "m", lambda t: t | {"norm.weight": torch.zeros(32)})
     with pytest.raises(LlmqError, match=r"model\.norm\.weight and norm\.weight are one and the same"):
         Skeleton(Source(tmp_path / "m"), torch.float32)
+
+
+WRAPPERS = {
+    "gemma3": {"image_token_index": 63},
+    "qwen2_5_vl": {"image_token_id": 63, "vision_start_token_id": 62, "vision_end_token_id": 61, "video_token_id": 60},
+}
+
+
+def wrapper(folder, kind):
+    """A model that reads images around a small language model, with a head that predicts further tokens."""
+    eyes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_heads": 2, "patch_size": 8}
+    eyes |= {"num_hidden_layers": 1, "depth": 1, "out_hidden_size": 32, "image_size": 16}
+    text = SMALL | {"num_key_value_heads": 2, "head_dim": 16}
+    if kind == "qwen2_5_vl":
+        text["rope_scaling"] = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+    ids = WRAPPERS[kind] | {"tie_word_embeddings": False}
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=eyes, **ids)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["gptq", "compressed-tensors", "awq"])
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_wrapper_is_written_under_its_own_names_all_but_the_blocks_linears_as_they_were(tmp_path, kind, method):
+    folder = wrapper(tmp_path / "m", kind)
+    record = quantize(prepare(str(folder), Recipe(**RTN | {"format": method, "bits": 4}), "cpu"), tmp_path / "o")
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in "mo")
+    assert {n.rpartition(".")[0] for n in after} == {n.rpartition(".")[0] for n in before}
+    kept = before.keys() & after.keys()
+    assert {n for n in before if "vision" in n or "visual" in n} <= kept
+    assert all(torch.equal(before[n], after[n]) for n in kept)
+    assert len(record["linears"]) == 14 and any("vis" in n for n in record["untouched"])
+    model = llmq.load(tmp_path / "o", dtype=torch.float32, device="cpu")
+    assert type(model).__name__.endswith("ForConditionalGeneration")
+    with torch.no_grad():
+        got, want = model(input_ids=IDS).logits, llmq.load(folder, dtype=torch.float32)(input_ids=IDS).logits
+    assert 0 < (got - want).norm() < 0.5 * want.norm()  # 4 bits of weights that are noise; other ones give 1.4
+
+
+def test_tensors_that_transformers_never_builds_travel_and_are_named(tmp_path):
+    config = AutoConfig.for_model(
+        "qwen3_5_text", **SMALL | {"num_key_value_heads": 2, "head_dim": 16}, layer_types=["full_attention"] * 2
+    )
+    folder = saved(tmp_path / "m", config)
+    mtp = {"mtp.fc.weight": torch.randn(32, 64), "mtp.norm.weight": torch.randn(32)}
+    rewrite(folder, lambda t: t | mtp)
+    plan = prepare(str(folder), Recipe(**RTN | {"format": "compressed-tensors"}), "cpu")
+    assert not any("mtp" in w for w in plan.warnings)
+    record = quantize(plan, tmp_path / "o")
+    after = load_file(tmp_path / "o/model.safetensors")
+    assert all(torch.equal(after[n], t) for n, t in mtp.items())
+    assert record["untouched"] == ["mtp.fc"]
+    assert "mtp.fc" in json.loads((tmp_path / "o/config.json").read_text())["quantization_config"]["ignore"]
+    llmq.load(tmp_path / "o", device="cpu")

@@ -17,9 +17,10 @@ from transformers import (
 
 from llmq.checkpoint import Source
 from llmq.loading import load
+from llmq.model.ends import embed
 from llmq.model.lanes import Batches, Lanes, run
 from llmq.model.sites import discover, refuse_other_matrices
-from llmq.model.skeleton import Skeleton, embed
+from llmq.model.skeleton import Skeleton
 from llmq.types import LlmqError, Site
 
 CPU = torch.device("cpu")

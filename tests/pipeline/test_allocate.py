@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from llmq import calibration
 from llmq.calibration.state import Calibration
 from llmq.loading import load_tokenizer
+from llmq.model.ends import embed
 from llmq.model.lanes import Batches
-from llmq.model.skeleton import embed
 from llmq.pipeline.allocate import Choice, costs, spend
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize

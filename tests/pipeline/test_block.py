@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llmq.calibration.state import Calibration
+from llmq.model.ends import embed
 from llmq.model.lanes import Batches, Lanes
-from llmq.model.skeleton import embed
 from llmq.pipeline.block import quantize_block
 from llmq.pipeline.plan import prepare
 from llmq.recipe import Recipe

@@ -1,0 +1,173 @@
+"""What lies before the blocks of a model and behind them: from tokens to hidden states, from hidden states to logits.
+
+    hidden, calls = embed(skeleton, [ids], device)      # what enters block 0, and what each block is called with
+    with outside_loaded(skeleton, device, head=True):
+        logits_BSV = logits(skeleton, hidden_BSH)       # of what leaves the last block
+
+transformers' own forward runs, with the blocks taken out: whatever a model does around them is done.
+Not here: the blocks (skeleton.py), what happens inside one (lanes.py).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.model.lanes import Call
+from llmq.model.skeleton import Skeleton
+
+
+class _Reached(Exception):  # noqa: N818, an arrival, not an error
+    """Ends the recording forward: no block is needed beyond the last."""
+
+
+class _StandIn(nn.Module):
+    """Stands in for a block: transformers reads attributes of it, such as attention_type."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._block = [block]  # in a list: not a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._block[0], name)
+
+
+class _Recorder(_StandIn):
+    """Keeps what it is called with and hands the hidden states through."""
+
+    def __init__(self, block: nn.Module, last: bool) -> None:
+        super().__init__(block)
+        self.last = last
+        self.entered = torch.empty(0)
+        self.call: Call = ((), {})
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.entered, self.call = hidden, (args, kwargs)
+        if self.last:
+            raise _Reached
+        return _first_of_all(hidden)
+
+
+class _Given(_StandIn):
+    """Returns the hidden states that it was made with, whatever it is called with."""
+
+    def __init__(self, block: nn.Module, hidden: Tensor) -> None:
+        super().__init__(block)
+        self.hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return _first_of_all(self.hidden)
+
+
+class _Output(Tensor):
+    """What a block returns: hidden states, or, to a model that takes apart a tuple, the first of several things."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return self if type(key) is int else super().__getitem__(key)
+
+
+def _first_of_all(hidden: Tensor) -> Tensor:
+    return hidden.as_subclass(_Output)
+
+
+@contextmanager
+def _standing_in(skeleton: Skeleton, blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Put others in the place of the model's blocks."""
+    parent, _, leaf = skeleton.prefix.rpartition(".")
+    owner = skeleton.model.get_submodule(parent)
+    setattr(owner, leaf, nn.ModuleList(blocks))
+    try:
+        yield
+    finally:
+        setattr(owner, leaf, skeleton.blocks)
+
+
+def embed(
+    skeleton: Skeleton, batches: Sequence[Tensor], device: torch.device
+) -> tuple[list[Tensor], list[Sequence[Call]]]:
+    """Return the hidden states that enter block 0, per batch, and the other arguments of every block's call.
+
+    batches: of tokens, int64 `[B, S]`, no padding. The second list is indexed `[batch][block]`; batches of one shape
+    share the tensors that are equal (masks, rotary tables). Only what lies before the blocks is loaded, in its stored
+    dtype.
+    """
+    blocks = skeleton.blocks
+    hidden: list[Tensor] = []
+    calls: list[Sequence[Call]] = []
+    first: dict[torch.Size, Sequence[Call]] = {}
+    with outside_loaded(skeleton, device):
+        for ids in batches:
+            recorders = [_Recorder(b, i == len(blocks) - 1) for i, b in enumerate(blocks)]
+            try:
+                with _standing_in(skeleton, recorders):
+                    skeleton.model(input_ids=ids.to(device), use_cache=False)
+            except _Reached:
+                hidden.append(recorders[0].entered)
+            own = [r.call for r in recorders]
+            calls.append(_sharing(own, first.setdefault(ids.shape, own), {}))
+    return hidden, calls
+
+
+def _sharing(new: Any, old: Any, seen: dict[tuple[int, int], Any]) -> Any:
+    """Return arguments with every tensor that equals the old one replaced by it; others, and objects, are kept.
+
+    seen: what was compared before, by identity: blocks that were called with one object still are.
+    """
+    key = (id(new), id(old))
+    if new is old or type(new) is not type(old):
+        return new
+    if key not in seen:
+        found = new
+        if isinstance(new, Tensor):
+            found = old if new.shape == old.shape and torch.equal(new, old) else new
+        elif type(new) in (list, tuple) and len(new) == len(old):
+            found = type(new)(_sharing(a, b, seen) for a, b in zip(new, old, strict=True))
+        elif type(new) is dict:
+            found = {k: _sharing(v, old.get(k), seen) for k, v in new.items()}
+        seen[key] = found
+    return seen[key]
+
+
+def logits(skeleton: Skeleton, hidden_BSH: Tensor) -> Tensor:
+    """Return the logits `[B, S, V]` of hidden states behind the last block, of a skeleton with `outside_loaded`."""
+    ids = torch.zeros(hidden_BSH.shape[:2], dtype=torch.int64, device=hidden_BSH.device)  # which nothing reads
+    with _standing_in(skeleton, [_Given(skeleton.blocks[-1], hidden_BSH)]):
+        found: Tensor = skeleton.model(input_ids=ids, use_cache=False).logits
+    return found.as_subclass(Tensor)
+
+
+@contextmanager
+def outside_loaded(skeleton: Skeleton, device: torch.device, *, head: bool = False) -> Iterator[None]:
+    """Load what of the language model is no block: with the head, or all but it.
+
+    Embeddings stay in their stored dtype and their outputs are cast, so that no large copy is made; the rest computes
+    in the skeleton's.
+    """
+    output = skeleton.model.get_output_embeddings()
+    modules = [(n, m) for n, m in skeleton.around() if head or m is not output]
+    tied = f"{skeleton.name_of(skeleton.model.get_input_embeddings())}.weight"
+    hooks = []
+    for name, module in modules:
+        stored = isinstance(module, nn.Embedding)
+        for leaf, _ in list(module.named_parameters(recurse=False)):
+            full = f"{name}.{leaf}" if name else leaf
+            tensor = skeleton.source.get(tied if module is output and full not in skeleton.source else full)
+            tensor = tensor.to(device) if stored else tensor.to(device, skeleton.dtype)
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        for leaf, buffer in module.named_buffers(recurse=False):
+            setattr(module, leaf, buffer.to(device))
+        if stored:
+            hooks.append(module.register_forward_hook(lambda _m, _a, out: out.to(skeleton.dtype)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for _, module in modules:
+            for leaf, p in module.named_parameters(recurse=False):
+                setattr(module, leaf, nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False))
