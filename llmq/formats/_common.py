@@ -13,7 +13,10 @@ from llmq.granularity import PerBlock, PerTensor
 from llmq.types import AffineGrid, LinearSpec, LlmqError, Scheme, StoredGrid
 
 _IN_BLOCK = re.compile(r".*?\.\d+\.(.+)")
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FUSED = (  # vLLM's packed_modules_mapping: attention, gated, of latent attention, of gated delta nets, of experts
+    ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"), ("w1", "w3"),
+)  # fmt: skip
 
 
 def int_grid(spec: LinearSpec, method: str) -> AffineGrid:

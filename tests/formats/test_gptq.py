@@ -174,6 +174,15 @@ def test_no_warning_of_parts_that_a_family_does_not_have(model_of: Callable[...,
     assert GPTQ().check(ungated, ["lm_head", "model.layers.1.mlp.router"]) == []
 
 
+@pytest.mark.parametrize(
+    "parts", ["q_a_proj kv_a_proj_with_mqa", "in_proj_qkv in_proj_z", "in_proj_b in_proj_a", "w1 w3"]
+)
+def test_a_warning_of_whatever_vllm_fuses(spec_of: Callable[..., LinearSpec], parts: str) -> None:
+    one, other = (f"model.layers.0.mixer.{part}" for part in parts.split())
+    (said,) = GPTQ().check([spec_of(Int(4, True, 32), name=one)], [other])
+    assert said.startswith(f"model.layers.0.mixer: {', '.join(parts.split())} are not quantized alike")
+
+
 def test_warns_of_group_sizes_by_reader(spec_of: Callable[..., LinearSpec]) -> None:
     (vllm,) = GPTQ().check([spec_of(Int(4, True, 16))])
     assert "group size 16 is not read by vLLM" in vllm
