@@ -244,9 +244,8 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in _TABLE}
 """The families, by model_type."""
 
 
-def load_float(folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> PreTrainedModel:
-    """Return the model in a folder as transformers loads it, in float32; weights: take the place of stored ones."""
+def load_float(folder: Path, tensors: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """Return the model whose config lies in a folder, with the `tensors` of a checkpoint of it, in float32."""
     config = AutoConfig.from_pretrained(folder)
-    state = load_file(folder / "model.safetensors") | dict(weights or {})
     kind = getattr(transformers, config.architectures[0])
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
+    return kind.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=torch.float32).eval()

@@ -3,8 +3,9 @@
     python scripts/model_types.py [MODEL_TYPE ...] [--doc docs/models.md]
 
 Each cell is a whole run on a model of scripts/_families.py, whose sliding windows are shorter than the calibration's
-sequences: quantize, write, verify; `load` reopens the best of them and lets it write a few tokens. `yes` is what ran;
-a number leads to the line, one for many models, with which llmq refused. With `--doc` the table takes its place there.
+sequences: quantize, write, verify; `load` reopens the best of them and lets it write a few tokens. `yes` is what ran,
+with how many linears were scaled of how many, where a transform does so; a number leads to the line, one for many
+models, with which llmq refused. With `--doc` the table takes its place there.
 Not here: whether what ran is right (tests/test_families.py compares logits, names and bytes).
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from _families import FAMILIES, SEQ_LEN, Family
 from _tiny import make_prose
+from rich.console import Console
 from rich.progress import track
 
 import llmq
@@ -33,6 +35,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "W8A8": {"bits": 8, "act_bits": 8},
     "GGUF": {"type": "Q8_0", "method": "rtn"},
 }
+SCALING = ("AWQ", "W8A8")
 _MARKS = "<!-- scripts/model_types.py prints what follows -->", "<!-- until here -->"
 
 
@@ -47,12 +50,18 @@ def outcomes(family: Family, folder: Path, calib: Path) -> dict[str, str]:
         rest = {} if options.get("method") == "rtn" else {"calib": calib, "samples": 16, "seq_len": SEQ_LEN}
         try:
             with foreign("a fault of llmq"):
-                llmq.quantize(src, out, warn=lambda _: None, **options, **rest)
-            found[column] = "yes"
+                record = llmq.quantize(src, out, warn=lambda _: None, **options, **rest)
+            found[column] = "yes" if column not in SCALING else f"yes, {_scaled(record)}"
         except llmq.LlmqError as e:
             found[column] = str(e).replace(f"{src}/", "").replace(str(src), "SRC")
     ran = next((c for c in ("balanced", "rtn") if found[c] == "yes"), None)
     return found | {"load": _loads(folder / ran) if ran else "nothing was written"}
+
+
+def _scaled(record: Mapping[str, Any]) -> str:
+    """Return how many of the quantized linears a transform has scaled: `14 of 14`."""
+    scaled = {name for step in record["transforms"] for name in step.get("linears", ())}
+    return f"{len(scaled)} of {len(record['linears'])}"
 
 
 def _loads(out: Path) -> str:
@@ -73,7 +82,9 @@ def table(found: Mapping[str, Mapping[str, str]]) -> str:
     columns = list(next(iter(found.values())))
     rows = [f"| model_type | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for name, cells in found.items():
-        said = [c if c == "yes" else str(notes.setdefault(_general(c), len(notes) + 1)) for c in cells.values()]
+        said = [
+            c if c.startswith("yes") else str(notes.setdefault(_general(c), len(notes) + 1)) for c in cells.values()
+        ]
         rows.append(f"| {name} | {' | '.join(said)} |")
     return "\n".join([*rows, "", *(f"{n}. {why}" for why, n in notes.items())]) + "\n"
 
@@ -98,7 +109,7 @@ def main(names: Sequence[str], doc: Path | None) -> None:
     with tempfile.TemporaryDirectory() as room:
         calib = Path(room, "calib.txt")
         calib.write_text(make_prose(1500))
-        for name in track(names or list(FAMILIES), "running"):
+        for name in track(names or list(FAMILIES), "running", console=Console(stderr=True)):
             found[name] = outcomes(FAMILIES[name], Path(room, name), calib)
     printed = table(found)
     print(printed, end="")
