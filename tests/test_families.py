@@ -26,9 +26,6 @@ ALL_EXPERTS = re.compile(
     r"(.+?)(\.experts)?\.(input_linear\.weight|output_linear\.weight|gate_up_proj|down_proj)(_bias)?"
 )
 NOT_YET = {
-    "ministral", "gemma2", "gemma3_text", "gemma4_text", "olmo3", "exaone4", "phi3", "cohere2", "starcoder2",
-    "nemotron", "qwen3_5_text", "lfm2", "nemotron_h", "gemma3", "gemma4", "qwen3_5", "mistral3", "qwen3_vl",
-    "qwen2_5_vl", "falcon", "falcon_h1",
     "qwen3_next", "granitemoehybrid",
     "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe",
     "granitemoe", "minimax_m2", "gpt_oss", "llama4_text",

@@ -34,7 +34,8 @@ class Calibration:
     """The calibration where it stands between two blocks, batch by batch; empty where no step reads activations.
 
     hidden: what the quantized blocks so far made of it. floats: what the float blocks made of its first batches, as
-    many as the steps that compare the two want. calls: the other arguments of a block's call, indexed `[batch][block]`.
+    many as the steps that compare the two want. calls: the other arguments of a block's call, indexed `[batch][block]`;
+    float_calls: those of the float blocks, with objects of their own.
     squares: of every linear still to come, by full name, the squared gradients at its output, `[T]` a batch, where
     tokens are weighed. ids: the tokens themselves, int64 `[samples, seq_len]`. probe: a short sequence beside them.
     """
@@ -42,6 +43,7 @@ class Calibration:
     hidden: Batches = field(default_factory=Batches)
     floats: Batches = field(default_factory=Batches)
     calls: Sequence[Sequence[Call]] = ()
+    float_calls: Sequence[Sequence[Call]] = ()
     squares: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     ids: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     probe: Probe | None = None

@@ -8,6 +8,7 @@ transformers' own forward runs, with the blocks taken out: whatever a model does
 Not here: the blocks (skeleton.py), what happens inside one (lanes.py).
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -131,6 +132,27 @@ def _sharing(new: Any, old: Any, seen: dict[tuple[int, int], Any]) -> Any:
             found = {k: _sharing(v, old.get(k), seen) for k, v in new.items()}
         seen[key] = found
     return seen[key]
+
+
+def of_their_own(calls: Sequence[Call]) -> Sequence[Call]:
+    """Return the calls of a batch with its objects copied, so that what blocks leave in them stays apart.
+
+    Gemma 4's blocks hand keys and values on in one that all are called with. Tensors are shared.
+    """
+    seen: dict[int, Any] = {}
+
+    def copied(value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(map(copied, value))
+        if type(value) is dict:
+            return {k: copied(v) for k, v in value.items()}
+        if isinstance(value, Tensor):
+            return value
+        if id(value) not in seen:
+            seen[id(value)] = copy.copy(value)
+        return seen[id(value)]
+
+    return [copied(call) for call in calls]
 
 
 def logits(skeleton: Skeleton, hidden_BSH: Tensor) -> Tensor:

@@ -53,17 +53,24 @@ class Report:
 class _Block:
     """A decoder block in memory, and what belongs to it.
 
-    number: from 0; that of the head is the number of blocks. state: what enters it. calls: the other arguments of its
-    call, batch by batch. report: grows with the work.
+    number: from 0; that of the head is the number of blocks. state: what enters it. report: grows with the work.
     """
 
     plan: Plan
     number: int
     module: nn.Module
     sites: Sequence[Site]
-    calls: Sequence[Call]
     state: Calibration
-    report: Report
+    report: Report = field(default_factory=Report)
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        """The other arguments of its call, batch by batch."""
+        return self.calls_in(self.state.calls)
+
+    def calls_in(self, batches: Sequence[Sequence[Call]]) -> Sequence[Call]:
+        """Return the block's of the calls of all blocks, batch by batch; the head takes its input alone."""
+        return [c[self.number] if self.number < len(c) else ((), {}) for c in batches]
 
     def full(self, name: str) -> str:
         """Return the full name of what the block calls so."""
@@ -107,9 +114,8 @@ def quantize_block(plan: Plan, i: int, state: Calibration) -> tuple[dict[str, Te
 
     Returns the block's tensors as they are written, by full name, what is known of it, and the state behind it.
     """
-    calls = [c[i] if i < len(c) else ((), {}) for c in state.calls]
     with plan.skeleton.loaded(i, plan.device) as module:
-        block = _Block(plan, i, module, block_sites(plan, i, module, state), calls, state, Report())
+        block = _Block(plan, i, module, block_sites(plan, i, module, state), state)
         packed, maxima = _opened(block) if i < len(plan.skeleton) else ({}, None)
         solved, state = _solve(block, maxima)
         if maxima is not None:
@@ -138,8 +144,8 @@ def _solve(block: _Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], C
     with ExitStack() as stack:
         lanes = reference = None
         if state.floats:
-            original = copy.deepcopy(module)
-            reference = stack.enter_context(Lanes(original, block.sites, state.floats, block.calls, last=True))
+            original, floats = copy.deepcopy(module), block.calls_in(state.float_calls)
+            reference = stack.enter_context(Lanes(original, block.sites, state.floats, floats, last=True))
         if state.hidden:
             lanes = stack.enter_context(Lanes(module, block.sites, state.hidden, calls, last=not tuners))
         for site in block.sites:

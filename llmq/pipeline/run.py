@@ -22,7 +22,7 @@ from llmq import calibration
 from llmq.calibration.state import Calibration, Probe
 from llmq.calibration.token_gradients import Progress, squared_gradients
 from llmq.checkpoint import Scratch, Sink
-from llmq.model.ends import embed
+from llmq.model.ends import embed, of_their_own
 from llmq.model.folding import Folded
 from llmq.model.lanes import Batches
 from llmq.model.pretrained import check_ids, tokenizer_of
@@ -124,7 +124,8 @@ def _enter(plan: Plan, report: Progress) -> Calibration:
     if plan.method.weightings:
         squares = squared_gradients(plan.skeleton, hidden, calls, plan.device, recipe.seed, report)
     floats = hidden[: math.ceil(plan.paired() * len(hidden))]
-    return Calibration(Batches(hidden), Batches(floats), calls, squares, ids, Probe(short, call))
+    apart = [of_their_own(c) for c in calls[: len(floats)]]
+    return Calibration(Batches(hidden), Batches(floats), calls, apart, squares, ids, Probe(short, call))
 
 
 def _writer(plan: Plan) -> nn.Module:

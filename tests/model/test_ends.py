@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from llmq.checkpoint import Source
-from llmq.model.ends import embed, logits, outside_loaded
+from llmq.model.ends import embed, logits, of_their_own, outside_loaded
 from llmq.model.lanes import run
 from llmq.model.skeleton import Skeleton
 
@@ -61,6 +61,19 @@ def test_batches_share_what_is_equal_and_keep_what_is_their_own(tmp_path):
     assert tables[0] is same[0] and tables[1] is same[1]
     shared = [call[1]["shared_kv_states"] for call in (*first, *second)]
     assert shared[0] is shared[1] and shared[2] is shared[3] and shared[0] is not shared[2]
+
+
+def test_another_stream_leaves_its_keys_in_objects_of_its_own(tmp_path):
+    gemma4(tmp_path)
+    skeleton = Skeleton(Source(tmp_path), torch.float32)
+    _, (calls,) = embed(skeleton, [IDS], CPU)
+    apart = of_their_own(calls)
+    theirs, ours = ([call[1]["shared_kv_states"] for call in some] for some in (apart, calls))
+    assert theirs[0] is theirs[1] and theirs[0] is not ours[0]
+    with skeleton.loaded(0, CPU) as block, torch.no_grad():
+        run(block, torch.randn(4, 6, 32), apart[0])
+    assert "full_attention" in theirs[1] and not ours[0]
+    assert apart[1][0][0] is calls[1][0][0]  # a tensor
 
 
 def test_what_reads_images_is_not_loaded(tmp_path):

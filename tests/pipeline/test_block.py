@@ -22,7 +22,7 @@ IDS = torch.randint(2, 200, (8, 16), generator=torch.Generator().manual_seed(0))
 def entered(plan, batch=2, *, paired=True):
     """The calibration as it enters block 0, and beside it the float model's."""
     hidden, calls = embed(plan.skeleton, IDS.split(batch), CPU)
-    return Calibration(Batches(hidden), Batches(hidden if paired else ()), calls, ids=IDS)
+    return Calibration(Batches(hidden), Batches(hidden if paired else ()), calls, calls if paired else (), ids=IDS)
 
 
 def planned(folder, **options):
