@@ -81,7 +81,8 @@ def dequantize(
 ) -> dict[str, Any]:
     """Write a quantized checkpoint as a float one. Returns the content of its dequantization.json.
 
-    src: a checkpoint of any format that llmq reads, a folder, `org/name` or `org/name@REVISION`. out: the folder.
+    src: a checkpoint of any format that llmq reads, a folder, `org/name`, `org/name@REVISION` or FILE.gguf. out: the
+        folder to write.
     dtype: of what is decoded, bfloat16, float16 or float32; what is float stays as it is.
     verify: read again what was written before it becomes OUT. overwrite: replace OUT.
     warn: called with what a user should know. progress: called with tensors done, tensors in all and a name.

@@ -235,13 +235,13 @@ def export(
 
 @app.command()
 def dequantize(
-    src: Annotated[str, typer.Argument(help="Quantized checkpoint, by any tool: a folder, org/name ...")],
+    src: Annotated[str, typer.Argument(help="Quantized checkpoint, by any tool: a folder, org/name or FILE.gguf.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     dtype: Annotated[str, typer.Option(help="Of what is decoded: bfloat16, float16 or float32.")] = "bfloat16",
     verify: Annotated[bool, typer.Option(help="Read again what was written before it becomes OUT.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when it is whole.")] = False,
 ) -> None:
-    """Write a quantized checkpoint (FP8, NVFP4, MXFP4, GPTQ, AWQ, compressed-tensors) as a float one.
+    """Write a quantized checkpoint (FP8, NVFP4, MXFP4, GPTQ, AWQ, compressed-tensors, GGUF) as a float one.
 
     Example: `llmq dequantize ./my-llama-fp8 ./my-llama --dtype bfloat16`
     """

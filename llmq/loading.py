@@ -47,7 +47,8 @@ def load(
     """
     source = Source(resolve(str(path)))
     if narrow(source.quantization):
-        as_floats(source)
+        for line in as_floats(source):
+            log.info(line)
     folder, packed = source.path, source.quantization
     if packed is not None:
         Packing(packed)  # refuses in one line what llmq does not read
@@ -55,8 +56,6 @@ def load(
     config.quantization_config = packed  # transformers looks for it in config.json alone
     blank, entries = blank_model(source, config), source.entries()
     settle(source, blank, converts=True)
-    for warning in source.warnings:
-        log.warning(warning)
     with registered(backend=backend), foreign(f"{folder}: transformers cannot load it"), shut():
         auto: Any = type(blank) if source.decoded else auto_class(config)
         loaded: Any = auto.from_pretrained(
@@ -73,6 +72,8 @@ def load(
         )
     model, info = loaded
     _check_loaded(folder, info)
+    for warning in source.warnings:
+        log.warning(warning)
     if source.decoded and (folder / "generation_config.json").is_file():
         with foreign(f"{folder}/generation_config.json"), shut():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

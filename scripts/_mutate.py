@@ -8,6 +8,7 @@ Not here: what reads them (fuzz.py).
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -91,7 +92,7 @@ def tree(value: Any, r: random.Random) -> Any:
             case 4:
                 holder[key] = r.choice(list(_values(value)))
             case _:
-                holder[key] = r.choice(NASTY)
+                holder[key] = copy.deepcopy(r.choice(NASTY))  # what is put in may be changed in its turn
     return value
 
 

@@ -41,11 +41,16 @@ KINDS = ("fp8-block", "fp8-tensor", "fbgemm", "modelopt-nvfp4", *ARGS)
 
 
 def rewrite(folder: Path, kind: str) -> None:
-    """Rewrite every linear of the blocks of a float checkpoint in one file in this kind, and say so in config.json."""
+    """Rewrite every linear of the blocks of a float checkpoint in one file in this kind, and say so in config.json.
+
+    gpt-oss: every linear as the only expert of a fused tensor, which no model of that config has a place for.
+    """
     file = folder / "model.safetensors"
     out: Tensors = {}
     for name, tensor in load_file(file).items():
-        if name.endswith("_proj.weight"):
+        if name.endswith("_proj.weight") and kind == "gpt-oss":
+            out |= {f"{name}{end}": t for end, t in gpt_oss(tensor[None])}
+        elif name.endswith("_proj.weight"):
             module = name.removesuffix(".weight")
             out |= {f"{module}.{local}": t for local, t in packed(tensor, kind).items()}
         else:
@@ -58,6 +63,8 @@ def rewrite(folder: Path, kind: str) -> None:
 def config(kind: str) -> dict[str, object]:
     """Return the `quantization_config` of a kind."""
     match kind:
+        case "gpt-oss":
+            return {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
         case "fp8-block":
             return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [*BLOCK]}
         case "fp8-tensor":

@@ -3,6 +3,7 @@ import json
 import shutil
 from pathlib import Path
 
+import _narrow
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -87,3 +88,11 @@ def test_what_llmq_recorded_is_shown_in_place_of_headers(tmp_path):
     (folder / "quantization.json").write_text(json.dumps(record))
     said = shown(folder, linears=True)
     assert "1.230e-02" in said and "group size" not in said
+
+
+def test_narrow_floats_are_shown_with_what_they_are_decoded_from(tiny_checkpoint):
+    folder = tiny_checkpoint()
+    _narrow.rewrite(folder, "ct-nvfp4")
+    said = " ".join(shown(folder, linears=True).split())
+    assert "decoded as they are read 14 NVFP4, groups of 16" in said.replace("\u2502 ", "")
+    assert "not loaded" not in said and "model.layers.1.mlp.up_proj.weight" in said

@@ -39,12 +39,15 @@ def model_card(summary: dict[str, Any], method: str, said: object) -> str:
     }
     steps = _yaml({k: v for k, v in recipe.items() if v not in (None, [], ())})
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", steps)), default=0))
+    held = ", ".join(_text(kind) for kind in summary.get("decoded", {}).get("weights", {}))
+    was = f", whose weights were quantized already ({held}) and decoded" if held else ""
     act = f", {recipe['act_bits']}-bit activations" if recipe["act_bits"] else ""
+    made = f"Quantized with llmq {summary['llmq']} from {_origin(source)}{was}"
     return f"""---
 {_yaml(about)}---
 # {_text(source["name"])}, {bits}-bit weights{act}
 
-Quantized with llmq {summary["llmq"]} from {_origin(source)}; per-linear figures are in `quantization.json`. The recipe
+{made}; per-linear figures are in `quantization.json`. The recipe
 in `recipe.yaml` repeats it:
 
 ```bash

@@ -42,8 +42,9 @@ from llmq.types import Format, LinearSpec, Scheme
 
 FLOATS = ("fp8", "fbgemm_fp8", "mxfp4", "modelopt", "compressed-tensors")
 """The `quant_method`s whose weights are narrow floats, or may be."""
-DECODED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-"""What a weight may be decoded to, with safetensors' spelling."""
+DECODED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""What a weight may be decoded to, by name."""
+_SPELLED = {dtype: spelled for spelled, dtype in DTYPES.items()}
 _FP8, _FLOAT, _EXPONENT = ("F8_E4M3", "F8_E5M2"), ("F32", "BF16", "F16"), ("U8", "F8_E8M0")
 _LEFT_OUT = (
     "input_scale", "input_global_scale", "input_zero_point", "input_scale_ub", "activation_scale", "output_scale",
@@ -102,16 +103,17 @@ def narrow(config: Mapping[str, Any] | None) -> bool:
     return config["quant_method"] != "compressed-tensors" or "float" in of_groups
 
 
-def as_floats(source: Source, dtype: torch.dtype | None = None) -> None:
+def as_floats(source: Source, dtype: torch.dtype | None = None) -> list[str]:
     """Make a source, before it is settled, the float one that its packed weights stand for; a float one stays as it is.
 
-    dtype: of what is decoded, one of `DECODED`; None takes what config.json says of the model, else bfloat16.
-    The source says what was done in `decoded` and in a warning, and its config no longer says that it is quantized.
+    dtype: of what is decoded, a value of `DECODED`; None takes what config.json says of the model, else bfloat16.
+    The source says what was done in `decoded`, and its config no longer says that it is quantized. Returns what a user
+    should know of it.
     Raises LlmqError, naming the tensor or the key, for what llmq does not decode and for parts that are not there.
     """
     config = source.quantization
     if config is None:
-        return
+        return []
     method = str(config.get("quant_method"))
     if method not in (*FLOATS, *METHODS):
         raise LlmqError(
@@ -130,10 +132,10 @@ def as_floats(source: Source, dtype: torch.dtype | None = None) -> None:
     as_ = str(to).removeprefix("torch.")
     said = {"quant_method": method, "dtype": as_, "weights": dict(kinds), "scales_left_out": len(left)}
     source.become(entries, said)
-    source.warnings += _warnings(source, kinds, as_, left)
+    return list(_told(source, kinds, as_, left))
 
 
-def _warnings(source: Source, kinds: Counter[str], dtype: str, left: list[str]) -> Iterator[str]:
+def _told(source: Source, kinds: Counter[str], dtype: str, left: list[str]) -> Iterator[str]:
     held = ", ".join(f"{n} weights as {kind}" for kind, n in kinds.most_common(3))
     held += f" and {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""
     said = f"{source.path} holds {held}: they are decoded to {dtype} as they are read"
@@ -160,9 +162,8 @@ def _dtype(source: Source) -> torch.dtype:
     text = source.config.get("text_config")
     for said in (source.config, text if isinstance(text, dict) else {}):
         for key in ("dtype", "torch_dtype"):
-            found = getattr(torch, str(said.get(key)).removeprefix("torch."), None)
-            if isinstance(found, torch.dtype) and found in DECODED:
-                return found
+            if (name := str(said.get(key)).removeprefix("torch.")) in DECODED:
+                return DECODED[name]
     return torch.bfloat16
 
 
@@ -274,7 +275,7 @@ class _Checkpoint:
             *many, N, K = how.shape
             shape = (*many, K, N) if how.transposed else how.shape
         size = prod(shape) * self.dtype.itemsize
-        return Decoded(parts[0].file, name, DECODED[self.dtype], shape, parts[0].start, size, parts, how)
+        return Decoded(parts[0].file, name, _SPELLED[self.dtype], shape, parts[0].start, size, parts, how)
 
     def _part(self, name: str, weight: str, dtypes: Collection[str]) -> Entry:
         """Return a part of a weight. Raises LlmqError where it is missing or of another dtype."""

@@ -27,6 +27,7 @@ from llmq.errors import LlmqError
 from llmq.guard.reading import Entry
 
 _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+_PAIRS = torch.stack([_E2M1.repeat(16), _E2M1.repeat_interleave(16)], dim=1)  # of the codes of a byte, [256, 2]
 _AT_ONCE = 2**24  # weights in float32 at a time
 _DAMAGED = "the checkpoint is damaged or was cast; download it again"
 Block = tuple[int, int]
@@ -69,16 +70,20 @@ class Scaled:
 
     def _fill(self, W_NK: Tensor, code_NC: Tensor, scale_GG: Tensor, name: str) -> None:
         """Decode one matrix, some rows at a time. scale_GG: `[ceil(N/n), ceil(K/k)]`."""
-        (N, K), (n, k) = W_NK.shape, self.block
-        step = max(n, _AT_ONCE // K // n * n)
+        N, K = W_NK.shape
+        n, k = min(self.block[0], N), min(self.block[1], K)
+        step, even = max(n, _AT_ONCE // K // n * n), K // k * k
         holes = bool((scale_GG == 0).any())
         for at in range(0, N, step):
-            code_nK = _fp4(code_NC[at : at + step]) if code_NC.dtype == torch.uint8 else code_NC[at : at + step].float()
+            code_nK = _values_of(code_NC[at : at + step])
             scale_nG = scale_GG[at // n : -(-(at + step) // n)].repeat_interleave(n, 0)[: len(code_nK)]
-            scale_nK = scale_nG.repeat_interleave(k, 1)[:, :K] if k < K else scale_nG
-            if holes and bool(((scale_nK == 0) & (code_nK != 0)).any()):
-                raise LlmqError(f"{name} holds a scale of 0 above weights that are not 0: {_DAMAGED}")
-            W_NK[at : at + step] = code_nK.mul_(scale_nK).to(W_NK.dtype)
+            blocks = code_nK[:, :even].unflatten(1, (-1, k)), scale_nG[:, : even // k, None]
+            cut_short = code_nK[:, even:], scale_nG[:, even // k :]
+            for code, scale in (blocks, cut_short):
+                if holes and bool(((scale == 0) & (code != 0)).any()):
+                    raise LlmqError(f"{name} holds a scale of 0 above weights that are not 0: {_DAMAGED}")
+                code.mul_(scale)
+            W_NK[at : at + step] = code_nK
 
     def _with_whole(self, scale: Tensor, stored: Tensor, part: Entry) -> Tensor:
         """Return the scales with the global one in them."""
@@ -119,6 +124,8 @@ def _values(stored: Tensor, part: Entry) -> Tensor:
     return values
 
 
-def _fp4(packed_NC: Tensor) -> Tensor:
-    """Return the values of packed E2M1 codes, float32 `[N, 2 C]`."""
-    return torch.stack([_E2M1[(packed_NC & 15).int()], _E2M1[(packed_NC >> 4).int()]], dim=-1).flatten(-2)
+def _values_of(code_NC: Tensor) -> Tensor:
+    """Return the values of codes, float32 `[N, K]`: of FP8 `[N, K]`, or of packed E2M1 codes, uint8 `[N, K/2]`."""
+    if code_NC.dtype != torch.uint8:
+        return code_NC.float()
+    return _PAIRS.index_select(0, code_NC.flatten().int()).reshape(len(code_NC), -1)

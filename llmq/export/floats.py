@@ -1,13 +1,13 @@
-"""A quantized checkpoint (FP8, NVFP4, MXFP4, GPTQ, AWQ, compressed-tensors; ours or a peer's) as a float one.
+"""A quantized checkpoint (FP8, NVFP4, MXFP4, GPTQ, AWQ, compressed-tensors, GGUF; by any tool) as a float one.
 
     model.safetensors        every packed weight decoded, in the dtype asked for; what was float as it was
     config.json              the source's, without its quantization_config, with that dtype
     dequantization.json      what was decoded; checksums of all tensors and files
     and the tokenizer, chat templates and generation settings as they were
 
-It goes by the checkpoint's own names and makes no model, so that any architecture is written. A tensor at a time is
-decoded, a part of `_PART` bytes is in memory.
-Not here: which tensors make a weight (checkpoint/decoding.py), GGUF files (gguf_floats.py), how OUT is written
+A folder's own names are kept and no model is made, so that any architecture is written; a GGUF file's are turned into
+transformers'. A tensor at a time is decoded, a part of `_PART` bytes is in memory.
+Not here: which tensors make a weight (checkpoint/decoding.py), GGUF files (from_gguf.py), how OUT is written
 (checkpoint/sink.py).
 """
 
@@ -26,11 +26,10 @@ from llmq.checkpoint.decoding import DECODED, as_floats
 from llmq.checkpoint.digest import digest, file_digest, sealed
 from llmq.checkpoint.packed import natural
 from llmq.checkpoint.place import DEQUANTIZED, user_path
-from llmq.checkpoint.stage import fingerprint
+from llmq.checkpoint.stage import fingerprint, look
 from llmq.errors import LlmqError
+from llmq.export.from_gguf import Floats
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DECODED}
-"""What can be asked for, by name."""
 _PART = 2**30
 Progress = Callable[[int, int, str], None]
 
@@ -46,20 +45,18 @@ def dequantize(
 ) -> dict[str, Any]:
     """Write the quantized checkpoint SRC as a float one. Returns the content of its dequantization.json.
 
-    dtype: of what is decoded, one of `DTYPES`. check: whether what was written is read again and compared before it
+    dtype: of what is decoded, one of `DECODED`. check: whether what was written is read again and compared before it
     becomes OUT. progress: called with tensors done, tensors in all and what is going on.
     Raises LlmqError where SRC is no quantized checkpoint, a tensor is missing, misshapen or not finite, or OUT cannot
     be written; OUT is then untouched.
     """
-    if dtype not in DTYPES:
-        raise LlmqError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if user_path(src).is_dir():
+    if dtype not in DECODED:
+        raise LlmqError(f"--dtype {dtype!r} is not one of {', '.join(DECODED)}")
+    if user_path(src).exists():
         Sink(out, overwrite=overwrite, reads={"SRC": user_path(src)})  # refuses before anything is read
-    source = Source(resolve(src))
-    if source.quantization is None:
-        raise LlmqError(f"{src} is a float checkpoint already; nothing is packed in it")
-    as_floats(source, DTYPES[dtype])
-    run = {"command": "dequantize", "SRC": fingerprint(source.path), "dtype": dtype}
+    source = _opened(src, DECODED[dtype])
+    seen = look(source.path) if source.path.is_file() else fingerprint(source.path)
+    run = {"command": "dequantize", "SRC": seen, "dtype": dtype}
     with Sink(out, overwrite=overwrite, reads={"SRC": source.path}, run=run) as sink:
         if sink.earlier is not None:
             sink.commit()
@@ -67,13 +64,27 @@ def dequantize(
         sink.copies = True
         sink.require(2 * source.bytes())
         _add(sink, source, progress or (lambda done, total, what: None))
-        sink.copy_files(source.path)
+        if isinstance(source, Floats):
+            source.beside(sink.stage)
+        else:
+            sink.copy_files(source.path)
         record = _close(sink, source, _with_dtype(source.config, dtype))
         if check:
             _require_same(sink.whole, sink.digests)
         sink.seal(record)
         sink.commit()
     return record
+
+
+def _opened(src: str, dtype: torch.dtype) -> Source:
+    """Return what SRC decodes to. Raises LlmqError for a float checkpoint."""
+    if src.endswith(".gguf") or user_path(src).is_file():
+        return Floats(user_path(src), dtype)
+    source = Source(resolve(src))
+    if source.quantization is None:
+        raise LlmqError(f"{src} is a float checkpoint already; nothing is packed in it")
+    source.warnings += as_floats(source, dtype)
+    return source
 
 
 def _add(sink: Sink, source: Source, step: Progress) -> None:

@@ -175,8 +175,7 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     adapter: a LoRA adapter to add to the weights, a folder or a Hub id.
     """
     source = Source(resolve(src), None if adapter is None else resolve(str(adapter)))
-    as_floats(source)
-    source.warnings += rounded_twice(source)
+    source.warnings += [*as_floats(source), *rounded_twice(source)]
     where = _device(device)
     stored = source.dtype
     method = method_of(recipe, stored)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from llmq.checkpoint import Source, resolve
-from llmq.checkpoint.decoding import as_floats
+from llmq.checkpoint.decoding import DECODED, as_floats
 from llmq.errors import LlmqError
 from llmq.model.adapter import Adapted, Adapter
 from llmq.model.skeleton import Skeleton
@@ -86,7 +86,8 @@ def _truth(source: Source, recorded: dict[str, Any], found: Folder | Gguf) -> Tr
         name = added.get("name") if isinstance(added, dict) else added
         raise LlmqError(f"made with the adapter {name}; give it with --adapter" if added else "made without an adapter")
     if "decoded" in recorded:
-        as_floats(source)
+        said = recorded["decoded"]
+        as_floats(source, DECODED.get(str(said.get("dtype"))) if isinstance(said, dict) else None)
     if source.quantization is not None:
         return Truth(Folder(source, {}, Report()).skeleton, recorded, found.packed)
     skeleton = Skeleton(source, torch.float32)

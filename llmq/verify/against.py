@@ -32,7 +32,7 @@ class Truth:
         self, skeleton: Skeleton, record: dict[str, Any], packed: Collection[str], shifted: Collection[str] = ()
     ) -> None:
         self.skeleton, self.packed, self.shifted = skeleton, packed, shifted
-        self._judged = "transforms" in record or "exported" in record
+        self._judged = any(key in record for key in ("transforms", "exported", "decoded"))
         self._lines = record.get("linears", {})
         self._tuned = set(record.get("tuned", ()))
         self._errors: dict[str, float] = {}

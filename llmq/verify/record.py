@@ -21,20 +21,21 @@ from typing import Any
 import numpy as np
 
 from llmq.checkpoint.digest import digest, file_digest, holds
+from llmq.checkpoint.place import DEQUANTIZED
 from llmq.errors import LlmqError
 from llmq.guard.reading import Entry, json_object
 from llmq.verify.decode import Array
 from llmq.verify.linears import Linear
 from llmq.verify.report import Report
 
-RECORD = "quantization.json"
+RECORDS = ("quantization.json", DEQUANTIZED)
 
 
 def read_record(folder: Path, report: Report) -> dict[str, Any]:
-    """Return quantization.json with what is wrong with it reported; empty where there is none."""
-    file = folder / RECORD
-    if not file.exists():
-        report.note(f"there is no {RECORD}: another tool made this checkpoint, so nothing can be compared with it")
+    """Return quantization.json, or what stands in its place, with what is wrong reported; empty where there is none."""
+    file = next((folder / name for name in RECORDS if (folder / name).exists()), None)
+    if file is None:
+        report.note(f"there is no {RECORDS[0]}: another tool made this checkpoint, so nothing can be compared with it")
         return {}
     try:
         record = json_object(file)
@@ -43,8 +44,8 @@ def read_record(folder: Path, report: Report) -> dict[str, Any]:
         return {}
     if "sha256" in record:  # 1E-05 for 1e-05 is the same record, and not what was written
         same = file.read_bytes() == (json.dumps(record, indent=2) + "\n").encode()
-        report.expect(same, f"{RECORD} is not as written: it is spelled in another way")
-    return checked(record, RECORD, report)
+        report.expect(same, f"{file.name} is not as written: it is spelled in another way")
+    return checked(record, file.name, report)
 
 
 def checked(record: dict[str, Any], where: str, report: Report) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def check_files(folder: Path, recorded: Mapping[str, Any], report: Report) -> No
     there = {
         f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file() and not _hidden(f, folder)
     }
-    there.pop(RECORD, None)
+    there.pop(next((name for name in RECORDS if name in there), RECORDS[0]), None)
     for name, said in recorded.items():
         report.count("files")
         if report.expect(name in there, f"{name} is missing"):

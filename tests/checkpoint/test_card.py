@@ -18,15 +18,18 @@ HOSTILE = [
 ]
 
 
+SUMMARY = {
+    "llmq": "0",
+    "source": {"name": "tiny", "commit": None, "adapter": None},
+    "recipe": {"bits": 4, "act_bits": None},
+    "size": {"float_bytes": 2000, "bytes": 1000, "bits_per_weight": 4.5},
+    "linears": {"model.layers.0.q_proj": {"weight_error": 0.01}},
+}
+
+
 def made(name="tiny", said=None, **recipe):
-    summary = {
-        "llmq": "0",
-        "source": {"name": name, "commit": None, "adapter": None},
-        "recipe": {"bits": 4, "act_bits": None} | recipe,
-        "size": {"float_bytes": 2000, "bytes": 1000, "bits_per_weight": 4.5},
-        "linears": {"model.layers.0.q_proj": {"weight_error": 0.01}},
-    }
-    return card.model_card(summary, "gptq", said)
+    source = SUMMARY["source"] | {"name": name}
+    return card.model_card(SUMMARY | {"source": source, "recipe": SUMMARY["recipe"] | recipe}, "gptq", said)
 
 
 def parts(text):
@@ -82,3 +85,10 @@ def test_the_card_names_the_commit_and_the_adapter():
     assert card._command({"name": "a/b", "commit": "$(reboot)", "adapter": None}) == (
         "llmq quantize SRC OUT --recipe recipe.yaml"
     )
+
+
+def test_a_source_that_was_quantized_is_told():
+    assert "quantized already" not in made()
+    summary = {"weights": {"FP8, blocks of 128 x 128": 7}}
+    text = card.model_card(SUMMARY | {"decoded": summary}, "gptq", None)
+    assert "from tiny, whose weights were quantized already (FP8, blocks of 128 x 128) and decoded;" in text

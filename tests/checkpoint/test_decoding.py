@@ -43,7 +43,7 @@ def narrow(tiny_checkpoint) -> Callable[..., Path]:
 
 def decoded(folder: Path, dtype: torch.dtype | None = None) -> Source:
     source = Source(folder)
-    as_floats(source, dtype)
+    source.warnings += as_floats(source, dtype)
     return source
 
 
@@ -110,6 +110,14 @@ def test_it_decodes_to_what_is_asked_for_else_to_what_config_json_says(dtype, na
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}))
     assert decoded(folder).get(f"{UP}.weight").dtype == dtype
+
+
+def test_a_block_larger_than_any_weight_takes_no_memory(tmp_path):
+    W = torch.randn(4, 6).to(torch.float8_e4m3fn)
+    save_file({"p.weight": W, "p.weight_scale_inv": torch.tensor([[2.0]])}, tmp_path / "model.safetensors")
+    said = {"quant_method": "fp8", "weight_block_size": [2**50, 2**50]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "quantization_config": said}))
+    assert torch.equal(decoded(tmp_path, torch.float32).get("p.weight"), 2 * W.float())
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from llmq.checkpoint import Source
 from llmq.checkpoint.digest import digest, holds
 from llmq.errors import LlmqError
 from llmq.export import floats
+from llmq.verify import verify
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 IDS = torch.arange(3, 35)[None]
@@ -162,3 +163,17 @@ def test_the_command_line_says_what_it_wrote(packed, tmp_path):
     assert done.exit_code == 0, done.exception
     said = " ".join(done.output.split())
     assert "14 weights, integers of 4 bits (gptq)" in said and "decoded to bfloat16" in said
+
+
+def test_verify_finds_what_has_changed_since_and_that_it_is_the_sources(tiny_checkpoint, tmp_path):
+    src, out = tiny_checkpoint(dtype=torch.bfloat16), tmp_path / "out"
+    _narrow.rewrite(src, "ct-fp8-channel")
+    floats.dequantize(str(src), out, dtype="float16")
+    report = verify(out, against=src)
+    assert report.passed and report.checked["tensors"] == 21, report.failures
+    assert report.checked["floats compared with the source"] == 21
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    said = " ".join(verify(out, against=src).failures)
+    assert "up_proj.weight is not as it was solved" in said and "up_proj.weight is neither the source's" in said
