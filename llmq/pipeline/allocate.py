@@ -69,7 +69,8 @@ def costs(plan: Plan, state: Calibration, report: Progress) -> dict[tuple[str, .
     first, calls, squares = state.hidden[:1], state.calls[:1], state.squares
     if not squares:
         squares = squared_gradients(plan.skeleton, first, calls, plan.device, plan.method.recipe.seed, report)
-    state = Calibration(Batches(first), calls=calls, squares=squares, ids=state.ids[: len(first[0])])
+    ids = state.ids[: len(first[0])]
+    state = Calibration(Batches(first), calls=calls, squares=squares, ids=ids, probe=state.probe)
     found: dict[tuple[str, ...], list[Choice]] = {}
     for i in range(len(plan.skeleton)):
         report(i, len(plan.skeleton), f"sensitivity of block {i}")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmq import calibration
-from llmq.calibration.state import Calibration
+from llmq.calibration.state import Calibration, Probe
 from llmq.loading import load_tokenizer
 from llmq.model.ends import embed
 from llmq.model.lanes import Batches
@@ -91,8 +91,10 @@ def test_costs_are_the_divergence_that_rounding_a_site_adds(tiny_checkpoint, tmp
     tokens = calibration.tokens(str(text), load_tokenizer(str(folder)), 64, 64, 1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        hidden, calls = embed(plan.skeleton, [tokens], torch.device("cpu"))
-        found = costs(plan, Calibration(Batches(hidden), calls=calls, ids=tokens), lambda *_: None)
+        (hidden, short), (calls, call) = embed(plan.skeleton, [tokens, tokens[:1, :8]], torch.device("cpu"))
+        state = Calibration(Batches([hidden]), calls=[calls], ids=tokens, probe=Probe(short, call))
+        found = costs(plan, state, lambda *_: None)
+        assert len(found) == 2 * 4
         want, ratios = model(tokens).logits.log_softmax(-1), []
         for names, choices in found.items():
             floats = {n: model.get_submodule(n).weight.data.clone() for n in names}
