@@ -120,6 +120,7 @@ def as_floats(source: Source, dtype: torch.dtype | None = None) -> list[str]:
             f"{source.path} is quantized already ({printable(method, 80)}), which llmq does not decode (it decodes "
             f"{', '.join(dict.fromkeys((*FLOATS, *METHODS)))}); give the float checkpoint that it was made from"
         )
+    _refuse_more(config)
     to = _dtype(source) if dtype is None else dtype
     entries = _Checkpoint(source, config, to).floats()
     kinds = Counter(str(e.how) for e in entries.values() if isinstance(e, Decoded))
@@ -133,6 +134,15 @@ def as_floats(source: Source, dtype: torch.dtype | None = None) -> list[str]:
     said = {"quant_method": method, "dtype": as_, "weights": dict(kinds), "scales_left_out": len(left)}
     source.become(entries, said)
     return list(_told(source, kinds, as_, left))
+
+
+def _refuse_more(config: Mapping[str, Any]) -> None:
+    """Refuse what was done to weights beside rounding them: a decoded one would be another than the model's."""
+    sparsity = config.get("sparsity_config")
+    dense = not sparsity or (isinstance(sparsity, dict) and (sparsity.get("format") or "dense") == "dense")
+    if not dense or config.get("transform_config"):
+        key = "transform_config" if dense else "sparsity_config"
+        raise LlmqError(f"{WHERE}.{key} is set, which llmq does not undo; give the float checkpoint")
 
 
 def _told(source: Source, kinds: Counter[str], dtype: str, left: list[str]) -> Iterator[str]:

@@ -4,6 +4,7 @@
                              also in its text_config
     quantize_config.json     beside it (AutoGPTQ), where there are packed tensors and config.json says nothing
     quant_config.json        the same of AutoAWQ, which spells w_bit and q_group_size
+    hf_quant_config.json     the same of modelopt, under `quantization`
 
 auto-round's own format is GPTQ's or AWQ's packing under a `packing_format`; it is read as that.
 A null config is none: the checkpoint is float. What llmq does not read is refused by its name, with the remedy.
@@ -22,6 +23,7 @@ METHODS = ("gptq", "awq", "compressed-tensors", "auto-round")
 
 _FLOATS = {"fp8": "FP8", "fbgemm_fp8": "FP8", "mxfp4": "MXFP4", "modelopt": "FP8 or NVFP4", "nvfp4": "NVFP4"}
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # and the method of one that names none
+_MODELOPT = "hf_quant_config.json"
 _AUTO_AWQ = {"w_bit": "bits", "q_group_size": "group_size"}
 _PACKINGS = {  # auto-round's name of a packing: the config that says the same; bare, the zeros are GPTQ's v2
     "auto_round:auto_gptq": {"quant_method": "gptq", "checkpoint_format": "gptq"},
@@ -45,6 +47,9 @@ def quantization(folder: Path, config: Mapping[str, Any], names: Collection[str]
         for key in _KEYS:
             if said.get(key) is not None:
                 return dict(field(said, key, dict, f"{folder / 'config.json'}"))
+    beside = folder / _MODELOPT
+    if beside.is_file() and any(n.endswith((".weight_scale", ".weight_scale_2")) for n in names):
+        return {"quant_method": "modelopt"} | field(json_object(beside), "quantization", dict, str(beside))
     packed = next((n for n in names if n.endswith((".qweight", ".weight_packed"))), None)
     if packed is None:
         return None

@@ -257,6 +257,26 @@ def test_a_config_that_is_not_its_tensors_own_is_refused(said, refused, narrow):
         decoded(folder)
 
 
+@pytest.mark.parametrize("key", ["transform_config", "sparsity_config"])
+def test_weights_that_were_not_rounded_alone_are_refused(key, narrow):
+    folder = narrow("ct-nvfp4")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= {key: {"format": "sparse-24-bitmask", "config_groups": {"R1": {}}}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LlmqError, match=f"{key} is set, which llmq does not undo"):
+        decoded(folder)
+
+
+def test_modelopts_config_may_lie_beside(narrow):
+    folder = narrow("modelopt-nvfp4")
+    want = decoded(folder).get(f"{UP}.weight")
+    config = json.loads((folder / "config.json").read_text())
+    said = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": said["quant_algo"]}}))
+    assert torch.equal(decoded(folder).get(f"{UP}.weight"), want)
+
+
 def test_a_config_without_packed_weights_is_refused_and_a_float_source_is_left_alone(tiny_checkpoint):
     folder = tiny_checkpoint()
     assert decoded(folder).decoded is None

@@ -10,6 +10,7 @@ import _narrow
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, GptOssForCausalLM, Mxfp4Config
 from typer.testing import CliRunner
 
 import llmq
@@ -76,6 +77,33 @@ def test_it_loads_as_the_float_model_that_it_stands_for(fp8, tmp_path):
         model = llmq.load(fp8, device="cpu")
         assert torch.equal(model(ids).logits, want)
     assert model.dtype == torch.bfloat16 and model.generation_config.eos_token_id == 1
+
+
+def test_transformers_own_decoding_gives_the_same_logits(tiny_checkpoint, monkeypatch, tmp_path):
+    """Of even blocks of FP8, all that its own decoder takes, and of gpt-oss's experts: bit for bit."""
+    ids, folder = torch.arange(12)[None], tiny_checkpoint(dtype=torch.bfloat16)
+    monkeypatch.setattr(_narrow, "BLOCK", (32, 32))
+    _narrow.rewrite(folder, "fp8-block")
+    fp8 = FineGrainedFP8Config(dequantize=True, weight_block_size=(32, 32))
+    for place, how in ((folder, fp8), (tiny_gpt_oss(tmp_path / "oss"), Mxfp4Config(dequantize=True))):
+        model = AutoModelForCausalLM.from_pretrained(place, quantization_config=how, dtype="auto")
+        with torch.no_grad():
+            assert torch.equal(llmq.load(place, device="cpu")(ids).logits, model(ids).logits)
+
+
+def tiny_gpt_oss(folder: Path) -> Path:
+    """Write a gpt-oss of 4 experts a block, whose matrices are MXFP4."""
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    GptOssForCausalLM(GptOssConfig(**sizes, **heads)).bfloat16().save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    for name in [n for n in stored if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        W_EKN = stored.pop(name)
+        stored |= {f"{name}{end}": t for end, t in _narrow.gpt_oss(W_EKN.transpose(1, 2).contiguous())}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": _narrow.config("gpt-oss")}))
+    return folder
 
 
 def test_gguf_takes_it_too(fp8, tmp_path):
