@@ -35,9 +35,9 @@ def load(
 ) -> PreTrainedModel:
     """Return the model at `path`, in eval mode, its quantized linears computing from packed weights.
 
-    A causal language model, or the whole of one that reads images too.
+    A causal language model, or the whole of one that reads images too. Narrow floats (FP8, NVFP4, MXFP4 ...) are
+    decoded as they are read, to the model's dtype: it is then a float model.
 
-    Narrow floats (FP8, NVFP4, MXFP4 ...) are decoded as they are read, to the model's dtype: it is then a float model.
     path: a local folder or a Hub id.
     dtype: of the float weights and the activations; None is the checkpoint's own. Packed tensors keep theirs.
     device: "auto" is cuda where available, else cpu.
@@ -54,15 +54,14 @@ def load(
         Packing(packed)  # refuses in one line what llmq does not read
     target, config = _device(device), model_config(source)
     config.quantization_config = packed  # transformers looks for it in config.json alone
-    blank, entries = blank_model(source, config), source.entries()
+    blank = blank_model(source, config)
+    auto, given = _from(source, blank)
     settle(source, blank, converts=True)
     with registered(backend=backend), foreign(f"{folder}: transformers cannot load it"), shut():
-        auto: Any = type(blank) if source.decoded else auto_class(config)
         loaded: Any = auto.from_pretrained(
-            None if source.decoded else folder,
-            state_dict={name: _Unread(entry) for name, entry in entries.items()} if source.decoded else None,
+            **given,
             config=config,
-            dtype=source.dtype if source.decoded and dtype is None else "auto" if dtype is None else dtype,
+            dtype=dtype or (source.dtype if source.decoded else "auto"),
             device_map=None if target.type == "cpu" else {"": target},
             local_files_only=True,
             use_safetensors=True,
@@ -78,6 +77,14 @@ def load(
         with foreign(f"{folder}/generation_config.json"), shut():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval()
+
+
+def _from(source: Source, blank: Any) -> tuple[Any, dict[str, Any]]:
+    """Return what loads a source that is not settled yet, and from where: its folder, or decoded tensors one by one."""
+    if not source.decoded:
+        return auto_class(blank.config), {"pretrained_model_name_or_path": source.path}
+    tensors = {name: _Unread(entry) for name, entry in source.entries().items()}
+    return type(blank), {"pretrained_model_name_or_path": None, "state_dict": tensors}
 
 
 class _Unread:

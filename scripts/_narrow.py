@@ -40,17 +40,19 @@ COMPRESSORS = {
 KINDS = ("fp8-block", "fp8-tensor", "fbgemm", "modelopt-nvfp4", *ARGS)
 
 
-def rewrite(folder: Path, kind: str) -> None:
+def rewrite(folder: Path, kind: str, start: str = "") -> None:
     """Rewrite every linear of the blocks of a float checkpoint in one file in this kind, and say so in config.json.
 
+    start: how the names of those begin that are rewritten.
     gpt-oss: every linear as the only expert of a fused tensor, which no model of that config has a place for.
     """
     file = folder / "model.safetensors"
     out: Tensors = {}
     for name, tensor in load_file(file).items():
-        if name.endswith("_proj.weight") and kind == "gpt-oss":
+        linear = name.startswith(start) and name.endswith("_proj.weight")
+        if linear and kind == "gpt-oss":
             out |= {f"{name}{end}": t for end, t in gpt_oss(tensor[None])}
-        elif name.endswith("_proj.weight"):
+        elif linear:
             module = name.removesuffix(".weight")
             out |= {f"{module}.{local}": t for local, t in packed(tensor, kind).items()}
         else:

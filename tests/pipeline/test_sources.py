@@ -10,7 +10,18 @@ import _narrow
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, GptOssForCausalLM, Mxfp4Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    FineGrainedFP8Config,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    Mxfp4Config,
+    PixtralVisionConfig,
+)
 from typer.testing import CliRunner
 
 import llmq
@@ -104,6 +115,24 @@ def tiny_gpt_oss(folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": _narrow.config("gpt-oss")}))
     return folder
+
+
+def test_a_wrapper_in_fp8_is_quantized_verified_and_dequantized_by_its_own_names(tmp_path, tokenizer_bos):
+    """Mistral 3 as it ships: one scale a matrix, static scales of activations, a vision tower in bfloat16."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = MistralConfig(vocab_size=320, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False, **sizes)
+    vision = PixtralVisionConfig(**sizes, image_size=28, patch_size=14)
+    config, src = Mistral3Config(text_config=text, vision_config=vision, image_token_index=10), tmp_path / "src"
+    Mistral3ForConditionalGeneration(config).bfloat16().save_pretrained(src)
+    tokenizer_bos.save_pretrained(src)
+    _narrow.rewrite(src, "fp8-tensor", start="language_model.")
+    record = llmq.quantize(src, tmp_path / "out", warn=print, format="compressed-tensors", **RTN)
+    assert record["decoded"]["weights"] == {"FP8, one scale": 14} and record["decoded"]["scales_left_out"] == 14
+    assert (report := verify(tmp_path / "out", against=src)).passed, report.failures
+    llmq.dequantize(src, tmp_path / "floats", warn=print)
+    ids, model = torch.arange(12, 24)[None], AutoModelForImageTextToText.from_pretrained(tmp_path / "floats")
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, llmq.load(src, device="cpu")(ids).logits)
 
 
 def test_gguf_takes_it_too(fp8, tmp_path):
