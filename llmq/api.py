@@ -117,6 +117,7 @@ def evaluate(
     Raises LlmqError as `load`, `load_text` and `scores.evaluate` do.
     """
     step = progress or (lambda done, total, what: None)
+    scores.refuse(windows, kv_bits)
     how = find_convention(convention, window)
     content = load_text(None if text is None else user_path(text), dataset, how)
     tokenizer = load_tokenizer(str(model))

@@ -18,9 +18,10 @@ from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import as_floats, narrow
 from llmq.checkpoint.names import settle
 from llmq.checkpoint.packed import Packing
-from llmq.errors import LlmqError, one_line
+from llmq.errors import LlmqError
 from llmq.guard.reading import Entry
 from llmq.integrations.transformers import registered
+from llmq.model.device import device_of
 from llmq.model.pretrained import auto_class, blank_model, foreign, model_config, shut, tokenizer_of
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def load(
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    device: torch.device | str = "auto",
+    device: torch.device | str | None = "auto",
     backend: str = "auto",
 ) -> PreTrainedModel:
     """Return the model at `path`, in eval mode, its quantized linears computing from packed weights.
@@ -52,7 +53,7 @@ def load(
     folder, packed = source.path, source.quantization
     if packed is not None:
         Packing(packed)  # refuses in one line what llmq does not read
-    target, config = _device(device), model_config(source)
+    target, config = device_of(device), model_config(source)
     config.quantization_config = packed  # transformers looks for it in config.json alone
     blank = blank_model(source, config)
     auto, given = _from(source, blank)
@@ -123,19 +124,3 @@ def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
             first, *more = sorted(names)
             others = f" (and {len(more)} more)" if more else ""
             raise LlmqError(f"{folder}: tensor {first} {what}{others}; download or write the checkpoint again")
-
-
-def _device(device: torch.device | str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        target = torch.device(device)
-    except RuntimeError as e:
-        raise LlmqError(f"device {device!r} is not one that torch knows: {one_line(e)}") from e
-    if target.type == "meta":
-        raise LlmqError("device 'meta' holds no weights; use device='cpu'")
-    try:
-        torch.empty(1, device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise LlmqError(f"device {str(device)!r} cannot be used here ({one_line(e)}); use device='cpu'") from e
-    return target

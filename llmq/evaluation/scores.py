@@ -65,6 +65,14 @@ class Evaluation:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
+def refuse(windows: int | None, kv_bits: int | None) -> None:
+    """Raise LlmqError for what can be refused before a model is loaded: no window, and bits that no cache has."""
+    if windows is not None and windows < 1:
+        raise LlmqError(f"give 1 window or more, not {windows}")
+    if kv_bits not in (None, 8, 4, 2):
+        raise LlmqError(f"bits of a cache are 8 or 4, not {kv_bits}")
+
+
 def evaluate(  # noqa: PLR0913, what is measured and how
     model: Any,
     tokenizer: Any,
@@ -87,9 +95,8 @@ def evaluate(  # noqa: PLR0913, what is measured and how
     reads, a baseline with another vocabulary, and logits that are not finite (naming the window).
     """
     began = time.perf_counter()
+    refuse(windows, kv_bits)
     how = fit(convention, model)
-    if windows is not None and windows < 1:
-        raise LlmqError(f"give 1 window or more, not {windows}")
     pieces, words, bytes_ = cut(text, tokenizer, how, windows)
     scored = Predictor(model.eval(), "the model", kv_bits)
     check_ids([i for w in pieces for i in w.ids], model)

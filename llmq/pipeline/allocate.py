@@ -28,7 +28,7 @@ from llmq.model.lanes import Batches, Lanes
 from llmq.pipeline.block import block_sites
 from llmq.pipeline.plan import Plan, at_bits, packed_bytes
 from llmq.stats import Hessian
-from llmq.types import LinearSpec, LlmqError, QTensor
+from llmq.types import LinearSpec, QTensor
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,16 @@ class Choice:
 def allocate(plan: Plan, state: Calibration, report: Progress) -> Plan:
     """Return the plan with schemes that spend its recipe's `target_bpw`; the state stays as it is.
 
-    Its recipe then says as overrides what was chosen, so that what is recorded repeats the run.
-    Raises LlmqError where the budget does not even hold the fewest bits.
+    Its recipe then says as overrides what was chosen, so that what is recorded repeats the run. A head that is solved
+    too counts, at the bits that it has.
     """
     recipe = plan.method.recipe
     if recipe.target_bpw is None:
         return plan
     units = costs(plan, state, report)
-    budget = recipe.target_bpw * sum(plan.linears[n].N * plan.linears[n].K for names in units for n in names) / 8
-    chosen = spend(units, budget)
+    known = {n for names in units for n in names}
+    others = sum(packed_bytes(plan.method.format, s) for n, s in plan.linears.items() if n not in known)
+    chosen = spend(units, plan.budget() - others)
     overrides = tuple(
         f"^({'|'.join(re.escape(n) for n in names)})$:bits={choice.bits}" for names, choice in chosen.items()
     )
@@ -82,16 +83,12 @@ def costs(plan: Plan, state: Calibration, report: Progress) -> dict[tuple[str, .
 def spend(units: dict[tuple[str, ...], list[Choice]], budget: float) -> dict[tuple[str, ...], Choice]:
     """Return a choice for each unit, its sizes within `budget` bytes, its errors' sum as low as upgrades make it.
 
-    A unit's choices are taken along the lower convex hull of (size, error), the steepest step of all units first.
-    Raises LlmqError where the smallest choices are too large.
+    A unit's choices are taken along the lower convex hull of (size, error), the steepest step of all units first. The
+    smallest choices fit in: the plan has seen to that.
     """
     hulls = {name: _hull(choices) for name, choices in units.items()}
     chosen = {name: hull[0] for name, hull in hulls.items()}
     left = budget - sum(c.size for c in chosen.values())
-    if left < 0:
-        raise LlmqError(
-            f"--target-bpw is too low: the fewest of --bit-choices need {1 - left / budget:.3f} times as much"
-        )
     steps = [
         ((a.error - b.error) / (b.size - a.size), order, name, b)
         for order, (name, hull) in enumerate(hulls.items())

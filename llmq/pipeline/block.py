@@ -30,7 +30,7 @@ from llmq.model.lanes import Batches, Call, Lanes, run
 from llmq.model.sites import discover, overridden
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Line, Record
-from llmq.pipeline.site import Answer, Target, solve
+from llmq.pipeline.site import Answer, Target, gave, solve
 from llmq.stats import Hessian, Histogram, MeanSquare, Stat, Stats
 from llmq.steps import BlockView, Scaling, SiteView, Solved, Transform, Tuner
 from llmq.types import AffineGrid, Params, Producer, Site
@@ -156,7 +156,7 @@ def _solve(block: _Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], C
     for tuner in tuners:
         targets = {f.name: f.answer.W_NK for f in for_tuners}
         view = BlockView(module, solved, targets, state.hidden, outputs, block.calls, plan.method.recipe.seed)
-        tuned = tuner.tune(view)
+        tuned = gave(tuner, tuner.tune(view), dict)
         solved = {f.name: _placed(block, f, tuned[f.name]) for f in for_tuners}
     if tuners and (block.moves_on or maxima is not None):
         hidden = [run(module, h, c) for h, c in zip(state.hidden.taken(), calls, strict=True)]
@@ -186,9 +186,7 @@ def _solve_site(
     if not specs:
         return {}
     weights = {n: block.exact(f"{n}.weight", block.module.get_parameter(f"{n}.weight")).float() for n in specs}
-    targets = {
-        n: Target(W, specs[n].scheme.weight, plan.assigned.importance.get(block.full(n))) for n, W in weights.items()
-    }
+    targets = {n: Target(W, specs[n].scheme.weight, plan.importance(block.full(n))) for n, W in weights.items()}
     answers = solve(plan.method, targets, stats)
     if static:
         inputs = _input_params(static, stats[Histogram])
@@ -244,7 +242,7 @@ def _transform(block: _Block, step: Transform) -> None:
     for site, seen in zip(block.sites, stats, strict=True):
         schemes = [s.scheme if (s := plan.linears.get(block.full(n))) else None for n in site.linears]
         view = SiteView(site, modules, seen, calls.get(site.parent, []), schemes)
-        scaling = step.search(view) if seen else None
+        scaling = gave(step, step.search(view), Scaling | None) if seen else None
         found += [(site, site.producer, scaling)] if scaling and site.producer else []
     weights = {block.full(n): p.data for n, p in block.module.named_parameters()}
     for site, producer, (scale_K, report) in found:

@@ -26,9 +26,9 @@ from llmq import registry
 from llmq.calibration.kv_scales import owner_of_cache
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import as_floats, rounded_twice
-from llmq.errors import one_line
 from llmq.granularity import PerTensor
 from llmq.model.adapter import Adapted, Adapter
+from llmq.model.device import device_of
 from llmq.model.pretrained import tokenizer_of
 from llmq.model.producers import of_blocks
 from llmq.model.rotated import Rotated, prove
@@ -97,6 +97,11 @@ class Plan:
             return f"{linear}.weight"
         return f"{self.skeleton.name_of(self.skeleton.model.get_input_embeddings())}.weight"
 
+    def importance(self, linear: str) -> Tensor | None:
+        """Return what the squared error of each input channel of a linear counts, where the user gave it, `[K]`."""
+        given = self.assigned.importance.get(linear)
+        return None if given is None else given.to(self.device)
+
     def bytes(self) -> int:
         """Return the size of the weights that will be written."""
         sizes = self.source.sizes().items()
@@ -159,6 +164,10 @@ class Plan:
         now = method.format.check(list(plan.matrices.values()), self.skipped)
         return dataclasses.replace(plan, warnings=[*told[:at], *now, *told[at:]])
 
+    def budget(self) -> float:
+        """Return the bytes that `--target-bpw` gives the linears."""
+        return (self.method.recipe.target_bpw or 0) * sum(s.N * s.K for s in self.linears.values()) / 8
+
     def possible(self) -> list[LinearSpec]:
         """Return every matrix as it will be, or may be under a budget of bits."""
         specs, recipe = list(self.matrices.values()), self.method.recipe
@@ -176,7 +185,7 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     """
     source = Source(resolve(src), None if adapter is None else resolve(str(adapter)))
     source.warnings += [*as_floats(source), *rounded_twice(source)]
-    where = _device(device)
+    where = device_of(device)
     stored = source.dtype
     method = method_of(recipe, stored)
     skeleton = Skeleton(source, _compute_dtype(method, stored, where))
@@ -196,7 +205,23 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     for tuner in (*method.tuners, *method.finishers):
         _check_tuner(registry.dump(tuner), method.recipe, specs)
     warnings = [*source.warnings, *method.format.check(plan.possible(), plan.skipped), *plan.assigned.warnings]
+    _check_budget(plan)
     return _tried(_checked(dataclasses.replace(plan, warnings=warnings), source)).told(recipe)
+
+
+def _check_budget(plan: Plan) -> None:
+    """Refuse a budget of bits that does not even hold the fewest."""
+    recipe, form = plan.method.recipe, plan.method.format
+    if recipe.target_bpw is None:
+        return
+    fewest = [s if n == plan.head else at_bits(s, min(recipe.choices())) for n, s in plan.linears.items()]
+    least = sum(packed_bytes(form, s) for s in fewest)
+    if least > plan.budget():
+        bits = recipe.target_bpw * least / plan.budget()
+        raise LlmqError(
+            f"--target-bpw {recipe.target_bpw:g} is too low: at the fewest of --bit-choices a weight takes {bits:.3f} "
+            "bits, scales and zeros counted; say more, or allow fewer bits"
+        )
 
 
 def _check_tuner(step: str, recipe: Recipe, specs: list[LinearSpec]) -> None:
@@ -296,17 +321,6 @@ def at_bits(linear: LinearSpec, bits: int) -> LinearSpec:
 def packed_bytes(fmt: Format, linear: LinearSpec) -> int:
     """Return the bytes of a linear's tensors on disk, its bias apart."""
     return sum(prod(t.shape) * t.element_size() for t in fmt.layout(linear).values())
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise LlmqError(f"device {name!r} cannot be used ({one_line(e)}); say cpu, cuda or auto") from e
-    return device
 
 
 def _compute_dtype(method: Method, stored: torch.dtype, device: torch.device) -> torch.dtype:

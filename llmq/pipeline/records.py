@@ -12,6 +12,7 @@ solver found, before any packing, so that a reader that decodes the file by othe
     integer grids   codes   uint8 [N, K]                   scale   [N, G] in the dtype it is stored in ([1, 1] where
                     zero    int32 [N, G], unsigned codes            the whole tensor shares one), zero likewise
                     g_idx   int32 [K], where the groups are no runs of columns
+                    input   [1], the static scale of the input, where it has one
     ggml's types    values  float32 [N, K], decoded, rows in the checkpoint's order
 
 Not here: the transforms in a record (folding.py), writing it (report.py), comparing a file with it (verify).
@@ -73,6 +74,8 @@ def _solved(q: QTensor, Q_NK: Tensor) -> dict[str, Tensor]:
         return {"values": Q_NK.float()}
     params = q.params.map(itemgetter(slice(q.grid.granularity.rows(len(q.codes)))))
     found = {"codes": q.codes, "scale": params.scale, "zero": params.zero}
+    if q.input is not None:
+        found["input"] = q.input.scale
     return found if q.g_idx is None else found | {"g_idx": q.g_idx.to(torch.int32)}
 
 

@@ -8,15 +8,19 @@ Not here: where the statistics come from (block.py), any method (algorithms/).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from llmq import registry
+from llmq.errors import LlmqError
 from llmq.pipeline.method import Method
 from llmq.stats import Stats
-from llmq.steps import Solved
+from llmq.steps import Solved, Step
 from llmq.types import Grid, QTensor
+
+Found = TypeVar("Found")
 
 
 class Target(NamedTuple):
@@ -38,10 +42,13 @@ def solve(method: Method, targets: Mapping[str, Target], stats: Stats) -> dict[s
     """Return what a method's corrections, solver and refiners make of the linears of a site, by name."""
     corrected, reports = _corrected(method, targets, stats)
     stacks = [(names, _stacked(corrected, names), _own(stats, targets[names[0]])) for names in _stacks(targets)]
-    found = [method.solver.solve(W_NK, targets[names[0]].grid, own) for names, W_NK, own in stacks]
+    solver = method.solver
+    found = [gave(solver, solver.solve(W_NK, targets[names[0]].grid, own), Solved) for names, W_NK, own in stacks]
     for refiner in method.refiners:
         stats.forget()  # what the step before made of them
-        found = [refiner.refine(W_NK, s, own) for (_, W_NK, own), s in zip(stacks, found, strict=True)]
+        found = [
+            gave(refiner, refiner.refine(W_NK, s, own), Solved) for (_, W_NK, own), s in zip(stacks, found, strict=True)
+        ]
     stats.forget()
     answers: dict[str, Answer] = {}
     for (names, _, _), solved in zip(stacks, found, strict=True):
@@ -49,6 +56,13 @@ def solve(method: Method, targets: Mapping[str, Target], stats: Stats) -> dict[s
         for name, q in zip(names, parts, strict=True):
             answers[name] = Answer(Solved(q, reports[name] | solved.report), corrected[name])
     return {name: answers[name] for name in targets}
+
+
+def gave(step: Step, found: Found, kind: type) -> Found:
+    """Return what a step gave back. Raises LlmqError, naming the step, where it is of another kind, as a user's may."""
+    if not isinstance(found, kind):
+        raise LlmqError(f"{registry.dump(step)} gave back a {type(found).__name__}, not a {kind.__name__}; mend it")
+    return found
 
 
 def _corrected(

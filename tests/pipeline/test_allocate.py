@@ -54,9 +54,20 @@ def test_a_choice_that_costs_more_and_errs_more_is_never_made():
     assert spend(choices, 400)[("a",)].bits == 4
 
 
-def test_a_budget_below_the_fewest_bits_is_refused():
-    with pytest.raises(LlmqError, match="too low"):
-        spend(units(0), 10)
+def test_a_budget_below_the_fewest_bits_is_refused_before_any_work(tiny_checkpoint):
+    recipe = Recipe(method="rtn", target_bpw=3.4, group_size=32, calib="nothing.txt")
+    with pytest.raises(LlmqError, match=r"--target-bpw 3.4 is too low: .* takes \d\.\d+ bits"):
+        prepare(str(tiny_checkpoint()), recipe, "cpu")
+
+
+def test_a_head_that_is_solved_too_counts_in_the_budget(tiny_checkpoint, tmp_path, prose):
+    text = tmp_path / "calibration.txt"
+    text.write_text(prose(2000))
+    options = {"method": "rtn", "group_size": 32, "samples": 8, "seq_len": 32, "calib": str(text)}
+    plan = prepare(str(tiny_checkpoint()), Recipe(**options, bits=8, target_bpw=6.0, lm_head=True), "cpu")
+    summary = quantize(plan, tmp_path / "out")
+    assert summary["linears"]["lm_head"]["bits"] == 8
+    assert 5.5 < summary["size"]["bits_per_weight"] <= 6.0
 
 
 def test_the_written_model_fits_the_budget_with_sites_alike(tiny_checkpoint, tmp_path, prose):

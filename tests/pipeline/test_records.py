@@ -83,6 +83,7 @@ def check(folder, out, record, hessians=None):
         stored = {"codes": q.codes, "scale": q.params.scale[:1] if one else q.params.scale}
         stored["zero"] = (q.params.zero[:1] if one else q.params.zero).int()
         stored |= {} if q.g_idx is None else {"g_idx": q.g_idx.int()}
+        stored |= {} if q.input is None else {"input": q.input.scale}
         assert line["sha256"] == {k: sha256(t) for k, t in stored.items()}, name
         tied = name == "lm_head" and "lm_head.weight" not in floats.source
         W_NK = floats.get("model.embed_tokens.weight" if tied else f"{name}.weight").double()

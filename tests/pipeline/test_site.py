@@ -11,6 +11,7 @@ from llmq.algorithms.descent import Descent
 from llmq.algorithms.gptq import Gptq
 from llmq.algorithms.qep import Qep
 from llmq.algorithms.rtn import Rtn
+from llmq.errors import LlmqError
 from llmq.grids.int import Int
 from llmq.pipeline.site import Target, solve
 from llmq.stats import Drift, Hessian, Stats
@@ -77,3 +78,15 @@ def test_importance_weighs_the_linear_that_it_was_given_for(stats):
     assert torch.equal(found["a"].solved.q.params.scale, grid.fit(W_NK).scale)
     assert torch.equal(found["b"].solved.q.params.scale, grid.fit(W_NK, importance).scale)
     assert not torch.equal(found["a"].solved.q.codes, found["b"].solved.q.codes)
+
+
+class Bare(Rtn):
+    """A user's solver that forgets to wrap its answer."""
+
+    def solve(self, W_NK, grid, stats):
+        return super().solve(W_NK, grid, stats).q
+
+
+def test_a_step_that_gives_back_another_thing_is_named(stats):
+    with pytest.raises(LlmqError, match="test_site gave back a QTensor, not a Solved"):
+        solve(method(Bare()), {"q": Target(weight(8), FOUR)}, stats)
