@@ -242,8 +242,9 @@ def _transform(block: _Block, step: Transform) -> None:
     for site, seen in zip(block.sites, stats, strict=True):
         schemes = [s.scheme if (s := plan.linears.get(block.full(n))) else None for n in site.linears]
         view = SiteView(site, modules, seen, calls.get(site.parent, []), schemes)
-        scaling = gave(step, step.search(view), Scaling | None) if seen else None
-        found += [(site, site.producer, scaling)] if scaling and site.producer else []
+        scaling = step.search(view) if seen and site.producer else None
+        if scaling is not None and site.producer:
+            found.append((site, site.producer, gave(step, scaling, Scaling)))
     weights = {block.full(n): p.data for n, p in block.module.named_parameters()}
     for site, producer, (scale_K, report) in found:
         linears = tuple(block.full(n) for n in site.linears)
