@@ -106,6 +106,7 @@ def quantize(
     target_bpw: Annotated[float | None, typer.Option(help="Bits per weight to spend where they help most.")] = None,
     bit_choices: Annotated[str | None, typer.Option(help="Bits that --target-bpw chooses from. [3,4,5,6,8]")] = None,
     lm_head: Annotated[bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output head.")] = None,
+    experts: Annotated[str | None, typer.Option(help="Tokens that calibrate each: routed or all. [routed]")] = None,
     calib: Annotated[str | None, typer.Option(help="A text file or folder, a dataset, or 'self'. [wikitext2]")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of each. [2048]")] = None,
@@ -357,6 +358,10 @@ def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:
         table.add(
             "matrices left as they are", f"{', '.join(left[:3])}{more} (routers, what reads images, and the like)"
         )
+    if experts := summary.get("experts"):
+        told = experts["tokens"]
+        few = "".join(f", {len(experts[k])} with {k}" for k in ("few", "none") if experts[k])
+        table.add("tokens an expert", f"{told['least']:,} to {told['most']:,}, median {told['quartiles'][1]:,}{few}")
     fallbacks = [n for n, v in summary["linears"].items() if "fallback" in v]
     if fallbacks:
         table.add("fallbacks", f"{len(fallbacks)}: {', '.join(fallbacks[:3])} (see quantization.json)")

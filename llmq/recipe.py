@@ -74,6 +74,8 @@ class Recipe:
     target_bpw: bits per quantized weight, scales counted, to spend where they help most; --bit-choices lists the bits
         that a site may get.
     lm_head: quantize the output head too.
+    experts: which tokens calibrate an expert: those "routed" to it (the default), or "all", at the cost of running
+        every expert on every token.
     type: for GGUF, which mixture of ggml's types; the head is quantized by the mixture, and overrides are
         `REGEX:type=Q6_K` on ggml's tensor names.
     imatrix: an importance matrix in llama.cpp's form to weigh errors by. imatrix_out: where to write the calibration's.
@@ -102,6 +104,7 @@ class Recipe:
     target_bpw: Annotated[float, Between(1, 16)] | None = option(None, _INTEGERS)
     bit_choices: str | None = option("3,4,5,6,8", _BUDGET)
     lm_head: bool = option(False, _INTEGERS)
+    experts: Literal["routed", "all"] | None = option()
     calib: str = option("wikitext2")
     samples: Annotated[int, Between(1, 2**20)] = option(128)
     seq_len: Annotated[int, Between(2, 2**20)] = option(2048)
@@ -267,9 +270,9 @@ class Recipe:
         return f"int:{said}:range=[{self.range}]"
 
     def to_json(self) -> dict[str, Any]:
-        """Return every option, null where it means nothing; `weights` and `on_misfit` only where they were given."""
+        """Return every option, null where it means nothing; a few stand there only where they were given."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {k: v for k, v in values.items() if k not in ("weights", "on_misfit") or v is not None}
+        return {k: v for k, v in values.items() if k not in ("weights", "on_misfit", "experts") or v is not None}
 
     def to_yaml(self) -> str:
         """Return the options that were given as YAML that `load` reads back equal."""

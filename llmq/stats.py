@@ -94,11 +94,14 @@ class Stats(dict[type[Stat], Any]):
     """The statistics of one site by their class, and what steps make of them for all matrices of the site.
 
     importance: what the squared error of each input channel counts, `[K]`, where the user gave it (an imatrix).
+    tokens: how many were seen. layer: where these are an expert's, the mean `X^T X` over all tokens of its layer.
     """
 
     def __init__(self, stats: Mapping[type[Stat], Any] | None = None, importance: Tensor | None = None) -> None:
         super().__init__(stats or {})
         self.importance = importance
+        self.tokens: int = getattr(stats, "tokens", 0)
+        self.layer: Tensor | None = getattr(stats, "layer", None)
         self._made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:

@@ -4,6 +4,8 @@ H is an estimate from T tokens, and its K^2 / 2 products are the less certain th
 So each step first adds to the tokens `prior * K` made-up ones in which no two columns are correlated:
 H <- (T H + prior K diag H) / (T + prior K), the mean of H under an inverse Wishart prior; a shrinkage toward the
 diagonal (Schaefer and Strimmer 2005, doi:10.2202/1544-6115.1175, target D). The diagonal stays as it is.
+An expert sees few tokens, but all tokens of its layer are known: its made-up ones are correlated as those are,
+H <- (T H + prior K H_layer) / (T + prior K).
 
 Damping adds `damp * mean(diag H)` to the diagonal, tenfold more at each retry. A dead column, which no token excites
 (H_jj = 0), gets H_jj = 1: it takes no part in any feedback.
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from llmq.stats import Hessian, Stats
 
 _RETRIES = 6  # each multiplies the damping by 10
 
@@ -34,8 +38,21 @@ class Regularized:
         if not self.prior >= 0:
             raise ValueError(f"prior is 0 or more, not {self.prior}")
 
+    def seen(self, stats: Stats) -> tuple[Tensor, int]:
+        """Return H and how many tokens it is the mean over: 0 where its prior is in it, that of an expert's layer."""
+        hessian, layer = stats[Hessian], stats.layer
+        if layer is None:
+            return hessian.mean(), hessian.count
+        unseen = self.prior * len(layer)
+        return (hessian.count * hessian.mean() + unseen * layer) / (hessian.count + unseen), 0
+
     def regularize(self, H_KK: Tensor, tokens: int) -> Tensor:
-        """Shrink H, the mean over so many tokens, toward its diagonal by the prior, in place; return it."""
+        """Shrink H, the mean over so many tokens, toward its diagonal by the prior, in place; return it.
+
+        One over no tokens stays as it is: it has its prior.
+        """
+        if not tokens:
+            return H_KK
         unseen = self.prior * len(H_KK)
         diagonal = H_KK.diagonal().clone()
         H_KK.mul_(tokens / (tokens + unseen)).diagonal().copy_(diagonal)

@@ -50,8 +50,8 @@ class Descent(Regularized, Refiner):
 
     def refine(self, W_NK: Tensor, solved: Solved, stats: Stats) -> Solved:
         """Lower the loss of every row, or leave the row as it is."""
-        q, hessian = solved.q, stats[Hessian]
-        H_KK = stats.once(self, lambda: self.regularize(damped(revived(hessian.mean())[0], self.damp), hessian.count))
+        q, (seen_KK, tokens) = solved.q, self.seen(stats)
+        H_KK = stats.once(self, lambda: self.regularize(damped(revived(seen_KK)[0], self.damp), tokens))
         state = _State(W_NK, q, H_KK)
         before = state.loss_N.sum()
         for _ in range(self.rounds):

@@ -47,11 +47,11 @@ class Gptq(Regularized, Solver):
 
     def solve(self, W_NK: Tensor, grid: Grid, stats: Stats) -> Solved:
         """Round the columns one by one; to nearest where H does not factor."""
-        hessian = stats[Hessian]
-        H_KK, dead = revived(hessian.mean())
+        seen_KK, tokens = self.seen(stats)
+        H_KK, dead = revived(seen_KK)
         order = torch.argsort(H_KK.diagonal(), descending=True, stable=True) if self.act_order else None
-        F_KK, damping = stats.once(self, lambda: self.factor(H_KK, hessian.count, order))
-        report = {"damp": damping, "dead_columns": dead, "tokens": hessian.count}
+        F_KK, damping = stats.once(self, lambda: self.factor(H_KK, tokens, order))
+        report = {"damp": damping, "dead_columns": dead, "tokens": stats[Hessian].count}
         if F_KK is None:
             report["fallback"] = f"rtn: H does not factor with damping up to {damping:g}"
         return Solved(self._round(W_NK, grid, H_KK, F_KK, order), report)

@@ -6,6 +6,8 @@
     embed_out.weight                                 lm_head.weight                       GPT-NeoX's head, since renamed
     lm_head.weight alone, tied                       model.embed_tokens.weight            one matrix under two names
     model.layers.0.self_attn.rotary_emb.inv_freq     none                                 once saved, now computed
+    ...block_sparse_moe.experts.7.w1.weight          ...mlp.experts.7.gate_proj.weight    Mixtral's, since renamed
+    ...block_sparse_moe.input_linear.weight          ...experts.0.gate_proj.weight, ...   one tensor of all experts
 
 `settle` gives a source the model's names. It refuses what transformers would pass over with a warning: a tensor that is
 missing or of another shape, one of a block or a linear that nothing would read, two tensors for one place.
@@ -16,12 +18,13 @@ Not here: which files count (source.py), what packed tensors mean (formats, inte
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from llmq.checkpoint.parts import Fused
 from llmq.checkpoint.source import Source
 from llmq.errors import LlmqError
 
@@ -36,6 +39,8 @@ class Match:
     unread: tensors of no module. carried: those of parts that transformers never builds (heads that predict further
     tokens). written: what of `stored` has another name when written, and that name.
     missing: tensors of the model that are not there. converted: those that transformers makes of several.
+    parts: how those of `stored` that are parts of one tensor lie in it: the tensor of all experts, the expert's number,
+        the place of its projection.
     """
 
     stored: dict[str, str]
@@ -45,6 +50,7 @@ class Match:
     written: dict[str, str]
     missing: list[str]
     converted: set[str]
+    parts: dict[str, tuple[Fused, int, int]] = field(default_factory=dict)
 
 
 def match(model: Any, names: Iterable[str]) -> Match:
@@ -56,8 +62,18 @@ def match(model: Any, names: Iterable[str]) -> Match:
     unread: dict[str, str] = {}
     carried: dict[str, str] = {}
     converted: set[str] = set()
+    parts: dict[str, tuple[Fused, int, int]] = {}
+    written: dict[str, str] = {}
     for name in sorted(names):
         found, several = naming.of(name)
+        fused = naming.fused.get(found)
+        if fused is not None and not several:
+            for own, e, place in fused.names():
+                full = f"{found.rpartition('.')[0]}.{own}"
+                _put(stored, full, name, model)
+                parts[full] = (fused, e, place)
+                written[full] = _of_expert(name, found, own)
+            continue
         if several:
             converted |= several
             continue
@@ -67,21 +83,33 @@ def match(model: Any, names: Iterable[str]) -> Match:
         if not known and left_out.search(found):
             carried[name] = name
             continue
-        place = stored if known else beside if found.rpartition(".")[0] in naming.modules else unread
-        if place.setdefault(found, name) != name:
-            raise LlmqError(f"tensors {place[found]} and {name} are one and the same in {type(model).__name__}")
+        _put(stored if known else beside if found.rpartition(".")[0] in naming.modules else unread, found, name, model)
     moved = {t: s for t, s in tied.items() if t in stored and s not in stored}
-    written = {n: w for n, w in naming.runtimes(stored).items() if w != n}
+    whole = {n: s for n, s in stored.items() if n not in parts}
+    written |= {n: w for n, w in naming.runtimes(whole).items() if w != n}
+    written |= {n: s for n, s in beside.items() if n.rpartition(".")[0] not in naming.near(s.rpartition(".")[0])}
     stored |= {source: stored.pop(target) for target, source in moved.items()}
     present = stored.keys() | converted
     missing = [n for n in naming.wanted if n not in present and tied.get(n) not in present]
-    return Match(stored, beside, unread, carried, written, missing, converted & naming.wanted.keys())
+    return Match(stored, beside, unread, carried, written, missing, converted & naming.wanted.keys(), parts)
+
+
+def _put(place: dict[str, str], found: str, name: str, model: Any) -> None:
+    if place.setdefault(found, name) != name:
+        raise LlmqError(f"tensors {place[found]} and {name} are one and the same in {type(model).__name__}")
+
+
+def _of_expert(name: str, found: str, own: str) -> str:
+    """Return what to call a part of the stored tensor `name`, that of all experts, which the model calls `found`."""
+    experts, _, leaf = found.rpartition(".")
+    return f"{name.removesuffix(leaf)}{own}" if name.endswith(f".experts.{leaf}") else f"{experts}.{own}"
 
 
 class _Naming:
     """transformers' way from a checkpoint's names to a model's.
 
     wanted: the tensors that a checkpoint of this model holds, on meta, by the model's names. modules: names of modules.
+    fused: the tensors that transformers' model has of all experts in place of ours of each (model/experts.py).
     """
 
     def __init__(self, model: Any) -> None:
@@ -91,6 +119,9 @@ class _Naming:
         rules = get_model_conversion_mapping(model)
         self.wanted: dict[str, torch.Tensor] = model.state_dict()
         self.modules = {n for n, _ in model.named_modules() if n}
+        experts = [(n, m.fused) for n, m in model.named_modules() if hasattr(m, "fused")]
+        self.fused: dict[str, Fused] = {f"{n}.{p}": fused for n, of in experts for p, fused in of.items()}
+        self._known = {**self.wanted, **self.fused}
         self._prefix: str = model.base_model_prefix
         self._renamings = [r for r in rules if isinstance(r, WeightRenaming)]
         self._converters = [r for r in rules if isinstance(r, WeightConverter)]
@@ -99,19 +130,23 @@ class _Naming:
         """Return the model's name of a tensor; beside it the tensors that it is a part of, where it is only that.
 
         A tensor that the model does not have gets its module's name, which that module's weight tells, or its own name.
+        One of all experts gets transformers' name.
         """
         found, several = self._renamed(name, self._renamings, self._converters)
-        if found in self.wanted or several:
+        if found in self._known or several:
             return found, several
-        if (plain := self.prefixed(name)) in self.wanted:
+        if (plain := self.prefixed(name)) in self._known:
             return plain, set()
         parent, _, leaf = name.rpartition(".")
-        weight, _ = self._renamed(f"{parent}.weight", self._renamings, [])
-        near = (parent, f"{self._prefix}.{parent}", parent.removeprefix(f"{self._prefix}."))
-        owner = next((n for n in near if n in self.modules), "")
+        weight, _ = self._renamed(f"{parent}.weight", self._renamings, self._converters if self.fused else [])
+        owner = next((n for n in self.near(parent) if n in self.modules), "")
         if weight in self.wanted:
             owner = weight.removesuffix(".weight")
         return (f"{owner}.{leaf}" if owner else found), set()
+
+    def near(self, module: str) -> tuple[str, str, str]:
+        """Return a module's name as it is, and with the prefix of the model's base put on or taken off."""
+        return module, f"{self._prefix}.{module}", module.removeprefix(f"{self._prefix}.")
 
     def prefixed(self, name: str) -> str:
         """Return a checkpoint's name with the prefix of the model's base put on or taken off, and nothing else done."""
@@ -123,11 +158,19 @@ class _Naming:
         return prefixed if all(name in self.wanted for name in prefixed.values()) else dict(stored)
 
     def _renamed(self, name: str, renamings: list[Any], converters: list[Any]) -> tuple[str, set[str]]:
+        """Return the name by these rules, and of what it is only a part; an expert's matrix is one of ours."""
         from transformers.core_model_loading import rename_source_key
 
-        found, pattern = rename_source_key(name, renamings, converters, self._prefix, self.wanted)
-        targets: list[str] = next((c.target_patterns for c in converters if pattern in c.source_patterns), [])
-        return found, {found.replace(targets[0], t) for t in targets}
+        found, pattern = rename_source_key(name, renamings, converters, self._prefix, self._known)
+        rule = next((c for c in converters if pattern in c.source_patterns), None)
+        fused = self.fused.get(found)
+        if rule is None or (fused and all(type(o).__name__ == "Transpose" for o in rule.operations)):
+            return found, set()
+        if fused and len(rule.source_patterns) == len(fused.projections) and "*" in str(pattern):
+            e = [part for part in name.split(".") if part.isdecimal()][-1]
+            projection = fused.projections[rule.source_patterns.index(pattern)]
+            return f"{found.rpartition('.')[0]}.{e}.{projection}.{fused.leaf}", set()
+        return found, {found.replace(rule.target_patterns[0], t) for t in rule.target_patterns}
 
 
 def settle(source: Source, model: Any, *, converts: bool = False) -> None:
@@ -143,6 +186,7 @@ def settle(source: Source, model: Any, *, converts: bool = False) -> None:
     kept = found.stored | (found.beside if source.quantization else {}) | {n: n for n in unread} | found.carried
     old = source.unread
     source.rename(kept, found.written, [*unread, *found.carried])
+    source.split(found.parts)
     if set(unread) - old:
         few = ", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if len(unread) > 3 else "")
         source.warnings.append(f"{type(model).__name__} has no place for {few} of {source.path}: nothing reads them")
@@ -179,8 +223,11 @@ def _refuse_misshapen(source: Source, model: Any, found: Match) -> None:
     for name, want in model.state_dict().items():
         if name not in found.stored or name.rpartition(".")[0] in linears:  # a packed one is its format's to check
             continue
-        stored = found.stored[name]
-        if (got := headers[stored][1]) != want.shape:
+        stored, part = found.stored[name], found.parts.get(name)
+        got = headers[stored][1]
+        if part is not None and part[0].fits(got) is not None:
+            continue
+        if got != want.shape:
             raise LlmqError(
                 f"tensor {stored} is {list(got)}, but {source.path}/config.json asks for {list(want.shape)}"
             )

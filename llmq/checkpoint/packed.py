@@ -47,13 +47,14 @@ class Packing:
         """Return what the config makes of a linear, None where it is float; its shape changes nothing."""
         return self._scheme(name, 0, 0)
 
-    def linear(self, name: str, N: int, K: int, stored: Collection[str]) -> LinearSpec | None:
+    def linear(self, name: str, N: int, K: int, stored: Collection[str], said: str = "") -> LinearSpec | None:
         """Return what the linear `name` is in the file, None where it is float.
 
-        stored: the names of the checkpoint's tensors. A config need not list what was left float (those of GPTQ and AWQ
+        stored: the names of the checkpoint's tensors. said: another name that the config may have for the linear.
+        A config need not list what was left float (those of GPTQ and AWQ
         do not): where the file has a float weight and nothing packed, that decides.
         """
-        scheme = self._scheme(name, N, K)
+        scheme = self._scheme(name, N, K) or (self._scheme(said, N, K) if said else None)
         if scheme is None:
             return None
         linear = LinearSpec(name, N, K, scheme)
@@ -126,7 +127,8 @@ class PackedCheckpoint:
 
     def _linear(self, name: str, module: nn.Linear, tied: bool) -> LinearSpec | None:
         """Return what a linear of the model is in the file, None where it is float. Raises LlmqError for a tied one."""
-        linear = self.packing.linear(name, module.out_features, module.in_features, self._entries)
+        stored = self._entries[self._modules[name][0]].name.rpartition(".")[0] if name in self._modules else name
+        linear = self.packing.linear(name, module.out_features, module.in_features, self._entries, stored)
         if linear is None or not tied:
             return linear
         if present := self.packing.present(linear, self._entries):

@@ -292,11 +292,13 @@ def _unlike(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _fill(tensors: list[Entry], shard_bytes: int) -> Iterator[list[Entry]]:
     shard: list[Entry] = []
+    filled = 0
     for t in tensors:
-        if shard and sum(s.nbytes for s in shard) + t.nbytes > shard_bytes:
+        if shard and filled + t.nbytes > shard_bytes:
             yield shard
-            shard = []
+            shard, filled = [], 0
         shard.append(t)
+        filled += t.nbytes
     if shard:
         yield shard
 

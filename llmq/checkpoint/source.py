@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmq.checkpoint.dialects import quantization, without_quantization
 from llmq.checkpoint.hub import COPIED, origin
+from llmq.checkpoint.parts import Fused, part_of
 from llmq.errors import LlmqError, one_line
 from llmq.guard.reading import DTYPES, Entry, field, is_file, json_object, tensor_entries
 
@@ -161,6 +162,11 @@ class Source:
         self._entries = {new: self._entries[old] for new, old in names.items()}
         self._written = _modules(written) | self._written
         self.unread = frozenset(unread)
+
+    def split(self, parts: Mapping[str, tuple[Fused, int, int]]) -> None:
+        """Make parts of tensors that several names were given to: how they lie there, the expert, its projection."""
+        for name, how in parts.items():
+            self._entries[name] = part_of(self._entries[name], *how)
 
     def drop(self, name: str) -> None:
         """Leave a tensor out."""

@@ -263,10 +263,9 @@ class GPTQ(Folder):
             return False
         if _common.block_path(name) is None:
             return lm_head
-        listed = [
-            m for part in self.modules_in_block_to_quantize or () for m in ([part] if isinstance(part, str) else part)
-        ]
-        return not listed or any(name.endswith(m) for m in listed)
+        parts = self.modules_in_block_to_quantize or ()
+        listed = tuple(m for part in parts for m in ([part] if isinstance(part, str) else part))
+        return not listed or name.endswith(listed)
 
     def _version(self, grid: AffineGrid) -> int:
         if self.checkpoint_format == "auto":

@@ -12,15 +12,18 @@ Not here: the checks of the files before any weight is read (checkpoint/packed.p
 (formats/), the linear itself (runtime/linear.py), `llmq.load` (loading.py).
 """
 
+from __future__ import annotations
+
 import copy
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -30,6 +33,7 @@ from llmq.checkpoint.names import match
 from llmq.checkpoint.packed import PackedCheckpoint, Packing
 from llmq.errors import LlmqError
 from llmq.guard.reading import Entry, tensor_entries
+from llmq.model.experts import Experts, unfuse
 from llmq.runtime.linear import QuantLinear
 
 _KV_SCALE = re.compile(r"[kv]_(scale|zero_point)")
@@ -65,12 +69,23 @@ class PackedQuantizer(HfQuantizer):
             )
         self._config = quantization_config.to_dict()
         self._packing = Packing(self._config)
+        self._names: dict[str, str] = {}
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        """Replace the linears that the checkpoint holds packed. Raises LlmqError where its tensors disagree."""
-        stored = _by_model(model, _entries(checkpoint_files or ()))
+        """Replace the linears that the checkpoint holds packed. Raises LlmqError where its tensors disagree.
+
+        Fused experts are taken apart first; those that the checkpoint has in one tensor stay as transformers has them.
+        """
+        entries = _entries(checkpoint_files or ())
+        apart = unfuse(model)
+        if apart and match(model, entries).parts:
+            for name, module in apart.items():
+                model.set_submodule(name, module)
+        elif apart:
+            self._names = _names(model, entries)
+        stored = _by_model(model, entries)
         prefix = _prefix(model, stored)
         packed = PackedCheckpoint(self._packing, stored, model, prefix)
         for name, linear in packed.linears.items():
@@ -79,6 +94,9 @@ class PackedQuantizer(HfQuantizer):
             model.set_submodule(name.removeprefix(prefix), module)
         if self._config.get("kv_cache_scheme"):
             _add_kv_scales(model, prefix, stored)
+
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        """Leave experts as they are: transformers would replace Llama 4's by ones that run on every token."""
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Check the values of every packed linear and hand it to its back-end.
@@ -94,6 +112,10 @@ class PackedQuantizer(HfQuantizer):
                     module.prepack()
                 else:
                     module.unpack()
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Return transformers' rules for names, or what llmq found of every name where experts were taken apart."""
+        return [_Known(self._names)] if self._names else weight_conversions
 
     def is_serializable(self) -> bool:
         """Return True: `save_pretrained` writes the packed tensors back."""
@@ -129,11 +151,36 @@ def _add_kv_scales(model: PreTrainedModel, prefix: str, stored: Mapping[str, Ent
 
 def _by_model(model: PreTrainedModel, stored: Mapping[str, Entry]) -> dict[str, Entry]:
     """Return tensors by the names of a whole model, whose checkpoint may be that of its decoder or have older ones."""
-    if not hasattr(model, model.base_model_prefix):
+    bare = not hasattr(model, model.base_model_prefix)
+    if bare and not any(isinstance(m, Experts) for m in model.modules()):
         return dict(stored)
+    names, prefix = _names(model, stored), f"{model.base_model_prefix}." if bare else ""
+    return {f"{prefix}{names[n]}" if n in names else n: entry for n, entry in stored.items()}
+
+
+def _names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Return the model's names of stored tensors."""
     found = match(model, stored)
-    names = {old: new for new, old in (found.stored | found.beside).items()}
-    return {names.get(name, name): entry for name, entry in stored.items()}
+    return {old: new for new, old in (found.stored | found.beside).items()}
+
+
+class _Known(WeightRenaming):
+    """The names that llmq found, in place of transformers' rules, which join the matrices of all experts."""
+
+    __slots__ = ("names",)
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        super().__init__("(?!)", "")
+        self.names = dict(names)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """Return the model's name of a stored tensor."""
+        self._was_used = True
+        return self.names.get(source_key, source_key), self.source_patterns[0]
+
+    def reverse_transform(self) -> _Known:
+        """Return what gives the stored names back."""
+        return _Known({new: old for old, new in self.names.items()})
 
 
 def _prefix(model: PreTrainedModel, stored: Mapping[str, Entry]) -> str:

@@ -29,6 +29,7 @@ from llmq.checkpoint.source import Source, refuse_adapter, refuse_links
 from llmq.errors import LlmqError, one_line, printable
 from llmq.guard.confined import Confined
 from llmq.guard.reading import field, json_object
+from llmq.model.experts import unfuse
 
 if TYPE_CHECKING:
     from transformers import (
@@ -118,6 +119,7 @@ def model_config(source: Source) -> PreTrainedConfig:
 def blank_model(source: Source, config: PreTrainedConfig, *, buffers: bool = False) -> PreTrainedModel:
     """Return the language model of a config (see `auto_class`) without weights; with its buffers real if asked.
 
+    Fused experts are taken apart (model/experts.py).
     Raises LlmqError for a config that transformers makes no such model of, or whose buffers would fill the memory.
     """
     from accelerate import init_empty_weights
@@ -135,6 +137,7 @@ def blank_model(source: Source, config: PreTrainedConfig, *, buffers: bool = Fal
         if buffers:
             with init_empty_weights(include_buffers=False):
                 model = auto.from_config(plain, trust_remote_code=False)
+        unfuse(model)
     return model.eval()
 
 

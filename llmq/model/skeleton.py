@@ -9,7 +9,7 @@ linears share an input (sites.py).
 """
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llmq.checkpoint import Source
 from llmq.checkpoint.names import own_head, settle
 from llmq.model.config import head_dim
+from llmq.model.experts import routers
 from llmq.model.pretrained import blank_model, model_config
 from llmq.model.sites import refuse_other_matrices
 from llmq.types import LlmqError
@@ -58,10 +59,11 @@ class Skeleton:
         return len(self.blocks)
 
     def linears(self) -> Iterator[tuple[str, nn.Linear]]:
-        """Yield every linear of every block by its full name."""
+        """Yield every linear of every block by its full name, but for those that choose experts: they stay float."""
         for i, block in enumerate(self.blocks):
+            choosing = routers(block)
             for name, module in block.named_modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, nn.Linear) and name not in choosing:
                     yield self.full_name(i, name), module
 
     def full_name(self, i: int, name: str) -> str:
@@ -86,9 +88,7 @@ class Skeleton:
         tail = i == len(self)
         name = self.final_norm if tail else f"{self.prefix}.{i}"
         filled = self.model.get_submodule(name)
-        wanted = [n for n, _ in filled.named_parameters()] + [n for n, _ in _saved_buffers(filled)]
-        state = {n: self.source.get(f"{name}.{n}").to(device, self.dtype) for n in wanted}
-        filled.load_state_dict(state, strict=True, assign=True)
+        _fill(filled, {n: self.source.get(f"{name}.{n}").to(device, self.dtype) for n in filled.state_dict()})
         filled.to(device)  # buffers that are not saved
         try:
             yield Tail(filled, self.model.get_output_embeddings()) if tail else filled
@@ -164,6 +164,10 @@ def _trim_heap() -> None:
         trim(0)
 
 
-def _saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    parameters = {n for n, _ in module.named_parameters()}
-    return [(n, t) for n, t in module.state_dict().items() if n not in parameters]
+def _fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a module its parameters and buffers; `load_state_dict` would compare every name with every submodule's."""
+    modules = dict(module.named_modules())
+    for name, tensor in state.items():
+        parent, _, leaf = name.rpartition(".")
+        weight = leaf in modules[parent]._parameters
+        setattr(modules[parent], leaf, nn.Parameter(tensor) if weight else tensor)

@@ -26,6 +26,7 @@ from llmq.calibration.state import Calibration
 from llmq.calibration.token_gradients import Progress, squared_gradients
 from llmq.model.lanes import Batches, Lanes
 from llmq.pipeline.block import block_sites
+from llmq.pipeline.experts import together
 from llmq.pipeline.plan import Plan, at_bits, packed_bytes
 from llmq.stats import Hessian
 from llmq.types import LinearSpec, QTensor
@@ -77,7 +78,18 @@ def costs(plan: Plan, state: Calibration, report: Progress) -> dict[tuple[str, .
         report(i, len(plan.skeleton), f"sensitivity of block {i}")
         of_block, state = _measure(plan, i, state)
         found |= of_block
-    return found
+    return _joined(found, plan)
+
+
+def _joined(found: dict[tuple[str, ...], list[Choice]], plan: Plan) -> dict[tuple[str, ...], list[Choice]]:
+    """Return the units with the sites of one layer's experts as one: runtimes run them as one."""
+    layer = {n: holder for holder, names in together(plan.linears, plan.skeleton.model).items() for n in names}
+    units: dict[str, tuple[tuple[str, ...], list[Choice]]] = {}
+    for names, choices in found.items():
+        key = layer.get(names[0], names[0])
+        before, costs_so_far = units.get(key, ((), [Choice(c.bits, 0, 0.0) for c in choices]))
+        units[key] = (*before, *names), [a + b for a, b in zip(costs_so_far, choices, strict=True)]
+    return dict(units.values())
 
 
 def spend(units: dict[tuple[str, ...], list[Choice]], budget: float) -> dict[tuple[str, ...], Choice]:
@@ -129,7 +141,7 @@ def _measure(plan: Plan, i: int, state: Calibration) -> tuple[dict[tuple[str, ..
                 names = {full: n for n in site.linears if (full := plan.skeleton.full_name(i, n)) in plan.linears}
                 if not names:
                     continue
-                H_KK = collect((Hessian,), [X_TK], state.tokens)[Hessian].mean()
+                H_KK = collect((Hessian,), [X_TK], state.tokens)[Hessian].mean() if len(X_TK) else None
                 each = [
                     _choices(plan, plan.linears[full], block.get_submodule(n), (X_TK, H_KK, state.squares[full][0]))
                     for full, n in names.items()
@@ -138,8 +150,13 @@ def _measure(plan: Plan, i: int, state: Calibration) -> tuple[dict[tuple[str, ..
             return found, dataclasses.replace(state, hidden=Batches(lanes.finish()))
 
 
-def _choices(plan: Plan, spec: LinearSpec, linear: nn.Module, sample: tuple[Tensor, Tensor, Tensor]) -> list[Choice]:
-    """Return what one linear costs at each number of bits; sample: its input `[T, K]`, `X^T X / T`, and `s_T`."""
+def _choices(
+    plan: Plan, spec: LinearSpec, linear: nn.Module, sample: tuple[Tensor, Tensor | None, Tensor]
+) -> list[Choice]:
+    """Return what one linear costs at each number of bits; sample: its input `[T, K]`, `X^T X / T`, and `s_T`.
+
+    An expert that no token reaches costs nothing.
+    """
     X_TK, H_KK, s_T = sample
     W_NK = linear.get_parameter("weight").float()
     found = []
@@ -147,6 +164,6 @@ def _choices(plan: Plan, spec: LinearSpec, linear: nn.Module, sample: tuple[Tens
         at = at_bits(spec, bits)
         grid, size = at.scheme.weight, packed_bytes(plan.method.format, at)
         E_NK = QTensor.rounded(W_NK, grid, H_KK).dequantize() - W_NK
-        error = s_T @ (X_TK.float() @ E_NK.T).square().sum(-1) / (2 * len(s_T))
+        error = s_T @ (X_TK.float() @ E_NK.T).square().sum(-1) / (2 * max(len(s_T), 1))
         found.append(Choice(bits, size, error.item()))
     return found

@@ -28,9 +28,11 @@ from llmq.calibration.state import Calibration
 from llmq.model.folding import Fold, fold
 from llmq.model.lanes import Batches, Call, Lanes, run
 from llmq.model.sites import discover, overridden
+from llmq.pipeline.experts import NO_TOKEN, Layer, Layers
+from llmq.pipeline.method import Method
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Line, Record
-from llmq.pipeline.site import Answer, Target, gave, solve
+from llmq.pipeline.site import Answer, Target, gave, rounded, solve
 from llmq.stats import Hessian, Histogram, MeanSquare, Stat, Stats
 from llmq.steps import BlockView, Scaling, SiteView, Solved, Transform, Tuner
 from llmq.types import AffineGrid, Params, Producer, Site
@@ -143,13 +145,18 @@ def _solve(block: _Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], C
     hidden: list[Tensor] = []
     with ExitStack() as stack:
         lanes = reference = None
+        needs = plan.method.needs([s.scheme.weight for n, s in plan.linears.items() if n.startswith(block.full(""))])
+        layers = stack.enter_context(Layers(module, state.tokens, moments=Hessian in needs))
         if state.floats:
             original, floats = copy.deepcopy(module), block.calls_in(state.float_calls)
+            layers.lead(original)
             reference = stack.enter_context(Lanes(original, block.sites, state.floats, floats, last=True))
         if state.hidden:
             lanes = stack.enter_context(Lanes(module, block.sites, state.hidden, calls, last=not tuners))
         for site in block.sites:
-            solved |= _solve_site(block, site, lanes, reference, for_tuners)
+            solved |= _solve_site(block, site, lanes, reference, layers.of(site), for_tuners)
+        if lanes:
+            block.report.record.experts |= layers.counts(block.full)
         outputs = list(reference.finish()) if reference and (block.moves_on or tuners) else []
         if lanes and block.moves_on and not tuners:
             hidden = list(lanes.finish())
@@ -165,38 +172,65 @@ def _solve(block: _Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], C
 
 
 def _solve_site(
-    block: _Block, site: Site, lanes: Lanes | None, reference: Lanes | None, for_tuners: list[_Found]
+    block: _Block,
+    site: Site,
+    lanes: Lanes | None,
+    reference: Lanes | None,
+    layer: Layer | None,
+    for_tuners: list[_Found],
 ) -> dict[str, Solved]:
     """Collect what the steps need, solve, and put the quantized weights in place.
 
-    for_tuners: gets what was found, where the block is tuned afterwards; else no weight and no H outlives its site.
+    layer: the experts that the linears belong to. for_tuners: gets what was found, where the block is tuned afterwards;
+    else no weight and no H outlives its site.
     """
     plan, report = block.plan, block.report
+    method, line = _method(plan.method, layer)
     specs = {n: plan.linears[block.full(n)] for n in site.linears if block.full(n) in plan.linears}
     static = next((s.scheme.activation for s in specs.values() if s.scheme.static), None)
-    needs = {*plan.method.needs([s.scheme.weight for s in specs.values()]), *((Histogram,) if static else ())}
+    needs = {*method.needs([s.scheme.weight for s in specs.values()]), *((Histogram,) if static else ())}
     measured: set[type[Stat]] = {MeanSquare} if plan.method.recipe.imatrix_out else set()
     stats = Stats()
     if lanes:
         kinds = (needs if specs else set()) | measured
         floats = reference.advance() if reference else None
-        stats = collect(kinds, lanes.advance(), block.state.tokens, floats, _roots(block, site))
+        stats = collect(kinds, lanes.advance(), block.state.tokens, floats, _roots(block, site, method))
     if measured:
         report.importance |= {block.full(n): stats[MeanSquare] for n in site.linears}
     if not specs:
         return {}
     weights = {n: block.exact(f"{n}.weight", block.module.get_parameter(f"{n}.weight")).float() for n in specs}
     targets = {n: Target(W, specs[n].scheme.weight, plan.importance(block.full(n))) for n, W in weights.items()}
-    answers = solve(plan.method, targets, stats)
+    if layer is not None and lanes:
+        line = line | {"tokens": stats.tokens}
+        stats.layer = layer.mean(site)
+    unseen = lanes is not None and not stats.tokens
+    answers = rounded(targets, {"fallback": NO_TOKEN}) if unseen else solve(method, targets, stats)
+    answers = {n: a.noted(line) for n, a in answers.items()}
     if static:
         inputs = _input_params(static, stats[Histogram])
         answers = {n: a._replace(solved=_with_input(a.solved, inputs)) for n, a in answers.items()}
-    H_KK = stats[Hessian].mean() if Hessian in stats else None
+    H_KK = stats[Hessian].mean() if Hessian in stats and not unseen else None
     if plan.method.finishers and H_KK is not None:
         report.hessians[tuple(block.full(n) for n in specs)] = H_KK
     found = [_Found(n, a, weights[n], H_KK) for n, a in answers.items()]
     for_tuners += found if block.tuners else []
     return {f.name: _placed(block, f, f.answer.solved) for f in found}
+
+
+def _method(method: Method, layer: Layer | None) -> tuple[Method, dict[str, Any]]:
+    """Return what of a method means something for experts, and what is recorded of the rest.
+
+    Weights of tokens are the float model's, which routes other tokens to an expert; of experts that are called with
+    weighted inputs of all tokens at once, the float model's do not pair with those either.
+    """
+    line: dict[str, Any] = {}
+    if layer is not None and method.weightings:
+        method, line = dataclasses.replace(method, weightings=()), {"weighting": "none: the model routes other tokens"}
+    if layer is not None and layer.experts.batched and method.corrections:
+        method = dataclasses.replace(method, corrections=())
+        line["correction"] = "none: the float model routes other tokens"
+    return method, line
 
 
 def _with_input(solved: Solved, inputs: Params) -> Solved:
@@ -213,10 +247,10 @@ def _placed(block: _Block, found: _Found, solved: Solved) -> Solved:
     return Solved(solved.q, line | Line().add(solved.q, Q_NK, found.W_NK, found.H_KK).to_json())
 
 
-def _roots(block: _Block, site: Site) -> Iterator[Tensor]:
+def _roots(block: _Block, site: Site, method: Method) -> Iterator[Tensor]:
     """Yield the square roots of the tokens' weights `[T, 1]`, batch by batch; nothing where no step weighs tokens."""
     squares = [s for n in site.linears if (s := block.state.squares.get(block.full(n)))]
-    for weighting in block.plan.method.weightings if squares else ():
+    for weighting in method.weightings if squares else ():
         weight_T = weighting.weigh([torch.cat(list(s)) for s in squares])
         yield from weight_T.sqrt()[:, None].split([len(s) for s in squares[0]])
 

@@ -29,10 +29,12 @@ from llmq.checkpoint.decoding import as_floats, rounded_twice
 from llmq.granularity import PerTensor
 from llmq.model.adapter import Adapted, Adapter
 from llmq.model.device import device_of
+from llmq.model.experts import Experts
 from llmq.model.pretrained import tokenizer_of
 from llmq.model.producers import of_blocks
 from llmq.model.rotated import Rotated, prove
 from llmq.model.skeleton import Skeleton
+from llmq.pipeline.experts import reader_warnings, refuse_unlike
 from llmq.pipeline.method import Method, method_of
 from llmq.recipe import Recipe
 from llmq.types import AffineGrid, Assignment, FloatModel, Format, LinearSpec, LlmqError, QTensor, Scheme, Site
@@ -145,7 +147,7 @@ class Plan:
         """Return the plan; one that does not calibrate keeps no options of calibration, and warns of those `given`."""
         if self.calibrates():
             return self
-        names = ("calib", "samples", "seq_len", "seed")
+        names = ("calib", "samples", "seq_len", "seed", "experts")
         idle = ["--" + n.replace("_", "-") for n in names if getattr(given, n) is not None]
         who = f"method {self.method.recipe.method}" if self.linears else "a run that rounds no linear"
         say = f"{', '.join(idle)}: {who} reads no calibration text, they change nothing"
@@ -158,6 +160,7 @@ class Plan:
         assigned = dataclasses.replace(self.assigned, schemes={**self.assigned.schemes, **schemes})
         method = dataclasses.replace(self.method, recipe=recipe)
         plan = dataclasses.replace(self, method=method, assigned=assigned).told(recipe)
+        refuse_unlike(plan.linears, self.skeleton.model)
         before = self.method.format.check(self.possible(), self.skipped)  # of bits of which some were not chosen
         at = next((i for i, w in enumerate(self.warnings) if w in before), 0)
         told = [w for w in self.warnings if w not in before]  # what the user was told of the options that he gave
@@ -196,17 +199,30 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     for step in method.rotations:
         skeleton = Skeleton(Rotated(skeleton, step), skeleton.dtype)
     _check_steps(method, skeleton)
+    _set_experts(recipe, skeleton)
     model = _model(skeleton)
     plan = Plan(skeleton, method, model, method.format.assign(model, method.wanted()), where)
     specs = list(plan.matrices.values())
     for s in specs:
         if s.scheme.activation and s.scheme.weight.bits != 8:
             raise LlmqError(f"{s.name}: 8-bit activations need 8-bit weights, not {s.scheme.weight.bits}; --skip it")
+    if not recipe.gguf:
+        refuse_unlike(plan.linears, skeleton.model)
     for tuner in (*method.tuners, *method.finishers):
         _check_tuner(registry.dump(tuner), method.recipe, specs)
     warnings = [*source.warnings, *method.format.check(plan.possible(), plan.skipped), *plan.assigned.warnings]
+    warnings += [] if recipe.gguf else reader_warnings(source, plan.linears, method.format.quant_method)
     _check_budget(plan)
     return _tried(_checked(dataclasses.replace(plan, warnings=warnings), source)).told(recipe)
+
+
+def _set_experts(recipe: Recipe, skeleton: Skeleton) -> None:
+    """Tell the experts which tokens calibrate them. Raises LlmqError for an option where there are none."""
+    experts = [m for m in skeleton.model.modules() if isinstance(m, Experts)]
+    if recipe.experts and not experts:
+        raise LlmqError(f"--experts means nothing here: {skeleton.source.path} has no experts")
+    for layer in experts:
+        layer.every = recipe.experts == "all"
 
 
 def _check_budget(plan: Plan) -> None:

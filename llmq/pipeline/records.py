@@ -101,13 +101,15 @@ class Record:
     """What a run records, block by block.
 
     linears: a line for each that was quantized, by full name. folds: what was done to the floats, in order.
-    finished: what each finisher reports. tuned: the float tensors that finishers moved.
+    finished: what each finisher reports. tuned: the float tensors that finishers moved. experts: the calibration's
+    tokens that were routed to each expert, by the module that holds them.
     """
 
     linears: dict[str, dict[str, Any]] = field(default_factory=dict)
     folds: list[Fold] = field(default_factory=list)
     finished: dict[str, Any] = field(default_factory=dict)
     tuned: list[str] = field(default_factory=list)
+    experts: dict[str, list[int]] = field(default_factory=dict)
 
     def note(self, linear: str, line: Mapping[str, Any]) -> None:
         """Add to the line of a linear; what it says already is replaced."""
@@ -116,4 +118,5 @@ class Record:
     def add(self, other: Record) -> None:
         """Add what another block recorded."""
         self.linears |= other.linears
+        self.experts |= other.experts
         self.folds += other.folds

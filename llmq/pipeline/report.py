@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llmq import __version__, registry
+from llmq.pipeline.experts import described
 from llmq.pipeline.plan import Plan, packed_bytes
 from llmq.pipeline.records import Record
 from llmq.stats import MeanSquare
@@ -37,6 +38,11 @@ def _size(plan: Plan, total: int) -> dict[str, Any]:
     }
 
 
+def _experts(plan: Plan, record: Record) -> dict[str, Any]:
+    """Return how the tokens fell on experts; `few` are those of fewer than the input has columns."""
+    return described(record.experts, plan.skeleton.text.hidden_size, every=plan.method.recipe.experts == "all")
+
+
 def summary(plan: Plan, record: Record, total: int, digests: Mapping[str, str]) -> dict[str, Any]:
     """Return how the run went; total: the bytes of all tensors, digests: their checksums."""
     return {
@@ -51,6 +57,7 @@ def summary(plan: Plan, record: Record, total: int, digests: Mapping[str, str]) 
         "size": _size(plan, total),
         "linears": record.linears,
         "untouched": plan.beside,
+        **({"experts": _experts(plan, record)} if record.experts else {}),
         "transforms": [
             *({"step": registry.dump(r)} for r in plan.method.rotations),
             *(f.to_json() for f in record.folds),

@@ -7,6 +7,8 @@ factor of H.
 Not here: where the statistics come from (block.py), any method (algorithms/).
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -36,6 +38,16 @@ class Answer(NamedTuple):
 
     solved: Solved
     W_NK: Tensor
+
+    def noted(self, line: Mapping[str, Any]) -> Answer:
+        """Return it with more in its report."""
+        return self._replace(solved=Solved(self.solved.q, self.solved.report | dict(line)))
+
+
+def rounded(targets: Mapping[str, Target], line: Mapping[str, Any]) -> dict[str, Answer]:
+    """Return the linears of a site that no activation was seen of, rounded to nearest, with a line on why."""
+    found = {n: QTensor.rounded(t.W_NK, t.grid, t.importance) for n, t in targets.items()}
+    return {n: Answer(Solved(q, dict(line)), targets[n].W_NK) for n, q in found.items()}
 
 
 def solve(method: Method, targets: Mapping[str, Target], stats: Stats) -> dict[str, Answer]:

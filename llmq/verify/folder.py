@@ -85,7 +85,7 @@ class Folder:
         present = {n.rpartition(".")[0] for n in self._headers if n.rpartition(".")[2] in PACKED}
         found: dict[str, Packing] = {}
         for name in self._linears:
-            said: Packing | None = how(name)
+            said: Packing | None = how(name) or how(self.source.written(name))
             if said and name in present:
                 found[name] = said
             elif name in present:

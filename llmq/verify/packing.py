@@ -124,7 +124,7 @@ def _gptq(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
         desc_act=field(config, "desc_act", bool, WHERE, False),
     )
     head = field(config, "lm_head", bool, WHERE, False)
-    listed = [m for part in _said(config, "modules_in_block_to_quantize", list) for m in _strings(part)]
+    listed = tuple(m for part in _said(config, "modules_in_block_to_quantize", list) for m in _strings(part))
     rules = _rules(config)
 
     def of(name: str) -> Packing | None:
@@ -133,7 +133,7 @@ def _gptq(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
                 return None if leaves else _changed(base, changes)
         if not _IN_BLOCK.match(name):
             return base if head else None
-        return base if not listed or any(name.endswith(m) for m in listed) else None
+        return base if not listed or name.endswith(listed) else None
 
     return of
 
@@ -143,13 +143,13 @@ def _awq(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
     if version != "gemm":
         raise LlmqError(f"{WHERE}.version is {version!r}; verify decodes AWQ's gemm packing")
     base = Packing("awq", _bits(config, (4,)), _group(config), sym=False)
-    left = _strings(config.get("modules_to_not_convert") or [])
+    left = tuple(_strings(config.get("modules_to_not_convert") or []))
     parts = _patterns([rf"(?:.*\.)?(?:{m})(?:\.|$)" for m in left])
     head = field(config, "lm_head", bool, WHERE, False)
     rules = _rules(config)
 
     def of(name: str) -> Packing | None:
-        if any(name.endswith(m) for m in left) or any(p.match(name) for p in parts):
+        if name.endswith(left) or any(p.match(name) for p in parts):
             return None
         if any(leaves and p.match(name) for leaves, p, _ in rules):
             return None

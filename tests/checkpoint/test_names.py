@@ -254,13 +254,15 @@ def test_the_last_block_is_checked_before_any_work(llama, tmp_path, spoil):
         prepare(str(tmp_path / "m"), Recipe(**RTN), "cpu")
 
 
-def test_experts_behind_a_dense_block_are_refused_before_any_work(tmp_path):
+def test_experts_behind_a_dense_block_are_linears(tmp_path):
     config = Qwen3MoeConfig(
         **SMALL, num_key_value_heads=1, head_dim=16, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32,
         mlp_only_layers=[0],
     )  # fmt: skip
-    with pytest.raises(LlmqError, match=r"model\.layers\.1\.mlp\.experts.* is no nn\.Linear"):
-        prepare(str(saved(tmp_path / "m", config)), Recipe(**RTN), "cpu")
+    plan = prepare(str(saved(tmp_path / "m", config)), Recipe(**RTN), "cpu")
+    mlps = {n.rpartition(".mlp.")[2] for n in plan.linears if ".mlp." in n}
+    experts = {f"experts.{e}.{p}_proj" for e in range(2) for p in ("gate", "up", "down")}
+    assert mlps == {"gate_proj", "up_proj", "down_proj"} | experts
 
 
 def test_a_head_whose_norm_is_not_known_is_refused_before_any_work(tmp_path):

@@ -1,0 +1,217 @@
+"""Experts as transformers fuses them, taken apart: each projection of each expert a linear of its own.
+
+transformers holds the experts of a layer in 3-D parameters and says by flags how they lie; checkpoints hold a matrix
+for each expert and projection, or all in one tensor (checkpoint/parts.py). Here every expert is called for every batch,
+one after the other, on the tokens that are routed to it, which may be none: so its linears are sites like any other,
+and are quantized, stored, and run packed like any other. What is computed is what transformers computes:
+
+    y_t = sum over the experts e of token t:  w_te down_e(gate(gate_e x_t, up_e x_t))
+
+Source: transformers 5.23, `integrations/moe.py` (`use_experts_implementation`, of which most families' experts are) and
+`Llama4TextExperts`, which takes the tokens of all experts as one batch, zeros where a token is not an expert's.
+Not here: which stored tensor is which (checkpoint/names.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.checkpoint.parts import Fused
+
+_GATED = ("gate_proj", "up_proj")
+_BATCHED = "Llama4TextExperts"
+
+
+class Experts(nn.Module):
+    """Stands in for a fused module: its experts are its children by their number, `7.gate_proj`, `7.up_proj` ...
+
+    Called as the fused one is: with hidden states `[T, H]`, each token's experts `[T, k]` and their weights `[T, k]`.
+    fused: the parameters that the module replaced, and whose rows they hold.
+    every: whether each expert is called on all tokens, which changes no output.
+    batched: whether it is called with the tokens of all experts instead, zeros where a token is not an expert's.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = [module]  # its gating; in a list: no submodule
+        self.batched = type(module).__name__ == _BATCHED
+        self.every = False
+        self._trail: deque[list[Tensor]] | None = None
+        self._lead: deque[list[Tensor]] | None = None
+        self.fused = _fused(module)
+        self.num_experts = self.fused["down_proj"].shape[0]
+        for fused in self.fused.values():
+            if fused.leaf == "weight":
+                self._add(fused, bias=any(f.leaf == "bias" for f in self.fused.values()))
+        for name, child in module.named_children():
+            if any(True for _ in child.parameters()):
+                self.add_module(name, child)
+
+    def _add(self, fused: Fused, *, bias: bool) -> None:
+        """Make the linears of one fused parameter, on meta."""
+        rows, K = fused.shape[:0:-1] if fused.transposed else fused.shape[1:]
+        for e in range(self.num_experts):
+            if str(e) not in self._modules:
+                self.add_module(str(e), nn.Module())
+            for projection in fused.projections:
+                linear = _blank(K, rows // len(fused.projections), bias=bias)
+                self._modules[str(e)].add_module(projection, linear)  # type: ignore[union-attr]
+
+    def experts(self) -> Iterator[Any]:
+        """Yield the experts in their order."""
+        for e in range(self.num_experts):
+            yield getattr(self, str(e))
+
+    def follow(self, other: Experts | None) -> None:
+        """Call each expert first on the tokens that another model's same experts were called on, then on its own.
+
+        What is computed stays the same. The other is called first, batch by batch, in the same order. None: no more.
+        """
+        if other is None:
+            self._trail = self._lead = None
+        elif not self.batched:
+            other._trail = self._lead = deque()
+
+    def forward(self, hidden: Tensor, index_Tk: Tensor | None = None, weight_Tk: Tensor | None = None) -> Tensor:
+        """Return the sum of what each token's experts make of it, `[T, H]`."""
+        if index_Tk is None or weight_Tk is None:
+            return self._batched(hidden)
+        index_kT = index_Tk.T  # in transformers' order: first choices first
+        routed = [torch.where(index_kT == e) for e in range(self.num_experts)]
+        led = self._lead.popleft() if self._lead is not None else [None] * self.num_experts
+        if self._trail is not None:
+            self._trail.append([token for _, token in routed])
+        out = torch.zeros_like(hidden)
+        for expert, (place, token), first in zip(self.experts(), routed, led, strict=True):
+            y = self._answer(expert, hidden, token, first) * weight_Tk[token, place, None]
+            out.index_add_(0, token, y.to(out.dtype))
+        return out
+
+    def routed(self, hidden: Tensor, index_Tk: Tensor | None = None, _weight_Tk: Tensor | None = None) -> Tensor:
+        """Return how many of the tokens that it is called with are routed to each expert, int64 `[E]`."""
+        if index_Tk is None:
+            return hidden.view(self.num_experts, -1, hidden.shape[-1]).any(-1).sum(-1)
+        return torch.bincount(index_Tk.flatten(), minlength=self.num_experts)[: self.num_experts]
+
+    def entering(self, hidden: Tensor) -> Tensor:
+        """Return what enters any expert, `[T, H]`: without the zeros that stand for tokens of another one."""
+        return hidden[hidden.any(-1)] if self.batched else hidden
+
+    def _answer(self, expert: Any, hidden: Tensor, token: Tensor, first: Tensor | None) -> Tensor:
+        """Return what an expert makes of its tokens, called on those, on all, or first on those of another model."""
+        if self.every:
+            return self._one(expert, hidden)[token]
+        if first is None:
+            return self._one(expert, hidden[token])
+        called = torch.cat([first, token[~torch.isin(token, first)]])
+        at = called.new_empty(len(hidden))
+        at[called] = torch.arange(len(called), device=called.device)
+        return self._one(expert, hidden[called])[at[token]]
+
+    def _batched(self, hidden: Tensor) -> Tensor:
+        """Return the experts' outputs one below the other, as the hidden states `[E T, H]` are, each times its weight.
+
+        A row of zeros is a token of another expert; it comes out as zeros.
+        """
+        out = torch.zeros_like(hidden)
+        rows, to = (x.view(self.num_experts, -1, hidden.shape[-1]) for x in (hidden, out))
+        for e, expert in enumerate(self.experts()):
+            token = rows[e].any(-1).nonzero()[:, 0]
+            to[e, token] = self._one(expert, rows[e, token])
+        return out
+
+    def _one(self, expert: Any, x: Tensor) -> Tensor:
+        """Return what one expert makes of its tokens, `[T, H]`."""
+        module: Any = self._module[0]
+        if "gate_up_proj" not in self.fused:
+            inner = module.act_fn(expert.up_proj(x))
+        else:
+            both = torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)
+            if self.fused["gate_up_proj"].interleaved:
+                both = both.unflatten(-1, (2, -1)).mT.flatten(-2)
+            inner = module._apply_gate(both) if hasattr(module, "_apply_gate") else _gate(module, both)
+        y = expert.down_proj(inner)
+        return self._modules["post_expert_norm"](y) if "post_expert_norm" in self._modules else y  # type: ignore[misc]
+
+
+def _blank(K: int, N: int, *, bias: bool) -> nn.Linear:
+    """Return a linear on meta without drawing weights for it, which takes most of the time of making one."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = K, N
+    linear.weight = nn.Parameter(torch.empty(N, K, device="meta"))
+    linear.register_parameter("bias", nn.Parameter(torch.empty(N, device="meta")) if bias else None)
+    return linear
+
+
+def _gate(module: Any, both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, -1)
+    return up * module.act_fn(gate)  # type: ignore[no-any-return]
+
+
+def _fused(module: Any) -> dict[str, Fused]:
+    """Return how the parameters of a fused module hold its experts."""
+    transposed = getattr(module, "is_transposed", type(module).__name__ == _BATCHED)
+    interleaved = not getattr(module, "is_concatenated", True)
+    found = {}
+    for name, p in module.named_parameters(recurse=False):
+        stem, leaf = (name.removesuffix("_bias"), "bias") if name.endswith("_bias") else (name, "weight")
+        both = stem == "gate_up_proj"
+        weight = leaf == "weight"
+        found[name] = Fused(
+            tuple(p.shape), _GATED if both else (stem,), leaf, transposed and weight, interleaved and both
+        )
+    return found
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Say whether a module holds experts in a way that `Experts` takes apart."""
+    known = hasattr(module, "is_concatenated") or type(module).__name__ == _BATCHED
+    own = {n for n, _ in module.named_parameters(recurse=False)}
+    up = own & {"gate_up_proj", "up_proj"}
+    biases = {f"{n}_bias" for n in (*up, "down_proj")}
+    return known and len(up) == 1 and own in ({*up, "down_proj"}, {*up, "down_proj", *biases})
+
+
+def unfuse(model: nn.Module) -> dict[str, nn.Module]:
+    """Replace every module of fused experts; one that cannot be taken apart stays. Returns those replaced, by name."""
+    found = {n: m for n, m in model.named_modules() if is_fused(m)}
+    for name, module in found.items():
+        model.set_submodule(name, Experts(module))
+    return found
+
+
+def routers(block: nn.Module) -> set[str]:
+    """Return the linears of a block that choose experts or weigh what they say; no runtime packs them.
+
+    They stand beside the experts, have an output for each of them or one in all, and are called router or gate.
+    """
+    found = set()
+    for holder, experts in block.named_modules():
+        if isinstance(experts, Experts):
+            parent = holder.rpartition(".")[0]
+            beside = block.get_submodule(parent)
+            for name, module in beside.named_modules(prefix=parent):
+                known = re.search(r"router|gate(?!_proj|_up)", name.removeprefix(parent))
+                outputs = isinstance(module, nn.Linear) and module.out_features in (1, experts.num_experts)
+                if known and outputs and not name.startswith(f"{holder}."):
+                    found.add(name)
+    return found
+
+
+def assign_fused(experts: Experts, tensors: dict[str, Tensor]) -> None:
+    """Give the linears the rows of fused tensors, by the parameters' names: for who has them in memory."""
+    state = {}
+    for name, tensor in tensors.items():
+        fused = experts.fused[name]
+        for own, e, place in fused.names():
+            rows = tensor[e].T if fused.transposed else tensor[e]
+            parts = len(fused.projections)
+            state[own] = rows[place::parts] if fused.interleaved else rows.chunk(parts)[place]
+    experts.load_state_dict({n: t.contiguous() for n, t in state.items()}, strict=False, assign=True)
