@@ -106,7 +106,7 @@ def quantize(
     target_bpw: Annotated[float | None, typer.Option(help="Bits per weight to spend where they help most.")] = None,
     bit_choices: Annotated[str | None, typer.Option(help="Bits that --target-bpw chooses from. [3,4,5,6,8]")] = None,
     lm_head: Annotated[bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output head.")] = None,
-    experts: Annotated[str | None, typer.Option(help="Tokens that calibrate each: routed or all. [routed]")] = None,
+    experts: Annotated[str | None, typer.Option(help="'all': every token calibrates every expert.")] = None,
     calib: Annotated[str | None, typer.Option(help="A text file or folder, a dataset, or 'self'. [wikitext2]")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of each. [2048]")] = None,

@@ -160,7 +160,9 @@ class Source:
     def rename(self, names: Mapping[str, str], written: Mapping[str, str], unread: Iterable[str]) -> None:
         """Give the tensors other names, new -> old; those not named are left out. written: new -> as OUT has them."""
         self._entries = {new: self._entries[old] for new, old in names.items()}
-        self._written = _modules(written) | self._written
+        as_is = {n.rpartition(".")[0] for n in names if written.get(n, n) == n}
+        modules = {n: w for n, w in _modules(written).items() if n in written or n not in as_is}
+        self._written = modules | self._written
         self.unread = frozenset(unread)
 
     def split(self, parts: Mapping[str, tuple[Fused, int, int]]) -> None:
