@@ -149,7 +149,7 @@ class Architecture:
 
     def extra(self) -> dict[str, Tensor]:
         """Return tensors that no checkpoint holds, by ggml's names: the rotary divisors, float32 `[d/2]`."""
-        return {} if self.rope.divisors is None else {"rope_freqs.weight": self.rope.divisors}
+        return self.rope.tables
 
     def warnings(self) -> list[str]:
         """Return what a user of the file should know that the model's config does not say."""
@@ -163,6 +163,11 @@ class Architecture:
             found.append(
                 "llama.cpp's keys alone cannot say this rotary scaling, so that a table of frequencies "
                 "(rope_freqs.weight) is in the file; readers other than llama.cpp may pass over it"
+            )
+        if self.rope.factors:
+            found.append(
+                f"llama.cpp takes the frequencies of long texts wherever it is started with a context of more than "
+                f"{self.rope.context} tokens (-c), transformers where the text itself is longer"
             )
         return found
 
@@ -233,7 +238,7 @@ def _rotary(config: Any, model: Any, program: Program) -> tuple[Rotary, Rotary |
     """Return the rotary embedding of the blocks, and that of those with a window where it is their own."""
     with foreign("config.json, rope_parameters"):
         embedding = type(model.model.rotary_emb)(config)
-        known: dict[str, Any] = {"divisors": program.table, "partial": program.partial}
+        known: dict[str, Any] = {"divisors": program.table, "partial": program.partial, "factors": program.factors}
         if not program.local:
             return rotary(embedding, config, head_dim(config), **known), None
         kinds = [kind for kind in (_FULL, _SLIDING) if kind in config.layer_types]

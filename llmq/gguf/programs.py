@@ -56,7 +56,8 @@ class Program:
     """One architecture of llama.cpp.
 
     biases: which linears' it reads. interleaved: whether rows 0 .. d/2-1 and d/2 .. d-1 of every head of q and k take
-    turns in the file. table: whether it reads `rope_freqs.weight`. partial: whether it can turn the first channels of a
+    turns in the file. table: whether it reads `rope_freqs.weight`. factors: whether it reads `rope_factors_short` and
+    `rope_factors_long`. partial: whether it can turn the first channels of a
     head alone. square: whether all heads together must have as many channels as the residual stream. untied: whether it
     must have a head of its own.
     activation: between up and down. scaled: whether embeddings are multiplied by the root of their width.
@@ -72,6 +73,7 @@ class Program:
     biases: tuple[str, ...] = _ATTENTION
     interleaved: bool = False
     table: bool = False
+    factors: bool = False
     partial: bool = False
     square: bool = False
     untied: bool = False
@@ -107,7 +109,7 @@ PROGRAMS: Mapping[str, Program] = {
     "gemma3_text": Program(
         _ARCH.GEMMA3, (), activation=_gelu, scaled=True, scale=_by_stream(62), period=6, local=True, caps=(_FINAL,),
     ),
-    "phi3": Program(_ARCH.PHI3, (), partial=True, square=True),
+    "phi3": Program(_ARCH.PHI3, (), factors=True, partial=True, square=True),
     "olmo2": Program(_ARCH.OLMO2, (), square=True, untied=True),
     "granite": Program(
         _ARCH.GRANITE, _LINEARS, interleaved=True, table=True, scale=None,

@@ -12,6 +12,8 @@ magnitude. llama.cpp has one formula, of base b, type, factor s, trained context
 Names of a config prove nothing (`mscale`, `truncate`, `beta_fast` are keys that change transformers' values and that no
 such file can say), so the config's numbers only propose; what is written is what gives transformers' own values. Where
 neither type does, the divisors (`rope_freqs.weight`) can say any frequencies, for the architectures that read them.
+Longrope's two sets of frequencies are two tables of divisors, of which Phi's program takes the short one where it is
+started with a context of at most n tokens, else the long one.
 Source: llama.cpp `ggml/src/ggml.c` (ggml_rope_yarn_corr_dims), `ggml-cpu/ops.cpp` (rope_yarn), `src/llama-context.cpp`
 (attn_factor); transformers' `modeling_rope_utils`. Not here: all other keys (architecture.py).
 """
@@ -32,12 +34,16 @@ _CLOSE = 1e-5  # relative. Both compute in float32, llama.cpp by up to d/2 = 128
 _STILL = 1e30  # the divisor of a pair that is not turned, as llama.cpp's own converter writes it
 _FAST, _SLOW = 32.0, 1.0  # turns; llama.cpp reads other values for architectures that are not written here
 _LONGEST, _GREATEST = 2**40, 1e38  # positions; float32
+_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 _REMEDY = "write another format, or take the scaling out of config.json and stay within the trained context"
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """llama.cpp's rotary embedding of `d` channels: the symbols of the module's formula, divisors float32 `[d/2]`."""
+    """llama.cpp's rotary embedding of `d` channels: the symbols of the module's formula, divisors float32 `[d/2]`.
+
+    factors: divisors up to n tokens and beyond, where they are two.
+    """
 
     base: float
     d: int
@@ -46,6 +52,13 @@ class Rotary:
     context: int = 0
     attn_factor: float = 1.0
     divisors: Tensor | None = None
+    factors: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """The tensors of the file that say it beside the keys."""
+        found = {} if self.divisors is None else {"rope_freqs.weight": self.divisors}
+        return found | (dict(zip(_FACTORS, self.factors, strict=True)) if self.factors else {})
 
     def describe(self, writer: gguf.GGUFWriter) -> None:
         """Add the keys; the divisors are a tensor of the file."""
@@ -54,7 +67,7 @@ class Rotary:
         if self.kind != "none":
             writer.add_rope_scaling_type(gguf.RopeScalingType(self.kind))
             writer.add_rope_scaling_factor(self.factor)
-        if self.kind == "yarn":
+        if self.kind == "yarn" or self.factors:
             writer.add_rope_scaling_orig_ctx_len(self.context)
         if self.attn_factor != 1:
             writer.add_rope_scaling_attn_factors(self.attn_factor)
@@ -83,21 +96,34 @@ class Rotary:
 
 
 def rotary(
-    embedding: Any, config: Any, d: int, *, divisors: bool, partial: bool = False, layer_type: str | None = None
+    embedding: Any,
+    config: Any,
+    d: int,
+    *,
+    divisors: bool,
+    partial: bool = False,
+    factors: bool = False,
+    layer_type: str | None = None,
 ) -> Rotary:
     """Return the keys by which llama.cpp rotates as `embedding`, transformers' module, does heads of `d` channels.
 
     divisors: whether the architecture reads `rope_freqs.weight`. partial: whether it can turn the first channels alone.
+    factors: whether it reads two tables, for short and long contexts.
     layer_type: of the blocks that are meant, where a config turns them by their type; None where it does not.
     Raises LlmqError where no keys do.
     """
     given, limit = dict(config.rope_parameters), config.max_position_embeddings
     given = given if layer_type is None else dict(given[layer_type])
     said = f"rope_parameters {printable(repr(given), 200)}"
-    wanted, magnitude = _values(embedding, limit, said, layer_type)
+    original = int(_number(given, "original_max_position_embeddings")) if factors else 0
+    seen = _values(embedding, limit, original, layer_type)
+    _require_finite(seen, said)
+    (wanted, magnitude), *others = seen
     d = 2 * len(wanted) if partial else d
     if 2 * len(wanted) != d:
         raise LlmqError(f"{said} do not rotate the {d} channels of a head; {_REMEDY}")
+    if any(not torch.equal(wanted, w) or m != magnitude for w, m in others):
+        return _two(seen, original, _base(given, said), said)
     proposals = list(_proposals(given, limit, d, said))
     for found in proposals:
         if _equal(found.frequencies(), wanted):
@@ -110,36 +136,56 @@ def rotary(
     raise LlmqError(f"llama.cpp has no keys that rotate as {said} say; {_REMEDY}")
 
 
-def _values(embedding: Any, limit: int, said: str, layer_type: str | None) -> tuple[Tensor, float]:
-    """Return transformers' frequencies, float64 `[d/2]`, and magnitude, at whatever length of text.
+def _values(embedding: Any, limit: int, original: int, layer_type: str | None) -> list[tuple[Tensor, float]]:
+    """Return transformers' frequencies, float64 `[d/2]`, and magnitude, at growing lengths of text.
 
-    Raises LlmqError where they depend on the length, or are no finite numbers.
+    original: of the lengths, one more that is looked at, and the next.
     """
     own, kinds = ("", ()) if layer_type is None else (f"{layer_type}_", (layer_type,))
-    seen = []
-    for length in (1, min(limit, _LONGEST), 2 * min(limit, _LONGEST)):
+    most, seen = min(limit, _LONGEST), []
+    for length in (1, *((original, original + 1) if original else ()), most, 2 * most):
         embedding(torch.zeros(1), torch.tensor([[length - 1]]), *kinds)  # dynamic kinds set their frequencies here
         found = getattr(embedding, f"{own}inv_freq"), getattr(embedding, f"{own}attention_scaling")
         seen.append((found[0].double(), float(found[1])))
-    wanted, magnitude = seen[0]
-    if any(not torch.equal(wanted, w) or m != magnitude for w, m in seen):
-        raise LlmqError(f"{said} rotate by the length of the text, which llama.cpp does not; {_REMEDY}")
-    if not torch.isfinite(wanted).all() or not math.isfinite(magnitude):
+    return seen
+
+
+def _require_finite(seen: list[tuple[Tensor, float]], said: str) -> None:
+    if not all(torch.isfinite(w).all() and math.isfinite(m) for w, m in seen):
         raise LlmqError(f"{said} do not rotate by finite numbers; {_REMEDY}")
-    return wanted, magnitude
+
+
+def _two(seen: list[tuple[Tensor, float]], original: int, base: float, said: str) -> Rotary:
+    """Return what rotates by one set of frequencies up to `original` tokens and by another beyond.
+
+    seen: at 1, `original` and `original` + 1 tokens, and at lengths beyond. Raises LlmqError where there are more.
+    """
+    (short, magnitude), again, *beyond = seen
+    long = beyond[0][0]
+    if not original or not torch.equal(short, again[0]) or any(not torch.equal(long, w) for w, _ in beyond):
+        raise LlmqError(f"{said} rotate by the length of the text, which llama.cpp does not; {_REMEDY}")
+    if any(m != magnitude for _, m in seen):
+        raise LlmqError(f"{said} scale by the length of the text, which llama.cpp does not; {_REMEDY}")
+    plain = Rotary(base, 2 * len(short), context=original)
+    tables = [(plain.frequencies() / w).float() for w in (short, long)]
+    return _scaled(replace(plain, factors=(tables[0], tables[1])), magnitude)
 
 
 def _proposals(given: Mapping[str, Any], limit: int, d: int, said: str) -> Iterator[Rotary]:
     """Yield what the numbers of a config may mean to llama.cpp, the plainest first."""
-    base, context = _number(given, "rope_theta"), _number(given, "original_max_position_embeddings")
-    if not base:
-        raise LlmqError(f"{said} have no rope_theta above 0, the base of the frequencies; correct config.json")
+    base, context = _base(given, said), _number(given, "original_max_position_embeddings")
     yield Rotary(base, d)
     factor = _number(given, "factor") or (limit / context if context else 0)
     if factor:
         yield Rotary(base, d, "linear", factor)
     if factor and 1 <= context < 2**32:
         yield Rotary(base, d, "yarn", factor, int(context))
+
+
+def _base(given: Mapping[str, Any], said: str) -> float:
+    if base := _number(given, "rope_theta"):
+        return base
+    raise LlmqError(f"{said} have no rope_theta above 0, the base of the frequencies; correct config.json")
 
 
 def _number(given: Mapping[str, Any], key: str) -> float:

@@ -35,7 +35,7 @@ from llmq.verify.report import Report
 REPORT = "llmq.report"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _ROWS = 2**22  # weights decoded at a time
-_DIVISORS = "rope_freqs.weight"
+_ROTARY = _DIVISORS, _SHORT, _LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 
 
 def open_gguf(path: Path, report: Report) -> tuple[Gguf, dict[str, Any]]:
@@ -104,7 +104,9 @@ class Gguf:
             for ggml, tensor in file.tensors.items():
                 report.expect(ggml not in self._stored, f"tensor {ggml} is in two shards")
                 self._stored[ggml] = tensor
-        self.tensors = {self._reading.name(n): t for n, t in self._stored.items() if n != _DIVISORS}
+        self.tensors = {
+            self._reading.name(n): t for n, t in self._stored.items() if n not in (_DIVISORS, _SHORT, _LONG)
+        }
         shapes = {n: self._reading.shape(n, t) for n, t in self.tensors.items()}
         self.skeleton = Skeleton(_Keyed(path, self._config(), shapes), torch.float32)
         self._set_rotary()
@@ -175,7 +177,7 @@ class Gguf:
 
     def _set_rotary(self) -> None:
         """Put llama.cpp's rotary embedding, as the keys say it, in the place of transformers'."""
-        table = self._stored.get(_DIVISORS)
+        table = self._stored.get(_DIVISORS, self._stored.get(_SHORT))  # the forward is short
         full = Rotary(
             float(self._key("rope.freq_base", 10000.0)),
             int(self._key("rope.dimension_count", self.skeleton.head_dim)),

@@ -19,6 +19,8 @@ SIZES = {"vocab_size": 328, "hidden_size": 64, "intermediate_size": 96, "num_hid
 LINEAR = {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0}
 PLAIN = {"rope_type": "default", "rope_theta": 5000.0}
 HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LONG = HALF | {"rope_type": "longrope", "short_factor": [1.0, 1.5, 1.2, 2.0], "long_factor": [2.0, 4.0, 9.0, 30.0],
+               "original_max_position_embeddings": 256}  # fmt: skip
 FOUR = {"attention_multiplier": 0.4, "embedding_multiplier": 1.7, "residual_multiplier": 0.6, "logits_scaling": 1.5}
 CASES = {  # options that only a file that says them computes rightly
     "gemma2": {"head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 32, "final_logit_softcapping": 4.0},
@@ -26,6 +28,8 @@ CASES = {  # options that only a file that says them computes rightly
                     "rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN},
                     "final_logit_softcapping": 5.0},
     "phi3": {"rope_parameters": HALF},
+    "phi3 of two lengths": {"rope_parameters": LONG, "max_position_embeddings": 1024,
+                            "original_max_position_embeddings": 256},
     "olmo2": {"rope_parameters": PLAIN},
     "granite": FOUR | {"attention_bias": True, "mlp_bias": True},
     "glm4": {"head_dim": 16, "attention_bias": True},
@@ -40,12 +44,12 @@ def written(tmp_path_factory, tokenizer_plain):
 
     def write(kind, **options):
         torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, **(SIZES | CASES[kind] | options))
+        config = AutoConfig.for_model(kind.split()[0], **(SIZES | CASES[kind] | options))
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         for name, p in model.named_parameters():
             if p.dim() == 1:
                 torch.nn.init.normal_(p, 0.5 if "norm" in name else 0, 0.3)
-        folder = tmp_path_factory.mktemp(kind)
+        folder = tmp_path_factory.mktemp(kind.split()[0])
         model.save_pretrained(folder / "model")
         tokenizer_plain.save_pretrained(folder / "model")
         recipe = Recipe(format="gguf", method="rtn", type="F32", dtype="float32")
@@ -55,9 +59,9 @@ def written(tmp_path_factory, tokenizer_plain):
     return write
 
 
-def difference(model, running):
-    """Return the largest difference of a log-probability behind 24 tokens, more than any window."""
-    ids = torch.randint(2, 320, (24,)).tolist()
+def difference(model, running, length=24):
+    """Return the largest difference of a log-probability behind so many tokens, more than any window."""
+    ids = torch.randint(2, 320, (length,)).tolist()
     with torch.no_grad():
         wanted = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
     return max(abs(wanted[i].item() - p) for i, p in running.log_probabilities(ids, 328).items())
@@ -87,10 +91,19 @@ def test_llama_cpp_computes_what_transformers_does(kind, written, llama_cpp):
 def test_the_comparison_sees_each_of_them(kind, change, written, llama_cpp):
     model, _, out = written(kind)
     other = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, **(SIZES | CASES[kind] | change)), attn_implementation="eager"
+        AutoConfig.for_model(kind.split()[0], **(SIZES | CASES[kind] | change)), attn_implementation="eager"
     )
     other.load_state_dict(model.state_dict())
     assert difference(other.eval(), llama_cpp(out)) > 0.2
+
+
+def test_the_frequencies_of_phi_are_those_of_the_context_that_llama_cpp_is_started_with(written, llama_cpp):
+    model, folder, out = written("phi3 of two lengths")
+    short, long = llama_cpp(out), llama_cpp(out, context=512)  # which is rounded up to 256
+    assert difference(model, short) < 0.03 and difference(model, long, 300) < 0.03
+    assert difference(model, long) > 0.1  # a short text with a long context, which a warning names
+    recipe = Recipe(format="gguf", method="rtn", type="F32", dtype="float32")
+    assert "more than 256 tokens (-c)" in prepare(str(folder), recipe, "cpu").warnings[0]
 
 
 def test_gemma_3_has_the_keys_of_googles_own_file(written):
