@@ -291,6 +291,7 @@ class FloatModel:
     name: what it is called. folder: where it lies. saved: its config.json. config: transformers' config of it.
     tokenizer: loads transformers' tokenizer. shapes: of every tensor that the model reads. linears: the modules of its
     blocks that hold a matrix. head: the output head. written: gives the name by which runtimes look for a tensor.
+    carried: tensors that the model does not read.
     """
 
     name: str
@@ -302,6 +303,7 @@ class FloatModel:
     linears: Sequence[str]
     head: str
     written: Callable[[str], str]
+    carried: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

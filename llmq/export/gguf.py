@@ -85,7 +85,7 @@ def export(  # noqa: PLR0913, the options of the command
     made_by = source.path / "quantization.json"
     found = json_object(made_by) if made_by.is_file() else None  # how llmq found the codes
     arch = architecture(config)
-    words = vocabulary(tokenizer_of(source.path), int(config.vocab_size), config, pre)
+    words = vocabulary(tokenizer_of(source.path), int(arch.config.vocab_size), arch.config, pre)
     warnings = [*arch.warnings(), *_left_out(source, packed), *words.warnings]
     with GgufSink(out, overwrite=overwrite, reads={"SRC": source.path}, run=run) as sink:
         if sink.earlier is not None:
@@ -121,7 +121,7 @@ def _staged(
     for name, found in packed:
         if isinstance(found, QTensor):
             tensor = convert(found, name.removesuffix(".weight"), requantize)
-        elif name.endswith(_CACHE):
+        elif name.endswith(_CACHE) or arch.beside(name):
             continue
         else:
             tensor = _float(name, arch.tensor(name), found, embeddings)

@@ -105,7 +105,7 @@ class Gguf:
         shapes = {ggml: _shape(arch, n, model.shapes[n]) for n, ggml in names.items()}
         about = mixture.Model(arch.blocks, arch.gqa, arch.tied, arch.large, wanted.weighs or self.imatrix is not None)
         by_ggml = mixture.assign(shapes, mix, about, _overrides(wanted))
-        words = vocabulary(model.tokenizer(), shapes["token_embd.weight"][0], model.config, self.pre)
+        words = vocabulary(model.tokenizer(), shapes["token_embd.weight"][0], arch.config, self.pre)
         importance, missing = _importance(self.imatrix, names, model)
         types = {n: by_ggml[ggml] for n, ggml in names.items()}
         quantized = {n: kind for n, kind in types.items() if kind not in mixture.FLOATS}
@@ -114,7 +114,13 @@ class Gguf:
                 n.removesuffix(".weight"): Scheme(registry.load("grids", k.lower())) for n, k in quantized.items()
             },
             importance=importance,
-            warnings=[*arch.warnings(), *words.warnings, *mixture.fallen_back(shapes, by_ggml, mix, about), *missing],
+            warnings=[
+                *arch.warnings(),
+                *_left_out(model, arch),
+                *words.warnings,
+                *mixture.fallen_back(shapes, by_ggml, mix, about),
+                *missing,
+            ],
             names=names,
             name=model.name,
             architecture=arch,
@@ -165,6 +171,20 @@ class Gguf:
     def read(cls, config: Mapping[str, Any]) -> tuple[Any, Callable[[str, int, int], Scheme | None]]:
         """Refuse: a transformers checkpoint cannot be GGUF."""
         raise LlmqError("a GGUF model is one file, not a checkpoint folder; run it with llama.cpp, or llmq inspect it")
+
+
+def _left_out(model: FloatModel, arch: Architecture) -> list[str]:
+    """Return what a user should know of the parts of a model that the file does not hold."""
+    found = []
+    if beside := [n for n in model.shapes if arch.beside(n)]:
+        found.append(
+            f"{len(beside)} tensors that read images are left out, e.g. {beside[0]}; llama.cpp reads them from a file "
+            f"of their own, which its convert_hf_to_gguf.py {model.folder} --mmproj makes"
+        )
+    if model.carried:
+        few = f"{len(model.carried)} tensors are left out, e.g. {model.carried[0]}"
+        found.append(f"{few}, which transformers' model does not read either")
+    return found
 
 
 def _shape(arch: Architecture, name: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from llmq.gguf.differences import differences, gain, is_norm
 from llmq.gguf.programs import PROGRAMS, Program
 from llmq.gguf.rope import Rotary, rotary
 from llmq.model.config import head_dim, kv_heads
-from llmq.model.pretrained import foreign
+from llmq.model.pretrained import auto_class, foreign
 
 _DROPPED = (".rotary_emb.inv_freq",)  # buffers of old checkpoints that every runtime computes itself
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -36,9 +36,11 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 class Architecture:
     """One model's place in llama.cpp, made from its transformers config by `architecture`.
 
+    config: of the language model. decoder: what names of its decoder begin with, where that is not `model`.
+
     local: the rotary embedding of blocks with a window, where it is their own. windows: how far back attention sees in
     every block, 0 for all the way. shifted: the norms that multiply by 1 + weight. parameters: the names of the tensors
-    that transformers' model has.
+    that transformers' language model has. tied: whether the head is the embedding, which the file then holds alone.
     """
 
     config: Any
@@ -48,6 +50,8 @@ class Architecture:
     windows: tuple[int, ...]
     shifted: frozenset[str]
     parameters: frozenset[str]
+    tied: bool
+    decoder: str
 
     @property
     def name(self) -> str:
@@ -75,11 +79,6 @@ class Architecture:
         return head_dim(self.config)
 
     @property
-    def tied(self) -> bool:
-        """Whether the head is the embedding; the file then holds `token_embd.weight` alone."""
-        return bool(self.config.tie_word_embeddings)
-
-    @property
     def large(self) -> bool:
         """Whether this is what llama.cpp calls a 70B model, whose attn_v gets more bits."""
         grouped = self.config.num_attention_heads != self.kv_heads
@@ -94,6 +93,9 @@ class Architecture:
 
         Raises LlmqError for a tensor that transformers' model or this architecture has no place for.
         """
+        if self.beside(name):
+            return None
+        name = self._plain(name)
         if name.endswith(_DROPPED) or (self.tied and name == "lm_head.weight"):
             return None
         found = self._names.get_name(name.replace(".dt_bias", ".dt_proj.bias"), try_suffixes=(".weight", ".bias"))
@@ -106,13 +108,21 @@ class Architecture:
             raise LlmqError(f"llama.cpp's architecture {self.name!r} has no tensor {name}; write another format")
         return found
 
+    def beside(self, name: str) -> bool:
+        """Say whether a checkpoint tensor is of another part than the language model, such as one that reads images."""
+        return self.decoder != "model" and not name.startswith((f"{self.decoder}.", "lm_head."))
+
+    def _plain(self, name: str) -> str:
+        """Return the name that a tensor has where the language model stands alone."""
+        return f"model{name.removeprefix(self.decoder)}" if name.startswith(f"{self.decoder}.") else name
+
     def _reads(self, ggml: str) -> bool:
         linear, _, leaf = ggml.removeprefix("blk.").partition(".")[2].rpartition(".")
         return leaf != "bias" or linear in self.program.biases
 
     def stored(self, name: str, tensor: Tensor, kind: str) -> Tensor:
         """Return a tensor of the checkpoint, floats or packed rows of a ggml type, as the file holds it."""
-        if name in self.shifted:
+        if self._plain(name) in self.shifted:
             tensor = 1 + tensor.float()
         if self.program.delta and tensor.is_floating_point():
             tensor = delta_net.value(name, tensor)
@@ -211,27 +221,35 @@ def architecture(config: Any) -> Architecture:
     Raises LlmqError for a model that llama.cpp's tables here do not cover, and for one that computes another function
     than llama.cpp does.
     """
-    kind = config.model_type
-    if kind not in PROGRAMS:
+    text = config.get_text_config()
+    if text.model_type not in PROGRAMS:
         raise LlmqError(
-            f"model_type {kind!r} is not among those written as GGUF ({', '.join(PROGRAMS)}); use --format gptq, "
-            "awq or compressed-tensors"
+            f"model_type {text.model_type!r} is not among those written as GGUF ({', '.join(PROGRAMS)}); use --format "
+            "gptq, awq or compressed-tensors"
         )
-    program, model = PROGRAMS[kind], _model(config)
-    windows = tuple(_window(config, block) for block in model.model.layers)
-    for reason in (*differences(config, model, program), *_irregular(windows, program)):
+    tied = bool(config.tie_word_embeddings)
+    program, model = PROGRAMS[text.model_type], _model(text)
+    windows = tuple(_window(text, block) for block in model.model.layers)
+    for reason in (*differences(text, model, program, tied), *_irregular(windows, program)):
         raise LlmqError(f"{reason}, which llama.cpp's {program.name} does not compute; write another format")
-    rope, local = _rotary(config, model, program)
-    shifted = {f"{n}.weight" for n, m in model.named_modules() if is_norm(m) and gain(m, config.rms_norm_eps)}
-    return Architecture(config, program, rope, local, windows, frozenset(shifted), frozenset(model.state_dict()))
+    rope, local = _rotary(text, model, program)
+    shifted = frozenset(f"{n}.weight" for n, m in model.named_modules() if is_norm(m) and gain(m, text.rms_norm_eps))
+    names = frozenset(model.state_dict())
+    return Architecture(text, program, rope, local, windows, shifted, names, tied, _decoder(config))
 
 
 def _model(config: Any) -> Any:
     """Return transformers' model without weights."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return auto_class(config).from_config(config, trust_remote_code=False)
+
+
+def _decoder(config: Any) -> str:
+    """Return the name of the decoder of the language model within the model of a config."""
+    if config.get_text_config() is config:
+        return "model"
+    model = _model(config)
+    return next(n for n, m in model.named_modules() if m is model.get_decoder())
 
 
 def _rotary(config: Any, model: Any, program: Program) -> tuple[Rotary, Rotary | None]:

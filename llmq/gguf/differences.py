@@ -20,8 +20,11 @@ from llmq.model.config import head_dim
 _PROBE = 8  # channels of a norm that is tried out
 
 
-def differences(config: Any, model: Any, program: Program) -> Iterator[str]:
-    """Yield what transformers computes otherwise than a program of llama.cpp, as the subject of a sentence."""
+def differences(config: Any, model: Any, program: Program, tied: bool) -> Iterator[str]:
+    """Yield what transformers computes otherwise than a program of llama.cpp, as the subject of a sentence.
+
+    model: made of the config, without weights. tied: whether its head is its embedding.
+    """
     d, heads = head_dim(config), config.num_attention_heads
     if not 0 < config.max_position_embeddings < 2**32:
         yield f"config.json asks for {config.max_position_embeddings:,} positions"
@@ -31,7 +34,7 @@ def differences(config: Any, model: Any, program: Program) -> Iterator[str]:
         yield "config.json asks for attention both ways (is_causal, use_bidirectional_attention)"
     if d % 2 or (program.square and d * heads != config.hidden_size):
         yield f"{heads} heads of {d} channels for a residual stream of {config.hidden_size}"
-    if program.untied and config.tie_word_embeddings:
+    if program.untied and tied:
         yield "a head that is the embedding (tie_word_embeddings)"
     if program.delta:
         yield from delta_net.differences(config)

@@ -128,7 +128,7 @@ def fallen_back(shapes: Mapping[str, Sequence[int]], types: Mapping[str, str], m
     found: Counter[tuple[str, str]] = Counter()
     columns = set()
     for name, shape in shapes.items():
-        if len(shape) < 2 or types[name] != type_of(name, shape, mix, model):
+        if len(shape) < 2 or always_float(name) or types[name] != type_of(name, shape, mix, model):
             continue  # a vector, or what the user chose
         meant = _BASE[mix] if _BASE[mix] in FLOATS else _rule(name, 0, mix, model)  # every block divides 0 columns
         if types[name] != meant:

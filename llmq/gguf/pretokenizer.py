@@ -10,7 +10,9 @@ separates every pair of rules (a test shows it). A tokenizer that cuts in any ot
     llama-bpe   digits in runs of three, ignore_merges                     Llama 3, 3.1, 3.2, 3.3
     dbrx        as llama-bpe, without ignore_merges
     qwen2       every digit alone, newlines kept with punctuation          Qwen2, Qwen2.5, Qwen3
+    qwen35      as qwen2, marks stay with their letters                    Qwen3.5 and later
     tekken      capitals start a piece, no contractions, ignore_merges     Mistral Nemo, Small 3
+    gpt-4o      capitals start a piece, digits in runs of three            gpt-oss
 
 ignore_merges: a piece that is a whole entry of the vocabulary is taken as it is, whatever the merges say.
 Source: llama.cpp `src/llama-vocab.cpp` (`llm_tokenizer_bpe`), tokenizer.json of the models named.
@@ -31,10 +33,19 @@ _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}"
 _QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}"
+_QWEN35 = (
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_TAIL}"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
+)
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
 )
 
 
@@ -59,7 +70,9 @@ def rules() -> tuple[_Rule, ...]:
         _Rule("llama-bpe", True, split(_LLAMA3)),
         _Rule("dbrx", False, split(_LLAMA3)),
         _Rule("qwen2", False, split(_QWEN2)),
+        _Rule("qwen35", False, split(_QWEN35)),
         _Rule("tekken", True, split(_TEKKEN)),
+        _Rule("gpt-4o", False, split(_GPT4O)),
     )
 
 

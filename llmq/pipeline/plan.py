@@ -264,6 +264,7 @@ def _model(skeleton: Skeleton) -> FloatModel:
         linears=[n for n, _ in skeleton.linears()],
         head=skeleton.name_of(skeleton.model.get_output_embeddings()),
         written=source.written,
+        carried=sorted(source.unread),
     )
 
 

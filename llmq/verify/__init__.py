@@ -93,4 +93,6 @@ def _truth(source: Source, recorded: dict[str, Any], found: Folder | Gguf) -> Tr
     skeleton = Skeleton(source, torch.float32)
     if source.adapter is not None:
         skeleton.source = Adapted(skeleton, Adapter(source.adapter))
-    return Truth(skeleton, recorded, found.packed, found.shifted if isinstance(found, Gguf) else ())
+    if isinstance(found, Gguf):
+        return Truth(skeleton, recorded, found.packed, found.shifted, plain=True)
+    return Truth(skeleton, recorded, found.packed)

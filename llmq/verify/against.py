@@ -25,19 +25,28 @@ class Truth:
     """The checkpoint that another was made from, after what is recorded to have been done to its floats.
 
     skeleton: of the source as it is, for a forward beside. packed: the linears of the other that are packed. shifted:
-    those that it stores as another float, such as 1 + weight, in whose last bit a small weight is lost.
+    those that it stores as another float, such as 1 + weight, in whose last bit a small weight is lost. plain:
+    whether the other is the language model alone, whatever the source is.
     """
 
     def __init__(
-        self, skeleton: Skeleton, record: dict[str, Any], packed: Collection[str], shifted: Collection[str] = ()
+        self,
+        skeleton: Skeleton,
+        record: dict[str, Any],
+        packed: Collection[str],
+        shifted: Collection[str] = (),
+        *,
+        plain: bool = False,
     ) -> None:
-        self.skeleton, self.packed, self.shifted = skeleton, packed, shifted
+        self.skeleton = skeleton
+        self._decoder = skeleton.name_of(skeleton.model.get_decoder()) if plain else "model"
+        self.packed, self.shifted = {self._named(n) for n in packed}, {self._named(n) for n in shifted}
         self._judged = any(key in record for key in ("transforms", "exported", "decoded"))
         self._lines = record.get("linears", {})
         self._tuned = set(record.get("tuned", ()))
         self._errors: dict[str, float] = {}
         self._differ: list[str] = []
-        self._source = floats_of(skeleton.source, record, packed, "the record")
+        self._source = floats_of(skeleton.source, record, self.packed, "the record")
         self._head, self._embedding = (
             f"{skeleton.name_of(m)}.weight"
             for m in (skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings())
@@ -45,6 +54,7 @@ class Truth:
 
     def check(self, name: str, tensor: Tensor, report: Report) -> None:
         """Compare a decoded weight, or a float tensor in the dtype that it is stored in, with its source."""
+        name = self._named(name)
         module = name.removesuffix(".weight")
         W = self._weight(name)
         if W.shape != tensor.shape:
@@ -55,6 +65,10 @@ class Truth:
             report.count("floats compared with the source")
             if not _close(tensor, W.to(tensor.dtype), around=float(name in self.shifted)):
                 self._differ.append(name)
+
+    def _named(self, name: str) -> str:
+        """Return the source's name of a tensor or module."""
+        return f"{self._decoder}{name.removeprefix('model')}" if name.startswith("model.") else name
 
     def conclude(self, report: Report) -> None:
         """Report what was found over all weights."""

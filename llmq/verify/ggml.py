@@ -34,6 +34,7 @@ from llmq.verify.report import Report
 
 REPORT = "llmq.report"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_WRAPPED = re.compile(r"^model\.\w+\.(layers|embed_tokens|norm)\b")  # of a language model within a larger one
 _ROWS = 2**22  # weights decoded at a time
 _ROTARY = _DIVISORS, _SHORT, _LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 
@@ -96,7 +97,8 @@ class Gguf:
     """
 
     def __init__(self, files: list[GgufFile], recorded: Mapping[str, Any], report: Report) -> None:
-        path, self.recorded = files[0].path, recorded
+        path = files[0].path
+        self.recorded = {_WRAPPED.sub(r"model.\1", name): line for name, line in recorded.items()}
         self._key = Keys(files[0])
         self._reading = reading(self._key)
         self._stored: dict[str, Any] = {}

@@ -11,7 +11,7 @@ import pytest
 from llmq.gguf.reader import GgufFile
 
 SDIST = "llama-cpp-python==0.3.36"
-VOCABULARIES = ("llama-bpe", "llama-spm", "qwen2", "starcoder", "gpt-2")
+VOCABULARIES = ("llama-bpe", "llama-spm", "qwen2", "qwen35", "starcoder", "gpt-2")
 SEPARATOR = "\n__ggml_vocab_test__\n"
 
 

@@ -3,7 +3,7 @@
 import gguf
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from llmq.checkpoint import Source
 from llmq.gguf.programs import PROGRAMS
@@ -22,6 +22,15 @@ HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 
 LONG = HALF | {"rope_type": "longrope", "short_factor": [1.0, 1.5, 1.2, 2.0], "long_factor": [2.0, 4.0, 9.0, 30.0],
                "original_max_position_embeddings": 256}  # fmt: skip
 FOUR = {"attention_multiplier": 0.4, "embedding_multiplier": 1.7, "residual_multiplier": 0.6, "logits_scaling": 1.5}
+LINEAR_ATTENTION = {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
+                    "linear_value_head_dim": 32, "rope_parameters": HALF | {"mrope_section": [3, 3, 2]}}  # fmt: skip
+VISION = {"hidden_size": 32, "intermediate_size": 32}
+WRAPPED = {  # a model that reads images, and of what its language model is
+    "gemma3": {"vision_config": VISION | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+                                          "patch_size": 14}, "mm_tokens_per_image": 4},
+    "qwen3_5": {"vision_config": VISION | {"depth": 1, "num_heads": 2, "out_hidden_size": 64,
+                                           "num_position_embeddings": 16}},
+}  # fmt: skip
 CASES = {  # options that only a file that says them computes rightly
     "gemma2": {"head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 32, "final_logit_softcapping": 4.0},
     "gemma3_text": {"head_dim": 32, "sliding_window": 6, "num_hidden_layers": 7, "query_pre_attn_scalar": 32,
@@ -33,6 +42,7 @@ CASES = {  # options that only a file that says them computes rightly
     "olmo2": {"rope_parameters": PLAIN},
     "granite": FOUR | {"attention_bias": True, "mlp_bias": True},
     "glm4": {"head_dim": 16, "attention_bias": True},
+    "qwen3_5_text": LINEAR_ATTENTION,
     "smollm3": {"num_hidden_layers": 5, "rope_parameters": PLAIN, "initializer_range": 0.3,
                 "tie_word_embeddings": True},
 }  # fmt: skip
@@ -59,11 +69,19 @@ def written(tmp_path_factory, tokenizer_plain):
     return write
 
 
+def wrapped(kind):
+    """Return a model that reads images around a language model of CASES, in float32."""
+    torch.manual_seed(0)
+    text = SIZES | CASES[f"{kind}_text"]
+    config = AutoConfig.for_model(kind, text_config=text, **WRAPPED[kind])
+    return AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+
+
 def difference(model, running, length=24):
     """Return the largest difference of a log-probability behind so many tokens, more than any window."""
     ids = torch.randint(2, 320, (length,)).tolist()
     with torch.no_grad():
-        wanted = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        wanted = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
     return max(abs(wanted[i].item() - p) for i, p in running.log_probabilities(ids, 328).items())
 
 
@@ -74,6 +92,32 @@ def test_llama_cpp_computes_what_transformers_does(kind, written, llama_cpp):
     report = verify(out, folder)  # read back by other code, and beside the model: what the keys say is its config
     assert report.passed, report.failures
     assert report.figures["kl"] < 1e-6
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_of_a_model_that_reads_images_the_language_model_is_written(kind, tmp_path, tokenizer_plain, llama_cpp):
+    model = wrapped(kind)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer_plain.save_pretrained(tmp_path / "model")
+    plan = prepare(str(tmp_path / "model"), Recipe(format="gguf", method="rtn", type="F16", dtype="float32"), "cpu")
+    assert any(f"convert_hf_to_gguf.py {tmp_path / 'model'} --mmproj makes" in w for w in plan.warnings)
+    quantize(plan, tmp_path / "out.gguf")
+    report = verify(tmp_path / "out.gguf", tmp_path / "model")
+    assert report.passed and report.checked["floats compared with the source"] > 40, report.failures
+    assert difference(model, llama_cpp(tmp_path / "out.gguf")) < 0.1
+
+
+def test_value_heads_move_in_blocks_of_whole_columns(tmp_path, written):
+    """Blocks of 256 columns hold several heads, so the output of linear attention takes types of 32 columns."""
+    wide = {"hidden_size": 256, "intermediate_size": 256, "linear_num_value_heads": 8}
+    _, folder, _ = written("qwen3_5_text", **wide)
+    plan = prepare(str(folder), Recipe(format="gguf", method="rtn", type="Q4_K_M", dtype="float32"), "cpu")
+    assert any("rows of 32, 128 columns" in w and "are Q5_0 in place of Q4_K" in w for w in plan.warnings)
+    quantize(plan, tmp_path / "out.gguf")
+    kinds = {n: t.tensor_type.name for n, t in GgufFile(tmp_path / "out.gguf").tensors.items()}
+    assert kinds["blk.0.ssm_out.weight"] == "Q5_0" and kinds["blk.0.attn_gate.weight"] == "Q4_K"
+    assert kinds["blk.0.ssm_conv1d.weight"] == kinds["blk.0.ssm_a"] == "F32"
+    assert verify(tmp_path / "out.gguf", folder).passed
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + REST
 QWEN2 = CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + REST
+WITH_MARKS = REST.replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+QWEN35 = CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|" + WITH_MARKS
 AWKWARD = (
     "def f(x):\n    return x**2  # squared\n\n\tif x >= 10: pass",
     "naïve café — “quotes” … 👩‍👩‍👧‍👦 🇩🇪 emoji",
@@ -39,6 +41,7 @@ def byte_level(pattern):
 FAMILIES = {  # vocabulary -> what cuts text in that family's tokenizer.json, ignore_merges, llama.cpp's name
     "llama-bpe": (byte_level(LLAMA3), True, "llama-bpe"),
     "qwen2": (byte_level(QWEN2), False, "qwen2"),
+    "qwen35": (byte_level(QWEN35), False, "qwen35"),
     "starcoder": (
         pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]),
         False,
@@ -107,7 +110,7 @@ def write_model(path, vocab):
     writer.close()
 
 
-@pytest.mark.parametrize("name", ["llama-bpe", "llama-spm", "qwen2", "starcoder", "gpt-2"])
+@pytest.mark.parametrize("name", ["llama-bpe", "llama-spm", "qwen2", "qwen35", "starcoder", "gpt-2"])
 def test_a_real_vocabulary_is_written_as_llama_cpp_has_it_and_tokenizes_as_hugging_face_does(
     name, vocabularies, expected, keys, llama_cpp, tmp_path
 ):
@@ -130,7 +133,7 @@ def test_a_real_vocabulary_is_written_as_llama_cpp_has_it_and_tokenizes_as_huggi
         assert found.add_space_prefix
         assert_same_order(found, key["tokenizer.ggml.scores"])
     texts = expected(name)
-    assert len(texts) == 47
+    assert len(texts) >= 47
     for text, ids in texts:
         assert tokenizer(text, add_special_tokens=False).input_ids == ids, text
     write_model(tmp_path / "model.gguf", found)
