@@ -230,7 +230,8 @@ def architecture(config: Any) -> Architecture:
     tied = bool(config.tie_word_embeddings)
     program, model = PROGRAMS[text.model_type], _model(text)
     windows = tuple(_window(text, block) for block in model.model.layers)
-    for reason in (*differences(text, model, program, tied), *_irregular(windows, program)):
+    reasons = (*differences(text, model, program, tied), *_irregular(windows, program), *_uncapped(config, program))
+    for reason in reasons:
         raise LlmqError(f"{reason}, which llama.cpp's {program.name} does not compute; write another format")
     rope, local = _rotary(text, model, program)
     shifted = frozenset(f"{n}.weight" for n, m in model.named_modules() if is_norm(m) and gain(m, text.rms_norm_eps))
@@ -280,6 +281,14 @@ def _irregular(windows: Sequence[int], program: Program) -> Iterator[str]:
     """Yield what a program with windows has no keys for."""
     if program.period and (len({*windows} - {0}) > 1 or _period(windows, program) == 0):
         yield f"config.json asks for windows of {', '.join(map(str, windows))} tokens in its blocks"
+
+
+def _uncapped(config: Any, program: Program) -> Iterator[str]:
+    """Yield the caps that transformers applies where a language model stands alone, and not within a larger one."""
+    text = config.get_text_config()
+    for key in program.caps if text is not config else ():
+        if getattr(text, key):
+            yield f"config.json, {key}: {getattr(text, key)}, passed over within a {config.model_type}"
 
 
 def _period(windows: Sequence[int], program: Program) -> int:

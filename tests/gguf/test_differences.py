@@ -6,6 +6,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     GraniteConfig,
@@ -47,6 +48,7 @@ LAYERS = ["sliding_attention", "full_attention", "full_attention", "sliding_atte
         (Gemma3TextConfig(use_bidirectional_attention=True), "attention both ways"),
         (Gemma3TextConfig(num_hidden_layers=4, layer_types=LAYERS), "windows of 4096, 0, 0, 4096 tokens in its blocks"),
         (Gemma3TextConfig(rope_parameters={"full_attention": YARN}), "scales others linearly at most"),
+        (Gemma3Config(text_config={"final_logit_softcapping": 5.0}), "5.0, passed over within a gemma3, which llama"),
         (Gemma2Config(final_logit_softcapping=None), "final_logit_softcapping: None"),
         (Gemma2Config(tie_word_embeddings=False), None),
         (GraniteConfig(residual_multiplier=0.0), "residual_multiplier: 0.0"),

@@ -72,7 +72,7 @@ def written(tmp_path_factory, tokenizer_plain):
 def wrapped(kind):
     """Return a model that reads images around a language model of CASES, in float32."""
     torch.manual_seed(0)
-    text = SIZES | CASES[f"{kind}_text"]
+    text = SIZES | CASES[f"{kind}_text"] | {"final_logit_softcapping": None}
     config = AutoConfig.for_model(kind, text_config=text, **WRAPPED[kind])
     return AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
 
