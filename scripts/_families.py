@@ -155,6 +155,7 @@ _GEMMA4: dict[str, Any] = {
     "hidden_size_per_layer_input": 32,
     "vocab_size_per_layer_input": VOCAB,
 }
+_PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0]}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
 
@@ -198,7 +199,7 @@ _TABLE = (
     _of("arcee", _TIED),
     _of("apertus", **_BF16),
     # a convolution, a state space or linear attention beside attention
-    _of("qwen3_5_text", _DELTA, _TIED, beside=_MTP, **_BF16),
+    _of("qwen3_5_text", _DELTA, _TIED, {"rope_parameters": _PARTIAL}, beside=_MTP, **_BF16),
     _of("qwen3_next", _DELTA, _EXPERTS, {"shared_expert_intermediate_size": 32}, beside=_MTP, **_BF16),
     _of("lfm2", _TIED, {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, **_BF16),
     _of("falcon_h1", _MAMBA, {"mamba_d_ssm": 128}, **_BF16),
@@ -212,7 +213,9 @@ _TABLE = (
     # experts
     _of("qwen2_moe", _EXPERTS, {"shared_expert_intermediate_size": 64}),
     _of("qwen3_moe", _EXPERTS, {"mlp_only_layers": [0]}, **_BF16),
-    _of("qwen3_5_moe_text", _DELTA, _EXPERTS, {"shared_expert_intermediate_size": 32}, beside=_MTP, **_BF16),
+    _of("qwen3_5_moe_text", _DELTA, _EXPERTS, {
+        "shared_expert_intermediate_size": 32, "rope_parameters": _PARTIAL,
+    }, beside=_MTP, **_BF16),
     _of("mixtral", {"num_local_experts": 4, "intermediate_size": 32}, **_BF16),
     _of("olmoe", _EXPERTS, {"intermediate_size": 32}),
     _of("deepseek_v2", _LATENT, _EXPERTS, _DENSE_FIRST, {"topk_group": 1}, **_BF16),
@@ -233,7 +236,9 @@ _TABLE = (
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64,
     }, wrapper={"image_token_id": VOCAB + 7}, **_BF16),
-    _of("qwen3_5", _DELTA, vision=_PIXELS, beside=_MTP, wrapper={"image_token_id": VOCAB + 7}, **_BF16),
+    _of("qwen3_5", _DELTA, {"rope_parameters": _PARTIAL}, vision=_PIXELS, beside=_MTP, wrapper={
+        "image_token_id": VOCAB + 7,
+    }, **_BF16),
     _of("mistral3", {"model_type": "ministral3"}, vision=_SIGLIP | {"model_type": "pixtral", "head_dim": 16}, **_BF16),
     _of("qwen3_vl", _TIED, vision=_PIXELS | {"deepstack_visual_indexes": [0]}, **_BF16),
     _of("qwen2_5_vl", {"head_dim": ..., "rope_parameters": _MROPE}, vision=_PIXELS | {

@@ -52,7 +52,7 @@ def of_blocks(skeleton: Skeleton, device: torch.device) -> list[Found]:
             kind = structure(skeleton.blocks[i])
             if kind not in known:
                 with skeleton.loaded(i, device) as block:
-                    known[kind] = find(block, hidden, call, skeleton.head_dim, skeleton.config.model_type)
+                    known[kind] = find(block, hidden, call, skeleton.head_dim_of(i), skeleton.config.model_type)
     return [known[structure(block)] for block in skeleton.blocks]
 
 

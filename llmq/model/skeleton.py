@@ -89,11 +89,14 @@ class Skeleton:
         name = self.final_norm if tail else f"{self.prefix}.{i}"
         filled = self.model.get_submodule(name)
         _fill(filled, {n: self.source.get(f"{name}.{n}").to(device, self.dtype) for n in filled.state_dict()})
-        filled.to(device)  # buffers that are not saved
+        computed = _computed_buffers(filled)
+        filled.to(device)
         try:
             yield Tail(filled, self.model.get_output_embeddings()) if tail else filled
         finally:
             filled.to("meta")
+            for owner, leaf, tensor in computed:  # a block may be loaded again
+                setattr(owner, leaf, tensor)
             _trim_heap()
 
     def filled(self, device: torch.device) -> Any:
@@ -105,8 +108,16 @@ class Skeleton:
 
     @property
     def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return head_dim(self.text)
+        """Channels of one attention head. Raises LlmqError where they differ from block to block."""
+        sizes = {self.head_dim_of(i) for i in range(len(self))}
+        if len(sizes) > 1:
+            few = " and ".join(map(str, sorted(sizes)))
+            raise LlmqError(f"heads of {few} channels in model_type {self.config.model_type!r}; leave rotate out")
+        return sizes.pop()
+
+    def head_dim_of(self, i: int) -> int:
+        """Return the channels of one attention head of block `i`."""
+        return head_dim(self.text, i)
 
     def name_of(self, module: nn.Module | None) -> str:
         """Return the full name of a module of the model; "lm_head" where there is none."""
@@ -171,3 +182,8 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         parent, _, leaf = name.rpartition(".")
         weight = leaf in modules[parent]._parameters
         setattr(modules[parent], leaf, nn.Parameter(tensor) if weight else tensor)
+
+
+def _computed_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Return the buffers that no checkpoint holds: the modules that have them, their names there, and themselves."""
+    return [(m, leaf, m.get_buffer(leaf)) for m in module.modules() for leaf in m._non_persistent_buffers_set]

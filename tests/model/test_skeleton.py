@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from _families import FAMILIES
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -166,3 +167,22 @@ def test_a_tensor_of_the_wrong_shape_is_named(tiny_checkpoint):
     (folder / "config.json").write_text(config)
     with pytest.raises(LlmqError, match=r"mlp\.\w+_proj\.weight is \[.*asks for"):
         Skeleton(Source(folder), torch.float32)
+
+
+def test_a_block_that_computes_tables_for_itself_is_loaded_again(tmp_path):
+    FAMILIES["falcon_h1"].save(tmp_path)
+    skeleton, cpu = Skeleton(Source(tmp_path), torch.float32), torch.device("cpu")
+    (hidden,), (calls,) = embed(skeleton, [torch.arange(8)[None]], cpu)
+    outputs = []
+    for _ in range(2):
+        with skeleton.loaded(0, cpu) as block, torch.no_grad():
+            outputs.append(run(block, hidden, calls[0]))
+    assert torch.equal(*outputs) and all(p.is_meta for p in skeleton.model.parameters())
+
+
+def test_heads_that_differ_in_size_have_no_one_basis(tmp_path):
+    FAMILIES["gemma4_text"].save(tmp_path)
+    skeleton = Skeleton(Source(tmp_path), torch.float32)
+    assert [skeleton.head_dim_of(i) for i in range(4)] == [16, 32, 16, 32]
+    with pytest.raises(LlmqError, match="heads of 16 and 32 channels in model_type 'gemma4_text'; leave rotate out"):
+        skeleton.head_dim  # noqa: B018
