@@ -50,7 +50,7 @@ class _Roles:
 
 def _roles(skeleton: Skeleton, block: nn.Module, sites: Sequence[Site]) -> _Roles:
     """Return the roles in a block, without weights, of these sites."""
-    roles, width = _Roles(), skeleton.config.hidden_size
+    roles, width = _Roles(), skeleton.text.hidden_size
     for site in sites:
         shapes = {n: block.get_submodule(n).get_parameter("weight").shape for n in site.linears}
         by, K = site.producer, shapes[site.linears[0]][1]
@@ -71,7 +71,8 @@ class Rotated(View):
     """A checkpoint in another basis, each tensor turned as it is read: linears in float32, the others as stored.
 
     skeleton: of the checkpoint as it is. Q_dd, R_HH: the bases of a head and of the stream, None where it has none.
-    Raises LlmqError for a tied head that may not be untied, and for a model whose final norm is not known.
+    Raises LlmqError for a tied head that may not be untied, for a model whose final norm is not known, and for a stream
+    that images enter too.
     """
 
     def __init__(self, skeleton: Skeleton, step: Rotation) -> None:
@@ -87,6 +88,11 @@ class Rotated(View):
 
     def _untie(self) -> None:
         named = registry.dump(self.step)
+        if self.skeleton.text is not self.skeleton.config:
+            kind = self.skeleton.config.model_type
+            raise LlmqError(
+                f"{named}: what model_type {kind!r} sees in images would enter unturned; leave residual out"
+            )
         if self._last_norm not in self:
             kind = self.skeleton.config.model_type
             raise LlmqError(f"{named}: the final norm of model_type {kind!r} is not known; leave residual out")
@@ -109,7 +115,7 @@ class Rotated(View):
     def _last_offset(self) -> float:
         """The gain of the final norm beyond what it stores."""
         with self.skeleton.loaded(len(self.skeleton), torch.device("cpu")) as tail, torch.no_grad():
-            gain = stored_gain(tail.norm, (torch.randn(2, 9, self.skeleton.config.hidden_size),), {})
+            gain = stored_gain(tail.norm, (torch.randn(2, 9, self.skeleton.text.hidden_size),), {})
         if not gain:
             raise LlmqError(f"it is not known how {self._last_norm} stores its gain; leave residual out")
         return OFFSETS[gain]

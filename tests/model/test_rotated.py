@@ -6,6 +6,7 @@ from functools import partial
 import gguf
 import pytest
 import torch
+from _families import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from llmq.algorithms.rotate import Rotate, orthogonal
@@ -115,6 +116,19 @@ def test_every_family_is_rotated_where_it_is_sound(kind, options, tmp_path):
 def test_a_residual_stream_that_cannot_turn_is_refused(kind, message, tmp_path):
     family(kind, tmp_path)
     with pytest.raises(LlmqError, match=rf"^rotate:residual=True:untie=True: {message}.*; leave residual out$"):
+        prepare(str(tmp_path), Recipe(method="rotate:residual=true:untie=true,rtn", group_size="channel"), "cpu")
+
+
+def test_a_model_that_reads_images_is_rotated_within_its_heads_alone(tmp_path):
+    FAMILIES["qwen3_vl"].save(tmp_path)
+    skeleton, cpu = Skeleton(Source(tmp_path), torch.float32), torch.device("cpu")
+    source = Rotated(skeleton, Rotate())
+    turned, plain = (Skeleton(s, torch.float32).filled(cpu) for s in (source, Source(tmp_path)))
+    with torch.no_grad():
+        torch.testing.assert_close(turned(input_ids=IDS).logits, plain(input_ids=IDS).logits, atol=2e-4, rtol=1e-4)
+    values = [n for n, _ in skeleton.linears() if n.endswith("v_proj")]
+    assert all(not torch.equal(source.get(f"{n}.weight"), skeleton.source.get(f"{n}.weight")) for n in values)
+    with pytest.raises(LlmqError, match="what model_type 'qwen3_vl' sees in images would enter unturned; leave resid"):
         prepare(str(tmp_path), Recipe(method="rotate:residual=true:untie=true,rtn", group_size="channel"), "cpu")
 
 
