@@ -1,6 +1,7 @@
 """Experts from end to end: quantized one by one, written under the checkpoint's names, run packed; few tokens and none.
 
-What is loaded must compute what the float model of transformers computes with the decoded weights in place.
+What is loaded must compute what the float model of transformers computes with the decoded weights in place. More
+families: tests/test_families.py.
 """
 
 import json
@@ -30,16 +31,9 @@ SIZES = {
 FOUR = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 DENSE_FIRST = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
-LATENT = {
-    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
-    "n_group": 1, "topk_group": 1, "num_key_value_heads": 4, "head_dim": 8,
-}  # fmt: skip
 MODELS = {
     "qwen3_moe": FOUR,
     "mixtral": LOCAL,
-    "olmoe": FOUR,
-    "qwen2_moe": FOUR | {"shared_expert_intermediate_size": 32},
-    "deepseek_v3": DENSE_FIRST | LATENT,
     "glm4_moe": DENSE_FIRST,
     "granitemoe": LOCAL,
     "gpt_oss": LOCAL | {"sliding_window": 8},
@@ -100,7 +94,7 @@ def carrying(folder, packed):
     return model
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["mixtral", "glm4_moe", "granitemoe", "gpt_oss", "llama4_text"])
 def test_a_family_is_quantized_written_and_run_packed(kind, tmp_path, prose):
     src, out, said = make(tmp_path / "float", kind), tmp_path / "packed", []
     record = llmq.quantize(src, out, calib=prose, warn=said.append, **QUICK, **CALIBRATED)
