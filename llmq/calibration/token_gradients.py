@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.model.ends import logits, outside_loaded
+from llmq.model.experts import linears_of
 from llmq.model.lanes import Call, run
 from llmq.model.skeleton import Skeleton
 
@@ -102,8 +103,7 @@ def _through(block: nn.Module, hidden: Tensor, call: Call, slope: Tensor) -> tup
 
         return hook
 
-    linears = [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
-    hooks = [m.register_forward_hook(watch(n)) for n, m in linears]
+    hooks = [m.register_forward_hook(watch(n)) for n, m in linears_of(block).items()]
     try:
         with torch.enable_grad():
             x = hidden.detach().requires_grad_()

@@ -187,6 +187,12 @@ def unfuse(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linears of a block by name, but for those that choose experts, which stay float."""
+    choosing = routers(block)
+    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and n not in choosing}
+
+
 def routers(block: nn.Module) -> set[str]:
     """Return the linears of a block that choose experts or weigh what they say; no runtime packs them.
 

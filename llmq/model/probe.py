@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmq.model.experts import linears_of
 from llmq.model.lanes import Call
 from llmq.types import Site
 
@@ -39,7 +40,7 @@ class Probe:
     def __init__(self, block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Call) -> None:
         self.block, self.sites, self.hidden, self.call = block, sites, hidden, call
         self.modules: dict[str, Any] = dict(block.named_modules())
-        self.linears = {n for n, m in self.modules.items() if isinstance(m, nn.Linear)}
+        self.linears = set(linears_of(block))
         self.norms = {
             n for n, m in self.modules.items() if getattr(m, "weight", None) is not None and m.weight.dim() == 1
         }

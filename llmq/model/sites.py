@@ -4,10 +4,12 @@ Not here: what the activation comes from (producers.py), suspending batches at t
 """
 
 import re
+from collections import Counter
 
 from torch import Tensor, nn
 
 from llmq import registry
+from llmq.model.experts import linears_of
 from llmq.model.lanes import Call, run
 from llmq.types import LlmqError, Site
 
@@ -17,7 +19,7 @@ def discover(block: nn.Module, hidden: Tensor, call: Call) -> tuple[Site, ...]:
 
     Raises LlmqError, naming them, for linears that are not called exactly once.
     """
-    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    linears = linears_of(block)
     seen: list[tuple[str, Tensor]] = []
     hooks = [m.register_forward_pre_hook(lambda _m, args, n=n: seen.append((n, args[0]))) for n, m in linears.items()]
     try:
@@ -25,18 +27,14 @@ def discover(block: nn.Module, hidden: Tensor, call: Call) -> tuple[Site, ...]:
     finally:
         for hook in hooks:
             hook.remove()
-    called = [n for n, _ in seen]
-    odd = sorted(n for n in linears if called.count(n) != 1)
+    called = Counter(n for n, _ in seen)
+    odd = sorted(n for n in linears if called[n] != 1)
     if odd:
         raise LlmqError(f"{', '.join(odd[:4])}: not called exactly once per batch; only rtn or --skip can take these")
-    groups: list[tuple[list[str], Tensor]] = []
-    for name, x in seen:
-        same = next((names for names, y in groups if y is x), None)
-        if same is None:
-            groups.append(([name], x))
-        else:
-            same.append(name)
-    return tuple(Site(tuple(names), None, names[0] if len(names) == 1 else "") for names, _ in groups)
+    groups: dict[int, list[str]] = {}
+    for name, x in seen:  # which keeps them all: no two have one id
+        groups.setdefault(id(x), []).append(name)
+    return tuple(Site(tuple(names), None, names[0] if len(names) == 1 else "") for names in groups.values())
 
 
 def refuse_other_matrices(block: nn.Module, where: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmq.checkpoint import Source
 from llmq.checkpoint.names import own_head, settle
 from llmq.model.config import head_dim
-from llmq.model.experts import routers
+from llmq.model.experts import linears_of
 from llmq.model.pretrained import blank_model, model_config
 from llmq.model.sites import refuse_other_matrices
 from llmq.types import LlmqError
@@ -59,12 +59,9 @@ class Skeleton:
         return len(self.blocks)
 
     def linears(self) -> Iterator[tuple[str, nn.Linear]]:
-        """Yield every linear of every block by its full name, but for those that choose experts: they stay float."""
+        """Yield every linear of every block by its full name, but for those that choose experts."""
         for i, block in enumerate(self.blocks):
-            choosing = routers(block)
-            for name, module in block.named_modules():
-                if isinstance(module, nn.Linear) and name not in choosing:
-                    yield self.full_name(i, name), module
+            yield from ((self.full_name(i, name), module) for name, module in linears_of(block).items())
 
     def full_name(self, i: int, name: str) -> str:
         """Return the full name of what block `i` calls so; the one behind the last has a `norm` and a `head`."""

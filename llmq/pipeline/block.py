@@ -25,6 +25,7 @@ from llmq import registry
 from llmq.calibration.collect import collect
 from llmq.calibration.kv_scales import KvMaxima
 from llmq.calibration.state import Calibration
+from llmq.model.experts import linears_of
 from llmq.model.folding import Fold, fold
 from llmq.model.lanes import Batches, Call, Lanes, run
 from llmq.model.sites import discover, overridden
@@ -264,7 +265,7 @@ def block_sites(plan: Plan, i: int, block: nn.Module, state: Calibration) -> tup
     if state.probe:
         found = discover(block, state.probe.hidden, state.probe.calls[i])
         return overridden(plan.skeleton.config.model_type, found)
-    return tuple(Site((n,)) for n, m in block.named_modules() if isinstance(m, nn.Linear))
+    return tuple(Site((n,)) for n in linears_of(block))
 
 
 def _transform(block: _Block, step: Transform) -> None:

@@ -8,6 +8,7 @@ Not here: the module (model/experts.py), solving a site (block.py).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from statistics import quantiles
 from typing import Any, Self
@@ -112,6 +113,11 @@ def reader_warnings(source: Source, linears: Mapping[str, LinearSpec], method: s
         f"{source.path} holds all experts of a layer in one tensor ({taken}); they are written one by one, packed, as "
         "only llmq (llmq.load, register()) reads them for this model_type: --skip experts leaves them float"
     ]
+
+
+def any_expert(names: str) -> str:
+    """Return names of linears with a star for the number of an expert."""
+    return re.sub(r"(experts)\.\d+\.", r"\1.*.", names)
 
 
 def _projections(experts: Experts) -> int:

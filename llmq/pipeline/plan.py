@@ -11,7 +11,6 @@ line, not when its block comes. Not here: running it (run.py), what a format mak
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -34,7 +33,7 @@ from llmq.model.pretrained import tokenizer_of
 from llmq.model.producers import of_blocks
 from llmq.model.rotated import Rotated, prove
 from llmq.model.skeleton import Skeleton
-from llmq.pipeline.experts import reader_warnings, refuse_unlike
+from llmq.pipeline.experts import any_expert, reader_warnings, refuse_unlike
 from llmq.pipeline.method import Method, method_of
 from llmq.recipe import Recipe
 from llmq.types import AffineGrid, Assignment, FloatModel, Format, LinearSpec, LlmqError, QTensor, Scheme, Site
@@ -288,14 +287,17 @@ def _tried(plan: Plan) -> Plan:
     if not steps:
         return plan
     found = of_blocks(plan.skeleton, plan.device)
-    alone = [(s.linears, f.reasons[s.linears[0]]) for f in found for s in f.sites if s.producer is None]
-    left = Counter(f"{', '.join(linears)} ({why})" for linears, why in alone)
+    left: dict[str, set[int]] = {}
+    for i, f in enumerate(found):
+        for s in (s for s in f.sites if s.producer is None):
+            linears = any_expert(", ".join(s.linears))
+            left.setdefault(f"{linears} ({f.reasons[s.linears[0]]})", set()).add(i)
     for step in steps:
         if not any(step.needs(site) for f in found for site in f.sites):
             tried = f", not into what comes before {'; '.join(left)}" if left else ""
             raise LlmqError(f"{registry.dump(step)} finds nothing to fold scales into{tried}; leave it out")
     names = ", ".join(registry.dump(step) for step in steps)
-    warnings = [f"{names}: left alone in {n} of {len(found)} blocks: {what}" for what, n in left.items()]
+    warnings = [f"{names}: left alone in {len(n)} of {len(found)} blocks: {what}" for what, n in left.items()]
     return dataclasses.replace(plan, sites=[f.sites for f in found], warnings=[*plan.warnings, *warnings])
 
 
