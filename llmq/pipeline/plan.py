@@ -129,8 +129,10 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """Return the `quantization_config`, which names what stays float as the model and as runtimes call it."""
-        names = {n: None for m in (*self.skipped, *self.beside) for n in (m, self.source.written(m))}
-        return self.method.format.config(list(self.linears.values()), list(names))
+        other = self.source.written
+        names = {n: None for m in (*self.skipped, *self.beside) for n in (m, other(m))}
+        linears = {n: s for s in self.linears.values() for n in (s.name, other(s.name))}
+        return self.method.format.config([dataclasses.replace(s, name=n) for n, s in linears.items()], list(names))
 
     def calibrates(self) -> bool:
         """Say whether any step needs activations."""

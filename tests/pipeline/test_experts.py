@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import llmq
 from llmq.integrations.transformers import registered
 from llmq.model.experts import Experts
+from llmq.pipeline.plan import prepare
 from llmq.recipe import Recipe
 from llmq.runtime.linear import QuantLinear
 from llmq.types import LlmqError
@@ -125,6 +126,13 @@ def test_other_formats_and_no_calibration(kind, form, tmp_path):
     assert load_file(tmp_path / "again/model.safetensors").keys() == load_file(out / "model.safetensors").keys()
     again = llmq.load(tmp_path / "again", dtype=torch.float32, backend="reference")
     assert torch.equal(logits(again), logits(packed))
+
+
+def test_the_config_names_linears_as_the_model_and_as_the_file_does(tmp_path):
+    plan = prepare(str(make(tmp_path / "float", "mixtral")), Recipe(method="rtn", group_size=32, format="gptq"), "cpu")
+    listed = plan.config()["modules_in_block_to_quantize"][0]
+    assert {"mlp.experts.3.down_proj", "block_sparse_moe.experts.3.w2", "self_attn.q_proj"} <= set(listed)
+    assert {r"-:.*\.mlp\.gate$", r"-:.*\.block_sparse_moe\.gate$"} == plan.config()["dynamic"].keys()
 
 
 def test_a_bare_decoder_runs_packed(tmp_path):
