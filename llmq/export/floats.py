@@ -5,8 +5,8 @@
     dequantization.json      what was decoded; checksums of all tensors and files
     and the tokenizer, chat templates and generation settings as they were
 
-A folder's own names are kept and no model is made, so that any architecture is written; a GGUF file's are turned into
-transformers'. A tensor at a time is decoded, a part of `_PART` bytes is in memory.
+A folder's own names are kept and no model is needed, so that any architecture is written; a GGUF file's are turned
+into transformers'. A tensor at a time is decoded, a part of `_PART` bytes is in memory.
 Not here: which tensors make a weight (checkpoint/decoding.py), GGUF files (from_gguf.py), how OUT is written
 (checkpoint/sink.py).
 """
@@ -28,6 +28,7 @@ from llmq.checkpoint.packed import natural
 from llmq.checkpoint.place import DEQUANTIZED, user_path
 from llmq.checkpoint.stage import fingerprint, look
 from llmq.errors import LlmqError
+from llmq.export.experts import join
 from llmq.export.from_gguf import Floats
 
 _PART = 2**30
@@ -83,7 +84,7 @@ def _opened(src: str, dtype: torch.dtype) -> Source:
     source = Source(resolve(src))
     if source.quantization is None:
         raise LlmqError(f"{src} is a float checkpoint already; nothing is packed in it")
-    source.warnings += as_floats(source, dtype)
+    source.warnings += [*as_floats(source, dtype), *join(source)]
     return source
 
 

@@ -1,0 +1,105 @@
+"""Experts that were written one by one, joined again where transformers' model has all of them in one tensor.
+
+    mlp.experts.0.gate_proj.weight [I, H], mlp.experts.0.up_proj.weight [I, H], 1 ...    as llmq packs gpt_oss, llama4
+    mlp.experts.gate_up_proj [E, H, 2I]                                                  as transformers loads them
+
+Of most families transformers joins them itself as it loads; those stay as they are.
+Not here: how a tensor holds its experts (checkpoint/parts.py), which name is which tensor (checkpoint/names.py).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.checkpoint import Source
+from llmq.checkpoint.names import match
+from llmq.checkpoint.parts import Fused
+from llmq.errors import LlmqError
+from llmq.guard.reading import BITS, Entry
+from llmq.model.experts import unfuse
+from llmq.model.pretrained import auto_class, foreign, model_config, shut
+
+_OWN = re.compile(r"(.+)\.(\d+\.\w+\.(?:weight|bias))")
+
+
+@dataclass(frozen=True)
+class Joined(Entry):
+    """A tensor of all experts, made of theirs when it is read. parts: in the order of `fused.names()`."""
+
+    fused: Fused
+    parts: tuple[Entry, ...]
+
+    def read(self) -> Tensor:
+        """Return the tensor. Raises LlmqError as the parts do."""
+        return torch.stack([self.read_slice(e) for e in range(self.shape[0])])
+
+    def read_slice(self, i: int) -> Tensor:
+        """Return one expert's matrix, or bias."""
+        n = len(self.fused.projections)
+        own = [part.read() for part in self.parts[i * n : (i + 1) * n]]
+        rows = torch.stack(own, 1).flatten(0, 1) if self.fused.interleaved else torch.cat(own)
+        return rows.T if self.fused.transposed else rows
+
+
+def join(source: Source) -> list[str]:
+    """Give a source of floats the tensors of all experts that transformers' model loads in no other way.
+
+    Returns what a user should know: that no model is made of the config, which then tells nothing of experts.
+    Raises LlmqError for an expert that is missing or misshapen.
+    """
+    stored = source.entries()
+    own: dict[str, dict[str, Entry]] = {}
+    for name, entry in stored.items():
+        if found := _OWN.fullmatch(name):
+            own.setdefault(found[1], {})[found[2]] = entry
+    if not any(place.endswith("experts") for place in own):
+        return []
+    try:
+        model = _plain(source)
+    except LlmqError as e:
+        return [f"experts are written as they are stored, since no model is made of the config: {e}"]
+    missing, made, gone = set(match(model, stored).missing), dict[str, Joined](), set[str]()
+    for holder in unfuse(model):
+        experts: Any = model.get_submodule(holder)
+        for parameter, fused in experts.fused.items():
+            if f"{holder}.{parameter}" in missing:
+                place = _place(holder, own)
+                made[f"{place}.{parameter}"] = _joined(f"{place}.{parameter}", fused, own.get(place, {}), place)
+                gone |= {f"{place}.{name}" for name, _, _ in fused.names()}
+    source.become({n: e for n, e in stored.items() if n not in gone} | made, source.decoded or {})
+    return []
+
+
+def _plain(source: Source) -> nn.Module:
+    """Return transformers' own model, on meta, its experts fused. Raises LlmqError where it makes none."""
+    config = model_config(source)
+    with foreign(f"{source.path}/config.json (model_type {config.model_type!r})"), shut(), torch.device("meta"):
+        model: nn.Module = auto_class(config).from_config(config, trust_remote_code=False)
+    return model
+
+
+def _place(holder: str, own: Mapping[str, Any]) -> str:
+    """Return what the checkpoint calls the experts of a module: it may have another prefix there."""
+    tail = holder[holder.index("layers.") :] if "layers." in holder else holder
+    return next((place for place in own if place == tail or place.endswith(f".{tail}")), holder)
+
+
+def _joined(name: str, fused: Fused, own: Mapping[str, Entry], place: str) -> Joined:
+    wanted = [n for n, _, _ in fused.names()]
+    if absent := [n for n in wanted if n not in own]:
+        raise LlmqError(f"tensor {place}.{absent[0]} is missing; the checkpoint does not match its config.json")
+    parts = tuple(own[n] for n in wanted)
+    rows, *columns = reversed(fused.shape[1:]) if fused.transposed else fused.shape[1:]
+    shape = (rows // len(fused.projections), *columns)
+    for part in parts:
+        if (part.shape, part.dtype) != (shape, parts[0].dtype):
+            raise LlmqError(
+                f"{part.name} is {part.dtype} {list(part.shape)}, not {parts[0].dtype} {list(shape)} as its config says"
+            )
+    size = prod(fused.shape) * BITS[parts[0].dtype] // 8
+    return Joined(parts[0].file, name, parts[0].dtype, fused.shape, parts[0].start, size, fused, parts)
