@@ -196,14 +196,24 @@ class _Doubling:
         return found
 
     def _parts(self, head_dim: int) -> Iterator[Tensor]:
-        """Yield rows of a linear that holds several: those halves, then those heads, that double what they reach.
+        """Yield rows of a linear that holds several: those halves, thirds or heads that double what they reach.
 
         Only of one that has more rows than a site has channels, and without which these are 0.
         """
         nothing = self.probe.run({self.name: torch.zeros_like}).inputs
         wider = [i for i, x in self.inputs.items() if x.shape[1] < self.N and not nothing[i].any()]
-        for size in (self.N // 2, head_dim) if wider else ():
+        for size in (self.N // 2, self.N // 3, head_dim) if wider else ():
             if self.N % size == 0:
-                parts = (torch.arange(self.N) // size == at for at in range(self.N // size))
-                clean = [p for p in parts if any(twice_K.any() for twice_K in self._doubled(p, wider).values())]
-                yield torch.stack([torch.zeros(self.N, dtype=torch.bool), *clean]).any(0)
+                yield self._clean(size, wider)
+
+    def _clean(self, size: int, sites: Sequence[int]) -> Tensor:
+        """Return the rows of the parts of that size that double what they reach, until a site is reached as a whole."""
+        rows_N, reached = torch.zeros(self.N, dtype=torch.bool), dict.fromkeys(sites, torch.tensor(False))
+        for at in reversed(range(0, self.N, size)):  # values, and what is gated, come last
+            part_N = torch.arange(self.N) // size == at // size
+            doubled = {i: twice_K for i, twice_K in self._doubled(part_N, sites).items() if twice_K.any()}
+            rows_N |= part_N & bool(doubled)
+            reached |= {i: reached[i] | twice_K for i, twice_K in doubled.items()}
+            if any(twice_K.all() for twice_K in reached.values()):
+                break
+        return rows_N
