@@ -27,7 +27,7 @@ from llmq import registry
 from llmq.checkpoint import Source
 from llmq.errors import LlmqError, one_line, printable
 from llmq.guard.reading import field
-from llmq.model.probe import OFFSETS
+from llmq.model.trial import OFFSETS
 from llmq.model.rotated import Rotated
 from llmq.model.skeleton import Skeleton
 from llmq.steps import Rotation

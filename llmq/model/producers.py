@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from llmq.model.ends import embed
 from llmq.model.lanes import Call
-from llmq.model.probe import Change, Probe
+from llmq.model.trial import Change, Trial
 from llmq.model.sites import discover, overridden
 from llmq.model.skeleton import Skeleton
 from llmq.types import Producer, Site
@@ -84,20 +84,20 @@ def find(block: nn.Module, hidden: Tensor, call: Call, head_dim: int, model_type
     head_dim: channels of one head. model_type: whose override is asked (families/).
     """
     sites = discover(block, hidden, call)
-    probe = Probe(block, sites, hidden, call)
+    trial = Trial(block, sites, hidden, call)
     producers: dict[int, Producer] = {}
-    reasons = {i: _unfound(x_TK) for i, x_TK in enumerate(probe.as_it_is.inputs)}
-    for name in probe.modules:
-        if name not in probe.linears | probe.norms:
+    reasons = {i: _unfound(x_TK) for i, x_TK in enumerate(trial.as_it_is.inputs)}
+    for name in trial.modules:
+        if name not in trial.linears | trial.norms:
             continue
-        feeds = _Doubling(probe, name).feeds(head_dim)
-        why = _refusal(probe, name, feeds) if feeds else None
+        feeds = _Doubling(trial, name).feeds(head_dim)
+        why = _refusal(trial, name, feeds) if feeds else None
         for i, rows_K in feeds.items():
             if why:
                 reasons[i] = why
             else:
-                producers.setdefault(i, _producer(probe, name, i, rows_K, head_dim))
-    found = [replace(s, producer=producers.get(i), parent=probe.parent(s.linears)) for i, s in enumerate(sites)]
+                producers.setdefault(i, _producer(trial, name, i, rows_K, head_dim))
+    found = [replace(s, producer=producers.get(i), parent=trial.parent(s.linears)) for i, s in enumerate(sites)]
     known = overridden(model_type, tuple(found))
     unfound = {s.linears[0]: reasons[i] for i, s in enumerate(sites) if i not in producers}
     left = [s.linears[0] for s in known if s.producer is None]
@@ -111,38 +111,38 @@ def _unfound(x_TK: Tensor) -> str:
     )
 
 
-def _refusal(probe: Probe, name: str, feeds: Mapping[int, Tensor]) -> str | None:
+def _refusal(trial: Trial, name: str, feeds: Mapping[int, Tensor]) -> str | None:
     """Return why a module that feeds these sites cannot take their scales; None where it can."""
-    if not _undone(probe, name, feeds):
+    if not _undone(trial, name, feeds):
         return f"{name} feeds something else too"
     if len(feeds) > 1:
         return f"{name} feeds several sites, which would need one scale"
-    if name in probe.norms and not probe.gain(name):
+    if name in trial.norms and not trial.gain(name):
         return f"it is not known how {name} stores its gain"
     return None
 
 
-def _undone(probe: Probe, name: str, feeds: Mapping[int, Tensor]) -> bool:
+def _undone(trial: Trial, name: str, feeds: Mapping[int, Tensor]) -> bool:
     """Say whether factors on the channels that feed these sites are undone, bit for bit, where the sites read them."""
-    index = torch.arange(probe.width(name))
+    index = torch.arange(trial.width(name))
     used = torch.isin(index, torch.cat(list(feeds.values())))
     factor_N = torch.where(used, 2.0 ** (1 + index % 3), 1.0)
-    divided = {n: _times(1 / factor_N[rows_K]) for i, rows_K in feeds.items() for n in probe.sites[i].linears}
-    now = probe.run({name: _times(factor_N)}, divided).returned
-    return all(torch.equal(a, b) for a, b in zip(now, probe.as_it_is.returned, strict=True))
+    divided = {n: _times(1 / factor_N[rows_K]) for i, rows_K in feeds.items() for n in trial.sites[i].linears}
+    now = trial.run({name: _times(factor_N)}, divided).returned
+    return all(torch.equal(a, b) for a, b in zip(now, trial.as_it_is.returned, strict=True))
 
 
 def _times(factor_N: Tensor) -> Change:
     return lambda out: out * factor_N.to(out)
 
 
-def _producer(probe: Probe, name: str, i: int, rows_K: Tensor, head_dim: int) -> Producer:
-    own = torch.equal(rows_K, torch.arange(probe.width(name)))
+def _producer(trial: Trial, name: str, i: int, rows_K: Tensor, head_dim: int) -> Producer:
+    own = torch.equal(rows_K, torch.arange(trial.width(name)))
     rows = None if own else tuple(rows_K.tolist())
-    if name in probe.norms:
-        return Producer(name, rows, probe.gain(name))
+    if name in trial.norms:
+        return Producer(name, rows, trial.gain(name))
     heads = heads_of(rows_K, head_dim)
-    return Producer(name, rows, per_head=heads is not None and probe.passes_basis(name, heads, i))
+    return Producer(name, rows, per_head=heads is not None and trial.passes_basis(name, heads, i))
 
 
 def heads_of(rows_K: Tensor, d: int) -> Tensor | None:
@@ -158,18 +158,18 @@ def heads_of(rows_K: Tensor, d: int) -> Tensor | None:
 class _Doubling:
     """Which output channels of one module feed the input channels of which sites."""
 
-    def __init__(self, probe: Probe, name: str) -> None:
-        self.probe, self.name, self.N = probe, name, probe.width(name)
+    def __init__(self, trial: Trial, name: str) -> None:
+        self.trial, self.name, self.N = trial, name, trial.width(name)
         self.inputs = {
             i: x
-            for i, x in enumerate(probe.as_it_is.inputs)
-            if name not in probe.sites[i].linears and len(x) and x.abs().amax(0).all()  # a channel of 0 tells nothing
+            for i, x in enumerate(trial.as_it_is.inputs)
+            if name not in trial.sites[i].linears and len(x) and x.abs().amax(0).all()  # a channel of 0 tells nothing
         }
 
     def feeds(self, head_dim: int) -> dict[int, Tensor]:
         """Return, for the sites that are fed by it, which channel feeds each of their input channels, int64 `[K]`."""
         found = self._spelled(torch.ones(self.N, dtype=torch.bool))
-        if found or self.name not in self.probe.linears:
+        if found or self.name not in self.trial.linears:
             return found
         return next((rows for part_N in self._parts(head_dim) if (rows := self._spelled(part_N))), {})
 
@@ -185,7 +185,7 @@ class _Doubling:
 
     def _doubled(self, which_N: Tensor, sites: Iterable[int]) -> dict[int, Tensor]:
         """Return which input channels double with these, bool `[K]`, for the sites where all others stay."""
-        now = self.probe.run({self.name: _times(1 + which_N)}).inputs
+        now = self.trial.run({self.name: _times(1 + which_N)}).inputs
         found = {}
         for i in sites:
             was = self.inputs[i]
@@ -200,7 +200,7 @@ class _Doubling:
 
         Only of one that has more rows than a site has channels, and without which these are 0.
         """
-        nothing = self.probe.run({self.name: torch.zeros_like}).inputs
+        nothing = self.trial.run({self.name: torch.zeros_like}).inputs
         wider = [i for i, x in self.inputs.items() if x.shape[1] < self.N and not nothing[i].any()]
         for size in (self.N // 2, self.N // 3, head_dim) if wider else ():
             if self.N % size == 0:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llmq import registry
 from llmq.checkpoint.source import View
 from llmq.model.lanes import Call, run
-from llmq.model.probe import OFFSETS, stored_gain
+from llmq.model.trial import OFFSETS, stored_gain
 from llmq.model.producers import entering, heads_of, of_blocks, structure
 from llmq.model.skeleton import Skeleton
 from llmq.steps import Rotation

@@ -1,7 +1,7 @@
 """A loaded block and a few tokens, run again and again with something changed on the way.
 
-    probe = Probe(block, sites, hidden, call)
-    probe.run({"v_proj": lambda out: 2 * out}).inputs       what the sites read then, [T, K] each
+    trial = Trial(block, sites, hidden, call)
+    trial.run({"v_proj": lambda out: 2 * out}).inputs       what the sites read then, [T, K] each
 
 Not here: what is asked of a block this way (producers.py).
 """
@@ -34,7 +34,7 @@ class Pass(NamedTuple):
     inputs: list[Tensor]
 
 
-class Probe:
+class Trial:
     """A block with what it is called with, for a few tokens `[1, T, H]`."""
 
     def __init__(self, block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Call) -> None:
@@ -64,12 +64,12 @@ class Probe:
         return Pass([t.clone() for t in _tensors((out, self.call))], [seen[i] for i in range(len(self.sites))])
 
     @cached_property
-    def exact(self) -> Probe:
+    def exact(self) -> Trial:
         """The same in float32."""
         if self.hidden.dtype == torch.float32:
             return self
         call = _in_float32(self.call)
-        return Probe(copy.deepcopy(self.block).float(), self.sites, self.hidden.float(), call)
+        return Trial(copy.deepcopy(self.block).float(), self.sites, self.hidden.float(), call)
 
     @cached_property
     def _calls(self) -> dict[str, list[tuple[Any, Any, Any]]]:
