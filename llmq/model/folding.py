@@ -27,9 +27,9 @@ from llmq import registry
 from llmq.checkpoint import Source
 from llmq.errors import LlmqError, one_line, printable
 from llmq.guard.reading import field
-from llmq.model.trial import OFFSETS
 from llmq.model.rotated import Rotated
 from llmq.model.skeleton import Skeleton
+from llmq.model.trial import OFFSETS
 from llmq.steps import Rotation
 from llmq.types import Producer
 

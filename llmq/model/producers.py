@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from llmq.model.ends import embed
 from llmq.model.lanes import Call
-from llmq.model.trial import Change, Trial
 from llmq.model.sites import discover, overridden
 from llmq.model.skeleton import Skeleton
+from llmq.model.trial import Change, Trial
 from llmq.types import Producer, Site
 
 _TOKENS = 9

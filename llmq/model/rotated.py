@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from llmq import registry
 from llmq.checkpoint.source import View
 from llmq.model.lanes import Call, run
-from llmq.model.trial import OFFSETS, stored_gain
 from llmq.model.producers import entering, heads_of, of_blocks, structure
 from llmq.model.skeleton import Skeleton
+from llmq.model.trial import OFFSETS, stored_gain
 from llmq.steps import Rotation
 from llmq.types import LlmqError, Site
 
@@ -59,7 +59,7 @@ def _roles(skeleton: Skeleton, block: nn.Module, sites: Sequence[Site]) -> _Role
             heads = heads_of(torch.arange(K) if by.rows is None else torch.tensor(by.rows), skeleton.head_dim)
             roles.values |= {} if heads is None else {by.module: heads}
             roles.heads |= set(site.linears)
-        if by is not None and by.gain and width == K:
+        if by is not None and by.gain and by.rows is None and width == K:
             roles.norms[by.module] = OFFSETS[by.gain]
             roles.reads |= dict.fromkeys(site.linears, by.module)
         else:

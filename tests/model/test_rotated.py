@@ -132,6 +132,22 @@ def test_a_model_that_reads_images_is_rotated_within_its_heads_alone(tmp_path):
         prepare(str(tmp_path), Recipe(method="rotate:residual=true:untie=true,rtn", group_size="channel"), "cpu")
 
 
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "mistral3"])
+def test_streams_through_linear_attention_and_in_wrappers_turn(kind, tmp_path):
+    FAMILIES[kind].save(tmp_path)
+    recipe = Recipe(
+        method="rotate:heads=false:residual=true:untie=true,rtn", group_size=32, format="compressed-tensors"
+    )
+    prepare(str(tmp_path), recipe, "cpu")  # which proves it
+
+
+def test_gated_attention_has_no_heads_to_turn(tmp_path):
+    """Each channel of a head has a gate of its own behind the attention."""
+    FAMILIES["qwen3_5_text"].save(tmp_path)
+    with pytest.raises(LlmqError, match="rotate: nothing passes from a linear to another by heads"):
+        prepare(str(tmp_path), Recipe(method="rotate,rtn", group_size=32, format="compressed-tensors"), "cpu")
+
+
 def test_outliers_are_spread(tiny_llama, tmp_path):
     model = tiny_llama()
     model.model.layers[0].self_attn.q_proj.weight.data[:, 5] *= 50

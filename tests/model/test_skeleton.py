@@ -85,6 +85,15 @@ def test_suspended_forwards_equal_the_models_own(config, batch, tmp_path):
     assert all(p.is_meta for p in skeleton.model.parameters())
 
 
+def test_a_block_is_loaded_again_with_buffers_that_no_file_has(tmp_path):
+    FAMILIES["falcon_h1"].save(tmp_path)
+    skeleton, seen = Skeleton(Source(tmp_path), torch.float32), []
+    for _ in range(2):
+        with skeleton.loaded(0, CPU) as block:
+            seen.append({n: b.clone() for n, b in block.named_buffers()})
+    assert seen[0] and all(torch.equal(b, seen[1][n]) for n, b in seen[0].items())
+
+
 @pytest.fixture
 def entered(tiny_llama):
     """The first block of a tiny Llama, the hidden states that enter it, and the rest of its call."""

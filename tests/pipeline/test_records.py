@@ -9,6 +9,7 @@ from functools import partial
 import gguf
 import pytest
 import torch
+from _families import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from llmq.checkpoint import Source
@@ -161,31 +162,19 @@ def test_biases_and_mixed_dtypes_are_written_as_they_run(tmp_path, tokenizer_bos
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"),
-    [
-        ("phi3", "awq,rtn"),
-        ("gemma3_text", "smoothquant,gptq"),
-        ("gpt_neox", "rotate,migrate,rtn"),
-        ("cohere", "awq,rtn"),
-    ],
-)
-def test_other_families_fold_into_what_was_found(kind, method, tmp_path, tokenizer_bos, text, hessians):
+    ("kind", "method", "said"),
+    [("phi3", "awq,rtn", "rows"), ("gemma3_text", "smoothquant,gptq", "gain"), ("cohere", "awq,rtn", "scale"),
+     ("gpt_neox", "rotate,migrate,rtn", "rows"), ("qwen3_5_text", "smoothquant,rtn", "gain")],
+)  # fmt: skip
+def test_other_families_fold_into_what_was_found(kind, method, said, tmp_path, text, hessians):
     """Rows of a fused linear, gains stored as 1 + w, heads that are interleaved, one norm before five linears."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 320, "pad_token_id": 0, "sliding_window": 16}
-    config = AutoConfig.for_model(kind, **sizes, bos_token_id=0, eos_token_id=1)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 and "bias" not in name else 0.0, 0.2)
-    model.save_pretrained(tmp_path / "float")
-    tokenizer_bos.save_pretrained(tmp_path / "float")
-    record = made(tmp_path / "float", tmp_path / "out", method=method, calib=text, seq_len=32)
+    FAMILIES[kind].save(tmp_path / "float")
+    record = made(
+        tmp_path / "float", tmp_path / "out", method=method, calib=text, seq_len=32, format="compressed-tensors"
+    )
     check(tmp_path / "float", tmp_path / "out", record, hessians)
     folds = [entry for entry in record["transforms"] if "scale" in entry]
-    assert {"phi3": "rows", "gpt_neox": "rows", "gemma3_text": "gain"}.get(kind, "scale") in {
-        k for f in folds for k in f
-    }
+    assert said in {k for f in folds for k in f}
     assert [f["block"] for f in folds] == sorted(f["block"] for f in folds) and {f["block"] for f in folds} == {0, 1}
 
 
