@@ -15,13 +15,16 @@ How a norm stores its gain, and whether attention alone lies between, is tried o
 Not here: which linears make a site (sites.py), what is done with a producer (folding.py, rotated.py).
 """
 
+import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from llmq.model.ends import embed
+from llmq.model.experts import Experts
 from llmq.model.lanes import Call
 from llmq.model.sites import discover, overridden
 from llmq.model.skeleton import Skeleton
@@ -29,6 +32,8 @@ from llmq.model.trial import Change, Trial
 from llmq.types import Producer, Site
 
 _TOKENS = 9
+_DEAD = "some of their channels are 0 in what was tried"
+_NUMBER = re.compile(r"\.\d+\.")
 _OWN_NUMBER = {"layer_idx", "layer_id", "layer_number"}  # what tells apart blocks that compute alike
 
 
@@ -84,11 +89,35 @@ def find(block: nn.Module, hidden: Tensor, call: Call, head_dim: int, model_type
     head_dim: channels of one head. model_type: whose override is asked (families/).
     """
     sites = discover(block, hidden, call)
-    trial = Trial(block, sites, hidden, call)
+    with _all_experts_called(block):
+        trial = Trial(block, sites, hidden, call)
+        producers, reasons = _tried(trial, head_dim)
+    found = [replace(s, producer=producers.get(i), parent=trial.parent(s.linears)) for i, s in enumerate(sites)]
+    known = overridden(model_type, tuple(found))
+    unfound = {sites[i].linears[0]: why for i, why in reasons.items() if i not in producers}
+    left = [s.linears[0] for s in known if s.producer is None]
+    return Found(known, {name: unfound.get(name, f"the override of {model_type} leaves them") for name in left})
+
+
+@contextmanager
+def _all_experts_called(block: nn.Module) -> Iterator[None]:
+    """Call every expert on all tokens, which changes no output, so that there is something to see in each."""
+    experts = [(m, m.every) for m in block.modules() if isinstance(m, Experts)]
+    for module, _ in experts:
+        module.every = True
+    try:
+        yield
+    finally:
+        for module, was in experts:
+            module.every = was
+
+
+def _tried(trial: Trial, head_dim: int) -> tuple[dict[int, Producer], dict[int, str]]:
+    """Return the producers of the sites, by their index, and why others have none."""
     producers: dict[int, Producer] = {}
     reasons = {i: _unfound(x_TK) for i, x_TK in enumerate(trial.as_it_is.inputs)}
     for name in trial.modules:
-        if name not in trial.linears | trial.norms:
+        if name not in trial.linears | trial.norms or _elder(trial, name):
             continue
         feeds = _Doubling(trial, name).feeds(head_dim)
         why = _refusal(trial, name, feeds) if feeds else None
@@ -97,23 +126,43 @@ def find(block: nn.Module, hidden: Tensor, call: Call, head_dim: int, model_type
                 reasons[i] = why
             else:
                 producers.setdefault(i, _producer(trial, name, i, rows_K, head_dim))
-    found = [replace(s, producer=producers.get(i), parent=trial.parent(s.linears)) for i, s in enumerate(sites)]
-    known = overridden(model_type, tuple(found))
-    unfound = {s.linears[0]: reasons[i] for i, s in enumerate(sites) if i not in producers}
-    left = [s.linears[0] for s in known if s.producer is None]
-    return Found(known, {name: unfound.get(name, f"the override of {model_type} leaves them") for name in left})
+    alike = _of_elders(trial, producers)
+    if _undone(trial, [(by.module, i, _rows(trial, by)) for i, by in alike.items()]):
+        producers |= alike
+    return producers, reasons
+
+
+def _elder(trial: Trial, name: str) -> str | None:
+    """Return the module of expert 0 that stands for another expert's, which is built alike; None for any other."""
+    elder = _NUMBER.sub(".0.", name)
+    alike = elder != name and elder in trial.modules and type(trial.modules[elder]) is type(trial.modules[name])
+    return elder if alike and trial.modules[elder].weight.shape == trial.modules[name].weight.shape else None
+
+
+def _of_elders(trial: Trial, producers: Mapping[int, Producer]) -> dict[int, Producer]:
+    """Return what the sites of other experts come from, where those of expert 0 come from a linear of it."""
+    known = {trial.sites[i].linears: by for i, by in producers.items()}
+    found = {}
+    for i, site in enumerate(trial.sites):
+        by = known.get(tuple(_elder(trial, n) or n for n in site.linears)) if i not in producers else None
+        number = _NUMBER.search(site.linears[0])
+        if by is not None and number is not None and (own := _NUMBER.sub(number[0], by.module)) != by.module:
+            found[i] = replace(by, module=own)
+    return found
+
+
+def _rows(trial: Trial, by: Producer) -> Tensor:
+    return torch.arange(trial.width(by.module)) if by.rows is None else torch.tensor(by.rows)
 
 
 def _unfound(x_TK: Tensor) -> str:
     live = len(x_TK) and x_TK.abs().amax(0).all()
-    return (
-        "no norm or linear feeds them channel by channel" if live else "some of their channels are 0 in what was tried"
-    )
+    return "no norm or linear feeds them alone, channel by channel" if live else _DEAD
 
 
 def _refusal(trial: Trial, name: str, feeds: Mapping[int, Tensor]) -> str | None:
     """Return why a module that feeds these sites cannot take their scales; None where it can."""
-    if not _undone(trial, name, feeds):
+    if not _undone(trial, [(name, i, rows_K) for i, rows_K in feeds.items()]):
         return f"{name} feeds something else too"
     if len(feeds) > 1:
         return f"{name} feeds several sites, which would need one scale"
@@ -122,13 +171,16 @@ def _refusal(trial: Trial, name: str, feeds: Mapping[int, Tensor]) -> str | None
     return None
 
 
-def _undone(trial: Trial, name: str, feeds: Mapping[int, Tensor]) -> bool:
-    """Say whether factors on the channels that feed these sites are undone, bit for bit, where the sites read them."""
-    index = torch.arange(trial.width(name))
-    used = torch.isin(index, torch.cat(list(feeds.values())))
-    factor_N = torch.where(used, 2.0 ** (1 + index % 3), 1.0)
-    divided = {n: _times(1 / factor_N[rows_K]) for i, rows_K in feeds.items() for n in trial.sites[i].linears}
-    now = trial.run({name: _times(factor_N)}, divided).returned
+def _undone(trial: Trial, feeds: Sequence[tuple[str, int, Tensor]]) -> bool:
+    """Say whether factors on the channels of modules that feed sites are undone, bit for bit, where these read them.
+
+    feeds: a module, the index of a site, and which channel feeds each of the site's.
+    """
+    factors = {name: torch.ones(trial.width(name)) for name, _, _ in feeds}
+    for name, _, rows_K in feeds:
+        factors[name][rows_K] = 2.0 ** (1 + rows_K % 3)
+    divided = {n: _times(1 / factors[name][rows_K]) for name, i, rows_K in feeds for n in trial.sites[i].linears}
+    now = trial.run({name: _times(factor_N) for name, factor_N in factors.items()}, divided).returned
     return all(torch.equal(a, b) for a, b in zip(now, trial.as_it_is.returned, strict=True))
 
 

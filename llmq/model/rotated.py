@@ -71,8 +71,8 @@ class Rotated(View):
     """A checkpoint in another basis, each tensor turned as it is read: linears in float32, the others as stored.
 
     skeleton: of the checkpoint as it is. Q_dd, R_HH: the bases of a head and of the stream, None where it has none.
-    Raises LlmqError for a tied head that may not be untied, for a model whose final norm is not known, and for a stream
-    that images enter too.
+    Raises LlmqError for a stream to turn where the final norm is not known, where the checkpoint holds more than the
+    language model, or where the head is tied and may not be untied.
     """
 
     def __init__(self, skeleton: Skeleton, step: Rotation) -> None:
@@ -87,15 +87,18 @@ class Rotated(View):
             self._untie()
 
     def _untie(self) -> None:
-        named = registry.dump(self.step)
+        named, kind = registry.dump(self.step), self.skeleton.config.model_type
         if self.skeleton.text is not self.skeleton.config:
-            kind = self.skeleton.config.model_type
             raise LlmqError(
                 f"{named}: what model_type {kind!r} sees in images would enter unturned; leave residual out"
             )
         if self._last_norm not in self:
-            kind = self.skeleton.config.model_type
             raise LlmqError(f"{named}: the final norm of model_type {kind!r} is not known; leave residual out")
+        if strangers := self._strangers():
+            raise LlmqError(
+                f"{named}: {strangers[0]} (of {len(strangers)} tensors beside the language model) read its residual "
+                "stream, perhaps, and would have to turn with it; leave residual out"
+            )
         if self._head not in self and not self.step.untie:
             size = self.sizes()[self._embedding]
             raise LlmqError(
@@ -104,6 +107,17 @@ class Rotated(View):
             )
         self.config |= {"tie_word_embeddings": False}
         self._entries.setdefault(self._head, self._entries[self._embedding])
+
+    def _strangers(self) -> list[str]:
+        """Return the tensors that belong neither to a block nor to what the language model has around these."""
+        around = {n for n, _ in self.skeleton.around()}
+        numbers = {str(i) for i in range(len(self.skeleton))}
+        return [
+            name
+            for name in self.names()
+            if name.rpartition(".")[0] not in around
+            and not (name.startswith(self._prefix) and name.removeprefix(self._prefix).partition(".")[0] in numbers)
+        ]
 
     @cached_property
     def roles(self) -> list[_Roles]:
@@ -147,7 +161,7 @@ class Rotated(View):
 
     def _of_block(self, tensor: Tensor, number: int, module: str, kind: str = "") -> Tensor:
         """Return a tensor of a block: the `kind` (weight or bias) of a module."""
-        roles = self.roles[number]
+        roles = self.roles[number] if number < len(self.roles) else _Roles()  # of what predicts further tokens
         if module in roles.norms and kind == "weight" and self.R_HH is not None:
             return torch.full_like(tensor, 1 - roles.norms[module])
         if module not in roles.linears:

@@ -141,7 +141,7 @@ def _first(out: Any) -> Any:
 
 
 def _on_output(change: Change) -> Any:
-    return lambda _module, _args, out: change(out)
+    return lambda _module, _args, out: change(out) if isinstance(out, Tensor) else None
 
 
 def _on_input(change: Change) -> Any:

@@ -277,7 +277,7 @@ def _transform(block: _Block, step: Transform) -> None:
     for site, seen in zip(block.sites, stats, strict=True):
         schemes = [s.scheme if (s := plan.linears.get(block.full(n))) else None for n in site.linears]
         view = SiteView(site, modules, seen, calls.get(site.parent, []), schemes)
-        scaling = step.search(view) if seen and site.producer else None
+        scaling = step.search(view) if seen.tokens and site.producer else None
         if scaling is not None and site.producer:
             found.append((site, site.producer, gave(step, scaling, Scaling)))
     weights = {block.full(n): p.data for n, p in block.module.named_parameters()}
@@ -296,7 +296,7 @@ def _observe(block: _Block, step: Transform) -> tuple[list[Stats], dict[str, lis
     """Run the float block; return what a transform needs of each site, and calls of their parents by name."""
     stats: list[Stats] = []
     calls: dict[str, list[Call]] = {}
-    parents = {s.parent for s in block.sites if step.call_tokens and s.parent not in s.linears}
+    parents = {s.parent for s in block.sites if step.call_tokens and s.producer and s.parent not in s.linears}
     hooks = [_record_calls(block.module.get_submodule(p), p, calls, step.call_tokens) for p in sorted(parents)]
     with Lanes(block.module, block.sites, block.state.hidden, block.calls) as lanes:
         for site in block.sites:

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from _families import FAMILIES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmq.checkpoint import Source
 from llmq.model import producers
+from llmq.model.experts import Experts
 from llmq.model.producers import find, of_blocks, structure
 from llmq.model.skeleton import Skeleton
 from llmq.types import Producer
@@ -20,6 +22,7 @@ SIZES = {
     "eos_token_id": 1,
 }  # fmt: skip
 IDS = torch.arange(2, 11)[None]
+feeds = producers._Doubling.feeds
 
 QKV, GATE_UP = "q_proj k_proj v_proj in self_attn", "gate_proj up_proj in mlp"
 HEADS = "o_proj <- v_proj 0:16 0:32 16:32 heads"
@@ -162,6 +165,36 @@ def test_one_scale_is_not_shared_by_sites():
     assert {n: w for n, w in found.reasons.items()} == dict.fromkeys(
         ["mlp.gate_proj", "mlp.up_proj"], "post_attention_layernorm feeds several sites, which would need one scale"
     )
+
+
+def test_experts_are_found_by_the_first_and_proved_together(tmp_path, monkeypatch):
+    FAMILIES["qwen3_moe"].save(tmp_path)
+    skeleton, tried = Skeleton(Source(tmp_path), torch.float32), []
+    monkeypatch.setattr(producers._Doubling, "feeds", lambda self, d: tried.append(self.name) or feeds(self, d))
+    dense, mixed = of_blocks(skeleton, torch.device("cpu"))
+    assert tuple(said(dense)) == LLAMA
+    down = {s.linears: s.producer for s in mixed.sites if s.linears[0].endswith("down_proj")}
+    assert down == {(f"mlp.experts.{e}.down_proj",): Producer(f"mlp.experts.{e}.up_proj") for e in range(4)}
+    assert "mlp.experts.0.up_proj" in tried and "mlp.experts.1.up_proj" not in tried
+    router = "post_attention_layernorm feeds something else too"
+    assert mixed.reasons == {f"mlp.experts.{e}.gate_proj": router for e in range(4)}
+    with skeleton.loaded(1, torch.device("cpu")) as block:
+        assert not any(m.every for m in block.modules() if isinstance(m, Experts))
+
+
+def test_experts_whose_output_something_else_reads_too_keep_their_scales(tmp_path):
+    FAMILIES["qwen3_moe"].save(tmp_path)
+    skeleton = Skeleton(Source(tmp_path), torch.float32)
+    read = []
+    with skeleton.loaded(1, torch.device("cpu")) as block:
+        expert = block.mlp.experts.get_submodule("2")
+        expert.down_proj.register_forward_pre_hook(lambda m, a: read.append(a[0].sum()))
+        block.register_forward_hook(lambda m, a, out: out + 1e-3 * read.pop())
+        hidden, calls = producers.entering(skeleton, torch.device("cpu"))
+        found = sought(block, hidden, calls[1])
+    assert [s.linears[0] for s in found.sites if s.producer] == [
+        "self_attn.q_proj", "self_attn.o_proj", "mlp.experts.0.down_proj"
+    ]  # fmt: skip
 
 
 def test_a_channel_that_is_always_0_tells_nothing():

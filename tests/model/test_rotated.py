@@ -1,6 +1,7 @@
 """Rotations leave the function of the whole model unchanged, spread outliers, and say what a tied head costs."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import gguf
@@ -27,6 +28,7 @@ SIZES = {
 }  # fmt: skip
 
 
+STREAM = "rotate:heads=false:residual=true:untie=true,rtn"
 BIASED = partial(LlamaConfig, attention_bias=True, mlp_bias=True)  # also where the stream is written: o_proj, down_proj
 
 
@@ -132,13 +134,21 @@ def test_a_model_that_reads_images_is_rotated_within_its_heads_alone(tmp_path):
         prepare(str(tmp_path), Recipe(method="rotate:residual=true:untie=true,rtn", group_size="channel"), "cpu")
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5_text", "mistral3"])
-def test_streams_through_linear_attention_and_in_wrappers_turn(kind, tmp_path):
-    FAMILIES[kind].save(tmp_path)
-    recipe = Recipe(
-        method="rotate:heads=false:residual=true:untie=true,rtn", group_size=32, format="compressed-tensors"
-    )
+def test_a_stream_through_linear_attention_turns(tmp_path):
+    replace(FAMILIES["qwen3_5_text"], beside={}).save(tmp_path)
+    recipe = Recipe(method=STREAM, group_size=32, format="compressed-tensors")
     prepare(str(tmp_path), recipe, "cpu")  # which proves it
+
+
+@pytest.mark.parametrize(("kind", "stranger"), [("qwen3_5_text", "mtp.fc"), ("deepseek_v3", "model.layers.61")])
+def test_a_stream_that_others_read_too_is_not_turned(kind, stranger, tmp_path):
+    """A head for further tokens, which does not run here."""
+    FAMILIES[kind].save(tmp_path)
+    with pytest.raises(LlmqError, match=rf"^rotate:heads=False.*: {stranger}.* beside the language model"):
+        prepare(str(tmp_path), Recipe(method=STREAM, group_size=32, format="compressed-tensors"), "cpu")
+    heads = Rotated(Skeleton(Source(tmp_path), torch.float32), Rotate())
+    own = next(n for n in heads.names() if n.startswith(stranger))
+    assert torch.equal(heads.get(own), heads.base.get(own))
 
 
 def test_gated_attention_has_no_heads_to_turn(tmp_path):

@@ -181,3 +181,19 @@ def test_scales_of_a_cache_without_keys_of_their_own_are_refused_before_any_work
         LlmqError, match=r"layers\.0 \(\w+\) has no attention whose keys a k_proj makes; leave --kv-bits"
     ):
         prepare(str(tmp_path), Recipe(**options), "cpu")
+
+
+def test_what_transforms_leave_alone_is_said_before_any_work(tiny_checkpoint, tmp_path):
+    assert not prepare(str(tiny_checkpoint()), Recipe(method="awq,rtn", group_size=32), "cpu").warnings
+    FAMILIES["olmo2"].save(tmp_path)
+    plan = prepare(str(tmp_path), Recipe(method="awq,rtn", group_size=32), "cpu")
+    nothing = "no norm or linear feeds them alone, channel by channel"
+    assert plan.warnings == [
+        f"awq: left alone in 2 of 2 blocks: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj ({nothing})",
+        f"awq: left alone in 2 of 2 blocks: mlp.gate_proj, mlp.up_proj ({nothing})",
+    ]
+    assert [s.producer is None for s in plan.sites[0]] == [True, False, True, False]
+    with pytest.raises(
+        LlmqError, match=r"finds nothing to fold scales into, not into what comes before self_attn\.q_proj"
+    ):
+        prepare(str(tmp_path), Recipe(method="smoothquant:linears=false,rtn", group_size=32), "cpu")

@@ -164,7 +164,8 @@ def test_biases_and_mixed_dtypes_are_written_as_they_run(tmp_path, tokenizer_bos
 @pytest.mark.parametrize(
     ("kind", "method", "said"),
     [("phi3", "awq,rtn", "rows"), ("gemma3_text", "smoothquant,gptq", "gain"), ("cohere", "awq,rtn", "scale"),
-     ("gpt_neox", "rotate,migrate,rtn", "rows"), ("qwen3_5_text", "smoothquant,rtn", "gain")],
+     ("gpt_neox", "rotate,migrate,rtn", "rows"), ("qwen3_5_text", "smoothquant,rtn", "gain"),
+     ("qwen3_moe", "awq,rtn", "scale")],
 )  # fmt: skip
 def test_other_families_fold_into_what_was_found(kind, method, said, tmp_path, text, hessians):
     """Rows of a fused linear, gains stored as 1 + w, heads that are interleaved, one norm before five linears."""
