@@ -369,6 +369,10 @@ class Assignment(ABC):
         """Return what a tensor of the model is called where it is staged."""
         return name
 
+    def channels(self, name: str, vector: Tensor) -> Tensor:
+        """Return a value for each input channel of a linear, `[K]`, in the order that OUT has them in."""
+        return vector
+
     @abstractmethod
     def join(self, out: Out, config: Mapping[str, object], recipe: str) -> int:
         """Write what makes of the staged tensors a model that loads. Returns the bytes of all tensors.

@@ -25,12 +25,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmq.gguf import imatrix
 from llmq.gguf.architecture import architecture
 from llmq.gguf.mixture import always_float
+from llmq.model.experts import unfuse
 
 OUT = Path(__file__).parents[1] / "tests" / "golden" / "gguf_mixtures.json"
 MIXTURES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S",
             "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS", "F16")  # fmt: skip
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 128,
           "linear_value_head_dim": 128}  # fmt: skip
+ROUTED = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+          "shared_expert_intermediate_size": 256}  # fmt: skip
 MODELS = {  # name: model_type, blocks, heads, key-value heads, hidden, intermediate, tied, more of the config
     "llama, 32 blocks, gqa 1": ("llama", 32, 8, 8, 256, 256, False, {}),
     "llama, 32 blocks, gqa 4": ("llama", 32, 8, 2, 256, 512, False, {}),
@@ -42,6 +45,9 @@ MODELS = {  # name: model_type, blocks, heads, key-value heads, hidden, intermed
     "qwen3, 28 blocks, tied, gqa 2": ("qwen3", 28, 8, 4, 256, 512, True, {}),
     "gemma3, 26 blocks, tied": ("gemma3_text", 26, 4, 1, 256, 512, True, {"query_pre_attn_scalar": 64}),
     "phi3, 32 blocks, q k v in one": ("phi3", 32, 8, 2, 256, 512, False, {}),
+    "mixtral, 16 blocks, 8 experts": ("mixtral", 16, 8, 2, 256, 256, False, {}),
+    "qwen3moe, 12 blocks, 16 experts": ("qwen3_moe", 12, 8, 2, 256, 256, False, ROUTED | {"norm_topk_prob": True}),
+    "qwen3.5 moe, 12 blocks, 16 experts": ("qwen3_5_moe_text", 12, 4, 1, 256, 256, False, LINEAR | ROUTED),
     "qwen3.5, 24 blocks, linear attention": ("qwen3_5_text", 24, 4, 1, 256, 512, True, LINEAR),
 }
 _LINE = re.compile(r"\]\s+(\S+)\s+- \[.*?type =\s+(\w+), size = .*?(?:\((\w+)\))?\s*$")
@@ -61,8 +67,11 @@ def shapes_of(config) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a model by ggml's names, `[N, K]`."""
     arch = architecture(config)
     with torch.device("meta"):
-        tensors = AutoModelForCausalLM.from_config(config).state_dict().items()
-    return {ggml: arch.shape(name, t.shape) for name, t in tensors if (ggml := arch.tensor(name)) is not None}
+        model = AutoModelForCausalLM.from_config(config)
+    unfuse(model)
+    tensors = {n: (ggml, t) for n, t in model.state_dict().items() if (ggml := arch.tensor(n)) is not None}
+    several = {n: () if arch.expert(n) is None else (arch.experts,) for n in tensors}
+    return {ggml: (*several[n], *arch.shape(n, t.shape)) for n, (ggml, t) in tensors.items()}
 
 
 def runs(types: dict[str, str]) -> dict[str, str]:
@@ -110,7 +119,11 @@ def main() -> None:
             shapes = shapes_of(config)
             model, importance = Path(folder) / "model.gguf", Path(folder) / "imatrix.gguf"
             _write(model, config, shapes)
-            sums = {n: (torch.ones(s[-1]), 1) for n, s in shapes.items() if n.startswith("blk.") and len(s) > 1}
+            sums = {
+                n: [(torch.ones(s[-1]), 1)] * (s[0] if len(s) > 2 else 1)
+                for n, s in shapes.items()
+                if n.startswith("blk.") and len(s) > 1
+            }
             imatrix.write(importance, sums, "none", 1)
             for mixture in MIXTURES:
                 for extra, label in (([], mixture), (["--imatrix", str(importance)], f"{mixture} with imatrix")):

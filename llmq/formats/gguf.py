@@ -44,6 +44,11 @@ class _File(Assignment):
     split: int
     imatrix: str | None
 
+    def channels(self, name: str, vector: Tensor) -> Tensor:
+        """See `Assignment.channels`."""
+        columns = self.architecture.columns(f"{name}.weight")
+        return vector if columns is None else vector[columns]
+
     def join(self, out: Out, config: Mapping[str, Any], recipe: str) -> int:
         """Take the checksums of the tensors as the file will have them; it is written when the record is known."""
         digests, total = {}, 0
@@ -103,10 +108,11 @@ class Gguf:
         arch, mix = architecture(model.config), mixture.mixture(self.mix)
         names = {n: ggml for n in model.shapes if (ggml := arch.tensor(n)) is not None}
         shapes = {ggml: _shape(arch, n, model.shapes[n]) for n, ggml in names.items()}
-        about = mixture.Model(arch.blocks, arch.gqa, arch.tied, arch.large, wanted.weighs or self.imatrix is not None)
+        weighs = wanted.weighs or self.imatrix is not None
+        about = mixture.Model(arch.blocks, arch.gqa, arch.tied, arch.large, weighs, arch.experts)
         by_ggml = mixture.assign(shapes, mix, about, _overrides(wanted))
         words = vocabulary(model.tokenizer(), shapes["token_embd.weight"][0], arch.config, self.pre)
-        importance, missing = _importance(self.imatrix, names, model)
+        importance, missing = _importance(self.imatrix, names, model, arch)
         types = {n: by_ggml[ggml] for n, ggml in names.items()}
         quantized = {n: kind for n, kind in types.items() if kind not in mixture.FLOATS}
         return _File(
@@ -208,7 +214,9 @@ def _overrides(wanted: Wanted) -> list[tuple[Pattern, str]]:
     return [*found, *((pattern, _SKIPPED) for pattern in wanted.skip)]
 
 
-def _importance(file: str | None, names: Mapping[str, str], model: FloatModel) -> tuple[dict[str, Tensor], list[str]]:
+def _importance(
+    file: str | None, names: Mapping[str, str], model: FloatModel, arch: Architecture
+) -> tuple[dict[str, Tensor], list[str]]:
     """Return what an importance matrix says of each linear, and a warning where it leaves some out.
 
     names: ggml's, by the checkpoint's. Raises LlmqError for a file that was made from another model.
@@ -216,7 +224,8 @@ def _importance(file: str | None, names: Mapping[str, str], model: FloatModel) -
     if file is None:
         return {}, []
     means = imatrix.read(file)
-    found = {n.removesuffix(".weight"): means[ggml] for n, ggml in names.items() if ggml in means}
+    rows = {n: _row(arch, n, means[ggml], file) for n, ggml in names.items() if ggml in means}
+    found = {n.removesuffix(".weight"): row for n, row in rows.items() if not row.isnan().any()}
     if not found:
         raise LlmqError(f"{file} names no tensor of this model; it was made from another one")
     for name, mean in found.items():
@@ -226,10 +235,24 @@ def _importance(file: str | None, names: Mapping[str, str], model: FloatModel) -
                 f"{file} has {len(mean)} channels for {name}, the model {K}; it was made from another model"
             )
     blocks = {f"{n}.weight" for n in model.linears}
-    missing = [n for n, ggml in names.items() if n in blocks and ggml not in means]
+    missing = [n for n in names if n in blocks and n.removesuffix(".weight") not in found]
     if not missing:
         return found, []
     return found, [f"{file} has nothing on {len(missing)} linears, e.g. {missing[0]}; their errors weigh equally"]
+
+
+def _row(arch: Architecture, name: str, mean: Tensor, file: str) -> Tensor:
+    """Return what an importance matrix says of a linear, `[K]`, its channels in the model's order.
+
+    mean: of all experts `[E, K]`. Raises LlmqError where there are not as many, or not as many channels.
+    """
+    expert, columns = arch.expert(name), arch.columns(name)
+    if mean.dim() != (1 if expert is None else 2) or (expert is not None and len(mean) != arch.experts):
+        raise LlmqError(f"{file} has other experts for {name} than the model; it was made from another model")
+    row = mean if expert is None else mean[expert]
+    if columns is not None and len(row) == len(columns):
+        row = torch.empty_like(row).index_copy_(0, columns, row)
+    return row
 
 
 def _grid(spec: LinearSpec) -> StoredGrid:

@@ -11,6 +11,7 @@ Source: the `gguf` package's tensor map; llama.cpp's `conversion/*.py` and `src/
 Not here: rotary embedding (rope.py), the tokenizer (tokenizer.py), types of tensors (mixture.py).
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,9 +27,11 @@ from llmq.gguf.differences import differences, gain, is_norm
 from llmq.gguf.programs import PROGRAMS, Program
 from llmq.gguf.rope import Rotary, rotary
 from llmq.model.config import head_dim, kv_heads
+from llmq.model.experts import unfuse
 from llmq.model.pretrained import auto_class, foreign
 
 _DROPPED = (".rotary_emb.inv_freq",)  # buffers of old checkpoints that every runtime computes itself
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.(?:weight|bias))")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -96,9 +99,11 @@ class Architecture:
         if self.beside(name):
             return None
         name = self._plain(name)
+        one = _EXPERT.fullmatch(name)
         if name.endswith(_DROPPED) or (self.tied and name == "lm_head.weight"):
             return None
-        found = self._names.get_name(name.replace(".dt_bias", ".dt_proj.bias"), try_suffixes=(".weight", ".bias"))
+        merged = f"{one[1]}.{one[3]}" if one else name.replace(".dt_bias", ".dt_proj.bias")
+        found = self._names.get_name(merged, try_suffixes=(".weight", ".bias"))
         if name not in self.parameters:
             raise LlmqError(
                 f"tensor {name} has no place in the model that config.json describes; correct config.json, or leave "
@@ -107,6 +112,16 @@ class Architecture:
         if found is None or not self._reads(found):
             raise LlmqError(f"llama.cpp's architecture {self.name!r} has no tensor {name}; write another format")
         return found
+
+    def expert(self, name: str) -> int | None:
+        """Return the number of the expert that a checkpoint tensor is of; one tensor of the file holds those of all."""
+        found = _EXPERT.fullmatch(self._plain(name))
+        return int(found[2]) if found else None
+
+    @property
+    def experts(self) -> int:
+        """How many experts a block has, 0 where it has none."""
+        return next((int(getattr(self.config, k)) for k, v in self.program.counts.items() if v == "expert_count"), 0)
 
     def beside(self, name: str) -> bool:
         """Say whether a checkpoint tensor is of another part than the language model, such as one that reads images."""
@@ -126,6 +141,8 @@ class Architecture:
             tensor = 1 + tensor.float()
         if self.program.delta and tensor.is_floating_point():
             tensor = delta_net.value(name, tensor)
+        if name.endswith(".shared_expert_gate.weight"):
+            tensor = tensor.squeeze(0)
         rows, columns = self.rows(name), self.columns(name)
         if columns is not None:
             size = mixture.qblock(kind)
@@ -194,7 +211,8 @@ class Architecture:
         writer.add_context_length(self.context)
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(self.blocks)
-        writer.add_feed_forward_length(config.intermediate_size)
+        if getattr(config, "intermediate_size", None):
+            writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count(config.num_attention_heads)
         writer.add_head_count_kv(self.kv_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -211,7 +229,7 @@ class Architecture:
                 getattr(writer, f"add_{key}")(getattr(config, key))
         if self.program.delta:
             delta_net.keys(config, writer)
-        for key, method in self.program.multipliers.items():
+        for key, method in (*self.program.multipliers.items(), *self.program.counts.items()):
             getattr(writer, f"add_{method}")(getattr(config, key))
 
 
@@ -235,6 +253,7 @@ def architecture(config: Any) -> Architecture:
         raise LlmqError(f"{reason}, which llama.cpp's {program.name} does not compute; write another format")
     rope, local = _rotary(text, model, program)
     shifted = frozenset(f"{n}.weight" for n, m in model.named_modules() if is_norm(m) and gain(m, text.rms_norm_eps))
+    unfuse(model)
     names = frozenset(model.state_dict())
     return Architecture(text, program, rope, local, windows, shifted, names, tied, _decoder(config))
 
@@ -274,7 +293,7 @@ def _rotary(config: Any, model: Any, program: Program) -> tuple[Rotary, Rotary |
 def _window(config: Any, block: nn.Module) -> int:
     """Return how far back the attention of a block sees, 0 for all the way."""
     own = getattr(getattr(block, "self_attn", None), "sliding_window", None)
-    return int((config.sliding_window if config.model_type in ("mistral", "phi3") else own) or 0)
+    return int((config.sliding_window if config.model_type in ("mistral", "mixtral", "phi3") else own) or 0)
 
 
 def _irregular(windows: Sequence[int], program: Program) -> Iterator[str]:

@@ -54,7 +54,7 @@ class Part:
 
 REPORT = "llmq.report"
 """The key of the record of the run."""
-_Named = Sequence[tuple[str, Part]]  # by ggml's name
+_Named = Sequence[tuple[str, list[Part]]]  # by ggml's name; of experts all, in their order
 
 
 def parse_size(text: str | None) -> int:
@@ -148,28 +148,31 @@ def write(stage: Path, out: Path, header: Header, parts: Sequence[Part], split: 
     return files
 
 
-def _declared(
-    path: Path, header: Header, named: Sequence[tuple[str, Part]], split: int, empty_first: bool
-) -> gguf.GGUFWriter:
+def _declared(path: Path, header: Header, named: _Named, split: int, empty_first: bool) -> gguf.GGUFWriter:
     """Return a writer that knows all keys and the place of every tensor; nothing is written yet."""
     writer = gguf.GGUFWriter(path, header.architecture.name, split_max_size=split, small_first_shard=empty_first)
     _describe(writer, header)
     for ggml, tensor in header.architecture.extra().items():
         writer.add_tensor_info(ggml, tensor.shape, tensor.numpy().dtype, tensor.nbytes)
-    for ggml, part in named:
-        _declare(writer, ggml, part, header.architecture)
+    for ggml, parts in named:
+        _declare(writer, ggml, parts, header.architecture)
     return writer
 
 
 def contents(arch: Architecture, parts: Sequence[Part]) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor by ggml's name, as it is written: converted, its rows in order."""
     yield from arch.extra().items()
-    for ggml, part in _named(arch, parts):
-        yield ggml, _load(arch, part)
+    for ggml, several in _named(arch, parts):
+        tensors = [_load(arch, part) for part in several]
+        yield ggml, tensors[0] if arch.expert(several[0].entry.name) is None else torch.stack(tensors)
 
 
 def _named(arch: Architecture, parts: Sequence[Part]) -> _Named:
-    return [(ggml, part) for part in parts if (ggml := arch.tensor(part.entry.name)) is not None]
+    found: dict[str, list[Part]] = {}
+    for part in parts:
+        if (ggml := arch.tensor(part.entry.name)) is not None:
+            found.setdefault(ggml, []).append(part)
+    return [(ggml, sorted(several, key=lambda p: arch.expert(p.entry.name) or 0)) for ggml, several in found.items()]
 
 
 def _describe(writer: gguf.GGUFWriter, header: Header) -> None:
@@ -186,13 +189,16 @@ def _describe(writer: gguf.GGUFWriter, header: Header) -> None:
     header.vocabulary.describe(writer)
 
 
-def _declare(writer: gguf.GGUFWriter, name: str, part: Part, arch: Architecture) -> None:
+def _declare(writer: gguf.GGUFWriter, name: str, parts: Sequence[Part], arch: Architecture) -> None:
+    part = parts[0]
     kind = gguf.GGMLQuantizationType[part.kind]
     shape = list(part.entry.shape)
     if part.kind in FLOATS:
         shape = list(arch.shape(part.entry.name, shape))
     else:
         shape = list(gguf.quant_shape_from_byte_shape(shape, kind))
+    if arch.expert(part.entry.name) is not None:
+        shape = [len(parts), *shape]
     block, size = gguf.GGML_QUANT_SIZES[kind]
     nbytes = torch.Size(shape).numel() // block * size
     writer.add_tensor_info(name, shape, torch.empty(0).numpy().dtype, nbytes, raw_dtype=kind)

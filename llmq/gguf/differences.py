@@ -59,11 +59,16 @@ def _blocks(config: Any, model: Any, program: Program) -> Iterator[str]:
     if abs(scale - (config.hidden_size**0.5 if program.scaled else 1)) > 1e-6 * scale:
         yield f"embeddings are multiplied by {scale}"
     for block in model.model.layers[:1]:
-        act = getattr(block.mlp, "act_fn", None) or block.mlp.activation_fn
+        mlp = getattr(block.mlp, "experts", block.mlp)
+        act = getattr(mlp, "act_fn", None) or mlp.activation_fn
         if not torch.allclose(act(probe), program.activation(probe), atol=1e-6):
             said = getattr(config, "hidden_activation", None) or config.hidden_act
             yield f"config.json asks for the activation {said!r}"
     for i, block in enumerate(model.model.layers):
+        if program.counts and not hasattr(block.mlp, "experts"):
+            yield f"block {i} without experts"
+        if program.counts and not getattr(block.mlp.gate, "norm_topk_prob", True):
+            yield "experts whose weights do not add up to 1 (norm_topk_prob false)"
         if not hasattr(block, "self_attn"):
             continue  # linear attention
         scaling = block.self_attn.scaling

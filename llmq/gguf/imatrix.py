@@ -3,13 +3,13 @@
     NAME.in_sum2   float32 [1, K]   sum over tokens of x^2         imatrix.datasets, .chunk_count, .chunk_size
     NAME.counts    float32 [1, 1]   tokens                         general.type = "imatrix"
 
-llama.cpp's own writer drops the leading 1, so both `[1, K]` and `[K]` are read; experts have more rows. NAME is ggml's
+llama.cpp's own writer drops the leading 1, so both `[1, K]` and `[K]` are read; experts have a row each. NAME is ggml's
 (`blk.0.attn_q.weight`). A quantizer divides the one by the other; the order of rows plays no part.
 Source: llama.cpp `tools/imatrix/imatrix.cpp` (save_imatrix) and `common/imatrix-loader.cpp`.
 Not here: what weighs errors by it (grids/), where the sums come from (stats.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -22,8 +22,8 @@ from llmq.checkpoint.place import user_path
 from llmq.errors import LlmqError
 from llmq.gguf.reader import GgufFile, Stored
 
-Sums = Mapping[str, tuple[Tensor, int]]
-"""By ggml's tensor name: the sum of squares of each channel, `[K]`, and over how many tokens."""
+Sums = Mapping[str, Sequence[tuple[Tensor, int]]]
+"""By ggml's tensor name, once or for each expert: the sum of squares of each channel, `[K]`, and of how many tokens."""
 
 
 def write(path: Path, sums: Sums, dataset: str, chunk: int) -> None:
@@ -32,11 +32,12 @@ def write(path: Path, sums: Sums, dataset: str, chunk: int) -> None:
         writer = gguf.GGUFWriter(path, "")
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", [dataset])
-        writer.add_uint32("imatrix.chunk_count", max(count for _, count in sums.values()) // chunk)
+        writer.add_uint32("imatrix.chunk_count", max(n for several in sums.values() for _, n in several) // chunk)
         writer.add_uint32("imatrix.chunk_size", chunk)
-        for name, (total, count) in sorted(sums.items()):
-            writer.add_tensor(f"{name}.in_sum2", total.float().cpu().numpy()[None])
-            writer.add_tensor(f"{name}.counts", np.array([[count]], np.float32))
+        for name, several in sorted(sums.items()):
+            totals = [total.float().cpu() for total, _ in several]
+            writer.add_tensor(f"{name}.in_sum2", torch.stack(totals).numpy())
+            writer.add_tensor(f"{name}.counts", np.array([[count] for _, count in several], np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -44,8 +45,9 @@ def write(path: Path, sums: Sums, dataset: str, chunk: int) -> None:
 
 
 def read(name: str | Path) -> dict[str, Tensor]:
-    """Return the mean square of every channel, float32 `[K]`, by ggml's tensor name.
+    """Return the mean square of every channel, float32 `[K]`, by ggml's tensor name; of experts `[E, K]`.
 
+    A tensor that no token reached is not there; an expert is NaN.
     Raises LlmqError for a file that is not an importance matrix in GGUF form, or holds numbers that cannot be one.
     """
     path = user_path(name)
@@ -65,11 +67,13 @@ def read(name: str | Path) -> dict[str, Tensor]:
         if kind != "in_sum2":
             continue
         counts = file.tensors.get(f"{name}.counts")
-        if counts is None or entry.n_elements != entry.shape[0] or counts.n_elements != 1:
-            raise LlmqError(f"{path}: {entry.name} is not one row of sums with its count; llmq reads dense models only")
-        total, count = _numbers(path, entry), _numbers(path, counts).item()
-        if count > 0:  # a tensor that no token reached says nothing
-            means[name] = total / count
+        rows = entry.n_elements // max(1, entry.shape[0])
+        if counts is None or len(entry.shape) > 2 or counts.n_elements != rows:
+            raise LlmqError(f"{path}: {entry.name} is not a row of sums for each of its counts; make it again")
+        count = _numbers(path, counts)
+        mean = torch.where(count[:, None] > 0, _numbers(path, entry).view(rows, -1) / count[:, None], torch.nan)
+        if (count > 0).any():
+            means[name] = mean[0] if rows == 1 else mean
     if not means:
         raise LlmqError(f"{path} holds no sums; make the importance matrix again")
     return means

@@ -33,6 +33,7 @@ _ALIAS = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # as llama-quan
 _FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 FLOATS = ("F32", "F16", "BF16")
 _FLOAT = ("ssm_conv1d", "ffn_gate_inp")
+_FEW_BITS = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "IQ4_XS", "Q4_K_S", "Q4_K_M")  # of 8 experts
 TYPES = tuple(dict.fromkeys(_BASE.values()))
 
 
@@ -42,6 +43,7 @@ class Model:
 
     gqa: query heads for every key-value head. large: the 70B models, whose attn_v is small beside the rest.
     tied: no output tensor. importance: whether activations (or an imatrix) weigh the errors.
+    experts: of a block; with 8 of them (Mixtral) attention is small beside the rest.
     """
 
     blocks: int
@@ -49,6 +51,7 @@ class Model:
     tied: bool
     large: bool
     importance: bool
+    experts: int = 0
 
 
 def mixture(name: str) -> str:
@@ -156,6 +159,8 @@ def _chosen(block: int, n: int) -> bool:
 
 
 def _attn_v(block: int, n: int, mix: str, model: Model) -> str:
+    if model.experts == 8:
+        return "Q8_0"
     kind = _BASE[mix]
     if mix == "Q2_K":
         kind = "Q4_K" if model.gqa >= 4 else "Q3_K"
@@ -168,7 +173,13 @@ def _attn_v(block: int, n: int, mix: str, model: Model) -> str:
     return "Q5_K" if model.large and kind in ("Q3_K", "Q4_K") else kind
 
 
-def _attn_output(_block: int, _n: int, mix: str, _model: Model) -> str:
+def _attn_k(_block: int, _n: int, mix: str, model: Model) -> str:
+    return "Q8_0" if model.experts == 8 else _BASE[mix]
+
+
+def _attn_output(_block: int, _n: int, mix: str, model: Model) -> str:
+    if model.experts == 8:
+        return "Q5_K" if mix in _FEW_BITS else _BASE[mix]
     return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(mix, _BASE[mix])
 
 
@@ -189,5 +200,8 @@ def _ffn_down(block: int, n: int, mix: str, model: Model) -> str:
     return kind
 
 
-_RULES = {"attn_v": _attn_v, "attn_qkv": _attn_v, "attn_output": _attn_output, "ffn_down": _ffn_down}
+_RULES = {
+    "attn_v": _attn_v, "attn_qkv": _attn_v, "attn_k": _attn_k, "attn_output": _attn_output, "ffn_down": _ffn_down,
+    "ffn_down_exps": _ffn_down, "ffn_down_shexp": _ffn_down,
+}  # fmt: skip
 """By ggml's name of a linear: q, k and v in one are treated as v alone is."""

@@ -12,6 +12,9 @@
     glm4              glm4           neighbours of half a head are turned, gate and up in one linear
     smollm3           smollm3        as llama, every fourth block without rotary embedding
     qwen3_5_text      qwen35         gated attention beside linear attention (delta_net.py)
+    qwen3_moe         qwen3moe       experts in every block, their weights made to add up to 1
+    mixtral           llama          as llama, experts in every block
+    qwen3_5_moe_text  qwen35moe      as qwen35, experts in every block beside one that is shared
 
 A program is compiled in: what it does not read from a key of the file (a period of four, a cap, a scale of attention)
 it assumes, so an entry here says what is assumed, and differences.py holds the model against it.
@@ -66,7 +69,8 @@ class Program:
     local: whether blocks with a window are turned by a base of their own. nope: every so many blocks one is not turned.
     caps: keys of the config for tanh caps that the writer's methods of that name add; capped: whether it always caps.
     multipliers: the writer's methods by keys of the config, numbers other than 0. delta: whether there are blocks of
-    linear attention (delta_net.py).
+    linear attention (delta_net.py). counts: the writer's methods by keys of the config, whole numbers about experts,
+    of which every block then has some.
     """
 
     arch: gguf.MODEL_ARCH
@@ -87,6 +91,7 @@ class Program:
     capped: bool = False
     multipliers: Mapping[str, str] = field(default_factory=dict)
     delta: bool = False
+    counts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -96,6 +101,8 @@ class Program:
 
 _ARCH = gguf.MODEL_ARCH
 _LLAMA = Program(_ARCH.LLAMA, _LINEARS, interleaved=True, table=True)
+_ROUTED = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
+           "moe_intermediate_size": "expert_feed_forward_length"}  # fmt: skip
 _FINAL = "final_logit_softcapping"
 PROGRAMS: Mapping[str, Program] = {
     "llama": _LLAMA,
@@ -121,5 +128,14 @@ PROGRAMS: Mapping[str, Program] = {
     "glm4": Program(_ARCH.GLM4, partial=True),
     "smollm3": Program(_ARCH.SMOLLM3, interleaved=True, nope=4),
     "qwen3_5_text": Program(_ARCH.QWEN35, ("ssm_dt",), partial=True, delta=True),
+    "qwen3_moe": Program(_ARCH.QWEN3MOE, counts=_ROUTED),
+    "mixtral": Program(
+        _ARCH.LLAMA, _LINEARS, interleaved=True, table=True,
+        counts={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+    ),
+    "qwen3_5_moe_text": Program(
+        _ARCH.QWEN35MOE, ("ssm_dt",), partial=True, delta=True,
+        counts=_ROUTED | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
+    ),
 }  # fmt: skip
 """By transformers' model_type."""

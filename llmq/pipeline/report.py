@@ -4,11 +4,13 @@ Not here: where the record is written (formats/), what is measured of a linear (
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmq import __version__, registry
 from llmq.pipeline.experts import described
@@ -21,9 +23,19 @@ def write_importance(plan: Plan, file: Path, measured: Mapping[str, MeanSquare])
     """Write what the calibration measured as an importance matrix, under ggml's names."""
     from llmq.gguf import imatrix
 
-    recipe, names = plan.method.recipe, plan.assigned.names
-    sums = {names[f"{n}.weight"]: (m.whole("sum"), m.number("count")) for n, m in measured.items()}
+    recipe, assigned = plan.method.recipe, plan.assigned
+    sums: dict[str, list[tuple[Tensor, int]]] = {}
+    for name in sorted(plan.matrices, key=_expert):
+        count = measured[name].number("count") if name in measured else 0
+        total = measured[name].whole("sum") if count else torch.zeros(plan.matrices[name].K)
+        sums.setdefault(assigned.names[f"{name}.weight"], []).append((assigned.channels(name, total), count))
+    sums = {name: several for name, several in sums.items() if any(n for _, n in several)}
     imatrix.write(file, sums, recipe.calib, recipe.seq_len)
+
+
+def _expert(name: str) -> int:
+    found = re.search(r"\.experts\.(\d+)\.", name)
+    return int(found[1]) if found else 0
 
 
 def _size(plan: Plan, total: int) -> dict[str, Any]:

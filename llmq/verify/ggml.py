@@ -106,9 +106,8 @@ class Gguf:
             for ggml, tensor in file.tensors.items():
                 report.expect(ggml not in self._stored, f"tensor {ggml} is in two shards")
                 self._stored[ggml] = tensor
-        self.tensors = {
-            self._reading.name(n): t for n, t in self._stored.items() if n not in (_DIVISORS, _SHORT, _LONG)
-        }
+        named = [t for n, t in self._stored.items() if n not in (_DIVISORS, _SHORT, _LONG)]
+        self.tensors = dict(pair for t in named for pair in self._reading.tensors(t))
         shapes = {n: self._reading.shape(n, t) for n, t in self.tensors.items()}
         self.skeleton = Skeleton(_Keyed(path, self._config(), shapes), torch.float32)
         self._set_rotary()
@@ -162,7 +161,7 @@ class Gguf:
             "model_type": self._reading.model_type,
             "vocab_size": embedding.shape[1],
             "hidden_size": self._key("embedding_length"),
-            "intermediate_size": self._key("feed_forward_length"),
+            "intermediate_size": self._key("feed_forward_length", 0),
             "num_hidden_layers": self._key("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": self._key("attention.head_count_kv", heads),

@@ -8,8 +8,8 @@ Not here: reading tensors (ggml.py), rotary embedding, which is put in by value 
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,24 @@ def _partial(keys: Keys) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": turned}}
 
 
+def _routed(keys: Keys) -> dict[str, Any]:
+    return {
+        "num_experts": keys.number("expert_count"),
+        "num_experts_per_tok": keys.number("expert_used_count"),
+        "moe_intermediate_size": keys.number("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+    }
+
+
+def _mixtral(keys: Keys) -> dict[str, Any]:
+    return {"num_local_experts": keys.number("expert_count"), "num_experts_per_tok": keys.number("expert_used_count")}
+
+
+def _qwen35moe(keys: Keys) -> dict[str, Any]:
+    shared = {"shared_expert_intermediate_size": keys.number("expert_shared_feed_forward_length")}
+    return delta_net.config(keys) | _routed(keys) | shared
+
+
 def _smollm3(_keys: Keys) -> dict[str, Any]:
     return {"no_rope_layers": None, "no_rope_layer_interval": 4}
 
@@ -95,7 +113,8 @@ class Reading:
     """How transformers reads an architecture.
 
     names: of a block's modules by ggml's. interleaved: whether rows of the halves of every head of q and k take turns.
-    shifted: whether norms are stored as 1 + weight. config: what of a config the architecture's own keys say.
+    shifted: whether norms are stored as 1 + weight. A star in a name
+    stands for the number of an expert. config: what of a config the architecture's own keys say.
     """
 
     model_type: str
@@ -114,6 +133,15 @@ class Reading:
             return f"model.layers.{block[1]}.{known.get(module, module)}.{kind}"
         return f"{_OUTSIDE.get(module, module)}.{kind}"
 
+    def tensors(self, stored: Stored) -> Iterator[tuple[str, Stored]]:
+        """Yield what transformers has of a stored tensor, by its names: the tensor itself, or those of its experts."""
+        name = self.name(stored.name)
+        if "*" not in name or not stored.data.ndim > 1:
+            yield name, stored
+            return
+        for e in range(stored.shape[-1]):
+            yield name.replace("*", str(e)), replace(stored, shape=stored.shape[:-1], data=stored.data[e])
+
     def rounds(self, name: str) -> bool:
         """Say whether a tensor, by transformers' name, is stored as another float that says it: 1 + w, -exp(w)."""
         return self._adds_one(name) or name.endswith(".A_log")
@@ -124,10 +152,14 @@ class Reading:
     def shape(self, name: str, stored: Stored) -> tuple[int, ...]:
         """Return the shape that a stored tensor has in transformers."""
         shape = tuple(reversed(stored.shape))
+        if name.endswith("shared_expert_gate.weight"):
+            return (1, *shape)
         return (shape[0], 1, *shape[1:]) if name.endswith("conv1d.weight") and shape else shape
 
     def in_order(self, name: str, values: Array, keys: Keys) -> Array:
         """Return a tensor's values as transformers stores them, by its name there."""
+        if name.endswith("shared_expert_gate.weight"):
+            return values[None]
         if "linear_attn." in name:
             return delta_net.in_order(name, values, keys)
         if self._adds_one(name):
@@ -139,6 +171,12 @@ class Reading:
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
 
 
+_EXPERTS = {"ffn_gate_inp": "mlp.gate"} | {
+    f"ffn_{part}_exps": f"mlp.experts.*.{part}_proj" for part in ("gate", "up", "down")
+}
+_SHARED = {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"} | {
+    f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")
+}
 _FOUR_NORMS = _BEHIND | {"ffn_norm": "pre_feedforward_layernorm"}
 READINGS: Mapping[str, Reading] = {
     "llama": Reading("llama", interleaved=True),
@@ -156,13 +194,19 @@ READINGS: Mapping[str, Reading] = {
         config=_partial,
     ),
     "smollm3": Reading("smollm3", interleaved=True, config=_smollm3),
+    "qwen3moe": Reading("qwen3_moe", _EXPERTS, config=_routed),
+    "qwen35moe": Reading(
+        "qwen3_5_moe_text", delta_net.NAMES | _EXPERTS | _SHARED, shifted=True, config=_qwen35moe
+    ),
     "qwen35": Reading("qwen3_5_text", delta_net.NAMES, shifted=True, config=delta_net.config),
 }  # fmt: skip
 """By `general.architecture`."""
+MIXTRAL = Reading("mixtral", _EXPERTS, interleaved=True, config=_mixtral)
+"""The architecture `llama` with experts."""
 
 
 def reading(keys: Keys) -> Reading:
     """Return how the architecture of a file is read. Raises LlmqError for one that is not known."""
     if keys.arch not in READINGS:
         raise LlmqError(f"{keys.file.path}: verify knows the keys of {', '.join(READINGS)}, not of {keys.arch!r}")
-    return READINGS[keys.arch]
+    return MIXTRAL if keys.arch == "llama" and keys("expert_count", 0) else READINGS[keys.arch]

@@ -34,7 +34,7 @@ def test_every_tensor_gets_the_type_that_llama_quantize_gives_it(name):
         mix, _, with_imatrix = label.partition(" with ")
         gqa = config.num_attention_heads // config.num_key_value_heads
         tied = "output.weight" not in shapes
-        model = mixture.Model(arch.blocks, gqa, tied, arch.large, importance=bool(with_imatrix))
+        model = mixture.Model(arch.blocks, gqa, tied, arch.large, bool(with_imatrix), arch.experts)
         types = mixture.assign(shapes, mix, model)
         assert MAKER.runs(types) == wanted, label
         assert {types[n] for n, s in shapes.items() if len(s) == 1} == {"F32"}

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from llmq.checkpoint import Source
+from llmq.gguf import imatrix
 from llmq.gguf.programs import PROGRAMS
 from llmq.gguf.reader import GgufFile
 from llmq.pipeline.plan import prepare
@@ -24,6 +25,7 @@ LONG = HALF | {"rope_type": "longrope", "short_factor": [1.0, 1.5, 1.2, 2.0], "l
 FOUR = {"attention_multiplier": 0.4, "embedding_multiplier": 1.7, "residual_multiplier": 0.6, "logits_scaling": 1.5}
 LINEAR_ATTENTION = {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
                     "linear_value_head_dim": 32, "rope_parameters": HALF | {"mrope_section": [3, 3, 2]}}  # fmt: skip
+ROUTED = {"num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 VISION = {"hidden_size": 32, "intermediate_size": 32}
 WRAPPED = {  # a model that reads images, and of what its language model is
     "gemma3": {"vision_config": VISION | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
@@ -31,6 +33,7 @@ WRAPPED = {  # a model that reads images, and of what its language model is
     "qwen3_5": {"vision_config": VISION | {"depth": 1, "num_heads": 2, "out_hidden_size": 64,
                                            "num_position_embeddings": 16}},
 }  # fmt: skip
+WRAPPED["qwen3_5_moe"] = WRAPPED["qwen3_5"]
 CASES = {  # options that only a file that says them computes rightly
     "gemma2": {"head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 32, "final_logit_softcapping": 4.0},
     "gemma3_text": {"head_dim": 32, "sliding_window": 6, "num_hidden_layers": 7, "query_pre_attn_scalar": 32,
@@ -43,6 +46,9 @@ CASES = {  # options that only a file that says them computes rightly
     "granite": FOUR | {"attention_bias": True, "mlp_bias": True},
     "glm4": {"head_dim": 16, "attention_bias": True},
     "qwen3_5_text": LINEAR_ATTENTION,
+    "qwen3_moe": ROUTED | {"norm_topk_prob": True, "head_dim": 32},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_5_moe_text": ROUTED | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 64},
     "smollm3": {"num_hidden_layers": 5, "rope_parameters": PLAIN, "initializer_range": 0.3,
                 "tie_word_embeddings": True},
 }  # fmt: skip
@@ -120,6 +126,29 @@ def test_value_heads_move_in_blocks_of_whole_columns(tmp_path, written):
     assert verify(tmp_path / "out.gguf", folder).passed
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_5_moe_text"])
+def test_experts_lie_in_one_tensor_and_have_a_row_of_importance_each(kind, written, tmp_path, prose):
+    _, folder, _ = written(kind)
+    (tmp_path / "text.txt").write_text(prose(400))
+    file, out = tmp_path / "imatrix.gguf", tmp_path / "out.gguf"
+    how = {"format": "gguf", "type": "Q4_0", "dtype": "float32"}
+    calibrated = Recipe(**how, method="rtn:importance=true", calib=str(tmp_path / "text.txt"), samples=2, seq_len=32,
+                        imatrix_out=str(file))  # fmt: skip
+    quantize(prepare(str(folder), calibrated, "cpu"), out)
+    report = verify(out, folder)
+    assert report.passed and report.checked["errors measured again"] > 4 * 3 * 12, report.failures
+    assert GgufFile(out).tensors["blk.0.ffn_up_exps.weight"].shape == (64, 32, 12)
+    means = imatrix.read(file)
+    assert means["blk.0.ffn_up_exps.weight"].shape == (12, 64)
+    again = prepare(str(folder), Recipe(**how, method="rtn", imatrix=str(file)), "cpu").assigned.importance
+    experts = "model.layers.0.mlp.experts.11.up_proj"
+    reached = ~means["blk.0.ffn_up_exps.weight"].isnan().any(-1)
+    assert reached.sum() > 6 and (experts in again) == bool(reached[11])
+    if kind == "qwen3_5_moe_text":  # channels in ggml's order of heads, and back
+        wide = means["blk.0.ssm_out.weight"].view(2, 2, 32).transpose(0, 1).reshape(-1)
+        torch.testing.assert_close(again["model.layers.0.linear_attn.out_proj"], wide)
+
+
 @pytest.mark.parametrize(
     ("kind", "change"),
     [
@@ -128,6 +157,7 @@ def test_value_heads_move_in_blocks_of_whole_columns(tmp_path, written):
         ("gemma3_text", {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN | LINEAR}}),
         ("phi3", {"rope_parameters": HALF | {"partial_rotary_factor": 1.0}}),
         ("granite", {"residual_multiplier": 0.9}),
+        ("qwen3_moe", {"num_experts_per_tok": 1}),
         ("glm4", {"rope_parameters": HALF | {"partial_rotary_factor": 1.0}}),
         ("smollm3", {"no_rope_layers": [1] * 5}),
     ],
