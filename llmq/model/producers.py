@@ -31,7 +31,7 @@ from llmq.model.skeleton import Skeleton
 from llmq.model.trial import Change, Trial
 from llmq.types import Producer, Site
 
-_TOKENS = 9
+_TOKENS = 32
 _DEAD = "some of their channels are 0 in what was tried"
 _NUMBER = re.compile(r"\.\d+\.")
 _OWN_NUMBER = {"layer_idx", "layer_id", "layer_number"}  # what tells apart blocks that compute alike
@@ -52,7 +52,8 @@ def of_blocks(skeleton: Skeleton, device: torch.device) -> list[Found]:
     """
     known: dict[Hashable, Found] = {}
     with torch.no_grad():
-        hidden, calls = entering(skeleton, device)
+        entered, calls = entering(skeleton, device)
+        hidden = drawn(entered)
         for i, call in enumerate(calls):
             kind = structure(skeleton.blocks[i])
             if kind not in known:
@@ -67,6 +68,17 @@ def entering(skeleton: Skeleton, device: torch.device) -> tuple[Tensor, Sequence
     ids = torch.arange(_TOKENS) * (size // _TOKENS) + size // _TOKENS // 2
     (hidden,), (calls,) = embed(skeleton, [ids[None]], device)
     return hidden, calls
+
+
+def drawn(hidden: Tensor) -> Tensor:
+    """Return random hidden states of the size of these `[1, T, H]`, every other far larger.
+
+    What is closed for text, a gate or a ReLU, is open for some of the large ones, whose direction what attention adds
+    does not change; and in the others nothing that a block adds is lost to rounding.
+    """
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)) * hidden.float().std().cpu()
+    noise[:, ::2] *= 32
+    return noise.to(hidden)
 
 
 def structure(block: nn.Module) -> Hashable:

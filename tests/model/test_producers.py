@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmq.checkpoint import Source
 from llmq.model import producers
 from llmq.model.experts import Experts
-from llmq.model.producers import find, of_blocks, structure
+from llmq.model.producers import drawn, find, of_blocks, structure
 from llmq.model.skeleton import Skeleton
 from llmq.types import Producer
 
@@ -21,7 +21,7 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 0,
     "eos_token_id": 1,
 }  # fmt: skip
-IDS = torch.arange(2, 11)[None]
+IDS = torch.arange(2, 34)[None]
 feeds = producers._Doubling.feeds
 
 QKV, GATE_UP = "q_proj k_proj v_proj in self_attn", "gate_proj up_proj in mlp"
@@ -65,25 +65,26 @@ RIGHT = {
         f"{QKV} <- attention_layernorm w", HEADS, "up_proj <- feedforward_layernorm w", "down_proj <- none",
     ),
     "opt": (
-        f"{QKV} <- self_attn_layer_norm w", "out_proj <- v_proj heads", "fc1 <- final_layer_norm w", "fc2 <- none",
+        f"{QKV} <- self_attn_layer_norm w", "out_proj <- v_proj heads", "fc1 <- final_layer_norm w", "fc2 <- fc1",
     ),
 }  # fmt: skip
 
 
 def loaded(kind, dtype=torch.float32, number=1, **changes):
-    """Return a block of a family with random weights, and what it is called with."""
+    """Return a block of a family with random weights, random hidden states, and the rest of its call."""
     torch.manual_seed(0)
     sizes = {k: v for k, v in (SIZES | changes).items() if (kind, k) != ("falcon", "head_dim")}  # there it is computed
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).to(dtype).eval()
     for name, p in model.named_parameters():
-        p.data.normal_(0, 0.15 if p.dim() > 1 else 0.3).add_(0 if p.dim() > 1 or "bias" in name else 1.0)
+        bias = "bias" in name
+        p.data.normal_(0, 0.15 if p.dim() > 1 else 0.02 if bias else 0.3).add_(0 if p.dim() > 1 or bias else 1.0)
     block = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == sizes["num_hidden_layers"])
     calls = []
     hook = block[number].register_forward_pre_hook(lambda m, a, k: calls.append((a[0], (a[1:], k))), with_kwargs=True)
     with torch.no_grad():
         model(IDS, use_cache=False)
     hook.remove()
-    return block[number], *calls[0]
+    return block[number], drawn(calls[0][0]), calls[0][1]
 
 
 def said(found):
@@ -191,7 +192,7 @@ def test_experts_whose_output_something_else_reads_too_keep_their_scales(tmp_pat
         expert.down_proj.register_forward_pre_hook(lambda m, a: read.append(a[0].sum()))
         block.register_forward_hook(lambda m, a, out: out + 1e-3 * read.pop())
         hidden, calls = producers.entering(skeleton, torch.device("cpu"))
-        found = sought(block, hidden, calls[1])
+        found = sought(block, drawn(hidden), calls[1])
     assert [s.linears[0] for s in found.sites if s.producer] == [
         "self_attn.q_proj", "self_attn.o_proj", "mlp.experts.0.down_proj"
     ]  # fmt: skip
