@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -185,6 +185,66 @@ def unfuse(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in found.items():
         model.set_submodule(name, Experts(module))
     return found
+
+
+def in_experts(block: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linears of a block's experts by name."""
+    holders = tuple(f"{n}." for n, m in block.named_modules() if isinstance(m, Experts))
+    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and n.startswith(holders)}
+
+
+class Passing:
+    """The linears of a block's experts whose weights are not there: each is read where a forward comes to it.
+
+    get: returns a tensor of the block by its name there. stay: whether a weight stays behind the forward, for others to
+    come by, until `only` others are wanted. A context manager; copies of the block that are made within are served too.
+    """
+
+    def __init__(self, block: nn.Module, get: Callable[[str], Tensor]) -> None:
+        self._linears = {n: m for n, m in in_experts(block).items() if m.weight.is_meta}
+        self._get, self.stay = get, False
+        self._there: dict[str, list[nn.Linear]] = {}
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Self:
+        for name, linear in self._linears.items():
+            self._hooks.append(linear.register_forward_pre_hook(self._arriving(name)))
+            self._hooks.append(linear.register_forward_hook(lambda *_: self._left()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self.only(())
+
+    def put(self, name: str, weight: Tensor) -> None:
+        """Put a weight in place, where it is one that is read on arrival."""
+        if name in self._linears:
+            self._fill(name, self._linears[name], weight)
+
+    def only(self, names: Sequence[str]) -> None:
+        """Drop all weights but those of some linears."""
+        for name in self._there.keys() - set(names):
+            for linear in self._there.pop(name):
+                for leaf, p in linear.named_parameters():
+                    setattr(linear, leaf, nn.Parameter(torch.empty_like(p, device="meta")))
+
+    def _fill(self, name: str, linear: nn.Linear, weight: Tensor | None = None) -> None:
+        linear.weight = nn.Parameter(self._get(f"{name}.weight") if weight is None else weight)
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(self._get(f"{name}.bias"))
+        self._there.setdefault(name, []).append(linear)
+
+    def _arriving(self, name: str) -> Any:
+        def hook(linear: nn.Linear, _args: tuple[Tensor, ...]) -> None:
+            if linear.weight.is_meta:
+                self._fill(name, linear)
+
+        return hook
+
+    def _left(self) -> None:
+        if not self.stay:
+            self.only(())
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmq.checkpoint import Source
 from llmq.checkpoint.names import own_head, settle
 from llmq.model.config import head_dim
-from llmq.model.experts import linears_of
+from llmq.model.experts import in_experts, linears_of
 from llmq.model.pretrained import blank_model, model_config
 from llmq.model.sites import refuse_other_matrices
 from llmq.types import LlmqError
@@ -77,17 +77,21 @@ class Skeleton:
         return f"{self.prefix.rpartition('.')[0]}.norm".lstrip(".")
 
     @contextmanager
-    def loaded(self, i: int, device: torch.device) -> Iterator[nn.Module]:
+    def loaded(self, i: int, device: torch.device, *, experts: bool = True) -> Iterator[nn.Module]:
         """Yield block `i` with its weights in memory; they are dropped on leaving.
 
         One behind the last is what follows the blocks (`Tail`), whose head keeps no weight: nothing runs through it.
+        experts: whether those of experts are read too, or left to who needs one (`Passing`).
         """
         tail = i == len(self)
         name = self.final_norm if tail else f"{self.prefix}.{i}"
         filled = self.model.get_submodule(name)
-        _fill(filled, {n: self.source.get(f"{name}.{n}").to(device, self.dtype) for n in filled.state_dict()})
+        left = {} if experts else in_experts(filled)
+        wanted = [n for n in filled.state_dict() if n.rpartition(".")[0] not in left]
+        _fill(filled, {n: self.source.get(f"{name}.{n}").to(device, self.dtype) for n in wanted})
         computed = _computed_buffers(filled)
-        filled.to(device)
+        for owner, leaf, tensor in computed:
+            setattr(owner, leaf, tensor.to(device))
         try:
             yield Tail(filled, self.model.get_output_embeddings()) if tail else filled
         finally:

@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from llmq import registry
 from llmq.calibration.collect import collect
 from llmq.calibration.kv_scales import KvMaxima
 from llmq.calibration.state import Calibration
-from llmq.model.experts import linears_of
+from llmq.model.experts import Passing, linears_of
 from llmq.model.folding import Fold, fold
 from llmq.model.lanes import Batches, Call, Lanes, run
 from llmq.model.sites import discover, overridden
@@ -56,7 +57,8 @@ class Report:
 class _Block:
     """A decoder block in memory, and what belongs to it.
 
-    number: from 0; that of the head is the number of blocks. state: what enters it. report: grows with the work.
+    number: from 0; that of the head is the number of blocks. state: what enters it. passing: the experts whose weights
+    are not in memory. report: grows with the work.
     """
 
     plan: Plan
@@ -64,6 +66,7 @@ class _Block:
     module: nn.Module
     sites: Sequence[Site]
     state: Calibration
+    passing: Passing
     report: Report = field(default_factory=Report)
 
     @property
@@ -94,7 +97,8 @@ class _Block:
         """Return a tensor of the block as the checkpoint has it: what is computed with may hold less, or nothing."""
         source, full = self.plan.source, self.full(name)
         if tensor.is_meta:
-            return source.get(self.plan.weight_of(full.removesuffix(".weight"))).to(self.plan.device)
+            there = full if full in source else self.plan.weight_of(full.removesuffix(".weight"))
+            return source.get(there).to(self.plan.device)
         whole = tensor.dtype in (torch.float32, source.dtype_of(full))
         return tensor.detach() if whole else source.get(full).to(tensor.device)
 
@@ -117,8 +121,11 @@ def quantize_block(plan: Plan, i: int, state: Calibration) -> tuple[dict[str, Te
 
     Returns the block's tensors as they are written, by full name, what is known of it, and the state behind it.
     """
-    with plan.skeleton.loaded(i, plan.device) as module:
-        block = _Block(plan, i, module, block_sites(plan, i, module, state), state)
+    one_by_one = not (plan.method.transforms or plan.method.tuners or plan.method.recipe.experts == "all")
+    with ExitStack() as stack:
+        module = stack.enter_context(plan.skeleton.loaded(i, plan.device, experts=not one_by_one))
+        passing = stack.enter_context(Passing(module, partial(_read, plan, i)))
+        block = _Block(plan, i, module, block_sites(plan, i, module, state), state, passing)
         packed, maxima = _opened(block) if i < len(plan.skeleton) else ({}, None)
         solved, state = _solve(block, maxima)
         if maxima is not None:
@@ -128,6 +135,11 @@ def quantize_block(plan: Plan, i: int, state: Calibration) -> tuple[dict[str, Te
             packed |= plan.packed(block.full(name), s.q)
             block.report.record.note(block.full(name), s.report)
     return packed, block.report, state
+
+
+def _read(plan: Plan, i: int, name: str) -> Tensor:
+    """Return a tensor of block `i` by its name there, as it is computed with."""
+    return plan.source.get(plan.skeleton.full_name(i, name)).to(plan.device, plan.skeleton.dtype)
 
 
 def _opened(block: _Block) -> tuple[dict[str, Tensor], KvMaxima | None]:
@@ -147,9 +159,11 @@ def _solve(block: _Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], C
     with ExitStack() as stack:
         lanes = reference = None
         needs = plan.method.needs([s.scheme.weight for n, s in plan.linears.items() if n.startswith(block.full(""))])
+        original = copy.deepcopy(module) if state.floats else None
         layers = stack.enter_context(Layers(module, state.tokens, moments=Hessian in needs))
-        if state.floats:
-            original, floats = copy.deepcopy(module), block.calls_in(state.float_calls)
+        block.passing.stay = True
+        if original is not None:
+            floats = block.calls_in(state.float_calls)
             layers.lead(original)
             reference = stack.enter_context(Lanes(original, block.sites, state.floats, floats, last=True))
         if state.hidden:
@@ -196,6 +210,7 @@ def _solve_site(
         kinds = (needs if specs else set()) | measured
         floats = reference.advance() if reference else None
         stats = collect(kinds, lanes.advance(), block.state.tokens, floats, _roots(block, site, method))
+        block.passing.only(site.linears)  # all batches have left those before
     if measured:
         report.importance |= {block.full(n): stats[MeanSquare] for n in site.linears}
     if not specs:
@@ -242,8 +257,11 @@ def _placed(block: _Block, found: _Found, solved: Solved) -> Solved:
     """Put the weight that a runtime will multiply with into the block; return the linear with its line."""
     Q_NK = solved.q.dequantize()
     module: Any = block.module.get_submodule(found.name)
+    weight = Q_NK.to(block.plan.skeleton.dtype)
     if not module.weight.is_meta:  # nothing runs through the head
-        module.weight.data = Q_NK.to(block.plan.skeleton.dtype)
+        module.weight.data = weight
+    elif block.state.tokens:
+        block.passing.put(found.name, weight)
     line = {"method": block.plan.method.recipe.method, "bits": solved.q.grid.bits, **solved.report}
     return Solved(solved.q, line | Line().add(solved.q, Q_NK, found.W_NK, found.H_KK).to_json())
 

@@ -1,5 +1,6 @@
 """Experts taken apart compute what transformers' fused ones compute, for every class that it has."""
 
+import copy
 import importlib
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from llmq.model.experts import Experts, assign_fused, is_fused, routers, unfuse
+from llmq.model.experts import Experts, Passing, assign_fused, in_experts, is_fused, routers, unfuse
 
 E, TOP, T, H, INNER = 8, 4, 23, 32, 24
 ROOT = Path(transformers.__file__).parent / "models"
@@ -167,3 +168,30 @@ def test_what_chooses_experts_is_told_from_what_computes():
     block["mlp"].router = nn.ModuleDict({"proj": nn.Linear(H, E), "wide": nn.Linear(H, H)})
     block["attention"].gate = nn.Linear(H, E)
     assert routers(block) == {"mlp.gate", "mlp.shared_expert_gate", "mlp.router.proj"}
+
+
+@torch.no_grad()
+def test_weights_that_are_not_there_come_and_go_with_the_forward(ours):
+    experts, _ = ours
+    block = nn.ModuleDict({"experts": experts})
+    mine = routed()
+    want = experts(*mine)
+    state = {n: t.clone() for n, t in block.state_dict().items()}
+    for linear in in_experts(block).values():
+        linear.weight = nn.Parameter(torch.empty_like(linear.weight, device="meta"))
+    there = []
+
+    def get(name):
+        there.append(sum(not linear.weight.is_meta for linear in in_experts(block).values()))
+        return state[name]
+
+    with Passing(block, get) as passing:
+        assert torch.equal(experts(*mine), want)
+        assert there == [0] * (3 * E) and all(p.is_meta for p in block.parameters())
+        passing.stay, copied = True, copy.deepcopy(block)["experts"]
+        passing.put("experts.3.up_proj", torch.zeros(INNER, H))
+        assert not torch.equal(experts(*mine), want) and torch.equal(copied(*mine), want)
+        passing.only(["experts.7.up_proj"])
+        for model in (experts, copied):
+            assert {n for n, p in model.named_parameters() if not p.is_meta} == {"7.up_proj.weight"}
+    assert all(p.is_meta for p in block.parameters())
