@@ -222,6 +222,8 @@ def _set_experts(recipe: Recipe, skeleton: Skeleton) -> None:
     experts = [m for m in skeleton.model.modules() if isinstance(m, Experts)]
     if recipe.experts and not experts:
         raise LlmqError(f"--experts means nothing here: {skeleton.source.path} has no experts")
+    if recipe.experts == "all" and all(m.batched for m in experts):
+        raise LlmqError("--experts all means nothing here: the router makes zeros of an expert's other tokens")
     for layer in experts:
         layer.every = recipe.experts == "all"
 

@@ -248,4 +248,6 @@ def test_a_budget_gives_the_experts_of_a_layer_one_choice(tmp_path, prose):
 def test_the_option_means_nothing_without_experts(tiny_checkpoint, tmp_path):
     with pytest.raises(LlmqError, match="--experts means nothing here"):
         llmq.quantize(tiny_checkpoint(), tmp_path / "out", method="rtn", experts="all", group_size=32)
+    with pytest.raises(LlmqError, match="--experts all means nothing here: the router"):
+        prepare(str(make(tmp_path / "float", "llama4_text")), Recipe(method="rtn", experts="all", group_size=32))
     assert "experts" not in Recipe().resolved().to_json() and json.dumps(Recipe(experts="all").to_json())
