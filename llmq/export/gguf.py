@@ -120,7 +120,8 @@ def _staged(
     """Stage every tensor that a GGUF file holds; yield it without its rows, by its float checkpoint's name."""
     for name, found in packed:
         if isinstance(found, QTensor):
-            tensor = convert(found, name.removesuffix(".weight"), requantize)
+            width = arch.together(name, found.codes.shape[1])
+            tensor = convert(found, name.removesuffix(".weight"), requantize, width)
         elif name.endswith(_CACHE) or arch.beside(name):
             continue
         else:
@@ -164,9 +165,10 @@ def _left_out(source: Source, packed: PackedCheckpoint) -> list[str]:
     return found
 
 
-def convert(q: QTensor, name: str, requantize: str | None) -> Exported:
+def convert(q: QTensor, name: str, requantize: str | None, together: int | None = None) -> Exported:
     """Return the ggml rows of a solved linear, its codes kept.
 
+    together: the columns that stay together in the file (`Architecture.together`); None for all.
     Raises LlmqError, with the reason, where they cannot be kept and `requantize` names no type instead.
     """
     why = _obstacle(q)
@@ -186,7 +188,8 @@ def convert(q: QTensor, name: str, requantize: str | None) -> Exported:
         raise LlmqError(
             f"{name}: its codes cannot be kept: {why}; say --requantize TYPE (Q8_0, Q6_K ...) to round it anew"
         )
-    return _rounded(q.dequantize(), name, mixture.fallback(requantize, q.codes.shape[1]), REQUANTIZED)
+    kind = mixture.fallback(requantize, together or q.codes.shape[1])
+    return _rounded(q.dequantize(), name, kind, REQUANTIZED)
 
 
 def _obstacle(q: QTensor) -> str | None:
@@ -238,7 +241,7 @@ def _float(name: str, ggml: str | None, tensor: Tensor, embeddings: str | None) 
         raise LlmqError(f"{name} is {kind}, neither float nor packed; the checkpoint's config is not its own")
     if not torch.isfinite(tensor).all():
         raise LlmqError(f"tensor {name} holds NaN or Inf; the checkpoint is damaged")
-    if tensor.dim() < 2 or ggml is None:
+    if tensor.dim() < 2 or ggml is None or mixture.always_float(ggml):
         return Exported("F32", tensor.float())
     if embeddings is None or ggml not in ("token_embd.weight", "output.weight"):
         return Exported(_KEPT[tensor.dtype], tensor)

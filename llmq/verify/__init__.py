@@ -88,11 +88,10 @@ def _truth(source: Source, recorded: dict[str, Any], found: Folder | Gguf) -> Tr
     if "decoded" in recorded:
         said = recorded["decoded"]
         as_floats(source, DECODED.get(str(said.get("dtype"))) if isinstance(said, dict) else None)
+    shifted, plain = (found.shifted, True) if isinstance(found, Gguf) else ((), False)
     if source.quantization is not None:
-        return Truth(Folder(source, {}, Report()).skeleton, recorded, found.packed)
+        return Truth(Folder(source, {}, Report()).skeleton, recorded, found.packed, shifted, plain=plain)
     skeleton = Skeleton(source, torch.float32)
     if source.adapter is not None:
         skeleton.source = Adapted(skeleton, Adapter(source.adapter))
-    if isinstance(found, Gguf):
-        return Truth(skeleton, recorded, found.packed, found.shifted, plain=True)
-    return Truth(skeleton, recorded, found.packed)
+    return Truth(skeleton, recorded, found.packed, shifted, plain=plain)

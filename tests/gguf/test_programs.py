@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from llmq.checkpoint import Source
+from llmq.export.gguf import export
 from llmq.gguf import imatrix
 from llmq.gguf.programs import PROGRAMS
 from llmq.gguf.reader import GgufFile
@@ -124,6 +125,23 @@ def test_value_heads_move_in_blocks_of_whole_columns(tmp_path, written):
     assert kinds["blk.0.ssm_out.weight"] == "Q5_0" and kinds["blk.0.attn_gate.weight"] == "Q4_K"
     assert kinds["blk.0.ssm_conv1d.weight"] == kinds["blk.0.ssm_a"] == "F32"
     assert verify(tmp_path / "out.gguf", folder).passed
+
+
+def test_a_packed_folder_is_exported_by_the_same_program(tmp_path, tokenizer_plain, llama_cpp):
+    """A wrapper with linear attention and experts, in 16-bit floats: what llama.cpp wants in float32 is."""
+    model = wrapped("qwen3_5_moe").half()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer_plain.save_pretrained(tmp_path / "model")
+    recipe = Recipe(format="compressed-tensors", method="rtn", bits=8, group_size=32, skip=("in_proj_[ab]",))
+    quantize(prepare(str(tmp_path / "model"), recipe, "cpu"), tmp_path / "packed")
+    done = export(str(tmp_path / "packed"), tmp_path / "out.gguf")
+    assert done["outcomes"]["values exact"] > 4 * 3 * 12
+    tensors = GgufFile(tmp_path / "out.gguf").tensors
+    for leaf in ("ssm_conv1d.weight", "ffn_gate_inp.weight", "ssm_a", "attn_norm.weight"):
+        assert tensors[f"blk.0.{leaf}"].tensor_type.name == "F32", leaf
+    report = verify(tmp_path / "out.gguf", tmp_path / "packed")
+    assert report.passed, report.failures
+    assert difference(model.float(), llama_cpp(tmp_path / "out.gguf")) < 1.5  # of 8 bits
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_5_moe_text"])
