@@ -84,7 +84,11 @@ class Floats(View):
         config = said | {"dtype": self.decoded["dtype"] if self.decoded else ""} | special_ids(self._first)
         for rope in _ropes(self._file, self._first):
             self.config = config | {"rope_parameters": rope}
-            if _turns_alike(blank_model(self, model_config(self), buffers=True), model):
+            try:
+                made = blank_model(self, model_config(self), buffers=True)
+            except LlmqError:  # a kind that this model_type does not have
+                continue
+            if _turns_alike(made, model):
                 return self.config
         raise LlmqError(
             f"{self.path}: no rope_parameters of transformers turn as its keys say ({_said(self._first)}); convert it "

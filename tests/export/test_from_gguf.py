@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from _readers import rewrite_gguf
+from _tiny import make_tokenizer
 from gguf import GGUFReader, quants
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import llmq
@@ -81,6 +82,55 @@ def test_it_computes_what_verify_finds_in_the_file(tiny_checkpoint, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, want(IDS).logits, rtol=1e-5, atol=1e-5)
     assert report.passed
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.5, 1.2, 2.0], "long_factor": [2.0, 4.0, 9.0, 30.0],
+        "original_max_position_embeddings": 256}  # fmt: skip
+FAMILIES = {
+    "gemma3_text": {
+        "head_dim": 32, "sliding_window": 6, "num_hidden_layers": 7, "query_pre_attn_scalar": 32,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+    },
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    "granite": {"attention_multiplier": 0.4, "embedding_multiplier": 1.7, "residual_multiplier": 0.6},
+    "smollm3": {"num_hidden_layers": 5},
+}  # fmt: skip
+
+
+def family(folder, kind, **options):
+    """Write a tiny random model of a type, with its tokenizer; return its logits."""
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None, "eos_token_id": 1}
+    config = AutoConfig.for_model(kind, **(sizes | heads | {"bos_token_id": 0, "initializer_range": 0.2} | options))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            torch.nn.init.normal_(p, 0.5 if "norm" in name else 0, 0.3)
+    model.save_pretrained(folder)
+    make_tokenizer(bos=False).save_pretrained(folder)
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_other_architectures_compute_the_same_from_their_floats(kind, tmp_path):
+    want = family(tmp_path / "m", kind, **FAMILIES[kind])
+    llmq.dequantize(quantized(tmp_path / "m", tmp_path / "x.gguf", "F32"), tmp_path / "f", dtype="float32", warn=print)
+    with torch.no_grad():
+        got = AutoModelForCausalLM.from_pretrained(tmp_path / "f", dtype=torch.float32)(IDS).logits
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_rotations_that_transformers_cannot_say_are_refused(tmp_path):
+    sizes = {"max_position_embeddings": 1024, "original_max_position_embeddings": 256}
+    family(tmp_path / "m", "phi3", rope_parameters=LONG, **sizes)
+    file = quantized(tmp_path / "m", tmp_path / "x.gguf", "F32")
+    with pytest.raises(LlmqError, match=r"no rope_parameters of transformers turn as its keys say \(phi3\.rope\."):
+        floats.dequantize(str(file), tmp_path / "f")
 
 
 def test_a_split_file_and_its_own_output_are_read(tiny_checkpoint, tmp_path):
