@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -83,7 +84,7 @@ class Floats(View):
         said = {"architectures": [type(model).__name__], **dict(self._file.skeleton.source.config)}
         config = said | {"dtype": self.decoded["dtype"] if self.decoded else ""} | special_ids(self._first)
         for rope in _ropes(self._file, self._first):
-            self.config = config | {"rope_parameters": rope}
+            self.config = _short(config | {"rope_parameters": rope})
             try:
                 made = blank_model(self, model_config(self), buffers=True)
             except LlmqError:  # a kind that this model_type does not have
@@ -94,6 +95,15 @@ class Floats(View):
             f"{self.path}: no rope_parameters of transformers turn as its keys say ({_said(self._first)}); convert it "
             "with the tools of the model that it was made from"
         )
+
+
+def _short(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with the shortest spelling of its numbers: a file's are float32, 1e-05 being 9.99999975e-06."""
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        short = float(str(np.float32(value))) if isinstance(value, float) else value
+        plain[key] = _short(value) if isinstance(value, dict) else short
+    return plain
 
 
 def _said(file: GgufFile) -> str:

@@ -71,6 +71,7 @@ def test_packed_weights_are_what_gguf_py_decodes(kind, tiny_checkpoint, tmp_path
     assert record["decoded"]["quant_method"] == "gguf" and sum(record["decoded"]["weights"].values()) >= 14
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["dtype"] == "bfloat16"
+    assert config["rms_norm_eps"] == 1e-6
 
 
 def test_it_computes_what_verify_finds_in_the_file(tiny_checkpoint, tmp_path):
