@@ -12,6 +12,7 @@ measured on sequences that are never trained on; the best codes and scales are k
 Not here: choosing the start (gptq.py, descent.py), the forward (model/lanes.py).
 """
 
+from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +133,8 @@ def _row(i: int, B: int, value: Any) -> Any:
     """Return row i of what a batch of B holds for each sequence; what all sequences share is left alone."""
     if isinstance(value, tuple):
         return tuple(_row(i, B, v) for v in value)
+    if isinstance(value, dict | UserDict):  # keys and values that blocks hand on
+        return type(value)({k: _row(i, B, v) for k, v in value.items()})
     return value[i : i + 1] if isinstance(value, Tensor) and value.dim() and value.shape[0] == B else value
 
 

@@ -22,11 +22,13 @@ _REMEDY = "leave --kv-bits out for this model"
 def owner_of_cache(block: nn.Module, name: str) -> str:
     """Return the attention of a block, whose keys a linear of their own makes: the scales are stored beside it.
 
-    Raises LlmqError, calling the block `name`, where it has none: a state space, or keys fused with queries.
+    Raises LlmqError, calling the block `name`, where it has none, or a state beside: a state space, or keys fused with
+    queries.
     """
-    owners = [n for n, m in block.named_modules() if hasattr(m, "layer_idx") and hasattr(m, "k_proj")]
-    if len(owners) != 1:
-        raise LlmqError(f"{name} ({type(block).__name__}) has no attention whose keys a k_proj makes; {_REMEDY}")
+    keep = {n: m for n, m in block.named_modules() if n and hasattr(m, "layer_idx")}  # something in the cache
+    owners = [n for n, m in keep.items() if hasattr(m, "k_proj")]
+    if len(owners) != 1 or len(keep) != 1:
+        raise LlmqError(f"{name} ({type(block).__name__}) is not one attention whose keys a k_proj makes; {_REMEDY}")
     return owners[0]
 
 

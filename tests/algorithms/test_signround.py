@@ -1,5 +1,7 @@
 """SignRound: less error of the block's output on sequences it never trained on, or exactly where it began."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from torch import nn
@@ -14,22 +16,26 @@ from llmq.types import LlmqError
 
 
 class Block(nn.Module):
-    """Two linears around a nonlinearity, a residual, and an argument per sequence, as a decoder block has."""
+    """Two linears around a nonlinearity, a residual, and arguments per sequence, as a decoder block has."""
 
     def __init__(self, seed=0):
         super().__init__()
         torch.manual_seed(seed)
         self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
 
-    def forward(self, x, shift, *, gain=None):
-        return (x + self.down(torch.relu(self.up(x + shift[0]))) * (1 if gain is None else gain),)
+    def forward(self, x, shift, *, gain=None, handed_on=None):
+        handed_on["keys"] = (x[:, :1],)  # which a later block reads
+        return (x + self.down(torch.relu(self.up(x + shift[0]))) * gain + handed_on["values"][0],)
 
 
 def view(sequences=16, bits=2, sym=True, seed=0, batch=4):
     block = Block()
     g = torch.Generator().manual_seed(3)
     inputs = [torch.randn(batch, 24, 32, generator=g) for _ in range(sequences // batch)]
-    calls = [(((torch.zeros(1, 24, 32),),), {"gain": torch.ones(batch, 1, 1)}) for _ in inputs]
+    calls = [
+        ((((torch.zeros(1, 24, 32),),), {"gain": torch.ones(batch, 1, 1), "handed_on": UserDict(values=(x[:, :1],))}))
+        for x in inputs
+    ]
     with torch.no_grad():
         outputs = [block(x, *args, **kwargs)[0] for x, (args, kwargs) in zip(inputs, calls, strict=True)]
         targets = {n: getattr(block, n).weight.detach().clone() for n in ("up", "down")}

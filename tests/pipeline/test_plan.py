@@ -173,12 +173,12 @@ def test_rows_that_do_not_fill_words_are_left_float_too(tiny_checkpoint, form, w
     assert any("not quantized alike" in w for w in plan.warnings)
 
 
-@pytest.mark.parametrize("name", ["phi3", "gpt_neox"])
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "lfm2", "falcon_h1", "deepseek_v3"])
 def test_scales_of_a_cache_without_keys_of_their_own_are_refused_before_any_work(tmp_path, name):
     FAMILIES[name].save(tmp_path)
     options = {"method": "rtn", "group_size": 32, "kv_bits": 8}
     with pytest.raises(
-        LlmqError, match=r"layers\.0 \(\w+\) has no attention whose keys a k_proj makes; leave --kv-bits"
+        LlmqError, match=r"layers\.0 \(\w+\) is not one attention whose keys a k_proj makes; leave --kv-bits"
     ):
         prepare(str(tmp_path), Recipe(**options), "cpu")
 
