@@ -33,7 +33,7 @@ from llmq.types import Producer, Site
 
 _TOKENS = 32
 _DEAD = "some of their channels are 0 in what was tried"
-_NUMBER = re.compile(r"\.\d+\.")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _OWN_NUMBER = {"layer_idx", "layer_id", "layer_number"}  # what tells apart blocks that compute alike
 
 
@@ -146,9 +146,11 @@ def _tried(trial: Trial, head_dim: int) -> tuple[dict[int, Producer], dict[int, 
 
 def _elder(trial: Trial, name: str) -> str | None:
     """Return the module of expert 0 that stands for another expert's, which is built alike; None for any other."""
-    elder = _NUMBER.sub(".0.", name)
-    alike = elder != name and elder in trial.modules and type(trial.modules[elder]) is type(trial.modules[name])
-    return elder if alike and trial.modules[elder].weight.shape == trial.modules[name].weight.shape else None
+    elder = _NUMBER.sub("0", name)
+    if elder == name or not {elder, name} <= trial.modules.keys():
+        return None
+    one, other = trial.modules[elder], trial.modules[name]
+    return elder if type(one) is type(other) and one.weight.shape == other.weight.shape else None
 
 
 def _of_elders(trial: Trial, producers: Mapping[int, Producer]) -> dict[int, Producer]:
@@ -156,9 +158,9 @@ def _of_elders(trial: Trial, producers: Mapping[int, Producer]) -> dict[int, Pro
     known = {trial.sites[i].linears: by for i, by in producers.items()}
     found = {}
     for i, site in enumerate(trial.sites):
-        by = known.get(tuple(_elder(trial, n) or n for n in site.linears)) if i not in producers else None
-        number = _NUMBER.search(site.linears[0])
-        if by is not None and number is not None and (own := _NUMBER.sub(number[0], by.module)) != by.module:
+        by = known.get(tuple(_elder(trial, n) or "" for n in site.linears))
+        own = _NUMBER.sub(_NUMBER.findall(site.linears[0])[0], by.module) if by else ""
+        if by and _elder(trial, own) == by.module:
             found[i] = replace(by, module=own)
     return found
 
@@ -267,7 +269,7 @@ class _Doubling:
         nothing = self.trial.run({self.name: torch.zeros_like}).inputs
         wider = [i for i, x in self.inputs.items() if x.shape[1] < self.N and not nothing[i].any()]
         for size in (self.N // 2, self.N // 3, head_dim) if wider else ():
-            if self.N % size == 0:
+            if size and self.N % size == 0:
                 yield self._clean(size, wider)
 
     def _clean(self, size: int, sites: Sequence[int]) -> Tensor:

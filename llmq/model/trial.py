@@ -41,9 +41,7 @@ class Trial:
         self.block, self.sites, self.hidden, self.call = block, sites, hidden, call
         self.modules: dict[str, Any] = dict(block.named_modules())
         self.linears = set(linears_of(block))
-        self.norms = {
-            n for n, m in self.modules.items() if getattr(m, "weight", None) is not None and m.weight.dim() == 1
-        }
+        self.norms = {n for n, m in self.modules.items() if _has_gain(m)}
         self.as_it_is = self.run()
 
     def width(self, name: str) -> int:
@@ -156,8 +154,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in arguments or results."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, tuple | list | dict):
-        for inner in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, tuple | list | Mapping):
+        for inner in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(inner)
 
 
@@ -167,7 +165,7 @@ def _in_float32(value: Any) -> Any:
         return value.float() if value.is_floating_point() else value
     if isinstance(value, tuple | list):
         return type(value)(_in_float32(v) for v in value)
-    return {k: _in_float32(v) for k, v in value.items()} if isinstance(value, dict) else value
+    return {k: _in_float32(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Producers are found as the code of each family has them, and refused where something else reads them too."""
 
 import copy
+from collections import UserDict
 from dataclasses import replace
 
 import pytest
@@ -152,9 +153,10 @@ def test_a_hidden_second_reader_is_refused(number, channels):
     assert found.reasons == {f"block.{linear}": f"block.{right[number]} feeds something else too"}
 
 
-def test_a_reader_behind_the_block_is_seen_in_its_arguments():
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_a_reader_behind_the_block_is_seen_in_its_arguments(kind):
     block, hidden, (args, kwargs) = loaded("llama")
-    found = sought(Peeking(block, "self_attn.o_proj"), hidden, (args, kwargs | {"shared": {}}))
+    found = sought(Peeking(block, "self_attn.o_proj"), hidden, (args, kwargs | {"shared": kind()}))
     assert found.reasons == {"block.self_attn.o_proj": "block.self_attn.v_proj feeds something else too"}
 
 
