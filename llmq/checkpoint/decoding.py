@@ -9,6 +9,7 @@
                                                                   compressed-tensors: FP8, MXFP8
     M.weight_packed U8, M.weight_scale[, M.weight_global_scale]   compressed-tensors: MXFP4, NVFP4
     M.weight U8, M.weight_scale, M.weight_scale_2                 modelopt: NVFP4
+    M.weight I8, M.weight_scale_inv, in an `fp8` checkpoint       DeepSeek's experts of 4 bits: MXFP4
     T_blocks U8 [E, N, K/32, 16], T_scales U8 [E, N, K/32]        gpt-oss: MXFP4; T is read as [E, K, N]
     M.qweight, M.weight_packed I32, M.weight I8, their scales     GPTQ, AWQ, compressed-tensors: integers
 
@@ -211,7 +212,7 @@ class _Checkpoint:
             return self._gpt_oss(name.removesuffix("_blocks"), entry)
         if leaf == "weight_packed" and kind == "U8":
             return self._fp4(f"{module}.weight", entry, f"{module}.weight_global_scale", "divides")
-        if leaf == "weight" and kind == "U8":
+        if leaf == "weight" and (kind == "U8" or (kind == "I8" and self.config.get("quant_method") == "fp8")):
             return self._fp4(name, entry, f"{name}_scale_2", "multiplies")
         if leaf in ("qweight", "weight_packed") or (leaf == "weight" and kind == "I8"):
             return self._integers(module)
@@ -236,14 +237,18 @@ class _Checkpoint:
             scale = self._part(f"{name}_scale", name, (*_FP8, *_FLOAT))
             block = self._block(codes, shape, scale, (1, 16))
             return self._made(name, Scaled("NVFP4", shape, block, does), codes, scale, self._single(whole, name))
-        scale = self._part(f"{name}_scale", name, _EXPONENT)
+        scale = self._scale(name)
         return self._made(name, Scaled("MXFP4", shape, self._block(codes, shape, scale, (1, 32))), codes, scale)
 
-    def _fp8(self, name: str, codes: Entry) -> Decoded:
+    def _scale(self, name: str) -> Entry:
+        """Return the scales of a weight, under either of their names. Raises LlmqError where there are none, or two."""
         inverse, plain = f"{name}_scale_inv", f"{name}_scale"
         if inverse in self.stored and plain in self.stored:
             raise LlmqError(f"{name} has two scales, {inverse} and {plain}; take one out")
-        scale = self._part(plain if plain in self.stored else inverse, name, (*_FLOAT, *_EXPONENT))
+        return self._part(plain if plain in self.stored else inverse, name, (*_FLOAT, *_EXPONENT))
+
+    def _fp8(self, name: str, codes: Entry) -> Decoded:
+        scale = self._scale(name)
         micro = scale.dtype in _EXPONENT
         block = self._block(codes, codes.shape, scale, *([(1, 32)] if micro else []))
         kind = "MXFP8" if micro and block == (1, 32) else "FP8"

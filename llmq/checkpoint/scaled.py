@@ -1,7 +1,7 @@
 """Weights in narrow floats, decoded: a code of 8 or 4 bits for each value, a scale for each block of them.
 
     FP8      codes float8 [..., N, K]     w = code * scale
-    FP4      codes uint8 [..., N, K/2]    two E2M1 codes a byte, the even column in the low half
+    FP4      codes bytes [..., N, K/2]    two E2M1 codes a byte, the even column in the low half
                                           0 0.5 1 1.5 2 3 4 6, and from code 8 on their negatives
 
     scale    [..., ceil(N/n), ceil(K/k)] for blocks of n x k, those at the edges cut short:
@@ -125,7 +125,7 @@ def _values(stored: Tensor, part: Entry) -> Tensor:
 
 
 def _values_of(code_NC: Tensor) -> Tensor:
-    """Return the values of codes, float32 `[N, K]`: of FP8 `[N, K]`, or of packed E2M1 codes, uint8 `[N, K/2]`."""
-    if code_NC.dtype != torch.uint8:
+    """Return the values of codes, float32 `[N, K]`: of FP8 `[N, K]`, or of packed E2M1 codes, bytes `[N, K/2]`."""
+    if code_NC.is_floating_point():
         return code_NC.float()
-    return _PAIRS.index_select(0, code_NC.flatten().int()).reshape(len(code_NC), -1)
+    return _PAIRS.index_select(0, code_NC.view(torch.uint8).flatten().int()).reshape(len(code_NC), -1)

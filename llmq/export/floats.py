@@ -91,13 +91,14 @@ def _opened(src: str, dtype: torch.dtype) -> Source:
 def _add(sink: Sink, source: Source, step: Progress) -> None:
     """Stage every tensor, in parts. Raises LlmqError for one that is not finite."""
     names = sorted(source.names(), key=natural)
-    part: dict[str, Tensor] = {}
+    part, size = dict[str, Tensor](), 0
     for i, name in enumerate(names):
         step(i, len(names), name)
         part[name] = _finite(name, source.get(name))
-        if sum(t.nbytes for t in part.values()) >= _PART:
+        size += part[name].nbytes
+        if size >= _PART:
             sink.add(part)
-            part = {}
+            part, size = {}, 0
     if part:
         sink.add(part)
     step(len(names), len(names), "writing")

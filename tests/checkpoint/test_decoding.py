@@ -91,6 +91,16 @@ def test_fp8_in_even_blocks_is_what_transformers_makes_of_it():
     assert torch.equal(by_the_peer({"weight": codes, "weight_scale_inv": scale}, "fp8-block"), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_experts_of_four_bits_in_an_fp8_checkpoint_are_what_transformers_makes_of_them(dtype, tmp_path):
+    stored = _narrow.packed(torch.randn(48, 64), "ct-mxfp4")
+    codes, scale = stored["weight_packed"].view(torch.int8), stored["weight_scale"].view(dtype)
+    save_file({"e.weight": codes, "e.weight_scale_inv": scale}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
+    source, want = decoded(tmp_path), Fp8Dequantize(None)._dequantize_one(codes, scale, torch.bfloat16)
+    assert torch.equal(source.get("e.weight"), want) and source.decoded["weights"] == {"MXFP4, groups of 32": 1}
+
+
 @pytest.mark.parametrize("name", PACKED)
 def test_integers_are_what_a_packed_checkpoint_holds(name):
     source, floats = Source(GOLDEN / name), decoded(GOLDEN / name, torch.float32)
