@@ -25,13 +25,15 @@ from llmq.errors import LlmqError
 from llmq.gguf import delta_net, mixture
 from llmq.gguf.differences import differences, gain, is_norm
 from llmq.gguf.programs import PROGRAMS, Program
-from llmq.gguf.rope import Rotary, rotary
+from llmq.gguf.rope import Reads, Rotary, rotary
 from llmq.model.config import head_dim, kv_heads
 from llmq.model.experts import unfuse
 from llmq.model.pretrained import auto_class, foreign
 
 _DROPPED = (".rotary_emb.inv_freq",)  # buffers of old checkpoints that every runtime computes itself
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.(?:weight|bias))")
+_ALIASES = {".dt_bias": ".dt_proj.bias", ".sinks": ".sinks.weight"}  # parameters that are no module's weight or bias
+_ALIAS = re.compile(r"\.(dt_bias|sinks)$")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -102,7 +104,7 @@ class Architecture:
         one = _EXPERT.fullmatch(name)
         if name.endswith(_DROPPED) or (self.tied and name == "lm_head.weight"):
             return None
-        merged = f"{one[1]}.{one[3]}" if one else name.replace(".dt_bias", ".dt_proj.bias")
+        merged = f"{one[1]}.{one[3]}" if one else _ALIAS.sub(lambda m: _ALIASES[m[0]], name)
         found = self._names.get_name(merged, try_suffixes=(".weight", ".bias"))
         if name not in self.parameters:
             raise LlmqError(
@@ -191,6 +193,11 @@ class Architecture:
                 "llama.cpp's keys alone cannot say this rotary scaling, so that a table of frequencies "
                 "(rope_freqs.weight) is in the file; readers other than llama.cpp may pass over it"
             )
+        if self.rope.off:
+            found.append(
+                f"llama.cpp rounds the ends of the ramp of this rotary scaling: its frequencies are off by up to "
+                f"{self.rope.off:.1%}, as in every GGUF file of {self.name}"
+            )
         if self.rope.factors:
             found.append(
                 f"llama.cpp takes the frequencies of long texts wherever it is started with a context of more than "
@@ -276,11 +283,11 @@ def _rotary(config: Any, model: Any, program: Program) -> tuple[Rotary, Rotary |
     """Return the rotary embedding of the blocks, and that of those with a window where it is their own."""
     with foreign("config.json, rope_parameters"):
         embedding = type(model.model.rotary_emb)(config)
-        known: dict[str, Any] = {"divisors": program.table, "partial": program.partial, "factors": program.factors}
+        reads = Reads(program.table, program.partial, program.factors, program.blunt)
         if not program.local:
-            return rotary(embedding, config, head_dim(config), **known), None
+            return rotary(embedding, config, head_dim(config), reads), None
         kinds = [kind for kind in (_FULL, _SLIDING) if kind in config.layer_types]
-        first, *more = [rotary(embedding, config, head_dim(config), layer_type=kind, **known) for kind in kinds]
+        first, *more = [rotary(embedding, config, head_dim(config), reads, kind) for kind in kinds]
     local = more[0] if more else first
     if local.kind != "none" or "yarn" in (first.kind, local.kind) or {first.attn_factor, local.attn_factor} != {1}:
         raise LlmqError(

@@ -17,6 +17,7 @@ from llmq.gguf import delta_net
 from llmq.gguf.programs import Program
 from llmq.model.config import head_dim
 
+_CLAMPED = (1.702, 7.0)  # gpt-oss's gate: x sigmoid(1.702 x) of x of at most 7
 _PROBE = 8  # channels of a norm that is tried out
 
 
@@ -34,6 +35,8 @@ def differences(config: Any, model: Any, program: Program, tied: bool) -> Iterat
         yield "config.json asks for attention both ways (is_causal, use_bidirectional_attention)"
     if d % 2 or (program.square and d * heads != config.hidden_size):
         yield f"{heads} heads of {d} channels for a residual stream of {config.hidden_size}"
+    if program.activation is None and not config.attention_bias:
+        yield "attention without biases (attention_bias false)"
     if program.untied and tied:
         yield "a head that is the embedding (tie_word_embeddings)"
     if program.delta:
@@ -54,31 +57,39 @@ def _numbers(config: Any, program: Program) -> Iterator[str]:
 
 
 def _blocks(config: Any, model: Any, program: Program) -> Iterator[str]:
-    probe, eps = torch.linspace(-4, 4, 33), config.rms_norm_eps
     scale = getattr(model.model.embed_tokens, "scalar_embed_scale", 1.0)
     if abs(scale - (config.hidden_size**0.5 if program.scaled else 1)) > 1e-6 * scale:
         yield f"embeddings are multiplied by {scale}"
-    for block in model.model.layers[:1]:
-        mlp = getattr(block.mlp, "experts", block.mlp)
-        act = getattr(mlp, "act_fn", None) or mlp.activation_fn
-        if not torch.allclose(act(probe), program.activation(probe), atol=1e-6):
-            said = getattr(config, "hidden_activation", None) or config.hidden_act
-            yield f"config.json asks for the activation {said!r}"
     for i, block in enumerate(model.model.layers):
-        if program.counts and not hasattr(block.mlp, "experts"):
-            yield f"block {i} without experts"
-        if program.counts and not getattr(block.mlp.gate, "norm_topk_prob", True):
-            yield "experts whose weights do not add up to 1 (norm_topk_prob false)"
-        if not hasattr(block, "self_attn"):
-            continue  # linear attention
-        scaling = block.self_attn.scaling
-        if program.scale and abs(scaling - program.scale(config)) > 1e-6 * abs(scaling):
-            yield f"attention is scaled by {scaling}"
-        if bool(getattr(block.self_attn, "use_rope", True)) != turned(i, program):
-            yield f"block {i} {'without' if turned(i, program) else 'with'} rotary embedding"
+        yield from _attention(config, block, i, program) if hasattr(block, "self_attn") else ()
+        yield from _mlp(config, block, i, program)
     for name, module in first_norms(model):
-        if gain(module, eps) is None:
-            yield f"{name}, a {type(module).__name__} that is no RMSNorm that adds {eps}"
+        if gain(module, config.rms_norm_eps) is None:
+            yield f"{name}, a {type(module).__name__} that is no RMSNorm that adds {config.rms_norm_eps}"
+
+
+def _attention(config: Any, block: Any, i: int, program: Program) -> Iterator[str]:
+    scaling = block.self_attn.scaling
+    if program.scale and abs(scaling - program.scale(config)) > 1e-6 * abs(scaling):
+        yield f"attention is scaled by {scaling}"
+    if bool(getattr(block.self_attn, "use_rope", True)) != turned(i, program):
+        yield f"block {i} {'without' if turned(i, program) else 'with'} rotary embedding"
+
+
+def _mlp(config: Any, block: Any, i: int, program: Program) -> Iterator[str]:
+    if program.counts and not hasattr(block.mlp, "experts"):
+        yield f"block {i} without experts"
+        return
+    if program.counts and not getattr(getattr(block.mlp, "gate", None), "norm_topk_prob", True):
+        yield "experts whose weights do not add up to 1 (norm_topk_prob false)"
+    mlp, probe = getattr(block.mlp, "experts", block.mlp), torch.linspace(-4, 4, 33)
+    if program.activation is None:
+        if (mlp.alpha, mlp.limit) != _CLAMPED:
+            yield f"a gate of {mlp.alpha}, clamped at {mlp.limit}"
+        return
+    act = getattr(mlp, "act_fn", None) or mlp.activation_fn
+    if not torch.allclose(act(probe), program.activation(probe), atol=1e-6):
+        yield f"config.json asks for the activation {getattr(config, 'hidden_activation', None) or config.hidden_act!r}"
 
 
 def turned(block: int, program: Program) -> bool:

@@ -14,6 +14,7 @@
     qwen3_5_text      qwen35         gated attention beside linear attention (delta_net.py)
     qwen3_moe         qwen3moe       experts in every block, their weights made to add up to 1
     mixtral           llama          as llama, experts in every block
+    gpt_oss           gpt-oss        windows in every other block, sinks, experts with biases and a clamped gate
     qwen3_5_moe_text  qwen35moe      as qwen35, experts in every block beside one that is shared
 
 A program is compiled in: what it does not read from a key of the file (a period of four, a cap, a scale of attention)
@@ -63,7 +64,8 @@ class Program:
     `rope_factors_long`. partial: whether it can turn the first channels of a
     head alone. square: whether all heads together must have as many channels as the residual stream. untied: whether it
     must have a head of its own.
-    activation: between up and down. scaled: whether embeddings are multiplied by the root of their width.
+    activation: between up and down; None for gpt-oss's clamped gate. blunt: whether a ramp between frequencies whose
+    ends are no whole pairs is taken, rounded. scaled: whether embeddings are multiplied by the root of their width.
     scale: what scores are multiplied by, of the config; None where a key says it.
     period: of blocks with a window, of which the last one sees all the way; 0 where windows are not known.
     local: whether blocks with a window are turned by a base of their own. nope: every so many blocks one is not turned.
@@ -81,7 +83,8 @@ class Program:
     partial: bool = False
     square: bool = False
     untied: bool = False
-    activation: Callable[[Tensor], Tensor] = nn.functional.silu
+    activation: Callable[[Tensor], Tensor] | None = nn.functional.silu
+    blunt: bool = False
     scaled: bool = False
     scale: Callable[[Any], float] | None = _by_head
     period: int = 0
@@ -132,6 +135,12 @@ PROGRAMS: Mapping[str, Program] = {
     "mixtral": Program(
         _ARCH.LLAMA, _LINEARS, interleaved=True, table=True,
         counts={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+    ),
+    "gpt_oss": Program(
+        _ARCH.GPT_OSS, (*_ATTENTION, "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+        untied=True, activation=None, blunt=True, period=2,
+        counts={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
+                "intermediate_size": "expert_feed_forward_length"},
     ),
     "qwen3_5_moe_text": Program(
         _ARCH.QWEN35MOE, ("ssm_dt",), partial=True, delta=True,

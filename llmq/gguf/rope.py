@@ -39,10 +39,25 @@ _REMEDY = "write another format, or take the scaling out of config.json and stay
 
 
 @dataclass(frozen=True)
+class Reads:
+    """What an architecture reads of a rotary embedding, beside the base, the type and its numbers.
+
+    divisors: `rope_freqs.weight`. partial: how many channels of a head are turned, the first ones. factors: two tables,
+    for short and long contexts. blunt: whether yarn's ramp may have its ends rounded, as llama.cpp always does.
+    """
+
+    divisors: bool = False
+    partial: bool = False
+    factors: bool = False
+    blunt: bool = False
+
+
+@dataclass(frozen=True)
 class Rotary:
     """llama.cpp's rotary embedding of `d` channels: the symbols of the module's formula, divisors float32 `[d/2]`.
 
-    factors: divisors up to n tokens and beyond, where they are two.
+    factors: divisors up to n tokens and beyond, where they are two. off: how far the frequencies are, relative, from
+    transformers', where that was taken.
     """
 
     base: float
@@ -53,6 +68,7 @@ class Rotary:
     attn_factor: float = 1.0
     divisors: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
+    off: float = 0.0
 
     @property
     def tables(self) -> dict[str, Tensor]:
@@ -95,31 +111,20 @@ class Rotary:
         return 1 - ((i - lo) / max(0.001, hi - lo)).clamp(0, 1)
 
 
-def rotary(
-    embedding: Any,
-    config: Any,
-    d: int,
-    *,
-    divisors: bool,
-    partial: bool = False,
-    factors: bool = False,
-    layer_type: str | None = None,
-) -> Rotary:
+def rotary(embedding: Any, config: Any, d: int, reads: Reads, layer_type: str | None = None) -> Rotary:
     """Return the keys by which llama.cpp rotates as `embedding`, transformers' module, does heads of `d` channels.
 
-    divisors: whether the architecture reads `rope_freqs.weight`. partial: whether it can turn the first channels alone.
-    factors: whether it reads two tables, for short and long contexts.
     layer_type: of the blocks that are meant, where a config turns them by their type; None where it does not.
     Raises LlmqError where no keys do.
     """
     given, limit = dict(config.rope_parameters), config.max_position_embeddings
     given = given if layer_type is None else dict(given[layer_type])
     said = f"rope_parameters {printable(repr(given), 200)}"
-    original = int(_number(given, "original_max_position_embeddings")) if factors else 0
+    original = int(_number(given, "original_max_position_embeddings")) if reads.factors else 0
     seen = _values(embedding, limit, original, layer_type)
     _require_finite(seen, said)
     (wanted, magnitude), *others = seen
-    d = 2 * len(wanted) if partial else d
+    d = 2 * len(wanted) if reads.partial else d
     if 2 * len(wanted) != d:
         raise LlmqError(f"{said} do not rotate the {d} channels of a head; {_REMEDY}")
     if any(not torch.equal(wanted, w) or m != magnitude for w, m in others):
@@ -128,11 +133,14 @@ def rotary(
     for found in proposals:
         if _equal(found.frequencies(), wanted):
             return _scaled(found, magnitude)
-    if divisors:  # over the kind that the config names, so that a reader without the table is not far off
+    if reads.divisors:  # over the kind that the config names, so that a reader without the table is not far off
         found = next((p for p in proposals if p.kind == given["rope_type"]), proposals[0])
         found = replace(found, divisors=(found.frequencies() / wanted).clamp(max=_STILL).float())
         if _equal(found.frequencies(), wanted):
             return _scaled(found, magnitude)
+    if reads.blunt and given.get("truncate") is False and proposals[-1].kind == "yarn":
+        off = (proposals[-1].frequencies() / wanted - 1).abs().max().item()
+        return replace(_scaled(proposals[-1], magnitude), off=off)
     raise LlmqError(f"llama.cpp has no keys that rotate as {said} say; {_REMEDY}")
 
 

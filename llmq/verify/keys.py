@@ -99,6 +99,11 @@ def _mixtral(keys: Keys) -> dict[str, Any]:
     return {"num_local_experts": keys.number("expert_count"), "num_experts_per_tok": keys.number("expert_used_count")}
 
 
+def _gpt_oss(keys: Keys) -> dict[str, Any]:
+    width = {"intermediate_size": keys.number("expert_feed_forward_length"), "attention_bias": True}
+    return _windows(keys, 2) | _mixtral(keys) | width
+
+
 def _qwen35moe(keys: Keys) -> dict[str, Any]:
     shared = {"shared_expert_intermediate_size": keys.number("expert_shared_feed_forward_length")}
     return delta_net.config(keys) | _routed(keys) | shared
@@ -195,6 +200,12 @@ READINGS: Mapping[str, Reading] = {
     ),
     "smollm3": Reading("smollm3", interleaved=True, config=_smollm3),
     "qwen3moe": Reading("qwen3_moe", _EXPERTS, config=_routed),
+    "gpt-oss": Reading(
+        "gpt_oss",
+        _EXPERTS | {"ffn_gate_inp": "mlp.router", "attn_sinks.weight": "self_attn.sinks",
+                    "post_attention_norm": "post_attention_layernorm"},
+        config=_gpt_oss,
+    ),
     "qwen35moe": Reading(
         "qwen3_5_moe_text", delta_net.NAMES | _EXPERTS | _SHARED, shifted=True, config=_qwen35moe
     ),

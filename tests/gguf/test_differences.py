@@ -9,12 +9,14 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     Olmo2Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -49,6 +51,10 @@ LAYERS = ["sliding_attention", "full_attention", "full_attention", "sliding_atte
         (Gemma3TextConfig(num_hidden_layers=4, layer_types=LAYERS), "windows of 4096, 0, 0, 4096 tokens in its blocks"),
         (Gemma3TextConfig(rope_parameters={"full_attention": YARN}), "scales others linearly at most"),
         (Gemma3Config(text_config={"final_logit_softcapping": 5.0}), "5.0, passed over within a gemma3, which llama"),
+        (Qwen3MoeConfig(norm_topk_prob=False), r"do not add up to 1 \(norm_topk_prob false\)"),
+        (Qwen3MoeConfig(norm_topk_prob=True, mlp_only_layers=[3]), "block 3 without experts"),
+        (GptOssConfig(swiglu_limit=3.0), "a gate of 1.702, clamped at 3.0"),
+        (GptOssConfig(attention_bias=False), "attention without biases"),
         (Gemma2Config(final_logit_softcapping=None), "final_logit_softcapping: None"),
         (Gemma2Config(tie_word_embeddings=False), None),
         (GraniteConfig(residual_multiplier=0.0), "residual_multiplier: 0.0"),
@@ -81,6 +87,11 @@ def test_a_norm_is_known_by_what_it_does():
     assert gain(LlamaRMSNorm(4, 1e-5), 1e-6) is None and gain(_Centred(4), 1e-6) is None
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "phi3", "olmo2", "granite", "glm4", "smollm3"])
+def test_ends_of_a_ramp_that_llama_cpp_rounds_are_taken_for_gpt_oss_alone_and_said():
+    (said,) = architecture(GptOssConfig()).warnings()
+    assert "off by up to" in said and "as in every GGUF file of gpt-oss" in said
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "phi3", "olmo2", "granite", "glm4", "smollm3", "gpt_oss"])
 def test_the_defaults_of_a_family_are_its_program(kind):
     assert architecture(AutoConfig.for_model(kind)).blocks > 20

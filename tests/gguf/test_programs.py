@@ -23,6 +23,7 @@ PLAIN = {"rope_type": "default", "rope_theta": 5000.0}
 HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 LONG = HALF | {"rope_type": "longrope", "short_factor": [1.0, 1.5, 1.2, 2.0], "long_factor": [2.0, 4.0, 9.0, 30.0],
                "original_max_position_embeddings": 256}  # fmt: skip
+YARN = PLAIN | {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
 FOUR = {"attention_multiplier": 0.4, "embedding_multiplier": 1.7, "residual_multiplier": 0.6, "logits_scaling": 1.5}
 LINEAR_ATTENTION = {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
                     "linear_value_head_dim": 32, "rope_parameters": HALF | {"mrope_section": [3, 3, 2]}}  # fmt: skip
@@ -50,6 +51,8 @@ CASES = {  # options that only a file that says them computes rightly
     "qwen3_moe": ROUTED | {"norm_topk_prob": True, "head_dim": 32},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_5_moe_text": ROUTED | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 64},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 6,
+                "rope_parameters": YARN, "max_position_embeddings": 512},
     "smollm3": {"num_hidden_layers": 5, "rope_parameters": PLAIN, "initializer_range": 0.3,
                 "tie_word_embeddings": True},
 }  # fmt: skip
@@ -176,6 +179,7 @@ def test_experts_lie_in_one_tensor_and_have_a_row_of_importance_each(kind, writt
         ("phi3", {"rope_parameters": HALF | {"partial_rotary_factor": 1.0}}),
         ("granite", {"residual_multiplier": 0.9}),
         ("qwen3_moe", {"num_experts_per_tok": 1}),
+        ("gpt_oss", {"sliding_window": 20}),
         ("glm4", {"rope_parameters": HALF | {"partial_rotary_factor": 1.0}}),
         ("smollm3", {"no_rope_layers": [1] * 5}),
     ],

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llmq.gguf.rope import rotary
+from llmq.gguf.rope import Reads, rotary
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
@@ -44,7 +44,7 @@ REFUSED = {
 
 def found(parameters, divisors, **options):
     config = LlamaConfig(hidden_size=128, num_attention_heads=2, rope_parameters=dict(parameters), **options)
-    return config, rotary(LlamaRotaryEmbedding(config), config, 64, divisors=divisors)
+    return config, rotary(LlamaRotaryEmbedding(config), config, 64, Reads(divisors))
 
 
 @pytest.mark.parametrize("name", [*KEYED, *TABLED])
