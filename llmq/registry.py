@@ -24,8 +24,9 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from llmq.errors import one_line, printable
+from llmq.format import Format
 from llmq.options import parse
-from llmq.types import Format, Grid, LlmqError, Range
+from llmq.types import Grid, LlmqError, Range
 
 _DOTTED = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
 _DUTIES: dict[str, type] = {

@@ -38,8 +38,9 @@ from llmq.checkpoint.scaled import Block, Scaled, block_of
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.stored import checked
 from llmq.errors import LlmqError, printable
+from llmq.format import Format
 from llmq.guard.reading import DTYPES, Entry
-from llmq.types import Format, LinearSpec, Scheme
+from llmq.types import LinearSpec, Scheme
 
 FLOATS = ("fp8", "fbgemm_fp8", "mxfp4", "modelopt", "compressed-tensors")
 """The `quant_method`s whose weights are narrow floats, or may be."""

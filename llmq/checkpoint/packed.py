@@ -25,8 +25,9 @@ from llmq.checkpoint.names import own_head, settle
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.stored import checked
 from llmq.errors import LlmqError
+from llmq.format import Format
 from llmq.guard.reading import Entry
-from llmq.types import Format, LinearSpec, QTensor, Scheme
+from llmq.types import LinearSpec, QTensor, Scheme
 
 
 class Packing:

@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 from llmq.checkpoint import Sink
 from llmq.checkpoint.card import model_card
 from llmq.checkpoint.digest import file_digest, sealed
+from llmq.format import Assignment, FloatModel, Out, Wanted
 from llmq.formats import _common
-from llmq.types import Assignment, FloatModel, LinearSpec, LlmqError, Out, Scheme, Wanted
+from llmq.types import LinearSpec, LlmqError, Scheme
 
 
 class Folder:

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from llmq import registry
 from llmq.checkpoint.digest import digest, sealed
+from llmq.format import Assignment, FloatModel, Out, Wanted
 from llmq.gguf import container, imatrix, mixture
 from llmq.gguf.architecture import Architecture, architecture
 from llmq.gguf.sink import GgufSink
 from llmq.gguf.tokenizer import Vocabulary, vocabulary
 from llmq.guard.patterns import Pattern
 from llmq.overrides import parse
-from llmq.types import Assignment, FloatModel, LinearSpec, LlmqError, Out, QTensor, Scheme, StoredGrid, Wanted
+from llmq.types import LinearSpec, LlmqError, QTensor, Scheme, StoredGrid
 
 _SKIPPED = "F16"  # what --skip leaves float
 

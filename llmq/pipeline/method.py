@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from llmq import registry
+from llmq.format import Format, Wanted
 from llmq.grids.int import Int
 from llmq.guard.patterns import Pattern
 from llmq.overrides import Override, parse
@@ -29,7 +30,7 @@ from llmq.steps import (
     Tuner,
     Weighting,
 )
-from llmq.types import AffineGrid, Format, Grid, LlmqError, Scheme, Wanted
+from llmq.types import AffineGrid, Grid, LlmqError, Scheme
 
 _HELD = {
     "desc_act": "g_idx; drop desc_act (static groups) or use --format gptq",

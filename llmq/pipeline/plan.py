@@ -25,6 +25,7 @@ from llmq import registry
 from llmq.calibration.kv_scales import owner_of_cache
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import as_floats, rounded_twice
+from llmq.format import Assignment, FloatModel, Format
 from llmq.granularity import PerTensor
 from llmq.model.adapter import Adapted, Adapter
 from llmq.model.device import device_of
@@ -36,7 +37,7 @@ from llmq.model.skeleton import Skeleton
 from llmq.pipeline.experts import any_expert, reader_warnings, refuse_unlike
 from llmq.pipeline.method import Method, method_of
 from llmq.recipe import Recipe
-from llmq.types import AffineGrid, Assignment, FloatModel, Format, LinearSpec, LlmqError, QTensor, Scheme, Site
+from llmq.types import AffineGrid, LinearSpec, LlmqError, QTensor, Scheme, Site
 
 
 @dataclass

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.format import Format
 from llmq.runtime import reference
 from llmq.runtime.backends import Prepacked, choose
-from llmq.types import Format, LinearSpec, QTensor
+from llmq.types import LinearSpec, QTensor
 
 
 class QuantLinear(nn.Module):
