@@ -24,7 +24,9 @@ def printable(text: str, longest: int | None = None) -> str:
     longest: characters to keep; what is cut is marked by dots. White space of any kind becomes one space.
     """
     flat = " ".join(text.split())
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in flat)
+    shown = flat
+    if not flat.isprintable():
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in flat)
     return shown if longest is None or len(shown) <= longest else shown[: longest - 3] + "..."
 
 

@@ -1,11 +1,11 @@
 """What many small linears cost beside few large ones: a block of 1,000 experts against a dense one of the same weights.
 
-    python scripts/bench_experts.py [--experts 1000] [--width 128] [--format gptq] [--limit 1.3]
+    python scripts/bench_experts.py [--experts 1000] [--width 128] [--hidden 512] [--format gptq] [--limit 1.3]
 
-Both are Qwen3-MoE of one block, random and made here (bfloat16, 0.4 GB each): the experts' matrices [width, 512] and
-[512, width], or one MLP as wide as all of them together. Rounded to nearest, with and without the check of what was
-written; each the best of `--times` runs, in seconds of the processor. Prints both and their ratio; ends with 1 where
-it is above `--limit`.
+Both are Qwen3-MoE of one block, random and made here (bfloat16, 0.4 GB each): the experts' matrices [width, hidden]
+and [hidden, width], or one MLP as wide as all of them together. Rounded to nearest, with and without the check of what
+was written; each the best of `--times` runs, in seconds of the processor. Prints both and their ratio; ends with 1
+where it is above `--limit`. The smallest experts that are published (granite 3's 1B) are [512, 1024].
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ from transformers import Qwen3MoeConfig
 
 import llmq
 
-H = 512
 
-
-def make(folder: Path, experts: int, width: int, *, dense: bool) -> None:
+def make(folder: Path, experts: int, width: int, H: int, *, dense: bool) -> None:
     """Write a checkpoint of one block, under the names that Qwen3-MoE's have."""
     config = Qwen3MoeConfig(
-        vocab_size=VOCAB, hidden_size=H, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
-        head_dim=128, intermediate_size=experts * width if dense else width, moe_intermediate_size=width,
-        num_experts=experts, num_experts_per_tok=8, mlp_only_layers=[0] if dense else [], dtype="bfloat16",
-        bos_token_id=0, eos_token_id=1,
+        vocab_size=VOCAB, hidden_size=H, num_hidden_layers=1, num_attention_heads=H // 128,
+        num_key_value_heads=H // 128, head_dim=128, intermediate_size=experts * width if dense else width,
+        moe_intermediate_size=width, num_experts=experts, num_experts_per_tok=8, mlp_only_layers=[0] if dense else [],
+        dtype="bfloat16", bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     config.architectures = ["Qwen3MoeForCausalLM"]
     config.save_pretrained(folder)
@@ -67,6 +65,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=1000)
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--format", default="gptq")
     parser.add_argument("--times", type=int, default=2)
     parser.add_argument("--limit", type=float, default=1.3)
@@ -75,7 +74,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as room:
         folders = {dense: Path(room, "dense" if dense else "experts") for dense in (True, False)}
         for dense, folder in folders.items():
-            make(folder, args.experts, args.width, dense=dense)
+            make(folder, args.experts, args.width, args.hidden, dense=dense)
         for verify in (False, True):
             took = {
                 dense: seconds(folder, Path(room, "out"), args.format, args.times, verify=verify)
