@@ -25,9 +25,9 @@ def write_importance(plan: Plan, file: Path, measured: Mapping[str, MeanSquare])
 
     recipe, assigned = plan.method.recipe, plan.assigned
     sums: dict[str, list[tuple[Tensor, int]]] = {}
-    for name in sorted(plan.matrices, key=_expert):
+    for name in sorted(dict.fromkeys((*measured, *plan.matrices)), key=_expert):  # floats are measured too
         count = measured[name].number("count") if name in measured else 0
-        total = measured[name].whole("sum") if count else torch.zeros(plan.matrices[name].K)
+        total = measured[name].whole("sum") if count else torch.zeros(plan.model.shapes[plan.weight_of(name)][1])
         sums.setdefault(assigned.names[f"{name}.weight"], []).append((assigned.channels(name, total), count))
     sums = {name: several for name, several in sums.items() if any(n for _, n in several)}
     imatrix.write(file, sums, recipe.calib, recipe.seq_len)

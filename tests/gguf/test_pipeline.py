@@ -123,6 +123,13 @@ def test_calibration_lowers_the_error_that_it_weighs(tiny_checkpoint, tmp_path, 
     assert errors["rtn:importance=true"] < errors["rtn"]
 
 
+def test_floats_have_an_importance_too(tiny_checkpoint, tmp_path, text):
+    file = tmp_path / "imatrix.gguf"
+    job(tiny_checkpoint(**WIDE, num_hidden_layers=1), tmp_path / "a.gguf", type="F16", method="rtn", calib=text,
+        imatrix_out=str(file))  # fmt: skip
+    assert len(imatrix.read(file)) == 7
+
+
 def output_error(folder, out, means):
     """Return the weighted error of a file's first down projection, by the calibration's mean squares."""
     _, tensors = opened(out)
