@@ -12,11 +12,12 @@ each time. Not here: what llmq makes of them (tests/test_families.py, model_type
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -78,6 +79,10 @@ class Family:
 
     changes: of its config; of its `text_config`, where `vision` is the other half of a wrapper's.
     dtype: in which it is saved. beside: tensors of its checkpoints that transformers never builds, by shape.
+    wrapper: changes of the wrapper's own config.
+    older: a prefix that transformers writes today, and the one that the Hub's checkpoints have in its place.
+    experts: how its checkpoints hold those of a layer: each "apart", or all in one tensor, as "rows" [E, N, K], as
+        "columns" [E, K, N], or in "turns", the same with a column of gate after each of up.
     """
 
     model_type: str
@@ -86,6 +91,8 @@ class Family:
     vision: Mapping[str, Any] | None = None
     wrapper: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    older: tuple[str, str] = ("", "")
+    experts: Literal["apart", "rows", "columns", "turns"] = "apart"
 
     def config(self) -> Any:
         """Return transformers' config."""
@@ -111,11 +118,29 @@ class Family:
         """Save the model as its real checkpoints are, and a tokenizer."""
         self.model().save_pretrained(folder)
         make_tokenizer(bos=True).save_pretrained(folder)
-        if self.beside:
-            file = folder / "model.safetensors"
-            draw = torch.Generator().manual_seed(0)
-            more = {n: torch.randn(shape, generator=draw).to(self.dtype) for n, shape in self.beside.items()}
-            save_file(load_file(file) | more, file, {"format": "pt"})
+        file, draw = folder / "model.safetensors", torch.Generator().manual_seed(0)
+        saved = {re.sub(f"^{self.older[0]}", self.older[1], n): tensor for n, tensor in load_file(file).items()}
+        more = {n: torch.randn(shape, generator=draw).to(self.dtype) for n, shape in self.beside.items()}
+        saved = _joined(saved) if self.experts == "rows" else saved
+        if self.model_type == "qwen3_vl_moe":  # which transformers writes as rows
+            saved = {n: t.mT.contiguous() if ".experts." in n else t for n, t in saved.items()}
+        save_file(saved | more, file, {"format": "pt"})
+
+
+def _joined(saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors with the experts of a layer in one, as Qwen3.5's checkpoints have them."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in saved.items():
+        parent, apart, rest = name.partition(".experts.0.")
+        if apart and rest.startswith(("gate_proj", "down_proj")):
+            each = [t for n, t in saved.items() if re.fullmatch(rf"{re.escape(parent)}\.experts\.\d+\.{rest}", n)]
+            if rest.startswith("gate_proj"):
+                ups = [saved[f"{parent}.experts.{e}.up_proj.weight"] for e in range(len(each))]
+                each = [torch.cat(pair) for pair in zip(each, ups, strict=True)]
+            found[f"{parent}.experts.{'gate_up' if 'gate' in rest else 'down'}_proj"] = torch.stack(each)
+        elif not re.search(r"\.experts\.\d+\.", name):
+            found[name] = tensor
+    return found
 
 
 def _draw(module: nn.Module) -> None:
@@ -209,7 +234,7 @@ _TABLE = (
     }, **_BF16),
     _of("granitemoehybrid", _MAMBA, _TIED, {
         "layer_types": _LINEAR, "num_local_experts": 4, "intermediate_size": 32, "shared_intermediate_size": 64,
-    }, **_BF16),
+    }, experts="rows", **_BF16),
     # experts
     _of("qwen2_moe", _EXPERTS, {"shared_expert_intermediate_size": 64}),
     _of("qwen3_moe", _EXPERTS, {"mlp_only_layers": [0]}, **_BF16),
@@ -221,17 +246,19 @@ _TABLE = (
     _of("deepseek_v2", _LATENT, _EXPERTS, _DENSE_FIRST, {"topk_group": 1}, **_BF16),
     _of("deepseek_v3", _LATENT, _EXPERTS, _DENSE_FIRST, {"topk_group": 1}, beside=_LAST[61], **_BF16),
     _of("glm4_moe", _EXPERTS, _DENSE_FIRST, beside=_LAST[46], **_BF16),
-    _of("granitemoe", {"num_local_experts": 4, "intermediate_size": 32}),
+    _of("granitemoe", {"num_local_experts": 4, "intermediate_size": 32}, experts="rows"),
     _of("minimax_m2", {"num_local_experts": 4, "intermediate_size": 32, "num_experts_per_tok": 2}, **_BF16),
-    _of("gpt_oss", _WINDOWED, {"num_local_experts": 4, "intermediate_size": 32, "num_experts_per_tok": 2}, **_BF16),
+    _of("gpt_oss", _WINDOWED, {
+        "num_local_experts": 4, "intermediate_size": 32, "num_experts_per_tok": 2,
+    }, experts="turns", **_BF16),
     _of("llama4_text", {
         "num_local_experts": 4, "intermediate_size": 32, "intermediate_size_mlp": 64, "moe_layers": [1],
         "attention_chunk_size": WINDOW,
-    }, **_BF16),
+    }, experts="columns", **_BF16),
     # a tower for images around a text model
     _of("gemma3", _TIED, _WINDOWED, {"query_pre_attn_scalar": 16}, vision=_SIGLIP, wrapper={
         "mm_tokens_per_image": 4, "image_token_index": VOCAB + 7,
-    }, **_BF16),
+    }, older=("vision_tower.", "vision_tower.vision_model."), **_BF16),
     _of("gemma4", _TIED, _GEMMA4, vision={
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64,
@@ -241,6 +268,12 @@ _TABLE = (
     }, **_BF16),
     _of("mistral3", {"model_type": "ministral3"}, vision=_SIGLIP | {"model_type": "pixtral", "head_dim": 16}, **_BF16),
     _of("qwen3_vl", _TIED, vision=_PIXELS | {"deepstack_visual_indexes": [0]}, **_BF16),
+    _of("qwen3_5_moe", _DELTA, _EXPERTS, {
+        "shared_expert_intermediate_size": 32, "rope_parameters": _PARTIAL,
+    }, vision=_PIXELS, wrapper={"image_token_id": VOCAB + 7}, beside=_MTP, experts="rows", **_BF16),
+    _of("qwen3_vl_moe", _EXPERTS, {"moe_intermediate_size": 96}, vision=_PIXELS | {
+        "deepstack_visual_indexes": [0],
+    }, experts="columns", **_BF16),
     _of("qwen2_5_vl", {"head_dim": ..., "rope_parameters": _MROPE}, vision=_PIXELS | {
         "fullatt_block_indexes": [0],
     }, **_BF16),

@@ -23,7 +23,7 @@ GRID = Int(bits=3, sym=True, group=32)
 FORMATS = {"gptq": (GPTQ, "qweight"), "compressed-tensors": (CompressedTensors, "weight_packed")}
 PACKED = {"qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape"}
 ALL_EXPERTS = re.compile(
-    r"(.+?)(\.experts)?\.(input_linear\.weight|output_linear\.weight|gate_up_proj|down_proj)(_bias)?"
+    r"(.+?)(?:\.experts)?\.(input_linear\.weight|output_linear\.weight|gate_up_proj|down_proj)(_bias)?"
 )
 
 
@@ -48,33 +48,33 @@ def decoded(out, kind):
     return found
 
 
-def views(name, tensor):
-    """Return the parts of a tensor that holds all experts, by the names that llmq writes them under; else the tensor.
+def views(name, tensor, how):
+    """Return the parts of a tensor that holds all experts of a layer, by the names that llmq writes them under.
 
-    Granite's is [E, N, K], Llama 4's and gpt-oss's [E, K, N], the latter's gate and up taking turns.
+    how: `Family.experts`. Of another tensor: itself.
     """
     found = ALL_EXPERTS.fullmatch(name)
-    if not found or not (tensor.dim() == 3 or found[4]):
+    if how == "apart" or not found or not (tensor.dim() == 3 or found[3]):
         return {name: tensor}
     parts = {}
     for e, part in enumerate(tensor):
-        rows = part.T if found[2] and not found[4] else part
-        at, leaf = f"{found[1]}.experts.{e}", "bias" if found[4] else "weight"
-        if found[3] in ("output_linear.weight", "down_proj"):
+        rows = part if how == "rows" or found[3] else part.T
+        at, leaf = f"{found[1]}.experts.{e}", "bias" if found[3] else "weight"
+        if found[2] in ("output_linear.weight", "down_proj"):
             parts[f"{at}.down_proj.{leaf}"] = rows
         else:
-            gate, up = (rows[::2], rows[1::2]) if found[1].endswith(".mlp") else rows.chunk(2)
+            gate, up = (rows[::2], rows[1::2]) if how == "turns" else rows.chunk(2)
             parts |= {f"{at}.gate_proj.{leaf}": gate, f"{at}.up_proj.{leaf}": up}
     return parts
 
 
-def with_weights(stored, weights):
+def with_weights(stored, weights, how):
     """Return a checkpoint's tensors with some of their parts replaced."""
     changed = {}
     for name, tensor in stored.items():
-        if weights.keys() & views(name, tensor).keys():
+        if weights.keys() & views(name, tensor, how).keys():
             changed[name] = tensor.float().clone()
-            for n, part in views(name, changed[name]).items():
+            for n, part in views(name, changed[name], how).items():
                 part.copy_(weights.get(n, part))
     return stored | changed
 
@@ -101,7 +101,7 @@ def test_a_family_is_quantized_written_and_loaded(name, tmp_path, prose):
     assert not [w for w in said if "alike" in w]
 
     stored, after = load_file(src / "model.safetensors"), load_file(out / "model.safetensors")
-    before = {n: part for name, tensor in stored.items() for n, part in views(name, tensor).items()}
+    before = {n: part for name, tensor in stored.items() for n, part in views(name, tensor, family.experts).items()}
     weights = decoded(out, kind)
     assert weights.keys() <= before.keys() and len(weights) > 6
     kept = {n: t for n, t in after.items() if n.rpartition(".")[2] not in PACKED}
@@ -111,7 +111,9 @@ def test_a_family_is_quantized_written_and_loaded(name, tmp_path, prose):
 
     rounded = {n: QTensor.rounded(before[n].float().contiguous(), GRID).dequantize() for n in weights}
     truth = logits(load_float(src, stored), ids)
-    by_hand = logits(load_float(src, with_weights(stored, weights)), ids)
+    by_hand = logits(load_float(src, with_weights(stored, weights, family.experts)), ids)
     packed = logits(llmq.load(out, dtype=torch.float32, backend="reference"), ids)
     assert (packed - by_hand).abs().max() <= 1e-4 * by_hand.abs().max()
-    assert kl(truth, packed) < 0.9 * kl(truth, logits(load_float(src, with_weights(stored, rounded)), ids))
+    assert kl(truth, packed) < 0.9 * kl(
+        truth, logits(load_float(src, with_weights(stored, rounded, family.experts)), ids)
+    )
