@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmq.errors import LlmqError
 from llmq.verify.decode import Array
 
 if TYPE_CHECKING:
@@ -27,10 +28,16 @@ _BY_HEAD = ("in_proj_a", "in_proj_b", "A_log", "dt_bias", "in_proj_z")
 
 
 def config(keys: Keys) -> dict[str, Any]:
-    """Return what the keys say of linear attention, and of the part of a head that attention turns."""
+    """Return what the keys say of linear attention, and of the part of a head that attention turns.
+
+    Raises LlmqError for keys that say nothing that can be.
+    """
     heads, period = keys.number("ssm.time_step_rank"), keys.number("full_attention_interval", 4)
     turned = keys.number("rope.dimension_count") / keys.number("attention.key_length")
-    sections = [int(n) for n in keys("rope.dimension_sections")][:3]
+    said = keys("rope.dimension_sections")
+    if not isinstance(said, np.ndarray) or heads % keys.number("ssm.group_count"):
+        raise LlmqError(f"{keys.file.path}: rope.dimension_sections or the heads of linear attention do not read")
+    sections = [int(n) for n in said[:3]]
     blocks = range(keys.number("block_count"))
     return {
         "linear_conv_kernel_dim": keys.number("ssm.conv_kernel"),

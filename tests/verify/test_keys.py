@@ -43,6 +43,9 @@ def test_a_key_that_is_missing_or_no_number_is_named(keys):
                       ("attention.key_length", "no number above 0")):  # fmt: skip
         with pytest.raises(LlmqError, match=rf"key phi3\.{key} (is )?{said}"):
             found.number(key)
+    odd = {"ssm.time_step_rank": 3, "ssm.group_count": 2, "rope.dimension_count": 4, "attention.key_length": 8}
+    with pytest.raises(LlmqError, match="the heads of linear attention do not read"):
+        READINGS["qwen35"].config(keys("qwen35", **odd, **{"rope.dimension_sections": "many"}))
     with pytest.raises(LlmqError, match="verify knows the keys of llama, .* not of 'mpt'"):
         reading(keys("mpt"))
 
