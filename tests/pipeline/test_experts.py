@@ -130,6 +130,16 @@ def test_other_formats_and_no_calibration(kind, form, tmp_path):
     assert torch.equal(logits(again), logits(packed))
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "llama4_text"])
+def test_transformers_own_reader_makes_the_same_model_of_it(kind, tmp_path):
+    src, out = make(tmp_path / "float", kind), tmp_path / "packed"
+    llmq.quantize(src, out, method="rtn", warn=str, **QUICK)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert not any(isinstance(m, QuantLinear) for m in theirs.modules())
+    want = logits(llmq.load(out, dtype=torch.float32, backend="reference"))
+    assert (logits(theirs) - want).abs().max() <= 1e-4 * want.abs().max()
+
+
 def test_the_config_names_linears_as_the_model_and_as_the_file_does(tmp_path):
     plan = prepare(str(make(tmp_path / "float", "mixtral")), Recipe(method="rtn", group_size=32, format="gptq"), "cpu")
     listed = plan.config()["modules_in_block_to_quantize"][0]
