@@ -35,14 +35,37 @@ class Pass(NamedTuple):
 
 
 class Trial:
-    """A block with what it is called with, for a few tokens `[1, T, H]`."""
+    """A block with what it is called with, for a few tokens `[1, T, H]`.
+
+    Where a norm or a linear puts out 0 for every token (a gain of 0, a row of zeros), something is added to the channel
+    in all runs: what reads it would not be seen else, and does not depend on the weights.
+    """
 
     def __init__(self, block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Call) -> None:
         self.block, self.sites, self.hidden, self.call = block, sites, hidden, call
         self.modules: dict[str, Any] = dict(block.named_modules())
         self.linears = set(linears_of(block))
         self.norms = {n for n, m in self.modules.items() if _has_gain(m)}
+        self._opening: dict[str, Change] = {}
+        self._opening = self._openings()
         self.as_it_is = self.run()
+
+    def _openings(self) -> dict[str, Change]:
+        """Return what opens the channels that are 0, by the module that puts them out."""
+        found: dict[str, Change] = {}
+
+        def look(name: str) -> Change:
+            def at(out: Tensor) -> Tensor:
+                closed_N = out.abs().flatten(0, -2).amax(0) == 0 if out.numel() else out.new_zeros(1).bool()
+                if closed_N.any():
+                    index = torch.arange(len(closed_N), device=out.device)
+                    found[name] = _plus(closed_N * (1 + index % 7) * (out.float().std() / 4 or 1))
+                return out
+
+            return at
+
+        self.run({name: look(name) for name in self.linears | self.norms})
+        return found
 
     def width(self, name: str) -> int:
         """Return the output channels of a norm or a linear."""
@@ -52,7 +75,7 @@ class Trial:
         """Run the block, with the outputs of some modules and the inputs of some linears changed."""
         seen: dict[int, Tensor] = {}
         with ExitStack() as hooks:
-            for name, change in (outputs or {}).items():
+            for name, change in (*self._opening.items(), *(outputs or {}).items()):
                 hooks.callback(self.modules[name].register_forward_hook(_on_output(change)).remove)
             for i, site in enumerate(self.sites):
                 hooks.callback(self.modules[site.linears[0]].register_forward_pre_hook(_into(seen, i)).remove)
@@ -144,6 +167,10 @@ def _on_output(change: Change) -> Any:
 
 def _on_input(change: Change) -> Any:
     return lambda _module, args: (change(args[0]), *args[1:])
+
+
+def _plus(more_N: Tensor) -> Change:
+    return lambda out: out + more_N.to(out)
 
 
 def _into(seen: dict[int, Tensor], i: int) -> Any:

@@ -200,11 +200,20 @@ def test_experts_whose_output_something_else_reads_too_keep_their_scales(tmp_pat
     ]  # fmt: skip
 
 
-def test_a_channel_that_is_always_0_tells_nothing():
-    block, hidden, call = loaded("llama")
-    block.mlp.up_proj.weight.data[7] = 0
-    found = sought(block, hidden, call)
-    assert found.reasons == {"mlp.down_proj": "some of their channels are 0 in what was tried"}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_that_are_always_0_are_found_too(dtype):
+    """As Gemma 3's, some of whose gains are 0, and pruned models' rows."""
+    block, hidden, call = loaded("gemma3_text", dtype)
+    block.input_layernorm.weight.data[5] = block.pre_feedforward_layernorm.weight.data[9] = -1
+    for name in ("mlp.gate_proj", "mlp.up_proj", "self_attn.v_proj"):
+        block.get_submodule(name).weight.data[7:9] = 0
+    assert tuple(said(sought(block, hidden, call))) == GEMMA
+
+
+def test_a_gate_that_never_opens_tells_nothing():
+    block, hidden, call = loaded("opt")
+    block.fc1.bias.data[7] = -1e4
+    assert sought(block, hidden, call).reasons == {"fc2": "some of their channels are 0 in what was tried"}
 
 
 def test_a_gain_of_an_unknown_kind_is_refused():
