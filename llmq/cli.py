@@ -319,7 +319,8 @@ def list_() -> None:
             table.add(name, line)
             if folder in ("algorithms", "ranges", "grids") and (known := registry.options(folder, name)):
                 table.add_row("", plain(f":{known}", "dim"))
-        console.print(table)
+        if table.row_count:  # no family needs a file today
+            console.print(table)
 
 
 def _warn(warning: str) -> None:

@@ -321,7 +321,7 @@ def test_overrides_and_skips_reach_the_file(tiny_checkpoint, tmp_path, text):
         ({"skip": ("(",)}, "regular expression"),
         ({"override": ("down_proj",)}, "does not read"),
         ({"override": ("down_proj:bits=many",)}, "from 2 to 8, not 'many'"),
-        ({"skip": (".",)}, "nothing to quantize"),
+        ({"skip": (".",)}, "every linear is skipped; nothing is left to quantize"),
         ({"calib": "absent.txt"}, "absent.txt"),
         ({"samples": 10_000}, "10000 samples"),
         ({"method": "rtn", "range": "output", "group_size": "tensor", "format": "compressed-tensors"}, "output"),
