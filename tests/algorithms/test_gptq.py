@@ -115,6 +115,16 @@ def test_the_prior_is_as_many_tokens_without_correlations():
     torch.testing.assert_close(got, want)
 
 
+def test_an_expert_leans_on_as_many_tokens_of_its_layer():
+    X_TK, layer_TK, prior = correlated(96, T=160), correlated(96, T=2 * 96, seed=1), 2.0
+    stats = Stats({Hessian: hessian(X_TK)})
+    stats.layer = hessian(layer_TK).mean()
+    step = Gptq(prior=prior)
+    H_KK, tokens = step.seen(stats)
+    torch.testing.assert_close(H_KK, hessian(torch.cat([X_TK, layer_TK])).mean())
+    assert torch.equal(step.regularize(H_KK.clone(), tokens), H_KK)  # its prior is in it
+
+
 @pytest.mark.parametrize("text", ["gptq:prior=-1", "gptq:damp=0", "descent:damp=1", "qep:prior=nan"])
 def test_impossible_regularization_is_refused(text):
     with pytest.raises(LlmqError, match="damp lies between 0 and 1|prior is 0 or more|prior takes a number"):
