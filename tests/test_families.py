@@ -6,6 +6,7 @@ transformers: none of llmq's naming takes part in what it is compared with.
 """
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,3 +118,8 @@ def test_a_family_is_quantized_written_and_loaded(name, tmp_path, prose):
     assert kl(truth, packed) < 0.9 * kl(
         truth, logits(load_float(src, with_weights(stored, rounded, family.experts)), ids)
     )
+
+
+def test_the_docs_have_a_row_for_each():
+    doc = Path(__file__).parent.parent / "docs" / "models.md"
+    assert re.findall(r"^\| (\w+) \|", doc.read_text(), re.MULTILINE) == ["model_type", *FAMILIES]
