@@ -25,7 +25,8 @@ def write_importance(plan: Plan, file: Path, measured: Mapping[str, MeanSquare])
 
     recipe, assigned = plan.method.recipe, plan.assigned
     sums: dict[str, list[tuple[Tensor, int]]] = {}
-    for name in sorted(dict.fromkeys((*measured, *plan.matrices)), key=_expert):  # floats are measured too
+    known = dict.fromkeys((*measured, *plan.matrices, *plan.model.linears))  # floats too, and experts without tokens
+    for name in sorted(known, key=_expert):
         count = measured[name].number("count") if name in measured else 0
         total = measured[name].whole("sum") if count else torch.zeros(plan.model.shapes[plan.weight_of(name)][1])
         sums.setdefault(assigned.names[f"{name}.weight"], []).append((assigned.channels(name, total), count))

@@ -153,6 +153,11 @@ def test_an_importance_matrix_written_and_read_gives_the_file_that_calibration_g
     assert all((a[n].data == b[n].data).all() for n in first)
     with pytest.raises(LlmqError, match="--method rtn"):
         job(folder, tmp_path / "c.gguf", method="gptq", imatrix=str(file))
+    again = tmp_path / "again.gguf"  # beside floats alone
+    job(folder, tmp_path / "f16.gguf", type="F16", calib=text, imatrix_out=str(again))
+    floats = imatrix.read(again)
+    assert floats.keys() == imatrix.read(file).keys()
+    assert torch.equal(floats["blk.0.attn_q.weight"], imatrix.read(file)["blk.0.attn_q.weight"])
     other = tiny_checkpoint(intermediate_size=96)
     with pytest.raises(LlmqError, match="made from another model"):
         job(other, tmp_path / "c.gguf", type="Q8_0", imatrix=str(file))
