@@ -171,7 +171,7 @@ def convert(q: QTensor, name: str, requantize: str | None, together: int | None 
     together: the columns that stay together in the file (`Architecture.together`); None for all.
     Raises LlmqError, with the reason, where they cannot be kept and `requantize` names no type instead.
     """
-    why = _obstacle(q)
+    why = _obstacle(q, together or q.codes.shape[1])
     if why is None:
         at = Params.of(q.params).map(lambda p: p[:, q.group_K[::_QBLOCK]])  # of every block, `[N, K / 32]`
         d, zero = at.scale.half(), at.zero
@@ -192,11 +192,12 @@ def convert(q: QTensor, name: str, requantize: str | None, together: int | None 
     return _rounded(q.dequantize(), name, kind, REQUANTIZED)
 
 
-def _obstacle(q: QTensor) -> str | None:
-    """Return why the codes cannot be kept in blocks of 32 columns, None where they can."""
+def _obstacle(q: QTensor, together: int) -> str | None:
+    """Return why the codes cannot be kept in blocks of 32 columns, `together` of which stay so; None where they can."""
     K = q.codes.shape[1]
-    if K % _QBLOCK:
-        return f"rows of {K} columns are no multiple of {_QBLOCK}"
+    if together % _QBLOCK:
+        what = "rows" if together == K else "pieces, which the file has in another order,"
+        return f"{what} of {together} columns are no multiple of {_QBLOCK}"
     group = q.group_K.reshape(-1, _QBLOCK)
     if (group != group[:, :1]).any():
         if q.g_idx is None:

@@ -148,6 +148,14 @@ def test_why_codes_cannot_be_kept_is_said(q, reason):
     assert again.outcome == REQUANTIZED and again.kind == ("F16" if q.codes.shape[1] == 48 else "Q8_0")
 
 
+def test_codes_whose_columns_move_by_less_than_a_block_are_not_kept():
+    q = make(4, torch.tensor(0.125), 8)
+    with pytest.raises(LlmqError, match="^w: its codes cannot be kept: pieces, .* in another order, of 16 columns"):
+        convert(q, "w", None, 16)
+    assert convert(q, "w", "Q8_0", 16).kind == "F16"
+    assert convert(q, "w", None, 32).outcome == EXACT
+
+
 def test_scales_in_bfloat16_that_float16_holds_are_kept():
     q = make(4, torch.tensor(0.125, dtype=torch.bfloat16), 8)
     assert convert(q, "w", None).outcome == EXACT
