@@ -163,7 +163,10 @@ def _choices(
     for bits in plan.method.recipe.choices():
         at = at_bits(spec, bits)
         grid, size = at.scheme.weight, packed_bytes(plan.method.format, at)
+        if H_KK is None:
+            found.append(Choice(bits, size, 0.0))
+            continue
         E_NK = QTensor.rounded(W_NK, grid, H_KK).dequantize() - W_NK
-        error = s_T @ (X_TK.float() @ E_NK.T).square().sum(-1) / (2 * max(len(s_T), 1))
+        error = s_T @ (X_TK.float() @ E_NK.T).square().sum(-1) / (2 * len(s_T))
         found.append(Choice(bits, size, error.item()))
     return found

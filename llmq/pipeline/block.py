@@ -26,6 +26,7 @@ from llmq import registry
 from llmq.calibration.collect import collect
 from llmq.calibration.kv_scales import KvMaxima
 from llmq.calibration.state import Calibration
+from llmq.errors import LlmqError
 from llmq.model.experts import Passing, linears_of
 from llmq.model.folding import Fold, fold
 from llmq.model.lanes import Batches, Call, Lanes, run
@@ -221,6 +222,12 @@ def _solve_site(
         line = line | {"tokens": stats.tokens}
         stats.layer = layer.mean(site)
     unseen = lanes is not None and not stats.tokens
+    if unseen and static:
+        more = "" if layer is None or layer.experts.batched else ", --experts all"
+        raise LlmqError(
+            f"{block.full(site.linears[0])}: no token of the calibration came here, so its input has no static scale; "
+            f"give more --samples{more} or --act token"
+        )
     answers = rounded(targets, {"fallback": NO_TOKEN}) if unseen else solve(method, targets, stats)
     answers = {n: a.noted(line) for n, a in answers.items()}
     if static:

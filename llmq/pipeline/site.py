@@ -45,9 +45,18 @@ class Answer(NamedTuple):
 
 
 def rounded(targets: Mapping[str, Target], line: Mapping[str, Any]) -> dict[str, Answer]:
-    """Return the linears of a site that no activation was seen of, rounded to nearest, with a line on why."""
-    found = {n: QTensor.rounded(t.W_NK, t.grid, t.importance) for n, t in targets.items()}
+    """Return the linears of a site that no activation was seen of, rounded to nearest, with a line on why.
+
+    A range that weighs errors by H counts those of all input channels alike.
+    """
+    found = {n: QTensor.rounded(t.W_NK, t.grid, _weight(t)) for n, t in targets.items()}
     return {n: Answer(Solved(q, dict(line)), targets[n].W_NK) for n, q in found.items()}
+
+
+def _weight(target: Target) -> Tensor | None:
+    if target.importance is None and getattr(target.grid, "wants_hessian", False):
+        return torch.eye(target.W_NK.shape[1], device=target.W_NK.device)
+    return target.importance
 
 
 def solve(method: Method, targets: Mapping[str, Target], stats: Stats) -> dict[str, Answer]:

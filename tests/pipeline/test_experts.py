@@ -183,6 +183,27 @@ def test_an_expert_without_tokens_is_rounded_and_named(tmp_path, prose):
     assert record["linears"][f"{name}.1.up_proj"]["tokens"] == experts["layers"][name][1]
 
 
+@pytest.mark.parametrize("options", [{"method": "awq,gptq"}, {"method": "rtn", "range": "output", "target_bpw": 4.6}])
+def test_a_range_that_weighs_by_h_takes_an_expert_without_tokens(options, tmp_path, prose):
+    src = make(tmp_path / "float", "glm4_moe")
+    starved(src)
+    record = llmq.quantize(src, tmp_path / "out", calib=prose, **QUICK, **CALIBRATED, **options)
+    line = record["linears"]["model.layers.1.mlp.experts.3.down_proj"]
+    assert "no token" in line["fallback"] and line["weight_error"] < 0.08
+    assert verify(tmp_path / "out", src).passed
+
+
+def test_an_expert_without_tokens_has_no_static_scale_and_that_is_said(tmp_path, prose):
+    src = make(tmp_path / "float", "glm4_moe")
+    starved(src)
+    static = QUICK | CALIBRATED | {"method": "rtn", "bits": 8, "act_bits": 8, "act": "tensor", "group_size": "channel"}
+    name = r"model\.layers\.1\.mlp\.experts\.3\.gate_proj"
+    with pytest.raises(LlmqError, match=f"^{name}: no token .* give more --samples, --experts all or --act token$"):
+        llmq.quantize(src, tmp_path / "out", calib=prose, **static)
+    assert not (tmp_path / "out").exists()
+    llmq.quantize(src, tmp_path / "out", calib=prose, experts="all", **static)
+
+
 def test_every_token_calibrates_every_expert_where_that_is_asked_for(tmp_path, prose):
     src = make(tmp_path / "float", "glm4_moe")
     starved(src)
