@@ -94,7 +94,7 @@ def measure_row(name: str, args: argparse.Namespace) -> Row:
     options = ROWS[row] if "--calib" in ROWS[row] else (*ROWS[row], "--calib", args.calib)
     taken = measure.llmq("quantize", args.model, out, *options, *common, "--overwrite")
     record = json.loads((out / "quantization.json").read_text())
-    figures = measure.scores(out, args.model, args.text, args.windows)
+    figures = measure.scores(out, args.model, args.text, args.windows, "--convention", args.convention)
     shutil.rmtree(out)
     return {
         "command": " ".join(str(o) for o in (*ROWS[row], *common)),
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--convention", default="gptq", help="llama.cpp for models that need BOS before every window")
     parser.add_argument("--dtype", default="auto", help="of activations")
     parser.add_argument("--markdown", action="store_true", help="measure nothing: print what is there as Markdown")
     args = parser.parse_args()
