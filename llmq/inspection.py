@@ -28,7 +28,8 @@ def inspect(name: str, *, linears: bool = False) -> Iterator[Rows]:
     config, quantization = source.config, source.quantization or {}
     table = Rows(source.path)
     table.add("model_type", config.get("model_type"))
-    table.add("blocks, hidden size", f"{config.get('num_hidden_layers')}, {config.get('hidden_size')}")
+    text = field(config, "text_config", dict, str(source.path / "config.json"), config)  # a wrapper's language model
+    table.add("blocks, hidden size", f"{text.get('num_hidden_layers')}, {text.get('hidden_size')}")
     table.add("weights", f"{source.bytes() / 1e6:,.1f} MB in {len(source.names())} tensors")
     kinds = Counter(dtype for dtype, _ in source.headers().values())
     table.add("dtypes", ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()))

@@ -1,10 +1,12 @@
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import _narrow
 import pytest
+from _families import FAMILIES
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -96,3 +98,8 @@ def test_narrow_floats_are_shown_with_what_they_are_decoded_from(tiny_checkpoint
     said = " ".join(shown(folder, linears=True).split())
     assert "decoded as they are read 14 NVFP4, groups of 16" in said.replace("\u2502 ", "")
     assert "not loaded" not in said and "model.layers.1.mlp.up_proj.weight" in said
+
+
+def test_the_size_of_a_wrappers_language_model_is_shown(tmp_path):
+    FAMILIES["gemma3"].save(tmp_path)
+    assert re.search(r"blocks, hidden size │ 2, 64 ", shown(tmp_path))
