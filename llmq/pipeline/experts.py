@@ -99,19 +99,21 @@ def refuse_unlike(linears: Mapping[str, LinearSpec], model: nn.Module) -> None:
             what = f"{odd} differs from {names[0]}" if odd else f"{every[layer] - len(names)} of its linears stay float"
             raise LlmqError(
                 f"{layer}: the experts of a layer are quantized alike, all of them or none, as runtimes run them as "
-                f"one, but {what}; let --override and --skip match all of it"
+                f"one, but {what}; let --override and --skip match all of it, or choose a --group-size that fits all"
             )
 
 
 def reader_warnings(source: Source, linears: Mapping[str, LinearSpec], method: str) -> list[str]:
     """Return a warning where experts that the checkpoint has in one tensor are written one by one: who reads that."""
-    entries, kind = source.entries(), str(source.config.get("model_type"))
-    taken = next((e.name for n in linears if isinstance(e := entries.get(f"{n}.weight"), Part)), None)
-    if taken is None or (method == "compressed-tensors" and kind.startswith(_READ_APART)):
+    apart = method == "compressed-tensors" and str(source.config.get("model_type")).startswith(_READ_APART)
+    parts = {n: e.name for n, e in source.entries().items() if isinstance(e, Part) and n.endswith(".weight")}
+    ours = (tensor for n, tensor in parts.items() if not apart or n.removesuffix(".weight") not in linears)
+    taken = next(ours, None)
+    if taken is None:
         return []
     return [
-        f"{source.path} holds all experts of a layer in one tensor ({taken}); they are written one by one, packed, as "
-        "only llmq (llmq.load, register()) reads them for this model_type: --skip experts leaves them float"
+        f"{source.path} holds all experts of a layer in one tensor ({taken}); they are written one by one, packed or "
+        "float, as only llmq (llmq.load, register()) reads them for this model_type"
     ]
 
 
