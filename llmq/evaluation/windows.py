@@ -106,7 +106,7 @@ def fit(convention: Convention, model: Any) -> Convention:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     window = convention.window or longest or 2048
     if longest and window > longest:
-        raise LlmqError(f"the model reads {longest} tokens, not a window of {window}: give a shorter window")
+        raise LlmqError(f"the model reads {longest} tokens, not a window of {window}: give a shorter --window")
     return dataclasses.replace(convention, window=window)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from llmq.granularity import PerBlock, PerTensor
 from llmq.types import AffineGrid, LinearSpec, LlmqError, Scheme, StoredGrid
 
+_LEAVE = "leave what does not fit float: --on-misfit skip"
 _IN_BLOCK = re.compile(r".*?\.\d+\.(.+)")
 _FUSED = (  # vLLM's packed_modules_mapping: attention, gated, of latent attention, of gated delta nets, of experts
     ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"),
@@ -71,7 +72,8 @@ def refuse_misfits(linears: Sequence[LinearSpec], misfit: Callable[[LinearSpec],
     remedy = f"--group-size takes {fitting} there" if fitting else "say --group-size channel"
     if not misfits(linears, undivided):
         remedy = "use --format compressed-tensors"
-    raise LlmqError(f"{listed(found)}; {remedy}, or leave what does not fit float: --on-misfit skip")
+    leave = "leave the experts float: --skip experts" if any(".experts." in n for n in found) else _LEAVE
+    raise LlmqError(f"{listed(found)}; {remedy}, or {leave}")
 
 
 def group_size(grid: AffineGrid) -> int:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.parts import Fused
+from llmq.errors import LlmqError
 
 _GATED = ("gate_proj", "up_proj")
 _BATCHED = "Llama4TextExperts"
@@ -251,6 +252,16 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
     """Return the linears of a block by name, but for those that choose experts, which stay float."""
     choosing = routers(block)
     return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and n not in choosing}
+
+
+def check_routing(model: nn.Module, where: str) -> None:
+    """Raise LlmqError, naming `where`, for a layer that routes a token to more experts than it has."""
+    for name, experts in model.named_modules():
+        if isinstance(experts, Experts):
+            beside = model.get_submodule(name.rpartition(".")[0]).modules()
+            k = max((m.top_k for m in beside if isinstance(getattr(m, "top_k", None), int)), default=0)
+            if k > experts.num_experts:
+                raise LlmqError(f"{where}: a token is sent to {k} experts of {experts.num_experts}; correct it")
 
 
 def routers(block: nn.Module) -> set[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmq.checkpoint import Source
 from llmq.checkpoint.names import own_head, settle
 from llmq.model.config import head_dim
-from llmq.model.experts import in_experts, linears_of
+from llmq.model.experts import check_routing, in_experts, linears_of
 from llmq.model.pretrained import blank_model, model_config
 from llmq.model.sites import refuse_other_matrices
 from llmq.types import LlmqError
@@ -49,6 +49,7 @@ class Skeleton:
         self.prefix, blocks = lists[0]
         for i, block in enumerate(blocks):
             refuse_other_matrices(block, f"{self.prefix}.{i}")
+        check_routing(blank, f"{source.path}/config.json")
         settle(source, blank)
         if own_head(source, blank):
             source.config["tie_word_embeddings"] = self.config.tie_word_embeddings = False

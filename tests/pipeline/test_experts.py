@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from _families import FAMILIES
 from _tiny import VOCAB, make_prose, make_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -282,3 +283,12 @@ def test_the_option_means_nothing_without_experts(tiny_checkpoint, tmp_path):
     with pytest.raises(LlmqError, match="--experts all means nothing here: the router"):
         prepare(str(make(tmp_path / "float", "llama4_text")), Recipe(method="rtn", experts="all", group_size=32))
     assert "experts" not in Recipe().resolved().to_json() and json.dumps(Recipe(experts="all").to_json())
+
+
+def test_more_experts_a_token_than_there_are_is_refused_before_any_work(tmp_path):
+    folder = tmp_path / "m"
+    FAMILIES["qwen3_moe"].save(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 9}))
+    with pytest.raises(LlmqError, match=r"config\.json: a token is sent to 9 experts of \d; correct it"):
+        prepare(str(folder), Recipe(method="rtn", group_size=32), "cpu")
