@@ -259,9 +259,10 @@ def check_routing(model: nn.Module, where: str) -> None:
     for name, experts in model.named_modules():
         if isinstance(experts, Experts):
             beside = model.get_submodule(name.rpartition(".")[0]).modules()
-            k = max((m.top_k for m in beside if isinstance(getattr(m, "top_k", None), int)), default=0)
-            if k > experts.num_experts:
-                raise LlmqError(f"{where}: a token is sent to {k} experts of {experts.num_experts}; correct it")
+            several = [k for m in beside if isinstance(k := getattr(m, "top_k", None), int)]
+            if several and max(several) > experts.num_experts:
+                said = f"a token is sent to {max(several)} experts of {experts.num_experts}"
+                raise LlmqError(f"{where}: {said}; correct it")
 
 
 def routers(block: nn.Module) -> set[str]:
