@@ -68,7 +68,7 @@ def read(name: str | Path) -> dict[str, Tensor]:
             continue
         counts = file.tensors.get(f"{name}.counts")
         rows = entry.n_elements // max(1, entry.shape[0])
-        if counts is None or len(entry.shape) > 2 or counts.n_elements != rows:
+        if counts is None or not rows or len(entry.shape) > 2 or counts.n_elements != rows:
             raise LlmqError(f"{path}: {entry.name} is not a row of sums for each of its counts; make it again")
         count = _numbers(path, counts)
         mean = torch.where(count[:, None] > 0, _numbers(path, entry).view(rows, -1) / count[:, None], torch.nan)
