@@ -40,7 +40,8 @@ def inspect(name: str, *, linears: bool = False) -> Iterator[Rows]:
     try:
         if narrow(quantization):
             as_floats(source)
-            table.add("  decoded as they are read", ", ".join(f"{n} {kind}" for kind, n in _kinds(source)))
+            decoded = (source.decoded or {}).get("weights", {})
+            table.add("  decoded as they are read", ", ".join(f"{n} {kind}" for kind, n in decoded.items()))
         elif quantization:
             packed = _opened(source, linears=linears and record is None)
     except LlmqError as e:
@@ -96,11 +97,6 @@ def _errors(report: Mapping[str, Any], where: str) -> Rows:
         said = ("" if math.isnan(e) else f"{e:.3e}" for e in errors)
         shown.add(name, line.get("bits"), *said, *(line.get(k, "") for k in ("method", "damp", "fallback")))
     return shown
-
-
-def _kinds(source: Source) -> Iterator[tuple[str, int]]:
-    """Yield what the weights of a decoded source are stored as, and how many are."""
-    yield from ((source.decoded or {}).get("weights", {})).items()
 
 
 def _opened(source: Source, *, linears: bool) -> PackedCheckpoint | None:

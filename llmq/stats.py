@@ -100,8 +100,9 @@ class Stats(dict[type[Stat], Any]):
     def __init__(self, stats: Mapping[type[Stat], Any] | None = None, importance: Tensor | None = None) -> None:
         super().__init__(stats or {})
         self.importance = importance
-        self.tokens: int = getattr(stats, "tokens", 0)
-        self.layer: Tensor | None = getattr(stats, "layer", None)
+        known = stats if isinstance(stats, Stats) else None
+        self.tokens: int = known.tokens if known is not None else 0
+        self.layer: Tensor | None = known.layer if known is not None else None
         self._made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:

@@ -69,8 +69,10 @@ def refuse(windows: int | None, kv_bits: int | None) -> None:
     """Raise LlmqError for what can be refused before a model is loaded: no window, and bits that no cache has."""
     if windows is not None and windows < 1:
         raise LlmqError(f"give 1 window or more, not {windows}")
-    if kv_bits not in (None, 8, 4, 2):
-        raise LlmqError(f"bits of a cache are 8 or 4, not {kv_bits}")
+    if kv_bits is not None:
+        from llmq.integrations.cache import check_bits
+
+        check_bits(kv_bits)
 
 
 def evaluate(  # noqa: PLR0913, what is measured and how

@@ -314,12 +314,17 @@ def static_scales(model: PreTrainedModel) -> dict[int, tuple[Tensor, Tensor]] | 
     return found
 
 
+def check_bits(bits: int) -> None:
+    """Raise LlmqError for bits that no cache has."""
+    if bits not in (8, 4, 2):
+        raise LlmqError(f"bits of a cache are 8 or 4, not {bits}")
+
+
 def _check(config: Any, bits: int, keys: str, window: int, scales: Mapping[int, Any] | None) -> None:
     types = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
     if types:
         raise LlmqError(f"a quantized cache takes full attention in every layer, not {', '.join(sorted(types))}")
-    if bits not in (8, 4, 2):
-        raise LlmqError(f"bits of a cache are 8 or 4, not {bits}")
+    check_bits(bits)
     if keys not in ("token", "channel"):
         raise LlmqError(f"keys are quantized per 'token' or per 'channel', not {keys!r}")
     if window < 0 or (keys == "channel" and (window < RUN or window % RUN)):

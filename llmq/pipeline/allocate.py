@@ -29,7 +29,7 @@ from llmq.pipeline.block import block_sites
 from llmq.pipeline.experts import together
 from llmq.pipeline.plan import Plan, at_bits, packed_bytes
 from llmq.stats import Hessian
-from llmq.types import LinearSpec, QTensor
+from llmq.types import Grid, LinearSpec, QTensor
 
 
 @dataclass(frozen=True)
@@ -157,16 +157,15 @@ def _choices(
 
     An expert that no token reaches costs nothing.
     """
-    X_TK, H_KK, s_T = sample
     W_NK = linear.get_parameter("weight").float()
-    found = []
-    for bits in plan.method.recipe.choices():
-        at = at_bits(spec, bits)
-        grid, size = at.scheme.weight, packed_bytes(plan.method.format, at)
-        if H_KK is None:
-            found.append(Choice(bits, size, 0.0))
-            continue
-        E_NK = QTensor.rounded(W_NK, grid, H_KK).dequantize() - W_NK
-        error = s_T @ (X_TK.float() @ E_NK.T).square().sum(-1) / (2 * len(s_T))
-        found.append(Choice(bits, size, error.item()))
-    return found
+    each = [(bits, at_bits(spec, bits)) for bits in plan.method.recipe.choices()]
+    form = plan.method.format
+    return [Choice(bits, packed_bytes(form, s), _divergence(W_NK, s.scheme.weight, *sample)) for bits, s in each]
+
+
+def _divergence(W_NK: Tensor, grid: Grid, X_TK: Tensor, H_KK: Tensor | None, s_T: Tensor) -> float:
+    """Return what rounding a weight adds to the divergence, in nats per token."""
+    if H_KK is None:
+        return 0.0
+    E_NK = QTensor.rounded(W_NK, grid, H_KK).dequantize() - W_NK
+    return (s_T @ (X_TK.float() @ E_NK.T).square().sum(-1) / (2 * len(s_T))).item()

@@ -35,10 +35,10 @@ from llmq.pipeline.experts import NO_TOKEN, Layer, Layers
 from llmq.pipeline.method import Method
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Line, Record
-from llmq.pipeline.site import Answer, Target, gave, rounded, solve
+from llmq.pipeline.site import Answer, Target, gave, round_unseen, solve
 from llmq.stats import Hessian, Histogram, MeanSquare, Stat, Stats
 from llmq.steps import BlockView, Scaling, SiteView, Solved, Transform, Tuner
-from llmq.types import AffineGrid, Params, Producer, Site
+from llmq.types import AffineGrid, LinearSpec, Params, Producer, Site
 
 
 @dataclass
@@ -83,6 +83,10 @@ class _Block:
         """Return the full name of what the block calls so."""
         return self.plan.skeleton.full_name(self.number, name)
 
+    def specs(self, site: Site) -> dict[str, LinearSpec]:
+        """Return the linears of a site that are quantized, by their names in the block."""
+        return {n: s for n in site.linears if (s := self.plan.linears.get(self.full(n)))}
+
     @property
     def tuners(self) -> Sequence[Tuner]:
         """The steps that tune the block; the head is no block of theirs."""
@@ -122,9 +126,9 @@ def quantize_block(plan: Plan, i: int, state: Calibration) -> tuple[dict[str, Te
 
     Returns the block's tensors as they are written, by full name, what is known of it, and the state behind it.
     """
-    one_by_one = not (plan.method.transforms or plan.method.tuners or plan.method.recipe.experts == "all")
+    whole = bool(plan.method.transforms or plan.method.tuners or plan.method.recipe.experts == "all")
     with ExitStack() as stack:
-        module = stack.enter_context(plan.skeleton.loaded(i, plan.device, experts=not one_by_one))
+        module = stack.enter_context(plan.skeleton.loaded(i, plan.device, experts=whole))
         passing = stack.enter_context(Passing(module, partial(_read, plan, i)))
         block = _Block(plan, i, module, block_sites(plan, i, module, state), state, passing)
         packed, maxima = _opened(block) if i < len(plan.skeleton) else ({}, None)
@@ -159,7 +163,7 @@ def _solve(block: _Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], C
     hidden: list[Tensor] = []
     with ExitStack() as stack:
         lanes = reference = None
-        needs = plan.method.needs([s.scheme.weight for n, s in plan.linears.items() if n.startswith(block.full(""))])
+        needs = plan.method.needs([s.scheme.weight for site in block.sites for s in block.specs(site).values()])
         original = copy.deepcopy(module) if state.floats else None
         layers = stack.enter_context(Layers(module, state.tokens, moments=Hessian in needs))
         block.passing.stay = True
@@ -202,7 +206,7 @@ def _solve_site(
     """
     plan, report = block.plan, block.report
     method, line = _method(plan.method, layer)
-    specs = {n: plan.linears[block.full(n)] for n in site.linears if block.full(n) in plan.linears}
+    specs = block.specs(site)
     static = next((s.scheme.activation for s in specs.values() if s.scheme.static), None)
     needs = {*method.needs([s.scheme.weight for s in specs.values()]), *((Histogram,) if static else ())}
     measured: set[type[Stat]] = {MeanSquare} if plan.method.recipe.imatrix_out else set()
@@ -223,12 +227,8 @@ def _solve_site(
         stats.layer = layer.mean(site)
     unseen = lanes is not None and not stats.tokens
     if unseen and static:
-        more = "" if layer is None or layer.experts.batched else ", --experts all"
-        raise LlmqError(
-            f"{block.full(site.linears[0])}: no token of the calibration came here, so its input has no static scale; "
-            f"give more --samples{more} or --act token"
-        )
-    answers = rounded(targets, {"fallback": NO_TOKEN}) if unseen else solve(method, targets, stats)
+        raise _no_static_scale(block.full(site.linears[0]), layer)
+    answers = round_unseen(targets, {"fallback": NO_TOKEN}) if unseen else solve(method, targets, stats)
     answers = {n: a.noted(line) for n, a in answers.items()}
     if static:
         inputs = _input_params(static, stats[Histogram])
@@ -254,6 +254,15 @@ def _method(method: Method, layer: Layer | None) -> tuple[Method, dict[str, Any]
         method = dataclasses.replace(method, corrections=())
         line["correction"] = "none: the float model routes other tokens"
     return method, line
+
+
+def _no_static_scale(linear: str, layer: Layer | None) -> LlmqError:
+    """Return what to raise where an input that should get a static scale was never seen."""
+    more = "" if layer is None or layer.experts.batched else ", --experts all"
+    return LlmqError(
+        f"{linear}: no token of the calibration came here, so its input has no static scale; give more "
+        f"--samples{more} or --act token"
+    )
 
 
 def _with_input(solved: Solved, inputs: Params) -> Solved:
@@ -300,7 +309,8 @@ def _transform(block: _Block, step: Transform) -> None:
     stats, calls = _observe(block, step)
     found: list[tuple[Site, Producer, Scaling]] = []
     for site, seen in zip(block.sites, stats, strict=True):
-        schemes = [s.scheme if (s := plan.linears.get(block.full(n))) else None for n in site.linears]
+        specs = block.specs(site)
+        schemes = [specs[n].scheme if n in specs else None for n in site.linears]
         view = SiteView(site, modules, seen, calls.get(site.parent, []), schemes)
         scaling = step.search(view) if seen.tokens and site.producer else None
         if scaling is not None and site.producer:

@@ -117,6 +117,12 @@ def reader_warnings(source: Source, linears: Mapping[str, LinearSpec], method: s
     ]
 
 
+def number(linear: str) -> int:
+    """Return the number of the expert that a linear belongs to, 0 where it is no expert's."""
+    found = re.search(r"\.experts\.(\d+)\.", linear)
+    return int(found[1]) if found else 0
+
+
 def any_expert(names: str) -> str:
     """Return names of linears with a star for the number of an expert."""
     return re.sub(r"(experts)\.\d+\.", r"\1.*.", names)

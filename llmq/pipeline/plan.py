@@ -162,7 +162,6 @@ class Plan:
         assigned = dataclasses.replace(self.assigned, schemes={**self.assigned.schemes, **schemes})
         method = dataclasses.replace(self.method, recipe=recipe)
         plan = dataclasses.replace(self, method=method, assigned=assigned).told(recipe)
-        refuse_unlike(plan.linears, self.skeleton.model)
         before = self.method.format.check(self.possible(), self.skipped)  # of bits of which some were not chosen
         at = next((i for i, w in enumerate(self.warnings) if w in before), 0)
         told = [w for w in self.warnings if w not in before]  # what the user was told of the options that he gave

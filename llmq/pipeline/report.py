@@ -4,7 +4,6 @@ Not here: where the record is written (formats/), what is measured of a linear (
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmq import __version__, registry
-from llmq.pipeline.experts import described
+from llmq.pipeline.experts import described, number
 from llmq.pipeline.plan import Plan, packed_bytes
 from llmq.pipeline.records import Record
 from llmq.stats import MeanSquare
@@ -26,17 +25,12 @@ def write_importance(plan: Plan, file: Path, measured: Mapping[str, MeanSquare])
     recipe, assigned = plan.method.recipe, plan.assigned
     sums: dict[str, list[tuple[Tensor, int]]] = {}
     known = dict.fromkeys((*measured, *plan.matrices, *plan.model.linears))  # floats too, and experts without tokens
-    for name in sorted(known, key=_expert):
+    for name in sorted(known, key=number):
         count = measured[name].number("count") if name in measured else 0
         total = measured[name].whole("sum") if count else torch.zeros(plan.model.shapes[plan.weight_of(name)][1])
         sums.setdefault(assigned.names[f"{name}.weight"], []).append((assigned.channels(name, total), count))
     sums = {name: several for name, several in sums.items() if any(n for _, n in several)}
     imatrix.write(file, sums, recipe.calib, recipe.seq_len)
-
-
-def _expert(name: str) -> int:
-    found = re.search(r"\.experts\.(\d+)\.", name)
-    return int(found[1]) if found else 0
 
 
 def _size(plan: Plan, total: int) -> dict[str, Any]:

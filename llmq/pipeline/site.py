@@ -7,10 +7,8 @@ factor of H.
 Not here: where the statistics come from (block.py), any method (algorithms/).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,12 +37,12 @@ class Answer(NamedTuple):
     solved: Solved
     W_NK: Tensor
 
-    def noted(self, line: Mapping[str, Any]) -> Answer:
+    def noted(self, line: Mapping[str, Any]) -> Self:
         """Return it with more in its report."""
         return self._replace(solved=Solved(self.solved.q, self.solved.report | dict(line)))
 
 
-def rounded(targets: Mapping[str, Target], line: Mapping[str, Any]) -> dict[str, Answer]:
+def round_unseen(targets: Mapping[str, Target], line: Mapping[str, Any]) -> dict[str, Answer]:
     """Return the linears of a site that no activation was seen of, rounded to nearest, with a line on why.
 
     A range that weighs errors by H counts those of all input channels alike.
@@ -54,7 +52,7 @@ def rounded(targets: Mapping[str, Target], line: Mapping[str, Any]) -> dict[str,
 
 
 def _weight(target: Target) -> Tensor | None:
-    if target.importance is None and getattr(target.grid, "wants_hessian", False):
+    if target.importance is None and target.grid.wants_hessian:
         return torch.eye(target.W_NK.shape[1], device=target.W_NK.device)
     return target.importance
 
