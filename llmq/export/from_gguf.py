@@ -7,6 +7,7 @@ Not here: writing the checkpoint (floats.py), the tokenizer (gguf/hf_tokenizer.p
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -46,14 +47,12 @@ class Floats(View):
         self.path, self._first, self._dtype = path, GgufFile(path), dtype
         kinds = {n: self._file.tensors[n].tensor_type.name for n in self._file.names()}
         self._packed = {n for n, kind in kinds.items() if kind not in _FLOATS}
-        weights: dict[str, int] = {}
-        for name in sorted(self._packed):
-            weights[kinds[name]] = weights.get(kinds[name], 0) + 1
+        weights = dict(Counter(kinds[n] for n in sorted(self._packed)))
         as_ = str(dtype).removeprefix("torch.")
         self.decoded = {"quant_method": "gguf", "dtype": as_, "weights": weights, "scales_left_out": 0}
         held = ", ".join(f"{n} weights as {kind}" for kind, n in weights.items()) or "floats alone"
         self.warnings.append(f"{path} holds {held}: they are decoded to {as_} as they are read")
-        self.config = self._config()
+        self.config = self._config(as_)
 
     def names(self) -> list[str]:
         """Return the names of all tensors of the model."""
@@ -78,11 +77,11 @@ class Floats(View):
         except LlmqError as e:
             self.warnings.append(f"OUT has no tokenizer: {e}")
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, dtype: str) -> dict[str, Any]:
         """Return config.json: what verify makes of the keys, with the class, the special ids and the rotations."""
         model = self._file.skeleton.model
         said = {"architectures": [type(model).__name__], **dict(self._file.skeleton.source.config)}
-        config = said | {"dtype": self.decoded["dtype"] if self.decoded else ""} | special_ids(self._first)
+        config = said | {"dtype": dtype} | special_ids(self._first)
         for rope in _ropes(self._file, self._first):
             self.config = _short(config | {"rope_parameters": rope})
             try:

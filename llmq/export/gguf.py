@@ -171,7 +171,8 @@ def convert(q: QTensor, name: str, requantize: str | None, together: int | None 
     together: the columns that stay together in the file (`Architecture.together`); None for all.
     Raises LlmqError, with the reason, where they cannot be kept and `requantize` names no type instead.
     """
-    why = _obstacle(q, together or q.codes.shape[1])
+    together = together or q.codes.shape[1]
+    why = _obstacle(q, together)
     if why is None:
         at = Params.of(q.params).map(lambda p: p[:, q.group_K[::_QBLOCK]])  # of every block, `[N, K / 32]`
         d, zero = at.scale.half(), at.zero
@@ -188,8 +189,7 @@ def convert(q: QTensor, name: str, requantize: str | None, together: int | None 
         raise LlmqError(
             f"{name}: its codes cannot be kept: {why}; say --requantize TYPE (Q8_0, Q6_K ...) to round it anew"
         )
-    kind = mixture.fallback(requantize, together or q.codes.shape[1])
-    return _rounded(q.dequantize(), name, kind, REQUANTIZED)
+    return _rounded(q.dequantize(), name, mixture.fallback(requantize, together), REQUANTIZED)
 
 
 def _obstacle(q: QTensor, together: int) -> str | None:

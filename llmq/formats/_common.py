@@ -128,12 +128,9 @@ def fused_warnings(linears: Sequence[LinearSpec], skipped: Sequence[str]) -> lis
     skipped: the other linears of the model, which tell a part that is left float from one that there is not.
     """
     schemes: dict[str, dict[str, Scheme | None]] = {}
-    for name, scheme in ((s.name, s.scheme) for s in linears):
+    for name, scheme in (*((s.name, s.scheme) for s in linears), *((n, None) for n in skipped)):
         parent, _, leaf = name.rpartition(".")
-        schemes.setdefault(parent, {})[leaf] = scheme
-    for name in skipped:
-        parent, _, leaf = name.rpartition(".")
-        schemes.setdefault(parent, {}).setdefault(leaf, None)
+        schemes.setdefault(parent, {}).setdefault(leaf, scheme)
     parts = [(parent, [n for n in fused if n in of], of) for parent, of in schemes.items() for fused in _FUSED]
     unlike = [f"{parent}: {', '.join(some)}" for parent, some, of in parts if any(of[n] != of[some[0]] for n in some)]
     if not unlike:

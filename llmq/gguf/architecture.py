@@ -12,7 +12,7 @@ Not here: rotary embedding (rope.py), the tokenizer (tokenizer.py), types of ten
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from llmq.errors import LlmqError
 from llmq.gguf import delta_net, mixture
 from llmq.gguf.differences import differences, gain, is_norm
-from llmq.gguf.programs import PROGRAMS, Program
-from llmq.gguf.rope import Reads, Rotary, rotary
+from llmq.gguf.programs import PROGRAMS, Program, period_of
+from llmq.gguf.rope import Rotary, rotary
 from llmq.model.config import head_dim, kv_heads
 from llmq.model.experts import unfuse
 from llmq.model.pretrained import auto_class, foreign
@@ -41,11 +41,15 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 class Architecture:
     """One model's place in llama.cpp, made from its transformers config by `architecture`.
 
-    config: of the language model. decoder: what names of its decoder begin with, where that is not `model`.
-
-    local: the rotary embedding of blocks with a window, where it is their own. windows: how far back attention sees in
-    every block, 0 for all the way. shifted: the norms that multiply by 1 + weight. parameters: the names of the tensors
-    that transformers' language model has. tied: whether the head is the embedding, which the file then holds alone.
+    config: of the language model.
+    program: what llmq knows of the architecture in llama.cpp.
+    rope: the rotary embedding.
+    local: that of blocks with a window, where they have their own.
+    windows: how far back attention sees in every block, 0 for all the way.
+    shifted: the norms that multiply by 1 + weight.
+    parameters: the names of the tensors that transformers' language model has.
+    tied: whether the head is the embedding, which the file then holds alone.
+    decoder: what the names of the decoder's tensors begin with: `model`, but for a language model within a larger one.
     """
 
     config: Any
@@ -228,7 +232,7 @@ class Architecture:
         self.rope.describe(writer)
         if self.program.period:
             writer.add_sliding_window(max(self.windows) or self.context)
-            writer.add_sliding_window_pattern(_period(self.windows, self.program))
+            writer.add_sliding_window_pattern(period_of([not w for w in self.windows], self.program.period))
         if self.local is not None:
             writer.add_rope_freq_base_swa(self.local.base)
         for key in self.program.caps:
@@ -243,8 +247,8 @@ class Architecture:
 def architecture(config: Any) -> Architecture:
     """Return the architecture of a transformers config, which says of the head what is true (`names.own_head`).
 
-    Raises LlmqError for a model that llama.cpp's tables here do not cover, and for one that computes another function
-    than llama.cpp does.
+    Raises LlmqError for a model that no entry of PROGRAMS covers, and for one that computes another function than
+    llama.cpp does.
     """
     text = config.get_text_config()
     if text.model_type not in PROGRAMS:
@@ -252,16 +256,14 @@ def architecture(config: Any) -> Architecture:
             f"model_type {text.model_type!r} is not among those written as GGUF ({', '.join(PROGRAMS)}); use --format "
             "gptq, awq or compressed-tensors"
         )
-    tied = bool(config.tie_word_embeddings)
     program, model = PROGRAMS[text.model_type], _model(text)
     windows = tuple(_window(text, block) for block in model.model.layers)
-    reasons = (*differences(text, model, program, tied), *_irregular(windows, program), *_uncapped(config, program))
-    for reason in reasons:
+    for reason in differences(config, model, program, windows):
         raise LlmqError(f"{reason}, which llama.cpp's {program.name} does not compute; write another format")
     rope, local = _rotary(text, model, program)
     shifted = frozenset(f"{n}.weight" for n, m in model.named_modules() if is_norm(m) and gain(m, text.rms_norm_eps))
     unfuse(model)
-    names = frozenset(model.state_dict())
+    names, tied = frozenset(model.state_dict()), bool(config.tie_word_embeddings)
     return Architecture(text, program, rope, local, windows, shifted, names, tied, _decoder(config))
 
 
@@ -283,11 +285,10 @@ def _rotary(config: Any, model: Any, program: Program) -> tuple[Rotary, Rotary |
     """Return the rotary embedding of the blocks, and that of those with a window where it is their own."""
     with foreign("config.json, rope_parameters"):
         embedding = type(model.model.rotary_emb)(config)
-        reads = Reads(program.table, program.partial, program.factors, program.blunt)
         if not program.local:
-            return rotary(embedding, config, head_dim(config), reads), None
+            return rotary(embedding, config, head_dim(config), program.reads), None
         kinds = [kind for kind in (_FULL, _SLIDING) if kind in config.layer_types]
-        first, *more = [rotary(embedding, config, head_dim(config), reads, kind) for kind in kinds]
+        first, *more = [rotary(embedding, config, head_dim(config), program.reads, kind) for kind in kinds]
     local = more[0] if more else first
     if local.kind != "none" or "yarn" in (first.kind, local.kind) or {first.attn_factor, local.attn_factor} != {1}:
         raise LlmqError(
@@ -301,25 +302,3 @@ def _window(config: Any, block: nn.Module) -> int:
     """Return how far back the attention of a block sees, 0 for all the way."""
     own = getattr(getattr(block, "self_attn", None), "sliding_window", None)
     return int((config.sliding_window if config.model_type in ("mistral", "mixtral", "phi3") else own) or 0)
-
-
-def _irregular(windows: Sequence[int], program: Program) -> Iterator[str]:
-    """Yield what a program with windows has no keys for."""
-    if program.period and (len({*windows} - {0}) > 1 or _period(windows, program) == 0):
-        yield f"config.json asks for windows of {', '.join(map(str, windows))} tokens in its blocks"
-
-
-def _uncapped(config: Any, program: Program) -> Iterator[str]:
-    """Yield the caps that transformers applies where a language model stands alone, and not within a larger one."""
-    text = config.get_text_config()
-    for key in program.caps if text is not config else ():
-        if getattr(text, key):
-            yield f"config.json, {key}: {getattr(text, key)}, passed over within a {config.model_type}"
-
-
-def _period(windows: Sequence[int], program: Program) -> int:
-    """Return the period of which the last block sees all the way and no other does; 0 where there is none."""
-    for period in (program.period, *range(1, len(windows) + 2)):
-        if all((window > 0) == (i % period < period - 1) for i, window in enumerate(windows)):
-            return period
-    return 0

@@ -3,7 +3,8 @@
     "GGUF" | version | counts | keys and values | name, shape, type, offset of every tensor | data, aligned to 32 bytes
 
 Tensors are staged block by block under their checkpoint's names and in their final types (packed rows are uint8), so
-that writing them is renaming, reordering the rows of q and k, and copying; never more than a tensor is in memory.
+that writing them is renaming, bringing each into the form that llama.cpp reads (architecture.py) and copying; never
+more than a tensor of the file is in memory, which of experts has those of a block.
 Several files do not change hands in one step, so a split write never takes the names of an older one: where it would
 have as many shards, the first holds no tensors (as llama.cpp's converter writes it on request), and there is one more.
 Source: the GGUF specification of ggml; the `gguf` package writes the header and the padding.

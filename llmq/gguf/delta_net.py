@@ -18,6 +18,8 @@ import gguf
 import torch
 from torch import Tensor
 
+from llmq.gguf.programs import period_of
+
 _SECTIONS = [11, 11, 10]  # transformers' own, of pairs that turn by time, height and width
 
 
@@ -40,10 +42,8 @@ def differences(config: Any) -> Iterator[str]:
         yield f"{config.linear_num_value_heads} value heads of {config.linear_num_key_heads} key heads"
     if _interval(config) == 0:
         yield f"config.json asks for blocks of {', '.join(config.layer_types)}"
-    pairs, sections = (
-        int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1)) // 2,
-        _sections(config),
-    )
+    pairs = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1)) // 2
+    sections = _sections(config)
     if len(sections) != 3 or any(i >= 3 * sections[i % 3] for i in range(pairs)) or sum(sections) > config.head_dim:
         yield f"mrope_section {sections} for {pairs} pairs of channels"
 
@@ -88,12 +88,7 @@ def _channels(heads: Tensor, channels: int) -> Tensor:
 
 
 def _interval(config: Any) -> int:
-    """Return the period of which the last block alone attends to all tokens; 0 where there is none."""
-    whole = [kind == "full_attention" for kind in config.layer_types]
-    for n in range(1, len(whole) + 2):
-        if all(full == ((i + 1) % n == 0) for i, full in enumerate(whole)):
-            return n
-    return 0
+    return period_of([kind == "full_attention" for kind in config.layer_types])
 
 
 def _sections(config: Any) -> list[int]:

@@ -14,18 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from llmq.gguf import delta_net
-from llmq.gguf.programs import Program
+from llmq.gguf.programs import Program, period_of
 from llmq.model.config import head_dim
 
 _CLAMPED = (1.702, 7.0)  # gpt-oss's gate: x sigmoid(1.702 x) of x of at most 7
 _PROBE = 8  # channels of a norm that is tried out
 
 
-def differences(config: Any, model: Any, program: Program, tied: bool) -> Iterator[str]:
+def differences(whole: Any, model: Any, program: Program, windows: Sequence[int]) -> Iterator[str]:
     """Yield what transformers computes otherwise than a program of llama.cpp, as the subject of a sentence.
 
-    model: made of the config, without weights. tied: whether its head is its embedding.
+    whole: the config, of a language model or of a larger model around one. model: the language model that transformers
+    makes of it, without weights. windows: how far back attention sees in every block, 0 for all the way.
     """
+    config = whole.get_text_config()
     d, heads = head_dim(config), config.num_attention_heads
     if not 0 < config.max_position_embeddings < 2**32:
         yield f"config.json asks for {config.max_position_embeddings:,} positions"
@@ -37,12 +39,17 @@ def differences(config: Any, model: Any, program: Program, tied: bool) -> Iterat
         yield f"{heads} heads of {d} channels for a residual stream of {config.hidden_size}"
     if program.activation is None and not config.attention_bias:
         yield "attention without biases (attention_bias false)"
-    if program.untied and tied:
+    if program.untied and whole.tie_word_embeddings:
         yield "a head that is the embedding (tie_word_embeddings)"
     if program.delta:
         yield from delta_net.differences(config)
     yield from _numbers(config, program)
     yield from _blocks(config, model, program)
+    if program.period and (len({*windows} - {0}) > 1 or period_of([not w for w in windows], program.period) == 0):
+        yield f"config.json asks for windows of {', '.join(map(str, windows))} tokens in its blocks"
+    for key in program.caps if config is not whole else ():  # which transformers applies to a language model alone
+        if getattr(config, key):
+            yield f"config.json, {key}: {getattr(config, key)}, passed over within a {whole.model_type}"
 
 
 def _numbers(config: Any, program: Program) -> Iterator[str]:
@@ -63,7 +70,7 @@ def _blocks(config: Any, model: Any, program: Program) -> Iterator[str]:
     for i, block in enumerate(model.model.layers):
         yield from _attention(config, block, i, program) if hasattr(block, "self_attn") else ()
         yield from _mlp(config, block, i, program)
-    for name, module in first_norms(model):
+    for name, module in _first_norms(model):
         if gain(module, config.rms_norm_eps) is None:
             yield f"{name}, a {type(module).__name__} that is no RMSNorm that adds {config.rms_norm_eps}"
 
@@ -72,8 +79,8 @@ def _attention(config: Any, block: Any, i: int, program: Program) -> Iterator[st
     scaling = block.self_attn.scaling
     if program.scale and abs(scaling - program.scale(config)) > 1e-6 * abs(scaling):
         yield f"attention is scaled by {scaling}"
-    if bool(getattr(block.self_attn, "use_rope", True)) != turned(i, program):
-        yield f"block {i} {'without' if turned(i, program) else 'with'} rotary embedding"
+    if bool(getattr(block.self_attn, "use_rope", True)) != _turned(i, program):
+        yield f"block {i} {'without' if _turned(i, program) else 'with'} rotary embedding"
 
 
 def _mlp(config: Any, block: Any, i: int, program: Program) -> Iterator[str]:
@@ -92,12 +99,12 @@ def _mlp(config: Any, block: Any, i: int, program: Program) -> Iterator[str]:
         yield f"config.json asks for the activation {getattr(config, 'hidden_activation', None) or config.hidden_act!r}"
 
 
-def turned(block: int, program: Program) -> bool:
+def _turned(block: int, program: Program) -> bool:
     """Say whether a program turns q and k in a block."""
     return not program.nope or (block + 1) % program.nope != 0
 
 
-def first_norms(model: Any) -> Iterator[tuple[str, nn.Module]]:
+def _first_norms(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Yield one norm of each class, with its name."""
     seen = set()
     for name, module in model.named_modules():

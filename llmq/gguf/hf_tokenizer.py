@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from llmq.errors import LlmqError, printable
 from llmq.gguf.pretokenizer import rules
 from llmq.gguf.reader import GgufFile
-from llmq.gguf.tokenizer import Vocabulary, vocabulary
+from llmq.gguf.tokenizer import SPECIAL, Vocabulary, vocabulary
 from llmq.model.pretrained import foreign
 
 _KEY = "tokenizer.ggml."
@@ -25,7 +25,7 @@ _ALIASES = {
     "starcoder": "smollm", "refact": "smollm", "command-r": "smollm", "codeshell": "smollm", "phi-2": "gpt-2",
     "llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2",
 }  # fmt: skip
-_SPECIAL = ("bos", "eos", "unk", "pad", "sep", "mask")
+_NAMED = {"unk": "unknown", "pad": "padding", "sep": "seperator"}  # what keys call them otherwise, spelled so
 _COMPARED = ("model", "pre", "tokens", "types", "merges", "add_space_prefix", "special", "add_bos", "add_eos")
 
 
@@ -56,12 +56,8 @@ def tokenizer_from(file: GgufFile) -> PreTrainedTokenizerFast:
 
 def special_ids(file: GgufFile) -> dict[str, int]:
     """Return the ids of bos, eos and pad that a file names, as config.json does."""
-    found = {f"{name}_token_id": file.value(f"{_KEY}{key}_token_id") for name, key in _ids().items()}
-    return {key: i for key, i in found.items() if isinstance(i, int) and key[:3] in ("bos", "eos", "pad")}
-
-
-def _ids() -> Mapping[str, str]:
-    return {name: {"unk": "unknown", "pad": "padding", "sep": "seperator"}.get(name, name) for name in _SPECIAL}
+    found = {name: file.value(f"{_KEY}{_NAMED.get(name, name)}_token_id") for name in ("bos", "eos", "pad")}
+    return {f"{name}_token_id": i for name, i in found.items() if isinstance(i, int)}
 
 
 def _said(file: GgufFile) -> Vocabulary:
@@ -86,7 +82,7 @@ def _said(file: GgufFile) -> Vocabulary:
         )
     pre = of("pre", str, "default")
     template = file.value("tokenizer.chat_template")
-    special = {name: i for name, key in _ids().items() if (i := of(f"{key}_token_id", int, None)) is not None}
+    ids = {name: of(f"{_NAMED.get(name, name)}_token_id", int, None) for name in SPECIAL}
     return Vocabulary(
         model=model,
         pre=_ALIASES.get(pre, pre),
@@ -95,7 +91,7 @@ def _said(file: GgufFile) -> Vocabulary:
         merges=of("merges", list, None) if model == "gpt2" else None,
         scores=scores,
         add_space_prefix=of("add_space_prefix", bool, True) if model == "llama" else None,
-        special=special,
+        special={name: i for name, i in ids.items() if i is not None},
         add_bos=of("add_bos_token", bool, model == "llama" or pre in _BEGIN),
         add_eos=of("add_eos_token", bool, False),
         chat_template=None if template is None else str(template),

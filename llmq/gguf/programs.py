@@ -23,7 +23,7 @@ Source: llama.cpp `src/models/*.cpp`, `src/llama-model.cpp` (llama_model_rope_ty
 Not here: names of tensors (the `gguf` package's map), rotary embedding by value (rope.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +31,12 @@ import gguf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmq.gguf.rope import Reads
 from llmq.model.config import head_dim
 
 _ATTENTION = ("attn_q", "attn_k", "attn_v")
 _LINEARS = (*_ATTENTION, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_KEYS, _TABLE, _PARTIAL = Reads(), Reads(divisors=True), Reads(partial=True)
 
 
 def _by_head(config: Any) -> float:
@@ -59,32 +61,31 @@ def _gelu(x: Tensor) -> Tensor:
 class Program:
     """One architecture of llama.cpp.
 
-    biases: which linears' it reads. interleaved: whether rows 0 .. d/2-1 and d/2 .. d-1 of every head of q and k take
-    turns in the file. table: whether it reads `rope_freqs.weight`. factors: whether it reads `rope_factors_short` and
-    `rope_factors_long`. partial: whether it can turn the first channels of a
-    head alone. square: whether all heads together must have as many channels as the residual stream. untied: whether it
-    must have a head of its own.
-    activation: between up and down; None for gpt-oss's clamped gate. blunt: whether a ramp between frequencies whose
-    ends are no whole pairs is taken, rounded. scaled: whether embeddings are multiplied by the root of their width.
-    scale: what scores are multiplied by, of the config; None where a key says it.
-    period: of blocks with a window, of which the last one sees all the way; 0 where windows are not known.
-    local: whether blocks with a window are turned by a base of their own. nope: every so many blocks one is not turned.
-    caps: keys of the config for tanh caps that the writer's methods of that name add; capped: whether it always caps.
-    multipliers: the writer's methods by keys of the config, numbers other than 0. delta: whether there are blocks of
-    linear attention (delta_net.py). counts: the writer's methods by keys of the config, whole numbers about experts,
-    of which every block then has some.
+    biases: the linears whose biases it reads.
+    interleaved: whether rows 0 .. d/2-1 and d/2 .. d-1 of every head of q and k take turns in the file.
+    reads: what it reads of a rotary embedding.
+    square: whether all heads together must have as many channels as the residual stream.
+    untied: whether the output head must be a tensor of its own.
+    activation: between up and down; None for gpt-oss's clamped gate.
+    scaled: whether embeddings are multiplied by the root of their width.
+    scale: what attention scores are multiplied by, as a function of the config; None where a key says it.
+    period: of every so many blocks the last sees all tokens, the others a window; 0 where it knows no windows.
+    local: whether blocks with a window have a rotary base of their own.
+    nope: of every so many blocks the last has no rotary embedding; 0 where all have one.
+    caps: keys of the config for tanh caps, which methods of the writer of the same names add.
+    capped: whether it caps whatever the keys say.
+    multipliers: methods of the writer by keys of the config, whose values are numbers other than 0.
+    delta: whether there are blocks of linear attention (delta_net.py).
+    counts: methods of the writer by keys of the config that are whole numbers about experts; every block then has some.
     """
 
     arch: gguf.MODEL_ARCH
     biases: tuple[str, ...] = _ATTENTION
     interleaved: bool = False
-    table: bool = False
-    factors: bool = False
-    partial: bool = False
+    reads: Reads = _KEYS
     square: bool = False
     untied: bool = False
     activation: Callable[[Tensor], Tensor] | None = nn.functional.silu
-    blunt: bool = False
     scaled: bool = False
     scale: Callable[[Any], float] | None = _by_head
     period: int = 0
@@ -102,8 +103,19 @@ class Program:
         return gguf.MODEL_ARCH_NAMES[self.arch]
 
 
+def period_of(full: Sequence[bool], usual: int = 1) -> int:
+    """Return n where of every n blocks the last, and no other, attends to all tokens; 0 where there is no such n.
+
+    full: whether each block does. usual: the n to take where it fits, before the least.
+    """
+    for n in (usual, *range(1, len(full) + 2)):
+        if all(sees == (i % n == n - 1) for i, sees in enumerate(full)):
+            return n
+    return 0
+
+
 _ARCH = gguf.MODEL_ARCH
-_LLAMA = Program(_ARCH.LLAMA, _LINEARS, interleaved=True, table=True)
+_LLAMA = Program(_ARCH.LLAMA, _LINEARS, interleaved=True, reads=_TABLE)
 _ROUTED = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
            "moe_intermediate_size": "expert_feed_forward_length"}  # fmt: skip
 _FINAL = "final_logit_softcapping"
@@ -119,31 +131,31 @@ PROGRAMS: Mapping[str, Program] = {
     "gemma3_text": Program(
         _ARCH.GEMMA3, (), activation=_gelu, scaled=True, scale=_by_stream(62), period=6, local=True, caps=(_FINAL,),
     ),
-    "phi3": Program(_ARCH.PHI3, (), factors=True, partial=True, square=True),
+    "phi3": Program(_ARCH.PHI3, (), reads=Reads(factors=True, partial=True), square=True),
     "olmo2": Program(_ARCH.OLMO2, (), square=True, untied=True),
     "granite": Program(
-        _ARCH.GRANITE, _LINEARS, interleaved=True, table=True, scale=None,
+        _ARCH.GRANITE, _LINEARS, interleaved=True, reads=_TABLE, scale=None,
         multipliers={
             "attention_multiplier": "attention_scale", "embedding_multiplier": "embedding_scale",
             "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale",
         },
     ),
-    "glm4": Program(_ARCH.GLM4, partial=True),
+    "glm4": Program(_ARCH.GLM4, reads=_PARTIAL),
     "smollm3": Program(_ARCH.SMOLLM3, interleaved=True, nope=4),
-    "qwen3_5_text": Program(_ARCH.QWEN35, ("ssm_dt",), partial=True, delta=True),
+    "qwen3_5_text": Program(_ARCH.QWEN35, ("ssm_dt",), reads=_PARTIAL, delta=True),
     "qwen3_moe": Program(_ARCH.QWEN3MOE, counts=_ROUTED),
     "mixtral": Program(
-        _ARCH.LLAMA, _LINEARS, interleaved=True, table=True,
+        _ARCH.LLAMA, _LINEARS, interleaved=True, reads=_TABLE,
         counts={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
     ),
     "gpt_oss": Program(
         _ARCH.GPT_OSS, (*_ATTENTION, "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
-        untied=True, activation=None, blunt=True, period=2,
+        untied=True, activation=None, reads=Reads(blunt=True), period=2,
         counts={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
                 "intermediate_size": "expert_feed_forward_length"},
     ),
     "qwen3_5_moe_text": Program(
-        _ARCH.QWEN35MOE, ("ssm_dt",), partial=True, delta=True,
+        _ARCH.QWEN35MOE, ("ssm_dt",), reads=_PARTIAL, delta=True,
         counts=_ROUTED | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
     ),
 }  # fmt: skip

@@ -25,7 +25,7 @@ from llmq.types import LlmqError
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"  # sentencepiece's visible space
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unk", "sep": "sep", "pad": "pad", "mask": "mask"}
+SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _UNKNOWN = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")  # of tokenizer.json's model
 _ATOM_SCORE = -1e6  # of pieces that no merge makes: never compared by a tokenizer that came from sentencepiece
 
@@ -104,7 +104,7 @@ def vocabulary(tokenizer: Any, rows: int, config: Any, pre: str | None = None) -
     common: dict[str, Any] = {
         "tokens": tokens,
         "types": types,
-        "special": {_SPECIAL[k]: v for k, v in special.items()},
+        "special": special,
         "add_bos": add_bos,
         "add_eos": add_eos,
         "chat_template": _template(tokenizer),
@@ -179,7 +179,7 @@ def _special(name: str, tokenizer: Any, config: Any, rows: int) -> int | None:
 def _surroundings(tokenizer: Any, config: Any, rows: int) -> tuple[bool, bool, dict[str, int]]:
     """Return whether BOS and EOS are put around a text, and the special ids."""
     with foreign("the tokenizer cannot cut a text"):
-        special = {n: token for n in _SPECIAL if (token := _special(n, tokenizer, config, rows)) is not None}
+        special = {n: token for n in SPECIAL if (token := _special(n, tokenizer, config, rows)) is not None}
         bare = tokenizer("a", add_special_tokens=False).input_ids
         whole = tokenizer("a").input_ids
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)

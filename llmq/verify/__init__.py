@@ -88,10 +88,9 @@ def _truth(source: Source, recorded: dict[str, Any], found: Folder | Gguf) -> Tr
     if "decoded" in recorded:
         said = recorded["decoded"]
         as_floats(source, DECODED.get(str(said.get("dtype"))) if isinstance(said, dict) else None)
-    shifted, plain = (found.shifted, True) if isinstance(found, Gguf) else ((), False)
-    if source.quantization is not None:
-        return Truth(Folder(source, {}, Report()).skeleton, recorded, found.packed, shifted, plain=plain)
-    skeleton = Skeleton(source, torch.float32)
-    if source.adapter is not None:
+    packed = source.quantization is not None
+    skeleton = Folder(source, {}, Report()).skeleton if packed else Skeleton(source, torch.float32)
+    if source.adapter is not None and not packed:
         skeleton.source = Adapted(skeleton, Adapter(source.adapter))
+    shifted, plain = (found.shifted, True) if isinstance(found, Gguf) else ((), False)
     return Truth(skeleton, recorded, found.packed, shifted, plain=plain)

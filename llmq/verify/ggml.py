@@ -1,7 +1,7 @@
 """A GGUF file as the tensors of a transformers model: decoded by gguf-py, in the order of rows that transformers has.
 
 The config is made from the file's own keys, so that a forward computes what the file says, and not what it was made
-from. Of llmq's code that writes GGUF nothing is used.
+from. Of llmq's code that writes GGUF nothing is used, but for llama.cpp's formula of rotary embedding (gguf/rope.py).
 Not here: safetensors folders (folder.py), the checksum of the whole file (gguf/seal.py).
 """
 
@@ -36,7 +36,8 @@ REPORT = "llmq.report"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _WRAPPED = re.compile(r"^model\.\w+\.(layers|embed_tokens|norm)\b")  # of a language model within a larger one
 _ROWS = 2**22  # weights decoded at a time
-_ROTARY = _DIVISORS, _SHORT, _LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
+_DIVISORS, _SHORT = "rope_freqs.weight", "rope_factors_short.weight"
+_ROTARY = (_DIVISORS, _SHORT, "rope_factors_long.weight")
 
 
 def open_gguf(path: Path, report: Report) -> tuple[Gguf, dict[str, Any]]:
@@ -106,7 +107,7 @@ class Gguf:
             for ggml, tensor in file.tensors.items():
                 report.expect(ggml not in self._stored, f"tensor {ggml} is in two shards")
                 self._stored[ggml] = tensor
-        named = [t for n, t in self._stored.items() if n not in (_DIVISORS, _SHORT, _LONG)]
+        named = [t for n, t in self._stored.items() if n not in _ROTARY]
         self.tensors = dict(pair for t in named for pair in self._reading.tensors(t))
         shapes = {n: self._reading.shape(n, t) for n, t in self.tensors.items()}
         self.skeleton = Skeleton(_Keyed(path, self._config(), shapes), torch.float32)

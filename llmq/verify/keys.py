@@ -117,9 +117,10 @@ def _smollm3(_keys: Keys) -> dict[str, Any]:
 class Reading:
     """How transformers reads an architecture.
 
-    names: of a block's modules by ggml's. interleaved: whether rows of the halves of every head of q and k take turns.
-    shifted: whether norms are stored as 1 + weight. A star in a name
-    stands for the number of an expert. config: what of a config the architecture's own keys say.
+    names: of a block's modules, by ggml's; a star stands for the number of an expert.
+    interleaved: whether rows of the halves of every head of q and k take turns.
+    shifted: whether norms are stored as 1 + weight.
+    config: what of a config the architecture's own keys say.
     """
 
     model_type: str
@@ -141,7 +142,7 @@ class Reading:
     def tensors(self, stored: Stored) -> Iterator[tuple[str, Stored]]:
         """Yield what transformers has of a stored tensor, by its names: the tensor itself, or those of its experts."""
         name = self.name(stored.name)
-        if "*" not in name or not stored.data.ndim > 1:
+        if "*" not in name or stored.data.ndim < 2:
             yield name, stored
             return
         for e in range(stored.shape[-1]):
