@@ -3,7 +3,7 @@
 By mistake or by malice they can take exponential time. An engine that is linear by construction would do without a
 clock, but has no lookarounds, which peers' files use (`re:^(?!.*experts).*$`); so they run in `regex`, whose matches
 take a limit. What Python's own engine does not know (recursion, fuzzy matches) is refused, as everybody else does.
-Not here: what a pattern selects (formats/_reading.py, overrides.py).
+Not here: what a pattern selects (formats/_reading.py, pipeline/method.py).
 """
 
 import re
