@@ -264,6 +264,10 @@ class Producer:
     gain: str = ""
     per_head: bool = False
 
+    def feeding(self, width: int) -> Tensor:
+        """Return `rows` as a tensor, int64 `[K]`. width: how many output channels it has."""
+        return torch.arange(width) if self.rows is None else torch.tensor(self.rows)
+
 
 @dataclass(frozen=True)
 class Site:

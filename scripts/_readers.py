@@ -263,6 +263,6 @@ def llmq(*args: object) -> tuple[int, str, str]:
             status = 0
         except SystemExit as e:
             status = e.code if isinstance(e.code, int) else int(bool(e.code))
-        except BaseException as e:  # noqa: BLE001, what a shell would show as a traceback
+        except BaseException as e:  # noqa: BLE001, none may leave `main`, a Rust panic either: each is a finding
             return -1, f"{type(e).__name__}: {e}", out.getvalue()
     return status, err.getvalue(), out.getvalue()

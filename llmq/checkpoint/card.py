@@ -27,10 +27,6 @@ def model_card(summary: dict[str, Any], method: str, said: object) -> str:
     method: the `quant_method`. said: what the float model's config says it is called.
     """
     recipe, sizes, source = summary["recipe"], summary["size"], summary["source"]
-    off = "\n".join(
-        f"| mean {kind}, squared and relative (worst) | | {mean:.3e} ({most:.3e} {_text(worst)}) |"
-        for kind, mean, worst, most in errors(summary)
-    )
     bits = recipe["bits"] or Counter(line["bits"] for line in summary["linears"].values()).most_common(1)[0][0]
     about = {
         "base_model": _base_model(source["name"], said),
@@ -39,15 +35,12 @@ def model_card(summary: dict[str, Any], method: str, said: object) -> str:
     }
     steps = _yaml({k: v for k, v in recipe.items() if v not in (None, [], ())})
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", steps)), default=0))
-    held = ", ".join(_text(kind) for kind in summary.get("decoded", {}).get("weights", {}))
-    was = f", whose weights were quantized already ({held}) and decoded" if held else ""
     act = f", {recipe['act_bits']}-bit activations" if recipe["act_bits"] else ""
-    made = f"Quantized with llmq {summary['llmq']} from {_origin(source)}{was}"
     return f"""---
 {_yaml(about)}---
 # {_text(source["name"])}, {bits}-bit weights{act}
 
-{made}; per-linear figures are in `quantization.json`. The recipe
+{_made(summary)}; per-linear figures are in `quantization.json`. The recipe
 in `recipe.yaml` repeats it:
 
 ```bash
@@ -58,7 +51,7 @@ in `recipe.yaml` repeats it:
 |---|---|---|
 | bytes | {sizes["float_bytes"]:,} | {sizes["bytes"]:,} |
 | bits per quantized weight, scales and zeros counted | | {sizes["bits_per_weight"]} |
-{off}
+{_error_rows(summary)}
 
 ```python
 import llmq
@@ -68,6 +61,21 @@ model = llmq.load("PATH")                       # an ordinary transformers model
 {fence}yaml
 {steps}{fence}
 """
+
+
+def _made(summary: dict[str, Any]) -> str:
+    """Return what the checkpoint was made with, and from what."""
+    held = ", ".join(_text(kind) for kind in summary.get("decoded", {}).get("weights", {}))
+    was = f", whose weights were quantized already ({held}) and decoded" if held else ""
+    return f"Quantized with llmq {summary['llmq']} from {_origin(summary['source'])}{was}"
+
+
+def _error_rows(summary: dict[str, Any]) -> str:
+    """Return the errors of the linears as rows of the table."""
+    return "\n".join(
+        f"| mean {kind}, squared and relative (worst) | | {mean:.3e} ({most:.3e} {_text(worst)}) |"
+        for kind, mean, worst, most in errors(summary)
+    )
 
 
 def _base_model(name: str, said: object) -> str:

@@ -100,8 +100,7 @@ def narrow(config: Mapping[str, Any] | None) -> bool:
     """Say whether a `quantization_config` is one of narrow floats, which nothing of llmq computes with as they are."""
     if config is None or config.get("quant_method") not in FLOATS:
         return False
-    groups = config.get("config_groups")
-    of_groups = [_weights(g).get("type") for g in groups.values()] if isinstance(groups, dict) else []
+    of_groups = (_weights(group).get("type") for group in _groups(config).values())
     return config["quant_method"] != "compressed-tensors" or "float" in of_groups
 
 
@@ -270,11 +269,9 @@ class _Checkpoint:
     @cached_property
     def _packing(self) -> Packing:
         """What the config says of integers; groups of narrow floats are not asked for any."""
-        config, groups = known(self.config), self.config.get("config_groups")
-        if not isinstance(groups, dict):
-            return Packing(config)
+        config, groups = known(self.config), _groups(self.config)
         kept = {n: g for n, g in groups.items() if _weights(g).get("type") != "float"}
-        return Packing({**config, "config_groups": kept})
+        return Packing({**config, "config_groups": kept} if groups else config)
 
     @cached_property
     def _modules(self) -> dict[str, list[str]]:
@@ -322,6 +319,12 @@ class _Checkpoint:
         return block
 
 
+def _groups(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config groups of compressed-tensors, empty where there are none."""
+    found = config.get("config_groups")
+    return found if isinstance(found, dict) else {}
+
+
 def _weights(group: object) -> Mapping[str, Any]:
     """Return the arguments of the weights of a config group, empty where there are none."""
     found = group.get("weights") if isinstance(group, dict) else None
@@ -330,8 +333,7 @@ def _weights(group: object) -> Mapping[str, Any]:
 
 def _blocks(config: Mapping[str, Any]) -> Iterator[Block]:
     """Yield the blocks of values that a config gives a scale each. Raises LlmqError for what is no block."""
-    groups = config.get("config_groups")
-    said = [_weights(g) for g in groups.values()] if isinstance(groups, dict) else []
+    said = [_weights(group) for group in _groups(config).values()]
     if config.get("quant_method") == "fp8":
         said.append({"block_structure": config.get("weight_block_size", [128, 128])})
     for args in (*said, config):

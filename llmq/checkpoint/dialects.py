@@ -21,7 +21,6 @@ from llmq.guard.reading import field, json_object
 METHODS = ("gptq", "awq", "compressed-tensors", "auto-round")
 """The `quant_method`s that llmq reads. A closed list: a checkpoint must not name a module to import."""
 
-_FLOATS = {"fp8": "FP8", "fbgemm_fp8": "FP8", "mxfp4": "MXFP4", "modelopt": "FP8 or NVFP4", "nvfp4": "NVFP4"}
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # and the method of one that names none
 _MODELOPT = "hf_quant_config.json"
 _AUTO_AWQ = {"w_bit": "bits", "q_group_size": "group_size"}
@@ -85,11 +84,9 @@ def _foreign(method: Any) -> str:
     """Return why a method is not read, with the remedy."""
     if method is None:
         return f"{WHERE}.quant_method is missing; llmq reads {', '.join(METHODS)}"
-    kind = _FLOATS.get(method) if isinstance(method, str) else None
-    said = f"{WHERE}.quant_method is {printable(repr(method), 80)}" + (f" ({kind} weights)" if kind else "")
     return (
-        f"{said}; llmq reads {', '.join(METHODS)}: run it with the runtime that it was made for, or quantize the float "
-        "model again"
+        f"{WHERE}.quant_method is {printable(repr(method), 80)}; llmq reads {', '.join(METHODS)}: run it with the "
+        "runtime that it was made for, or quantize the float model again"
     )
 
 

@@ -66,24 +66,23 @@ def match(model: Any, names: Iterable[str]) -> Match:
     written: dict[str, str] = {}
     for name in sorted(names):
         found, several = naming.of(name)
-        fused = naming.fused.get(found)
-        if fused is not None and not several:
-            for own, e, place in fused.names():
-                full = f"{found.rpartition('.')[0]}.{own}"
-                _put(stored, full, name, model)
-                parts[full] = (fused, e, place)
-                written[full] = _of_expert(name, found, own)
-            continue
+        module = found.rpartition(".")[0]
         if several:
             converted |= several
+        elif found in naming.fused:
+            for own, e, place in naming.fused[found].names():
+                full = f"{module}.{own}"
+                _put(stored, full, name, model)
+                parts[full] = (naming.fused[found], e, place)
+                written[full] = _of_expert(name, found, own)
+        elif found in naming.wanted:
+            _put(stored, found, name, model)
+        elif computed.search(found):
             continue
-        known = found in naming.wanted
-        if not known and computed.search(found):
-            continue
-        if not known and left_out.search(found):
+        elif left_out.search(found):
             carried[name] = name
-            continue
-        _put(stored if known else beside if found.rpartition(".")[0] in naming.modules else unread, found, name, model)
+        else:
+            _put(beside if module in naming.modules else unread, found, name, model)
     moved = {t: s for t, s in tied.items() if t in stored and s not in stored}
     whole = {n: s for n, s in stored.items() if n not in parts}
     written |= {n: w for n, w in naming.runtimes(whole).items() if w != n}
@@ -159,12 +158,12 @@ class _Naming:
 
     def _renamed(self, name: str, renamings: list[Any], converters: list[Any]) -> tuple[str, set[str]]:
         """Return the name by these rules, and of what it is only a part; an expert's matrix is one of ours."""
-        from transformers.core_model_loading import rename_source_key
+        from transformers.core_model_loading import Transpose, rename_source_key
 
         found, pattern = rename_source_key(name, renamings, converters, self._prefix, self._known)
         rule = next((c for c in converters if pattern in c.source_patterns), None)
         fused = self.fused.get(found)
-        if rule is None or (fused and all(type(o).__name__ == "Transpose" for o in rule.operations)):
+        if rule is None or (fused and all(isinstance(o, Transpose) for o in rule.operations)):
             return found, set()
         if fused and len(rule.source_patterns) == len(fused.projections) and "*" in str(pattern):
             e = [part for part in name.split(".") if part.isdecimal()][-1]

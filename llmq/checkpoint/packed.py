@@ -52,8 +52,8 @@ class Packing:
         """Return what the linear `name` is in the file, None where it is float.
 
         stored: the names of the checkpoint's tensors. said: another name that the config may have for the linear.
-        A config need not list what was left float (those of GPTQ and AWQ
-        do not): where the file has a float weight and nothing packed, that decides.
+        A config need not list what was left float (those of GPTQ and AWQ do not): where the file has a float weight and
+        nothing packed, that decides.
         """
         scheme = self._scheme(name, N, K) or (self._scheme(said, N, K) if said else None)
         if scheme is None:

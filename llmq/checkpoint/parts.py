@@ -43,7 +43,7 @@ class Fused:
         """Say whether a stored tensor of that shape is transposed against the model's; None where it is neither."""
         if shape == self.shape:
             return False
-        return True if (shape[0], *shape[:0:-1]) == self.shape else None
+        return True if (*shape[:1], *shape[:0:-1]) == self.shape else None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ def device_of(name: torch.device | str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:  # no such name; torch built without it; a plug-in's (hpu)
         raise LlmqError(f"device {str(name)!r} cannot be used here ({one_line(e)}); say cpu, cuda or auto") from e
     if device.type == "meta":
         raise LlmqError("device 'meta' holds no weights; say cpu, cuda or auto")

@@ -26,7 +26,6 @@ from llmq.checkpoint.parts import Fused
 from llmq.errors import LlmqError
 
 _GATED = ("gate_proj", "up_proj")
-_BATCHED = "Llama4TextExperts"
 
 
 class Experts(nn.Module):
@@ -41,7 +40,7 @@ class Experts(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self._module = [module]  # its gating; in a list: no submodule
-        self.batched = type(module).__name__ == _BATCHED
+        self.batched = _is_batched(module)
         self.every = False
         self._trail: deque[list[Tensor]] | None = None
         self._lead: deque[list[Tensor]] | None = None
@@ -158,7 +157,7 @@ def _gate(module: Any, both: Tensor) -> Tensor:
 
 def _fused(module: Any) -> dict[str, Fused]:
     """Return how the parameters of a fused module hold its experts."""
-    transposed = getattr(module, "is_transposed", type(module).__name__ == _BATCHED)
+    transposed = getattr(module, "is_transposed", _is_batched(module))
     interleaved = not getattr(module, "is_concatenated", True)
     found = {}
     for name, p in module.named_parameters(recurse=False):
@@ -171,9 +170,14 @@ def _fused(module: Any) -> dict[str, Fused]:
     return found
 
 
+def _is_batched(module: nn.Module) -> bool:
+    """Say whether these are Llama 4's experts: they have no flags, and transformers too knows them by this name."""
+    return type(module).__name__ == "Llama4TextExperts"
+
+
 def is_fused(module: nn.Module) -> bool:
     """Say whether a module holds experts in a way that `Experts` takes apart."""
-    known = hasattr(module, "is_concatenated") or type(module).__name__ == _BATCHED
+    known = hasattr(module, "is_concatenated") or _is_batched(module)
     own = {n for n, _ in module.named_parameters(recurse=False)}
     up = own & {"gate_up_proj", "up_proj"}
     biases = {f"{n}_bias" for n in (*up, "down_proj")}
@@ -281,15 +285,3 @@ def routers(block: nn.Module) -> set[str]:
                 if known and outputs and not name.startswith(f"{holder}."):
                     found.add(name)
     return found
-
-
-def assign_fused(experts: Experts, tensors: dict[str, Tensor]) -> None:
-    """Give the linears the rows of fused tensors, by the parameters' names: for who has them in memory."""
-    state = {}
-    for name, tensor in tensors.items():
-        fused = experts.fused[name]
-        for own, e, place in fused.names():
-            rows = tensor[e].T if fused.transposed else tensor[e]
-            parts = len(fused.projections)
-            state[own] = rows[place::parts] if fused.interleaved else rows.chunk(parts)[place]
-    experts.load_state_dict({n: t.contiguous() for n, t in state.items()}, strict=False, assign=True)

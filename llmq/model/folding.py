@@ -120,10 +120,9 @@ def _rows(entry: Mapping[str, Any], where: str, N: int, K: int) -> tuple[int, ..
 def fold(weights: Mapping[str, Tensor], by: Fold, stored: Stored) -> None:
     """Make a fold in float32 tensors, by their full names, in place."""
     name = f"{by.producer.module}.weight"
-    producer, bias, rows = weights[name], weights.get(f"{by.producer.module}.bias"), by.producer.rows
+    producer, bias = weights[name], weights.get(f"{by.producer.module}.bias")
     scale_K = by.scale.to(producer.device)
-    rows_K = torch.arange(len(producer)) if rows is None else torch.tensor(rows)
-    rows_K = rows_K.to(producer.device)
+    rows_K = by.producer.feeding(len(producer)).to(producer.device)
     factor_N = torch.ones(len(producer), device=producer.device).index_put((rows_K,), scale_K)
     if producer.dim() == 2:
         producer.div_(factor_N[:, None])

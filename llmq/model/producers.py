@@ -139,7 +139,7 @@ def _tried(trial: Trial, head_dim: int) -> tuple[dict[int, Producer], dict[int, 
             else:
                 producers.setdefault(i, _producer(trial, name, i, rows_K, head_dim))
     alike = _of_elders(trial, producers)
-    if _undone(trial, [(by.module, i, _rows(trial, by)) for i, by in alike.items()]):
+    if _undone(trial, [(by.module, i, by.feeding(trial.width(by.module))) for i, by in alike.items()]):
         producers |= alike
     return producers, reasons
 
@@ -163,10 +163,6 @@ def _of_elders(trial: Trial, producers: Mapping[int, Producer]) -> dict[int, Pro
         if by and _elder(trial, own) == by.module:
             found[i] = replace(by, module=own)
     return found
-
-
-def _rows(trial: Trial, by: Producer) -> Tensor:
-    return torch.arange(trial.width(by.module)) if by.rows is None else torch.tensor(by.rows)
 
 
 def _unfound(x_TK: Tensor) -> str:

@@ -56,7 +56,7 @@ def _roles(skeleton: Skeleton, block: nn.Module, sites: Sequence[Site]) -> _Role
         by, K = site.producer, shapes[site.linears[0]][1]
         roles.linears |= set(site.linears)
         if by is not None and by.per_head:
-            heads = heads_of(torch.arange(K) if by.rows is None else torch.tensor(by.rows), skeleton.head_dim)
+            heads = heads_of(by.feeding(K), skeleton.head_dim)
             roles.values |= {} if heads is None else {by.module: heads}
             roles.heads |= set(site.linears)
         if by is not None and by.gain and by.rows is None and width == K:

@@ -9,7 +9,7 @@ linears share an input (sites.py).
 """
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -139,18 +139,13 @@ class Skeleton:
         modules = [(n, m) for n, m in self.model.named_modules() if not f"{n}.".startswith(f"{self.prefix}.")]
         if self.text is self.config:
             return modules
-        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
-        return [*((n, m) for n, m in modules if m is head), *_within(modules, decoder)]
+        of_language = {self.model.get_output_embeddings(), *self.model.get_decoder().modules()}
+        return [(n, m) for n, m in modules if m in of_language]
 
 
 def _name_in(model: nn.Module, module: nn.Module | None) -> str:
     """Return the full name of a module of a model; "" where it is not there, or the model itself."""
     return next((n for n, m in model.named_modules() if m is module), "")
-
-
-def _within(modules: Sequence[tuple[str, nn.Module]], whole: nn.Module) -> list[tuple[str, nn.Module]]:
-    inside = {id(m) for m in whole.modules()}
-    return [(n, m) for n, m in modules if id(m) in inside]
 
 
 class Tail(nn.Module):

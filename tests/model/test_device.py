@@ -12,7 +12,7 @@ def test_the_processor_is_there(name):
     assert device_of(name) == torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["cuda", "gpu", "meta", "cuda:x"])
+@pytest.mark.parametrize("name", ["cuda", "gpu", "meta", "cuda:x", "xla", "hpu"])
 def test_what_cannot_be_used_is_refused_in_one_line(name):
     with pytest.raises(LlmqError, match=rf"device '{name}' .*; say cpu, cuda or auto"):
         device_of(name)

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from llmq.model.experts import Experts, Passing, assign_fused, in_experts, is_fused, routers, unfuse
+from llmq.model.experts import Experts, Passing, in_experts, is_fused, routers, unfuse
 
 E, TOP, T, H, INNER = 8, 4, 23, 32, 24
 ROOT = Path(transformers.__file__).parent / "models"
@@ -42,6 +42,18 @@ def fused(module, name, **changes):
     for p in experts.parameters():
         p.data.normal_(0, 0.3)
     return experts, {n: p.detach() for n, p in experts.named_parameters(recurse=False)}
+
+
+def assign_fused(experts, tensors):
+    """Give the linears of experts the rows of fused tensors, by the parameters' names."""
+    state = {}
+    for name, tensor in tensors.items():
+        fused = experts.fused[name]
+        for own, e, place in fused.names():
+            rows = tensor[e].T if fused.transposed else tensor[e]
+            parts = len(fused.projections)
+            state[own] = rows[place::parts] if fused.interleaved else rows.chunk(parts)[place]
+    experts.load_state_dict({n: t.contiguous() for n, t in state.items()}, strict=False, assign=True)
 
 
 def routed():

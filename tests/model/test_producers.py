@@ -165,7 +165,7 @@ def test_one_scale_is_not_shared_by_sites():
     block, hidden, call = loaded("llama")
     block.mlp.gate_proj.register_forward_pre_hook(lambda m, a: (a[0] * 1,))
     found = sought(block, hidden, call)
-    assert {n: w for n, w in found.reasons.items()} == dict.fromkeys(
+    assert found.reasons == dict.fromkeys(
         ["mlp.gate_proj", "mlp.up_proj"], "post_attention_layernorm feeds several sites, which would need one scale"
     )
 

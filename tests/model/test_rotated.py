@@ -137,7 +137,13 @@ def test_a_model_that_reads_images_is_rotated_within_its_heads_alone(tmp_path):
 def test_a_stream_through_linear_attention_turns(tmp_path):
     replace(FAMILIES["qwen3_5_text"], beside={}).save(tmp_path)
     recipe = Recipe(method=STREAM, group_size=32, format="compressed-tensors")
-    prepare(str(tmp_path), recipe, "cpu")  # which proves it
+    source = prepare(str(tmp_path), recipe, "cpu").source
+    turned, plain = (Skeleton(s, torch.float32).filled(torch.device("cpu")) for s in (source, Source(tmp_path)))
+    with torch.no_grad():
+        got, want = turned(input_ids=IDS).logits, plain(input_ids=IDS).logits
+    assert (got - want).norm() < 0.02 * want.norm()  # embedding and head are rounded to bfloat16 again
+    linears = [f"{n}.weight" for n, _ in source.skeleton.linears()]
+    assert all(not torch.equal(source.get(n), source.base.get(n)) for n in linears)
 
 
 @pytest.mark.parametrize(("kind", "stranger"), [("qwen3_5_text", "mtp.fc"), ("deepseek_v3", "model.layers.61")])
