@@ -39,7 +39,10 @@ class Regularized:
             raise ValueError(f"prior is 0 or more, not {self.prior}")
 
     def seen(self, stats: Stats) -> tuple[Tensor, int]:
-        """Return H and how many tokens it is the mean over: 0 where its prior is in it, that of an expert's layer."""
+        """Return H, and how many tokens it is the mean over, as `regularize` takes them.
+
+        An expert's H is shrunk toward its layer's here; the 0 beside it says that nothing is left to do.
+        """
         hessian, layer = stats[Hessian], stats.layer
         if layer is None:
             return hessian.mean(), hessian.count
@@ -49,7 +52,7 @@ class Regularized:
     def regularize(self, H_KK: Tensor, tokens: int) -> Tensor:
         """Shrink H, the mean over so many tokens, toward its diagonal by the prior, in place; return it.
 
-        One over no tokens stays as it is: it has its prior.
+        tokens: 0 leaves an H as it is that `seen` has shrunk.
         """
         if not tokens:
             return H_KK

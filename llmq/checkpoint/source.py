@@ -161,6 +161,7 @@ class Source:
         """Give the tensors other names, new -> old; those not named are left out. written: new -> as OUT has them."""
         self._entries = {new: self._entries[old] for new, old in names.items()}
         as_is = {n.rpartition(".")[0] for n in names if written.get(n, n) == n}
+        # a module goes by another name only where all its tensors do
         modules = {n: w for n, w in _modules(written).items() if n in written or n not in as_is}
         self._written = modules | self._written
         self.unread = frozenset(unread)
@@ -256,7 +257,7 @@ class View(Source):
         return self.base.get(name)
 
     def get_slice(self, name: str, i: int) -> Tensor:
-        """Return what the first dimension of a tensor has at `i`, the change made."""
+        """Return what the first dimension of a tensor of this view has at `i`."""
         return self.get(name)[i]
 
 

@@ -73,8 +73,8 @@ def entering(skeleton: Skeleton, device: torch.device) -> tuple[Tensor, Sequence
 def drawn(hidden: Tensor) -> Tensor:
     """Return random hidden states of the size of these `[1, T, H]`, every other far larger.
 
-    What is closed for text, a gate or a ReLU, is open for some of the large ones, whose direction what attention adds
-    does not change; and in the others nothing that a block adds is lost to rounding.
+    The large ones open gates and ReLUs that text may leave closed, since what attention adds is too small to change
+    their direction. In the small ones nothing that a block adds is lost to rounding.
     """
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)) * hidden.float().std().cpu()
     noise[:, ::2] *= 32
@@ -129,7 +129,7 @@ def _tried(trial: Trial, head_dim: int) -> tuple[dict[int, Producer], dict[int, 
     producers: dict[int, Producer] = {}
     reasons = {i: _unfound(x_TK) for i, x_TK in enumerate(trial.as_it_is.inputs)}
     for name in trial.modules:
-        if name not in trial.linears | trial.norms or _elder(trial, name):
+        if name not in trial.linears | trial.norms or _same_in_expert_0(trial, name):
             continue
         feeds = _Doubling(trial, name).feeds(head_dim)
         why = _refusal(trial, name, feeds) if feeds else None
@@ -138,29 +138,29 @@ def _tried(trial: Trial, head_dim: int) -> tuple[dict[int, Producer], dict[int, 
                 reasons[i] = why
             else:
                 producers.setdefault(i, _producer(trial, name, i, rows_K, head_dim))
-    alike = _of_elders(trial, producers)
+    alike = _of_other_experts(trial, producers)
     if _undone(trial, [(by.module, i, by.feeding(trial.width(by.module))) for i, by in alike.items()]):
         producers |= alike
     return producers, reasons
 
 
-def _elder(trial: Trial, name: str) -> str | None:
+def _same_in_expert_0(trial: Trial, name: str) -> str | None:
     """Return the module of expert 0 that stands for another expert's, which is built alike; None for any other."""
-    elder = _NUMBER.sub("0", name)
-    if elder == name or not {elder, name} <= trial.modules.keys():
+    first = _NUMBER.sub("0", name)
+    if first == name or not {first, name} <= trial.modules.keys():
         return None
-    one, other = trial.modules[elder], trial.modules[name]
-    return elder if type(one) is type(other) and one.weight.shape == other.weight.shape else None
+    one, other = trial.modules[first], trial.modules[name]
+    return first if type(one) is type(other) and one.weight.shape == other.weight.shape else None
 
 
-def _of_elders(trial: Trial, producers: Mapping[int, Producer]) -> dict[int, Producer]:
+def _of_other_experts(trial: Trial, producers: Mapping[int, Producer]) -> dict[int, Producer]:
     """Return what the sites of other experts come from, where those of expert 0 come from a linear of it."""
     known = {trial.sites[i].linears: by for i, by in producers.items()}
     found = {}
     for i, site in enumerate(trial.sites):
-        by = known.get(tuple(_elder(trial, n) or "" for n in site.linears))
+        by = known.get(tuple(_same_in_expert_0(trial, n) or "" for n in site.linears))
         own = _NUMBER.sub(_NUMBER.findall(site.linears[0])[0], by.module) if by else ""
-        if by and _elder(trial, own) == by.module:
+        if by and _same_in_expert_0(trial, own) == by.module:
             found[i] = replace(by, module=own)
     return found
 
