@@ -19,8 +19,8 @@ from llmq.export import floats
 from llmq.loading import as_dtype, load, load_tokenizer
 from llmq.pipeline import run
 from llmq.pipeline.plan import prepare
-from llmq.pipeline.run import Progress
 from llmq.pipeline.sinks import refuse
+from llmq.progress import Listener, Progress, Work
 from llmq.recipe import KINDS, Recipe
 from llmq.types import LlmqError
 
@@ -39,7 +39,7 @@ def quantize(
     verify: bool = True,
     overwrite: bool = False,
     warn: Callable[[str], Any] = warnings.warn,
-    progress: Progress | None = None,
+    progress: Progress | Listener | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Quantize a checkpoint and write OUT. Returns the record of the run, the content of its quantization.json.
@@ -49,7 +49,7 @@ def quantize(
         means that an option is not given.
     adapter: a LoRA adapter to add. verify: check what was written before it becomes OUT. overwrite: replace OUT.
     warn: called with what a user should know, most of it before the work starts.
-    progress: called with blocks done, blocks in all and what is going on.
+    progress: called with blocks done, blocks in all and what is going on; or a `Listener`, which hears of every step.
     Raises LlmqError for an option that does not exist, and as `Recipe`, `prepare` and the run do.
     """
     for name in options.keys() - KINDS.keys():
@@ -59,14 +59,19 @@ def quantize(
     what = Recipe.load(None if recipe is None else user_path(recipe), given, allow_code=allow_code)
     refuse(what, str(src), None if adapter is None else str(adapter), Path(out), overwrite=overwrite)
     plan = prepare(str(src), what, device, adapter)
-    said = list(plan.warnings)
+    work, said = Work.of(progress), list(plan.warnings)
     for warning in said:
-        warn(warning)
-    record = run.quantize(plan, Path(out), overwrite=overwrite, check=verify, progress=progress)
+        _tell(warning, warn, work)
+    record = run.quantize(plan, Path(out), overwrite=overwrite, check=verify, work=work)
     for warning in record["warnings"]:
         if warning not in said:  # what calibration left out
-            warn(warning)
+            _tell(warning, warn, work)
     return record
+
+
+def _tell(warning: str, warn: Callable[[str], Any], work: Work) -> None:
+    warn(warning)
+    work.say("warning", warning)
 
 
 def dequantize(

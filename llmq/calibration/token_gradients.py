@@ -18,9 +18,8 @@ from llmq.model.ends import logits, outside_loaded
 from llmq.model.experts import linears_of
 from llmq.model.lanes import Call, run
 from llmq.model.skeleton import Skeleton
+from llmq.progress import Progress
 
-Progress = Callable[[int, int, str], None]
-"""Called with how much is done, of how much, and what is going on."""
 _HELD = 2**30  # bytes of hidden states held between the blocks
 _POSITIONS = 128  # whose logits exist at a time
 

@@ -12,7 +12,7 @@ Not here: which tensors make a weight (checkpoint/decoding.py), GGUF files (from
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from llmq.checkpoint.stage import fingerprint, look
 from llmq.errors import LlmqError
 from llmq.export.experts import join
 from llmq.export.from_gguf import Floats
+from llmq.progress import Progress
 
 _PART = 2**30
-Progress = Callable[[int, int, str], None]
 
 
 def dequantize(

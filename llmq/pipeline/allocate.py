@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from llmq.calibration.collect import collect
 from llmq.calibration.state import Calibration
-from llmq.calibration.token_gradients import Progress, squared_gradients
+from llmq.calibration.token_gradients import squared_gradients
 from llmq.model.lanes import Batches, Lanes
 from llmq.pipeline.block import block_sites
 from llmq.pipeline.experts import together
 from llmq.pipeline.plan import Plan, at_bits, packed_bytes
+from llmq.progress import Progress
 from llmq.stats import Hessian
 from llmq.types import Grid, LinearSpec, QTensor
 

@@ -36,6 +36,7 @@ from llmq.pipeline.method import Method
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Line, Record
 from llmq.pipeline.site import Answer, Target, gave, round_unseen, solve
+from llmq.progress import Work
 from llmq.stats import Hessian, Histogram, MeanSquare, Stat, Stats
 from llmq.steps import BlockView, Scaling, SiteView, Solved, Transform, Tuner
 from llmq.types import AffineGrid, LinearSpec, Params, Producer, Site
@@ -59,7 +60,7 @@ class _Block:
     """A decoder block in memory, and what belongs to it.
 
     number: from 0; that of the head is the number of blocks. state: what enters it. passing: the experts whose weights
-    are not in memory. report: grows with the work.
+    are not in memory. report: grows with the work. work: is told what is done.
     """
 
     plan: Plan
@@ -68,6 +69,7 @@ class _Block:
     sites: Sequence[Site]
     state: Calibration
     passing: Passing
+    work: Work
     report: Report = field(default_factory=Report)
 
     @property
@@ -121,21 +123,26 @@ class _Found:
     H_KK: Tensor | None
 
 
-def quantize_block(plan: Plan, i: int, state: Calibration) -> tuple[dict[str, Tensor], Report, Calibration]:
-    """Quantize block `i`; one behind the last is the head. The state is used up.
+def quantize_block(
+    plan: Plan, i: int, state: Calibration, work: Work | None = None
+) -> tuple[dict[str, Tensor], Report, Calibration]:
+    """Quantize block `i`; one behind the last is the head. The state is used up. work: is told what is done in it.
 
     Returns the block's tensors as they are written, by full name, what is known of it, and the state behind it.
     """
     whole = bool(plan.method.transforms or plan.method.tuners or plan.method.recipe.experts == "all")
+    work = work or Work()
+    work.step("load")
     with ExitStack() as stack:
         module = stack.enter_context(plan.skeleton.loaded(i, plan.device, experts=whole))
         passing = stack.enter_context(Passing(module, partial(_read, plan, i)))
-        block = _Block(plan, i, module, block_sites(plan, i, module, state), state, passing)
+        block = _Block(plan, i, module, block_sites(plan, i, module, state), state, passing, work)
         packed, maxima = _opened(block) if i < len(plan.skeleton) else ({}, None)
         solved, state = _solve(block, maxima)
         if maxima is not None:
             dtype = plan.method.format.scale_dtype(plan.skeleton.stored_dtype)
             packed |= {block.full(n): t for n, t in maxima.tensors(module, plan.method.recipe.kv, dtype).items()}
+        work.step("pack", list(solved))
         for name, s in solved.items():
             packed |= plan.packed(block.full(name), s.q)
             block.report.record.note(block.full(name), s.report)
@@ -150,6 +157,7 @@ def _read(plan: Plan, i: int, name: str) -> Tensor:
 def _opened(block: _Block) -> tuple[dict[str, Tensor], KvMaxima | None]:
     """Transform the block; return what stays float as it is written, and what will see its keys and values."""
     for step in block.plan.method.transforms:
+        block.work.step(registry.dump(step))
         _transform(block, step)
     return _settle(block), KvMaxima() if block.plan.method.recipe.kv_bits else None
 
@@ -181,6 +189,7 @@ def _solve(block: _Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], C
         if lanes and block.moves_on and not tuners:
             hidden = list(lanes.finish())
     for tuner in tuners:
+        block.work.step(registry.dump(tuner))
         targets = {f.name: f.answer.W_NK for f in for_tuners}
         view = BlockView(module, solved, targets, state.hidden, outputs, block.calls, plan.method.recipe.seed)
         tuned = gave(tuner, tuner.tune(view), dict)
@@ -213,6 +222,7 @@ def _solve_site(
     stats = Stats()
     if lanes:
         kinds = (needs if specs else set()) | measured
+        block.work.step("forward", site.linears)
         floats = reference.advance() if reference else None
         stats = collect(kinds, lanes.advance(), block.state.tokens, floats, _roots(block, site, method))
         block.passing.only(site.linears)  # all batches have left those before
@@ -220,6 +230,7 @@ def _solve_site(
         report.importance |= {block.full(n): stats[MeanSquare] for n in site.linears}
     if not specs:
         return {}
+    block.work.step("solve", list(specs))
     weights = {n: block.exact(f"{n}.weight", block.module.get_parameter(f"{n}.weight")).float() for n in specs}
     targets = {n: Target(W, specs[n].scheme.weight, plan.importance(block.full(n))) for n, W in weights.items()}
     if layer is not None and lanes:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmq import calibration
 from llmq.calibration.state import Calibration, Probe
-from llmq.calibration.token_gradients import Progress, squared_gradients
+from llmq.calibration.token_gradients import squared_gradients
 from llmq.checkpoint import Scratch, Sink
 from llmq.model.ends import embed, of_their_own
 from llmq.model.folding import Folded
@@ -34,6 +34,7 @@ from llmq.pipeline.records import Line, Record, rounded
 from llmq.pipeline.report import summary, write_importance
 from llmq.pipeline.sinks import IMATRIX, sink_of
 from llmq.pipeline.whole_model import check_memory, finish
+from llmq.progress import Work
 from llmq.stats import MeanSquare
 from llmq.types import LinearSpec, QTensor
 from llmq.verify import require_right
@@ -43,15 +44,15 @@ PROBE_TOKENS = 9  # of one sequence, by which it is found which linears read wha
 
 
 def quantize(
-    plan: Plan, out: Path, *, overwrite: bool = False, check: bool = True, progress: Progress | None = None
+    plan: Plan, out: Path, *, overwrite: bool = False, check: bool = True, work: Work | None = None
 ) -> dict[str, Any]:
     """Run a prepared plan and write OUT. Returns the content of its quantization.json.
 
-    check: whether what was written is verified before it becomes OUT (verify/).
+    check: whether what was written is verified before it becomes OUT (verify/). work: is told how it goes on.
     Raises LlmqError where calibration text is missing or too short, a block's linears are not called once each, OUT
     cannot be written, or what was written is not what was solved; OUT is then untouched.
     """
-    report = progress or (lambda done, total, what: None)
+    work = work or Work()
     blocks = len(plan.skeleton)
     with sink_of(plan, out, overwrite=overwrite) as sink, torch.no_grad():
         if sink.earlier is not None:
@@ -60,27 +61,29 @@ def quantize(
         sink.require(2 * plan.bytes() + _set_aside(plan))  # parts and the shards joined from them
         if plan.method.finishers:
             check_memory(plan)
-        state = _enter(plan, report)
-        plan = allocate(plan, state, report)
+        state = _enter(plan, work)
+        plan = allocate(plan, state, work)
         done = _Done(Scratch(sink.room / "hessians"))
         for i in range(blocks):
-            report(i, blocks, f"block {i}")
-            tensors, known, state = quantize_block(plan, i, state)
+            work(i, blocks, f"block {i}")
+            tensors, known, state = quantize_block(plan, i, state, work)
+            work.step("write")
             sink.add(plan.staged(tensors))
             done.add(known)
-        _outside(plan, state, sink, done)
+        work(blocks, blocks, "embeddings and head")
+        _outside(plan, state, sink, done, work)
         if done.importance:
             write_importance(plan, sink.staged_beside(IMATRIX), done.importance)
         recipe = plan.method.recipe.to_yaml()
-        report(blocks, blocks, "writing")
+        work(blocks, blocks, "writing")
         total = plan.assigned.join(sink, plan.config(), recipe)
         if plan.method.finishers:
-            report(blocks, blocks, "tuning the whole model")
+            work(blocks, blocks, "tuning the whole model")
             _finish(plan, state, sink, done)
         record = plan.assigned.close(sink, summary(plan, done.record, total, sink.digests), recipe)
         if check:
-            report(blocks, blocks, "verifying")
-            require_right(sink.whole)
+            work(blocks, blocks, "verifying")
+            require_right(sink.whole, progress=work)
         sink.seal(record)
         sink.commit()
     return record
@@ -107,12 +110,12 @@ def _set_aside(plan: Plan) -> int:
     return sum(4 * s.K**2 for s in plan.linears.values()) if plan.method.finishers else 0
 
 
-def _enter(plan: Plan, report: Progress) -> Calibration:
+def _enter(plan: Plan, work: Work) -> Calibration:
     """Return the calibration tokens as they enter block 0; empty where no step needs them."""
     if not plan.calibrates():
         return Calibration()
     recipe = plan.method.recipe
-    report(0, len(plan.skeleton), f"calibration text: {recipe.calib}")
+    work(0, len(plan.skeleton), f"calibration text: {recipe.calib}")
     tokenizer = tokenizer_of(plan.source.path)
     writer = partial(_writer, plan)
     how = (recipe.samples, recipe.seq_len, recipe.seed)
@@ -122,7 +125,7 @@ def _enter(plan: Plan, report: Progress) -> Calibration:
     (*hidden, short), (*calls, call) = embed(plan.skeleton, [*batches, ids[:1, :PROBE_TOKENS]], plan.device)
     squares = {}
     if plan.method.weightings:
-        squares = squared_gradients(plan.skeleton, hidden, calls, plan.device, recipe.seed, report)
+        squares = squared_gradients(plan.skeleton, hidden, calls, plan.device, recipe.seed, work)
     floats = hidden[: math.ceil(plan.paired() * len(hidden))]
     apart = [of_their_own(c) for c in calls[: len(floats)]]
     return Calibration(Batches(hidden), Batches(floats), calls, apart, squares, ids, Probe(short, call))
@@ -151,7 +154,7 @@ def _finish(plan: Plan, state: Calibration, sink: Sink, done: _Done) -> None:
     done.hessians.drop()
 
 
-def _outside(plan: Plan, state: Calibration, sink: Sink, done: _Done) -> None:
+def _outside(plan: Plan, state: Calibration, sink: Sink, done: _Done, work: Work) -> None:
     """Write what belongs to no block: embeddings, final norm, head (quantized, if asked)."""
     for name in plan.skeleton.outside():
         module = name.removesuffix(".weight")
@@ -162,7 +165,7 @@ def _outside(plan: Plan, state: Calibration, sink: Sink, done: _Done) -> None:
         elif module != plan.head:
             sink.add(plan.staged({name: plan.source.get(name)}))
     if plan.head is not None:
-        tensors, known, _ = quantize_block(plan, len(plan.skeleton), state)
+        tensors, known, _ = quantize_block(plan, len(plan.skeleton), state, work)
         sink.add(plan.staged(tensors))
         done.add(known)
 

@@ -21,6 +21,7 @@ from llmq.checkpoint.decoding import DECODED, as_floats
 from llmq.errors import LlmqError
 from llmq.model.adapter import Adapted, Adapter
 from llmq.model.skeleton import Skeleton
+from llmq.progress import Progress
 from llmq.verify import files, record
 from llmq.verify.against import Truth
 from llmq.verify.folder import Folder
@@ -30,10 +31,16 @@ from llmq.verify.report import Report as Report
 
 
 @np.errstate(all="ignore")  # what is not finite is found and named
-def verify(model: str | Path, against: str | Path | None = None, adapter: str | Path | None = None) -> Report:
+def verify(
+    model: str | Path,
+    against: str | Path | None = None,
+    adapter: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Report:
     """Verify a checkpoint folder, Hub id or GGUF file.
 
     against: the checkpoint that it was made from; adapter: the LoRA adapter that was added to that one's weights.
+    progress: called with blocks done, blocks in all and what is going on.
     Raises LlmqError where there is no such file or folder; what is wrong with one that is there stands in the report.
     """
     one_file = str(model).endswith(".gguf") or Path(model).is_file()
@@ -45,7 +52,7 @@ def verify(model: str | Path, against: str | Path | None = None, adapter: str | 
     try:
         found, recorded = open_gguf(path, report) if one_file else _open_folder(path, report)
         truth = _truth(source, recorded, found) if source else None
-        walk(found.skeleton, found.names(), truth, report)
+        walk(found.skeleton, found.names(), truth, report, progress)
         if truth:
             truth.conclude(report)
     except LlmqError as e:
@@ -53,9 +60,9 @@ def verify(model: str | Path, against: str | Path | None = None, adapter: str | 
     return report
 
 
-def require_right(staged: Path, against: Path | None = None) -> None:
+def require_right(staged: Path, against: Path | None = None, progress: Progress | None = None) -> None:
     """Raise LlmqError unless what a run has staged is right: a folder, or the first file of a GGUF model."""
-    report = verify(staged, against)
+    report = verify(staged, against, progress=progress)
     if not report.passed:
         more = f" (and {len(report.failures) - 1} more)" if len(report.failures) > 1 else ""
         raise LlmqError(

@@ -15,6 +15,7 @@ from llmq.checkpoint.source import Source, View
 from llmq.model.ends import embed, logits, outside_loaded
 from llmq.model.lanes import run
 from llmq.model.skeleton import Skeleton
+from llmq.progress import Progress, Work
 from llmq.verify.against import Truth
 from llmq.verify.report import Report
 
@@ -66,18 +67,26 @@ class Forward:
             return logits(self.skeleton, self.hidden)[0].float()
 
 
-def walk(skeleton: Skeleton, names: list[str], truth: Truth | None, report: Report) -> None:
-    """Read and check the model's tensors by name, compare them with the truth where there is one, run a forward."""
+def walk(
+    skeleton: Skeleton, names: list[str], truth: Truth | None, report: Report, progress: Progress | None = None
+) -> None:
+    """Read and check the model's tensors by name, compare them with the truth where there is one, run a forward.
+
+    progress: called with the blocks done.
+    """
+    work = Work.of(progress)
     prefix = f"{skeleton.prefix}."
     with _reading(skeleton, [n for n in names if not n.startswith(prefix)], truth, report):
         forward = Forward(skeleton) if report.passed else None
     beside = Forward(truth.skeleton) if truth and forward else None
     for i in range(len(skeleton)):
+        work(i, len(skeleton), "verifying")
         with _reading(skeleton, [n for n in names if n.startswith(f"{prefix}{i}.")], truth, report):
             if forward and report.passed:
                 check_states(f"the hidden states behind block {i}", forward.step(i), report)
         if beside and report.passed:
             beside.step(i)
+    work(len(skeleton), len(skeleton), "verifying")
     if not forward or not report.passed:
         report.note("no forward was run to its end: what is wrong with the weights comes first")
         return
