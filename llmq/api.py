@@ -4,7 +4,7 @@
     scores = llmq.evaluate("./my-llama-int4", baseline="./my-llama", text="held-out.txt")
     record = llmq.dequantize("./my-llama-fp8", "./my-llama")
 
-Not here: what the options of a recipe mean (recipe.py), how a run and its figures are shown (cli.py).
+Not here: what the options of a recipe mean (recipe.py), how a run and its figures are shown (commands/).
 """
 
 import warnings

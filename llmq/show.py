@@ -2,7 +2,7 @@ r"""What is printed: text of files stays text, whatever it holds.
 
 A tensor may be called `[/red]` or `\x1b[2J`: rich would take the first for markup, the terminal the second for an
 order. Everything that comes from a file goes through `plain`, which makes both visible; tables do so by themselves.
-Not here: what is printed (cli.py, inspection.py, scores.py).
+Not here: what is printed (commands/, inspection.py, scores.py).
 """
 
 from typing import Any

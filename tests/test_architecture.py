@@ -18,7 +18,7 @@ FLOORS = (  # a room, or a file of the top level, imports only from floors below
     "errors", "guard show", "options signals progress jit granularity overrides", "params", "types", "format",
     "registry stats", "steps", "ranges grids families algorithms", "checkpoint", "model", "gguf calibration runtime",
     "formats", "integrations", "loading verify", "evaluation recipe inspection", "pipeline", "export",
-    "api", "cli", "__main__",
+    "api", "commands", "cli", "__main__",
 )  # fmt: skip
 LOW = {"errors", "granularity", "guard", "params", "types", "format", "options", "overrides", "registry", "jit"}
 OF_STEPS = {"stats", "steps"}  # what algorithms are made of

@@ -12,6 +12,7 @@ import pytest
 
 import llmq
 from llmq import cli, signals
+from llmq.commands import terminal
 
 
 def run(*args, **kwargs):
@@ -145,7 +146,7 @@ def test_an_interrupt_that_c_code_turned_into_an_error_is_an_interrupt(monkeypat
 
 
 def test_an_interrupt_that_c_code_lost_ends_the_next_step(monkeypatch):
-    with interruptible(monkeypatch, None), cli._progress() as step:
+    with interruptible(monkeypatch, None), terminal.progress() as step:
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -214,7 +215,7 @@ def unforeseen(monkeypatch, capsys, error, *options):
 def test_an_exception_that_nobody_foresaw_is_one_line_with_the_way_to_the_rest(monkeypatch, capsys):
     end, said = unforeseen(monkeypatch, capsys, ZeroDivisionError("division\nby zero"))
     assert isinstance(end, SystemExit) and end.code == 1 and said.count("\n") == 1
-    assert said.startswith("error: ZeroDivisionError (cli.py:") and "division by zero" in said
+    assert said.startswith("error: ZeroDivisionError (look.py:") and "division by zero" in said
     assert "llmq --debug inspect" in said and "\x1b" not in said
     end, said = unforeseen(monkeypatch, capsys, MemoryError())
     assert isinstance(end, SystemExit) and "out of memory" in said

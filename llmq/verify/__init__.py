@@ -7,7 +7,7 @@
     forward    a few tokens through every block: finite, and not all alike
 
 A peer's checkpoint, which has no records, gets all but the comparison with them.
-Not here: writing (formats/, gguf/), what the command prints (cli.py).
+Not here: writing (formats/, gguf/), what the command prints (commands/).
 """
 
 from pathlib import Path

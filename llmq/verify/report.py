@@ -1,6 +1,6 @@
 """What a verification found: a line for each thing that is wrong, how many things of each kind were looked at.
 
-Not here: what is looked at (the other files of this folder), printing (cli.py).
+Not here: what is looked at (the other files of this folder), printing (commands/).
 """
 
 from collections import Counter

@@ -1,0 +1,96 @@
+"""`llmq quantize`: a float checkpoint in, a packed one out.
+
+Not here: what an option means (recipe.py), the run (api.py), converting what is packed already (convert.py).
+"""
+
+import resource
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmq.commands.terminal import console, progress, warn
+from llmq.show import Rows
+
+
+def quantize(
+    src: Annotated[str, typer.Argument(help="Float checkpoint: a folder, org/name or org/name@REVISION.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, or OUT.gguf.")],
+    recipe: Annotated[Path | None, typer.Option(help="YAML or JSON file with any of these options.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter to add to the weights: a folder or Hub id.")] = None,
+    quality: Annotated[str | None, typer.Option(help="fast, balanced or best: time against error. [balanced]")] = None,
+    method: Annotated[str | None, typer.Option(help="Steps by name in place of a quality: awq,gptq:damp=0.01")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weight grid, int:bits=4:group=128:asym; short for it:")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of a weight, 2 to 8.")] = None,
+    group_size: Annotated[str | None, typer.Option(help="Columns per scale, 'channel' or 'tensor'. [128]")] = None,
+    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric or asymmetric grid. [sym]")] = None,
+    range_: Annotated[str | None, typer.Option("--range", help="minmax, mse, percentile, entropy, output.")] = None,
+    act_bits: Annotated[int | None, typer.Option(help="8: quantize activations too (W8A8).")] = None,
+    act: Annotated[str | None, typer.Option(help="Activation scales: per 'token' or static per 'tensor'.")] = None,
+    act_sym: Annotated[bool | None, typer.Option("--act-sym/--act-asym", help="Zero points per token. [sym]")] = None,
+    act_range: Annotated[str | None, typer.Option(help="Range of static activation scales.")] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="8: write static scales of the key-value cache too.")] = None,
+    kv: Annotated[str | None, typer.Option(help="Those scales per 'tensor' or per 'head'. [tensor]")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="gptq, awq, compressed-tensors or gguf.")] = None,
+    type_: Annotated[str | None, typer.Option("--type", help="GGUF: Q4_K_M, Q8_0, F16 ... [Q4_K_M]")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="'REGEX:bits=8,group_size=32'; GGUF: 'REGEX:type=Q6_K'; repeatable.")
+    ] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave float; repeatable.")] = None,
+    on_misfit: Annotated[str | None, typer.Option(help="'skip' leaves linears float that no group divides.")] = None,
+    target_bpw: Annotated[float | None, typer.Option(help="Bits per weight to spend where they help most.")] = None,
+    bit_choices: Annotated[str | None, typer.Option(help="Bits that --target-bpw chooses from. [3,4,5,6,8]")] = None,
+    lm_head: Annotated[bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output head.")] = None,
+    experts: Annotated[str | None, typer.Option(help="'all': every token calibrates every expert.")] = None,
+    calib: Annotated[str | None, typer.Option(help="A text file or folder, a dataset, or 'self'. [wikitext2]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of each. [2048]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Chooses calibration windows. [0]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Activations in auto, float32 or bfloat16.")] = None,
+    imatrix: Annotated[str | None, typer.Option(help="GGUF: weigh errors by this importance matrix.")] = None,
+    imatrix_out: Annotated[str | None, typer.Option(help="GGUF: write the calibration's importance here.")] = None,
+    split_max_size: Annotated[str | None, typer.Option(help="GGUF: files of at most so much, e.g. 4G.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let --recipe name modules to import.")] = False,
+    verify: Annotated[bool, typer.Option(help="Reopen and check what was written before it becomes OUT.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when the run has succeeded.")] = False,
+) -> None:
+    """Quantize a checkpoint.
+
+    Example: `llmq quantize ./my-llama ./my-llama-int4 --method gptq --bits 4 --group-size 128 --calib text.txt`
+    """
+    given = {name.rstrip("_"): value for name, value in locals().copy().items()}
+    from llmq.api import quantize as run
+
+    start = time.monotonic()
+    with progress() as step:
+        record = run(**given, warn=warn, progress=step)
+    _print_summary(out, record, time.monotonic() - start)
+
+
+def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:
+    from llmq.checkpoint.card import errors
+
+    size = summary["size"]
+    table = Rows(out)
+    table.add("size", f"{size['float_bytes'] / 1e6:,.1f} MB -> {size['bytes'] / 1e6:,.1f} MB")
+    if summary["linears"]:  # none in a GGUF file of floats
+        table.add("bits per quantized weight", f"{size['bits_per_weight']:.3f} (scales and zeros counted)")
+        for kind, mean, worst, most in errors(summary):
+            table.add(f"mean {kind}", f"{mean:.3e} (squared, relative), worst {most:.3e} {worst}")
+    if left := summary["untouched"]:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        table.add(
+            "matrices left as they are", f"{', '.join(left[:3])}{more} (routers, what reads images, and the like)"
+        )
+    if experts := summary.get("experts"):
+        told = experts["tokens"]
+        few = "".join(f", {len(experts[k])} with {k}" for k in ("few", "none") if experts[k])
+        table.add("tokens an expert", f"{told['least']:,} to {told['most']:,}, median {told['quartiles'][1]:,}{few}")
+    fallbacks = [n for n, v in summary["linears"].items() if "fallback" in v]
+    if fallbacks:
+        table.add("fallbacks", f"{len(fallbacks)}: {', '.join(fallbacks[:3])} (see quantization.json)")
+    table.add("seconds", f"{seconds:.1f}")
+    table.add("peak memory", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB")
+    console.print(table)
