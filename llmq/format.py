@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -167,3 +168,8 @@ class Format(Protocol):
     @classmethod
     def read(cls, config: Mapping[str, object]) -> tuple[Format, Callable[[str, int, int], Scheme | None]]:
         """Return the format of a `quantization_config` and `scheme(name, N, K)`, None for a module that is float."""
+
+
+def packed_bytes(form: Format, linear: LinearSpec) -> int:
+    """Return the bytes of a linear's tensors on disk, its bias apart."""
+    return sum(prod(t.shape) * t.element_size() for t in form.layout(linear).values())

@@ -15,7 +15,7 @@ file of its own in the folder of its plural name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -247,6 +247,10 @@ class LinearSpec:
     N: int
     K: int
     scheme: Scheme
+
+    def at_bits(self, bits: int) -> LinearSpec:
+        """Return the linear with so many bits a code, the rest of its grid as it is. Raises as `Grid.with_bits`."""
+        return replace(self, scheme=replace(self.scheme, weight=self.scheme.weight.with_bits(bits)))
 
 
 @dataclass(frozen=True)

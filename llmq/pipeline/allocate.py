@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from llmq.calibration.collect import collect
 from llmq.calibration.state import Calibration
 from llmq.calibration.token_gradients import squared_gradients
+from llmq.format import packed_bytes
 from llmq.model.lanes import Batches, Lanes
 from llmq.pipeline.block import block_sites
 from llmq.pipeline.experts import together
-from llmq.pipeline.plan import Plan, at_bits, packed_bytes
+from llmq.pipeline.plan import Plan
 from llmq.progress import Progress
 from llmq.stats import Hessian
 from llmq.types import Grid, LinearSpec, QTensor
@@ -63,7 +64,7 @@ def allocate(plan: Plan, state: Calibration, report: Progress) -> Plan:
         f"^({'|'.join(re.escape(n) for n in names)})$:bits={choice.bits}" for names, choice in chosen.items()
     )
     settled = dataclasses.replace(recipe, override=(*recipe.override, *overrides), target_bpw=None, bit_choices=None)
-    schemes = {n: at_bits(plan.linears[n], choice.bits).scheme for names, choice in chosen.items() for n in names}
+    schemes = {n: plan.linears[n].at_bits(choice.bits).scheme for names, choice in chosen.items() for n in names}
     return plan.settled(schemes, settled)
 
 
@@ -159,7 +160,7 @@ def _choices(
     An expert that no token reaches costs nothing.
     """
     W_NK = linear.get_parameter("weight").float()
-    each = [(bits, at_bits(spec, bits)) for bits in plan.method.recipe.choices()]
+    each = [(bits, spec.at_bits(bits)) for bits in plan.method.recipe.choices()]
     form = plan.method.format
     return [Choice(bits, packed_bytes(form, s), _divergence(W_NK, s.scheme.weight, *sample)) for bits, s in each]
 

@@ -1,11 +1,12 @@
 """The plan of a run, made before any work: what each matrix becomes, and everything that can be refused.
 
-    plan = prepare("./my-llama", Recipe(bits=4, group_size=64))
+    plan = outline("./my-llama", Recipe(bits=4, group_size=64))  from headers and config.json alone
+    plan = prepare("./my-llama", Recipe(bits=4, group_size=64))  the same, with each weight read once, for what it says
     plan.linears["model.layers.0.mlp.up_proj"].scheme.weight     Int(bits=4, group=64, ...)
     plan.settled(schemes, recipe)                                the same with other schemes, as a budget of bits asks
 
-Only headers, the config and each weight once (for NaN) are read; what a file or a recipe has wrong is said here, in one
-line, not when its block comes. Not here: running it (run.py), what a format makes of a model (formats/).
+What a file or a recipe has wrong is said here, in one line, not when its block comes.
+Not here: what is refused (refusals.py, weights.py), running it (run.py), what a format makes of a model (formats/).
 """
 
 from __future__ import annotations
@@ -14,30 +15,27 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmq import registry
-from llmq.calibration.kv_scales import owner_of_cache
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import as_floats, rounded_twice
-from llmq.format import Assignment, FloatModel, Format
-from llmq.granularity import PerTensor
+from llmq.format import Assignment, FloatModel, packed_bytes
 from llmq.model.adapter import Adapted, Adapter
 from llmq.model.device import device_of
 from llmq.model.experts import Experts
 from llmq.model.pretrained import tokenizer_of
-from llmq.model.producers import of_blocks
-from llmq.model.rotated import Rotated, prove
+from llmq.model.rotated import Rotated
 from llmq.model.skeleton import Skeleton
-from llmq.pipeline.experts import any_expert, reader_warnings, refuse_unlike
+from llmq.pipeline import refusals, weights
+from llmq.pipeline.experts import reader_warnings, refuse_unlike
 from llmq.pipeline.method import Method, method_of
 from llmq.recipe import Recipe
-from llmq.types import AffineGrid, LinearSpec, LlmqError, QTensor, Scheme, Site
+from llmq.types import LinearSpec, LlmqError, QTensor, Scheme, Site
 
 
 @dataclass
@@ -175,7 +173,7 @@ class Plan:
     def possible(self) -> list[LinearSpec]:
         """Return every matrix as it will be, or may be under a budget of bits."""
         specs, recipe = list(self.matrices.values()), self.method.recipe
-        return [at_bits(s, b) for s in specs for b in recipe.choices()] if recipe.target_bpw else specs
+        return [s.at_bits(b) for s in specs for b in recipe.choices()] if recipe.target_bpw else specs
 
     def paired(self) -> float:
         """Return the share of the calibration that runs through the float model too, for steps that compare the two."""
@@ -187,6 +185,14 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
 
     adapter: a LoRA adapter to add to the weights, a folder or a Hub id.
     """
+    return weights.tried(weights.checked(outline(src, recipe, device, adapter)))
+
+
+def outline(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path | None = None) -> Plan:
+    """Plan by headers and config alone, as `prepare`, which then reads the weights. Raises LlmqError for what is wrong.
+
+    A head that lies beside the embedding that the config ties it to is compared with it, and so read.
+    """
     source = Source(resolve(src), None if adapter is None else resolve(str(adapter)))
     source.warnings += [*as_floats(source), *rounded_twice(source)]
     where = device_of(device)
@@ -194,64 +200,25 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     method = method_of(recipe, stored)
     skeleton = Skeleton(source, _compute_dtype(method, stored, where))
     if recipe.lm_head:
-        _check_head(skeleton)
+        refusals.head(skeleton)
     if source.adapter:
         skeleton.source = source = Adapted(skeleton, Adapter(source.adapter))
     for step in method.rotations:
         skeleton = Skeleton(Rotated(skeleton, step), skeleton.dtype)
-    _check_steps(method, skeleton)
-    _set_experts(recipe, skeleton)
+    refusals.steps(method, skeleton)
+    refusals.experts(recipe, skeleton)
+    for layer in skeleton.model.modules():
+        if isinstance(layer, Experts):
+            layer.every = recipe.experts == "all"
     model = _model(skeleton)
     plan = Plan(skeleton, method, model, method.format.assign(model, method.wanted()), where)
-    specs = list(plan.matrices.values())
-    for s in specs:
-        if s.scheme.activation and s.scheme.weight.bits != 8:
-            raise LlmqError(f"{s.name}: 8-bit activations need 8-bit weights, not {s.scheme.weight.bits}; --skip it")
+    refusals.linears(method, list(plan.matrices.values()))
     if not recipe.gguf:
         refuse_unlike(plan.linears, skeleton.model)
-    for tuner in (*method.tuners, *method.finishers):
-        _check_tuner(registry.dump(tuner), method.recipe, specs)
     warnings = [*source.warnings, *method.format.check(plan.possible(), plan.skipped), *plan.assigned.warnings]
     warnings += [] if recipe.gguf else reader_warnings(source, plan.linears, method.format.quant_method)
-    _check_budget(plan)
-    return _tried(_checked(dataclasses.replace(plan, warnings=warnings), source)).told(recipe)
-
-
-def _set_experts(recipe: Recipe, skeleton: Skeleton) -> None:
-    """Tell the experts which tokens calibrate them. Raises LlmqError for an option where there are none."""
-    experts = [m for m in skeleton.model.modules() if isinstance(m, Experts)]
-    if recipe.experts and not experts:
-        raise LlmqError(f"--experts means nothing here: {skeleton.source.path} has no experts")
-    if recipe.experts == "all" and all(m.batched for m in experts):
-        raise LlmqError("--experts all means nothing here: the router makes zeros of an expert's other tokens")
-    for layer in experts:
-        layer.every = recipe.experts == "all"
-
-
-def _check_budget(plan: Plan) -> None:
-    """Refuse a budget of bits that does not even hold the fewest."""
-    recipe, form = plan.method.recipe, plan.method.format
-    if recipe.target_bpw is None:
-        return
-    fewest = [s if n == plan.head else at_bits(s, min(recipe.choices())) for n, s in plan.linears.items()]
-    least = sum(packed_bytes(form, s) for s in fewest)
-    if least > plan.budget():
-        bits = recipe.target_bpw * least / plan.budget()
-        raise LlmqError(
-            f"--target-bpw {recipe.target_bpw:g} is too low: at the fewest of --bit-choices a weight takes {bits:.3f} "
-            "bits, scales and zeros counted; say more, or allow fewer bits"
-        )
-
-
-def _check_tuner(step: str, recipe: Recipe, specs: list[LinearSpec]) -> None:
-    """Refuse what a step that moves codes and scales by gradients cannot tune."""
-    if not specs or any(not isinstance(s.scheme.weight, AffineGrid) for s in specs):
-        raise LlmqError(f"{step} tunes integer grids only; for GGUF leave it out")
-    whole = next((s.name for s in specs if s.scheme.weight.granularity == PerTensor()), None)
-    if whole:
-        raise LlmqError(f"{whole}: {step} moves the scale of every row, and there is one; take --group-size channel")
-    if recipe.samples is not None and recipe.samples < 2:
-        raise LlmqError(f"{step} judges by sequences that it does not train on; give at least 2 --samples")
+    refusals.budget(plan)
+    return dataclasses.replace(plan, warnings=warnings).told(recipe)
 
 
 def _model(skeleton: Skeleton) -> FloatModel:
@@ -269,81 +236,6 @@ def _model(skeleton: Skeleton) -> FloatModel:
         written=source.written,
         carried=sorted(source.unread),
     )
-
-
-def _check_steps(method: Method, skeleton: Skeleton) -> None:
-    """Refuse steps that the model does not admit."""
-    if method.recipe.kv_bits:
-        for i, block in enumerate(skeleton.blocks):
-            owner_of_cache(block, f"{skeleton.prefix}.{i}")
-    if method.finishers and method.recipe.act_bits:
-        raise LlmqError(f"{registry.dump(method.finishers[0])} tunes models with float activations only; leave it out")
-
-
-def _tried(plan: Plan) -> Plan:
-    """Run blocks on a few tokens: prove what is rotated, find what transforms can fold into, warn of what they cannot.
-
-    Raises LlmqError for a rotation that changes the function, and for a transform that finds nothing.
-    """
-    if isinstance(plan.source, Rotated):
-        prove(plan.skeleton, plan.source, plan.device)
-    steps = plan.method.transforms
-    if not steps:
-        return plan
-    found = of_blocks(plan.skeleton, plan.device)
-    left: dict[str, set[int]] = {}
-    for i, f in enumerate(found):
-        for s in (s for s in f.sites if s.producer is None):
-            linears = any_expert(", ".join(s.linears))
-            left.setdefault(f"{linears} ({f.reasons[s.linears[0]]})", set()).add(i)
-    for step in steps:
-        if not any(step.needs(site) for f in found for site in f.sites):
-            tried = f", not into what comes before {'; '.join(left)}" if left else ""
-            raise LlmqError(f"{registry.dump(step)} finds nothing to fold scales into{tried}; leave it out")
-    names = ", ".join(registry.dump(step) for step in steps)
-    warnings = [f"{names}: left alone in {len(n)} of {len(found)} blocks: {what}" for what, n in left.items()]
-    return dataclasses.replace(plan, sites=[f.sites for f in found], warnings=[*plan.warnings, *warnings])
-
-
-def _checked(plan: Plan, source: Source) -> Plan:
-    """Read every weight once; warn of those that no scale of the format can hold. Raises LlmqError for one of NaN."""
-    specs = {plan.weight_of(n): s for n, s in plan.matrices.items()}
-    beyond: dict[str, int] = {}
-
-    def see(name: str, W_NK: Tensor) -> None:
-        if name in specs and (groups := int(specs[name].scheme.weight.beyond(W_NK).sum())):
-            beyond[specs[name].name] = groups
-
-    source.check(see)
-    if not beyond:
-        return plan
-    first, *more = beyond
-    others = f" (and {len(more)} more)" if more else ""
-    warning = (
-        f"{first}{others}: the weights of {sum(beyond.values()):,} groups are too small or too large for the scales "
-        "that the format stores and are lost or clipped; --skip what matters, or use --format compressed-tensors from "
-        "a bfloat16 or float32 checkpoint, whose scales hold them"
-    )
-    return dataclasses.replace(plan, warnings=[*plan.warnings, warning])
-
-
-def _check_head(skeleton: Skeleton) -> None:
-    """Refuse to quantize a head that is no linear behind a final norm `norm`, where calibration finds its input."""
-    head, modules = skeleton.model.get_output_embeddings(), dict(skeleton.model.named_modules())
-    if not isinstance(head, nn.Linear) or skeleton.final_norm not in modules:
-        kind = skeleton.config.model_type
-        raise LlmqError(f"--lm-head: the final norm or the head of model_type {kind!r} is not known; leave it float")
-
-
-def at_bits(linear: LinearSpec, bits: int) -> LinearSpec:
-    """Return a linear with so many bits a code, the rest of its grid as it is."""
-    grid = linear.scheme.weight.with_bits(bits)
-    return dataclasses.replace(linear, scheme=dataclasses.replace(linear.scheme, weight=grid))
-
-
-def packed_bytes(fmt: Format, linear: LinearSpec) -> int:
-    """Return the bytes of a linear's tensors on disk, its bias apart."""
-    return sum(prod(t.shape) * t.element_size() for t in fmt.layout(linear).values())
 
 
 def _compute_dtype(method: Method, stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from llmq import __version__, registry
+from llmq.format import packed_bytes
 from llmq.pipeline.experts import described, number
-from llmq.pipeline.plan import Plan, packed_bytes
+from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Record
 from llmq.stats import MeanSquare
 

@@ -1,0 +1,87 @@
+"""What can be refused of a run by the headers and the recipe alone, in one line each, with the remedy.
+
+    refusals.linears(method, specs)     # LlmqError: signround tunes integer grids only; for GGUF leave it out
+
+Not here: what a format cannot hold (`Format.check`), what only the weights can say (weights.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from llmq import registry
+from llmq.calibration.kv_scales import owner_of_cache
+from llmq.format import packed_bytes
+from llmq.granularity import PerTensor
+from llmq.model.experts import Experts
+from llmq.model.skeleton import Skeleton
+from llmq.pipeline.method import Method
+from llmq.recipe import Recipe
+from llmq.types import AffineGrid, LinearSpec, LlmqError
+
+if TYPE_CHECKING:
+    from llmq.pipeline.plan import Plan
+
+
+def head(skeleton: Skeleton) -> None:
+    """Refuse to quantize a head that is no linear behind a final norm `norm`, where calibration finds its input."""
+    found, modules = skeleton.model.get_output_embeddings(), dict(skeleton.model.named_modules())
+    if not isinstance(found, nn.Linear) or skeleton.final_norm not in modules:
+        kind = skeleton.config.model_type
+        raise LlmqError(f"--lm-head: the final norm or the head of model_type {kind!r} is not known; leave it float")
+
+
+def experts(recipe: Recipe, skeleton: Skeleton) -> None:
+    """Refuse an option of experts where there are none, or where it means nothing."""
+    found = [m for m in skeleton.model.modules() if isinstance(m, Experts)]
+    if recipe.experts and not found:
+        raise LlmqError(f"--experts means nothing here: {skeleton.source.path} has no experts")
+    if recipe.experts == "all" and all(m.batched for m in found):
+        raise LlmqError("--experts all means nothing here: the router makes zeros of an expert's other tokens")
+
+
+def steps(method: Method, skeleton: Skeleton) -> None:
+    """Refuse steps that the model does not admit."""
+    if method.recipe.kv_bits:
+        for i, block in enumerate(skeleton.blocks):
+            owner_of_cache(block, f"{skeleton.prefix}.{i}")
+    if method.finishers and method.recipe.act_bits:
+        raise LlmqError(f"{registry.dump(method.finishers[0])} tunes models with float activations only; leave it out")
+
+
+def linears(method: Method, specs: Sequence[LinearSpec]) -> None:
+    """Refuse what quantized activations and steps that move codes and scales ask of the linears, and these are not."""
+    for s in specs:
+        if s.scheme.activation and s.scheme.weight.bits != 8:
+            raise LlmqError(f"{s.name}: 8-bit activations need 8-bit weights, not {s.scheme.weight.bits}; --skip it")
+    for tuner in (*method.tuners, *method.finishers):
+        _tuner(registry.dump(tuner), method.recipe, specs)
+
+
+def _tuner(step: str, recipe: Recipe, specs: Sequence[LinearSpec]) -> None:
+    """Refuse what a step that moves codes and scales by gradients cannot tune."""
+    if not specs or any(not isinstance(s.scheme.weight, AffineGrid) for s in specs):
+        raise LlmqError(f"{step} tunes integer grids only; for GGUF leave it out")
+    whole = next((s.name for s in specs if s.scheme.weight.granularity == PerTensor()), None)
+    if whole:
+        raise LlmqError(f"{whole}: {step} moves the scale of every row, and there is one; take --group-size channel")
+    if recipe.samples is not None and recipe.samples < 2:
+        raise LlmqError(f"{step} judges by sequences that it does not train on; give at least 2 --samples")
+
+
+def budget(plan: Plan) -> None:
+    """Refuse a budget of bits that does not even hold the fewest."""
+    recipe, form = plan.method.recipe, plan.method.format
+    if recipe.target_bpw is None:
+        return
+    fewest = [s if n == plan.head else s.at_bits(min(recipe.choices())) for n, s in plan.linears.items()]
+    least = sum(packed_bytes(form, s) for s in fewest)
+    if least > plan.budget():
+        bits = recipe.target_bpw * least / plan.budget()
+        raise LlmqError(
+            f"--target-bpw {recipe.target_bpw:g} is too low: at the fewest of --bit-choices a weight takes {bits:.3f} "
+            "bits, scales and zeros counted; say more, or allow fewer bits"
+        )
