@@ -28,6 +28,24 @@ def stored(scale: Tensor, old: Tensor) -> Tensor:
     return torch.where((rounded != 0) & rounded.isfinite(), rounded, old)
 
 
+class Held(NamedTuple):
+    """Which scales a file holds: the least above 0, the least with all its digits, the largest."""
+
+    least: float
+    full: float
+    most: float
+
+    def beyond(self, scale: Tensor) -> Tensor:
+        """Say of each scale whether it is too small or too large; 0 is neither."""
+        return (scale != 0) & ((scale < self.least) | (scale > self.most))
+
+    def strain(self, scale: Tensor) -> dict[str, int]:
+        """Count what is "lost" (too small), "clipped" (too large) and "coarse" (a number of fewer digits)."""
+        few = (scale >= self.least) & (scale < self.full)
+        kinds = {"lost": (scale != 0) & (scale < self.least), "coarse": few, "clipped": scale > self.most}
+        return {kind: n for kind, mask in kinds.items() if (n := int(mask.sum()))}
+
+
 class Lattice(NamedTuple):
     """Evenly spaced values: `w = scale * (code - zero) + offset`, codes from `low` to `high`.
 

@@ -89,6 +89,12 @@ class Stat(ABC):
             raise ValueError("no activation was accumulated")
         return self.tensors[name]
 
+    def finite(self) -> bool:
+        """Say whether all that was accumulated is finite; of a matrix of products its diagonal tells."""
+        floats = (t for t in self.tensors.values() if t.is_floating_point())
+        seen = (t.diagonal() if t.dim() == 2 and t.shape[0] == t.shape[1] else t for t in floats)
+        return all(bool(t.isfinite().all()) for t in seen)
+
 
 class Stats(dict[type[Stat], Any]):
     """The statistics of one site by their class, and what steps make of them for all matrices of the site.
@@ -104,6 +110,10 @@ class Stats(dict[type[Stat], Any]):
         self.tokens: int = known.tokens if known is not None else 0
         self.layer: Tensor | None = known.layer if known is not None else None
         self._made: dict[Hashable, Any] = {}
+
+    def finite(self) -> bool:
+        """Say whether all activations were finite, as far as the statistics tell."""
+        return all(stat.finite() for stat in self.values())
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return `make()`, or what it returned for this key before: a factor that several matrices share."""
@@ -313,12 +323,14 @@ class Histogram(Stat):
         """Add a batch."""
         magnitude = X_TK.detach().float().abs()
         largest = magnitude.max().cpu()
+        self.reduce("max", largest)
+        if not largest.isfinite():
+            return  # NaN and infinity have no bin; the maximum tells of them
         scale = _scale(float(largest), self._SCALES)
         index = (magnitude.flatten() * (self.BINS / 2.0**scale)).long().clamp_(max=self.BINS - 1)
         counts = torch.zeros(len(self._SCALES), self.BINS, dtype=torch.float64)
         counts[self._SCALES.index(scale)] = torch.bincount(index, minlength=self.BINS).cpu().double()
         self.reduce("counts", counts)
-        self.reduce("max", largest)
 
     def values(self) -> tuple[Tensor, Tensor]:
         """Return the bins' centres up to the largest value, that value itself, and their counts."""

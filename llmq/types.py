@@ -14,6 +14,7 @@ file of its own in the folder of its plural name.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -24,6 +25,7 @@ from torch import Tensor
 from llmq.errors import LlmqError as LlmqError  # noqa: PLC0414
 from llmq.granularity import Granularity, PerRow, PerTensor
 from llmq.params import GgmlParams as GgmlParams  # noqa: PLC0414
+from llmq.params import Held as Held  # noqa: PLC0414
 from llmq.params import Lattice as Lattice  # noqa: PLC0414
 from llmq.params import Parameters as Parameters  # noqa: PLC0414
 from llmq.params import Params as Params  # noqa: PLC0414
@@ -81,9 +83,17 @@ class Grid(ABC):
         """
         return params
 
-    def beyond(self, W_NK: Tensor) -> Tensor:
-        """Say of each group or stored block whether the file cannot hold its scale: too small, or too large."""
-        return torch.zeros(1, dtype=torch.bool)
+    @property
+    def held(self) -> Held:
+        """The scales that the file holds."""
+        return Held(0.0, 0.0, math.inf)
+
+    def covering(self, W_NK: Tensor) -> Tensor:
+        """Return the scale with which each group or stored block of a float matrix is just covered, not rounded yet.
+
+        What is lost of a group is told by it: one whose scale the file does not hold is lost, or clipped.
+        """
+        return torch.zeros(1)
 
     def args(self) -> Arguments | None:
         """Return how compressed-tensors describes the grid; None where it has no words for it."""

@@ -76,6 +76,14 @@ def damped(H_KK: Tensor, damp: float) -> Tensor:
     return out
 
 
+def retried(given: float, used: float) -> list[float]:
+    """Return the dampings that were tried, where the given one was not enough; else none."""
+    tried = [given]
+    while tried[-1] < 0.99 * used:
+        tried.append(10 * tried[-1])
+    return tried if len(tried) > 1 else []
+
+
 def cholesky(H_KK: Tensor, damp: float) -> tuple[Tensor | None, float]:
     """Return the lower Cholesky factor of the damped H and the damping used; None where H resists every retry.
 

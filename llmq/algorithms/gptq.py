@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.algorithms._hessian import Regularized, cholesky, revived
+from llmq.algorithms._hessian import Regularized, cholesky, retried, revived
 from llmq.algorithms._sweep import round_columns
 from llmq.stats import Hessian, Stat, Stats
 from llmq.steps import Solved, Solver
@@ -52,6 +52,8 @@ class Gptq(Regularized, Solver):
         order = torch.argsort(H_KK.diagonal(), descending=True, stable=True) if self.act_order else None
         F_KK, damping = stats.once(self, lambda: self.factor(H_KK, tokens, order))
         report = {"damp": damping, "dead_columns": dead, "tokens": stats[Hessian].count}
+        if tried := retried(self.damp, damping):
+            report["dampings"] = tried
         if F_KK is None:
             report["fallback"] = f"rtn: H does not factor with damping up to {damping:g}"
         return Solved(self._round(W_NK, grid, H_KK, F_KK, order), report)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.algorithms._hessian import Regularized, cholesky, revived
+from llmq.algorithms._hessian import Regularized, cholesky, retried, revived
 from llmq.stats import Drift, Hessian, Stat, Stats
 from llmq.steps import Correction
 from llmq.types import Grid
@@ -55,11 +55,11 @@ class Qep(Regularized, Correction):
         if not fit.any():
             return W_NK, [{} for _ in rows]
         tokens = stats[Drift].number("count")
-        D_NK = self._move(W_NK, (fit + held) / tokens, hessian.mean(), hessian.count)
+        D_NK, line = self._move(W_NK, (fit + held) / tokens, hessian.mean(), hessian.count)
         alphas = [self.alpha] * len(rows) if self.alpha is not None else self._choose(W_NK, rows, stats)
         parts = zip(W_NK.split(list(rows)), D_NK.split(list(rows)), alphas, strict=True)
         moved = [W + alpha * D for W, D, alpha in parts]
-        return torch.cat(moved), [{"qep_alpha": round(alpha, 4)} for alpha in alphas]
+        return torch.cat(moved), [{"qep_alpha": round(alpha, 4), **line} for alpha in alphas]
 
     def _choose(self, W_NK: Tensor, rows: Sequence[int], stats: Stats) -> list[float]:
         """Return, for each linear of the site, the alpha of least error on the held-out tokens."""
@@ -67,7 +67,7 @@ class Qep(Regularized, Correction):
         seen, unseen = (stats[Drift].number(name) for name in ("count", "held_count"))
         tokens = hessian.count - unseen
         H_KK = (hessian.mean() * hessian.count - held_hessian) / tokens
-        D_NK = self._move(W_NK, fit / (seen - unseen), H_KK, tokens)
+        D_NK, _ = self._move(W_NK, fit / (seen - unseen), H_KK, tokens)
         slope_N = ((W_NK @ held) * D_NK).sum(1)
         curvature_N = ((D_NK @ held_hessian) * D_NK).sum(1)
         return [
@@ -75,12 +75,14 @@ class Qep(Regularized, Correction):
             for slope, curvature in zip(slope_N.split(list(rows)), curvature_N.split(list(rows)), strict=True)
         ]
 
-    def _move(self, W_NK: Tensor, drift_KK: Tensor, H_KK: Tensor, tokens: int) -> Tensor:
-        """Return W (X - Xq)^T Xq (Xq^T Xq)^-1; zero where the Hessian does not factor."""
-        L, _ = cholesky(self.regularize(revived(H_KK)[0].clone(), tokens), self.damp)
+    def _move(self, W_NK: Tensor, drift_KK: Tensor, H_KK: Tensor, tokens: int) -> tuple[Tensor, dict[str, Any]]:
+        """Return W (X - Xq)^T Xq (Xq^T Xq)^-1, zero where the Hessian does not factor, and a line on the damping."""
+        L, damping = cholesky(self.regularize(revived(H_KK)[0].clone(), tokens), self.damp)
+        tried = retried(self.damp, damping)
+        line: dict[str, Any] = {"qep_dampings": tried} if tried else {}
         if L is None:
-            return torch.zeros_like(W_NK)
-        return torch.cholesky_solve((W_NK @ drift_KK).T, L).T
+            return torch.zeros_like(W_NK), line | {"qep": f"none: H does not factor with damping up to {damping:g}"}
+        return torch.cholesky_solve((W_NK @ drift_KK).T, L).T, line
 
 
 def _sums(drift: Drift) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,6 @@
 Not here: what an option means (recipe.py), the run (api.py), converting what is packed already (convert.py).
 """
 
-import resource
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,6 +70,7 @@ def quantize(
 
 def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:
     from llmq.checkpoint.card import errors
+    from llmq.progress import Memory
 
     size = summary["size"]
     table = Rows(out)
@@ -88,9 +88,8 @@ def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:
         told = experts["tokens"]
         few = "".join(f", {len(experts[k])} with {k}" for k in ("few", "none") if experts[k])
         table.add("tokens an expert", f"{told['least']:,} to {told['most']:,}, median {told['quartiles'][1]:,}{few}")
-    fallbacks = [n for n, v in summary["linears"].items() if "fallback" in v]
-    if fallbacks:
-        table.add("fallbacks", f"{len(fallbacks)}: {', '.join(fallbacks[:3])} (see quantization.json)")
+    for kind, of in summary.get("trouble", {}).items():
+        table.add(kind, f"{of['linears']} linears, the first {of['first']}: {of['says']} (see quantization.json)")
     table.add("seconds", f"{seconds:.1f}")
-    table.add("peak memory", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB")
+    table.add("peak memory", f"{Memory.held().most / 1e9:.2f} GB")
     console.print(table)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmq.granularity import PerGroup
 from llmq.params import ROUNDER
-from llmq.types import GgmlParams, LlmqError, Parameters, StoredGrid
+from llmq.types import GgmlParams, Held, LlmqError, Parameters, StoredGrid
 
 _CHUNK = 2**20  # weights of one chunk: enough that torch's calls cost little beside what they do for its superblocks
 _ROUND = torch.tensor(ROUNDER)
@@ -92,14 +92,15 @@ class GgmlGrid(StoredGrid):
         d, *rest = zip(*(self._fit_rows(_finite(chunk), importance) for chunk in chunks), strict=True)
         return self.params(Stored(torch.cat(d), *(None if p[0] is None else torch.cat(p) for p in rest)))
 
-    def beyond(self, W_NK: Tensor) -> Tensor:
-        """Say of each qblock `[N, B]` of a float matrix whether its `d` is one that float16 does not hold.
+    @property
+    def held(self) -> Held:
+        """What float16 holds of `d`; that of a superblock often has few digits, which its small scales make up for."""
+        return Held(_LEAST_D, _LEAST_D, 65504.0)
 
-        Such a block is so small that all of it is lost, or so large that it is clipped.
-        """
+    def covering(self, W_NK: Tensor) -> Tensor:
+        """See `Grid.covering`; the `d` of each qblock, `[N, B]`."""
         lo, hi = (x.float() for x in W_NK.reshape(len(W_NK), -1, self.qblock).aminmax(dim=-1))
-        d = self._reach(lo, hi) / max(map(abs, self.small_range))
-        return (d != 0) & ((d < _LEAST_D) | (d > 65504.0))
+        return self._reach(lo, hi) / max(map(abs, self.small_range))
 
     @abstractmethod
     def _reach(self, lo: Tensor, hi: Tensor) -> Tensor:

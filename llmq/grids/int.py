@@ -20,7 +20,7 @@ from torch import Tensor
 from llmq.granularity import Granularity, PerBlock, PerTensor, granularity
 from llmq.options import Between
 from llmq.params import ROUNDER
-from llmq.types import AffineGrid, Grid, Lattice, Parameters, Params, Range
+from llmq.types import AffineGrid, Grid, Held, Lattice, Parameters, Params, Range
 
 _LEAST = {torch.float16: 2.0**-24}  # the least scale of a group that is not all zero: float16 holds nothing below
 _DEFAULT_LEAST = 1e-30
@@ -115,7 +115,8 @@ class Int(AffineGrid):
         """
         top, half = 2**self.bits - 1, 2 ** (self.bits - 1)
         exact = self._scale(lo, hi)
-        scale = exact.clamp(*self._held()).masked_fill_(exact == 0, _OF_ZEROS.get(self.scale_dtype, _DEFAULT_OF_ZEROS))
+        least, _, most = self.held
+        scale = exact.clamp(least, most).masked_fill_(exact == 0, _OF_ZEROS.get(self.scale_dtype, _DEFAULT_OF_ZEROS))
         scale = scale.to(self.scale_dtype)
         if self.sym:
             scale = torch.where(lo > hi, -scale, scale)
@@ -125,18 +126,19 @@ class Int(AffineGrid):
             zero = (-lo / scale.float()).round().clamp(0, top).to(torch.int32)
         return Params(scale, zero)
 
-    def beyond(self, W_NK: Tensor) -> Tensor:
-        """Say of each group `[N, G]` of a float matrix whether its scale is one that `scale_dtype` does not hold.
+    @property
+    def held(self) -> Held:
+        """The scales of `scale_dtype`."""
+        info = torch.finfo(self.scale_dtype)
+        return Held(_LEAST.get(self.scale_dtype, _DEFAULT_LEAST), info.tiny, info.max)
 
-        Such a group is so small that codes or all of it are lost, or so large that it is clipped.
-        """
+    def covering(self, W_NK: Tensor) -> Tensor:
+        """See `Grid.covering`; `[N, G]`."""
         N, K = W_NK.shape
         by = self.granularity
         w = W_NK.reshape(by.rows(N), by.groups(K), -1)
         lo, hi = (x.float() for x in w.aminmax(dim=-1))
-        exact = self._scale(lo.clamp(max=0), hi.clamp(min=0))
-        least, limit = self._held()
-        return (exact != 0) & ((exact < least) | (exact > limit))
+        return self._scale(lo.clamp(max=0), hi.clamp(min=0))
 
     def _scale(self, lo: Tensor, hi: Tensor) -> Tensor:
         """Return the scale of the grid that covers `[lo, hi]`, before it is rounded."""
@@ -144,10 +146,6 @@ class Int(AffineGrid):
         if not self.sym:
             return (hi - lo) / top
         return torch.maximum(hi.abs(), lo.abs()) / (2 ** (self.bits - 1) - 1 if self.restricted else top / 2)
-
-    def _held(self) -> tuple[float, float]:
-        """Return the least and the greatest scale of `scale_dtype`."""
-        return _LEAST.get(self.scale_dtype, _DEFAULT_LEAST), torch.finfo(self.scale_dtype).max
 
     def bounds(self) -> tuple[float, float]:
         """Return the least and the largest code."""

@@ -26,20 +26,21 @@ from llmq import registry
 from llmq.calibration.collect import collect
 from llmq.calibration.kv_scales import KvMaxima
 from llmq.calibration.state import Calibration
-from llmq.errors import LlmqError
 from llmq.model.experts import Passing, linears_of
 from llmq.model.folding import Fold, fold
 from llmq.model.lanes import Batches, Call, Lanes, run
 from llmq.model.sites import discover, overridden
-from llmq.pipeline.experts import NO_TOKEN, Layer, Layers
+from llmq.pipeline.activations import NOT_FINITE, no_static_scale, static_input, unusable
+from llmq.pipeline.experts import Layer, Layers
 from llmq.pipeline.method import Method
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Line, Record
 from llmq.pipeline.site import Answer, Target, gave, round_unseen, solve
+from llmq.pipeline.trouble import strain, told
 from llmq.progress import Work
 from llmq.stats import Hessian, Histogram, MeanSquare, Stat, Stats
 from llmq.steps import BlockView, Scaling, SiteView, Solved, Transform, Tuner
-from llmq.types import AffineGrid, LinearSpec, Params, Producer, Site
+from llmq.types import LinearSpec, Params, Producer, Site
 
 
 @dataclass
@@ -145,8 +146,19 @@ def quantize_block(
         work.step("pack", list(solved))
         for name, s in solved.items():
             packed |= plan.packed(block.full(name), s.q)
-            block.report.record.note(block.full(name), s.report)
+            _note(block, block.full(name), s)
     return packed, block.report, state
+
+
+def _note(block: _Block, linear: str, solved: Solved) -> None:
+    """Record the line of a linear, and say what trouble it tells of."""
+    record = block.report.record
+    record.note(linear, solved.report)
+    trouble = told(record.linears[linear], solved.q.codes.shape[1])
+    if trouble:
+        record.note(linear, {"trouble": trouble})
+    for kind, words in trouble.items():
+        block.work.say("trouble", f"{linear}: {kind}: {words}")
 
 
 def _read(plan: Plan, i: int, name: str) -> Tensor:
@@ -236,15 +248,15 @@ def _solve_site(
     if layer is not None and lanes:
         line = line | {"tokens": stats.tokens}
         stats.layer = layer.mean(site)
-    unseen = lanes is not None and not stats.tokens
-    if unseen and static:
-        raise _no_static_scale(block.full(site.linears[0]), layer)
-    answers = round_unseen(targets, {"fallback": NO_TOKEN}) if unseen else solve(method, targets, stats)
-    answers = {n: a.noted(line) for n, a in answers.items()}
+    bad = unusable(stats) if lanes else ""
+    if bad and static:
+        raise no_static_scale(block.full(site.linears[0]), layer, bad)
+    answers = round_unseen(targets, {"fallback": f"rtn: {bad}"}) if bad else solve(method, targets, stats)
+    answers = {n: a.noted(line | strain(targets[n])) for n, a in answers.items()}
     if static:
-        inputs = _input_params(static, stats[Histogram])
-        answers = {n: a._replace(solved=_with_input(a.solved, inputs)) for n, a in answers.items()}
-    H_KK = stats[Hessian].mean() if Hessian in stats and not unseen else None
+        inputs, clipped = static_input(static, stats[Histogram])
+        answers = {n: a._replace(solved=_with_input(a.solved, inputs)).noted(clipped) for n, a in answers.items()}
+    H_KK = stats[Hessian].mean() if Hessian in stats and not bad else None
     if plan.method.finishers and H_KK is not None:
         report.hessians[tuple(block.full(n) for n in specs)] = H_KK
     found = [_Found(n, a, weights[n], H_KK) for n, a in answers.items()]
@@ -265,15 +277,6 @@ def _method(method: Method, layer: Layer | None) -> tuple[Method, dict[str, Any]
         method = dataclasses.replace(method, corrections=())
         line["correction"] = "none: the float model routes other tokens"
     return method, line
-
-
-def _no_static_scale(linear: str, layer: Layer | None) -> LlmqError:
-    """Return what to raise where an input that should get a static scale was never seen."""
-    more = "" if layer is None or layer.experts.batched else ", --experts all"
-    return LlmqError(
-        f"{linear}: no token of the calibration came here, so its input has no static scale; give more "
-        f"--samples{more} or --act token"
-    )
 
 
 def _with_input(solved: Solved, inputs: Params) -> Solved:
@@ -323,7 +326,11 @@ def _transform(block: _Block, step: Transform) -> None:
         specs = block.specs(site)
         schemes = [specs[n].scheme if n in specs else None for n in site.linears]
         view = SiteView(site, modules, seen, calls.get(site.parent, []), schemes)
-        scaling = step.search(view) if seen.tokens and site.producer else None
+        bad = unusable(seen)
+        if bad == NOT_FINITE:
+            for full in (block.full(n) for n in specs):
+                record.note(full, {"not_scaled": bad})
+        scaling = step.search(view) if site.producer and not bad else None
         if scaling is not None and site.producer:
             found.append((site, site.producer, gave(step, scaling, Scaling)))
     weights = {block.full(n): p.data for n, p in block.module.named_parameters()}
@@ -360,13 +367,6 @@ def _record_calls(module: nn.Module, name: str, into: dict[str, list[Call]], tok
             kept.append((args, kwargs))
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _input_params(grid: AffineGrid, histogram: Histogram) -> Params:
-    """Return where the static grid of a site's input lies, `[1]` each; never falling: runtimes want positive scales."""
-    values, counts = histogram.values()
-    params = grid.fit_values(values[None], counts[None])
-    return dataclasses.replace(params, scale=params.scale.abs())
 
 
 def _settle(block: _Block) -> dict[str, Tensor]:

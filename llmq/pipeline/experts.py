@@ -23,7 +23,7 @@ from llmq.stats import Hessian
 from llmq.types import LinearSpec, LlmqError, Site
 
 _READ_APART = ("llama4", "qwen3_5_moe", "qwen3_vl_moe")  # whose experts vLLM loads as llm-compressor writes them
-NO_TOKEN = "rtn: no token reached this expert"  # noqa: S105
+NO_TOKEN = "no token reached this expert"  # noqa: S105
 
 
 class Layer:

@@ -16,6 +16,7 @@ from llmq.format import packed_bytes
 from llmq.pipeline.experts import described, number
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Record
+from llmq.pipeline.trouble import summed
 from llmq.stats import MeanSquare
 
 
@@ -51,6 +52,11 @@ def _experts(plan: Plan, record: Record) -> dict[str, Any]:
     return described(record.experts, plan.skeleton.text.hidden_size, every=plan.method.recipe.experts == "all")
 
 
+def _trouble(record: Record) -> dict[str, Any]:
+    found = summed(record.linears)
+    return {"trouble": found} if found else {}
+
+
 def summary(plan: Plan, record: Record, total: int, digests: Mapping[str, str]) -> dict[str, Any]:
     """Return how the run went; total: the bytes of all tensors, digests: their checksums."""
     return {
@@ -64,6 +70,7 @@ def summary(plan: Plan, record: Record, total: int, digests: Mapping[str, str]) 
         "warnings": plan.warnings,
         "size": _size(plan, total),
         "linears": record.linears,
+        **_trouble(record),
         "untouched": plan.beside,
         **({"experts": _experts(plan, record)} if record.experts else {}),
         "transforms": [

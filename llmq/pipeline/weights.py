@@ -29,8 +29,10 @@ def checked(plan: Plan) -> Plan:
     beyond: dict[str, int] = {}
 
     def see(name: str, W_NK: Tensor) -> None:
-        if name in specs and (groups := int(specs[name].scheme.weight.beyond(W_NK).sum())):
-            beyond[specs[name].name] = groups
+        if name in specs:
+            grid = specs[name].scheme.weight
+            if groups := int(grid.held.beyond(grid.covering(W_NK)).sum()):
+                beyond[specs[name].name] = groups
 
     plan.float_source.check(see)
     if not beyond:

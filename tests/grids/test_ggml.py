@@ -290,7 +290,7 @@ def test_blocks_that_no_scale_holds_are_told_of(grid):
     for size in (1e-2, 1e-4, 1e-6, 1e-8, 1e8):
         W_NK = size * randn(4, K)
         W_NK[0] = 0
-        beyond = grid.beyond(W_NK)
+        beyond = grid.held.beyond(grid.covering(W_NK))
         codes, params = encode(grid, W_NK)
         lost = (grid.decode(codes.float(), spread(params)) - W_NK).norm() / W_NK.norm()
         assert beyond.shape == (4, K // grid.qblock) and not beyond[0].any()

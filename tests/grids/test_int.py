@@ -114,7 +114,7 @@ def test_small_weights_are_held_or_told_of(dtype, size, sym):
     assert (params.scale > 0).all() and params.scale.isfinite().all()
     columns = params.columns(64)
     lost = (grid.decode(grid.nearest(W_NK, columns), columns) - W_NK).norm() / W_NK.norm()
-    beyond = grid.beyond(W_NK)
+    beyond = grid.held.beyond(grid.covering(W_NK))
     assert not beyond[0].any()  # zeros are held by any scale
     if dtype == torch.float16 and size <= 1e-7:
         assert beyond[1:].all()
@@ -125,9 +125,22 @@ def test_small_weights_are_held_or_told_of(dtype, size, sym):
 def test_groups_too_large_for_their_scales_are_told_of():
     W_NK = torch.ones(2, 64)
     W_NK[1, 40] = -1e6
-    assert Int(4, True, 32).beyond(W_NK).tolist() == [[False, False], [False, True]]
-    assert not Int(4, True, 32, scale_dtype=torch.bfloat16).beyond(W_NK).any()
-    assert Int(4, True, "tensor").beyond(W_NK).tolist() == [[True]]
+
+    def beyond(grid):
+        return grid.held.beyond(grid.covering(W_NK)).tolist()
+
+    assert beyond(Int(4, True, 32)) == [[False, False], [False, True]]
+    assert beyond(Int(4, True, 32, scale_dtype=torch.bfloat16)) == [[False, False], [False, False]]
+    assert beyond(Int(4, True, "tensor")) == [[True]]
+
+
+def test_groups_whose_scales_are_lost_coarse_or_clipped_are_counted():
+    """float16: nothing below 2^-24, fewer than 11 bits below 2^-14, nothing above 65504."""
+    grid = Int(4, True, 32)
+    W_NK = torch.zeros(1, 5 * 32)
+    W_NK[0, ::32] = 7.5 * torch.tensor([2.0**-25, 2.0**-15, 2.0**-14, 1e5, 0])
+    assert grid.held.strain(grid.covering(W_NK)) == {"lost": 1, "coarse": 1, "clipped": 1}
+    assert grid.held.strain(grid.covering(W_NK[:, 64:96])) == {}
 
 
 def test_a_moved_scale_that_the_file_cannot_hold_stays_as_it_was():
