@@ -8,20 +8,16 @@ Not here: keys per channel, 2 bits and other devices (kv.py).
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from llmq.runtime.gpu import DEVICES, refuses_device
+from llmq.gpu import DEVICES, refuses_device, warn
 from llmq.runtime.kv import STEP, KVGrid, Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-log = logging.getLogger(__name__)
 
 
 class KernelStore:
@@ -115,13 +111,8 @@ def stores(grids: tuple[KVGrid, KVGrid], x_BHTD: Tensor) -> tuple[Store, Store] 
     if reason is None:
         return KernelStore(grids[0]), KernelStore(grids[1])
     if x_BHTD.device.type != "cpu":
-        _warn(reason)
+        warn("the key-value cache is kept and read", reason)
     return Store(grids[0]), Store(grids[1])
-
-
-@cache
-def _warn(reason: str) -> None:
-    log.warning("the key-value cache is kept and read by torch, without the Triton kernels: %s", reason)
 
 
 def attend(

@@ -21,9 +21,10 @@ from ptxsim.launch import SimulatedKernel
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import llmq
+from llmq import gpu
 from llmq.formats.gptq import GPTQ
 from llmq.grids.int import Int
-from llmq.runtime import backends, gpu
+from llmq.runtime import backends
 from llmq.runtime.backends.triton_w8a8 import TritonW8A8
 from llmq.runtime.backends.triton_weight_only import TritonWeightOnly
 from llmq.runtime.linear import QuantLinear

@@ -5,7 +5,7 @@
 A first kernel rounds the activation, per token or with the static scale, to the very integers of the reference; the
 sums are exact and are scaled in float32. float16, bfloat16 and float32 activations enter as they are.
 `w` int8 `[N, K]`, the codes less 128, padded to multiples of 128; `scale` float32 `[N]`, padded.
-Not here: weights alone (triton_weight_only.py), what a GPU must have (gpu.py).
+Not here: weights alone (triton_weight_only.py), what a GPU must have (llmq/gpu.py).
 """
 
 from typing import ClassVar
@@ -13,8 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llmq.gpu import DEVICES, refuses_device
+from llmq.runtime.backends._triton import run
 from llmq.runtime.backends._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
-from llmq.runtime.gpu import DEVICES, refuses_device, run
 from llmq.types import LinearSpec, LlmqError, QTensor
 
 

@@ -12,7 +12,7 @@ Codes of 5 to 7 bits, and their zeros, are lifted to the middle of 8 bits and ta
 Symmetric and asymmetric grids, groups that 32 divides or per channel, any N and K (padded when packed), act-order.
 Kept: `words` and `params` (layout.py there has the picture), `order` and `g_idx` for act-order, and `rest`, what zeros
 displaced of float32 scales, which the product does without (2^-15 of a scale) and `restore` gives back.
-Not here: 8-bit activations (triton_w8a8.py), what a GPU must have (gpu.py).
+Not here: 8-bit activations (triton_w8a8.py), what a GPU must have (llmq/gpu.py).
 """
 
 from typing import ClassVar
@@ -20,8 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llmq.gpu import DEVICES, refuses_device
 from llmq.runtime.backends import Prepacked, in_file_order
-from llmq.runtime.gpu import DEVICES, refuses_device, run
+from llmq.runtime.backends._triton import run
 from llmq.types import LinearSpec, LlmqError, Params, QTensor
 
 

@@ -1,32 +1,43 @@
-"""What the back-ends for GPUs share: whether the Triton kernels can run here, and their errors in a user's words.
+"""Whether the Triton kernels can run on a device, and what is said where they cannot.
 
-The kernels are a package of their own, `llmq_kernels`. It is imported when a weight is first prepacked for a GPU and
-not before: importing llmq imports no triton, and a machine without one never asks for it.
+The kernels are a package of their own, `llmq_kernels`. It is imported when one is first needed on a GPU and not before:
+importing llmq imports no triton, and a machine without one never asks for it.
 AMD's GPUs are devices of type "cuda" too. Which GPUs: those that docs/kernels.md has compiled the kernels for, and
 their kin: NVIDIA from compute capability 8.0 (async copies, bfloat16), AMD's CDNA 2 to 4 (matrix instructions).
-Not here: the back-ends (triton_weight_only.py, triton_w8a8.py), the kernels (kernels/llmq_kernels).
+Not here: who calls them (algorithms/_sweep.py, runtime/), the kernels (kernels/llmq_kernels).
 """
 
 import importlib.util
+import logging
 import os
 import shutil
-from collections.abc import Callable
-from typing import Any
+from functools import cache
 
 import torch
-from torch import Tensor
 
-from llmq.types import LlmqError
-
+log = logging.getLogger(__name__)
 DEVICES = frozenset({"cuda"})
-"""The types of devices that the back-ends for GPUs take."""
+"""The types of devices that the kernels run on."""
 _CAPABILITY = (8, 0)
 _AMD = ("gfx90a", "gfx942", "gfx950")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def runs_kernels(device: torch.device, what: str) -> bool:
+    """Say whether the kernels run on `device`; for a GPU that cannot, log once that torch does `what`, and why."""
+    reason = refuses_device(device, DEVICES)
+    if reason is not None and device.type != "cpu":
+        warn(what, reason)
+    return reason is None
+
+
+@cache
+def warn(what: str, reason: str) -> None:
+    """Log that `what` is done without the kernels, and why; once."""
+    log.warning("%s by torch, without the Triton kernels: %s", what, reason)
 
 
 def refuses_device(device: torch.device, devices: frozenset[str]) -> str | None:
-    """Return why the kernels cannot run on `device`, None where they can; `devices` are the types a back-end takes."""
+    """Return why the kernels cannot run on `device`, None where they can; `devices` are the types allowed."""
     if device.type not in devices:
         return f"it runs on a GPU, not on {device.type}"
     for package in ("triton", "llmq_kernels"):
@@ -49,18 +60,3 @@ def refuses_gpu(device: torch.device) -> str | None:
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):  # as Triton looks for one
         return "Triton needs a C compiler at its first launch and finds none: install gcc"
     return None
-
-
-def run(name: str, op: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
-    """Return `op(x, *args)`, an operator of the kernels. Raises LlmqError, for the linear `name`, where it cannot."""
-    from llmq_kernels.errors import KernelError
-
-    if x.dtype not in _FLOATS:
-        raise LlmqError(
-            f"{name}: its activations are {x.dtype}, and a GPU's kernels take float16, bfloat16 and float32; load the "
-            "model with dtype=torch.bfloat16, or with backend='reference'"
-        )
-    try:
-        return op(x, *args)
-    except KernelError as e:
-        raise LlmqError(f"{name}: {e} (backend='reference' does without the kernel)") from e
