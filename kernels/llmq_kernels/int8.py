@@ -27,6 +27,7 @@ from torch import Tensor
 from llmq_kernels import tune
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import DTYPES, OPTIONS, cdiv, no_gradient, on, operator, runs_on
+from llmq_kernels.rounding import round_even
 
 TILE_K = 128
 N_MULTIPLE = 128
@@ -65,12 +66,6 @@ def pack(codes_NK: Tensor, scale_N: Tensor) -> PackedInt8:
 
 
 @triton.jit
-def _round_even(x):
-    """Round float32 below 2^22 half to even: what falls off when 1.5 * 2^23 is added and taken away."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
 def quantize_kernel(
     x_ptr,  # [M, K] fp16, bf16 or float32
     q_ptr,  # [M, KP] int8
@@ -98,7 +93,7 @@ def quantize_kernel(
     for k in range(0, KP, BLOCK):
         x = tl.load(x_ptr + row * K + k + offs, mask=k + offs < K, other=0.0).to(tl.float32)
         ratio = tl.div_rn(x, tl.zeros_like(x) + scale).to(dtype).to(tl.float32)
-        code = _round_even(tl.minimum(tl.maximum(ratio, -128.0), 127.0))
+        code = round_even(tl.minimum(tl.maximum(ratio, -128.0), 127.0))
         tl.store(q_ptr + row * KP + k + offs, code.to(tl.int8), mask=k + offs < KP)
 
 

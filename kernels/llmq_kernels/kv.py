@@ -29,6 +29,7 @@ from torch import Tensor
 
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import OPTIONS, cdiv, on, operator
+from llmq_kernels.rounding import round_even
 
 _FLOOR = 1e-8
 
@@ -70,11 +71,6 @@ def empty(B: int, H: int, T: int, D: int, bits: int, *, sym: bool, device: torch
         return torch.zeros((B, H, T), dtype=torch.int32, device=device)
 
     return KVCache(words(), params(), words(), params(), D, bits, sym)
-
-
-@triton.jit
-def _round_even(x):
-    return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
@@ -127,7 +123,7 @@ def append_kernel(
     else:
         bits = bits & ~0xFF
         scale = bits.to(tl.float32, bitcast=True)
-        zero = tl.minimum(tl.maximum(_round_even(tl.div_rn(-low, scale)), 0.0), TOP)
+        zero = tl.minimum(tl.maximum(round_even(tl.div_rn(-low, scale)), 0.0), TOP)
         bits = bits | zero.to(tl.int32)
     word = tl.zeros((BT, PART), dtype=tl.int32)
     for j in tl.static_range(FIELDS):
@@ -135,7 +131,7 @@ def append_kernel(
         x = tl.load(row + d[None, :], mask=mask_t[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         ratio = tl.div_rn(x, tl.zeros_like(x) + scale[:, None])
         ratio = tl.minimum(tl.maximum(ratio, -256.0), 256.0)
-        code = tl.minimum(tl.maximum(_round_even(ratio) + zero[:, None], 0.0), TOP)
+        code = tl.minimum(tl.maximum(round_even(ratio) + zero[:, None], 0.0), TOP)
         word |= code.to(tl.int32) << (BITS * j)
     at = bh.to(tl.int64) * T + to
     tl.store(words_ptr + at[:, None] * PART + offs_r[None, :], word.to(tl.int16), mask=mask_t[:, None])
