@@ -3,16 +3,18 @@
     weight_only.linear(x, layout.pack(codes, scale, zero, bits), bias)     W2, W3, W4, W8 with fp16 or bf16 activations
     int8.linear(x, int8.pack(codes, scale), static, bias)                  W8A8
     kv.append(cache, k, v, lengths); attention.attend(q, cache, lengths)   the int8 or int4 key-value cache
+    panel.round_panel(...); panel.walk_panel(...)                          columns rounded in order: GPTQ, descent
 
 Every op is torch's own, with a fake implementation, so that torch.compile traces through it. CPU tensors go to the
 reference, which is exact and slow; other devices to the kernel. Nothing is asked of a device at import.
 
 dequant.py    codes to floats in registers        layout.py    what the weight-only kernel reads
+rounding.py   the nearest integer
 aot.py, facts.py, cases.py    compile for GPUs that are not here, and check what the machine code shows
 tune.py       which configuration is fastest      launch.py, errors.py
 """
 
-from llmq_kernels import attention, int8, kv, layout, weight_only
+from llmq_kernels import attention, int8, kv, layout, panel, weight_only
 from llmq_kernels.errors import KernelError
 
-__all__ = ["KernelError", "attention", "int8", "kv", "layout", "weight_only"]
+__all__ = ["KernelError", "attention", "int8", "kv", "layout", "panel", "weight_only"]

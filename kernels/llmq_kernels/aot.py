@@ -68,7 +68,7 @@ def compile_for(build: Build, target: str) -> Compiled:
     signature = {n: build.types.get(n, "constexpr") for n in names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if _aligned(n, build)}
     source = ASTSource(build.kernel, signature, constexprs=dict(build.constants), attrs=attrs)
-    kernel = triton.compile(source, target=TARGETS[target], options={**build.options, **OPTIONS})
+    kernel = triton.compile(source, target=TARGETS[target], options={**OPTIONS, **build.options})
     binary = kernel.asm["cubin"] if "cubin" in kernel.asm else kernel.asm["hsaco"]
     meta = kernel.metadata
     parameters = tuple((n, signature[n]) for n in names if signature[n] != "constexpr")

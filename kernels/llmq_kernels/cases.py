@@ -11,12 +11,13 @@ Not here: reading the facts (facts.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from llmq_kernels import attention, int8, kv, tune, weight_only
+from llmq_kernels import attention, int8, kv, panel, tune, weight_only
 from llmq_kernels.aot import Build
 from llmq_kernels.facts import SHARED_LIMIT, Facts
 from llmq_kernels.layout import PackedWeight, tile
@@ -31,7 +32,8 @@ class Case:
 
     build: returns its Build, with assembly or without. weights: what one trip of the main loop consumes, 0 where there
     is none to count. ipw: by target, the most thread-instructions per weight. wide: the fewest 128-bit async copies in
-    the loop. mma: whether tensor-core instructions must be there. targets: where it is compiled.
+    the loop. mma: whether tensor-core instructions must be there. fused: whether products may be added in one rounding.
+    targets: where it is compiled.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Case:
     ipw: Mapping[str, float] = field(default_factory=dict)
     wide: int = 0
     mma: bool = True
+    fused: bool = True
     targets: tuple[str, ...] = (*NVIDIA, "gfx942")
 
     def build_for(self, target: str) -> Build:
@@ -62,6 +65,8 @@ def violations(case: Case, facts: Facts) -> list[str]:
         found.append(f"{facts.i2f} int-to-float conversions in the main loop; there may be none")
     if facts.async128 < case.wide:
         found.append(f"{facts.async128} async copies of 128 bits in the main loop; expected {case.wide}")
+    if facts.fused and not case.fused:
+        found.append(f"{facts.fused} fused multiply-adds; every product is to be rounded")
     limit = case.ipw.get(facts.target)
     if limit is not None and facts.ipw > limit:
         found.append(f"{facts.ipw} instructions per weight; the limit is {limit}")
@@ -132,6 +137,23 @@ def _merge_build() -> Build:
     return Build(attention.merge_kernel, types, constants, ("TQ", "SPLITS"), {"num_warps": 4, "num_stages": 3})
 
 
+def _round_build() -> Build:
+    floats = ("w_ptr", "t_ptr", "f_ptr", "scale_ptr", "zero_ptr", "offset_ptr", "error_ptr")
+    return _panel_build(panel.round_kernel, floats, ("code_ptr",), "f")
+
+
+def _walk_build() -> Build:
+    floats = ("h_ptr", "g_ptr", "loss_ptr", "scale_ptr", "zero_ptr", "step_ptr")
+    return _panel_build(panel.walk_kernel, floats, ("old_ptr", "new_ptr"), "h")
+
+
+def _panel_build(kernel: Any, floats: Iterable[str], codes: Iterable[str], matrix: str) -> Build:
+    """Return the Build of a kernel over a panel of columns, whose matrix lies row by row."""
+    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(codes, "*u8") | {"group_ptr": "*i64"}
+    types |= dict.fromkeys(("P", "N", f"stride_{matrix}i"), "i32") | dict.fromkeys(("low", "high"), "fp32")
+    return Build(kernel, types, {f"stride_{matrix}j": 1} | panel.CONSTANTS, ("P", "low", "high"), panel.LAUNCH)
+
+
 def _options(config: tune.Config) -> dict[str, int]:
     found = {"num_warps": config.warps, "num_stages": config.stages}
     return found | ({"maxnreg": config.registers} if config.registers else {})
@@ -191,4 +213,6 @@ CASES = (
     _attend("KV attention int4", 4, "fp16", (3.75, 3.75, 3.65), 4, sym=False),
     Case("KV attention merge", lambda asm: _merge_build(), 0, mma=False),
     Case("split-K sum", lambda asm: _sum_build(), 0, mma=False),
+    Case("GPTQ panel", lambda asm: _round_build(), 0, mma=False, fused=False),
+    Case("descent panel", lambda asm: _walk_build(), 0, mma=False, fused=False),
 )

@@ -6,6 +6,7 @@
     ipw                             thread-instructions of the main loop per weight: against what the target can issue
                                     while memory delivers one weight (design: SMs * 128 * clock / weights per second)
     i2f, async128, async_narrow     of the main loop: int-to-float conversions, cp.async of 128 bits and of fewer
+    fused                           multiply-adds of one rounding in the PTX (a division is none there)
 
 The main loop is the innermost loop that multiplies on tensor cores. What this cannot say: time, achieved bandwidth.
 NVIDIA code is read with the cuobjdump and nvdisasm of Triton's wheel, AMD code from its assembly text.
@@ -47,6 +48,7 @@ class Facts:
     i2f: int
     async128: int
     async_narrow: int
+    fused: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def measure(compiled: Compiled, weights: int) -> Facts:
         sum(n for op, n in ops.items() if op.startswith("I2F")),
         wide,
         len(copies) - wide,
+        compiled.ptx.count("fma.rn"),
     )
 
 

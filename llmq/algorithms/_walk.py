@@ -4,48 +4,89 @@ Take a row of three codes. Code 1 would be better one step higher: it takes that
 taken off the gradient, three additions. Codes 2 and 3 are best where they are: each costs a look at its gradient and
 nothing else. After GPTQ few codes change, so a sweep costs about N K looks and K additions for each change, where the
 column loop of _sweep.py would cost products over all columns; the gradient is known at the end without a product.
-It needs a compiled loop, so a weight on the CPU and a grid of evenly spaced values; elsewhere _sweep.py finds the same.
-Not here: what the gradient is, and the scales (descent.py).
+On a GPU one launch of a kernel looks at a panel of columns of all rows, and products bring the gradient of the other
+columns up to date, panel by panel and half by half: thousands of rows always have some code that moves.
+Both need a grid of evenly spaced values; elsewhere _sweep.py finds the same.
+Not here: what the gradient is, and the scales (descent.py), the kernel (llmq_kernels/panel.py).
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from llmq.algorithms._sweep import halves
+from llmq.gpu import runs_kernels
 from llmq.jit import compiled, in_threads
 from llmq.params import ROUNDER
-from llmq.types import Grid, Parameters
+from llmq.types import Grid, Lattice, Parameters
 
 _ROWS = 8  # that share a row of H while it is in the cache
 
 
-def descend_codes(  # noqa: PLR0913, PLR0917, the state of the descent
-    codes: Tensor,
-    gradient_NK: Tensor,
-    loss_N: Tensor,
-    H_KK: Tensor,
-    order: Tensor,
-    grid: Grid,
-    params: Parameters,
-    group_K: Tensor,
-    sweeps: int,
-) -> bool:
-    """Make each code the best given the others, `sweeps` times in the order given; update the first three in place.
+class Walk(NamedTuple):
+    """What a descent moves, in place, and what it reads; all contiguous.
 
-    codes: uint8 `[N, K]`. gradient_NK: (W - Q) H, float32. loss_N: diag((W - Q) H (W - Q)^T), float32. order: int64
-    `[K]`. params: `[N, G]`. group_K: int64 `[K]`, the group of each column. All contiguous.
+    codes: uint8 `[N, K]`. gradient: (W - Q) H, float32 `[N, K]`. loss: diag((W - Q) H (W - Q)^T), float32 `[N]`.
+    H_KK: float32. order: of the columns, int64 `[K]`. group: of each column, int64 `[K]`.
+    """
+
+    codes: Tensor
+    gradient: Tensor
+    loss: Tensor
+    H_KK: Tensor
+    order: Tensor
+    group: Tensor
+
+
+def descend_codes(walk: Walk, grid: Grid, params: Parameters, sweeps: int) -> bool:
+    """Make each code the best given the others, `sweeps` times in the order given. params: `[N, G]`.
+
     Returns False, with nothing done, where there is no compiled loop for the device and the grid.
     """
-    lattice = grid.lattice(params) if codes.device.type == "cpu" else None
-    loop = compiled(_loop, _KINDS) if lattice is not None else None
-    if lattice is None or loop is None:
+    lattice = grid.lattice(params)
+    if lattice is None:
         return False
+    if walk.codes.device.type == "cpu" and (loop := compiled(_loop, _KINDS)):
+        _by_rows(walk, lattice, sweeps, loop)
+    elif runs_kernels(walk.codes.device, "codes are moved one by one"):
+        _by_panels(walk, lattice, sweeps)
+    else:
+        return False
+    return True
+
+
+def _by_rows(walk: Walk, lattice: Lattice, sweeps: int, loop: Callable[..., None]) -> None:
+    """Let each thread take rows of the weight, and go through all their columns before the next rows."""
+    codes, gradient_NK, loss_N, H_KK, order, group_K = walk
     scale_NG, zero_NG = lattice.scale.contiguous(), lattice.zero.contiguous()  # an offset falls out of every step
     divisor_NG = torch.where(scale_NG == 0, torch.inf, scale_NG)
     diagonal_K = H_KK.diagonal().contiguous()
     tensors = (codes, gradient_NK, loss_N, H_KK, diagonal_K, order, group_K, divisor_NG, scale_NG, zero_NG)
     arrays = [t.numpy() for t in tensors]
     in_threads(len(codes), lambda first, last: loop(*arrays, sweeps, first, last, lattice.low, lattice.high))
-    return True
+
+
+def _by_panels(walk: Walk, lattice: Lattice, sweeps: int) -> None:
+    """Let one launch go through a panel of columns for all rows; products tell the other columns what it moved."""
+    from llmq_kernels.panel import WIDTH, walk_panel
+
+    order = walk.order
+    H_KK, group_K = walk.H_KK[order[:, None], order], walk.group[order]
+    gradient_KN, old_KN = walk.gradient.T[order].contiguous(), walk.codes.T[order].contiguous()
+    step_KN, new_KN = torch.empty_like(gradient_KN), torch.empty_like(old_KN)
+    values = (lattice.scale.T.contiguous(), lattice.zero.T.contiguous(), lattice.low, lattice.high)
+    for _ in range(sweeps):
+        for a, b in halves(0, len(order), WIDTH, WIDTH, back=True):
+            if a == b:
+                state = (gradient_KN[a], walk.loss, old_KN[a], group_K[a])
+                walk_panel(H_KK[a, a], *state, *values, step_KN[a], new_KN[a])
+            else:
+                gradient_KN[b].addmm_(H_KK[a, b].T, step_KN[a], alpha=-1)
+        old_KN, new_KN = new_KN, old_KN
+    walk.codes[:, order] = old_KN.T
+    walk.gradient[:, order] = gradient_KN.T
 
 
 def _loop(codes, gradient, loss, H, diagonal, order, group, divisor, scale, zero, sweeps, first, last, low, high):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917

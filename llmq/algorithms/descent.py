@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmq.algorithms._hessian import Regularized, damped, revived
 from llmq.algorithms._sweep import round_columns
-from llmq.algorithms._walk import descend_codes
+from llmq.algorithms._walk import Walk, descend_codes
 from llmq.stats import Hessian, Stat, Stats
 from llmq.steps import Refiner, Solved
 from llmq.types import Grid, Parameters, QTensor
@@ -106,8 +106,8 @@ class _State:
 
     def descend(self, sweeps: int = 1) -> None:
         """Make each code the best given the others, `sweeps` times."""
-        state = (self.codes, self.gradient_NK, self.loss_N, self.H_KK)
-        if descend_codes(*state, self._order, self.grid, self.params, self.group_K, sweeps):
+        walk = Walk(self.codes, self.gradient_NK, self.loss_N, self.H_KK, self._order, self.group_K)
+        if descend_codes(walk, self.grid, self.params, sweeps):
             self.Q_NK = self.grid.decode(self.codes, self.params.columns(self.codes.shape[1], self.group_K))
         else:
             for _ in range(sweeps):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmq import registry
+from llmq import gpu, registry
 from llmq.algorithms import _walk
 from llmq.algorithms._hessian import damped
 from llmq.algorithms.descent import Descent, _State
@@ -82,6 +82,29 @@ def test_walking_the_codes_finds_what_sweeping_them_does(name):
     torch.testing.assert_close(walked.loss_N, loss_N, rtol=1e-4, atol=0)
     torch.testing.assert_close(walked.gradient_NK, gradient_NK, rtol=1e-3, atol=1e-4)
     assert torch.equal(walked.Q_NK, Q_NK)
+
+
+@pytest.mark.parametrize(("name", "K"), [("int4", 64), ("int2", 256), ("q4_k", 256), ("q6_k", 256)])
+def test_walking_panel_by_panel_finds_what_walking_row_by_row_does(name, K, monkeypatch):
+    """What a GPU does, by the kernels' references; of one panel, bit for bit."""
+    grid = Int(int(name[3:]), False, 32) if name.startswith("int") else registry.load("grids", name)
+    W_NK, h = weight(27, K), hessian(K)
+    start = Gptq().solve(W_NK, grid, Stats({Hessian: h}))
+    by_rows, by_panels = (_State(W_NK, start.q, h.mean()) for _ in range(2))
+    by_rows.descend(sweeps=3)
+    monkeypatch.setattr(_walk, "compiled", lambda *_: None)
+    monkeypatch.setattr(gpu, "DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(_State, "_sweep", None)
+    by_panels.descend(sweeps=3)
+    assert (by_rows.codes != start.q.codes).any()
+    assert (by_panels.codes != by_rows.codes).float().mean() < 0.005  # products between panels
+    if K == 64:
+        for what in ("codes", "gradient_NK", "Q_NK"):
+            assert torch.equal(getattr(by_panels, what), getattr(by_rows, what))
+    Q_NK, gradient_NK, loss_N = by_panels._measure(by_panels.codes, by_panels.params)
+    torch.testing.assert_close(by_panels.loss_N, loss_N, rtol=1e-4, atol=0)
+    torch.testing.assert_close(by_panels.gradient_NK, gradient_NK, rtol=1e-3, atol=1e-4)
+    assert torch.equal(by_panels.Q_NK, Q_NK)
 
 
 def test_without_a_compiled_loop_the_codes_are_swept(monkeypatch):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from llmq import registry
+from llmq import gpu, registry
 from llmq.algorithms import _sweep
 from llmq.algorithms.gptq import Gptq
 from llmq.grids.int import Int
 from llmq.jit import compiled
+from llmq_kernels import panel
 
 
 def problem(N, K, grid, seed=0):
@@ -15,14 +16,14 @@ def problem(N, K, grid, seed=0):
     W_NK, X_TK = torch.randn(N, K, generator=g), torch.randn(400, K, generator=g) @ torch.randn(K, K, generator=g)
     F_KK, _ = Gptq().factor(X_TK.T @ X_TK / 400, 400)
     W_KN = W_NK.T.contiguous()
-    return W_KN, F_KK, grid.fit(W_NK), torch.arange(K) // grid.granularity.group_size
+    return W_KN, F_KK, grid.fit(W_NK), torch.arange(K) // grid.granularity.columns(K)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("options", [{}, {"sym": False}, {"restricted": True}], ids=str)
 @pytest.mark.parametrize(("N", "K"), [(1, 32), (24, 96), (300, 160)])
 def test_compiled_and_torch_leaves_round_alike(monkeypatch, bits, options, N, K):
-    assert compiled(_sweep._leaf, _sweep._KINDS) is not None, "numba is a dependency"
+    assert compiled(_sweep._loop, _sweep._KINDS) is not None, "numba is a dependency"
     grid = Int(bits=bits, group=32, **options)
     W_KN, F_KK, params, group_K = problem(N, K, grid, seed=N + bits)
     fast = _sweep.round_columns(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
@@ -42,6 +43,65 @@ def test_ggml_grids_are_compiled_too_and_a_scale_of_zero_takes_the_code_of_zero(
     plain = _sweep.round_columns(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
     assert (fast != plain).float().mean() < 0.005
     assert not grid.decode(fast.T, params.columns(256))[0].any()
+
+
+@pytest.fixture
+def by_kernels(monkeypatch):
+    """What rounds on a GPU, on the CPU, where the kernels' operators are their references; returns its launches."""
+    launches = []
+    counted = panel.round_panel
+    monkeypatch.setattr(_sweep, "compiled", lambda *_: None)
+    monkeypatch.setattr(gpu, "DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(panel, "round_panel", lambda w, *args: launches.append(len(w)) or counted(w, *args))
+    return launches
+
+
+@pytest.mark.parametrize(
+    ("grid", "K"),
+    [(Int(4, False, 16), 48), (Int(8, True, "channel", restricted=True), 40), (Int(2, True, 32), 224), ("q4_k", 256)],
+    ids=str,
+)
+@pytest.mark.parametrize("mixed", [False, True], ids=["groups as they lie", "groups by chance"])
+def test_a_panel_a_launch_rounds_as_the_compiled_loop_does(grid, K, mixed, request):
+    """Bit for bit where neither needs a product outside its loop."""
+    grid = registry.load("grids", grid) if isinstance(grid, str) else grid
+    W_KN, F_KK, params, group_K = problem(40, K, grid)
+    if mixed:
+        group_K = group_K[torch.randperm(K, generator=torch.Generator().manual_seed(3))]
+    wanted = _sweep.round_columns(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
+    launches = request.getfixturevalue("by_kernels")
+    found = _sweep.round_columns(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
+    assert sum(launches) == K and launches[:-1] == [64] * ((K - 1) // 64)
+    assert torch.equal(found, wanted) if K <= 48 else (found != wanted).float().mean() < 0.005
+    assert (grid.nearest(W_KN.T, params.columns(K, group_K)) != found.T).any()
+
+
+def test_a_gpu_without_triton_rounds_by_torch_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(gpu, "refuses_device", lambda *_: "triton is not installed: pip install triton")
+    gpu.warn.cache_clear()
+    for _ in range(2):
+        assert not gpu.runs_kernels(torch.device("cuda"), "columns are rounded one by one")
+    assert not gpu.runs_kernels(torch.device("cpu"), "columns are rounded one by one")
+    (record,) = caplog.records
+    assert "columns are rounded one by one by torch, without the Triton kernels: triton is" in record.getMessage()
+
+
+@pytest.mark.parametrize(("K", "width", "step"), [(130, 64, 64), (700, 64, 64), (100, 16, 1), (5, 8, 1)])
+def test_every_column_is_told_of_every_other(K, width, step):
+    told = torch.eye(K, dtype=torch.int32)
+    worked = []
+    for a, b in _sweep.halves(0, K, width, step, back=True):
+        if a == b:
+            assert not told[a, a].triu(1).any()
+            worked.append((a.start, a.stop))
+            told[a, a] = 1
+        else:
+            told[a, b] += 1
+    assert (told == 1).all()
+    assert [hi for _, hi in worked[:-1]] == [lo for lo, _ in worked[1:]] and worked[-1][1] == K
+    assert all(hi - lo <= width and lo % step == 0 for lo, hi in worked)
+    forward = list(_sweep.halves(0, K, width, step))
+    assert forward == [(a, b) for a, b in _sweep.halves(0, K, width, step, back=True) if a.start <= b.start]
 
 
 def test_the_weight_stays_and_errors_reach_later_columns_only():

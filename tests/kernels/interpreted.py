@@ -7,6 +7,7 @@ bf16 arithmetic is wrong in Triton's interpreter, so that bf16 is left to the co
 import json
 import math
 
+import panels
 import torch
 
 from llmq_kernels import attention, int8, kv, layout, tune, weight_only
@@ -141,4 +142,4 @@ def kv_cases():
 
 
 if __name__ == "__main__":
-    print(json.dumps(dict([*weight_only_cases(), *int8_cases(), *kv_cases()])))
+    print(json.dumps(dict([*weight_only_cases(), *int8_cases(), *kv_cases(), *panels.cases()])))

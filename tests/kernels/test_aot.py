@@ -1,5 +1,7 @@
 """Rung 2: every kernel compiled for GPUs that are not here, and the facts that its machine code must show."""
 
+from dataclasses import replace
+
 import pytest
 
 from llmq_kernels.aot import compile_for
@@ -9,7 +11,7 @@ from llmq_kernels.facts import Facts, measure
 # sm_89 runs sm_80's code with less shared memory: compiled where that could matter, all of it by scripts/kernel_facts.
 ONLY_SOME = {
     "sm_89": ("g128 decode", "prefill", "W3A16", "attention int8"),
-    "gfx942": ("W4A16 asym g128", "W8A8", "KV"),
+    "gfx942": ("W4A16 asym g128", "W8A8", "KV", "panel"),
 }
 
 
@@ -40,3 +42,5 @@ def test_a_broken_promise_is_seen():
         {"async128": 0},
     ):
         assert violations(case, Facts(**(good.__dict__ | change))), change
+    fused = Facts(**(good.__dict__ | {"fused": 1}))
+    assert violations(replace(case, fused=False), fused) and not violations(case, fused)

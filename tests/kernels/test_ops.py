@@ -1,10 +1,11 @@
 """The public ops on CPU tensors, where they are their references: against torch, torch.compile, refusals."""
 
+import panels
 import pytest
 import torch
 import torch.nn.functional as F
 
-from llmq_kernels import attention, int8, kv, layout, weight_only
+from llmq_kernels import attention, int8, kv, layout, panel, weight_only
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import no_gradient
 
@@ -117,3 +118,37 @@ def test_a_backward_pass_through_a_kernel_is_refused():
         (x.sum() + no_gradient(x, y).sum()).backward()
     with torch.no_grad():
         assert no_gradient(x, y) is y
+
+
+def test_panels_fit_and_have_a_group_for_each_column():
+    w, H, group, *values = panels.problem(65, 8, 1, 4)
+    out = torch.empty_like(w), torch.empty(65, 8, dtype=torch.uint8)
+    with pytest.raises(KernelError, match="at most 64 columns, not 65"):
+        panel.round_panel(w, w, H, group, *values, 0.0, 15.0, *out)
+    with pytest.raises(KernelError, match="5 columns has the groups of 65"):
+        panel.walk_panel(H, w[:5], w[0], out[1][:5], group, *values[:2], 0.0, 15.0, out[0][:5], out[1][5:10])
+
+
+def test_a_panel_is_rounded_and_walked_as_the_formulas_say():
+    """In float64, column by column, with the products written out."""
+    w, H, group, scale, zero, offset = panels.problem(12, 6, 3, 3)
+    scale[0, 0] = 0.3
+    F, s, z, o = H.double() / H.diagonal().double(), *(p[group].double() for p in (scale, zero, offset))
+    error, codes = panel.round_reference(w, w, F.float(), group, (scale, zero, offset, 0.0, 7.0))
+    E = torch.zeros_like(w, dtype=torch.float64)
+    for j in range(12):
+        q = ((w[j].double() + F[:j, j] @ E[:j] - o[j]) / s[j] + z[j]).round().clamp(0, 7)
+        E[j] = w[j] - s[j] * (q - z[j]) - o[j]
+        assert torch.equal(q.to(torch.uint8), codes[j])
+    torch.testing.assert_close(error.double(), E, rtol=0, atol=1e-5)
+    W, Q = w.double(), s * (codes - z) + o
+    loss = ((W - Q) * (H.double() @ (W - Q))).sum(0)
+    g, found = (H.double() @ (W - Q)).float(), loss.float()
+    steps, new = panel.walk_reference(H, g, found, codes, group, (scale, zero, 0.0, 7.0))
+    Q += steps.double()
+    torch.testing.assert_close(Q, s * (new - z) + o, rtol=0, atol=1e-5)
+    torch.testing.assert_close(g.double(), H.double() @ (W - Q), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.double(), ((W - Q) * (H.double() @ (W - Q))).sum(0), rtol=1e-4, atol=1e-4)
+    assert (found <= loss).all() and found.sum() < 0.95 * loss.sum()
+    check(torch.ops.llmq.round_panel, w, w, H, group, scale, zero, offset, 0.0, 7.0, error, codes)
+    check(torch.ops.llmq.walk_panel, H, g, found, codes, group, scale, zero, 0.0, 7.0, steps, new)

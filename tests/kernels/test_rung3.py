@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 
+import panels
 import pytest
 import torch
 from ptxsim import PtxError
 from ptxsim.launch import SimulatedKernel
 
-from llmq_kernels import attention, int8, kv, weight_only
+from llmq_kernels import attention, int8, kv, panel, weight_only
 from llmq_kernels.layout import dequantize, pack
 from llmq_kernels.tune import Config
 
@@ -211,6 +212,18 @@ def test_attention_over_the_cache(monkeypatch, bits, sym, dtype):
     packed = 2 * used * 128 * bits // 8
     for name in ("k_ptr", "v_ptr"):
         assert launches[0].run.traffic(name).sectors * 32 <= SECTORS * packed
+
+
+# Columns in order
+
+
+@pytest.mark.parametrize("name", panels.SHAPES)
+def test_panels_equal_the_reference_to_the_last_bit(monkeypatch, name):
+    launches = simulated(monkeypatch, panel, "round_kernel", "walk_kernel")
+    monkeypatch.setattr(panel, "runs_on", lambda x: True)
+    assert all((*panels.round_alike(*panels.SHAPES[name]), *panels.walk_alike(*panels.SHAPES[name])))
+    assert [launched.name for launched in launches] == ["round_kernel", "walk_kernel"]
+    assert_sound(launches)
 
 
 # The simulator's own proof, on the kernel that matters most.
