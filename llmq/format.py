@@ -22,6 +22,7 @@ from torch import Tensor
 
 from llmq.guard.patterns import Pattern
 from llmq.guard.reading import Entry
+from llmq.readers import Reader
 from llmq.types import LinearSpec, QTensor, Scheme
 
 
@@ -152,6 +153,9 @@ class Format(Protocol):
 
         skipped: the linears of the model that stay float.
         """
+
+    def readers(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[Reader]:
+        """Return which runtimes take these linears, and why not: what `check` warns of, and what none need know."""
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the tensors of one linear by their local names, without its bias."""

@@ -15,12 +15,16 @@ CLOSING = {  # a format closes OUT: it knows how OUT is written, and GGUF's own 
     "formats/gguf.py": ("llmq.checkpoint.digest", "llmq.gguf"),
 }
 FLOORS = (  # a room, or a file of the top level, imports only from floors below its own
-    "errors", "guard show", "options signals progress jit gpu granularity overrides", "params", "types", "format",
+    "errors", "guard show", "options signals progress jit gpu granularity overrides readers", "params", "types",
+    "format",
     "registry stats", "steps", "ranges grids families algorithms", "checkpoint", "model", "gguf calibration runtime",
     "formats", "integrations", "loading verify", "evaluation recipe inspection", "pipeline", "export",
     "api", "commands", "cli", "__main__",
 )  # fmt: skip
-LOW = {"errors", "granularity", "guard", "params", "types", "format", "options", "overrides", "registry", "jit", "gpu"}
+LOW = {
+    "errors", "granularity", "guard", "params", "types", "format", "options", "overrides", "readers", "registry", "jit",
+    "gpu",
+}  # fmt: skip
 OF_STEPS = {"stats", "steps"}  # what algorithms are made of
 
 

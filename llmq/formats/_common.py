@@ -1,4 +1,4 @@
-"""What the integer formats share: refusals made before any work, and what their warnings have in common.
+"""What the integer formats share: refusals made before any work, and what runtimes do not take of any of them.
 
 Every refusal is one line: the module, the reason, the remedy.
 Not here: a peer's config and tensors (_reading.py), bytes (_bits.py and the format files).
@@ -10,6 +10,7 @@ from math import gcd
 from typing import Any
 
 from llmq.granularity import PerBlock, PerTensor
+from llmq.readers import Limit
 from llmq.types import AffineGrid, LinearSpec, LlmqError, Scheme, StoredGrid
 
 _LEAVE = "leave what does not fit float: --on-misfit skip"
@@ -113,17 +114,23 @@ def uniform(linears: Sequence[LinearSpec], method: str) -> AffineGrid:
     return grid
 
 
-def group_size_warnings(grid: AffineGrid, readers: Mapping[str, Sequence[int]]) -> list[str]:
-    """Return a warning for each reader that does not take the grid's group size; per channel they all take."""
+def group_size_limits(grid: AffineGrid, taken: Mapping[str, Sequence[int]]) -> list[Limit]:
+    """Return a limit for each reader that does not take the grid's group size; per channel they all take.
+
+    taken: by a reader in words, the last of which is the runtime.
+    """
     return [
-        f"group size {size} is not read by {reader} (it takes {', '.join(map(str, sizes))} and per channel)"
-        for reader, sizes in readers.items()
+        Limit(
+            f"group size {size} is not read by {reader} (it takes {', '.join(map(str, sizes))} and per channel)",
+            refuses=(reader.rpartition(" ")[2],),
+        )
+        for reader, sizes in taken.items()
         if (size := grid.granularity.group_size) is not None and size not in sizes
     ]
 
 
-def fused_warnings(linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[str]:
-    """Return a warning where q, k, v or gate, up of one block differ in scheme or are quantized only in part.
+def fused_limits(linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[Limit]:
+    """Return a limit where q, k, v or gate, up of one block differ in scheme or are quantized only in part.
 
     skipped: the other linears of the model, which tell a part that is left float from one that there is not.
     """
@@ -136,17 +143,24 @@ def fused_warnings(linears: Sequence[LinearSpec], skipped: Sequence[str]) -> lis
     if not unlike:
         return []
     more = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""
-    return [f"{unlike[0]}{more} are not quantized alike: runtimes that fuse them, such as vLLM, refuse the checkpoint"]
+    say = f"{unlike[0]}{more} are not quantized alike: runtimes that fuse them, such as vLLM, refuse the checkpoint"
+    return [Limit(say, refuses=("vLLM", "SGLang"), known="source")]
 
 
-def head_warnings(linears: Sequence[LinearSpec], method: str) -> list[str]:
-    """Return a warning where the output head is quantized, in a format whose config says so to few readers."""
+def head_limits(linears: Sequence[LinearSpec], method: str) -> list[Limit]:
+    """Return a limit where the output head is quantized, in a format whose config says so to few readers."""
     if all(block_path(s.name) for s in linears):
         return []
-    return [
+    say = (
         f"transformers computes rubbish from a quantized output head in {method}, silently: it makes the head up; "
         "GPTQModel, vLLM and llmq read it, and transformers does from --format compressed-tensors"
-    ]
+    )
+    return [Limit(say, refuses=("transformers",))]
+
+
+def of_experts(linears: Sequence[LinearSpec]) -> list[LinearSpec]:
+    """Return the linears that are an expert's."""
+    return [s for s in linears if re.search(r"\.experts\.\d+\.", s.name)]
 
 
 def block_path(name: str) -> str | None:

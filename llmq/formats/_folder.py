@@ -10,7 +10,7 @@ Not here: the words of a linear (gptq.py, awq.py, compressed_tensors.py), how OU
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from llmq.checkpoint.card import model_card
 from llmq.checkpoint.digest import file_digest, sealed
 from llmq.format import Assignment, FloatModel, Out, Wanted
 from llmq.formats import _common
+from llmq.readers import Reader
 from llmq.types import LinearSpec, LlmqError, Scheme
 
 
@@ -42,6 +43,10 @@ class Folder:
             raise LlmqError(f"{why}; nothing is left to quantize")
         warnings = [f"left float, as --on-misfit skip asks: {_common.listed(left)}"] if left else []
         return _Checkpoint(schemes=schemes, warnings=warnings, form=self, model=model)
+
+    def readers(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[Reader]:
+        """See `Format.readers`; a format of which nothing is known has none."""
+        return []
 
     def misfit(self, spec: LinearSpec) -> str | None:
         """Return why the file cannot hold a linear of that shape, None where it can."""

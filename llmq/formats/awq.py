@@ -32,16 +32,24 @@ from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words
 from llmq.formats._folder import Folder
 from llmq.grids.int import Int
+from llmq.readers import Limit, Reader, readers, table, told
 from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
 
 _DEFAULTS = {"zero_point": True, "pack_dtype": "int32", "desc_act": False, "lm_head": False}
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"  # a pattern of transformers matches up to the end of a module's name
 _KEYS = ("quant_method", "bits", "group_size", "zero_point", "version", "modules_to_not_convert")
 _VERSIONS = ("version", "format", "checkpoint_format")  # one fact in three spellings: AutoAWQ, GPTQModel twice
-_READERS = {
+_GROUPS = {
     "GPTQModel, hence not by transformers": (16, 32, 64, 128),  # 7.7, AwqTorchLinear.SUPPORTS_GROUP_SIZE
     "vLLM": (32, 64, 128),  # marlin_utils.MARLIN_SUPPORTED_GROUP_SIZES
 }
+_READERS = table(
+    ("transformers", True, "with gptqmodel 7.7", "ran"),
+    ("vLLM", True, "", "ran"),
+    ("SGLang", True, "on GPUs (Marlin)", "source"),
+    ("llama.cpp", False, "it reads GGUF; `llmq export OUT OUT.gguf` keeps the codes where a type holds them", "source"),
+    ("TensorRT-LLM", False, "it builds a float model: awq is no quant_method of its PyTorch backend", "source"),
+)
 
 
 @dataclass
@@ -83,8 +91,11 @@ class AWQ(Folder):
             other = "gptq or compressed-tensors" if grid.bits in (2, 3, 8) else "compressed-tensors"
             raise LlmqError(f"{linears[0].name}: awq holds 4 bits, not {grid.bits}; use --format {other}")
         _common.refuse_misfits(linears, self.misfit)
-        warnings = _common.group_size_warnings(grid, _READERS) + _common.fused_warnings(linears, skipped)
-        return warnings + _common.head_warnings(linears, "awq")
+        return told(_limits(linears, skipped))
+
+    def readers(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[Reader]:
+        """See `Format.readers`."""
+        return readers(_READERS, _limits(linears, skipped))
 
     def misfit(self, spec: LinearSpec) -> str | None:
         """See `Folder.misfit`."""
@@ -179,6 +190,13 @@ class AWQ(Folder):
         if (self.rules.first(name) or "").startswith("-:") or (_common.block_path(name) is None and not lm_head):
             return False
         return not name.endswith(tuple(self.modules_to_not_convert or ())) and self.left.first(name) is None
+
+
+def _limits(linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[Limit]:
+    """Return what of these linears some runtimes do not take."""
+    grid = _common.uniform(linears, "awq")
+    limits = _common.group_size_limits(grid, _GROUPS) + _common.fused_limits(linears, skipped)
+    return limits + _common.head_limits(linears, "awq")
 
 
 def _pack_columns(codes_NK: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ from llmq.formats._config_groups import Group, Lookup, format_of, new_groups, re
 from llmq.formats._folder import Folder
 from llmq.granularity import PerTensor
 from llmq.grids.int import Int
-from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
+from llmq.readers import Limit, Reader, readers, table, told
+from llmq.types import AffineGrid, LinearSpec, LlmqError, Params, QTensor, Scheme
 
 _NAME = "compressed-tensors"
 _EXTRA: dict[str, Any] = {
@@ -52,9 +53,17 @@ _EXTRA: dict[str, Any] = {
     "transform_config": {},
     "version": "0.20.0",
 }
-_KV_WARNING = (
+_READERS = table(
+    ("transformers", True, "with compressed-tensors 0.20", "ran"),
+    ("vLLM", True, "", "ran"),
+    ("SGLang", True, "on GPUs", "source"),
+    ("llama.cpp", False, "it reads GGUF; `llmq export OUT OUT.gguf` keeps the codes where a type holds them", "source"),
+    ("TensorRT-LLM", False, "it reads compressed-tensors of FP8 and FP4 alone, and takes our int8 for FP8", "source"),
+)
+_KV_LIMIT = Limit(
     "vLLM 0.32 refuses to load a file with static int8 scales of the key-value cache (it takes fp8 ones, and its own "
-    "int8 cache is dynamic); llmq and transformers read it: leave --kv-bits out for vLLM"
+    "int8 cache is dynamic); llmq and transformers read it: leave --kv-bits out for vLLM",
+    refuses=("vLLM",),
 )
 
 
@@ -92,7 +101,15 @@ class CompressedTensors(Folder):
             if activation is not None and activation.bits != 8:
                 raise LlmqError(f"{spec.name}: activations have 8 bits in compressed-tensors, not {activation.bits}")
         _common.refuse_misfits(linears, self.misfit)
-        return [*_warnings(linears, skipped), *([_KV_WARNING] if self.kv else [])]
+        return told(self._limits(linears, skipped))
+
+    def readers(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[Reader]:
+        """See `Format.readers`."""
+        return readers(_READERS, self._limits(linears, skipped))
+
+    def _limits(self, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[Limit]:
+        limits = [*_common.fused_limits(linears, skipped), *_of_weights(linears), *_of_activations(linears)]
+        return [*limits, *_of_experts(_common.of_experts(linears)), *([_KV_LIMIT] if self.kv else [])]
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the tensors of one linear, scales in the dtype they have.
@@ -231,35 +248,64 @@ def _kv_scheme(strategy: str | None) -> dict[str, Any]:
     return {"kv_cache_scheme": args}
 
 
-def _warnings(linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[str]:
-    weight_only = [_common.int_grid(s, _NAME) for s in linears if s.scheme.activation is None]
-    warnings = _common.fused_warnings(linears, skipped)
-    if any(not grid.sym for grid in weight_only) and all(same_scheme(linears[0].scheme, s.scheme) for s in linears):
-        warnings.append(
+def _of_weights(linears: Sequence[LinearSpec]) -> list[Limit]:
+    """Return what some runtimes do not take of linears whose weights alone are quantized."""
+    grids = [_common.int_grid(s, _NAME) for s in linears if s.scheme.activation is None]
+    limits = []
+    if any(not grid.sym for grid in grids) and all(same_scheme(linears[0].scheme, s.scheme) for s in linears):
+        say = (
             "stock transformers loads asymmetric pack-quantized weights only with "
             "CompressedTensorsConfig(dequantize=True)"
         )
-    elif any(not grid.sym for grid in weight_only):
+        limits.append(Limit(say, notes=("transformers",)))
+    elif any(not grid.sym for grid in grids):
         # 5.23, integrations/compressed_tensors.py: get_dense_scheme takes the first group for every module
-        warnings.append(
+        say = (
             "stock transformers cannot load asymmetric pack-quantized weights beside another scheme: dequantize=True, "
             "which they need, decodes every module by the first config group and so computes rubbish without a word"
         )
-    if odd := sorted({grid.bits for grid in weight_only} - {4, 8}):
+        limits.append(Limit(say, refuses=("transformers",)))
+    if odd := sorted({grid.bits for grid in grids} - {4, 8}):
         widths = ", ".join(map(str, odd))
-        warnings.append(f"vLLM 0.32 reads weights of {widths} bits on NVIDIA GPUs alone, with its humming kernels")
-    if any(grid.bits == 8 for grid in weight_only):
-        warnings.append("vLLM 0.32 reads 8-bit weights, alone or beside others, on GPUs, not on CPUs")
-    if any(isinstance(grid.granularity, PerTensor) for grid in weight_only):
-        warnings.append("vLLM reads weight-only quantization per group or per channel, not per tensor")
+        say = f"vLLM 0.32 reads weights of {widths} bits on NVIDIA GPUs alone, with its humming kernels"
+        limits.append(Limit(say, notes=("vLLM",), known="source"))
+        limits.append(Limit(f"it takes 4 and 8 bits, not {widths}", refuses=("SGLang",), told=False))
+    if any(grid.bits == 8 for grid in grids):
+        say = "vLLM 0.32 reads 8-bit weights, alone or beside others, on GPUs, not on CPUs"
+        limits.append(Limit(say, notes=("vLLM",), known="source"))
+    if any(isinstance(grid.granularity, PerTensor) for grid in grids):
+        say = "vLLM reads weight-only quantization per group or per channel, not per tensor"
+        limits.append(Limit(say, refuses=("vLLM", "SGLang"), known="source"))
+    return limits
+
+
+def _of_activations(linears: Sequence[LinearSpec]) -> list[Limit]:
+    """Return what some runtimes do not take of linears whose inputs are quantized too."""
     both = [(_common.int_grid(s, _NAME), s.scheme.activation) for s in linears if s.scheme.activation is not None]
+    limits = []
     if any(not grid.sym for grid, _ in both):
-        warnings.append("vLLM reads int8 activations with symmetric weights only")
+        limits.append(
+            Limit("vLLM reads int8 activations with symmetric weights only", refuses=("vLLM",), known="source")
+        )
     if any(not a.sym for _, a in both):
-        warnings.append(
+        say = (
             "vLLM 0.32 multiplies asymmetric activations right on NVIDIA GPUs (CUTLASS) and on CPUs with VNNI; its "
             "product saturates on other CPUs, where the model speaks rubbish, and AMD's GPUs do not have it"
         )
+        limits.append(Limit(say, notes=("vLLM",)))
     if any(s.scheme.static for s in linears) or any(not a.sym for _, a in both):
-        warnings.append("SGLang 0.5 ignores static scales and zero points: it quantizes every token symmetrically")
-    return warnings
+        say = "SGLang 0.5 ignores static scales and zero points: it quantizes every token symmetrically"
+        limits.append(Limit(say, notes=("SGLang",)))
+    return limits
+
+
+def _of_experts(linears: Sequence[LinearSpec]) -> list[Limit]:
+    """Return what some runtimes do not take of experts, which they run as one."""
+    grids: list[AffineGrid] = [_common.int_grid(s, _NAME) for s in linears if s.scheme.activation is None]
+    if any(not grid.sym for grid in grids):
+        say = "it takes symmetric experts alone"  # transformers#47430; SGLang: compressed_tensors_wNa16_moe.py
+        return [Limit(say, refuses=("transformers", "SGLang"), told=False, known="source")]
+    if any(s.scheme.static for s in linears):
+        say = "its int8 experts take activations per token, not static scales"  # ..._moe_w8a8_int8.py
+        return [Limit(say, refuses=("vLLM",), told=False, known="source")]
+    return []

@@ -24,9 +24,18 @@ from llmq.gguf.sink import GgufSink
 from llmq.gguf.tokenizer import Vocabulary, vocabulary
 from llmq.guard.patterns import Pattern
 from llmq.overrides import parse
+from llmq.readers import Limit, Reader, readers, table
 from llmq.types import LinearSpec, LlmqError, QTensor, Scheme, StoredGrid
 
 _SKIPPED = "F16"  # what --skip leaves float
+_READERS = table(
+    ("transformers", None, "it decodes GGUF of some architectures to floats (gguf_file=)", ""),
+    ("vLLM", False, "since 0.24 GGUF is read by a plugin, vllm-gguf-plugin (vllm#39612), not by vLLM itself", "source"),
+    ("SGLang", None, "it has a reader of GGUF (quantization/gguf)", ""),
+    ("llama.cpp", True, "", "ran"),
+    ("TensorRT-LLM", False, "it loads folders of transformers, no GGUF", "source"),
+)
+_RAN = {"Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +158,13 @@ class Gguf:
             except ValueError as e:
                 raise LlmqError(f"{spec.name}: {e}; take a type of 32-column blocks (--override), or F16") from e
         return []
+
+    def readers(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[Reader]:
+        """See `Format.readers`."""
+        kinds = {type(s.scheme.weight).__name__ for s in linears}
+        others = ", ".join(sorted(kinds - _RAN))
+        limit = Limit(f"its code names {others}, of which no file ran here", notes=("llama.cpp",), known="source")
+        return readers(_READERS, [limit] if others else [])
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the stored rows. The codes must lie on the natural column order (no g_idx)."""

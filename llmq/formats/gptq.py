@@ -33,6 +33,7 @@ from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words
 from llmq.formats._folder import Folder
 from llmq.grids.int import Int
+from llmq.readers import Limit, Reader, readers, table, told
 from llmq.types import AffineGrid, LinearSpec, LlmqError, Params, QTensor, Scheme
 
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every field of a word
@@ -40,10 +41,17 @@ _KEYS = ("quant_method", "bits", "group_size", "desc_act", "sym", "lm_head", "ch
 _DEFAULTS = {"pack_dtype": "int32", "sym": True, "lm_head": False, "desc_act": False}
 _ALTERS = ("is_marlin_format", "rotation", "adapter", "activation")  # GPTQModel: other packing, or more than the weight
 _CPU_GROUPS = (32, 64, 128, 256)  # torch's _weight_int4pack_mm_for_cpu, GPTQModel's kernel for 4 bits on a CPU
-_READERS = {
+_GROUPS = {
     "GPTQModel, hence not by transformers": (16, 32, 64, 128, 256, 512, 1024),  # 7.7, TorchLinear.SUPPORTS_GROUP_SIZE
     "vLLM": (32, 64, 128),  # marlin_utils.MARLIN_SUPPORTED_GROUP_SIZES
 }
+_READERS = table(
+    ("transformers", True, "with gptqmodel 7.7 and optimum", "ran"),
+    ("vLLM", True, "", "ran"),
+    ("SGLang", True, "on GPUs (Marlin)", "source"),
+    ("llama.cpp", False, "it reads GGUF; `llmq export OUT OUT.gguf` keeps the codes where a type holds them", "source"),
+    ("TensorRT-LLM", False, "it builds a float model: gptq is no quant_method of its PyTorch backend", "source"),
+)
 
 
 @dataclass
@@ -94,7 +102,11 @@ class GPTQ(Folder):
                 "use --format gptq:checkpoint_format=gptq_v2, awq or compressed-tensors"
             )
         _common.refuse_misfits(linears, self.misfit)
-        return self._warnings(grid, linears, skipped)
+        return told(self._limits(grid, linears, skipped))
+
+    def readers(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[Reader]:
+        """See `Format.readers`."""
+        return readers(_READERS, self._limits(_common.uniform(linears, "gptq"), linears, skipped))
 
     def misfit(self, spec: LinearSpec) -> str | None:
         """See `Folder.misfit`."""
@@ -104,27 +116,34 @@ class GPTQ(Folder):
                 return f"{side} = {n} codes of {bits} bits do not fill 32-bit words, as gptq needs"
         return _common.undivided(spec)
 
-    def _warnings(self, grid: AffineGrid, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[str]:
-        warnings = _common.group_size_warnings(grid, _READERS) + _common.fused_warnings(linears, skipped)
+    def _limits(self, grid: AffineGrid, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[Limit]:
+        """Return what of these linears some runtimes do not take."""
+        limits = _common.group_size_limits(grid, _GROUPS) + _common.fused_limits(linears, skipped)
         if not grid.sym:
-            warnings.append(
+            say = (
                 "asymmetric gptq is written as gptq_v2, which GPTQModel and transformers read and vLLM does not; "
                 "for vLLM use awq or compressed-tensors"
             )
+            limits.append(Limit(say, refuses=("vLLM",)))
         if grid.bits < 4:
-            warnings.append(f"{grid.bits}-bit gptq is read by GPTQModel and transformers, not by vLLM")
+            say = f"{grid.bits}-bit gptq is read by GPTQModel and transformers, not by vLLM"
+            limits.append(Limit(say, refuses=("vLLM",)))
         if grid.bits == 8:
-            warnings.append("8-bit gptq is read by vLLM 0.32 on GPUs, not on CPUs")
+            limits.append(
+                Limit("8-bit gptq is read by vLLM 0.32 on GPUs, not on CPUs", notes=("vLLM",), known="source")
+            )
         if self.desc_act:
-            warnings.append(
+            say = (
                 "vLLM 0.32 refuses desc_act; GPTQModel, and transformers with it, read it: leave desc_act out for vLLM"
             )
+            limits.append(Limit(say, refuses=("vLLM",)))
         if grid.bits == 4 and grid.granularity.group_size is None and any(s.K not in _CPU_GROUPS for s in linears):
-            warnings.append(
+            say = (
                 "on a CPU GPTQModel 7.7, and transformers with it, load 4-bit gptq per channel and fail at the first "
                 "token; vLLM runs it: take a group size for them"
             )
-        return warnings + _common.head_warnings(linears, "gptq")
+            limits.append(Limit(say, notes=("transformers",)))
+        return limits + _of_sglang(grid, linears) + _common.head_limits(linears, "gptq")
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return qweight, qzeros, scales (dtype kept) and g_idx.
@@ -283,3 +302,15 @@ def _modules(config: Mapping[str, Any]) -> list[Any] | None:
 
 def _plain_g_idx(spec: LinearSpec, device: torch.device) -> Tensor:
     return torch.arange(spec.K, dtype=torch.int32, device=device) // spec.scheme.weight.granularity.columns(spec.K)
+
+
+def _of_sglang(grid: AffineGrid, linears: Sequence[LinearSpec]) -> list[Limit]:
+    """Return what SGLang's other GPTQ kernel means, which takes what Marlin does not (quantization/gptq/gptq.py)."""
+    if grid.sym and grid.bits in (4, 8):
+        return []
+    if _common.of_experts(linears):
+        say = "experts run in its Marlin kernels alone, which take 4 and 8 bits, symmetric"
+        return [Limit(say, refuses=("SGLang",), told=False)]
+    return [
+        Limit("in its slower kernel, in float16: Marlin takes 4 and 8 bits, symmetric", notes=("SGLang",), told=False)
+    ]

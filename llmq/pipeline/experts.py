@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llmq.checkpoint.parts import Part
 from llmq.checkpoint.source import Source
 from llmq.model.experts import Experts
+from llmq.readers import RUNTIMES, Limit
 from llmq.stats import Hessian
 from llmq.types import LinearSpec, LlmqError, Site
 
@@ -103,18 +104,19 @@ def refuse_unlike(linears: Mapping[str, LinearSpec], model: nn.Module) -> None:
             )
 
 
-def reader_warnings(source: Source, linears: Mapping[str, LinearSpec], method: str) -> list[str]:
-    """Return a warning where experts that the checkpoint has in one tensor are written one by one: who reads that."""
+def reader_limits(source: Source, linears: Mapping[str, LinearSpec], method: str) -> list[Limit]:
+    """Return a limit where experts that the checkpoint has in one tensor are written one by one: who reads that."""
     apart = method == "compressed-tensors" and str(source.config.get("model_type")).startswith(_READ_APART)
     parts = {n: e.name for n, e in source.entries().items() if isinstance(e, Part) and n.endswith(".weight")}
     ours = (tensor for n, tensor in parts.items() if not apart or n.removesuffix(".weight") not in linears)
     taken = next(ours, None)
     if taken is None:
         return []
-    return [
+    say = (
         f"{source.path} holds all experts of a layer in one tensor ({taken}); they are written one by one, packed or "
         "float, as only llmq (llmq.load, register()) reads them for this model_type"
-    ]
+    )
+    return [Limit(say, refuses=tuple(RUNTIMES))]
 
 
 def number(linear: str) -> int:

@@ -32,8 +32,9 @@ from llmq.model.pretrained import tokenizer_of
 from llmq.model.rotated import Rotated
 from llmq.model.skeleton import Skeleton
 from llmq.pipeline import refusals, weights
-from llmq.pipeline.experts import reader_warnings, refuse_unlike
+from llmq.pipeline.experts import reader_limits, refuse_unlike
 from llmq.pipeline.method import Method, method_of
+from llmq.readers import Limit, Reader, readers, told
 from llmq.recipe import Recipe
 from llmq.types import LinearSpec, LlmqError, QTensor, Scheme, Site
 
@@ -133,6 +134,16 @@ class Plan:
         linears = {n: s for s in self.linears.values() for n in (s.name, other(s.name))}
         return self.method.format.config([dataclasses.replace(s, name=n) for n, s in linears.items()], list(names))
 
+    @property
+    def limits(self) -> list[Limit]:
+        """What runtimes do not take of how the checkpoint holds its experts."""
+        form = self.method.format.quant_method
+        return [] if self.method.recipe.gguf else reader_limits(self.float_source, self.linears, form)
+
+    def readers(self) -> list[Reader]:
+        """Return which runtimes take what will be written, and why not."""
+        return readers(self.method.format.readers(self.possible(), self.skipped), self.limits)
+
     def calibrates(self) -> bool:
         """Say whether any step needs activations."""
         grids = [s.scheme.weight for s in self.linears.values()]
@@ -216,7 +227,7 @@ def outline(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
     if not recipe.gguf:
         refuse_unlike(plan.linears, skeleton.model)
     warnings = [*source.warnings, *method.format.check(plan.possible(), plan.skipped), *plan.assigned.warnings]
-    warnings += [] if recipe.gguf else reader_warnings(source, plan.linears, method.format.quant_method)
+    warnings += told(plan.limits)
     refusals.budget(plan)
     return dataclasses.replace(plan, warnings=warnings).told(recipe)
 

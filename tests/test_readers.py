@@ -1,0 +1,108 @@
+"""Which runtimes take a file: a table by format and scheme, as docs/readers.md has it, and --for."""
+
+import pytest
+
+from llmq.formats.awq import AWQ
+from llmq.formats.compressed_tensors import CompressedTensors
+from llmq.formats.gguf import Gguf
+from llmq.formats.gptq import GPTQ
+from llmq.grids.int import Int
+from llmq.grids.q4_k import Q4_K
+from llmq.grids.q5_1 import Q5_1
+from llmq.readers import RUNTIMES, Limit, readers, require, runtime, table, told
+from llmq.types import LinearSpec, LlmqError, Scheme
+
+BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+EXPERTS = ("mlp.experts.0.gate_proj", "mlp.experts.0.up_proj", "mlp.experts.0.down_proj")
+TOKEN, STATIC = Int(8, True, "channel"), Int(8, True, "tensor")
+
+
+def linears(grid, activation=None, names=BLOCK, more=()):
+    names = [*(f"model.layers.0.{n}" for n in names), *more]
+    return [LinearSpec(n, 64, 256, Scheme(grid, activation)) for n in names]
+
+
+def accepted(form, specs, skipped=()):
+    """Return what each runtime says: yes, no, or ? where nobody knows."""
+    rows = form.readers(specs, skipped)
+    assert [(r.runtime, r.version) for r in rows] == list(RUNTIMES.items())
+    assert all(r.reason for r in rows if not r.accepts) and all(r.known for r in rows if r.accepts is not None)
+    return "".join({True: "y", False: "n", None: "?"}[r.accepts] for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("form", "specs", "said"),  # transformers, vLLM, SGLang, llama.cpp, TensorRT-LLM
+    [
+        (GPTQ(), linears(Int(4, True, 128)), "yyynn"),
+        (GPTQ(), linears(Int(8, True, 128)), "yyynn"),
+        (GPTQ(), linears(Int(4, False, 128)), "ynynn"),
+        (GPTQ(), linears(Int(3, True, 128)), "ynynn"),
+        (GPTQ(), linears(Int(4, True, 16)), "ynynn"),
+        (GPTQ(desc_act=True), linears(Int(4, True, 128)), "ynynn"),
+        (GPTQ(), linears(Int(4, True, 128), more=("lm_head",)), "nyynn"),
+        (GPTQ(), linears(Int(4, True, 128), names=EXPERTS), "yyynn"),
+        (GPTQ(), linears(Int(4, False, 128), names=EXPERTS), "ynnnn"),
+        (AWQ(), linears(Int(4, False, 128)), "yyynn"),
+        (AWQ(), linears(Int(4, True, 96)), "nnynn"),
+        (CompressedTensors(), linears(Int(4, True, 128)), "yyynn"),
+        (CompressedTensors(), linears(Int(4, False, 128)), "yyynn"),
+        (CompressedTensors(), linears(Int(4, False, 128)) + linears(Int(8, True, 128), names=EXPERTS), "nyynn"),
+        (CompressedTensors(), linears(Int(3, True, 128)), "yynnn"),
+        (CompressedTensors(), linears(Int(4, True, "tensor")), "ynnnn"),
+        (CompressedTensors(), linears(Int(8, True, "channel"), TOKEN), "yyynn"),
+        (CompressedTensors(), linears(Int(8, False, "channel"), TOKEN), "ynynn"),
+        (CompressedTensors(), linears(Int(8, True, "channel"), STATIC), "yyynn"),
+        (CompressedTensors(), linears(Int(8, True, "channel"), STATIC, names=EXPERTS), "ynynn"),
+        (CompressedTensors(), linears(Int(4, False, 128), names=EXPERTS), "nynnn"),
+        (CompressedTensors(kv="tensor"), linears(Int(4, True, 128)), "ynynn"),
+        (CompressedTensors(), linears(Int(4, True, 128), more=("lm_head",)), "yyynn"),
+        (Gguf(), linears(Q4_K()), "?n?yn"),
+    ],
+)
+def test_who_reads_what(form, specs, said):
+    assert accepted(form, specs) == said
+
+
+def test_a_part_that_is_left_float_is_refused_by_who_fuses():
+    specs = linears(Int(4, True, 128), names=[n for n in BLOCK if "k_proj" not in n])
+    assert accepted(GPTQ(), specs, ["model.layers.0.self_attn.k_proj"]) == "ynnnn"
+
+
+@pytest.mark.parametrize("form", [GPTQ(), AWQ(), CompressedTensors()])
+def test_warnings_are_limits_of_a_runtime(form):
+    """What a user is warned of stands in the row of a runtime, word for word."""
+    specs = linears(Int(4, False, 16), more=("lm_head",))
+    reasons = " ".join(r.reason for r in form.readers(specs))
+    warned = form.check(specs)
+    assert warned and all(line in reasons for line in warned)
+
+
+def test_how_it_is_known_is_said_row_by_row():
+    rows = {r.runtime: r for r in CompressedTensors().readers(linears(Int(8, True, 128)))}
+    assert rows["transformers"].known == "ran" and rows["vLLM"].known == rows["SGLang"].known == "source"
+    assert "on GPUs, not on CPUs" in rows["vLLM"].reason and rows["vLLM"].accepts
+    known = {r.runtime: r.known for r in Gguf().readers(linears(Q5_1()))}
+    assert known["llama.cpp"] == "source" and known["transformers"] == ""
+
+
+def test_what_refuses_hides_what_is_only_noted_and_silent_limits_are_no_warnings():
+    known = table(("vLLM", True, "with care", "ran"), ("SGLang", False, "never", "source"))
+    limits = [Limit("slowly", notes=("vLLM",)), Limit("not at all", refuses=("vLLM", "SGLang"), told=False)]
+    vllm, sglang = readers(known, limits)
+    assert (vllm.accepts, vllm.reason, sglang.reason) == (False, "not at all", "never") and told(limits) == ["slowly"]
+    (vllm, _) = readers(known, limits[:1])
+    assert vllm.accepts and vllm.reason == "with care; slowly"
+
+
+def test_a_runtime_that_would_not_load_it_is_refused_with_what_it_takes():
+    rows = GPTQ().readers(linears(Int(3, True, 128)))
+    require(rows, "transformers")
+    with pytest.raises(LlmqError, match=r"^vLLM 0\.32 does not take this: 3-bit gptq .*not by vLLM\. It takes 4 bits"):
+        require(rows, "vLLM")
+    with pytest.raises(LlmqError, match=r"transformers 5\.24 is not known to take this: .* floats"):
+        require(Gguf().readers(linears(Q4_K())), "transformers")
+    with pytest.raises(LlmqError, match="nothing is known of this format there"):
+        require([], "SGLang")
+    assert runtime(" VLLM") == "vLLM" and runtime("tensorrt-llm") == "TensorRT-LLM"
+    with pytest.raises(LlmqError, match="--for 'mlx': no such runtime .*transformers, vllm, sglang, llama.cpp, tensor"):
+        runtime("mlx")
