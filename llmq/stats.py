@@ -50,10 +50,12 @@ class Stat(ABC):
     reductions: the names of its tensors, and how each is reduced.
     paired: whether `update` also wants the activations of the float model for the same tokens.
     weighed: whether the activations come times the square root of their token's weight, where tokens are weighed.
+    matrices: how many float32 matrices `[K, K]` it keeps, so that it is known before what a run takes.
     tokens, first: how many tokens the whole calibration has, and the number of the first that this rank sees.
     """
 
     reductions: ClassVar[Mapping[str, Reduction]]
+    matrices: ClassVar[float] = 0
     paired: ClassVar[bool] = False
     weighed: ClassVar[bool] = False
 
@@ -134,6 +136,7 @@ class Hessian(Stat):
     """
 
     reductions: ClassVar[Mapping[str, Reduction]] = {"sum": SUM, "count": SUM}
+    matrices = 1
     weighed = True
 
     def __init__(self, tokens: int, first: int = 0) -> None:
@@ -194,6 +197,7 @@ class Drift(Stat):
     reductions: ClassVar[Mapping[str, Reduction]] = dict.fromkeys(
         ("fit", "held", "held_hessian", "count", "held_count"), SUM
     )
+    matrices = 3
     paired = True
     weighed = True
 

@@ -33,14 +33,22 @@ from llmq.stats import Stat, Stats
 from llmq.types import Grid, QTensor, Scheme, Site
 
 
+class Held(NamedTuple):
+    """Float32 matrices that a step makes in memory at most, beside what it is given: `[K, K]`, and `[N, K]`."""
+
+    KK: float
+    NK: float
+
+
 class Step(ABC):
     """One step of a method.
 
-    kind: what messages call it. alone: whether a method has one such step at most.
+    kind: what messages call it. alone: whether a method has one such step at most. held: what it takes of memory.
     """
 
     kind: ClassVar[str]
     alone: ClassVar[bool] = False
+    held: ClassVar[Held] = Held(3, 8)
 
 
 class Bases(NamedTuple):

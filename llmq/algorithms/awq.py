@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmq.algorithms._shares import shared
 from llmq.stats import AbsMean, Hessian, Stat
-from llmq.steps import Scaling, SiteView, Transform
+from llmq.steps import Held, Scaling, SiteView, Transform
 from llmq.types import Grid, QTensor, Site
 
 
@@ -31,6 +31,8 @@ class Awq(Transform):
     call_tokens: int = 4096
 
     preferred_range: ClassVar[str | None] = "output"
+
+    held: ClassVar[Held] = Held(1, 5)
 
     def __post_init__(self) -> None:
         if self.steps < 2 or self.call_tokens < 1:

@@ -14,6 +14,7 @@ Not here: the loops (_walk.py, _sweep.py), the scales of a kind of grid (grids/_
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from llmq.algorithms._hessian import Regularized, damped, revived
 from llmq.algorithms._sweep import round_columns
 from llmq.algorithms._walk import Walk, descend_codes
 from llmq.stats import Hessian, Stat, Stats
-from llmq.steps import Refiner, Solved
+from llmq.steps import Held, Refiner, Solved
 from llmq.types import Grid, Parameters, QTensor
 
 
@@ -38,6 +39,8 @@ class Descent(Regularized, Refiner):
     rounds: int = 4
     sweeps: int = 3
     scales: bool = True
+
+    held: ClassVar[Held] = Held(2, 8)
 
     def __post_init__(self) -> None:
         super().__post_init__()

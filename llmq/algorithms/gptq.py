@@ -13,6 +13,7 @@ Not here: the column loop (_sweep.py), activations (model/lanes.py), clipping (r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from llmq.algorithms._hessian import Regularized, cholesky, retried, revived
 from llmq.algorithms._sweep import round_columns
 from llmq.stats import Hessian, Stat, Stats
-from llmq.steps import Solved, Solver
+from llmq.steps import Held, Solved, Solver
 from llmq.types import Grid, QTensor
 
 
@@ -35,6 +36,8 @@ class Gptq(Regularized, Solver):
 
     act_order: bool = True
     desc_act: bool = False
+
+    held: ClassVar[Held] = Held(3, 4)
 
     def __post_init__(self) -> None:
         super().__post_init__()

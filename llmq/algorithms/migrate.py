@@ -17,13 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from llmq.algorithms._shares import shared
 from llmq.stats import AbsMax, MeanSquare, Sample, Stat
-from llmq.steps import Scaling, SiteView, Transform
+from llmq.steps import Held, Scaling, SiteView, Transform
 from llmq.types import LlmqError, Site
 
 _PANEL = 2**18  # products at a time
@@ -39,6 +40,8 @@ class Migrate(Transform):
 
     feedback: float = 0.5
     steps: int = 30
+
+    held: ClassVar[Held] = Held(0, 4)
 
     def __post_init__(self) -> None:
         if not 0 < self.feedback <= 1 or self.steps < 1:

@@ -13,14 +13,14 @@ Not here: rounding (gptq.py), the second activation stream (pipeline/block.py).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from llmq.algorithms._hessian import Regularized, cholesky, retried, revived
 from llmq.stats import Drift, Hessian, Stat, Stats
-from llmq.steps import Correction
+from llmq.steps import Correction, Held
 from llmq.types import Grid
 
 
@@ -37,6 +37,8 @@ class Qep(Regularized, Correction):
     alpha: float | None = None
     most: float = 1.0
     share: float = 1.0
+
+    held: ClassVar[Held] = Held(5, 6)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from llmq.stats import Hessian, MeanSquare, Stat, Stats
-from llmq.steps import Solved, Solver
+from llmq.steps import Held, Solved, Solver
 from llmq.types import Grid, QTensor
 
 
@@ -18,6 +19,8 @@ class Rtn(Solver):
     """
 
     importance: bool = False
+
+    held: ClassVar[Held] = Held(0, 2)
 
     def needs(self, grids: Sequence[Grid]) -> tuple[type[Stat], ...]:
         """Return the Hessian where a range weighs errors by whole blocks of it, its diagonal with `importance`."""

@@ -15,13 +15,13 @@ Not here: choosing the start (gptq.py, descent.py), the forward (model/lanes.py)
 from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from llmq.params import stored
-from llmq.steps import BlockView, Solved, Tuner
+from llmq.steps import BlockView, Held, Solved, Tuner
 from llmq.types import AffineGrid, LlmqError, Params, QTensor
 
 _EDGE = 0.4  # how near to the edge of its cell a weight may start, in code units
@@ -40,6 +40,8 @@ class SignRound(Tuner):
     lr: float | None = None
     scale_lr: float | None = None
     check: int = 10
+
+    held: ClassVar[Held] = Held(0, 7)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.check < 1:

@@ -6,12 +6,13 @@ Not here: how activations are quantized (the runtime; calibration/ measures stat
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from llmq.algorithms._shares import shared
 from llmq.stats import AbsMax, Stat
-from llmq.steps import Scaling, SiteView, Transform
+from llmq.steps import Held, Scaling, SiteView, Transform
 from llmq.types import Site
 
 
@@ -27,6 +28,8 @@ class SmoothQuant(Transform):
 
     alpha: float = 0.65
     linears: bool = True
+
+    held: ClassVar[Held] = Held(0, 2)
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from llmq.model.lanes import Batches, Call
 
+BATCH_TOKENS = 4096
+"""Tokens of a batch, of so many sequences. No cap on memory changes it: sums would be rounded elsewhere."""
+
 
 class Probe(NamedTuple):
     """One short sequence, by which it is found what the linears of a block read: no value of it counts.

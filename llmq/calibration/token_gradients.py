@@ -21,7 +21,7 @@ from llmq.model.skeleton import Skeleton
 from llmq.progress import Progress
 
 _HELD = 2**30  # bytes of hidden states held between the blocks
-_POSITIONS = 128  # whose logits exist at a time
+POSITIONS = 128  # whose logits exist at a time
 
 
 def squared_gradients(
@@ -38,13 +38,17 @@ def squared_gradients(
     """
     draw = torch.Generator(device).manual_seed(seed)
     found: dict[str, list[Tensor]] = {}
-    size = max(h.nbytes for h in hidden) * len(skeleton)
-    step = max(1, _HELD // size)
+    step = held_at_once(max(h.nbytes for h in hidden), len(skeleton))
     for first in range(0, len(hidden), step):
         part = slice(first, first + step)
         _add_squares(skeleton, hidden[part], calls[part], device, draw, found)
         report(min(first + step, len(hidden)), len(hidden), "gradients")
     return found
+
+
+def held_at_once(batch: int, blocks: int) -> int:
+    """Return how many batches of so many bytes go through the blocks together: the hidden states of all are held."""
+    return max(1, _HELD // (batch * blocks))
 
 
 def _add_squares(
@@ -75,7 +79,7 @@ def _of_outputs(skeleton: Skeleton, outputs: list[Tensor], device: torch.device,
     with outside_loaded(skeleton, device, head=True):
         slopes = []
         for out in outputs:
-            parts = out.reshape(-1, out.shape[-1]).split(_POSITIONS)
+            parts = out.reshape(-1, out.shape[-1]).split(POSITIONS)
             slopes.append(torch.cat([_of_positions(skeleton, x, draw) for x in parts]).reshape(out.shape))
         return slopes
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import calibration
-from llmq.calibration.state import Calibration, Probe
+from llmq.calibration.state import BATCH_TOKENS, Calibration, Probe
 from llmq.calibration.token_gradients import squared_gradients
 from llmq.checkpoint import Scratch, Sink
 from llmq.model.ends import embed, of_their_own
@@ -39,7 +39,6 @@ from llmq.stats import MeanSquare
 from llmq.types import LinearSpec, QTensor
 from llmq.verify import require_right
 
-BATCH_TOKENS = 4096  # tokens of one suspended batch
 PROBE_TOKENS = 9  # of one sequence, by which it is found which linears read what
 
 

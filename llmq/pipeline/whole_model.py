@@ -66,15 +66,19 @@ class Finished(NamedTuple):
 
 def check_memory(plan: Plan) -> None:
     """Raise LlmqError where the models that finishers hold, and what they hand from one to the other, do not fit."""
-    recipe, width = plan.method.recipe, plan.skeleton.text.hidden_size
-    weights = plan.source.bytes() // plan.skeleton.stored_dtype.itemsize
-    need = weights * _BYTES_A_WEIGHT + 4 * recipe.samples * recipe.seq_len * width
-    free = free_memory(plan.device)
+    need, free = finisher_bytes(plan), free_memory(plan.device)
     if need > free:
         raise LlmqError(
             f"{registry.dump(plan.method.finishers[0])} needs the whole model in memory, decoded, {need / 1e9:.1f} GB "
             f"of which {free / 1e9:.1f} GB are free; leave it out of --method, or give fewer --samples"
         )
+
+
+def finisher_bytes(plan: Plan) -> int:
+    """Return the bytes of the models that finishers hold, and of what they hand from one to the other."""
+    recipe, width = plan.method.recipe, plan.skeleton.text.hidden_size
+    weights = plan.source.bytes() // plan.skeleton.stored_dtype.itemsize
+    return weights * _BYTES_A_WEIGHT + 4 * recipe.samples * recipe.seq_len * width
 
 
 def finish(

@@ -1,0 +1,306 @@
+"""What a run holds in memory in each of its phases, in bytes by what they are, from headers and shapes alone.
+
+    for phase in Holdings(plan).phases(alive=4): phase.at, phase.host     "block 0, mlp.down_proj", {"sums": ...}
+
+The terms, D bytes of the compute dtype, P weights of a block:
+
+    libraries            the interpreter, torch, transformers, compiled loops, their buffers
+    block                P D; of experts only the linears that are being solved, unless a step wants all
+    float block          its copy, where a step compares with the float model
+    codes                what is solved of the block so far: a byte a weight, and the scales
+    packing              words of one linear on the way from codes
+    packed               the packed words of the block, and their copy on the way to the disk
+    suspended            what the batches that stay suspended hold at a site (model/footprint.py), in each stream
+    running batch        the most that the one forward holds, and the activations that statistics are given
+    sums                 K x K float32 statistics of a site, and the copies and factors of them that its steps make
+    rows                 N x K float32 copies of a site's weights that its steps make
+    for the tuner        float weights and Hessians of all sites, kept until the block is tuned
+    squared gradients    of all tokens, 4 bytes a token and linear
+    shared keys          keys and values that blocks hand on to later ones, of all batches
+    arguments            masks and rotary tables of a batch
+    between blocks       hidden states of a pass with gradients; those of the calibration lie on the disk
+    both models          what the steps need that tune the whole model (whole_model.py)
+    decoded block        a block as it is verified, float32
+
+Not here: the peak, the cap (memory.py), whose numbers of copies the steps and statistics say themselves (`held`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import ceil
+
+from llmq.calibration.state import BATCH_TOKENS
+from llmq.calibration.token_gradients import POSITIONS, held_at_once
+from llmq.model.experts import in_experts, linears_of
+from llmq.model.footprint import Entered, Footprint, footprints
+from llmq.pipeline.plan import Plan, packed_bytes
+from llmq.pipeline.whole_model import finisher_bytes
+from llmq.stats import Stat
+from llmq.steps import Held, SiteStep
+from llmq.types import LinearSpec
+
+LIBRARIES = 450 * 10**6
+_F32 = 4
+_VERIFIED = 16  # tokens of the forward that verification runs
+_PACKING = 8  # bytes a weight of the linear that is being packed: 32-bit words take the place of codes
+_DECODING = 12  # bytes a weight of the linear that is being verified, beside its decoded float32
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is held at one point of a run. at: where in the phase. host, device: bytes by what they are.
+
+    device is empty where the run computes on the CPU, whose memory then holds all.
+    """
+
+    name: str
+    at: str = ""
+    host: Mapping[str, int] = field(default_factory=dict)
+    device: Mapping[str, int] = field(default_factory=dict)
+
+    def total(self, *, device: bool = False) -> int:
+        """Return the bytes of all terms."""
+        return sum((self.device if device else self.host).values())
+
+    def largest(self, *, device: bool = False) -> str:
+        """Return the name of the largest term but the libraries."""
+        terms = self.device if device else self.host
+        return max((n for n in terms if n != "libraries"), key=terms.__getitem__, default="libraries")
+
+
+class Holdings:
+    """What a prepared run holds. Blocks that differ are run once each on tensors without values, if it calibrates."""
+
+    def __init__(self, plan: Plan) -> None:
+        recipe = plan.method.recipe
+        self.plan, self.method = plan, plan.method
+        self.size = plan.skeleton.dtype.itemsize
+        self.sequences, self.length = (recipe.samples or 0, recipe.seq_len or 0) if plan.calibrates() else (0, 0)
+        self.side_by_side = min(self.sequences, max(1, BATCH_TOKENS // max(1, self.length)))
+        self.batches = ceil(self.sequences / self.side_by_side) if self.sequences else 0
+        self.share = plan.paired() if self.sequences else 0.0
+
+    @cached_property
+    def traced(self) -> tuple[Entered, list[Footprint]]:
+        """What a sequence takes before the blocks, and in each of them; nothing where none is calibrated."""
+        if not self.sequences:
+            return Entered(0, 0), [Footprint({}, 0, 0, 0) for _ in self.plan.skeleton.blocks]
+        gradients = self.method.weightings or self.method.recipe.target_bpw or self.method.tuners
+        return footprints(self.plan.skeleton, self.length, gradients=bool(gradients))
+
+    def phases(self, alive: int) -> Iterator[Phase]:
+        """Yield all points of a run at which much is held, in the order in which they come.
+
+        alive: how many batches stay suspended; all of them do in blocks of experts.
+        """
+        plan = self.plan
+        sizes = plan.source.sizes()
+        largest = max(sizes, key=sizes.__getitem__, default="")
+        yield self._phase("loading", largest, host={"a tensor": 2 * sizes.get(largest, 0)})
+        if self.sequences:
+            yield self._phase(
+                "loading", "embeddings", {"embeddings": self._embeddings(), "running batch": self._read()}
+            )
+        if self.method.weightings:
+            yield from self._gradients(self.batches)
+        if self.method.recipe.target_bpw is not None:
+            yield from self._gradients(1)
+        for i in range(len(plan.skeleton)):
+            yield from self._block(i, alive)
+        if plan.head is not None:
+            yield from self._head(plan.linears[plan.head], alive)
+        if self.method.finishers:
+            yield self._phase("finishing", "", {"both models": finisher_bytes(plan)})
+        yield from self._verifying()
+
+    def _phase(
+        self, name: str, at: str, computed: Mapping[str, float] | None = None, host: Mapping[str, float] | None = None
+    ) -> Phase:
+        """Return a point. computed: bytes where is computed. host: those in the host's memory in any case."""
+        ours = {"libraries": LIBRARIES, **{k: ceil(v) for k, v in (host or {}).items() if v}}
+        there = {k: ceil(v) for k, v in (computed or {}).items() if v}
+        return Phase(name, at, ours, there) if self.plan.device.type != "cpu" else Phase(name, at, ours | there)
+
+    def _read(self) -> int:
+        """Return what a batch takes as it is read from the disk, and the arguments of all its calls."""
+        entered, _ = self.traced
+        return self.side_by_side * (2 * entered.hidden + entered.calls)
+
+    def _embeddings(self) -> int:
+        return sum(self.plan.source.sizes().get(f"{n}.weight", 0) for n in self.plan.skeleton.embeddings())
+
+    def _weights(self, i: int) -> tuple[int, int]:
+        """Return how many parameters block `i` has beside its experts, and in them."""
+        block = self.plan.skeleton.blocks[i]
+        experts = sum(p.numel() for m in in_experts(block).values() for p in m.parameters())
+        return sum(p.numel() for p in block.parameters()) - experts, experts
+
+    def _squares(self, batches: int) -> int:
+        return _F32 * batches * self.side_by_side * self.length * len(self.plan.linears)
+
+    def _gradients(self, batches: int) -> Iterator[Phase]:
+        """Yield what gradients of the float model take: a block at a time, several batches together."""
+        skeleton, (entered, found) = self.plan.skeleton, self.traced
+        batch = self.side_by_side * entered.hidden
+        together = min(batches, held_at_once(batch, len(skeleton)))
+        beside = {
+            "between blocks": together * batch * (len(skeleton) + 2),
+            "squared gradients": self._squares(batches),
+            "arguments": self.side_by_side * entered.calls,
+        }
+        i = max(range(len(skeleton)), key=lambda i: self.size * sum(self._weights(i)) + found[i].backward)
+        taken = {"block": self.size * sum(self._weights(i)), "running batch": self.side_by_side * found[i].backward}
+        yield self._phase("gradients", f"block {i}", beside | taken)
+        yield self._phase("gradients", "head", beside | self._outside(self.size, POSITIONS))
+
+    def _outside(self, size: int, positions: int) -> dict[str, float]:
+        """Return what embeddings and head take where so many positions' logits are computed, `size` bytes a weight."""
+        _, (rows, width) = self.plan.source.headers()[self.plan.weight_of(self.plan.model.head)]
+        head = rows * width * (size + self.plan.skeleton.stored_dtype.itemsize)
+        return {"embeddings and head": self._embeddings() + head, "logits": 6 * _F32 * positions * rows}
+
+    def _block(self, i: int, alive: int) -> Iterator[Phase]:
+        """Yield what block `i` takes at each of its sites, and while its words are packed."""
+        skeleton, found = self.plan.skeleton, self.traced[1][i]
+        experts = in_experts(skeleton.blocks[i])
+        own, in_all = self._weights(i)
+        whole = self.method.transforms or self.method.tuners or self.method.recipe.experts == "all"
+        own, in_all = (own + in_all, 0) if whole else (own, in_all)
+        named = {n: self.plan.linears.get(skeleton.full_name(i, n)) for n in linears_of(skeleton.blocks[i])}
+        at = found.at or {(n,): 0 for n in named}
+        stay = self.batches if experts else min(alive, self.batches)
+        if self.method.transforms:
+            yield self._folding(i, at, named)
+        codes = kept = before = 0
+        for names, held in at.items():
+            specs = [s for n in names if (s := named[n])]
+            weights = self.size * (own + (sum(s.N * s.K for s in specs) if in_all and names[0] in experts else 0))
+            fixed = self._beside(i) | {
+                "block": weights,
+                "float block": weights * bool(self.share),
+                "codes": codes,
+                "for the tuner": kept,
+                "suspended": (1 + self.share) * stay * self.side_by_side * max(before, held),
+            }
+            columns = specs[0].K if specs else 0
+            running = self._running(found, held, columns, more=stay < self.batches)
+            yield from self._site(f"block {i}, {names[0]}", specs, fixed, running)
+            codes, before = codes + sum(map(_codes, specs)), held
+            kept += self._kept(specs)
+        yield self._closing(i, self.size * own, [s for s in named.values() if s])
+
+    def _beside(self, i: int) -> dict[str, float]:
+        """Return what is held all through block `i`, beside its weights."""
+        entered, found = self.traced
+        left = max((f.left for f in found[: i + 1]), default=0)
+        return {
+            "squared gradients": self._squares(self.batches) if self.method.weightings else 0,
+            "shared keys": (1 + self.share) * left * self.sequences,
+            "arguments": self.side_by_side * entered.calls,
+        }
+
+    def _running(self, found: Footprint, held: int, columns: int, *, more: bool) -> float:
+        """Return what the batch that runs takes, and what is made of its activations, beside what is suspended.
+
+        more: whether it is none of those that stay suspended.
+        """
+        streams = 1 + bool(self.share)
+        batch = self.side_by_side * self.length
+        given = _F32 * batch * columns * (streams - 1 + streams * ((self.size != _F32) + bool(self.method.weightings)))
+        at_work = self.side_by_side * (found.most + (streams - 1) * held)
+        at_rest = self.side_by_side * streams * held
+        return max(at_work, at_rest + given) - (0 if more else at_rest)
+
+    def _site(
+        self, at: str, specs: Sequence[LinearSpec], fixed: Mapping[str, float], running: float
+    ) -> Iterator[Phase]:
+        """Yield what a site takes while its statistics are summed, and while it is solved."""
+        K = max((s.K for s in specs), default=0)
+        N = sum(s.N for s in specs)
+        steps: tuple[SiteStep, ...] = (self.method.solver, *self.method.refiners)
+        grids = [s.scheme.weight for s in specs]
+        lasting = {stat for step in steps for stat in step.needs(grids)} if specs else set()
+        every = lasting | {stat for step in self.method.corrections for stat in step.needs(grids)} if specs else set()
+        square, rows = _F32 * K * K, _F32 * N * K
+        yield self._phase("blocks", at, {**fixed, "running batch": running, "sums": square * _matrices(every)})
+        stacked = (len(specs) > 1) + (self.size != _F32)
+        groups: list[tuple[set[type[Stat]], SiteStep, int]] = [
+            (every, step, stacked + 1) for step in self.method.corrections
+        ]
+        groups += [(lasting, step, stacked + bool(self.method.corrections)) for step in steps]
+        for stats, step, copies in groups if specs else ():
+            sums, weights = square * (_matrices(stats) + step.held.KK), rows * (copies + step.held.NK)
+            yield self._phase("blocks", at, {**fixed, "sums": sums, "rows": weights})
+
+    def _kept(self, specs: Sequence[LinearSpec]) -> int:
+        """Return what a site leaves for the steps that tune the block, or the whole model."""
+        later = bool(self.method.tuners or self.method.finishers)
+        weights = _F32 * sum(s.N * s.K for s in specs) if self.method.tuners else 0
+        return weights + _F32 * max((s.K for s in specs), default=0) ** 2 * later
+
+    def _folding(self, i: int, at: Mapping[tuple[str, ...], int], named: Mapping[str, LinearSpec | None]) -> Phase:
+        """Return what transforms take: statistics of all sites, the calls of a parent, weights tried."""
+        found = self.traced[1]
+        held = Held(*(max(step.held[k] for step in self.method.transforms) for k in (0, 1)))
+        shapes = [[s for n in names if (s := named[n])] for names in at]
+        widest = max((sum(s.N * s.K for s in site) for site in shapes), default=0)
+        square = max((s.K for site in shapes for s in site), default=0) ** 2
+        terms = {
+            "block": self.size * sum(self._weights(i)),
+            "running batch": self.side_by_side * 2 * found[i].most,
+            "sums": _F32 * square * held.KK,
+            "rows": _F32 * widest * held.NK,
+        }
+        return self._phase("blocks", f"block {i}, folding", self._beside(i) | terms)
+
+    def _closing(self, i: int, block: int, specs: Sequence[LinearSpec]) -> Phase:
+        """Return what block `i` takes when all of it is solved: tuned, packed, and put out as a last forward."""
+        weights = sum(s.N * s.K for s in specs)
+        words = sum(packed_bytes(self.method.format, s) for s in specs)
+        terms: dict[str, float] = {
+            "block": block,
+            "float block": block * bool(self.share),
+            "codes": sum(map(_codes, specs)),
+            "running batch": self.side_by_side * self.traced[1][i].most,
+        }
+        largest = _PACKING * max((s.N * s.K for s in specs), default=0)
+        if self.method.tuners:
+            terms["for the tuner"] = weights * _F32 * max(t.held.NK for t in self.method.tuners)
+            terms["between blocks"] = 2 * self.sequences * self.traced[0].hidden
+            terms["running batch"] += self.traced[1][i].backward
+        return self._phase("blocks", f"block {i}, packing", self._beside(i) | terms, {"packed": 2 * words + largest})
+
+    def _head(self, spec: LinearSpec, alive: int) -> Iterator[Phase]:
+        """Yield what the head takes, a block of one linear behind the final norm."""
+        hidden = self.traced[0].hidden
+        norm = Footprint({}, 4 * hidden, 0, 0)
+        stay = min(alive, self.batches)
+        fixed = {
+            "a tensor": (_F32 + self.plan.skeleton.stored_dtype.itemsize) * spec.N * spec.K,
+            "suspended": (1 + self.share) * stay * self.side_by_side * 2 * hidden,
+        }
+        running = self._running(norm, 2 * hidden, spec.K, more=stay < self.batches)
+        yield from self._site("head", [spec], fixed, running)
+
+    def _verifying(self) -> Iterator[Phase]:
+        """Yield what verification takes, on the host: a block in float32, a linear on the way there, then the head."""
+        skeleton = self.plan.skeleton
+        i = max(range(len(skeleton)), key=lambda i: sum(self._weights(i)))
+        linears = linears_of(skeleton.blocks[i]).values()
+        decoding = _DECODING * max((m.in_features * m.out_features for m in linears), default=0)
+        block = _F32 * sum(self._weights(i))
+        yield self._phase("verifying", f"block {i}", host={"decoded block": block, "decoding": decoding})
+        yield self._phase("verifying", "head", host=self._outside(_F32, _VERIFIED))
+
+
+def _codes(spec: LinearSpec) -> int:
+    """Return the bytes of a solved linear: its codes, and a scale and a zero for each group."""
+    groups = spec.scheme.weight.granularity.groups(spec.K)
+    return spec.N * (spec.K + 8 * groups)
+
+
+def _matrices(stats: set[type[Stat]]) -> float:
+    return sum(stat.matrices for stat in stats)

@@ -1,0 +1,108 @@
+"""The most memory that a run holds, told before it starts, and how many batches may stay suspended under a cap.
+
+    peak = terms(plan)
+    peak.host.total()                         bytes of the run as it comes, all batches suspended at once
+    peak.host.at, peak.host.host              "block 0, mlp.down_proj", {"suspended": ..., "sums": ..., ...}
+    alive = alive_under(plan, host=6 * 2**30) LlmqError where the run does not fit even with none suspended
+
+Not here: what each phase holds, term by term (holdings.py), how a cap is kept (block.py, model/lanes.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from llmq.errors import LlmqError
+from llmq.pipeline.holdings import Holdings, Phase
+from llmq.pipeline.plan import Plan
+
+
+class Peak(NamedTuple):
+    """The largest point of every phase of a run: loading, gradients, blocks, finishing, verifying.
+
+    alive: batches that stay suspended. batches: of the whole calibration.
+    """
+
+    phases: tuple[Phase, ...]
+    alive: int
+    batches: int
+
+    @property
+    def host(self) -> Phase:
+        """The point at which the host's memory is fullest."""
+        return max(self.phases, key=lambda p: p.total())
+
+    @property
+    def device(self) -> Phase:
+        """The point at which the device's memory is fullest; it is empty where the run computes on the CPU."""
+        return max(self.phases, key=lambda p: p.total(device=True))
+
+
+def terms(plan: Plan, alive: int | None = None) -> Peak:
+    """Return what a run holds at most in each phase; alive: how many batches stay suspended, None for all."""
+    return _peak(Holdings(plan), alive)
+
+
+def alive_under(plan: Plan, host: int | None = None, device: int | None = None) -> int:
+    """Return how many batches may stay suspended so that a run fits into these bytes of memory; None is no cap.
+
+    Raises LlmqError where it does not fit with none, with the least that would do and what takes most of it.
+    """
+    holdings = Holdings(plan)
+
+    def fits(alive: int) -> bool:
+        peak = _peak(holdings, alive)
+        within = host is None or peak.host.total() <= host
+        return within and (device is None or peak.device.total(device=True) <= device)
+
+    least = _peak(holdings, 0)
+    if host is not None and least.host.total() > host:
+        raise LlmqError(_refusal(plan, "--max-memory", host, least.host, least.host.host))
+    if device is not None and least.device.total(device=True) > device:
+        raise LlmqError(_refusal(plan, "--device-memory", device, least.device, least.device.device))
+    low, high = 0, holdings.batches + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _peak(holdings: Holdings, alive: int | None) -> Peak:
+    """Return the largest point of each phase, by the host's memory and by the device's."""
+    number = holdings.batches if alive is None else min(alive, holdings.batches)
+    found: dict[tuple[str, bool], Phase] = {}
+    for phase in holdings.phases(number):
+        for device in (False, True) if phase.device else (False,):
+            known = found.get((phase.name, device))
+            if known is None or phase.total(device=device) > known.total(device=device):
+                found[phase.name, device] = phase
+    distinct = {id(p): p for p in found.values()}
+    return Peak(tuple(distinct.values()), number, holdings.batches)
+
+
+def _refusal(plan: Plan, option: str, cap: int, worst: Phase, terms: Mapping[str, int]) -> str:
+    """Return what to say of a cap that a run does not fit into."""
+    name = worst.largest(device=option == "--device-memory")
+    where = f"{worst.name}, {worst.at}" if worst.at else worst.name
+    least = sum(terms.values())
+    return (
+        f"{option} {cap / 1e9:.2f} GB is too little: the run takes {least / 1e9:.2f} GB at least ({where}: {name} "
+        f"{terms[name] / 1e9:.2f} GB); {_remedy(plan, name, worst)}"
+    )
+
+
+def _remedy(plan: Plan, name: str, worst: Phase) -> str:
+    """Return what makes a term smaller."""
+    method = plan.method
+    if worst.name == "gradients":
+        return "leave out what weighs tokens (fisher) or bits (--target-bpw)"
+    if worst.name == "finishing":
+        return "leave the last step, which tunes the whole model, out"
+    if name in ("sums", "rows") and (method.corrections or method.refiners):
+        return "--method gptq takes less, rtn least"
+    if name == "suspended":
+        return "blocks of experts keep all batches; give fewer --samples or a shorter --seq-len"
+    if name in ("block", "float block") and plan.skeleton.dtype.itemsize > 2:
+        return "--dtype bfloat16 halves it, where the method allows that"
+    return "give more"

@@ -1,0 +1,75 @@
+"""Memory as it is promised: its terms by formula, how many batches a cap leaves suspended, what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from llmq.pipeline.holdings import LIBRARIES
+from llmq.pipeline.memory import alive_under, terms
+from llmq.pipeline.plan import prepare
+from llmq.recipe import Recipe
+from llmq.types import LlmqError
+
+H, I = 64, 256  # noqa: E741
+
+
+@pytest.fixture
+def planned(tiny_checkpoint):
+    """`planned(method, **options)`: a prepared run of 64 sequences of 256 tokens, four batches."""
+
+    def make(method, **options):
+        how = {"group_size": 32, "samples": 64, "seq_len": 256, "calib": "self", "dtype": "float32"} | options
+        return prepare(str(tiny_checkpoint(intermediate_size=I)), Recipe(method=method, **how))
+
+    return make
+
+
+def test_the_terms_of_gptq(planned):
+    peak = terms(planned("gptq"))
+    (blocks,) = (p for p in peak.phases if p.name == "blocks")
+    assert (peak.alive, peak.batches) == (4, 4)
+    assert blocks.at == "block 0, mlp.down_proj"
+    assert blocks.host["suspended"] == 4 * 4096 * (3 * H + I) * 4
+    assert blocks.host["block"] == 4 * (2 * H * H + 2 * H * H // 2 + 3 * H * I + 2 * H)
+    assert peak.host.total() == sum(peak.host.host.values()) > LIBRARIES
+
+
+def test_sums_grow_with_what_a_method_keeps(planned):
+    sums = {m: terms(planned(m), 0).host.host.get("sums", 0) for m in ("rtn", "gptq", "qep,gptq,descent")}
+    assert sums["rtn"] == 0 < sums["gptq"] < sums["qep,gptq,descent"]
+
+
+def test_rtn_holds_no_calibration(planned):
+    peak = terms(planned("rtn"))
+    assert peak.batches == 0
+    assert {n for p in peak.phases for n in p.host} <= {
+        "libraries", "a tensor", "block", "codes", "packed", "rows", "decoded block", "decoding",
+        "embeddings and head", "logits",
+    }  # fmt: skip
+
+
+def test_a_cap_leaves_as_many_suspended_as_fit(planned):
+    plan = planned("qep,gptq,descent")
+    takes = [terms(plan, alive).host.total() for alive in range(5)]
+    assert takes[0] < takes[1] < takes[2] < takes[3] == takes[4]  # the last batch runs as the others wait
+    for cap in (takes[0], takes[1] - 1, takes[1], takes[2], takes[4]):
+        assert alive_under(plan, cap) == max(alive for alive in range(5) if takes[alive] <= cap)
+    assert alive_under(plan) == 4
+
+
+def test_a_cap_that_nothing_fits_into_is_refused_with_the_least_that_would(planned):
+    plan = planned("qep,gptq,descent")
+    least = terms(plan, 0).host
+    with pytest.raises(LlmqError, match=re.escape(f"takes {least.total() / 1e9:.2f} GB at least ({least.name}")) as e:
+        alive_under(plan, least.total() - 1)
+    assert least.largest() in str(e.value) and str(e.value).startswith("--max-memory")
+
+
+def test_experts_stay_suspended(tmp_path):
+    from _families import FAMILIES
+
+    FAMILIES["mixtral"].save(tmp_path)
+    plan = prepare(str(tmp_path), Recipe(method="gptq", group_size=32, samples=256, seq_len=48, calib="self"))
+    assert terms(plan, 0).host.host["suspended"] == terms(plan).host.host["suspended"] > 0
