@@ -4,8 +4,8 @@ A block is given a state and returns the next one (pipeline/block.py):
 
     tensors, report, state = quantize_block(plan, i, state)
 
-The hidden states are by far the largest part, so a block takes them out of the state that it was given, batch by batch,
-as it moves them on: old and new ones are never held together, and a state is used once.
+The hidden states are by far the largest part, so they lie on the disk, a file for each batch (checkpoint/batches.py): a
+block reads the old ones and writes new ones. A state can be read as often as one likes, until it is removed.
 Not here: the tokens' text (text.py), what is accumulated of an activation (collect.py).
 """
 
@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.model.lanes import Batches, Call
+from llmq.checkpoint.batches import Batches
+from llmq.model.lanes import Call
 
 BATCH_TOKENS = 4096
 """Tokens of a batch, of so many sequences. No cap on memory changes it: sums would be rounded elsewhere."""

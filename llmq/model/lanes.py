@@ -17,7 +17,7 @@ Not here: what is done at a site (pipeline/block.py), which linears make one (si
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -35,46 +35,20 @@ def run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-class Batches(Sequence[Tensor]):
-    """Hidden states `[B, S, H]`, batch by batch, which can be taken out once. Raises ValueError where they were."""
-
-    def __init__(self, batches: Iterable[Tensor] = ()) -> None:
-        self._batches: list[Tensor] | None = list(batches)
-
-    def __len__(self) -> int:
-        return len(self._there())
-
-    def __getitem__(self, i):  # type: ignore[no-untyped-def]
-        """Return a batch, or the list of several."""
-        return self._there()[i]
-
-    def taken(self) -> Iterator[Tensor]:
-        """Yield the batches and forget them one by one; none is left here from the first on."""
-        batches, self._batches = self._there(), None
-        batches.reverse()
-        while batches:
-            yield batches.pop()
-
-    def _there(self) -> list[Tensor]:
-        if self._batches is None:
-            raise ValueError("these hidden states were taken: a state is used once")
-        return self._batches
-
-
 class Lanes:
     """All batches of one block, suspended together from site to site. A context manager.
 
-    last: whether the hidden states are read for the last time, and may be forgotten one by one.
+    hidden: what enters the block, a batch each, which is asked for when its turn comes.
     Raises LlmqError from `advance` where a batch does not arrive at the expected site: the block's linears are then not
     called once each, in order (experts, for example).
     """
 
     def __init__(
-        self, block: nn.Module, sites: Sequence[Site], hidden: Batches, calls: Sequence[Call], *, last: bool = False
+        self, block: nn.Module, sites: Sequence[Site], hidden: Sequence[Tensor], calls: Sequence[Call]
     ) -> None:
         self.block, self.sites = block, sites
-        self._lanes = [greenlet(run) for _ in hidden]
-        self._hidden, self._calls = hidden.taken() if last else iter(hidden), calls
+        self._lanes = [greenlet(run) for _ in range(len(hidden))]
+        self._hidden, self._calls = hidden, calls
         self._at = -1
         self._hooks: list[Any] = []
 
@@ -123,4 +97,4 @@ class Lanes:
 
     def _resume(self, i: int) -> Any:
         lane = self._lanes[i]
-        return lane.switch() if lane else lane.switch(self.block, next(self._hidden), self._calls[i])
+        return lane.switch() if lane else lane.switch(self.block, self._hidden[i], self._calls[i])

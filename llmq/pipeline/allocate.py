@@ -25,7 +25,7 @@ from llmq.calibration.collect import collect
 from llmq.calibration.state import Calibration
 from llmq.calibration.token_gradients import squared_gradients
 from llmq.format import packed_bytes
-from llmq.model.lanes import Batches, Lanes
+from llmq.model.lanes import Lanes
 from llmq.pipeline.block import block_sites
 from llmq.pipeline.experts import together
 from llmq.pipeline.plan import Plan
@@ -70,15 +70,14 @@ def allocate(plan: Plan, state: Calibration, report: Progress) -> Plan:
 
 def costs(plan: Plan, state: Calibration, report: Progress) -> dict[tuple[str, ...], list[Choice]]:
     """Return what the sites cost at each of the recipe's choices of bits, by the full names of their linears."""
-    first, calls, squares = state.hidden[:1], state.calls[:1], state.squares
+    hidden, calls, squares = state.hidden[0], state.calls[:1], state.squares
     if not squares:
-        squares = squared_gradients(plan.skeleton, first, calls, plan.device, plan.method.recipe.seed, report)
-    ids = state.ids[: len(first[0])]
-    state = Calibration(Batches(first), calls=calls, squares=squares, ids=ids, probe=state.probe)
+        squares = squared_gradients(plan.skeleton, [hidden], calls, plan.device, plan.method.recipe.seed, report)
+    state = Calibration(calls=calls, squares=squares, ids=state.ids[: len(hidden)], probe=state.probe)
     found: dict[tuple[str, ...], list[Choice]] = {}
     for i in range(len(plan.skeleton)):
         report(i, len(plan.skeleton), f"sensitivity of block {i}")
-        of_block, state = _measure(plan, i, state)
+        of_block, hidden = _measure(plan, i, state, hidden)
         found |= of_block
     return _joined(found, plan)
 
@@ -132,12 +131,17 @@ def _slope(a: Choice, b: Choice) -> float:
     return (a.error - b.error) / (b.size - a.size)
 
 
-def _measure(plan: Plan, i: int, state: Calibration) -> tuple[dict[tuple[str, ...], list[Choice]], Calibration]:
-    """Return what the sites of float block `i` cost, by their linears' names, and the state, one batch, behind it."""
+def _measure(
+    plan: Plan, i: int, state: Calibration, hidden: Tensor
+) -> tuple[dict[tuple[str, ...], list[Choice]], Tensor]:
+    """Return what the sites of float block `i` cost, by their linears' names, and the hidden states behind it.
+
+    hidden: of the first batch, which the state is of.
+    """
     found: dict[tuple[str, ...], list[Choice]] = {}
     with plan.skeleton.loaded(i, plan.device) as block:
         sites = block_sites(plan, i, block, state)
-        with Lanes(block, sites, state.hidden, [state.calls[0][i]], last=True) as lanes:
+        with Lanes(block, sites, [hidden], [state.calls[0][i]]) as lanes:
             for site in sites:
                 (X_TK,) = lanes.advance()
                 names = {full: n for n in site.linears if (full := plan.skeleton.full_name(i, n)) in plan.linears}
@@ -149,7 +153,8 @@ def _measure(plan: Plan, i: int, state: Calibration) -> tuple[dict[tuple[str, ..
                     for full, n in names.items()
                 ]
                 found[tuple(names)] = [sum(alike[1:], alike[0]) for alike in zip(*each, strict=True)]
-            return found, dataclasses.replace(state, hidden=Batches(lanes.finish()))
+            (out,) = lanes.finish()
+            return found, out
 
 
 def _choices(

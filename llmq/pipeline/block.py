@@ -26,9 +26,10 @@ from llmq import registry
 from llmq.calibration.collect import collect
 from llmq.calibration.kv_scales import KvMaxima
 from llmq.calibration.state import Calibration
+from llmq.checkpoint.batches import Batches
 from llmq.model.experts import Passing, linears_of
 from llmq.model.folding import Fold, fold
-from llmq.model.lanes import Batches, Call, Lanes, run
+from llmq.model.lanes import Call, Lanes, run
 from llmq.model.sites import discover, overridden
 from llmq.pipeline.activations import NOT_FINITE, no_static_scale, static_input, unusable
 from llmq.pipeline.experts import Layer, Layers
@@ -127,7 +128,7 @@ class _Found:
 def quantize_block(
     plan: Plan, i: int, state: Calibration, work: Work | None = None
 ) -> tuple[dict[str, Tensor], Report, Calibration]:
-    """Quantize block `i`; one behind the last is the head. The state is used up. work: is told what is done in it.
+    """Quantize block `i`; one behind the last is the head. work: is told what is done in it.
 
     Returns the block's tensors as they are written, by full name, what is known of it, and the state behind it.
     """
@@ -180,7 +181,7 @@ def _solve(block: _Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], C
     calls = maxima.into(block.calls) if maxima is not None else block.calls
     solved: dict[str, Solved] = {}
     for_tuners: list[_Found] = []
-    hidden: list[Tensor] = []
+    hidden = outputs = Batches()
     with ExitStack() as stack:
         lanes = reference = None
         needs = plan.method.needs([s.scheme.weight for site in block.sites for s in block.specs(site).values()])
@@ -190,16 +191,17 @@ def _solve(block: _Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], C
         if original is not None:
             floats = block.calls_in(state.float_calls)
             layers.lead(original)
-            reference = stack.enter_context(Lanes(original, block.sites, state.floats, floats, last=True))
+            reference = stack.enter_context(Lanes(original, block.sites, state.floats, floats))
         if state.hidden:
-            lanes = stack.enter_context(Lanes(module, block.sites, state.hidden, calls, last=not tuners))
+            lanes = stack.enter_context(Lanes(module, block.sites, state.hidden, calls))
         for site in block.sites:
             solved |= _solve_site(block, site, lanes, reference, layers.of(site), for_tuners)
         if lanes:
             block.report.record.experts |= layers.counts(block.full)
-        outputs = list(reference.finish()) if reference and (block.moves_on or tuners) else []
+        if reference and (block.moves_on or tuners):
+            outputs = state.floats.moved(reference.finish())
         if lanes and block.moves_on and not tuners:
-            hidden = list(lanes.finish())
+            hidden = state.hidden.moved(lanes.finish())
     for tuner in tuners:
         block.work.step(registry.dump(tuner))
         targets = {f.name: f.answer.W_NK for f in for_tuners}
@@ -207,9 +209,9 @@ def _solve(block: _Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], C
         tuned = gave(tuner, tuner.tune(view), dict)
         solved = {f.name: _placed(block, f, tuned[f.name]) for f in for_tuners}
     if tuners and (block.moves_on or maxima is not None):
-        hidden = [run(module, h, c) for h, c in zip(state.hidden.taken(), calls, strict=True)]
+        hidden = state.hidden.moved(run(module, h, c) for h, c in zip(state.hidden, calls, strict=True))
     squares = {n: s for n, s in state.squares.items() if not n.startswith(block.full(""))}
-    return solved, dataclasses.replace(state, hidden=Batches(hidden), floats=Batches(outputs), squares=squares)
+    return solved, dataclasses.replace(state, hidden=hidden, floats=outputs, squares=squares)
 
 
 def _solve_site(

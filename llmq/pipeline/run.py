@@ -10,6 +10,7 @@ Not here: what can be refused before (plan.py), what happens inside a block (blo
 """
 
 import math
+import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,9 @@ from llmq import calibration
 from llmq.calibration.state import BATCH_TOKENS, Calibration, Probe
 from llmq.calibration.token_gradients import squared_gradients
 from llmq.checkpoint import Scratch, Sink
+from llmq.checkpoint.batches import Batches
 from llmq.model.ends import embed, of_their_own
 from llmq.model.folding import Folded
-from llmq.model.lanes import Batches
 from llmq.model.pretrained import check_ids, tokenizer_of
 from llmq.model.skeleton import Skeleton
 from llmq.pipeline.allocate import allocate
@@ -60,7 +61,7 @@ def quantize(
         sink.require(2 * plan.bytes() + _set_aside(plan))  # parts and the shards joined from them
         if plan.method.finishers:
             check_memory(plan)
-        state = _enter(plan, work)
+        state = _enter(plan, sink.room / "states", work)
         plan = allocate(plan, state, work)
         done = _Done(Scratch(sink.room / "hessians"))
         for i in range(blocks):
@@ -69,6 +70,7 @@ def quantize(
             work.step("write")
             sink.add(plan.staged(tensors))
             done.add(known)
+            shutil.rmtree(sink.room / "states" / f"{i:05d}", ignore_errors=True)
         work(blocks, blocks, "embeddings and head")
         _outside(plan, state, sink, done, work)
         if done.importance:
@@ -105,12 +107,23 @@ class _Done:
 
 
 def _set_aside(plan: Plan) -> int:
-    """Return the bytes of what finishers need beside the weights: a Hessian for each linear at most."""
-    return sum(4 * s.K**2 for s in plan.linears.values()) if plan.method.finishers else 0
+    """Return the bytes of what the run needs beside the weights.
+
+    Of the hidden states those before a block and those behind it; where there are finishers, a Hessian for each linear
+    at most.
+    """
+    recipe, width = plan.method.recipe, plan.skeleton.text.hidden_size
+    tokens = (recipe.samples or 0) * (recipe.seq_len or 0)
+    states = 2 * tokens * width * plan.skeleton.dtype.itemsize * (1 + plan.paired())
+    hessians = sum(4 * s.K**2 for s in plan.linears.values()) if plan.method.finishers else 0
+    return hessians + math.ceil(states)
 
 
-def _enter(plan: Plan, work: Work) -> Calibration:
-    """Return the calibration tokens as they enter block 0; empty where no step needs them."""
+def _enter(plan: Plan, states: Path, work: Work) -> Calibration:
+    """Return the calibration tokens as they enter block 0; empty where no step needs them.
+
+    states: where the hidden states between two blocks lie.
+    """
     if not plan.calibrates():
         return Calibration()
     recipe = plan.method.recipe
@@ -127,7 +140,16 @@ def _enter(plan: Plan, work: Work) -> Calibration:
         squares = squared_gradients(plan.skeleton, hidden, calls, plan.device, recipe.seed, work)
     floats = hidden[: math.ceil(plan.paired() * len(hidden))]
     apart = [of_their_own(c) for c in calls[: len(floats)]]
-    return Calibration(Batches(hidden), Batches(floats), calls, apart, squares, ids, Probe(short, call))
+    first = states / "00000"
+    return Calibration(
+        Batches(first, "hidden", range(len(hidden)), plan.device).filled(hidden),
+        Batches(first, "floats", range(len(floats)), plan.device).filled(floats),
+        calls,
+        apart,
+        squares,
+        ids,
+        Probe(short, call),
+    )
 
 
 def _writer(plan: Plan) -> nn.Module:

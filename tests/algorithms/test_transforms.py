@@ -16,7 +16,7 @@ from llmq.calibration.collect import collect
 from llmq.grids.int import Int
 from llmq.grids.q4_0 import Q4_0
 from llmq.model.folding import Fold, fold
-from llmq.model.lanes import Batches, Lanes
+from llmq.model.lanes import Lanes
 from llmq.model.producers import find
 from llmq.stats import AbsMax, AbsMean, Hessian, MeanSquare, Sample
 from llmq.steps import Scaling, SiteView
@@ -56,7 +56,7 @@ def views(block, x, call, grid, activation=None):
 
     hooks = [modules[s.parent].register_forward_pre_hook(record(s.parent), with_kwargs=True) for s in sites]
     out = []
-    with torch.no_grad(), Lanes(block, sites, Batches([x]), [call]) as lanes:
+    with torch.no_grad(), Lanes(block, sites, [x], [call]) as lanes:
         for site in sites:
             kinds = (AbsMax, AbsMean, MeanSquare, Sample, Hessian)
             stats = collect(kinds, lanes.advance(), x.shape[:-1].numel())

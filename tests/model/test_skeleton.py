@@ -19,7 +19,7 @@ from transformers import (
 from llmq.checkpoint import Source
 from llmq.loading import load
 from llmq.model.ends import embed
-from llmq.model.lanes import Batches, Lanes, run
+from llmq.model.lanes import Lanes, run
 from llmq.model.sites import discover, refuse_other_matrices
 from llmq.model.skeleton import Skeleton
 from llmq.types import LlmqError, Site
@@ -41,7 +41,7 @@ def blocks_outputs(skeleton, tokens, batch):
             at = [c[i] for c in calls]
             with skeleton.loaded(i, CPU) as block:
                 sites = discover(block, hidden[0], at[0])
-                with Lanes(block, sites, Batches(hidden), at) as lanes:
+                with Lanes(block, sites, hidden, at) as lanes:
                     for _ in sites:
                         assert sum(x.shape[0] for x in lanes.advance()) == tokens.numel()
                     hidden = list(lanes.finish())
@@ -106,7 +106,7 @@ def test_discovery_finds_what_reads_one_activation_in_the_order_it_runs(entered)
 
 def test_true_sequential_later_sites_see_the_quantized_weights_of_earlier_ones(entered):
     block, hidden, call = entered
-    with torch.no_grad(), Lanes(block, discover(block, hidden, call), Batches([hidden]), [call]) as lanes:
+    with torch.no_grad(), Lanes(block, discover(block, hidden, call), [hidden], [call]) as lanes:
         list(lanes.advance())
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(block.self_attn, name).weight.zero_()
@@ -130,7 +130,7 @@ def test_linears_not_called_once_are_refused_by_name(times):
     with pytest.raises(LlmqError, match="a: not called exactly once"):
         discover(block, x, ((), {}))
     sites = (Site(("a",)), Site(("b",)))
-    with pytest.raises(LlmqError, match="rtn"), Lanes(block, sites, Batches([x]), [((), {})]) as lanes:
+    with pytest.raises(LlmqError, match="rtn"), Lanes(block, sites, [x], [((), {})]) as lanes:
         for _ in sites:
             list(lanes.advance())
         list(lanes.finish())

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from llmq import calibration
 from llmq.calibration.state import Calibration, Probe
+from llmq.checkpoint.batches import Batches
 from llmq.loading import load_tokenizer
 from llmq.model.ends import embed
-from llmq.model.lanes import Batches
 from llmq.pipeline.allocate import Choice, costs, spend
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
@@ -103,7 +103,8 @@ def test_costs_are_the_divergence_that_rounding_a_site_adds(tiny_checkpoint, tmp
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         (hidden, short), (calls, call) = embed(plan.skeleton, [tokens, tokens[:1, :8]], torch.device("cpu"))
-        state = Calibration(Batches([hidden]), calls=[calls], ids=tokens, probe=Probe(short, call))
+        entered = Batches(tmp_path / "0", "hidden", range(1)).filled([hidden])
+        state = Calibration(entered, calls=[calls], ids=tokens, probe=Probe(short, call))
         found = costs(plan, state, lambda *_: None)
         assert len(found) == 2 * 4
         want, ratios = model(tokens).logits.log_softmax(-1), []

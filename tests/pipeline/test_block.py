@@ -1,6 +1,5 @@
 """A block is a function of the plan and the state that enters it; what it has read it lets go."""
 
-import copy
 import gc
 import weakref
 
@@ -8,8 +7,9 @@ import pytest
 import torch
 
 from llmq.calibration.state import Calibration
+from llmq.checkpoint.batches import Batches
 from llmq.model.ends import embed
-from llmq.model.lanes import Batches, Lanes
+from llmq.model.lanes import Lanes
 from llmq.pipeline.block import quantize_block
 from llmq.pipeline.plan import prepare
 from llmq.recipe import Recipe
@@ -19,10 +19,12 @@ CPU = torch.device("cpu")
 IDS = torch.randint(2, 200, (8, 16), generator=torch.Generator().manual_seed(0))
 
 
-def entered(plan, batch=2, *, paired=True):
-    """The calibration as it enters block 0, and beside it the float model's."""
+def entered(plan, folder, batch=2, *, paired=True):
+    """The calibration as it enters block 0, and beside it the float model's, with its files in a folder."""
     hidden, calls = embed(plan.skeleton, IDS.split(batch), CPU)
-    return Calibration(Batches(hidden), Batches(hidden if paired else ()), calls, calls if paired else (), ids=IDS)
+    states = Batches(folder / "00", "hidden", range(len(hidden))).filled(hidden)
+    floats = Batches(folder / "00", "floats", range(len(hidden))).filled(hidden) if paired else Batches()
+    return Calibration(states, floats, calls, calls if paired else (), ids=IDS)
 
 
 def planned(folder, **options):
@@ -30,64 +32,50 @@ def planned(folder, **options):
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq,qep,gptq,descent", "rtn,signround:steps=4"])
-def test_the_same_state_gives_the_same_block(tiny_checkpoint, method):
+def test_the_same_state_gives_the_same_block(tiny_checkpoint, tmp_path, method):
     """So that a run can stop between any two blocks, and go on from what it kept."""
     plan = planned(tiny_checkpoint(), method=method, lm_head=True)
     with torch.no_grad():
-        state = entered(plan)
+        state = entered(plan, tmp_path)
         for i in range(len(plan.skeleton) + 1):
-            kept = copy.deepcopy(state)
             tensors, report, after = quantize_block(plan, i, state)
-            again, report_again, after_again = quantize_block(plan, i, kept)
+            moved = [*after.hidden]
+            again, report_again, after_again = quantize_block(plan, i, state)
             assert tensors.keys() == again.keys() and all(torch.equal(t, again[n]) for n, t in tensors.items())
             assert report.record.linears == report_again.record.linears != {}
-            assert [torch.equal(a, b) for a, b in zip(after.hidden, after_again.hidden, strict=True)] == (
-                [True] * len(after.hidden)
-            )
+            assert all(torch.equal(a, b) for a, b in zip(moved, after_again.hidden, strict=True))
+            assert len(moved) == len(IDS) // 2 * (i < len(plan.skeleton))
             state = after
     assert [n for n in tensors if n.startswith("lm_head.")] and not any("norm" in n for n in tensors)
 
 
-def test_a_state_is_used_once(tiny_checkpoint):
-    plan = planned(tiny_checkpoint(), method="gptq")
+def test_no_batch_of_hidden_states_is_held_once_it_is_moved_on(tiny_checkpoint, tmp_path, monkeypatch):
+    plan, finish, read, seen = planned(tiny_checkpoint(), method="gptq"), Lanes.finish, Batches._read, []
+    old, new = [], []
+
+    def watched(self):
+        for out in finish(self):
+            new.append(weakref.ref(out))
+            gc.collect()
+            seen.append([sum(ref() is not None for ref in refs) for refs in (old, new)])
+            yield out
+            del out
+
+    def reading(self, number):
+        batch = read(self, number)
+        old.append(weakref.ref(batch))
+        return batch
+
     with torch.no_grad():
-        state = entered(plan)
-        quantize_block(plan, 0, state)
-        with pytest.raises(ValueError, match="a state is used once"):
-            quantize_block(plan, 0, state)
-
-
-def test_old_and_new_hidden_states_are_never_held_together(tiny_checkpoint, monkeypatch):
-    plan, finish, most = planned(tiny_checkpoint(), method="gptq"), Lanes.finish, []
-    with torch.no_grad():
-        state = entered(plan, batch=1, paired=False)
-        old = [weakref.ref(h) for h in state.hidden]
-
-        def watched(self):
-            new = []
-            for out in finish(self):
-                new.append(out)
-                gc.collect()
-                most.append(len(new) + sum(ref() is not None for ref in old))
-                yield out
-
+        state = entered(plan, tmp_path, batch=1, paired=False)
         monkeypatch.setattr(Lanes, "finish", watched)
+        monkeypatch.setattr(Batches, "_read", reading)
         quantize_block(plan, 0, state)
-    assert len(most) == len(IDS) and max(most) <= len(IDS) + 1
+    left = range(len(IDS) - 1, -1, -1)
+    assert len(old) == len(IDS) and seen == [[n, 1] for n in left]
 
 
-def test_batches_are_forgotten_as_they_are_taken():
-    batches = Batches(torch.zeros(1) for _ in range(3))
-    refs = [weakref.ref(b) for b in batches]
-    taken = batches.taken()
-    for i in range(3):
-        next(taken)
-        assert [ref() is None for ref in refs] == [n <= i for n in range(3)]
-    with pytest.raises(ValueError, match="taken"):
-        len(batches)
-
-
-def test_lanes_that_are_not_the_last_leave_the_batches_there():
+def test_lanes_can_read_the_same_batches_again():
     class Block(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -96,9 +84,8 @@ def test_lanes_that_are_not_the_last_leave_the_batches_there():
         def forward(self, x):
             return self.a(x)
 
-    hidden = Batches([torch.ones(1, 2, 4)])
+    hidden = [torch.ones(1, 2, 4)]
     with torch.no_grad():
         for _ in range(2):
             with Lanes(Block(), (Site(("a",)),), hidden, [((), {})]) as lanes:
                 assert [x.shape for x in lanes.advance()] == [(2, 4)] and len(list(lanes.finish())) == 1
-    assert len(hidden) == 1

@@ -1,0 +1,70 @@
+"""Hidden states on the disk: the batches of the calibration where they stand between two blocks, one file each.
+
+    state = Batches(folder / "00000", "hidden", range(2), device).filled(tensors)     00000/hidden-000000, -000001
+    state[0]                                    the first batch, read whole; as often as it is asked for
+    after = state.moved(outputs)                00001/hidden-000000, -000001
+
+A file is named by the number of its batch in the whole calibration, whoever holds it. Files are read and written whole,
+not mapped: pages that are mapped count as memory of the process, those that were read are the page cache's, which gives
+them back when memory is short.
+Not here: what the batches go through (model/lanes.py), when a state is no longer needed (the run).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmq.checkpoint.disk import writing
+from llmq.guard.reading import tensor_entries
+
+_CPU = torch.device("cpu")
+
+
+class Batches(Sequence[Tensor]):
+    """Batches of one kind, such as hidden states `[B, S, H]`, in files of one folder, which is called by a number.
+
+    numbers: those of the batches, in the order in which they are held. device: where they are read to.
+    Raises LlmqError where the disk is full, or a file cannot be read.
+    """
+
+    def __init__(
+        self, folder: Path = Path(), kind: str = "", numbers: Sequence[int] = (), device: torch.device = _CPU
+    ) -> None:
+        self.folder, self.kind, self.numbers, self.device = folder, kind, numbers, device
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i):  # type: ignore[no-untyped-def]
+        """Read a batch, or the list of several."""
+        at = self.numbers[i]
+        return self._read(at) if isinstance(at, int) else [self._read(n) for n in at]
+
+    def filled(self, batches: Iterable[Tensor]) -> Batches:
+        """Write the batches, one after the other as they come, and hold none meanwhile; return this."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        coming = iter(batches)
+        for number in self.numbers:
+            self._write(number, next(coming))
+        return self
+
+    def moved(self, batches: Iterable[Tensor]) -> Batches:
+        """Write what a block made of these batches into the folder of the next number; return those."""
+        folder = self.folder.with_name(f"{int(self.folder.name) + 1:0{len(self.folder.name)}d}")
+        return Batches(folder, self.kind, self.numbers, self.device).filled(batches)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{self.kind}-{number:06d}"
+
+    def _write(self, number: int, batch: Tensor) -> None:
+        with writing(self._file(number)):
+            save_file({"batch": batch.detach().cpu().contiguous()}, self._file(number))
+
+    def _read(self, number: int) -> Tensor:
+        return tensor_entries(self._file(number))["batch"].read().to(self.device)
