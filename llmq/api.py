@@ -82,7 +82,7 @@ def dequantize(
     verify: bool = True,
     overwrite: bool = False,
     warn: Callable[[str], Any] = warnings.warn,
-    progress: Progress | None = None,
+    progress: Progress | Listener | None = None,
 ) -> dict[str, Any]:
     """Write a quantized checkpoint as a float one. Returns the content of its dequantization.json.
 
@@ -93,7 +93,8 @@ def dequantize(
     warn: called with what a user should know. progress: called with tensors done, tensors in all and a name.
     Raises LlmqError where SRC is not quantized or not whole, and where OUT cannot be written.
     """
-    record = floats.dequantize(str(src), Path(out), dtype=dtype, overwrite=overwrite, check=verify, progress=progress)
+    work = Work.of(progress)
+    record = floats.dequantize(str(src), Path(out), dtype=dtype, overwrite=overwrite, check=verify, progress=work)
     for warning in record["warnings"]:
         warn(warning)
     return record
@@ -111,7 +112,7 @@ def evaluate(
     kv_bits: int | None = None,
     dtype: str | None = None,
     device: str = "auto",
-    progress: Progress | None = None,
+    progress: Progress | Listener | None = None,
 ) -> scores.Evaluation:
     """Measure a checkpoint's perplexity and, against a float `baseline`, its KL divergence and top-1 agreement.
 
@@ -121,16 +122,16 @@ def evaluate(
     progress: called with windows done, windows in all and what is going on.
     Raises LlmqError as `load`, `load_text` and `scores.evaluate` do.
     """
-    step = progress or (lambda done, total, what: None)
+    work = Work.of(progress)
     scores.refuse(windows, kv_bits)
     how = find_convention(convention, window)
     content = load_text(None if text is None else user_path(text), dataset, how)
     tokenizer = load_tokenizer(str(model))
-    step(0, 1, "loading")
+    work(0, 1, "loading")
     truth = None if baseline is None else load(baseline, dtype=as_dtype(dtype), device=device)
     loaded = load(model, dtype=as_dtype(dtype), device=device)
 
     def scoring(done: int, total: int) -> None:
-        step(done, total, "scoring")
+        work(done, total, "scoring")
 
     return scores.evaluate(loaded, tokenizer, content, how, truth, windows, scoring, kv_bits=kv_bits)

@@ -38,7 +38,7 @@ def types_of(kind):
 
 def test_an_option_of_the_recipe_is_one_of_the_command_line_and_of_python():
     asked = {name.rstrip("_"): p for name, p in parameters(cli.quantize).items()}
-    assert asked.keys() == {*api.OF_THE_RUN, *KINDS}
+    assert asked.keys() - {"log_json"} == {*api.OF_THE_RUN, *KINDS}
     for field in dataclasses.fields(Recipe):
         text_alone = {int} if field.name == "group_size" else set()  # 'channel' or a number
         assert types_of(asked[field.name].annotation) == types_of(KINDS[field.name]) - text_alone, field.name
@@ -58,9 +58,9 @@ def test_what_the_command_line_says_of_a_default_is_the_default():
 @pytest.mark.parametrize(
     ("command", "function", "of_the_terminal", "of_python"),
     [
-        (cli.quantize, llmq.quantize, set(), {"warn", "progress", "options"}),
+        (cli.quantize, llmq.quantize, {"log_json"}, {"warn", "progress", "options"}),
         (cli.dequantize, llmq.dequantize, set(), {"warn", "progress"}),
-        (cli.evaluate, llmq.evaluate, {"json_file", "overwrite"}, {"progress"}),
+        (cli.evaluate, llmq.evaluate, {"json_file", "log_json", "overwrite"}, {"progress"}),
     ],
 )
 def test_the_other_options_are_the_same(command, function, of_the_terminal, of_python):

@@ -61,8 +61,8 @@ def dequantize(
     given = locals().copy()
     from llmq.api import dequantize as run
 
-    with progress() as step:
-        done = run(**given, warn=warn, progress=step)
+    with progress() as work:
+        done = run(**given, warn=warn, progress=work)
     table = Rows(out)
     table.add("size", f"{done['bytes'] / 1e6:,.1f} MB in {len(done['tensors'])} tensors")
     table.add("decoded", ", ".join(f"{n} weights, {kind}" for kind, n in done["decoded"]["weights"].items()))

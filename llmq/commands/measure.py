@@ -29,6 +29,7 @@ def evaluate(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --json.")] = False,
+    log_json: Annotated[Path | None, typer.Option(help="Log every step for machines: a JSON object a line.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...; the checkpoint's own if left out.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
 ) -> None:
@@ -36,7 +37,7 @@ def evaluate(
 
     Example: `llmq eval ./my-llama-int4 --baseline ./my-llama --text sample.txt`
     """
-    given = {n: value for n, value in locals().copy().items() if n not in ("json_file", "overwrite")}
+    given = {n: value for n, value in locals().copy().items() if n not in ("json_file", "log_json", "overwrite")}
     from llmq.api import evaluate as run
     from llmq.checkpoint.disk import write_text
     from llmq.checkpoint.place import check_file, user_path
@@ -45,8 +46,8 @@ def evaluate(
     figures = None if json_file is None else user_path(json_file)
     if figures:
         check_file(figures, "--json", b"{", overwrite=overwrite)
-    with progress() as step:
-        found = run(**given, progress=step)
+    with progress(log_json) as work:
+        found = run(**given, progress=work)
     console.print(table({model: found}))
     if figures:
         write_text(figures, json.dumps({model: found.to_json()}, indent=2) + "\n")
@@ -97,7 +98,8 @@ def verify(
     found = None if json_file is None else user_path(json_file)
     if found:
         check_file(found, "--json", b"{", overwrite=overwrite)
-    report = run(out, against, adapter)
+    with progress() as work:
+        report = run(out, against, adapter, work)
     if found:
         write_text(found, json.dumps(report.to_json(), indent=2) + "\n")
     for note in report.notes:

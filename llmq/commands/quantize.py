@@ -54,17 +54,18 @@ def quantize(
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Let --recipe name modules to import.")] = False,
     verify: Annotated[bool, typer.Option(help="Reopen and check what was written before it becomes OUT.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when the run has succeeded.")] = False,
+    log_json: Annotated[Path | None, typer.Option(help="Log every step for machines: a JSON object a line.")] = None,
 ) -> None:
     """Quantize a checkpoint.
 
     Example: `llmq quantize ./my-llama ./my-llama-int4 --method gptq --bits 4 --group-size 128 --calib text.txt`
     """
-    given = {name.rstrip("_"): value for name, value in locals().copy().items()}
+    given = {name.rstrip("_"): value for name, value in locals().copy().items() if name != "log_json"}
     from llmq.api import quantize as run
 
     start = time.monotonic()
-    with progress() as step:
-        record = run(**given, warn=warn, progress=step)
+    with progress(log_json) as work:
+        record = run(**given, warn=warn, progress=work)
     _print_summary(out, record, time.monotonic() - start)
 
 

@@ -1,21 +1,24 @@
 """Where commands print, and what they show while they work.
 
-    with progress() as step:
-        step(3, 32, "block 3")        # a bar with the time left, where the output is a terminal
+    with progress() as work:
+        work(3, 32, "block 3")        # a bar with the time left, where the output is a terminal
 
-Not here: tables and lines (show.py).
+Not here: the bar, the lines and the log themselves (watching.py), tables (show.py).
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llmq import signals
-from llmq.errors import printable
 from llmq.show import labelled
+
+if TYPE_CHECKING:
+    from llmq.progress import Work
 
 console = Console()
 
@@ -26,17 +29,15 @@ def warn(warning: str) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Any]:
-    """Yield `step(done, total, what)`, shown as a bar with the time left (only where the output is a terminal)."""
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=None)
+def progress(log: Path | None = None) -> Iterator[Work]:
+    """Yield what long work is told to: a bar on a terminal, else lines; and the file of --log-json, where one is given.
 
-        def step(done: int, total: int, what: str) -> None:
-            signals.check()
-            bar.update(task, completed=done, total=total, description=printable(what, 100))
+    Raises LlmqError for a file that cannot be written, or holds something else.
+    """
+    from llmq.commands.watching import Bar, Everyone, JsonLog, Lines
+    from llmq.progress import Work
 
-        yield step
+    with ExitStack() as stack:
+        logs = [stack.enter_context(JsonLog(log, warn))] if log else []
+        shown = stack.enter_context(Bar(console)) if console.is_terminal else Lines(console)
+        yield Work(Everyone([shown, *logs]))
