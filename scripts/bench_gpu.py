@@ -1,6 +1,10 @@
-"""Decode and prefill of whole models on this machine's GPU: bfloat16 beside what llmq writes, batch 1.
+"""Decode and prefill of whole models on this machine's GPU: bfloat16 beside what llmq writes, batch 1. And solves.
 
     python scripts/bench_gpu.py [--out DIR] [--rounds 5] [--blocks 22]
+    python scripts/bench_gpu.py --solves 7B 70B
+
+With --solves, in place of models: GPTQ and one round of descent at the sites of a block, seconds and launches, with the
+kernels and by torch. 70B needs room for some matrices of 28672 x 28672 float32, 3.3 GB each.
 
 A random Llama of TinyLlama-1.1B's shape, rounded to nearest; every model computes in bfloat16. Decode is timed eager,
 as `generate` runs it, and as one CUDA graph a step, as servers run it. Models take turns, and a ratio is of neighbours
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import _measure as measure
+import _solves
 import _speed
 import torch
 from bench_runtime import quantized, random_llama, weight_bytes
@@ -103,10 +108,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--blocks", type=int, default=22)
     parser.add_argument("--new", type=int, default=_speed.NEW)
+    parser.add_argument("--solves", nargs="+", choices=_solves.BLOCKS, default=[], help="time solves, not models")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_gpu.py needs a GPU, and torch sees none here")
     print(f"{torch.cuda.get_device_name()}; {measure.machine()}")
+    if args.solves:
+        print("| site | step | s, kernels | launches | s, torch | launches |\n|---|---|---|---|---|---|")
+        for line in (row for block in args.solves for row in _solves.timed(block)):
+            print(line, flush=True)
+        return
     found = models(args.out, args.blocks)
     ids = torch.randint(3, 32000, (1, PREFILL), generator=torch.Generator().manual_seed(0)).cuda()
     runs = {name: measured(name, model, ids, args.new, args.rounds) for name, model in found.items()}
