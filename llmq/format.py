@@ -111,6 +111,17 @@ class Assignment(ABC):
         """Return what a tensor of the model is called where it is staged."""
         return name
 
+    def float_bytes(self, name: str, shape: Sequence[int], nbytes: int) -> int:
+        """Return the bytes that OUT has of a tensor of the model that stays float; 0 for one that it leaves out.
+
+        nbytes: those of the model.
+        """
+        return nbytes
+
+    def more_bytes(self) -> int:
+        """Return the bytes of tensors of OUT that no checkpoint holds."""
+        return 0
+
     def channels(self, name: str, vector: Tensor) -> Tensor:
         """Return a value for each input channel of a linear, `[K]`, in the order that OUT has them in."""
         return vector

@@ -10,6 +10,7 @@ Not here: any of the bytes, and the file around the tensors (llmq/gguf/).
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -53,6 +54,15 @@ class _File(Assignment):
     floats: Mapping[str, str]
     split: int
     imatrix: str | None
+
+    def float_bytes(self, name: str, shape: Sequence[int], nbytes: int) -> int:
+        """See `Assignment.float_bytes`."""
+        kind = self.floats.get(name)
+        return 0 if kind is None else prod(self.architecture.shape(name, shape)) * container.FLOAT_TYPES[kind].itemsize
+
+    def more_bytes(self) -> int:
+        """See `Assignment.more_bytes`."""
+        return sum(t.nbytes for t in self.architecture.extra().values())
 
     def channels(self, name: str, vector: Tensor) -> Tensor:
         """See `Assignment.channels`."""

@@ -30,7 +30,7 @@ from llmq.gguf.tokenizer import Vocabulary
 from llmq.guard.reading import Entry
 
 _SIZE = re.compile(r"(\d+)([MG])")
-_FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZATION_VERSION = gguf.GGML_QUANT_VERSION
 
 
@@ -214,7 +214,7 @@ def _load(arch: Architecture, part: Part) -> Tensor:
 
 def as_float(tensor: Tensor, kind: str, name: str) -> Tensor:
     """Return a float tensor as F32, F16 or BF16. Raises LlmqError for a value that F16 cannot hold."""
-    out = tensor.to(_FLOAT_TYPES[kind])
+    out = tensor.to(FLOAT_TYPES[kind])
     if kind == "F16" and torch.isinf(out).any():
         raise LlmqError(f"{name} holds values beyond float16's 65504; take BF16 or F32 in place of F16")
     return out

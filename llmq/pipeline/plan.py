@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,35 @@ class Plan:
         return None if given is None else given.to(self.device)
 
     def bytes(self) -> int:
-        """Return the size of the weights that will be written."""
-        sizes = self.source.sizes().items()
-        floats = sum(size for name, size in sizes if name.removesuffix(".weight") not in self.matrices)
-        return floats + sum(packed_bytes(self.method.format, s) for s in self.matrices.values())
+        """Return the bytes of all tensors that will be written: packed, float, and what no checkpoint holds."""
+        packed = sum(packed_bytes(self.method.format, s) for s in self.matrices.values())
+        return packed + sum(self.float_bytes.values()) + self.assigned.more_bytes() + self._cache_bytes()
+
+    @cached_property
+    def float_bytes(self) -> dict[str, int]:
+        """The bytes of each tensor that stays float, as it is written, by its name."""
+        sizes, shapes = self.source.sizes(), self.source.headers()
+        left = [n for n in sizes if n.removesuffix(".weight") not in self.matrices]
+        return {n: self.assigned.float_bytes(n, shapes[n][1], sizes[n]) for n in left}
+
+    def _cache_bytes(self) -> int:
+        """Return the bytes of the scales of keys and values: two for each block, of each head where that is asked."""
+        recipe, text = self.method.recipe, self.skeleton.text
+        heads = text.num_key_value_heads if recipe.kv == "head" else 1
+        each = heads * self.method.format.scale_dtype(self.skeleton.stored_dtype).itemsize
+        return 2 * len(self.skeleton) * each if recipe.kv_bits else 0
+
+    def disk(self) -> dict[str, int]:
+        """Return the bytes of disk that the run takes beside OUT while it lasts, by what they are.
+
+        output: the shards. parts: the blocks that they are joined from. states: the calibration's hidden states, before
+        a block and behind it. hessians: one for each linear at most, where finishers want them.
+        """
+        recipe, width = self.method.recipe, self.skeleton.text.hidden_size
+        tokens = (recipe.samples or 0) * (recipe.seq_len or 0)
+        states = ceil(2 * tokens * width * self.skeleton.dtype.itemsize * (1 + self.paired()))
+        hessians = sum(4 * s.K**2 for s in self.linears.values()) if self.method.finishers else 0
+        return {"output": self.bytes(), "parts": self.bytes(), "states": states, "hessians": hessians}
 
     def packed(self, name: str, q: QTensor) -> dict[str, Tensor]:
         """Return the packed tensors of a linear, by their full names."""

@@ -58,7 +58,7 @@ def quantize(
         if sink.earlier is not None:
             sink.commit()
             return sink.earlier
-        sink.require(2 * plan.bytes() + _set_aside(plan))  # parts and the shards joined from them
+        sink.require(sum(plan.disk().values()))
         if plan.method.finishers:
             check_memory(plan)
         state = _enter(plan, sink.room / "states", work)
@@ -104,19 +104,6 @@ class _Done:
         self.importance |= known.importance
         for names, H_KK in known.hessians.items():
             self.hessians.keep(names, H_KK)
-
-
-def _set_aside(plan: Plan) -> int:
-    """Return the bytes of what the run needs beside the weights.
-
-    Of the hidden states those before a block and those behind it; where there are finishers, a Hessian for each linear
-    at most.
-    """
-    recipe, width = plan.method.recipe, plan.skeleton.text.hidden_size
-    tokens = (recipe.samples or 0) * (recipe.seq_len or 0)
-    states = 2 * tokens * width * plan.skeleton.dtype.itemsize * (1 + plan.paired())
-    hessians = sum(4 * s.K**2 for s in plan.linears.values()) if plan.method.finishers else 0
-    return hessians + math.ceil(states)
 
 
 def _enter(plan: Plan, states: Path, work: Work) -> Calibration:

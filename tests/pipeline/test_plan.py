@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from _families import FAMILIES
+from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from llmq.checkpoint import Source
@@ -18,6 +19,10 @@ from llmq.types import LlmqError
 
 NAME = "model.layers.1.mlp.up_proj"
 RTN = {"method": "rtn", "group_size": 32}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -197,3 +202,35 @@ def test_what_transforms_leave_alone_is_said_before_any_work(tiny_checkpoint, tm
         LlmqError, match=r"finds nothing to fold scales into, not into what comes before self_attn\.q_proj"
     ):
         prepare(str(tmp_path), Recipe(method="smoothquant:linears=false,rtn", group_size=32), "cpu")
+
+
+SMALL = {"samples": 2, "seq_len": 16}
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "config"),
+    [
+        ("gptq", {"bits": 3, "group_size": "channel"}, {}),
+        ("gptq", {"lm_head": True}, {"tie_word_embeddings": True}),
+        ("awq", {"format": "awq", "sym": False, "skip": ("o_proj",)}, {"attention_bias": True}),
+        ("mixed", {"format": "compressed-tensors", "override": ("down_proj:bits=5",)}, {}),
+        ("static", {"bits": 8, "act_bits": 8, "act": "tensor", "group_size": "channel", **SMALL}, {}),
+        ("cache", {"kv_bits": 8, "kv": "head", **SMALL}, {}),
+        ("x.gguf", {"type": "Q4_K_M"}, {"tie_word_embeddings": True}),
+        ("x.gguf", {"type": "F16"}, {"rope_parameters": LLAMA3}),
+    ],
+)
+def test_the_bytes_of_what_is_written_are_known_before(tiny_checkpoint, tmp_path, prose, out, options, config):
+    (tmp_path / "t.txt").write_text(prose(500))
+    options = {"method": "rtn", "group_size": 32, **options}
+    if out.endswith(".gguf"):
+        options = {"format": "gguf", **{k: v for k, v in options.items() if k != "group_size"}}
+    elif options.get("samples"):
+        options["calib"] = str(tmp_path / "t.txt")
+    plan = prepare(str(tiny_checkpoint(dtype=torch.bfloat16, **config)), Recipe(**options), "cpu")
+    quantize(plan, tmp_path / out)
+    if out.endswith(".gguf"):
+        written = sum(int(t.n_bytes) for t in GGUFReader(tmp_path / out).tensors)
+    else:
+        written = sum(t.nbytes for t in load_file(tmp_path / out / "model.safetensors").values())
+    assert plan.bytes() == written == sum(plan.disk().values()) - plan.disk()["parts"] - plan.disk()["states"]
