@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 
 import llmq
 from llmq.calibration.state import Calibration
+from llmq.checkpoint.batches import Batches
 from llmq.model.ends import embed
-from llmq.model.lanes import Batches
 from llmq.pipeline.activations import NOT_FINITE
 from llmq.pipeline.block import quantize_block
 from llmq.pipeline.plan import prepare
@@ -85,7 +85,7 @@ def test_a_good_run_has_no_trouble(tiny_checkpoint, tmp_path, text):
 
 
 @pytest.mark.parametrize("method", ["gptq", "smoothquant,gptq", "awq,rtn", "migrate,rtn", "qep,gptq,descent"])
-def test_activations_that_are_not_finite_are_named_and_the_linears_rounded(method, tiny_checkpoint):
+def test_activations_that_are_not_finite_are_named_and_the_linears_rounded(method, tiny_checkpoint, tmp_path):
     """One NaN among the tokens: no statistic of it may reach a weight."""
     ids = torch.randint(2, 200, (4, 16), generator=torch.Generator().manual_seed(0))
     plans = [
@@ -94,7 +94,8 @@ def test_activations_that_are_not_finite_are_named_and_the_linears_rounded(metho
     ]
     hidden, calls = embed(plans[0].skeleton, ids.split(2), plans[0].device)
     hidden[1][0, 3, 7] = torch.nan
-    state = Calibration(Batches(hidden), Batches(hidden), calls, calls, ids=ids)
+    batches = Batches(tmp_path / "00000", "hidden", range(2)).filled(hidden)
+    state = Calibration(batches, batches, calls, calls, ids=ids)
     with torch.no_grad():
         tensors, report, _ = quantize_block(plans[0], 0, state)
         _, plain, _ = quantize_block(plans[1], 0, Calibration())
