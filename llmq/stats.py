@@ -1,13 +1,16 @@
-"""Statistics: what calibration accumulates of the activation at a site. Sums and maxima, which merge exactly.
+"""Statistics: what calibration accumulates of the activation at a site. Sums and maxima, in parts of a fixed order.
 
-A statistic keeps named tensors and declares of each how it is reduced, over batches and over ranks: by SUM or by MAX.
-That is all that a collective needs to know:
+A statistic keeps named tensors and declares of each how it is reduced, over batches and over processes: by SUM or MAX.
 
     class AbsMax(Stat):
         reductions = {"max": MAX}
 
         def update(self, X_TK):
             self.reduce("max", X_TK.abs().amax(0).float())
+
+A sum of floats depends on the order of its terms. So the calibration is cut into parts, the same for any number of
+processes (team.py): batches are added up within their part, and then the parts, in their order. Where several processes
+see a part each, `close_part` is given what joins theirs; the sums have the same bits as in one process.
 
 `calibration/collect.py` makes one of each class that a step needs, per site, and the block drops them when the site is
 solved. A `paired` one is updated with `(X_TK, F_TK)`: the same tokens' activations in the quantized and in the float
@@ -22,6 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +35,7 @@ _PANEL = 192  # the least columns of one product in the rank-k update; narrower 
 
 
 class Reduction(Enum):
-    """How two ranks' tensors become one."""
+    """How two tensors become one."""
 
     SUM = "sum"
     MAX = "max"
@@ -47,11 +51,13 @@ SUM, MAX = Reduction.SUM, Reduction.MAX
 class Stat(ABC):
     """An accumulator over the activations of a site.
 
-    reductions: the names of its tensors, and how each is reduced.
+    reductions: the names of its tensors, and how each is reduced; maxima are of magnitudes. One that is kept in pieces
+        has names such as `sum 0` and `sum 192`.
     paired: whether `update` also wants the activations of the float model for the same tokens.
     weighed: whether the activations come times the square root of their token's weight, where tokens are weighed.
     matrices: how many float32 matrices `[K, K]` it keeps, so that it is known before what a run takes.
-    tokens, first: how many tokens the whole calibration has, and the number of the first that this rank sees.
+    tokens: how many the whole calibration has. at: the number of the first token of the batch that `update` is given.
+    part: the tensors of the part that is being seen. totals: those of all parts before.
     """
 
     reductions: ClassVar[Mapping[str, Reduction]]
@@ -59,23 +65,30 @@ class Stat(ABC):
     paired: ClassVar[bool] = False
     weighed: ClassVar[bool] = False
 
-    def __init__(self, tokens: int, first: int = 0) -> None:
-        self.tokens, self.first = tokens, first
-        self.tensors: dict[str, Tensor] = {}
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.at = tokens, 0
+        self.part: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {}
 
     @abstractmethod
     def update(self, X_TK: Tensor, F_TK: Tensor | None = None) -> None:
         """Add a batch of activations `[T, K]`, `F_TK` those of the float model where `paired`."""
 
-    def reduce(self, name: str, tensor: Tensor) -> None:
-        """Reduce a tensor into the one of that name; the first one becomes it."""
-        mine = self.tensors.get(name)
-        self.tensors[name] = tensor if mine is None else self.reductions[name](mine, tensor)
+    def reduction(self, name: str) -> Reduction:
+        """Return how the tensor of that name is reduced."""
+        return self.reductions[name.partition(" ")[0]]
 
-    def merge(self, other: Stat) -> None:
-        """Add what another rank accumulated."""
-        for name, tensor in other.tensors.items():
-            self.reduce(name, tensor.clone())
+    def reduce(self, name: str, tensor: Tensor) -> None:
+        """Reduce a tensor into the one of that name in this part; the first one becomes it."""
+        mine = self.part.get(name)
+        self.part[name] = tensor if mine is None else self.reduction(name)(mine, tensor)
+
+    def close_part(self) -> None:
+        """Add the part that was seen to the totals."""
+        for name, tensor in self.part.items():
+            total = self.totals.get(name)
+            self.totals[name] = tensor if total is None else self.reduction(name)(total, tensor)
+        self.part = {}
 
     def add(self, name: str, count: int) -> None:
         """Add to a count."""
@@ -83,13 +96,51 @@ class Stat(ABC):
 
     def number(self, name: str) -> int:
         """Return a count, 0 where nothing was counted."""
-        return int(self.tensors[name]) if name in self.tensors else 0
+        return sum(int(tensors[name]) for tensors in (self.part, self.totals) if name in tensors)
 
     def whole(self, name: str) -> Tensor:
-        """Return the tensor of that name. Raises ValueError where nothing was accumulated."""
-        if name not in self.tensors:
+        """Return the tensor of that name over all parts. Raises ValueError where nothing was accumulated."""
+        self.close_part()
+        if name not in self.totals:
             raise ValueError("no activation was accumulated")
-        return self.tensors[name]
+        return self.totals[name]
+
+
+class Squares(Stat):
+    """A statistic with sums `X^T X`: symmetric, so that only the upper triangle is summed, in panels of rows.
+
+    Of K = 600 columns, a sum `s` is `s 0` `[192, 600]`, `s 192` `[192, 408]`, `s 384` and `s 576`: 0.6 of the square.
+    """
+
+    def square(self, name: str, X_TK: Tensor) -> None:
+        """Add `X^T X` of float32 activations to the sum of that name."""
+        K = X_TK.shape[1]
+        for i, j in _panels(K):
+            panel = self.part.get(f"{name} {i}")
+            if panel is None:
+                panel = self.part[f"{name} {i}"] = torch.zeros(j - i, K - i, device=X_TK.device)
+            panel.addmm_(X_TK[:, i:j].T, X_TK[:, i:])
+
+    def squared(self, name: str) -> Tensor:
+        """Return the sum of that name, float32 `[K, K]`; its panels are gone then.
+
+        Raises ValueError where nothing was accumulated.
+        """
+        K = self.whole(f"{name} 0").shape[1]
+        whole = torch.empty(K, K, device=self.totals[f"{name} 0"].device)
+        for i, j in _panels(K):
+            whole[i:j, i:] = self.totals.pop(f"{name} {i}")
+            diagonal = whole[i:j, i:j]
+            diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
+            whole[j:, i:j] = whole[i:j, j:].T
+        return whole
+
+
+def _panels(K: int) -> Iterator[tuple[int, int]]:
+    """Yield the row ranges in which the upper triangle of a symmetric sum is kept."""
+    panel = max(_PANEL, K // 8)
+    for i in range(0, K, panel):
+        yield i, min(i + panel, K)
 
     def finite(self) -> bool:
         """Say whether all that was accumulated is finite; of a matrix of products its diagonal tells."""
@@ -128,7 +179,7 @@ class Stats(dict[type[Stat], Any]):
         self._made.clear()
 
 
-class Hessian(Stat):
+class Hessian(Squares):
     """`X^T X` over all tokens, in float32.
 
     Each batch is one blocked product; over some tens of batches the running sum keeps 6 digits, four more than damping
@@ -139,8 +190,8 @@ class Hessian(Stat):
     matrices = 1
     weighed = True
 
-    def __init__(self, tokens: int, first: int = 0) -> None:
-        super().__init__(tokens, first)
+    def __init__(self, tokens: int) -> None:
+        super().__init__(tokens)
         self._mean: Tensor | None = None
 
     @property
@@ -149,49 +200,25 @@ class Hessian(Stat):
         return self.number("count")
 
     def update(self, X_TK: Tensor, F_TK: Tensor | None = None) -> None:
-        """Add a batch. Only the upper block triangle is computed: `mean` mirrors it."""
-        X = X_TK.float()
-        K = X.shape[1]
-        if "sum" not in self.tensors:
-            self.reduce("sum", torch.zeros(K, K, dtype=torch.float32, device=X.device))
-        total = self.tensors["sum"]
-        with _exact_products(X_TK.dtype):
-            for i, j in _panels(K):
-                total[i:j, i:].addmm_(X[:, i:j].T, X[:, i:])
-        self.add("count", X.shape[0])
-
-    def reduce(self, name: str, tensor: Tensor) -> None:
-        """See `Stat.reduce`. Raises ValueError where the mean was taken."""
+        """Add a batch. Raises ValueError where the mean was taken."""
         if self._mean is not None:
             raise ValueError("the mean was taken: this sum is closed")
-        super().reduce(name, tensor)
+        with _exact_products(X_TK.dtype):
+            self.square("sum", X_TK.float())
+        self.add("count", X_TK.shape[0])
 
     def mean(self) -> Tensor:
         """Return H = X^T X / T, symmetric float32 `[K, K]`; not to be written to. Nothing can be added afterwards."""
         if self._mean is None:
-            mean = self.whole("sum").div_(max(self.count, 1))
-            for i, j in _panels(len(mean)):
-                diagonal = mean[i:j, i:j]
-                diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
-                mean[j:, i:j] = mean[i:j, j:].T
-            self._mean = mean
-            del self.tensors["sum"]
+            self._mean = self.squared("sum").div_(max(self.count, 1))
         return self._mean
 
 
-def _panels(K: int) -> Iterator[tuple[int, int]]:
-    """Yield the row ranges in which a Hessian's upper block triangle is computed."""
-    panel = max(_PANEL, K // 8)
-    for i in range(0, K, panel):
-        yield i, min(i + panel, K)
-
-
-class Drift(Stat):
+class Drift(Squares):
     """`(F - X)^T X` over all tokens: how the quantized model's activations X miss the float model's F, seen from X.
 
     fit: over seven eighths of each batch's tokens. held, held_hessian: `(F - X)^T X` and `X^T X` over its last eighth,
-    which a step can choose by. Float32 sums, `[K, K]`; held_hessian is whole, not a triangle. count, held_count: of all
-    tokens, and of those held.
+    which a step can choose by. Float32 sums, `[K, K]`. count, held_count: of all tokens, and of those held.
     """
 
     reductions: ClassVar[Mapping[str, Reduction]] = dict.fromkeys(
@@ -207,15 +234,20 @@ class Drift(Stat):
             raise TypeError("a drift is between two activations")
         X, miss = X_TK.float(), F_TK.float() - X_TK.float()
         K = X.shape[1]
-        if "fit" not in self.tensors:
-            for name in ("fit", "held", "held_hessian"):
+        if "fit" not in self.part:
+            for name in ("fit", "held"):
                 self.reduce(name, torch.zeros(K, K, device=X.device))
         at = X.shape[0] - X.shape[0] // 8
-        self.tensors["fit"].addmm_(miss[:at].T, X[:at])
-        self.tensors["held"].addmm_(miss[at:].T, X[at:])
-        self.tensors["held_hessian"].addmm_(X[at:].T, X[at:])
+        self.part["fit"].addmm_(miss[:at].T, X[:at])
+        self.part["held"].addmm_(miss[at:].T, X[at:])
+        self.square("held_hessian", X[at:])
         self.add("count", X.shape[0])
         self.add("held_count", X.shape[0] - at)
+
+    @cached_property
+    def held_hessian(self) -> Tensor:
+        """`X^T X` over the held tokens, symmetric. Raises ValueError where nothing was accumulated."""
+        return self.squared("held_hessian")
 
 
 @contextmanager
@@ -282,29 +314,27 @@ class MeanSquare(_ChannelMean):
 class Sample(Stat):
     """Some of the tokens, spread evenly over the calibration: one, drawn by chance, of each of `MOST` equal runs.
 
-    Which ones follows from their numbers alone, so that ranks fill rows of their own and their sum is exact.
+    Which ones follows from their numbers alone: each process fills the rows of the tokens that it sees.
     rows: `[MOST or fewer, K]`, in the activation's dtype.
     """
 
     reductions: ClassVar[Mapping[str, Reduction]] = {"rows": SUM}
     MOST = 1024
 
-    def __init__(self, tokens: int, first: int = 0) -> None:
-        super().__init__(tokens, first)
-        self._next = first
+    def __init__(self, tokens: int) -> None:
+        super().__init__(tokens)
         run = -(-tokens // self.MOST)
         starts = torch.arange(0, tokens, run)
         drawn = torch.randint(2**31, starts.shape, generator=torch.Generator().manual_seed(0))
         self._chosen = starts + drawn % (tokens - starts).clamp(max=run)  # ascending: the number of a row's token
 
     def update(self, X_TK: Tensor, F_TK: Tensor | None = None) -> None:
-        """Add a batch, whose tokens follow those of the last."""
-        at = self._chosen - self._next
+        """Add a batch, whose tokens are numbered from `at` on."""
+        at = self._chosen - self.at
         rows = ((at >= 0) & (at < len(X_TK))).nonzero()[:, 0]
-        if "rows" not in self.tensors:
+        if "rows" not in self.part:
             self.reduce("rows", X_TK.new_zeros(len(at), X_TK.shape[1]))
-        self.tensors["rows"][rows.to(X_TK.device)] = X_TK[at[rows].to(X_TK.device)]
-        self._next += len(X_TK)
+        self.part["rows"][rows.to(X_TK.device)] = X_TK[at[rows].to(X_TK.device)]
 
     @property
     def rows(self) -> Tensor:
@@ -339,13 +369,14 @@ class Histogram(Stat):
     def values(self) -> tuple[Tensor, Tensor]:
         """Return the bins' centres up to the largest value, that value itself, and their counts."""
         counts, largest = torch.zeros(self.BINS, dtype=torch.float64), self.whole("max")
-        used = self.tensors["counts"].any(1).nonzero()[:, 0].tolist()
-        for row in self.tensors["counts"][used[0] : used[-1] + 1]:
+        seen = self.whole("counts")
+        used = seen.any(1).nonzero()[:, 0].tolist()
+        for row in seen[used[0] : used[-1] + 1]:
             counts = _halved(counts) + row
         centres = (torch.arange(self.BINS) + 0.5) * (2.0 ** self._SCALES[used[-1]] / self.BINS)
-        seen = (counts > 0) & (centres < largest)
+        filled = (counts > 0) & (centres < largest)
         one = torch.ones(1, dtype=torch.float64)
-        return torch.cat([centres[seen], largest[None]]), torch.cat([counts[seen], one]).float()
+        return torch.cat([centres[filled], largest[None]]), torch.cat([counts[filled], one]).float()
 
 
 def _scale(largest: float, scales: range) -> int:

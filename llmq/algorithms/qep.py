@@ -53,10 +53,10 @@ class Qep(Regularized, Correction):
 
     def correct(self, W_NK: Tensor, rows: Sequence[int], stats: Stats) -> tuple[Tensor, list[dict[str, Any]]]:
         """Move the weights of a site; a site whose input has not drifted stays as it is."""
-        hessian, (fit, held, _) = stats[Hessian], _sums(stats[Drift])
+        hessian, drift = stats[Hessian], stats[Drift]
+        fit, held, tokens = drift.whole("fit"), drift.whole("held"), drift.number("count")
         if not fit.any():
             return W_NK, [{} for _ in rows]
-        tokens = stats[Drift].number("count")
         D_NK, line = self._move(W_NK, (fit + held) / tokens, hessian.mean(), hessian.count)
         alphas = [self.alpha] * len(rows) if self.alpha is not None else self._choose(W_NK, rows, stats)
         parts = zip(W_NK.split(list(rows)), D_NK.split(list(rows)), alphas, strict=True)
@@ -65,8 +65,9 @@ class Qep(Regularized, Correction):
 
     def _choose(self, W_NK: Tensor, rows: Sequence[int], stats: Stats) -> list[float]:
         """Return, for each linear of the site, the alpha of least error on the held-out tokens."""
-        hessian, (fit, held, held_hessian) = stats[Hessian], _sums(stats[Drift])
-        seen, unseen = (stats[Drift].number(name) for name in ("count", "held_count"))
+        hessian, drift = stats[Hessian], stats[Drift]
+        fit, held, held_hessian = drift.whole("fit"), drift.whole("held"), drift.held_hessian
+        seen, unseen = (drift.number(name) for name in ("count", "held_count"))
         tokens = hessian.count - unseen
         H_KK = (hessian.mean() * hessian.count - held_hessian) / tokens
         D_NK, _ = self._move(W_NK, fit / (seen - unseen), H_KK, tokens)
@@ -85,10 +86,6 @@ class Qep(Regularized, Correction):
         if L is None:
             return torch.zeros_like(W_NK), line | {"qep": f"none: H does not factor with damping up to {damping:g}"}
         return torch.cholesky_solve((W_NK @ drift_KK).T, L).T, line
-
-
-def _sums(drift: Drift) -> tuple[Tensor, Tensor, Tensor]:
-    return drift.whole("fit"), drift.whole("held"), drift.whole("held_hessian")
 
 
 def _lowest(slope: float, curvature: float, most: float) -> float:

@@ -7,36 +7,47 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
+from llmq.calibration.dealing import Dealt
 from llmq.stats import Stat, Stats
 
 
 def collect(
     kinds: Iterable[type[Stat]],
     batches: Iterable[Tensor],
-    tokens: int,
+    dealt: Dealt,
     floats: Iterator[Tensor] | None = None,
     roots: Iterator[Tensor] | None = None,
+    also: Stat | None = None,
 ) -> Stats:
-    """Return statistics of these kinds over activations `[T, K]`, of so many tokens in all, batch by batch.
+    """Return statistics of these kinds over activations `[T, K]`, batch by batch, in the calibration's parts.
 
     floats: the float model's activations for the first of these batches, of the same tokens and maybe of others behind
         them. A batch may have no token, as an expert's has.
     roots: what the activations of a token are multiplied by in sums of products, `[T, 1]` a batch.
+    also: a statistic that fills while the batches come, by other means, and whose parts end where theirs do.
     """
-    stats = Stats({kind: kind(tokens) for kind in sorted(set(kinds), key=lambda kind: kind.__name__)})
-    for X_TK in batches:
-        F_TK = next(floats, None) if floats else None
-        root = next(roots, None) if roots else None
-        if not len(X_TK):
-            continue
-        stats.tokens += len(X_TK)
-        for stat in stats.values():
-            by = root if stat.weighed else None
-            if not stat.paired:
-                stat.update(_times(X_TK, by))
-            elif F_TK is not None:
-                stat.update(_times(X_TK, by), _times(F_TK[: len(X_TK)], by))
+    stats = Stats({kind: kind(dealt.tokens) for kind in sorted(set(kinds), key=lambda kind: kind.__name__)})
+    coming, leading, rooted = iter(batches), floats or iter(()), roots or iter(())
+    for part in dealt.parts:
+        for at in part:  # no name holds an activation while the next one is made
+            _update(stats, at, next(coming), next(leading, None), next(rooted, None))
+        for stat in (*stats.values(), *([also] if also else [])):
+            stat.close_part()
     return stats
+
+
+def _update(stats: Stats, at: int, X_TK: Tensor, F_TK: Tensor | None, root: Tensor | None) -> None:
+    """Add a batch, whose first token has the number `at`; of experts, the number of the first that is there."""
+    if not len(X_TK):
+        return
+    stats.tokens += len(X_TK)
+    for stat in stats.values():
+        stat.at = at
+        by = root if stat.weighed else None
+        if not stat.paired:
+            stat.update(_times(X_TK, by))
+        elif F_TK is not None:
+            stat.update(_times(X_TK, by), _times(F_TK[: len(X_TK)], by))
 
 
 def _times(x: Tensor, by: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmq.calibration.dealing import Dealt
 from llmq.checkpoint.batches import Batches
 from llmq.model.lanes import Call
 
@@ -42,6 +43,7 @@ class Calibration:
     float_calls: those of the float blocks, with objects of their own.
     squares: of every linear still to come, by full name, the squared gradients at its output, `[T]` a batch, where
     tokens are weighed. ids: the tokens themselves, int64 `[samples, seq_len]`. probe: a short sequence beside them.
+    dealt: the parts that the batches make.
     """
 
     hidden: Batches = field(default_factory=Batches)
@@ -51,6 +53,11 @@ class Calibration:
     squares: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     ids: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     probe: Probe | None = None
+    dealt: Dealt = field(default_factory=Dealt)
+
+    def __post_init__(self) -> None:
+        if sum(map(len, self.dealt.parts)) != len(self.calls):
+            raise ValueError("every batch of a calibration is in one of its parts")
 
     @property
     def tokens(self) -> int:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmq.calibration.collect import collect
+from llmq.calibration.dealing import Dealt
 from llmq.calibration.state import Calibration
 from llmq.calibration.token_gradients import squared_gradients
 from llmq.format import packed_bytes
@@ -73,7 +74,8 @@ def costs(plan: Plan, state: Calibration, report: Progress) -> dict[tuple[str, .
     hidden, calls, squares = state.hidden[0], state.calls[:1], state.squares
     if not squares:
         squares = squared_gradients(plan.skeleton, [hidden], calls, plan.device, plan.method.recipe.seed, report)
-    state = Calibration(calls=calls, squares=squares, ids=state.ids[: len(hidden)], probe=state.probe)
+    ids = state.ids[: len(hidden)]
+    state = Calibration(calls=calls, squares=squares, ids=ids, probe=state.probe, dealt=Dealt.of([ids.numel()]))
     found: dict[tuple[str, ...], list[Choice]] = {}
     for i in range(len(plan.skeleton)):
         report(i, len(plan.skeleton), f"sensitivity of block {i}")
@@ -147,7 +149,7 @@ def _measure(
                 names = {full: n for n in site.linears if (full := plan.skeleton.full_name(i, n)) in plan.linears}
                 if not names:
                     continue
-                H_KK = collect((Hessian,), [X_TK], state.tokens)[Hessian].mean() if len(X_TK) else None
+                H_KK = collect((Hessian,), [X_TK], state.dealt)[Hessian].mean() if len(X_TK) else None
                 each = [
                     _choices(plan, plan.linears[full], block.get_submodule(n), (X_TK, H_KK, state.squares[full][0]))
                     for full, n in names.items()

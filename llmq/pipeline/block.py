@@ -238,7 +238,8 @@ def _solve_site(
         kinds = (needs if specs else set()) | measured
         block.work.step("forward", site.linears)
         floats = reference.advance() if reference else None
-        stats = collect(kinds, lanes.advance(), block.state.tokens, floats, _roots(block, site, method))
+        moments = layer.moments if layer is not None else None
+        stats = collect(kinds, lanes.advance(), block.state.dealt, floats, _roots(block, site, method), moments)
         block.passing.only(site.linears)  # all batches have left those before
     if measured:
         report.importance |= {block.full(n): stats[MeanSquare] for n in site.linears}
@@ -355,7 +356,7 @@ def _observe(block: _Block, step: Transform) -> tuple[list[Stats], dict[str, lis
     hooks = [_record_calls(block.module.get_submodule(p), p, calls, step.call_tokens) for p in sorted(parents)]
     with Lanes(block.module, block.sites, block.state.hidden, block.calls) as lanes:
         for site in block.sites:
-            stats.append(collect(step.needs(site), lanes.advance(), block.state.tokens))
+            stats.append(collect(step.needs(site), lanes.advance(), block.state.dealt))
     for hook in hooks:
         hook.remove()
     return stats, calls

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import calibration
+from llmq.calibration.dealing import Dealt
 from llmq.calibration.state import BATCH_TOKENS, Calibration, Probe
 from llmq.calibration.token_gradients import squared_gradients
 from llmq.checkpoint import Scratch, Sink
@@ -136,6 +137,7 @@ def _enter(plan: Plan, states: Path, work: Work) -> Calibration:
         squares,
         ids,
         Probe(short, call),
+        Dealt.of([b.numel() for b in batches]),
     )
 
 

@@ -101,19 +101,6 @@ def test_linears_of_a_site_choose_for_themselves_in_the_order_given():
         torch.testing.assert_close(part, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_merging_two_ranks_is_exact():
-    X, F = activations()
-    whole, left, right = (Drift(len(X)) for _ in range(3))
-    for i, (x, f) in enumerate(zip(X.chunk(4), F.chunk(4), strict=True)):
-        whole.update(x, f)
-        (left if i < 2 else right).update(x, f)
-    left.merge(right)
-    left.merge(Drift(0))
-    assert left.tensors.keys() == Drift.reductions.keys()
-    for name in Drift.reductions:
-        torch.testing.assert_close(left.whole(name), whole.whole(name))
-
-
 @pytest.mark.parametrize("text", ["qep:alpha=1.5", "qep:damp=0", "qep:most=0"])
 def test_impossible_options_are_refused(text):
     with pytest.raises(LlmqError, match="lies between|lie above"):

@@ -13,6 +13,7 @@ from llmq.algorithms._shares import shared
 from llmq.algorithms.awq import Awq
 from llmq.algorithms.smoothquant import SmoothQuant
 from llmq.calibration.collect import collect
+from llmq.calibration.dealing import Dealt
 from llmq.grids.int import Int
 from llmq.grids.q4_0 import Q4_0
 from llmq.model.folding import Fold, fold
@@ -59,7 +60,7 @@ def views(block, x, call, grid, activation=None):
     with torch.no_grad(), Lanes(block, sites, [x], [call]) as lanes:
         for site in sites:
             kinds = (AbsMax, AbsMean, MeanSquare, Sample, Hessian)
-            stats = collect(kinds, lanes.advance(), x.shape[:-1].numel())
+            stats = collect(kinds, lanes.advance(), Dealt.of([x.shape[:-1].numel()]))
             if site.parent not in site.linears:
                 stats.pop(Hessian)
             out.append((site, stats))
@@ -189,7 +190,7 @@ def test_only_ratios_of_activations_move_migrate(activation):
     view, scales = views(block, x, call, Int(8, group="channel"), activation)[-1], []
     for factor in (1, 100):
         for stat, name, power in ((AbsMax, "max", 1), (Sample, "rows", 1), (MeanSquare, "sum", 2)):
-            view.stats[stat].tensors[name] = view.stats[stat].tensors[name] * factor**power
+            view.stats[stat].totals[name] = view.stats[stat].totals[name] * factor**power
         with torch.no_grad():
             scales.append(migrate.Migrate().search(view).scale)
     torch.testing.assert_close(*scales, rtol=1e-3, atol=0)

@@ -10,6 +10,7 @@ from llmq.algorithms.fisher import Fisher
 from llmq.algorithms.gptq import Gptq
 from llmq.calibration import token_gradients
 from llmq.calibration.collect import collect
+from llmq.calibration.dealing import Dealt
 from llmq.checkpoint import Source
 from llmq.model.ends import embed
 from llmq.model.skeleton import Skeleton
@@ -88,7 +89,7 @@ def test_fisher_weighs_by_the_relative_gradient():
 def test_sums_of_products_are_weighed_and_no_others():
     X, F, w = torch.randn(8, 5), torch.randn(8, 5), torch.rand(8)
     roots, kinds = w.sqrt()[:, None], (Hessian, Drift, MeanSquare)
-    stats = collect(kinds, [X[:4], X[4:]], 8, iter([F[:4], F[4:]]), iter([roots[:4], roots[4:]]))
+    stats = collect(kinds, [X[:4], X[4:]], Dealt.of([4, 4]), iter([F[:4], F[4:]]), iter([roots[:4], roots[4:]]))
     torch.testing.assert_close(stats[Hessian].mean(), (X * w[:, None]).T @ X / 8)
     torch.testing.assert_close(stats[Drift].whole("fit") + stats[Drift].whole("held"), ((F - X) * w[:, None]).T @ X)
     torch.testing.assert_close(stats[MeanSquare].mean(), X.square().mean(0))

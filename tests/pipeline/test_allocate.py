@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmq import calibration
+from llmq.calibration.dealing import Dealt
 from llmq.calibration.state import Calibration, Probe
 from llmq.checkpoint.batches import Batches
 from llmq.loading import load_tokenizer
@@ -104,7 +105,8 @@ def test_costs_are_the_divergence_that_rounding_a_site_adds(tiny_checkpoint, tmp
     with torch.no_grad():
         (hidden, short), (calls, call) = embed(plan.skeleton, [tokens, tokens[:1, :8]], torch.device("cpu"))
         entered = Batches(tmp_path / "0", "hidden", range(1)).filled([hidden])
-        state = Calibration(entered, calls=[calls], ids=tokens, probe=Probe(short, call))
+        dealt = Dealt.of([tokens.numel()])
+        state = Calibration(entered, calls=[calls], ids=tokens, probe=Probe(short, call), dealt=dealt)
         found = costs(plan, state, lambda *_: None)
         assert len(found) == 2 * 4
         want, ratios = model(tokens).logits.log_softmax(-1), []

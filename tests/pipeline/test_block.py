@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 
+from llmq.calibration.dealing import Dealt
 from llmq.calibration.state import Calibration
 from llmq.checkpoint.batches import Batches
 from llmq.model.ends import embed
@@ -24,7 +25,8 @@ def entered(plan, folder, batch=2, *, paired=True):
     hidden, calls = embed(plan.skeleton, IDS.split(batch), CPU)
     states = Batches(folder / "00", "hidden", range(len(hidden))).filled(hidden)
     floats = Batches(folder / "00", "floats", range(len(hidden))).filled(hidden) if paired else Batches()
-    return Calibration(states, floats, calls, calls if paired else (), ids=IDS)
+    dealt = Dealt.of([h[..., 0].numel() for h in hidden])
+    return Calibration(states, floats, calls, calls if paired else (), ids=IDS, dealt=dealt)
 
 
 def planned(folder, **options):
