@@ -105,12 +105,22 @@ class Stat(ABC):
             raise ValueError("no activation was accumulated")
         return self.totals[name]
 
+    def finite(self) -> bool:
+        """Say whether all that was accumulated is finite."""
+        self.close_part()
+        return all(bool(t.isfinite().all()) for t in self.totals.values() if t.is_floating_point())
+
 
 class Squares(Stat):
     """A statistic with sums `X^T X`: symmetric, so that only the upper triangle is summed, in panels of rows.
 
     Of K = 600 columns, a sum `s` is `s 0` `[192, 600]`, `s 192` `[192, 408]`, `s 384` and `s 576`: 0.6 of the square.
     """
+
+    def finite(self) -> bool:
+        """See `Stat.finite`; of a matrix of products its diagonal tells."""
+        self.close_part()
+        return all(bool(t.diagonal().isfinite().all()) for t in self.totals.values() if t.dim() == 2)
 
     def square(self, name: str, X_TK: Tensor) -> None:
         """Add `X^T X` of float32 activations to the sum of that name."""
