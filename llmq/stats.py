@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 _PANEL = 192  # the least columns of one product in the rank-k update; narrower products lose speed
+_TRIANGLE = 9 / 16  # of a square is in eight panels of rows from the diagonal on
 
 
 class Reduction(Enum):
@@ -56,12 +57,14 @@ class Stat(ABC):
     paired: whether `update` also wants the activations of the float model for the same tokens.
     weighed: whether the activations come times the square root of their token's weight, where tokens are weighed.
     matrices: how many float32 matrices `[K, K]` it keeps, so that it is known before what a run takes.
+    summing: the same while a part is summed beside the total.
     tokens: how many the whole calibration has. at: the number of the first token of the batch that `update` is given.
     part: the tensors of the part that is being seen. totals: those of all parts before.
     """
 
     reductions: ClassVar[Mapping[str, Reduction]]
     matrices: ClassVar[float] = 0
+    summing: ClassVar[float] = 0
     paired: ClassVar[bool] = False
     weighed: ClassVar[bool] = False
 
@@ -197,7 +200,7 @@ class Hessian(Squares):
     """
 
     reductions: ClassVar[Mapping[str, Reduction]] = {"sum": SUM, "count": SUM}
-    matrices = 1
+    matrices, summing = 1, 2 * _TRIANGLE
     weighed = True
 
     def __init__(self, tokens: int) -> None:
@@ -234,7 +237,7 @@ class Drift(Squares):
     reductions: ClassVar[Mapping[str, Reduction]] = dict.fromkeys(
         ("fit", "held", "held_hessian", "count", "held_count"), SUM
     )
-    matrices = 3
+    matrices, summing = 3, 2 * (2 + _TRIANGLE)
     paired = True
     weighed = True
 

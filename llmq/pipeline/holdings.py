@@ -225,7 +225,8 @@ class Holdings:
         lasting = {stat for step in steps for stat in step.needs(grids)} if specs else set()
         every = lasting | {stat for step in self.method.corrections for stat in step.needs(grids)} if specs else set()
         square, rows = _F32 * K * K, _F32 * N * K
-        yield self._phase("blocks", at, {**fixed, "running batch": running, "sums": square * _matrices(every)})
+        growing = square * sum(stat.summing for stat in every)
+        yield self._phase("blocks", at, {**fixed, "running batch": running, "sums": growing})
         stacked = (len(specs) > 1) + (self.size != _F32)
         groups: list[tuple[set[type[Stat]], SiteStep, int]] = [
             (every, step, stacked + 1) for step in self.method.corrections

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmq
+from llmq.calibration.dealing import Dealt
 from llmq.calibration.state import Calibration
 from llmq.checkpoint.batches import Batches
 from llmq.model.ends import embed
@@ -95,7 +96,7 @@ def test_activations_that_are_not_finite_are_named_and_the_linears_rounded(metho
     hidden, calls = embed(plans[0].skeleton, ids.split(2), plans[0].device)
     hidden[1][0, 3, 7] = torch.nan
     batches = Batches(tmp_path / "00000", "hidden", range(2)).filled(hidden)
-    state = Calibration(batches, batches, calls, calls, ids=ids)
+    state = Calibration(batches, batches, calls, calls, ids=ids, dealt=Dealt.of([32, 32]))
     with torch.no_grad():
         tensors, report, _ = quantize_block(plans[0], 0, state)
         _, plain, _ = quantize_block(plans[1], 0, Calibration())
