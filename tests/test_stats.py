@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from llmq.stats import MAX, SUM, AbsMax, AbsMean, Drift, Hessian, Histogram, MeanSquare, Sample
+from llmq.histogram import Histogram
+from llmq.stats import MAX, SUM, AbsMax, AbsMean, Drift, Hessian, MeanSquare, Sample
 
 KINDS = [Hessian, AbsMax, AbsMean, MeanSquare, Sample, Histogram, Drift]
 

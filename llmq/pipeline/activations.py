@@ -7,8 +7,9 @@ import dataclasses
 from typing import Any
 
 from llmq.errors import LlmqError
+from llmq.histogram import Histogram
 from llmq.pipeline.experts import NO_TOKEN, Layer
-from llmq.stats import Histogram, Stats
+from llmq.stats import Stats
 from llmq.types import AffineGrid, Params
 
 NOT_FINITE = "activations, or their squares, are NaN or infinite"

@@ -27,6 +27,7 @@ from llmq.calibration.collect import collect
 from llmq.calibration.kv_scales import KvMaxima
 from llmq.calibration.state import Calibration
 from llmq.checkpoint.batches import Batches
+from llmq.histogram import Histogram
 from llmq.model.experts import Passing, linears_of
 from llmq.model.folding import Fold, fold
 from llmq.model.lanes import Call, Lanes, run
@@ -39,7 +40,7 @@ from llmq.pipeline.records import Line, Record
 from llmq.pipeline.site import Answer, Target, gave, round_unseen, solve
 from llmq.pipeline.trouble import strain, told
 from llmq.progress import Work
-from llmq.stats import Hessian, Histogram, MeanSquare, Stat, Stats
+from llmq.stats import Hessian, MeanSquare, Stat, Stats
 from llmq.steps import BlockView, Scaling, SiteView, Solved, Transform, Tuner
 from llmq.types import LinearSpec, Params, Producer, Site
 

@@ -5,13 +5,13 @@ import torch
 from torch.nn.functional import gelu, silu
 
 from llmq.grids.int import Int
+from llmq.histogram import Histogram
 from llmq.ranges import _search
 from llmq.ranges.entropy import Entropy
 from llmq.ranges.minmax import MinMax
 from llmq.ranges.mse import Mse
 from llmq.ranges.output import Output
 from llmq.ranges.percentile import Percentile
-from llmq.stats import Histogram
 
 
 def error(range_, w, bits=4, H_KK=None, group="channel", norm=2.0):
