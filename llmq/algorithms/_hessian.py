@@ -66,7 +66,10 @@ def revived(H_KK: Tensor) -> tuple[Tensor, int]:
     """Return H with 1 on the diagonal of its dead columns, and how many there are. H itself is unchanged."""
     dead = H_KK.diagonal() == 0
     count = int(dead.sum())
-    return (H_KK + torch.diag(dead.to(H_KK.dtype)) if count else H_KK), count
+    if count:
+        H_KK = H_KK.clone()
+        H_KK.diagonal().add_(dead)
+    return H_KK, count
 
 
 def damped(H_KK: Tensor, damp: float) -> Tensor:

@@ -40,7 +40,7 @@ class Descent(Regularized, Refiner):
     sweeps: int = 3
     scales: bool = True
 
-    held: ClassVar[Held] = Held(2, 8)
+    held: ClassVar[Held] = Held(2, 6)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +69,7 @@ class _State:
     """A stack while it is refined: codes, parameters, decoded weight Q, gradient (W - Q) H, and loss row by row."""
 
     def __init__(self, W_NK: Tensor, q: QTensor, H_KK: Tensor) -> None:
-        self.grid = q.grid
+        self.grid, self.g_idx = q.grid, q.g_idx
         self.params, self.codes = q.params, q.codes.clone(memory_format=torch.contiguous_format)  # moved in place
         self.W_NK, self.H_KK, self.group_K = W_NK, H_KK, q.group_K
         self.Q_NK, self.gradient_NK, self.loss_N = self._measure(q.codes, q.params)
@@ -85,10 +85,13 @@ class _State:
         return diagonal_K, self.H_KK[self._order][:, self._order].div_(diagonal_K)
 
     def _measure(self, codes: Tensor, params: Parameters) -> tuple[Tensor, Tensor, Tensor]:
-        Q_NK = self.grid.decode(codes, params.columns(codes.shape[1], self.group_K))
+        Q_NK = self._decoded(codes, params)
         error = self.W_NK - Q_NK
         gradient = error @ self.H_KK
-        return Q_NK, gradient, (gradient * error).sum(1)
+        return Q_NK, gradient, error.mul_(gradient).sum(1)
+
+    def _decoded(self, codes: Tensor, params: Parameters) -> Tensor:
+        return QTensor(codes, params, self.grid, self.g_idx).dequantize()
 
     def _accept(self, codes: Tensor, params: Parameters) -> None:
         """Take the rows of a proposal that have less loss."""
@@ -103,15 +106,14 @@ class _State:
 
     def fit_scales(self) -> None:
         """Propose, for each row, the scales that its grid finds best."""
-        error_NK = self.W_NK - self.Q_NK
-        params = self.grid.refine(error_NK, self.gradient_NK, self.codes, self.params, self.H_KK, self.group_K)
-        self._accept(self.codes, params)
+        state = (self.gradient_NK, self.codes, self.params, self.H_KK, self.group_K)
+        self._accept(self.codes, self.grid.refine(self.W_NK - self.Q_NK, *state))
 
     def descend(self, sweeps: int = 1) -> None:
         """Make each code the best given the others, `sweeps` times."""
         walk = Walk(self.codes, self.gradient_NK, self.loss_N, self.H_KK, self._order, self.group_K)
         if descend_codes(walk, self.grid, self.params, sweeps):
-            self.Q_NK = self.grid.decode(self.codes, self.params.columns(self.codes.shape[1], self.group_K))
+            self.Q_NK = self._decoded(self.codes, self.params)
         else:
             for _ in range(sweeps):
                 self._sweep()

@@ -37,7 +37,7 @@ class Gptq(Regularized, Solver):
     act_order: bool = True
     desc_act: bool = False
 
-    held: ClassVar[Held] = Held(3, 4)
+    held: ClassVar[Held] = Held(2, 4)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,7 +38,7 @@ class Qep(Regularized, Correction):
     most: float = 1.0
     share: float = 1.0
 
-    held: ClassVar[Held] = Held(5, 6)
+    held: ClassVar[Held] = Held(2, 4)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +57,9 @@ class Qep(Regularized, Correction):
         fit, held, tokens = drift.whole("fit"), drift.whole("held"), drift.number("count")
         if not fit.any():
             return W_NK, [{} for _ in rows]
-        D_NK, line = self._move(W_NK, (fit + held) / tokens, hessian.mean(), hessian.count)
+        aim_NK = W_NK @ (fit + held).div_(tokens)
+        D_NK, line = self._move(aim_NK, hessian.mean().clone(), hessian.count)
+        del aim_NK
         alphas = [self.alpha] * len(rows) if self.alpha is not None else self._choose(W_NK, rows, stats)
         parts = zip(W_NK.split(list(rows)), D_NK.split(list(rows)), alphas, strict=True)
         moved = [W + alpha * D for W, D, alpha in parts]
@@ -69,8 +71,10 @@ class Qep(Regularized, Correction):
         fit, held, held_hessian = drift.whole("fit"), drift.whole("held"), drift.held_hessian
         seen, unseen = (drift.number(name) for name in ("count", "held_count"))
         tokens = hessian.count - unseen
-        H_KK = (hessian.mean() * hessian.count - held_hessian) / tokens
-        D_NK, _ = self._move(W_NK, fit / (seen - unseen), H_KK, tokens)
+        aim_NK = W_NK @ (fit / (seen - unseen))
+        H_KK = (hessian.mean() * hessian.count).sub_(held_hessian).div_(tokens)
+        D_NK, _ = self._move(aim_NK, H_KK, tokens)
+        del aim_NK, H_KK
         slope_N = ((W_NK @ held) * D_NK).sum(1)
         curvature_N = ((D_NK @ held_hessian) * D_NK).sum(1)
         return [
@@ -78,14 +82,17 @@ class Qep(Regularized, Correction):
             for slope, curvature in zip(slope_N.split(list(rows)), curvature_N.split(list(rows)), strict=True)
         ]
 
-    def _move(self, W_NK: Tensor, drift_KK: Tensor, H_KK: Tensor, tokens: int) -> tuple[Tensor, dict[str, Any]]:
-        """Return W (X - Xq)^T Xq (Xq^T Xq)^-1, zero where the Hessian does not factor, and a line on the damping."""
-        L, damping = cholesky(self.regularize(revived(H_KK)[0].clone(), tokens), self.damp)
+    def _move(self, aim_NK: Tensor, H_KK: Tensor, tokens: int) -> tuple[Tensor, dict[str, Any]]:
+        """Return W (X - Xq)^T Xq (Xq^T Xq)^-1, zero where the Hessian does not factor, and a line on the damping.
+
+        aim_NK: W (X - Xq)^T Xq. H_KK: the caller's own, to be regularized in place.
+        """
+        L, damping = cholesky(self.regularize(revived(H_KK)[0], tokens), self.damp)
         tried = retried(self.damp, damping)
         line: dict[str, Any] = {"qep_dampings": tried} if tried else {}
         if L is None:
-            return torch.zeros_like(W_NK), line | {"qep": f"none: H does not factor with damping up to {damping:g}"}
-        return torch.cholesky_solve((W_NK @ drift_KK).T, L).T, line
+            return torch.zeros_like(aim_NK), line | {"qep": f"none: H does not factor with damping up to {damping:g}"}
+        return torch.cholesky_solve(aim_NK.T, L).T, line
 
 
 def _lowest(slope: float, curvature: float, most: float) -> float:

@@ -58,8 +58,12 @@ def _weight(target: Target) -> Tensor | None:
 
 
 def solve(method: Method, targets: Mapping[str, Target], stats: Stats) -> dict[str, Answer]:
-    """Return what a method's corrections, solver and refiners make of the linears of a site, by name."""
+    """Return what a method's corrections, solver and refiners make of the linears of a site, by name.
+
+    stats: the caller's own; what its corrections alone read is dropped from it.
+    """
     corrected, reports = _corrected(method, targets, stats)
+    _drop_spent(method, [t.grid for t in targets.values()], stats)
     stacks = [(names, _stacked(corrected, names), _own(stats, targets[names[0]])) for names in _stacks(targets)]
     solver = method.solver
     found = [gave(solver, solver.solve(W_NK, targets[names[0]].grid, own), Solved) for names, W_NK, own in stacks]
@@ -75,6 +79,13 @@ def solve(method: Method, targets: Mapping[str, Target], stats: Stats) -> dict[s
         for name, q in zip(names, parts, strict=True):
             answers[name] = Answer(Solved(q, reports[name] | solved.report), corrected[name])
     return {name: answers[name] for name in targets}
+
+
+def _drop_spent(method: Method, grids: Sequence[Grid], stats: Stats) -> None:
+    """Drop what corrections alone read, K x K sums of it, before the solver makes factors of its own."""
+    later = {stat for step in (method.solver, *method.refiners) for stat in step.needs(grids)}
+    for stat in {stat for step in method.corrections for stat in step.needs(grids)} - later:
+        stats.pop(stat, None)
 
 
 def gave(step: Step, found: Found, kind: type) -> Found:

@@ -18,6 +18,8 @@ from torch import Tensor
 from llmq.ranges._search import Interval, best, best_squares, shrunken
 from llmq.types import AffineGrid
 
+_AT_ONCE = 2**24  # values whose intervals are held at a time
+
 
 @dataclass(frozen=True)
 class Mse:
@@ -42,6 +44,10 @@ class Mse:
 
     def interval(self, w: Tensor, grid: AffineGrid, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the best of the intervals tried for each row of `w[..., g]`."""
+        step = max(1, _AT_ONCE // w[0].numel())
+        if w.dim() > 2 and len(w) > step:  # each row of values is searched alone; all intervals of all of them are many
+            found = [self.interval(part, grid, weight) for part in w.split(step)]
+            return tuple(map(torch.cat, zip(*found, strict=True)))  # type: ignore[return-value]
         mass = weight if self.weighted else None
         tried = self._tried(w, grid)
         if self.norm == 2:

@@ -41,10 +41,10 @@ FOUR, EIGHT = Int(4, True, 32), Int(8, True, 32)
 @pytest.mark.parametrize("steps", [((), ()), ((), (Descent(),)), ((Qep(alpha=0.5),), (Descent(rounds=1),))])
 def test_stacked_linears_equal_linears_solved_alone(stats, steps):
     targets = {"q": Target(weight(32), FOUR), "v": Target(weight(16, seed=2), EIGHT), "k": Target(weight(16), FOUR)}
-    together = solve(method(Gptq(), *steps), targets, stats)
+    together = solve(method(Gptq(), *steps), targets, Stats(stats))
     assert list(together) == ["q", "v", "k"]
     for name, target in targets.items():
-        (alone,) = solve(method(Gptq(), *steps), {name: target}, stats).values()
+        (alone,) = solve(method(Gptq(), *steps), {name: target}, Stats(stats)).values()
         ours = together[name].solved
         assert (alone.solved.q.codes != ours.q.codes).float().mean() < 0.01  # sums in another order may turn a tie
         assert ours.report.keys() == alone.solved.report.keys() and ours.q.grid == target.grid
@@ -90,3 +90,14 @@ class Bare(Rtn):
 def test_a_step_that_gives_back_another_thing_is_named(stats):
     with pytest.raises(LlmqError, match="test_site gave back a QTensor, not a Solved"):
         solve(method(Bare()), {"q": Target(weight(8), FOUR)}, stats)
+
+
+def test_what_corrections_alone_read_is_gone_when_the_solver_starts(stats):
+    class Watching(Gptq):
+        def solve(self, W_NK, grid, stats):
+            seen.append(set(stats))
+            return super().solve(W_NK, grid, stats)
+
+    seen: list[set[type]] = []
+    solve(method(Watching(), (Qep(),)), {"q": Target(weight(8), FOUR)}, stats)
+    assert seen == [{Hessian}]

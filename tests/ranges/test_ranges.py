@@ -176,3 +176,14 @@ def test_a_falling_grid_has_its_surplus_level_above_zero():
     codes = torch.arange(4.0)
     assert grid.decode(codes, rising).tolist() == [-4.0, -2.0, 0.0, 2.0]
     assert grid.decode(codes, falling).tolist() == [4.0, 2.0, 0.0, -2.0]
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_mse_searches_rows_in_parts_as_all_at_once(monkeypatch, sym):
+    g = torch.Generator().manual_seed(0)
+    w, mass = torch.randn(50, 3, 32, generator=g), torch.rand(3, 32, generator=g)
+    grid = Int(3, sym, 32)
+    whole = Mse().interval(w, grid, mass)
+    monkeypatch.setattr("llmq.ranges.mse._AT_ONCE", 7 * 96)
+    for all_at_once, in_parts in zip(whole, Mse().interval(w, grid, mass), strict=True):
+        assert torch.equal(all_at_once, in_parts)
