@@ -154,12 +154,6 @@ def _panels(K: int) -> Iterator[tuple[int, int]]:
     for i in range(0, K, panel):
         yield i, min(i + panel, K)
 
-    def finite(self) -> bool:
-        """Say whether all that was accumulated is finite; of a matrix of products its diagonal tells."""
-        floats = (t for t in self.tensors.values() if t.is_floating_point())
-        seen = (t.diagonal() if t.dim() == 2 and t.shape[0] == t.shape[1] else t for t in floats)
-        return all(bool(t.isfinite().all()) for t in seen)
-
 
 class Stats(dict[type[Stat], Any]):
     """The statistics of one site by their class, and what steps make of them for all matrices of the site.
