@@ -61,12 +61,13 @@ def _add_squares(
 ) -> None:
     """Run these batches forward through all blocks, then backward, and add the squares to those `found` so far."""
     entered = [list(hidden)]
-    for i in range(len(skeleton)):
-        with skeleton.loaded(i, device) as block:
+    blocks = range(len(skeleton))
+    for i, read in enumerate(skeleton.reads(blocks, device)):
+        with skeleton.loaded(i, device, read=read) as block:
             entered.append([run(block, h, c[i]) for h, c in zip(entered[-1], calls, strict=True)])
     slopes = _of_outputs(skeleton, entered.pop(), device, draw)
-    for i in reversed(range(len(skeleton))):
-        with skeleton.loaded(i, device) as block:
+    for i, read in zip(reversed(blocks), skeleton.reads(reversed(blocks), device), strict=True):
+        with skeleton.loaded(i, device, read=read) as block:
             inputs = entered.pop()
             for b, (h, c) in enumerate(zip(inputs, calls, strict=True)):
                 slopes[b], squares = _through(block, h, c[i], slopes[b])

@@ -9,13 +9,15 @@ linears share an input (sites.py).
 """
 
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmq.aside import ahead
 from llmq.checkpoint import Source
 from llmq.checkpoint.names import own_head, settle
 from llmq.model.config import head_dim
@@ -23,6 +25,9 @@ from llmq.model.experts import check_routing, in_experts, linears_of
 from llmq.model.pretrained import blank_model, model_config
 from llmq.model.sites import refuse_other_matrices
 from llmq.types import LlmqError
+
+Read = dict[str, Tensor]
+"""What was read of a block, by the names there."""
 
 
 class Skeleton:
@@ -78,18 +83,20 @@ class Skeleton:
         return f"{self.prefix.rpartition('.')[0]}.norm".lstrip(".")
 
     @contextmanager
-    def loaded(self, i: int, device: torch.device, *, experts: bool = True) -> Iterator[nn.Module]:
+    def loaded(
+        self, i: int, device: torch.device, *, experts: bool = True, read: Read | None = None
+    ) -> Iterator[nn.Module]:
         """Yield block `i` with its weights in memory; they are dropped on leaving.
 
         One behind the last is what follows the blocks (`Tail`), whose head keeps no weight: nothing runs through it.
-        experts: whether those of experts are read too, or left to who needs one (`Passing`).
+        experts: whether those of experts are read too, or left to who needs one (`Passing`). read: what was read of the
+        block before (`reads`), which is used up.
         """
         tail = i == len(self)
-        name = self.final_norm if tail else f"{self.prefix}.{i}"
-        filled = self.model.get_submodule(name)
-        left = {} if experts else in_experts(filled)
-        wanted = [n for n in filled.state_dict() if n.rpartition(".")[0] not in left]
-        _fill(filled, {n: self.source.get(f"{name}.{n}").to(device, self.dtype) for n in wanted})
+        filled = self._module(i)
+        tensors = self._tensors(i, experts) if read is None else _drained(read)
+        on_gpu = device.type == "cuda"  # then the copy need not be waited for, and a change of dtype is the GPU's
+        _fill(filled, {n: t.to(device, self.dtype, non_blocking=on_gpu) for n, t in tensors})
         computed = _computed_buffers(filled)
         for owner, leaf, tensor in computed:
             setattr(owner, leaf, tensor.to(device))
@@ -100,6 +107,32 @@ class Skeleton:
             for owner, leaf, tensor in computed:  # a block may be loaded again
                 setattr(owner, leaf, tensor)
             _trim_heap()
+
+    def reads(self, blocks: Iterable[int], device: torch.device, *, experts: bool = True) -> Iterator[Read | None]:
+        """Yield what `loaded` is to be given of these blocks, each read while the one before is worked on.
+
+        On the CPU None: the disk is seldom what is waited for, and a block more would be in memory.
+        """
+        if device.type == "cpu":
+            return (None for _ in blocks)
+        return ahead(partial(self._read, experts=experts, pinned=device.type == "cuda"), blocks)
+
+    def _read(self, i: int, *, experts: bool, pinned: bool) -> Read:
+        """Return the tensors of block `i` by their names there, as they are stored, in the host's memory."""
+        return {n: t.pin_memory() if pinned else t for n, t in self._tensors(i, experts)}
+
+    def _tensors(self, i: int, experts: bool) -> Iterator[tuple[str, Tensor]]:
+        block = self._module(i)
+        name = self.final_norm if i == len(self) else f"{self.prefix}.{i}"
+        left = {} if experts else in_experts(block)
+        for n in block.state_dict():
+            if n.rpartition(".")[0] not in left:
+                yield n, self.source.get(f"{name}.{n}")
+
+    def _module(self, i: int) -> nn.Module:
+        """Return block `i`; of the one behind the last, what of it is read: the final norm."""
+        found: nn.Module = self.model.get_submodule(self.final_norm) if i == len(self) else self.blocks[i]
+        return found
 
     def filled(self, device: torch.device) -> Any:
         """Return the whole model with its weights in memory, for good: of a skeleton that is used for nothing else."""
@@ -170,6 +203,12 @@ def _trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def _drained(read: Read) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors and forget them one by one."""
+    while read:
+        yield read.popitem()
 
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:

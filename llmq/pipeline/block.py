@@ -32,6 +32,7 @@ from llmq.model.experts import Passing, linears_of
 from llmq.model.folding import Fold, fold
 from llmq.model.lanes import Call, Lanes, run
 from llmq.model.sites import discover, overridden
+from llmq.model.skeleton import Read
 from llmq.pipeline.activations import NOT_FINITE, no_static_scale, static_input, unusable
 from llmq.pipeline.experts import Layer, Layers
 from llmq.pipeline.method import Method
@@ -126,18 +127,27 @@ class _Found:
     H_KK: Tensor | None
 
 
+def reads(plan: Plan) -> Iterator[Read | None]:
+    """Yield what is read of each block before it is quantized."""
+    return plan.skeleton.reads(range(len(plan.skeleton)), plan.device, experts=_whole(plan))
+
+
+def _whole(plan: Plan) -> bool:
+    """Say whether some step wants the weights of all experts of a block at once."""
+    return bool(plan.method.transforms or plan.method.tuners or plan.method.recipe.experts == "all")
+
+
 def quantize_block(
-    plan: Plan, i: int, state: Calibration, work: Work | None = None
+    plan: Plan, i: int, state: Calibration, work: Work | None = None, read: Read | None = None
 ) -> tuple[dict[str, Tensor], Report, Calibration]:
-    """Quantize block `i`; one behind the last is the head. work: is told what is done in it.
+    """Quantize block `i`; one behind the last is the head. work: is told what is done in it. read: as for `loaded`.
 
     Returns the block's tensors as they are written, by full name, what is known of it, and the state behind it.
     """
-    whole = bool(plan.method.transforms or plan.method.tuners or plan.method.recipe.experts == "all")
     work = work or Work()
     work.step("load")
     with ExitStack() as stack:
-        module = stack.enter_context(plan.skeleton.loaded(i, plan.device, experts=whole))
+        module = stack.enter_context(plan.skeleton.loaded(i, plan.device, experts=_whole(plan), read=read))
         passing = stack.enter_context(Passing(module, partial(_read, plan, i)))
         block = _Block(plan, i, module, block_sites(plan, i, module, state), state, passing, work)
         packed, maxima = _opened(block) if i < len(plan.skeleton) else ({}, None)

@@ -30,7 +30,7 @@ from llmq.model.folding import Folded
 from llmq.model.pretrained import check_ids, tokenizer_of
 from llmq.model.skeleton import Skeleton
 from llmq.pipeline.allocate import allocate
-from llmq.pipeline.block import Report, quantize_block
+from llmq.pipeline.block import Report, quantize_block, reads
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Line, Record, rounded
 from llmq.pipeline.report import summary, write_importance
@@ -65,9 +65,9 @@ def quantize(
         state = _enter(plan, sink.room / "states", work)
         plan = allocate(plan, state, work)
         done = _Done(Scratch(sink.room / "hessians"))
-        for i in range(blocks):
+        for i, read in enumerate(reads(plan)):
             work(i, blocks, f"block {i}")
-            tensors, known, state = quantize_block(plan, i, state, work)
+            tensors, known, state = quantize_block(plan, i, state, work, read)
             work.step("write")
             sink.add(plan.staged(tensors))
             done.add(known)

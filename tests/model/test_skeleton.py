@@ -188,3 +188,22 @@ def test_heads_that_differ_in_size_have_no_one_basis(tmp_path):
     assert [skeleton.head_dim_of(i) for i in range(4)] == [16, 32, 16, 32]
     with pytest.raises(LlmqError, match="heads of 16 and 32 channels in model_type 'gemma4_text'; leave rotate out"):
         skeleton.head_dim  # noqa: B018
+
+
+@pytest.mark.parametrize("experts", [True, False])
+def test_a_block_that_was_read_ahead_is_the_block(experts, tmp_path):
+    torch.manual_seed(0)
+    config = MixtralConfig(**GATED, num_local_experts=2, num_experts_per_tok=1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    skeleton = Skeleton(Source(tmp_path), torch.float32)
+    assert list(skeleton.reads(range(2), CPU)) == [None, None]  # as it comes, on the CPU
+    for i, read in enumerate(skeleton.reads(range(3), torch.device("meta"), experts=experts)):
+        assert read and all(t.dtype == torch.bfloat16 and t.device == CPU for t in read.values())
+        with skeleton.loaded(i, CPU, experts=experts) as block:
+            wanted = {n: t.clone() for n, t in block.state_dict().items()}
+        with skeleton.loaded(i, CPU, experts=experts, read=read) as block:
+            found = block.state_dict()
+            assert not read  # nothing of it stays beside the block
+            assert list(found) == list(wanted) and (experts or any(t.is_meta for t in found.values()))
+            assert all(t.is_meta or torch.equal(found[n], t) for n, t in wanted.items())
+            assert all(t.is_meta == found[n].is_meta for n, t in wanted.items())
