@@ -13,7 +13,8 @@ derives from says what it does, and when. In the order they run:
     Finisher     the model   scales and norms, by its predictions
 
 A site is a matrix: its linears read the same activation, so that those on one grid are stacked along their rows before
-they are solved, and split again afterwards (pipeline/site.py). A solver never sees which linear a row belongs to:
+they are solved, and split again afterwards (pipeline/site.py). A solver never sees which linear a row belongs to, nor
+all rows at once: it is given a piece of them after the other.
 
     class Rtn(Solver):
         def solve(self, W_NK, grid, stats):
@@ -161,20 +162,32 @@ class Correction(SiteStep):
     kind = "correction"
     share: float = 1.0
 
-    @abstractmethod
-    def correct(self, W_NK: Tensor, rows: Sequence[int], stats: Stats) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Return the corrected weights of all linears of a site, and what is recorded of each.
+    def judge(self, W_NK: Tensor, stats: Stats) -> Tensor:
+        """Return numbers of each row, float32 `[N, m]`, whose sums over all rows of a linear `correct` wants to know.
 
-        W_NK: float32, the linears one below the other. rows: how many belong to each.
+        W_NK: float32, some rows of linears of the site.
         """
+        return W_NK.new_zeros(len(W_NK), 0)
+
+    @abstractmethod
+    def correct(self, W_NK: Tensor, sums_Nm: Tensor, stats: Stats) -> Tensor:
+        """Return the corrected rows. sums_Nm: for each row, the sums of what was judged over all rows of its linear."""
+
+    def line(self, sums_m: Tensor, stats: Stats) -> dict[str, Any]:
+        """Return what is recorded of a linear with these sums, once it is corrected."""
+        return {}
 
 
 @dataclass(frozen=True)
 class Solved:
-    """A solver's answer, with what `quantization.json` records of it."""
+    """A solver's answer, with what `quantization.json` records of it.
+
+    ratios: what is recorded as a ratio of two sums over rows, dividend and divisor.
+    """
 
     q: QTensor
     report: dict[str, Any] = field(default_factory=dict)
+    ratios: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 class Solver(SiteStep):

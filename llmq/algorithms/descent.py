@@ -61,8 +61,8 @@ class Descent(Regularized, Refiner):
             if self.scales:
                 state.fit_scales()
             state.descend(self.sweeps)
-        ratio = round(float(state.loss_N.sum() / before), 4)
-        return Solved(QTensor(state.codes, state.params, q.grid, q.g_idx), {**solved.report, "descent": ratio})
+        ratios = {**solved.ratios, "descent": (float(state.loss_N.sum()), float(before))}
+        return Solved(QTensor(state.codes, state.params, q.grid, q.g_idx), solved.report, ratios)
 
 
 class _State:

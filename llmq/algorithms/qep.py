@@ -11,9 +11,11 @@ fitted part, the error on the held-out part is a parabola in alpha, whose lowest
 Not here: rounding (gptq.py), the second activation stream (pipeline/block.py).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,50 +53,79 @@ class Qep(Regularized, Correction):
         """Return the Hessian and the drift of the activations."""
         return (Hessian, Drift)
 
-    def correct(self, W_NK: Tensor, rows: Sequence[int], stats: Stats) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Move the weights of a site; a site whose input has not drifted stays as it is."""
-        hessian, drift = stats[Hessian], stats[Drift]
-        fit, held, tokens = drift.whole("fit"), drift.whole("held"), drift.number("count")
-        if not fit.any():
-            return W_NK, [{} for _ in rows]
-        aim_NK = W_NK @ (fit + held).div_(tokens)
-        D_NK, line = self._move(aim_NK, hessian.mean().clone(), hessian.count)
-        del aim_NK
-        alphas = [self.alpha] * len(rows) if self.alpha is not None else self._choose(W_NK, rows, stats)
-        parts = zip(W_NK.split(list(rows)), D_NK.split(list(rows)), alphas, strict=True)
-        moved = [W + alpha * D for W, D, alpha in parts]
-        return torch.cat(moved), [{"qep_alpha": round(alpha, 4), **line} for alpha in alphas]
+    def judge(self, W_NK: Tensor, stats: Stats) -> Tensor:
+        """Return slope and curvature, `[N, 2]`, of the error of each row on the held-out tokens, by alpha."""
+        if self.alpha is not None or not _drifted(stats):
+            return W_NK.new_zeros(len(W_NK), 2)
+        held, held_hessian = stats[Drift].whole("held"), stats[Drift].held_hessian
+        D_NK = stats.once((self, "judged"), lambda: self._fitted(stats)).of(W_NK)
+        return torch.stack([((W_NK @ held) * D_NK).sum(1), ((D_NK @ held_hessian) * D_NK).sum(1)], 1)
 
-    def _choose(self, W_NK: Tensor, rows: Sequence[int], stats: Stats) -> list[float]:
-        """Return, for each linear of the site, the alpha of least error on the held-out tokens."""
+    def correct(self, W_NK: Tensor, sums_Nm: Tensor, stats: Stats) -> Tensor:
+        """Move rows of a site; a site whose input has not drifted stays as it is."""
+        if not _drifted(stats):
+            return W_NK
+        return W_NK + self._alpha(sums_Nm)[:, None] * self._whole(stats).of(W_NK)
+
+    def line(self, sums_m: Tensor, stats: Stats) -> dict[str, Any]:
+        """Return alpha, and what damping it took."""
+        if not _drifted(stats):
+            return {}
+        return {"qep_alpha": round(self._alpha(sums_m[None]).item(), 4), **self._whole(stats).line}
+
+    def _alpha(self, sums_Nm: Tensor) -> Tensor:
+        """Return alpha, `[N]`: where the parabola `curvature a^2 - 2 slope a` is least for a in [0, most]."""
+        if self.alpha is not None:
+            return sums_Nm.new_full((len(sums_Nm),), self.alpha)
+        slope_N, curvature_N = sums_Nm.double().unbind(1)
+        least_N = (slope_N / curvature_N).clamp(0, self.most)
+        return torch.where(curvature_N > 0, least_N, 0).to(sums_Nm.dtype)
+
+    def _fitted(self, stats: Stats) -> _Move:
+        """Return the move that all but the held-out tokens ask for."""
         hessian, drift = stats[Hessian], stats[Drift]
-        fit, held, held_hessian = drift.whole("fit"), drift.whole("held"), drift.held_hessian
         seen, unseen = (drift.number(name) for name in ("count", "held_count"))
         tokens = hessian.count - unseen
-        aim_NK = W_NK @ (fit / (seen - unseen))
-        H_KK = (hessian.mean() * hessian.count).sub_(held_hessian).div_(tokens)
-        D_NK, _ = self._move(aim_NK, H_KK, tokens)
-        del aim_NK, H_KK
-        slope_N = ((W_NK @ held) * D_NK).sum(1)
-        curvature_N = ((D_NK @ held_hessian) * D_NK).sum(1)
-        return [
-            _lowest(float(slope.sum()), float(curvature.sum()), self.most)
-            for slope, curvature in zip(slope_N.split(list(rows)), curvature_N.split(list(rows)), strict=True)
-        ]
+        H_KK = (hessian.mean() * hessian.count).sub_(drift.held_hessian).div_(tokens)
+        factor, line = self._factor(H_KK, tokens)
+        return _Move(drift.whole("fit"), seen - unseen, factor, line)
 
-    def _move(self, aim_NK: Tensor, H_KK: Tensor, tokens: int) -> tuple[Tensor, dict[str, Any]]:
-        """Return W (X - Xq)^T Xq (Xq^T Xq)^-1, zero where the Hessian does not factor, and a line on the damping.
+    def _whole(self, stats: Stats) -> _Move:
+        """Return the move that all tokens ask for."""
+        hessian, drift = stats[Hessian], stats[Drift]
 
-        aim_NK: W (X - Xq)^T Xq. H_KK: the caller's own, to be regularized in place.
-        """
+        def make() -> _Move:
+            stats.forget()  # the move that was judged
+            factor, line = self._factor(hessian.mean().clone(), hessian.count)
+            return _Move(drift.whole("fit") + drift.whole("held"), drift.number("count"), factor, line)
+
+        return stats.once((self, "whole"), make)  # type: ignore[no-any-return]
+
+    def _factor(self, H_KK: Tensor, tokens: int) -> tuple[Tensor | None, dict[str, Any]]:
+        """Return the factor of the caller's own H, None where it has none, and a line on the damping."""
         L, damping = cholesky(self.regularize(revived(H_KK)[0], tokens), self.damp)
         tried = retried(self.damp, damping)
         line: dict[str, Any] = {"qep_dampings": tried} if tried else {}
-        if L is None:
-            return torch.zeros_like(aim_NK), line | {"qep": f"none: H does not factor with damping up to {damping:g}"}
-        return torch.cholesky_solve(aim_NK.T, L).T, line
+        return L, line if L is not None else line | {"qep": f"none: H does not factor with damping up to {damping:g}"}
 
 
-def _lowest(slope: float, curvature: float, most: float) -> float:
-    """Return where the parabola `curvature a^2 - 2 slope a` is least for a in [0, most]."""
-    return min(max(slope / curvature, 0.0), most) if curvature > 0 else 0.0
+class _Move(NamedTuple):
+    """W -> W (X - Xq)^T Xq (Xq^T Xq)^-1, and a line on the damping.
+
+    drift: `(X - Xq)^T Xq`, a sum over so many tokens. factor: of `Xq^T Xq`, lower, None where it has none. `[K, K]`.
+    """
+
+    drift: Tensor
+    tokens: int
+    factor: Tensor | None
+    line: dict[str, Any]
+
+    def of(self, W_NK: Tensor) -> Tensor:
+        """Return the move of some rows; zero where the Hessian does not factor."""
+        if self.factor is None:
+            return torch.zeros_like(W_NK)
+        return torch.cholesky_solve((W_NK @ self.drift).div_(self.tokens).T, self.factor).T
+
+
+def _drifted(stats: Stats) -> bool:
+    return bool(stats[Drift].whole("fit").any())

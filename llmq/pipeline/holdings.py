@@ -37,6 +37,7 @@ from llmq.calibration.token_gradients import POSITIONS, held_at_once
 from llmq.model.experts import in_experts, linears_of
 from llmq.model.footprint import Entered, Footprint, footprints
 from llmq.pipeline.plan import Plan, packed_bytes
+from llmq.pipeline.site import pieces
 from llmq.pipeline.whole_model import finisher_bytes
 from llmq.stats import Stat
 from llmq.steps import Held, SiteStep
@@ -233,7 +234,8 @@ class Holdings:
         ]
         groups += [(lasting, step, stacked + bool(self.method.corrections)) for step in steps]
         for stats, step, copies in groups if specs else ():
-            sums, weights = square * (_matrices(stats) + step.held.KK), rows * (copies + step.held.NK)
+            sums, weights = square * (_matrices(stats) + step.held.KK), rows * (copies + step.held.NK / pieces(N))
+            weights += rows // _F32  # codes
             yield self._phase("blocks", at, {**fixed, "sums": sums, "rows": weights})
 
     def _kept(self, specs: Sequence[LinearSpec]) -> int:

@@ -31,7 +31,10 @@ def weight(K=48, N=20):
 
 def corrected(step, W_NK, stats):
     """Return one linear corrected, and its alpha."""
-    moved, (line,) = step.correct(W_NK, [len(W_NK)], stats)
+    sums = step.judge(W_NK, stats).sum(0)
+    moved = step.correct(W_NK, sums.expand(len(W_NK), -1), stats)
+    line = step.line(sums, stats)
+    stats.forget()
     return moved, line.get("qep_alpha")
 
 
@@ -90,13 +93,15 @@ def test_an_input_without_drift_leaves_the_weights_alone():
     assert corrected(Qep(), W_NK, gathered(X, X))[0] is W_NK
 
 
-def test_linears_of_a_site_choose_for_themselves_in_the_order_given():
+def test_rows_move_by_the_alpha_of_their_own_linear():
     X, F = activations()
     stats = gathered(X, F)
-    first, second = weight(), weight(N=8)
-    moved, lines = Qep().correct(torch.cat([first, second]), [20, 8], stats)
-    for W_NK, part, line in zip((first, second), moved.split([20, 8]), lines, strict=True):
-        alone, alpha = corrected(Qep(), W_NK, stats)
+    weights = (weight(), weight(N=8))
+    sums = [Qep().judge(W, stats).sum(0) for W in weights]
+    each = torch.cat([s.expand(len(W), -1) for s, W in zip(sums, weights, strict=True)])
+    moved = Qep().correct(torch.cat(weights), each, stats)
+    for W_NK, part, line in zip(weights, moved.split([20, 8]), [Qep().line(s, stats) for s in sums], strict=True):
+        alone, alpha = corrected(Qep(), W_NK, gathered(X, F))
         assert line["qep_alpha"] == pytest.approx(alpha, abs=1e-3)
         torch.testing.assert_close(part, alone, rtol=1e-4, atol=1e-5)
 

@@ -269,9 +269,9 @@ def test_share_of_the_calibration_runs_through_the_float_model(
 ):
     seen, correct = set(), Qep.correct
 
-    def watched(self, W_NK, rows, stats):
+    def watched(self, W_NK, sums, stats):
         seen.add((stats[Drift].number("count"), stats[Hessian].count))
-        return correct(self, W_NK, rows, stats)
+        return correct(self, W_NK, sums, stats)
 
     monkeypatch.setattr(Qep, "correct", watched)
     monkeypatch.setattr("llmq.pipeline.run.BATCH_TOKENS", 32)

@@ -13,8 +13,9 @@ from llmq.algorithms.qep import Qep
 from llmq.algorithms.rtn import Rtn
 from llmq.errors import LlmqError
 from llmq.grids.int import Int
-from llmq.pipeline.site import Target, solve
+from llmq.pipeline.site import Target, pieces, solve
 from llmq.stats import Drift, Hessian, Stats
+from llmq.types import QTensor
 
 
 def method(solver, corrections=(), refiners=()):
@@ -51,18 +52,45 @@ def test_stacked_linears_equal_linears_solved_alone(stats, steps):
         torch.testing.assert_close(alone.W_NK, together[name].W_NK, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("grid", ["int:bits=4:group=32:range=mse", "int:bits=3:group=channel:asym", "q4_0", "q5_1"])
+def test_what_is_solved_in_pieces_is_what_the_whole_matrix_would_be(grid, stats):
+    """Rounding to nearest does it row by row; 1100 rows are four pieces, which cut through the second linear."""
+    targets = {
+        "q": Target(weight(600), registry.load("grids", grid)),
+        "k": Target(weight(500, seed=3), registry.load("grids", grid)),
+    }
+    assert pieces(1100) == 4
+    for name, answer in solve(method(Rtn()), targets, Stats(stats)).items():
+        want = QTensor.rounded(targets[name].W_NK, targets[name].grid)
+        assert torch.equal(answer.solved.q.codes, want.codes)
+        assert all(torch.equal(t, want.params.tensors()[n]) for n, t in answer.solved.q.params.tensors().items())
+
+
+def test_what_is_judged_of_rows_is_summed_over_all_pieces_of_a_linear(stats, monkeypatch):
+    targets = {"q": Target(weight(600), FOUR), "k": Target(weight(500, seed=3), FOUR)}
+    steps = method(Gptq(), (Qep(),), (Descent(rounds=1),))
+    in_pieces = solve(steps, targets, Stats(stats))
+    monkeypatch.setattr("llmq.pipeline.site._LEAST_ROWS", 2000)
+    for name, whole in solve(steps, targets, Stats(stats)).items():
+        ours = in_pieces[name]
+        torch.testing.assert_close(ours.W_NK, whole.W_NK, rtol=1e-4, atol=1e-5)
+        assert (ours.solved.q.codes != whole.solved.q.codes).float().mean() < 0.01
+        assert ours.solved.report == pytest.approx(whole.solved.report, abs=1e-3)
+
+
 def test_a_factor_is_made_once_for_all_grids_of_a_site(stats, monkeypatch):
     made, factor = [], Gptq.factor
     monkeypatch.setattr(Gptq, "factor", lambda *args: made.append(1) or factor(*args))
-    targets = {"q": Target(weight(8), FOUR), "v": Target(weight(8), EIGHT)}
+    targets = {"q": Target(weight(600), FOUR), "v": Target(weight(8), EIGHT)}
     solve(method(Gptq()), targets, stats)
     assert len(made) == 1
 
 
 def test_a_scale_of_the_whole_tensor_is_not_shared_by_a_stack(stats):
     grid = Int(8, True, "tensor")
-    found = solve(method(Rtn()), {"q": Target(weight(8), grid), "k": Target(10 * weight(8), grid)}, stats)
+    found = solve(method(Rtn()), {"q": Target(weight(8), grid), "k": Target(10 * weight(600), grid)}, stats)
     assert found["k"].solved.q.params.scale[0, 0] > 5 * found["q"].solved.q.params.scale[0, 0]
+    assert (found["k"].solved.q.params.scale == found["k"].solved.q.params.scale[0, 0]).all()
 
 
 def test_linears_of_another_range_are_another_stack(stats):
