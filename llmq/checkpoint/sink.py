@@ -16,23 +16,21 @@ Not here: what the tensors mean (formats), reading a checkpoint (source.py), wha
 import json
 import logging
 import shutil
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from llmq.checkpoint import disk, place
+from llmq.checkpoint import disk, place, shards
 from llmq.checkpoint.digest import digest
 from llmq.checkpoint.disk import writing
 from llmq.checkpoint.source import ADAPTER, side_files
 from llmq.checkpoint.stage import Stage, look, stages
 from llmq.errors import LlmqError, printable
-from llmq.guard.reading import BITS, DTYPES, Entry, tensor_entries
+from llmq.guard.reading import DTYPES, Entry, tensor_entries
 
 SHARD_BYTES = 5 * 10**9
 _REPLACED = (
@@ -65,7 +63,7 @@ class Sink:
         self._run = None if run is None else json.loads(json.dumps(run))
         self._beside = dict(beside or {})
         self.digests: dict[str, str] = {}  # sha256 of every tensor, by name, taken from memory
-        self._parts: list[Path] = []
+        self._parts: dict[Path, list[Entry]] = {}
         self._made: list[Path] = []
         self._sealed = self._done = False
         self.copies = False
@@ -135,14 +133,8 @@ class Sink:
         """Write one part: the tensors of a block, contiguous, on any device."""
         part = self.room / f"part-{len(self._parts):05d}"
         own = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        seen: set[int] = set()
-        for name, tensor in own.items():
-            if tensor.data_ptr() in seen:  # linears of a site share a g_idx or an input scale; a file holds copies
-                own[name] = tensor.clone()
-            seen.add(tensor.data_ptr())
         with writing(part):
-            save_file(own, part)
-        self._parts.append(part)
+            self._parts[part] = shards.write(part, own)
         self.digests |= {name: digest(tensor) for name, tensor in own.items()}
 
     def replace(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -186,17 +178,17 @@ class Sink:
 
     def staged(self) -> list[Entry]:
         """Return where each staged tensor lies, in the order they were added."""
-        return [t for part in self._parts for t in tensor_entries(part).values()]
+        return [entry for part in self._parts.values() for entry in part]
 
     def join(self, shard_bytes: int = SHARD_BYTES) -> int:
         """Join the parts into shards (and an index where there are several). Returns the bytes of all tensors."""
         tensors = self.staged()
-        shards = list(_fill(tensors, shard_bytes))
-        width, weight_map = len(shards), {}
-        for i, shard in enumerate(shards):
+        filled = list(_fill(tensors, shard_bytes))
+        width, weight_map = len(filled), {}
+        for i, shard in enumerate(filled):
             name = "model.safetensors" if width == 1 else f"model-{i + 1:05d}-of-{width:05d}.safetensors"
             with writing(self.stage / name):
-                _write_shard(self.stage / name, shard)
+                shards.join(self.stage / name, shard)
             weight_map.update({t.name: name for t in shard})
         total = sum(t.nbytes for t in tensors)
         if width > 1:
@@ -301,30 +293,3 @@ def _fill(tensors: list[Entry], shard_bytes: int) -> Iterator[list[Entry]]:
         filled += t.nbytes
     if shard:
         yield shard
-
-
-def _write_shard(path: Path, tensors: list[Entry]) -> None:
-    """Write a safetensors file: u64 header length, JSON header, data; wide dtypes first, so that all stay aligned."""
-    tensors = sorted(tensors, key=lambda t: (-BITS[t.dtype], t.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for t in tensors:
-        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
-        at += t.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for t in tensors:
-            with t.file.open("rb") as f:
-                f.seek(t.start)
-                _copy(f, out, t.nbytes)
-
-
-def _copy(source: BinaryIO, target: BinaryIO, n: int) -> None:
-    while n:
-        chunk = source.read(min(n, 1 << 22))
-        if not chunk:
-            raise LlmqError(f"{source.name} ended early while shards were being joined; was it changed from outside?")
-        target.write(chunk)
-        n -= len(chunk)

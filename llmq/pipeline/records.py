@@ -21,7 +21,7 @@ Not here: the transforms in a record (folding.py), writing it (report.py), compa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -52,10 +52,13 @@ class Line:
             self._hashes.setdefault(name, hashlib.sha256()).update(raw(tensor))
         step = max(1, _AT_ONCE // W_NK.shape[1])
         for Q_nK, W_nK in zip(Q_NK.split(step), W_NK.split(step), strict=True):
-            E_nK, W = Q_nK.float() - W_nK.float(), W_nK.float()
-            self._sum("weight", E_nK.square(), W.square())
-            if H_KK is not None:
-                self._sum("output", (E_nK @ H_KK).mul_(E_nK), (W @ H_KK).mul_(W))
+            W = W_nK.float()
+            E_nK = Q_nK.float() - W
+            output = None if H_KK is None else [(x @ H_KK).mul_(x).sum() for x in (E_nK, W)]
+            weight = [E_nK.square_().sum(), torch.square(W, out=E_nK).sum()]  # in one memory: many are small
+            self._sum("weight", weight)
+            if output is not None:
+                self._sum("output", output)
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -63,9 +66,9 @@ class Line:
         errors = {f"{kind}_error": error / max(whole, 1e-30) for kind, (error, whole) in self._sums.items()}
         return {**errors, "sha256": {name: h.hexdigest() for name, h in self._hashes.items()}}
 
-    def _sum(self, kind: str, error: Tensor, whole: Tensor) -> None:
-        before = self._sums.get(kind, (0.0, 0.0))
-        self._sums[kind] = (before[0] + error.sum().item(), before[1] + whole.sum().item())
+    def _sum(self, kind: str, sums: Sequence[Tensor]) -> None:
+        error, whole = self._sums.get(kind, (0.0, 0.0))
+        self._sums[kind] = (error + sums[0].item(), whole + sums[1].item())
 
 
 def _solved(q: QTensor, Q_NK: Tensor) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ import tempfile
 from pathlib import Path
 
 import llmq.checkpoint.disk
-import llmq.checkpoint.sink
 from llmq import cli
 
 WRITES = ("mkdir", "rename", "replace", "fsync", "sendfile")
@@ -76,8 +75,7 @@ def watch():
     for name in (*WRITES, *REMOVES):
         setattr(os, name, counted(getattr(os, name), name in WRITES))
     shutil.os = os
-    for module, name in ((llmq.checkpoint.disk, "exchange"), (llmq.checkpoint.sink, "save_file")):
-        setattr(module, name, counted(getattr(module, name)))
+    llmq.checkpoint.disk.exchange = counted(llmq.checkpoint.disk.exchange)
 
 
 def run(arguments, at, folder):

@@ -179,7 +179,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llmq.checkpoint.sink.save_file", full)
+    monkeypatch.setattr("llmq.checkpoint.shards.write", full)
     with pytest.raises(LlmqError, match="No space left.*make room"), Sink(tmp_path / "out") as sink:
         sink.add({"a": torch.ones(3)})
     assert not list(tmp_path.iterdir())
