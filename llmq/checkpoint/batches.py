@@ -6,19 +6,22 @@
 
 A file is named by the number of its batch in the whole calibration, whoever holds it. Files are read and written whole,
 not mapped: pages that are mapped count as memory of the process, those that were read are the page cache's, which gives
-them back when memory is short.
+them back when memory is short. Where a GPU computes, the batch after the one that is asked for is read meanwhile, and
+one is written while the next is made.
 Not here: what the batches go through (model/lanes.py), when a state is no longer needed (the run).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmq.aside import Ahead, behind, pays, pinned
 from llmq.checkpoint.disk import writing
 from llmq.guard.reading import tensor_entries
 
@@ -36,22 +39,23 @@ class Batches(Sequence[Tensor]):
         self, folder: Path = Path(), kind: str = "", numbers: Sequence[int] = (), device: torch.device = _CPU
     ) -> None:
         self.folder, self.kind, self.numbers, self.device = folder, kind, numbers, device
+        self._ahead = Ahead(self._read) if pays(device) else None
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, i):  # type: ignore[no-untyped-def]
         """Read a batch, or the list of several."""
-        at = self.numbers[i]
-        return self._read(at) if isinstance(at, int) else [self._read(n) for n in at]
+        return self._get(range(len(self))[i]) if isinstance(i, int) else [self._get(n) for n in range(len(self))[i]]
 
     def filled(self, batches: Iterable[Tensor]) -> Batches:
         """Write the batches, one after the other as they come, and hold none meanwhile; return this."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         coming = iter(batches)
-        for number in self.numbers:
-            self._write(number, next(coming))
+        with behind(self.device) as do:
+            for number in self.numbers:
+                do(partial(self._write, number, next(coming)))
         return self
 
     def moved(self, batches: Iterable[Tensor]) -> Batches:
@@ -66,5 +70,10 @@ class Batches(Sequence[Tensor]):
         with writing(self._file(number)):
             save_file({"batch": batch.detach().cpu().contiguous()}, self._file(number))
 
+    def _get(self, i: int) -> Tensor:
+        number, *after = self.numbers[i : i + 2]
+        batch = self._ahead.get(number, *after) if self._ahead else self._read(number)
+        return batch.to(self.device, non_blocking=batch.is_pinned())
+
     def _read(self, number: int) -> Tensor:
-        return tensor_entries(self._file(number))["batch"].read().to(self.device)
+        return pinned(tensor_entries(self._file(number))["batch"].read(), self.device)

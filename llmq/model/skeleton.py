@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.aside import ahead
+from llmq.aside import ahead, pays, pinned
 from llmq.checkpoint import Source
 from llmq.checkpoint.names import own_head, settle
 from llmq.model.config import head_dim
@@ -111,15 +111,13 @@ class Skeleton:
     def reads(self, blocks: Iterable[int], device: torch.device, *, experts: bool = True) -> Iterator[Read | None]:
         """Yield what `loaded` is to be given of these blocks, each read while the one before is worked on.
 
-        On the CPU None: the disk is seldom what is waited for, and a block more would be in memory.
+        None where that does not pay: a block more would be in memory.
         """
-        if device.type == "cpu":
-            return (None for _ in blocks)
-        return ahead(partial(self._read, experts=experts, pinned=device.type == "cuda"), blocks)
+        return ahead(partial(self._read, device, experts), blocks) if pays(device) else (None for _ in blocks)
 
-    def _read(self, i: int, *, experts: bool, pinned: bool) -> Read:
+    def _read(self, device: torch.device, experts: bool, i: int) -> Read:
         """Return the tensors of block `i` by their names there, as they are stored, in the host's memory."""
-        return {n: t.pin_memory() if pinned else t for n, t in self._tensors(i, experts)}
+        return {n: pinned(t, device) for n, t in self._tensors(i, experts)}
 
     def _tensors(self, i: int, experts: bool) -> Iterator[tuple[str, Tensor]]:
         block = self._module(i)

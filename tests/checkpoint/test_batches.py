@@ -3,12 +3,21 @@
 import pytest
 import torch
 
+from llmq import aside
+from llmq.checkpoint import batches as batches_module
 from llmq.checkpoint.batches import Batches
 from llmq.types import LlmqError
 
 
+@pytest.fixture(params=[False, True], ids=["at once", "ahead and behind"])
+def pays(request, monkeypatch):
+    """Read and write as on the CPU, and as where a GPU computes."""
+    for module in (aside, batches_module):
+        monkeypatch.setattr(module, "pays", lambda device: request.param)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batches_are_read_as_they_were_written_in_files_named_by_their_numbers(tmp_path, dtype):
+def test_batches_are_read_as_they_were_written_in_files_named_by_their_numbers(tmp_path, dtype, pays):
     tensors = [torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
     turned = tensors[1].transpose(0, 1).contiguous().transpose(0, 1)  # not contiguous
     batches = Batches(tmp_path / "a/007", "hidden", [1, 4, 6]).filled([tensors[0], turned, tensors[2]])
@@ -21,8 +30,17 @@ def test_batches_are_read_as_they_were_written_in_files_named_by_their_numbers(t
     assert torch.equal(batches[2], tensors[2]) and not Batches()
 
 
-def test_a_batch_that_is_gone_is_named(tmp_path):
+def test_a_batch_that_is_gone_is_named(tmp_path, pays):
     batches = Batches(tmp_path / "0", "hidden", range(1)).filled([torch.ones(2)])
     (tmp_path / "0/hidden-000000").unlink()
     with pytest.raises(LlmqError, match="cannot read .*hidden-000000"):
         batches[0]
+
+
+def test_a_batch_that_cannot_be_written_is_an_error_in_one_line_with_and_without_a_thread(tmp_path, pays):
+    (tmp_path / "0").write_text("a file, where the folder should be")
+    with pytest.raises(LlmqError, match="cannot write .*0"):
+        Batches(tmp_path / "0", "hidden", range(2)).filled([torch.ones(2)] * 2)
+    (tmp_path / "1/hidden-000000").mkdir(parents=True)
+    with pytest.raises(LlmqError, match="cannot write .*hidden-000000"):
+        Batches(tmp_path / "1", "hidden", range(2)).filled([torch.ones(2)] * 2)

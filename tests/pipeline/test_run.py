@@ -18,7 +18,6 @@ from llmq.checkpoint.packed import PackedCheckpoint
 from llmq.evaluation.scores import evaluate
 from llmq.evaluation.windows import find_convention
 from llmq.model.pretrained import blank_model, model_config
-from llmq.model.skeleton import Skeleton
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
@@ -27,7 +26,6 @@ from llmq.stats import Drift, Hessian
 from llmq.types import LlmqError
 
 IDS = torch.randint(2, 300, (2, 32), generator=torch.Generator().manual_seed(0))
-META = torch.device("meta")
 BASE = {"samples": 8, "seq_len": 32, "group_size": 32, "dtype": "float32"}
 
 
@@ -390,23 +388,23 @@ def test_scales_of_the_cache_need_a_format_that_holds_them(tiny_checkpoint):
 
 
 @pytest.fixture
-def read_ahead(monkeypatch):
-    """Let a run on the CPU read block after block ahead, as one on a GPU does."""
-    reads = Skeleton.reads
-    monkeypatch.setattr(Skeleton, "reads", lambda self, blocks, _, **how: reads(self, blocks, META, **how))
+def aside(monkeypatch):
+    """Let a run on the CPU read ahead and write behind, as one on a GPU does."""
+    for module in (llmq.aside, llmq.model.skeleton, llmq.checkpoint.batches):
+        monkeypatch.setattr(module, "pays", lambda device: True)
 
 
-def test_a_run_that_reads_ahead_writes_the_same_bytes(tiny_checkpoint, tmp_path, text, request):
+def test_a_run_that_reads_ahead_and_writes_behind_writes_the_same_bytes(tiny_checkpoint, tmp_path, text, request):
     folder = tiny_checkpoint(dtype=torch.bfloat16)
     job(folder, tmp_path / "a", calib=text)
-    request.getfixturevalue("read_ahead")
+    request.getfixturevalue("aside")
     job(folder, tmp_path / "b", calib=text)
     a, b = ((tmp_path / out / "model.safetensors").read_bytes() for out in "ab")
     assert a == b
 
 
 def test_what_fails_while_it_is_read_ahead_ends_the_run_in_its_own_line(
-    tiny_checkpoint, tmp_path, text, read_ahead, monkeypatch
+    tiny_checkpoint, tmp_path, text, aside, monkeypatch
 ):
     plan = prepare(str(tiny_checkpoint()), Recipe(**BASE, calib=text), "cpu")
     get = Source.get
