@@ -26,17 +26,22 @@ def collect(
     roots: what the activations of a token are multiplied by in sums of products, `[T, 1]` a batch.
     also: a statistic that fills while the batches come, by other means, and whose parts end where theirs do.
     """
-    stats = Stats({kind: kind(dealt.tokens) for kind in sorted(set(kinds), key=lambda kind: kind.__name__)})
+    stats = started(kinds, dealt)
     coming, leading, rooted = iter(batches), floats or iter(()), roots or iter(())
     for part in dealt.parts:
         for at in part:  # no name holds an activation while the next one is made
-            _update(stats, at, next(coming), next(leading, None), next(rooted, None))
+            see(stats, at, next(coming), next(leading, None), next(rooted, None))
         for stat in (*stats.values(), *([also] if also else [])):
             stat.close_part()
     return stats
 
 
-def _update(stats: Stats, at: int, X_TK: Tensor, F_TK: Tensor | None, root: Tensor | None) -> None:
+def started(kinds: Iterable[type[Stat]], dealt: Dealt) -> Stats:
+    """Return statistics of these kinds, nothing seen yet."""
+    return Stats({kind: kind(dealt.tokens) for kind in sorted(set(kinds), key=lambda kind: kind.__name__)})
+
+
+def see(stats: Stats, at: int, X_TK: Tensor, F_TK: Tensor | None = None, root: Tensor | None = None) -> None:
     """Add a batch, whose first token has the number `at`; of experts, the number of the first that is there."""
     if not len(X_TK):
         return

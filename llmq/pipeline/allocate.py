@@ -27,8 +27,8 @@ from llmq.calibration.state import Calibration
 from llmq.calibration.token_gradients import squared_gradients
 from llmq.format import packed_bytes
 from llmq.model.lanes import Lanes
-from llmq.pipeline.block import block_sites
 from llmq.pipeline.experts import together
+from llmq.pipeline.loaded import block_sites
 from llmq.pipeline.plan import Plan
 from llmq.progress import Progress
 from llmq.stats import Hessian

@@ -8,19 +8,19 @@ they read; their dequantized weights take their place, and the suspended batches
 Where a step wants the float model's activations too, a copy of the float block runs beside, suspended at the same
 points. What follows the last block, the final norm and the output head, is one more block, with one site.
 Not here: the suspended forwards (model/lanes.py), solving a site (site.py), any method (algorithms/), making a fold
-(model/folding.py), measuring an error (records.py).
+(model/folding.py), running a transform (transforming.py), measuring an error (records.py).
 """
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmq import registry
 from llmq.calibration.collect import collect
@@ -28,90 +28,22 @@ from llmq.calibration.kv_scales import KvMaxima
 from llmq.calibration.state import Calibration
 from llmq.checkpoint.batches import Batches
 from llmq.histogram import Histogram
-from llmq.model.experts import Passing, linears_of
-from llmq.model.folding import Fold, fold
-from llmq.model.lanes import Call, Lanes, run
-from llmq.model.sites import discover, overridden
+from llmq.model.experts import Passing, in_experts
+from llmq.model.lanes import Lanes, run
 from llmq.model.skeleton import Read
-from llmq.pipeline.activations import NOT_FINITE, no_static_scale, static_input, unusable
+from llmq.pipeline.activations import no_static_scale, static_input, unusable
 from llmq.pipeline.experts import Layer, Layers
+from llmq.pipeline.loaded import Block, Report, block_sites
 from llmq.pipeline.method import Method
 from llmq.pipeline.plan import Plan
-from llmq.pipeline.records import Line, Record
+from llmq.pipeline.records import Line
 from llmq.pipeline.site import Answer, Target, gave, round_unseen, solve
+from llmq.pipeline.transforming import transform
 from llmq.pipeline.trouble import strain, told
 from llmq.progress import Work
 from llmq.stats import Hessian, MeanSquare, Stat, Stats
-from llmq.steps import BlockView, Scaling, SiteView, Solved, Transform, Tuner
-from llmq.types import LinearSpec, Params, Producer, Site
-
-
-@dataclass
-class Report:
-    """What is known of a block when it is done.
-
-    record: what `quantization.json` says of it. importance: of every linear's input, where an importance matrix is
-    wanted. hessians: H of each site by its linears, where their errors are measured again after the last block.
-    """
-
-    record: Record = field(default_factory=Record)
-    importance: dict[str, MeanSquare] = field(default_factory=dict)
-    hessians: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A decoder block in memory, and what belongs to it.
-
-    number: from 0; that of the head is the number of blocks. state: what enters it. passing: the experts whose weights
-    are not in memory. report: grows with the work. work: is told what is done.
-    """
-
-    plan: Plan
-    number: int
-    module: nn.Module
-    sites: Sequence[Site]
-    state: Calibration
-    passing: Passing
-    work: Work
-    report: Report = field(default_factory=Report)
-
-    @property
-    def calls(self) -> Sequence[Call]:
-        """The other arguments of its call, batch by batch."""
-        return self.calls_in(self.state.calls)
-
-    def calls_in(self, batches: Sequence[Sequence[Call]]) -> Sequence[Call]:
-        """Return the block's of the calls of all blocks, batch by batch; the head takes its input alone."""
-        return [c[self.number] if self.number < len(c) else ((), {}) for c in batches]
-
-    def full(self, name: str) -> str:
-        """Return the full name of what the block calls so."""
-        return self.plan.skeleton.full_name(self.number, name)
-
-    def specs(self, site: Site) -> dict[str, LinearSpec]:
-        """Return the linears of a site that are quantized, by their names in the block."""
-        return {n: s for n in site.linears if (s := self.plan.linears.get(self.full(n)))}
-
-    @property
-    def tuners(self) -> Sequence[Tuner]:
-        """The steps that tune the block; the head is no block of theirs."""
-        return () if self.number == len(self.plan.skeleton) else self.plan.method.tuners
-
-    @property
-    def moves_on(self) -> bool:
-        """Whether anything behind the block wants its output."""
-        behind = len(self.plan.skeleton) - self.number - (self.plan.head is None)
-        return self.state.tokens > 0 and behind > 0
-
-    def exact(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor of the block as the checkpoint has it: what is computed with may hold less, or nothing."""
-        source, full = self.plan.source, self.full(name)
-        if tensor.is_meta:
-            there = full if full in source else self.plan.weight_of(full.removesuffix(".weight"))
-            return source.get(there).to(self.plan.device)
-        whole = tensor.dtype in (torch.float32, source.dtype_of(full))
-        return tensor.detach() if whole else source.get(full).to(tensor.device)
+from llmq.steps import BlockView, Solved
+from llmq.types import Params, Site
 
 
 @dataclass(frozen=True)
@@ -149,7 +81,7 @@ def quantize_block(
     with ExitStack() as stack:
         module = stack.enter_context(plan.skeleton.loaded(i, plan.device, experts=_whole(plan), read=read))
         passing = stack.enter_context(Passing(module, partial(_read, plan, i)))
-        block = _Block(plan, i, module, block_sites(plan, i, module, state), state, passing, work)
+        block = Block(plan, i, module, block_sites(plan, i, module, state), state, passing, work)
         packed, maxima = _opened(block) if i < len(plan.skeleton) else ({}, None)
         solved, state = _solve(block, maxima)
         if maxima is not None:
@@ -162,7 +94,7 @@ def quantize_block(
     return packed, block.report, state
 
 
-def _note(block: _Block, linear: str, solved: Solved) -> None:
+def _note(block: Block, linear: str, solved: Solved) -> None:
     """Record the line of a linear, and say what trouble it tells of."""
     record = block.report.record
     record.note(linear, solved.report)
@@ -178,15 +110,15 @@ def _read(plan: Plan, i: int, name: str) -> Tensor:
     return plan.source.get(plan.skeleton.full_name(i, name)).to(plan.device, plan.skeleton.dtype)
 
 
-def _opened(block: _Block) -> tuple[dict[str, Tensor], KvMaxima | None]:
+def _opened(block: Block) -> tuple[dict[str, Tensor], KvMaxima | None]:
     """Transform the block; return what stays float as it is written, and what will see its keys and values."""
     for step in block.plan.method.transforms:
         block.work.step(registry.dump(step))
-        _transform(block, step)
+        transform(block, step)
     return _settle(block), KvMaxima() if block.plan.method.recipe.kv_bits else None
 
 
-def _solve(block: _Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], Calibration]:
+def _solve(block: Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], Calibration]:
     """Solve every site in the order they run, then tune the block; return the state behind it too."""
     plan, module, state, tuners = block.plan, block.module, block.state, block.tuners
     calls = maxima.into(block.calls) if maxima is not None else block.calls
@@ -199,12 +131,13 @@ def _solve(block: _Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], C
         original = copy.deepcopy(module) if state.floats else None
         layers = stack.enter_context(Layers(module, state.tokens, moments=Hessian in needs))
         block.passing.stay = True
+        alive = None if in_experts(module) else plan.alive  # of experts, no weight is there to run anew through
         if original is not None:
             floats = block.calls_in(state.float_calls)
             layers.lead(original)
-            reference = stack.enter_context(Lanes(original, block.sites, state.floats, floats))
+            reference = stack.enter_context(Lanes(original, block.sites, state.floats, floats, alive))
         if state.hidden:
-            lanes = stack.enter_context(Lanes(module, block.sites, state.hidden, calls))
+            lanes = stack.enter_context(Lanes(module, block.sites, state.hidden, calls, alive))
         for site in block.sites:
             solved |= _solve_site(block, site, lanes, reference, layers.of(site), for_tuners)
         if lanes:
@@ -226,7 +159,7 @@ def _solve(block: _Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], C
 
 
 def _solve_site(
-    block: _Block,
+    block: Block,
     site: Site,
     lanes: Lanes | None,
     reference: Lanes | None,
@@ -297,7 +230,7 @@ def _with_input(solved: Solved, inputs: Params) -> Solved:
     return Solved(dataclasses.replace(solved.q, input=inputs), solved.report)
 
 
-def _placed(block: _Block, found: _Found, solved: Solved) -> Solved:
+def _placed(block: Block, found: _Found, solved: Solved) -> Solved:
     """Put the weight that a runtime will multiply with into the block; return the linear with its line."""
     Q_NK = solved.q.dequantize()
     module: Any = block.module.get_submodule(found.name)
@@ -310,7 +243,7 @@ def _placed(block: _Block, found: _Found, solved: Solved) -> Solved:
     return Solved(solved.q, line | Line().add(solved.q, Q_NK, found.W_NK, found.H_KK).to_json())
 
 
-def _roots(block: _Block, site: Site, method: Method) -> Iterator[Tensor]:
+def _roots(block: Block, site: Site, method: Method) -> Iterator[Tensor]:
     """Yield the square roots of the tokens' weights `[T, 1]`, batch by batch; nothing where no step weighs tokens."""
     squares = [s for n in site.linears if (s := block.state.squares.get(block.full(n)))]
     for weighting in method.weightings if squares else ():
@@ -318,72 +251,7 @@ def _roots(block: _Block, site: Site, method: Method) -> Iterator[Tensor]:
         yield from weight_T.sqrt()[:, None].split([len(s) for s in squares[0]])
 
 
-def block_sites(plan: Plan, i: int, block: nn.Module, state: Calibration) -> tuple[Site, ...]:
-    """Return the sites of block `i`: as planned, or what one forward discovers; the head is a site itself."""
-    if i == len(plan.skeleton):
-        return (Site(("head",)),)
-    if plan.sites:
-        return plan.sites[i]
-    if state.probe:
-        found = discover(block, state.probe.hidden, state.probe.calls[i])
-        return overridden(plan.skeleton.config.model_type, found)
-    return tuple(Site((n,)) for n in linears_of(block))
-
-
-def _transform(block: _Block, step: Transform) -> None:
-    """Collect at every site of the float block, search all sites, then fold all; note what was done."""
-    plan, record = block.plan, block.report.record
-    modules = dict(block.module.named_modules())
-    stats, calls = _observe(block, step)
-    found: list[tuple[Site, Producer, Scaling]] = []
-    for site, seen in zip(block.sites, stats, strict=True):
-        specs = block.specs(site)
-        schemes = [specs[n].scheme if n in specs else None for n in site.linears]
-        view = SiteView(site, modules, seen, calls.get(site.parent, []), schemes)
-        bad = unusable(seen)
-        if bad == NOT_FINITE:
-            for full in (block.full(n) for n in specs):
-                record.note(full, {"not_scaled": bad})
-        scaling = step.search(view) if site.producer and not bad else None
-        if scaling is not None and site.producer:
-            found.append((site, site.producer, gave(step, scaling, Scaling)))
-    weights = {block.full(n): p.data for n, p in block.module.named_parameters()}
-    for site, producer, (scale_K, report) in found:
-        linears = tuple(block.full(n) for n in site.linears)
-        named = dataclasses.replace(producer, module=block.full(producer.module))
-        by = Fold(registry.dump(step), block.number, linears, named, scale_K)
-        fold(weights, by, plan.source.dtype_of)
-        record.folds.append(by)
-        for name in linears:
-            if name in plan.linears:
-                record.note(name, report)
-
-
-def _observe(block: _Block, step: Transform) -> tuple[list[Stats], dict[str, list[Call]]]:
-    """Run the float block; return what a transform needs of each site, and calls of their parents by name."""
-    stats: list[Stats] = []
-    calls: dict[str, list[Call]] = {}
-    parents = {s.parent for s in block.sites if step.call_tokens and s.producer and s.parent not in s.linears}
-    hooks = [_record_calls(block.module.get_submodule(p), p, calls, step.call_tokens) for p in sorted(parents)]
-    with Lanes(block.module, block.sites, block.state.hidden, block.calls) as lanes:
-        for site in block.sites:
-            stats.append(collect(step.needs(site), lanes.advance(), block.state.dealt))
-    for hook in hooks:
-        hook.remove()
-    return stats, calls
-
-
-def _record_calls(module: nn.Module, name: str, into: dict[str, list[Call]], tokens: int) -> Any:
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
-        kept = into.setdefault(name, [])
-        if len(kept) * x.shape[:-1].numel() < tokens:
-            kept.append((args, kwargs))
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _settle(block: _Block) -> dict[str, Tensor]:
+def _settle(block: Block) -> dict[str, Tensor]:
     """Round what stays float (norms, biases, skipped linears, buffers) to what is stored; return that by full name."""
     floats: dict[str, Tensor] = {}
     for name, tensor in block.module.state_dict().items():

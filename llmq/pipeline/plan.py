@@ -46,6 +46,7 @@ class Plan:
 
     skeleton, model: the float model, as the run and as a format sees it. assigned: what becomes of every matrix.
     sites: of every block, with their producers, where transforms want these; else empty.
+    alive: how many batches of the calibration stay suspended inside a block (model/lanes.py), None for all.
     """
 
     skeleton: Skeleton
@@ -55,6 +56,7 @@ class Plan:
     device: torch.device
     warnings: list[str] = field(default_factory=list)
     sites: Sequence[tuple[Site, ...]] = ()
+    alive: int | None = None
 
     @property
     def source(self) -> Source:

@@ -30,7 +30,8 @@ from llmq.model.folding import Folded
 from llmq.model.pretrained import check_ids, tokenizer_of
 from llmq.model.skeleton import Skeleton
 from llmq.pipeline.allocate import allocate
-from llmq.pipeline.block import Report, quantize_block, reads
+from llmq.pipeline.block import quantize_block, reads
+from llmq.pipeline.loaded import Report
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Line, Record, rounded
 from llmq.pipeline.report import summary, write_importance
