@@ -39,7 +39,7 @@ from llmq.model.footprint import Entered, Footprint, footprints
 from llmq.pipeline.plan import Plan, packed_bytes
 from llmq.pipeline.site import pieces
 from llmq.pipeline.whole_model import finisher_bytes
-from llmq.stats import Stat
+from llmq.stats import Hessian, Stat
 from llmq.steps import Held, SiteStep
 from llmq.types import LinearSpec
 
@@ -225,6 +225,7 @@ class Holdings:
         grids = [s.scheme.weight for s in specs]
         lasting = {stat for step in steps for stat in step.needs(grids)} if specs else set()
         every = lasting | {stat for step in self.method.corrections for stat in step.needs(grids)} if specs else set()
+        lasting |= every & {Hessian}
         square, rows = _F32 * K * K, _F32 * N * K
         growing = square * sum(stat.summing for stat in every)
         yield self._phase("blocks", at, {**fixed, "running batch": running, "sums": growing})

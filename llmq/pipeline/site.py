@@ -21,7 +21,7 @@ from llmq.calibration.dealing import PARTS, cut
 from llmq.errors import LlmqError
 from llmq.granularity import PerTensor
 from llmq.pipeline.method import Method
-from llmq.stats import Stats
+from llmq.stats import Hessian, Stats
 from llmq.steps import Correction, Refiner, Solved, Step
 from llmq.types import Grid, QTensor
 
@@ -128,8 +128,11 @@ def solve(method: Method, targets: Mapping[str, Target], stats: Stats) -> dict[s
 
 
 def _drop_spent(method: Method, grids: Sequence[Grid], held: Sequence[Stats]) -> None:
-    """Drop what corrections alone read, K x K sums of it, before the solver makes factors of its own."""
-    later = {stat for step in (method.solver, *method.refiners) for stat in step.needs(grids)}
+    """Drop what corrections alone read, K x K sums of it, before the solver makes factors of its own.
+
+    The Hessian stays: errors are measured by it.
+    """
+    later = {Hessian} | {stat for step in (method.solver, *method.refiners) for stat in step.needs(grids)}
     for stat in {stat for step in method.corrections for stat in step.needs(grids)} - later:
         for stats in held:
             stats.pop(stat, None)
