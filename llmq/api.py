@@ -14,6 +14,7 @@ from typing import Any
 
 from llmq.checkpoint.place import user_path
 from llmq.evaluation import scores
+from llmq.evaluation.streamed import Streamed
 from llmq.evaluation.windows import find_convention, load_text
 from llmq.export import floats
 from llmq.loading import as_dtype, load, load_tokenizer
@@ -110,6 +111,7 @@ def evaluate(
     window: int | None = None,
     windows: int | None = None,
     kv_bits: int | None = None,
+    stream: bool = False,
     dtype: str | None = None,
     device: str = "auto",
     progress: Progress | Listener | None = None,
@@ -119,19 +121,25 @@ def evaluate(
     text: a file to score; without one, `dataset` of the Hub. convention: gptq, llama.cpp or lm-eval; window: tokens of
         a window, in place of the convention's. windows: score only the first so many.
     kv_bits: 8, 4 or 2 quantize the key-value cache. dtype: in which both compute ("float32" ...), None for their own.
-    progress: called with windows done, windows in all and what is going on.
-    Raises LlmqError as `load`, `load_text` and `scores.evaluate` do.
+    stream: hold one block of each in memory at a time (evaluation/streamed.py), for models larger than memory.
+    progress: called with windows done (blocks, where streamed), how many in all, and what is going on.
+    Raises LlmqError as `load`, `load_text`, `Streamed` and `scores.measure` do.
     """
     work = Work.of(progress)
-    scores.refuse(windows, kv_bits)
+    scores.refuse(windows, kv_bits, stream=stream)
     how = find_convention(convention, window)
     content = load_text(None if text is None else user_path(text), dataset, how)
     tokenizer = load_tokenizer(str(model))
     work(0, 1, "loading")
-    truth = None if baseline is None else load(baseline, dtype=as_dtype(dtype), device=device)
-    loaded = load(model, dtype=as_dtype(dtype), device=device)
+
+    def opened(path: str | Path, name: str, bits: int | None = None) -> scores.Predicts:
+        if stream:
+            return Streamed(path, name, dtype=as_dtype(dtype), device=device, work=work)
+        return scores.Predictor(load(path, dtype=as_dtype(dtype), device=device), name, bits)
 
     def scoring(done: int, total: int) -> None:
         work(done, total, "scoring")
 
-    return scores.evaluate(loaded, tokenizer, content, how, truth, windows, scoring, kv_bits=kv_bits)
+    truth = None if baseline is None else opened(baseline, "the baseline")
+    scored = opened(model, "the model", kv_bits)
+    return scores.measure(scored, truth, tokenizer, content, how, windows, scoring)

@@ -27,6 +27,7 @@ def evaluate(
     kv_bits: Annotated[
         int | None, typer.Option(help="8 or 4: quantize the key-value cache (2: to see it fail).")
     ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Hold one block at a time: models beyond memory.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --json.")] = False,
     log_json: Annotated[Path | None, typer.Option(help="Log every step for machines: a JSON object a line.")] = None,

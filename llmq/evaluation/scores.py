@@ -14,9 +14,9 @@ Not here: which windows of a text are scored (windows), loading models (loading)
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +65,32 @@ class Evaluation:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def refuse(windows: int | None, kv_bits: int | None) -> None:
-    """Raise LlmqError for what can be refused before a model is loaded: no window, and bits that no cache has."""
+class Predicts(Protocol):
+    """A model as it is scored: states of windows, and the logits of a few positions of them.
+
+    model: transformers' own, for its config and the shapes of its weights. name: what messages call it. vocab: tokens
+    that it tells apart. kv_bits: of its key-value cache, None for a float one.
+    """
+
+    model: Any
+    name: str
+    vocab: int
+    kv_bits: int | None
+
+    def each(self, windows: Sequence[list[int]]) -> Iterator[Tensor]:
+        """Yield the states of each window, `[T, hidden]` or what else `log_probs` takes rows of."""
+
+    def log_probs(self, states: Tensor) -> Tensor:
+        """Return the float32 log-probabilities `[T, vocab]` of some of the states of a window that was yielded."""
+
+
+def refuse(windows: int | None, kv_bits: int | None, *, stream: bool = False) -> None:
+    """Raise LlmqError for what can be refused before a model is loaded: no window, bits that no cache has.
+
+    Nor has a cache any that is streamed: blocks that see whole windows read nothing back from one.
+    """
+    if stream and kv_bits is not None:
+        raise LlmqError("--kv-bits needs the whole model in memory, fed a few tokens at a time; leave out --stream")
     if windows is not None and windows < 1:
         raise LlmqError(f"give 1 window or more, not {windows}")
     if kv_bits is not None:
@@ -93,22 +117,40 @@ def evaluate(  # noqa: PLR0913, what is measured and how
     progress: called with (done, total) after every window.
     kv_bits: quantize the model's key-value cache, not the baseline's, and feed tokens `KV_CHUNK` at a time; static
         scales that the checkpoint came with are used at 8 bits.
-    Both models are put in eval mode. Raises LlmqError for a text that is too short, a window longer than the model
-    reads, a baseline with another vocabulary, and logits that are not finite (naming the window).
+    Both models are put in eval mode. Raises LlmqError as `measure` does.
+    """
+    refuse(windows, kv_bits)
+    scored = Predictor(model.eval(), "the model", kv_bits)
+    truth = None if baseline is None else Predictor(baseline.eval(), "the baseline")
+    return measure(scored, truth, tokenizer, text, convention, windows, progress)
+
+
+def measure(
+    scored: Predicts,
+    truth: Predicts | None,
+    tokenizer: Any,
+    text: Text,
+    convention: Convention,
+    windows: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure what predicts, in memory whole or block by block, against the truth where there is one; see `evaluate`.
+
+    Raises LlmqError for a text that is too short, a window longer than the model reads, a baseline with another
+    vocabulary, and logits that are not finite (naming the window).
     """
     began = time.perf_counter()
-    refuse(windows, kv_bits)
-    how = fit(convention, model)
+    how = fit(convention, scored.model)
     pieces, words, bytes_ = cut(text, tokenizer, how, windows)
-    scored = Predictor(model.eval(), "the model", kv_bits)
-    check_ids([i for w in pieces for i in w.ids], model)
-    truth = None if baseline is None else Predictor(baseline.eval(), "the baseline")
+    check_ids([i for w in pieces for i in w.ids], scored.model)
     if truth and truth.vocab != scored.vocab:
         raise LlmqError(f"the baseline has {truth.vocab} tokens in its vocabulary, the model {scored.vocab}")
+    read = [w.ids[:-1] for w in pieces]
     parts: list[Tensor] = []
     with torch.inference_mode():
-        for i, piece in enumerate(pieces):
-            parts += _score(piece, f"window {i + 1} of {len(pieces)}", scored, truth)
+        truths = truth.each(read) if truth else [None] * len(read)
+        for i, (piece, q, p) in enumerate(zip(pieces, scored.each(read), truths, strict=True)):
+            parts += _score(piece, f"window {i + 1} of {len(pieces)}", scored, truth, (q, p))
             if progress:
                 progress(i + 1, len(pieces))
     scores = torch.cat(parts)
@@ -125,7 +167,7 @@ def evaluate(  # noqa: PLR0913, what is measured and how
         tokens=len(nll),
         seconds=time.perf_counter() - began,
         byte_perplexity=_exp(float(nll.sum()) / bytes_) if how.unit == "word" else None,
-        kv_bits=kv_bits,
+        kv_bits=scored.kv_bits,
         **(_against(scores, count) if truth else {}),
     )
 
@@ -153,7 +195,7 @@ def table(rows: Mapping[str, Evaluation]) -> Rows:
 
 
 class Predictor:
-    """A model as the states of a window and their logits, so that logits exist for a few positions at a time.
+    """A model in memory as the states of a window and their logits, so that logits exist for a few positions at a time.
 
     The states are the last hidden states where the output embedding alone makes them the model's logits. A short probe
     decides: a model that scales, caps or masks its logits afterwards fails it, and its states are the logits.
@@ -168,6 +210,10 @@ class Predictor:
             with torch.inference_mode():
                 states = model.base_model(probe, use_cache=False).last_hidden_state
                 self.head = head if torch.equal(head(states), model(probe, use_cache=False).logits) else None
+
+    def each(self, windows: Sequence[list[int]]) -> Iterator[Tensor]:
+        """Yield the states of each window, which is run when it is asked for."""
+        return map(self.states, windows)
 
     def states(self, ids: list[int]) -> Tensor:
         """Return `[T, hidden]`, or the logits `[T, vocab]`."""
@@ -189,13 +235,17 @@ class Predictor:
         return F.log_softmax((states if self.head is None else self.head(states)).float(), dim=-1)
 
 
-def _score(window: Window, where: str, model: Predictor, baseline: Predictor | None) -> Iterator[Tensor]:
+def _score(
+    window: Window, where: str, model: Predicts, baseline: Predicts | None, both: tuple[Tensor, Tensor | None]
+) -> Iterator[Tensor]:
     """Yield, for a few of the scored tokens at a time, float64 `[t, 1]` on the CPU: -log q; with a baseline `[t, 4]`.
 
-    The other columns are -log p, the KL divergence and 1 where both rank the same token first.
+    The other columns are -log p, the KL divergence and 1 where both rank the same token first. both: the states of the
+    window, the model's and the baseline's.
     """
-    states = model.states(window.ids[:-1])[window.first - 1 :]
-    truth = None if baseline is None else baseline.states(window.ids[:-1])[window.first - 1 :]
+    of_model, of_baseline = both
+    states = of_model[window.first - 1 :]
+    truth = None if of_baseline is None else of_baseline[window.first - 1 :]
     targets = torch.tensor(window.ids[window.first :], device=states.device)
     for i in range(0, len(targets), CHUNK):
         part = slice(i, i + CHUNK)

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer
@@ -87,11 +88,7 @@ class PackedQuantizer(HfQuantizer):
             self._names = _names(model, entries)
         stored = _by_model(model, entries)
         prefix = _prefix(model, stored)
-        packed = PackedCheckpoint(self._packing, stored, model, prefix)
-        for name, linear in packed.linears.items():
-            own = packed.stored(name)
-            module = QuantLinear(self._packing.format, linear, "bias" in own, stored=own)
-            model.set_submodule(name.removeprefix(prefix), module)
+        place_linears(model, PackedCheckpoint(self._packing, stored, model, prefix), prefix)
         if self._config.get("kv_cache_scheme"):
             _add_kv_scales(model, prefix, stored)
 
@@ -125,6 +122,17 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Return False: packed weights have no gradient."""
         return False
+
+
+def place_linears(model: nn.Module, packed: PackedCheckpoint, prefix: str = "") -> None:
+    """Put an empty `QuantLinear` in the place of each linear that a checkpoint holds packed.
+
+    prefix: what the checkpoint's names have before the model's.
+    """
+    for name, linear in packed.linears.items():
+        own = packed.stored(name)
+        module = QuantLinear(packed.packing.format, linear, "bias" in own, stored=own)
+        model.set_submodule(name.removeprefix(prefix), module)
 
 
 class ReferenceQuantizer(PackedQuantizer):

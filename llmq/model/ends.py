@@ -9,7 +9,7 @@ Not here: the blocks (skeleton.py), what happens inside one (lanes.py).
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,17 +89,22 @@ def _standing_in(skeleton: Skeleton, blocks: Sequence[nn.Module]) -> Iterator[No
 
 
 def embed(
-    skeleton: Skeleton, batches: Sequence[Tensor], device: torch.device
+    skeleton: Skeleton, batches: Iterable[Tensor], device: torch.device
 ) -> tuple[list[Tensor], list[Sequence[Call]]]:
-    """Return the hidden states that enter block 0, per batch, and the other arguments of every block's call.
+    """Return what `entering` yields, as two lists; the second is indexed `[batch][block]`."""
+    hidden, calls = zip(*entering(skeleton, batches, device), strict=True)
+    return list(hidden), list(calls)
 
-    batches: of tokens, int64 `[B, S]`, no padding. The second list is indexed `[batch][block]`; batches of one shape
-    share the tensors that are equal (masks, rotary tables). Only what lies before the blocks is loaded, in its stored
-    dtype.
+
+def entering(
+    skeleton: Skeleton, batches: Iterable[Tensor], device: torch.device
+) -> Iterator[tuple[Tensor, Sequence[Call]]]:
+    """Yield, batch by batch, the hidden states that enter block 0 and the other arguments of every block's call.
+
+    batches: of tokens, int64 `[B, S]`, no padding; those of one shape share the tensors that are equal (masks, rotary
+    tables). Only what lies before the blocks is loaded, in its stored dtype.
     """
     blocks = skeleton.blocks
-    hidden: list[Tensor] = []
-    calls: list[Sequence[Call]] = []
     first: dict[torch.Size, Sequence[Call]] = {}
     with outside_loaded(skeleton, device):
         for ids in batches:
@@ -108,10 +113,8 @@ def embed(
                 with _standing_in(skeleton, recorders):
                     skeleton.model(input_ids=ids.to(device), use_cache=False)
             except _Reached:
-                hidden.append(recorders[0].entered)
-            own = [r.call for r in recorders]
-            calls.append(_sharing(own, first.setdefault(ids.shape, own), {}))
-    return hidden, calls
+                own = [r.call for r in recorders]
+                yield recorders[0].entered, _sharing(own, first.setdefault(ids.shape, own), {})
 
 
 def _sharing(new: Any, old: Any, seen: dict[tuple[int, int], Any]) -> Any:
@@ -173,16 +176,18 @@ def outside_loaded(skeleton: Skeleton, device: torch.device, *, head: bool = Fal
     output = skeleton.model.get_output_embeddings()
     modules = [(n, m) for n, m in skeleton.around() if head or m is not output]
     tied = f"{skeleton.name_of(skeleton.model.get_input_embeddings())}.weight"
-    hooks = []
+    hooks, filled = [], list[tuple[nn.Module, str]]()
     for name, module in modules:
         stored = isinstance(module, nn.Embedding)
-        for leaf, _ in list(module.named_parameters(recurse=False)):
+        for leaf, held in _own(module):
             full = f"{name}.{leaf}" if name else leaf
-            tensor = skeleton.source.get(tied if module is output and full not in skeleton.source else full)
-            tensor = tensor.to(device) if stored else tensor.to(device, skeleton.dtype)
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
-        for leaf, buffer in module.named_buffers(recurse=False):
-            setattr(module, leaf, buffer.to(device))
+            full = tied if module is output and full not in skeleton.source else full
+            if not held.is_meta:
+                setattr(module, leaf, held.to(device))
+                continue
+            tensor = skeleton.source.get(full).to(device, None if stored else skeleton.computed_in(full))
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor)
+            filled.append((module, leaf))
         if stored:
             hooks.append(module.register_forward_hook(lambda _m, _a, out: out.to(skeleton.dtype)))
     try:
@@ -190,6 +195,11 @@ def outside_loaded(skeleton: Skeleton, device: torch.device, *, head: bool = Fal
     finally:
         for hook in hooks:
             hook.remove()
-        for _, module in modules:
-            for leaf, p in module.named_parameters(recurse=False):
-                setattr(module, leaf, nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False))
+        for module, leaf in filled:
+            empty = torch.empty_like(getattr(module, leaf), device="meta")
+            setattr(module, leaf, nn.Parameter(empty, requires_grad=False) if leaf in module._parameters else empty)
+
+
+def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers of a module itself; weights are on meta, what it computes is real."""
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

@@ -93,10 +93,10 @@ class Skeleton:
         block before (`reads`), which is used up.
         """
         tail = i == len(self)
-        filled = self._module(i)
+        filled, name = self._module(i), self._place(i)
         tensors = self._tensors(i, experts) if read is None else _drained(read)
         on_gpu = device.type == "cuda"  # then the copy need not be waited for, and a change of dtype is the GPU's
-        _fill(filled, {n: t.to(device, self.dtype, non_blocking=on_gpu) for n, t in tensors})
+        _fill(filled, {n: t.to(device, self.computed_in(f"{name}.{n}"), non_blocking=on_gpu) for n, t in tensors})
         computed = _computed_buffers(filled)
         for owner, leaf, tensor in computed:
             setattr(owner, leaf, tensor.to(device))
@@ -120,8 +120,7 @@ class Skeleton:
         return {n: pinned(t, device) for n, t in self._tensors(i, experts)}
 
     def _tensors(self, i: int, experts: bool) -> Iterator[tuple[str, Tensor]]:
-        block = self._module(i)
-        name = self.final_norm if i == len(self) else f"{self.prefix}.{i}"
+        block, name = self._module(i), self._place(i)
         left = {} if experts else in_experts(block)
         for n in block.state_dict():
             if n.rpartition(".")[0] not in left:
@@ -131,6 +130,13 @@ class Skeleton:
         """Return block `i`; of the one behind the last, what of it is read: the final norm."""
         found: nn.Module = self.model.get_submodule(self.final_norm) if i == len(self) else self.blocks[i]
         return found
+
+    def _place(self, i: int) -> str:
+        return self.final_norm if i == len(self) else f"{self.prefix}.{i}"
+
+    def computed_in(self, name: str) -> torch.dtype | None:
+        """Return the dtype that a tensor of the checkpoint is computed in, None for the one that it is stored in."""
+        return self.dtype
 
     def filled(self, device: torch.device) -> Any:
         """Return the whole model with its weights in memory, for good: of a skeleton that is used for nothing else."""

@@ -80,6 +80,14 @@ class QuantLinear(nn.Module):
             for local in self._packed:
                 setattr(self, local, None)
 
+    def empty(self) -> None:
+        """Forget the weight and the bias: the buffers are on the meta device, to be filled again."""
+        self.prepacked = None
+        for local, (dtype, shape) in self._packed.items():
+            setattr(self, local, torch.empty(shape, dtype=dtype, device="meta"))
+        if self.bias is not None:
+            self.bias = torch.empty_like(self.bias, device="meta")
+
     def undo_prepack(self) -> None:
         """Return to the tensors of the file and to the reference."""
         for local, t in self.file_tensors().items():

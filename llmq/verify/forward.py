@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint.source import Source, View
-from llmq.model.ends import embed, logits, outside_loaded
-from llmq.model.lanes import run
+from llmq.model.ends import logits, outside_loaded
+from llmq.model.forward import Forward
 from llmq.model.skeleton import Skeleton
 from llmq.progress import Progress, Work
 from llmq.verify.against import Truth
@@ -45,26 +45,10 @@ class Decoded(View):
         return super().get(name) if found is None else found
 
 
-class Forward:
-    """A few tokens on their way through a model that is loaded block by block. ids: int64 `[1, T]`, else some fixed."""
-
-    def __init__(self, skeleton: Skeleton, ids: Tensor | None = None) -> None:
-        self.skeleton = skeleton
-        vocabulary = skeleton.model.get_input_embeddings().weight.shape[0]
-        ids = (torch.arange(1, _TOKENS + 1) * 7919 % vocabulary)[None] if ids is None else ids
-        with torch.no_grad():
-            (self.hidden,), (self.calls,) = embed(skeleton, [ids], _CPU)
-
-    def step(self, i: int) -> Tensor:
-        """Move the hidden states past block `i`; return them."""
-        with self.skeleton.loaded(i, _CPU) as block, torch.no_grad():
-            self.hidden = run(block, self.hidden, self.calls[i])
-        return self.hidden
-
-    def logits(self) -> Tensor:
-        """Return the logits, float32 `[T, V]`, of the hidden states behind the last block."""
-        with outside_loaded(self.skeleton, _CPU, head=True), torch.no_grad():
-            return logits(self.skeleton, self.hidden)[0].float()
+def predicted(forward: Forward) -> Tensor:
+    """Return the logits, float32 `[T, V]`, of the one batch behind the last block."""
+    with outside_loaded(forward.skeleton, _CPU, head=True), torch.no_grad():
+        return logits(forward.skeleton, forward.hidden[0])[0].float()
 
 
 def walk(
@@ -77,22 +61,29 @@ def walk(
     work = Work.of(progress)
     prefix = f"{skeleton.prefix}."
     with _reading(skeleton, [n for n in names if not n.startswith(prefix)], truth, report):
-        forward = Forward(skeleton) if report.passed else None
-    beside = Forward(truth.skeleton) if truth and forward else None
+        forward = Forward(skeleton, [_tokens(skeleton)], _CPU) if report.passed else None
+    beside = Forward(truth.skeleton, [_tokens(truth.skeleton)], _CPU) if truth and forward else None
     for i in range(len(skeleton)):
         work(i, len(skeleton), "verifying")
         with _reading(skeleton, [n for n in names if n.startswith(f"{prefix}{i}.")], truth, report):
             if forward and report.passed:
-                check_states(f"the hidden states behind block {i}", forward.step(i), report)
+                forward.step(i)
+                check_states(f"the hidden states behind block {i}", forward.hidden[0], report)
         if beside and report.passed:
             beside.step(i)
     work(len(skeleton), len(skeleton), "verifying")
     if not forward or not report.passed:
         report.note("no forward was run to its end: what is wrong with the weights comes first")
         return
-    predicted = forward.logits()
-    if check_states("the logits", predicted, report) and beside:
-        compare(predicted, beside.logits(), report)
+    found = predicted(forward)
+    if check_states("the logits", found, report) and beside:
+        compare(found, predicted(beside), report)
+
+
+def _tokens(skeleton: Skeleton) -> Tensor:
+    """Return some tokens, always the same, int64 `[1, T]`."""
+    vocabulary = skeleton.model.get_input_embeddings().weight.shape[0]
+    return (torch.arange(1, _TOKENS + 1) * 7919 % vocabulary)[None]
 
 
 @contextmanager
