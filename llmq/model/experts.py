@@ -82,8 +82,7 @@ class Experts(nn.Module):
         """Return the sum of what each token's experts make of it, `[T, H]`."""
         if index_Tk is None or weight_Tk is None:
             return self._batched(hidden)
-        index_kT = index_Tk.T  # in transformers' order: first choices first
-        routed = [torch.where(index_kT == e) for e in range(self.num_experts)]
+        routed = self._places(index_Tk)
         led = self._lead.popleft() if self._lead is not None else [None] * self.num_experts
         if self._trail is not None:
             self._trail.append([token for _, token in routed])
@@ -92,6 +91,15 @@ class Experts(nn.Module):
             y = self._answer(expert, hidden, token, first) * weight_Tk[token, place, None]
             out.index_add_(0, token, y.to(out.dtype))
         return out
+
+    def _places(self, index_Tk: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return for each expert its tokens, and of which choice of theirs it is: first choices first.
+
+        Sorted at once: to look for each expert would wait for a GPU as often.
+        """
+        order = index_Tk.T.flatten().argsort(stable=True)
+        counts = torch.bincount(index_Tk.flatten(), minlength=self.num_experts).tolist()
+        return [(at // len(index_Tk), at % len(index_Tk)) for at in order.split(counts)[: self.num_experts]]
 
     def routed(self, hidden: Tensor, index_Tk: Tensor | None = None, _weight_Tk: Tensor | None = None) -> Tensor:
         """Return how many of the tokens that it is called with are routed to each expert, int64 `[E]`."""

@@ -37,7 +37,8 @@ class Layer:
 
     def see(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Count a batch that enters."""
-        self.counts += self.experts.routed(*args).cpu()
+        routed = self.experts.routed(*args)
+        self.counts = self.counts.to(routed.device) + routed  # there, so that no batch is waited for
         if self.moments is not None:
             self.moments.update(self.experts.entering(args[0]))
 
