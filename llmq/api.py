@@ -19,13 +19,25 @@ from llmq.evaluation.windows import find_convention, load_text
 from llmq.export import floats
 from llmq.loading import as_dtype, load, load_tokenizer
 from llmq.pipeline import run
+from llmq.pipeline.memory import capped
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.sinks import refuse
 from llmq.progress import Listener, Progress, Work
 from llmq.recipe import KINDS, Recipe
 from llmq.types import LlmqError
 
-OF_THE_RUN = ("src", "out", "recipe", "adapter", "device", "allow_code", "verify", "overwrite")
+OF_THE_RUN = (
+    "src",
+    "out",
+    "recipe",
+    "adapter",
+    "device",
+    "max_memory",
+    "device_memory",
+    "allow_code",
+    "verify",
+    "overwrite",
+)
 """Options of `quantize` that say what is read and written, and are no part of the recipe."""
 
 
@@ -36,6 +48,8 @@ def quantize(
     recipe: str | Path | None = None,
     adapter: str | Path | None = None,
     device: str = "auto",
+    max_memory: str | None = None,
+    device_memory: str | None = None,
     allow_code: bool = False,
     verify: bool = True,
     overwrite: bool = False,
@@ -49,6 +63,8 @@ def quantize(
     options: those of `Recipe`, laid over the file `recipe`, which names code outside llmq only with `allow_code`. None
         means that an option is not given.
     adapter: a LoRA adapter to add. verify: check what was written before it becomes OUT. overwrite: replace OUT.
+    max_memory, device_memory: the most memory that the run may take, "6GiB", of the host and of the device; the same
+        bytes are written, more slowly.
     warn: called with what a user should know, most of it before the work starts.
     progress: called with blocks done, blocks in all and what is going on; or a `Listener`, which hears of every step.
     Raises LlmqError for an option that does not exist, and as `Recipe`, `prepare` and the run do.
@@ -59,7 +75,7 @@ def quantize(
     given = given if Path(out).suffix != ".gguf" else {"format": "gguf"} | given
     what = Recipe.load(None if recipe is None else user_path(recipe), given, allow_code=allow_code)
     refuse(what, str(src), None if adapter is None else str(adapter), Path(out), overwrite=overwrite)
-    plan = prepare(str(src), what, device, adapter)
+    plan = capped(prepare(str(src), what, device, adapter), max_memory, device_memory)
     work, said = Work.of(progress), list(plan.warnings)
     for warning in said:
         _tell(warning, warn, work)

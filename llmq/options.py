@@ -9,6 +9,7 @@
 Not here: which options there are (recipe.py, the fields of a step), which of them go together.
 """
 
+import re
 import typing
 from collections.abc import Iterator
 from types import NoneType, UnionType
@@ -19,6 +20,7 @@ from llmq.errors import LlmqError, printable
 MOST = 10**6
 """How far from zero a number may lie where its annotation does not say: steps, rounds and rates are far below."""
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT])(i?)B?", re.IGNORECASE)
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "none"}
 
 
@@ -44,6 +46,17 @@ def parse(name: str, text: str, kind: Any) -> Any:
         if admits(kind, value):
             return value
     raise LlmqError(f"{name} takes {wanted(kind)}, not {_shown(text)}")
+
+
+def memory_size(name: str, text: str) -> int:
+    """Return the bytes that `6GiB`, `6GB` or `500MB` means. Raises LlmqError, naming the option, for anything else."""
+    found = _SIZE.fullmatch(text.strip())
+    size = (
+        0 if found is None else float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1)
+    )
+    if not 1 <= size < 2**60:
+        raise LlmqError(f"{name} takes a size such as 6GiB, 6GB or 500MB, not {_shown(text)}")
+    return int(size)
 
 
 def admits(kind: Any, value: Any, within: Between | None = None) -> bool:

@@ -8,7 +8,6 @@ Not here: what lies before and behind the blocks (ends.py), what the batches do 
 linears share an input (sites.py).
 """
 
-import ctypes
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from llmq.aside import ahead, pays, pinned
 from llmq.checkpoint import Source
 from llmq.checkpoint.names import own_head, settle
+from llmq.heap import trim
 from llmq.model.config import head_dim
 from llmq.model.experts import check_routing, in_experts, linears_of
 from llmq.model.pretrained import blank_model, model_config
@@ -106,7 +106,7 @@ class Skeleton:
             filled.to("meta")
             for owner, leaf, tensor in computed:  # a block may be loaded again
                 setattr(owner, leaf, tensor)
-            _trim_heap()
+            trim()
 
     def reads(self, blocks: Iterable[int], device: torch.device, *, experts: bool = True) -> Iterator[Read | None]:
         """Yield what `loaded` is to be given of these blocks, each read while the one before is worked on.
@@ -196,17 +196,6 @@ class Tail(nn.Module):
         """Return the logits."""
         out: Tensor = self.head(self.norm(hidden))
         return out
-
-
-def _trim_heap() -> None:
-    """Hand freed pages back to the system, where the C library can: glibc keeps them otherwise, and peaks creep up.
-
-    A block frees hundreds of middling tensors among long-lived ones; without this, 22 blocks of 44 M weights peaked
-    0.7 GB above 6 of them.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _drained(read: Read) -> Iterator[tuple[str, Tensor]]:

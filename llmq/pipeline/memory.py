@@ -10,10 +10,13 @@ Not here: what each phase holds, term by term (holdings.py), how a cap is kept (
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from llmq import heap
 from llmq.errors import LlmqError
+from llmq.options import memory_size
 from llmq.pipeline.holdings import Holdings, Phase
 from llmq.pipeline.plan import Plan
 
@@ -66,6 +69,21 @@ def alive_under(plan: Plan, host: int | None = None, device: int | None = None) 
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def capped(plan: Plan, host: str | None = None, device: str | None = None) -> Plan:
+    """Return the plan with as many batches suspended as fit; host, device: sizes such as `6GiB`, None for no cap.
+
+    Raises LlmqError where the run does not fit, and for a cap on a device that the run does not use.
+    """
+    if host is None and device is None:
+        return plan
+    if device is not None and plan.device.type == "cpu":
+        raise LlmqError("--device-memory means nothing here: the run computes on the CPU; say --max-memory")
+    most = None if host is None else memory_size("--max-memory", host)
+    alive = alive_under(plan, most, None if device is None else memory_size("--device-memory", device))
+    heap.map_tensors()
+    return dataclasses.replace(plan, alive=alive)
 
 
 def _peak(holdings: Holdings, alive: int | None) -> Peak:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from llmq.pipeline.holdings import LIBRARIES
-from llmq.pipeline.memory import alive_under, terms
+from llmq.pipeline.memory import alive_under, capped, terms
 from llmq.pipeline.plan import prepare
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
@@ -73,3 +73,15 @@ def test_experts_stay_suspended(tmp_path):
     FAMILIES["mixtral"].save(tmp_path)
     plan = prepare(str(tmp_path), Recipe(method="gptq", group_size=32, samples=256, seq_len=48, calib="self"))
     assert terms(plan, 0).host.host["suspended"] == terms(plan).host.host["suspended"] > 0
+
+
+def test_a_cap_is_a_size_and_ends_as_batches_that_stay_suspended(planned):
+    plan = planned("qep,gptq,descent")
+    assert capped(plan) is plan and plan.alive is None
+    assert capped(plan, "1TB").alive == 4
+    assert capped(plan, f"{terms(plan, 1).host.total() / 2**20 + 0.01:.2f}MiB").alive == 1
+    for nonsense in ("6", "6 pounds", "-1GB", "0GB", "1" * 4000 + "GB"):
+        with pytest.raises(LlmqError, match="--max-memory takes a size such as 6GiB"):
+            capped(plan, nonsense)
+    with pytest.raises(LlmqError, match="--device-memory means nothing here"):
+        capped(plan, None, "6GiB")
