@@ -61,12 +61,7 @@ class _Found:
 
 def reads(plan: Plan) -> Iterator[Read | None]:
     """Yield what is read of each block before it is quantized."""
-    return plan.skeleton.reads(range(len(plan.skeleton)), plan.device, experts=_whole(plan))
-
-
-def _whole(plan: Plan) -> bool:
-    """Say whether some step wants the weights of all experts of a block at once."""
-    return bool(plan.method.transforms or plan.method.tuners or plan.method.recipe.experts == "all")
+    return plan.skeleton.reads(range(len(plan.skeleton)), plan.device, experts=plan.method.loads_all_experts)
 
 
 def quantize_block(
@@ -79,7 +74,8 @@ def quantize_block(
     work = work or Work()
     work.step("load")
     with ExitStack() as stack:
-        module = stack.enter_context(plan.skeleton.loaded(i, plan.device, experts=_whole(plan), read=read))
+        experts = plan.method.loads_all_experts
+        module = stack.enter_context(plan.skeleton.loaded(i, plan.device, experts=experts, read=read))
         passing = stack.enter_context(Passing(module, partial(_read, plan, i)))
         block = Block(plan, i, module, block_sites(plan, i, module, state), state, passing, work)
         packed, maxima = _opened(block) if i < len(plan.skeleton) else ({}, None)

@@ -20,6 +20,8 @@ The terms, D bytes of the compute dtype, P weights of a block:
     arguments            masks and rotary tables of a batch
     between blocks       hidden states of a pass with gradients; those of the calibration lie on the disk
     both models          what the steps need that tune the whole model (whole_model.py)
+    next block           where a GPU computes, on the host: what is read ahead (aside.py), in buffers used again
+    next batch           likewise of hidden states, and those that are being written
     decoded block        a block as it is verified, float32
 
 Not here: the peak, the cap (memory.py), whose numbers of copies the steps and statistics say themselves (`held`).
@@ -32,6 +34,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 
+from llmq.aside import pays
 from llmq.calibration.state import BATCH_TOKENS
 from llmq.calibration.token_gradients import POSITIONS, held_at_once
 from llmq.model.experts import in_experts, linears_of
@@ -121,9 +124,22 @@ class Holdings:
         self, name: str, at: str, computed: Mapping[str, float] | None = None, host: Mapping[str, float] | None = None
     ) -> Phase:
         """Return a point. computed: bytes where is computed. host: those in the host's memory in any case."""
-        ours = {"libraries": LIBRARIES, **{k: ceil(v) for k, v in (host or {}).items() if v}}
+        aside = self._aside if name in ("gradients", "blocks") and pays(self.plan.device) else {}
+        ours = {"libraries": LIBRARIES, **{k: ceil(v) for k, v in {**aside, **(host or {})}.items() if v}}
         there = {k: ceil(v) for k, v in (computed or {}).items() if v}
         return Phase(name, at, ours, there) if self.plan.device.type != "cpu" else Phase(name, at, ours | there)
+
+    @cached_property
+    def _aside(self) -> dict[str, int]:
+        """What the host holds while a GPU works: two blocks, one that it is given and one that is read, and batches."""
+        skeleton, entered = self.plan.skeleton, self.traced[0]
+        sizes = map(self._weights, range(len(skeleton)))
+        weights = max(own + in_all * self.method.loads_all_experts for own, in_all in sizes)
+        batches = (1 + bool(self.share)) * self.side_by_side
+        return {
+            "next block": 2 * weights * skeleton.stored_dtype.itemsize,
+            "next batch": 3 * batches * entered.hidden,
+        }
 
     def _read(self) -> int:
         """Return what a batch takes as it is read from the disk, and the arguments of all its calls."""
@@ -168,8 +184,7 @@ class Holdings:
         skeleton, found = self.plan.skeleton, self.traced[1][i]
         experts = in_experts(skeleton.blocks[i])
         own, in_all = self._weights(i)
-        whole = self.method.transforms or self.method.tuners or self.method.recipe.experts == "all"
-        own, in_all = (own + in_all, 0) if whole else (own, in_all)
+        own, in_all = (own + in_all, 0) if self.method.loads_all_experts else (own, in_all)
         named = {n: self.plan.linears.get(skeleton.full_name(i, n)) for n in linears_of(skeleton.blocks[i])}
         at = found.at or {(n,): 0 for n in named}
         stay = self.batches if experts else min(alive, self.batches)

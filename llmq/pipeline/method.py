@@ -58,6 +58,11 @@ class Method:
     tuners: tuple[Tuner, ...]
     finishers: tuple[Finisher, ...]
 
+    @property
+    def loads_all_experts(self) -> bool:
+        """Whether the weights of all experts of a block are in memory at once: some step wants them."""
+        return bool(self.transforms or self.tuners or self.recipe.experts == "all")
+
     def needs(self, grids: Sequence[Grid]) -> tuple[type[Stat], ...]:
         """Return the Stat classes that the steps of a site want for linears on these grids."""
         steps: tuple[SiteStep, ...] = (*self.corrections, self.solver, *self.refiners)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
+import torch
 
 from llmq.pipeline.holdings import LIBRARIES
 from llmq.pipeline.memory import alive_under, capped, terms
@@ -65,6 +67,14 @@ def test_a_cap_that_nothing_fits_into_is_refused_with_the_least_that_would(plann
     with pytest.raises(LlmqError, match=re.escape(f"takes {least.total() / 1e9:.2f} GB at least ({least.name}")) as e:
         alive_under(plan, least.total() - 1)
     assert least.largest() in str(e.value) and str(e.value).startswith("--max-memory")
+
+
+def test_beside_a_gpu_the_host_holds_what_comes_next(planned):
+    plan = planned("qep,gptq")
+    gpu = terms(dataclasses.replace(plan, device=torch.device("cuda"))).host
+    assert gpu.host["next block"] == 2 * 4 * (2 * H * H + 2 * H * H // 2 + 3 * H * I + 2 * H)
+    assert gpu.host["next batch"] == 3 * 2 * 4096 * H * 4
+    assert gpu.total() > LIBRARIES and not {"next block", "next batch"} & set(terms(plan).host.host)
 
 
 def test_experts_stay_suspended(tmp_path):
