@@ -21,6 +21,7 @@ from llmq.algorithms._hessian import damped
 from llmq.algorithms.descent import Descent
 from llmq.algorithms.gptq import Gptq
 from llmq.grids.int import Int
+from llmq.pipeline.site import pieces
 from llmq.stats import Hessian, Stats
 from llmq.steps import Solved
 from llmq.types import QTensor
@@ -135,8 +136,11 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def timed(block: str) -> Iterator[str]:
-    """Yield a row of Markdown for each site of a block: seconds and launches, with the kernels and by torch."""
-    for N, K in BLOCKS[block]:
+    """Yield a row of Markdown for each site of a block, of one piece of its rows and of all of them.
+
+    Seconds and launches, with the kernels and by torch.
+    """
+    for N, K in [(n, columns) for rows, columns in BLOCKS[block] for n in (rows // pieces(rows), rows)]:
         of = problem(N, K, "cuda")
         start = gptq(of)  # compiles the kernels, and factors H as often as it is called
         for name, run in (("gptq", partial(gptq, of)), ("descent", partial(descent, of, start))):
