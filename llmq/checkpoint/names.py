@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmq.checkpoint.parts import Fused
+from llmq.checkpoint.parts import Fused, Place
 from llmq.checkpoint.source import Source
 from llmq.errors import LlmqError
 
@@ -39,8 +39,7 @@ class Match:
     unread: tensors of no module. carried: those of parts that transformers never builds (heads that predict further
     tokens). written: what of `stored` has another name when written, and that name.
     missing: tensors of the model that are not there. converted: those that transformers makes of several.
-    parts: how those of `stored` that are parts of one tensor lie in it: the tensor of all experts, the expert's number,
-        the place of its projection.
+    parts: where those of `stored` that are parts of one tensor, that of all experts, lie in it.
     """
 
     stored: dict[str, str]
@@ -50,7 +49,7 @@ class Match:
     written: dict[str, str]
     missing: list[str]
     converted: set[str]
-    parts: dict[str, tuple[Fused, int, int]] = field(default_factory=dict)
+    parts: dict[str, Place] = field(default_factory=dict)
 
 
 def match(model: Any, names: Iterable[str]) -> Match:
@@ -62,7 +61,7 @@ def match(model: Any, names: Iterable[str]) -> Match:
     unread: dict[str, str] = {}
     carried: dict[str, str] = {}
     converted: set[str] = set()
-    parts: dict[str, tuple[Fused, int, int]] = {}
+    parts: dict[str, Place] = {}
     written: dict[str, str] = {}
     for name in sorted(names):
         found, several = naming.of(name)
@@ -70,10 +69,10 @@ def match(model: Any, names: Iterable[str]) -> Match:
         if several:
             converted |= several
         elif found in naming.fused:
-            for own, e, place in naming.fused[found].names():
+            for own, e, number in naming.fused[found].names():
                 full = f"{module}.{own}"
                 _put(stored, full, name, model)
-                parts[full] = (naming.fused[found], e, place)
+                parts[full] = Place(found, naming.fused[found], e, number)
                 written[full] = _of_expert(name, found, own)
         elif found in naming.wanted:
             _put(stored, found, name, model)
@@ -84,7 +83,7 @@ def match(model: Any, names: Iterable[str]) -> Match:
         else:
             _put(beside if module in naming.modules else unread, found, name, model)
     moved = {t: s for t, s in tied.items() if t in stored and s not in stored}
-    whole = {n: s for n, s in stored.items() if n not in parts}
+    whole = {parts[n].whole if n in parts else n: s for n, s in stored.items()}
     written |= {n: w for n, w in naming.runtimes(whole).items() if w != n}
     written |= {n: s for n, s in beside.items() if n.rpartition(".")[0] not in naming.near(s.rpartition(".")[0])}
     stored |= {source: stored.pop(target) for target, source in moved.items()}
@@ -154,7 +153,7 @@ class _Naming:
     def runtimes(self, stored: Mapping[str, str]) -> dict[str, str]:
         """Return the names that runtimes look for: the checkpoint's, with the prefix where it is that of a decoder."""
         prefixed = {n: self.prefixed(s) for n, s in stored.items()}
-        return prefixed if all(name in self.wanted for name in prefixed.values()) else dict(stored)
+        return prefixed if all(name in self._known for name in prefixed.values()) else dict(stored)
 
     def _renamed(self, name: str, renamings: list[Any], converters: list[Any]) -> tuple[str, set[str]]:
         """Return the name by these rules, and of what it is only a part; an expert's matrix is one of ours."""
@@ -224,7 +223,7 @@ def _refuse_misshapen(source: Source, model: Any, found: Match) -> None:
             continue
         stored, part = found.stored[name], found.parts.get(name)
         got = headers[stored][1]
-        if part is not None and part[0].fits(got) is not None:
+        if part is not None and part.fused.fits(got) is not None:
             continue
         if got != want.shape:
             raise LlmqError(

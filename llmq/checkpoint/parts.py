@@ -10,9 +10,10 @@ Not here: the modules that hold them (model/experts.py), which stored tensor is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,25 +46,43 @@ class Fused:
             return False
         return True if (*shape[:1], *shape[:0:-1]) == self.shape else None
 
+    def joined(self, own: Sequence[Tensor], *, transposed: bool) -> Tensor:
+        """Return what the tensor of all has of one expert. own: of its projections, in their order."""
+        rows = torch.stack(list(own), 1).flatten(0, 1) if self.interleaved else torch.cat(list(own))
+        return rows.T if transposed else rows
+
+
+class Place(NamedTuple):
+    """Where an expert's matrix or bias lies: in `whole`, by the model's names; `number` is its projection's there."""
+
+    whole: str
+    fused: Fused
+    expert: int
+    number: int
+
 
 @dataclass(frozen=True)
 class Part(Entry):
     """One expert's matrix `[N, K]`, or bias `[N]`, within a stored tensor of all. name: of the tensor that holds it.
 
-    expert: its number. place: of its projection in `fused`. turned: whether the file has matrices the other way round.
+    turned: whether the file has matrices the other way round.
     """
 
     whole: Entry
-    fused: Fused
-    expert: int
-    place: int
+    place: Place
     turned: bool
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the file has `[K, N]`."""
+        return _transposed(self.whole, self.place.fused, self.turned)
 
     def read(self) -> Tensor:
         """Return it, contiguous. Of the file no other expert is read. Raises LlmqError as `Entry.read`."""
-        one, several = self.whole.read_slice(self.expert), len(self.fused.projections)
-        rows = one.T if _transposed(self.whole, self.fused, self.turned) else one
-        mine = rows[self.place :: several] if self.fused.interleaved else rows.chunk(several)[self.place]
+        _, fused, expert, number = self.place
+        one, several = self.whole.read_slice(expert), len(fused.projections)
+        rows = one.T if self.transposed else one
+        mine = rows[number::several] if fused.interleaved else rows.chunk(several)[number]
         return mine.clone(memory_format=torch.contiguous_format)
 
     def read_slice(self, i: int) -> Tensor:
@@ -71,13 +90,37 @@ class Part(Entry):
         return self.read()[i]
 
 
-def part_of(whole: Entry, fused: Fused, expert: int, place: int) -> Part:
+def part_of(whole: Entry, place: Place) -> Part:
     """Return a part of a stored tensor, whose shape is the model's or that of its matrices turned (`Fused.fits`)."""
+    fused = place.fused
     turned = bool(fused.fits(whole.shape))
     N, *K = reversed(whole.shape[1:]) if _transposed(whole, fused, turned) else whole.shape[1:]
     shape = (N // len(fused.projections), *K)
     size = prod(shape) * BITS[whole.dtype] // 8
-    return Part(whole.file, whole.name, whole.dtype, shape, whole.start, size, whole, fused, expert, place, turned)
+    return Part(whole.file, whole.name, whole.dtype, shape, whole.start, size, whole, place, turned)
+
+
+def rejoined(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with those of all experts in place of their parts, by the model's names of them.
+
+    Parts stay apart where the weight that they belong to is not among the tensors, so that it is another's, packed.
+    """
+    found, parts = dict[str, Tensor](), dict[str, list[tuple[Part, Tensor]]]()
+    for name, tensor in tensors.items():
+        entry = entries.get(name)
+        if isinstance(entry, Part) and f"{name.rpartition('.')[0]}.weight" in tensors:
+            parts.setdefault(entry.place.whole, []).append((entry, tensor))
+        else:
+            found[name] = tensor
+    return found | {whole: _whole(several) for whole, several in parts.items()}
+
+
+def _whole(parts: list[tuple[Part, Tensor]]) -> Tensor:
+    """Return the stored tensor that these are all the parts of."""
+    parts = sorted(parts, key=lambda p: (p[0].place.expert, p[0].place.number))
+    part, n = parts[0][0], len(parts[0][0].place.fused.projections)
+    each = [[tensor for _, tensor in parts[i : i + n]] for i in range(0, len(parts), n)]
+    return torch.stack([part.place.fused.joined(own, transposed=part.transposed) for own in each])
 
 
 def _transposed(whole: Entry, fused: Fused, turned: bool) -> bool:

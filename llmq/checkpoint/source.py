@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmq.checkpoint.dialects import quantization, without_quantization
 from llmq.checkpoint.hub import COPIED, origin
-from llmq.checkpoint.parts import Fused, part_of
+from llmq.checkpoint.parts import Place, part_of, rejoined
 from llmq.errors import LlmqError, one_line
 from llmq.guard.reading import DTYPES, Entry, field, is_file, json_object, tensor_entries
 
@@ -166,10 +166,14 @@ class Source:
         self._written = modules | self._written
         self.unread = frozenset(unread)
 
-    def split(self, parts: Mapping[str, tuple[Fused, int, int]]) -> None:
-        """Make parts of tensors that several names were given to: how they lie there, the expert, its projection."""
-        for name, how in parts.items():
-            self._entries[name] = part_of(self._entries[name], *how)
+    def split(self, parts: Mapping[str, Place]) -> None:
+        """Make parts of tensors that several names were given to, by where they lie."""
+        for name, place in parts.items():
+            self._entries[name] = part_of(self._entries[name], place)
+
+    def joined(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors of the model, the float ones that `split` made put together again; see `rejoined`."""
+        return rejoined(self._entries, tensors)
 
     def drop(self, name: str) -> None:
         """Leave a tensor out."""

@@ -42,8 +42,7 @@ class Joined(Entry):
         """Return one expert's matrix, or bias."""
         n = len(self.fused.projections)
         own = [part.read() for part in self.parts[i * n : (i + 1) * n]]
-        rows = torch.stack(own, 1).flatten(0, 1) if self.fused.interleaved else torch.cat(own)
-        return rows.T if self.fused.transposed else rows
+        return self.fused.joined(own, transposed=self.fused.transposed)
 
 
 def join(source: Source) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -81,10 +81,10 @@ class PackedQuantizer(HfQuantizer):
         """
         entries = _entries(checkpoint_files or ())
         apart = unfuse(model)
-        if apart and match(model, entries).parts:
-            for name, module in apart.items():
-                model.set_submodule(name, module)
-        elif apart:
+        whole = {place.whole.rpartition(".")[0] for place in match(model, entries).parts.values()} if apart else set()
+        for name in whole:
+            model.set_submodule(name, apart.pop(name))
+        if apart:
             self._names = _names(model, entries)
         stored = _by_model(model, entries)
         prefix = _prefix(model, stored)
@@ -111,8 +111,12 @@ class PackedQuantizer(HfQuantizer):
                     module.unpack()
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Return transformers' rules for names, or what llmq found of every name where experts were taken apart."""
-        return [_Known(self._names)] if self._names else weight_conversions
+        """Return transformers' rules for names, or what llmq found of every name where experts were taken apart.
+
+        Experts of other layers, in one tensor, may lie the other way round there.
+        """
+        turning = [c for c in weight_conversions if _turns(c)]
+        return [_Known(self._names), *turning] if self._names else weight_conversions
 
     def is_serializable(self) -> bool:
         """Return True: `save_pretrained` writes the packed tensors back."""
@@ -170,6 +174,11 @@ def _names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
     """Return the model's names of stored tensors."""
     found = match(model, stored)
     return {old: new for new, old in (found.stored | found.beside).items()}
+
+
+def _turns(rule: Any) -> bool:
+    """Say whether a rule of transformers does nothing but transpose a tensor."""
+    return isinstance(rule, WeightConverter) and all(isinstance(o, Transpose) for o in rule.operations)
 
 
 class _Known(WeightRenaming):

@@ -109,15 +109,24 @@ def reader_limits(source: Source, linears: Mapping[str, LinearSpec], method: str
     """Return a limit where experts that the checkpoint has in one tensor are written one by one: who reads that."""
     apart = method == "compressed-tensors" and str(source.config.get("model_type")).startswith(_READ_APART)
     parts = {n: e.name for n, e in source.entries().items() if isinstance(e, Part) and n.endswith(".weight")}
-    ours = (tensor for n, tensor in parts.items() if not apart or n.removesuffix(".weight") not in linears)
-    taken = next(ours, None)
-    if taken is None:
+    taken = next((tensor for n, tensor in parts.items() if n.removesuffix(".weight") in linears), None)
+    if taken is None or apart:
         return []
     say = (
-        f"{source.path} holds all experts of a layer in one tensor ({taken}); they are written one by one, packed or "
-        "float, as only llmq (llmq.load, register()) reads them for this model_type"
+        f"{source.path} holds all experts of a layer in one tensor ({taken}); they are written one by one, as only "
+        "llmq (llmq.load, register()) reads them for this model_type"
     )
     return [Limit(say, refuses=tuple(RUNTIMES))]
+
+
+def floats_apart(model: nn.Module, method: str) -> bool:
+    """Say whether float experts that the checkpoint has in one tensor are written one by one.
+
+    For GGUF, which puts all together at the end, and where transformers reads them so: it takes Llama 4's apart in any
+    compressed-tensors model.
+    """
+    batched = any(isinstance(m, Experts) and m.batched for m in model.modules())
+    return method == "gguf" or (method == "compressed-tensors" and batched)
 
 
 def number(linear: str) -> int:

@@ -33,7 +33,7 @@ from llmq.model.pretrained import tokenizer_of
 from llmq.model.rotated import Rotated
 from llmq.model.skeleton import Skeleton
 from llmq.pipeline import refusals, weights
-from llmq.pipeline.experts import reader_limits, refuse_unlike
+from llmq.pipeline.experts import floats_apart, reader_limits, refuse_unlike
 from llmq.pipeline.method import Method, method_of
 from llmq.readers import Limit, Reader, readers, told
 from llmq.recipe import Recipe
@@ -142,8 +142,13 @@ class Plan:
         return {f"{name}.{k}": t for k, t in self.method.format.pack(q, self.linears[name]).items()}
 
     def staged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors of the model by the names that they have where they are staged."""
-        return {self.assigned.staged(name): tensor for name, tensor in tensors.items()}
+        """Return tensors of the model by the names that they have where they are staged; see `floats_apart`."""
+        whole = tensors if self._apart else self.source.joined(tensors)
+        return {self.assigned.staged(name): tensor for name, tensor in whole.items()}
+
+    @cached_property
+    def _apart(self) -> bool:
+        return floats_apart(self.skeleton.model, self.method.format.quant_method)
 
     @cached_property
     def beside(self) -> list[str]:

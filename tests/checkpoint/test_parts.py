@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmq.checkpoint.parts import Fused, part_of
+from llmq.checkpoint.parts import Fused, Place, part_of, rejoined
 from llmq.guard.reading import tensor_entries
 
 E, N, K = 3, 4, 6
@@ -21,12 +21,15 @@ def test_the_rows_of_an_expert(transposed, interleaved, turned, tmp_path):
     stored = tensor_entries(tmp_path / "a")["gate_up_proj"]
     assert fused.fits(stored.shape) is turned
     assert [n for n, _, _ in fused.names()][:3] == ["0.gate_proj.weight", "0.up_proj.weight", "1.gate_proj.weight"]
-    for _, e, place in fused.names():
-        part = part_of(stored, fused, e, place)
+    entries = {name: part_of(stored, Place("gate_up_proj", fused, e, place)) for name, e, place in fused.names()}
+    for name, e, place in fused.names():
+        part = entries[name]
         want = whole[e, place::2] if interleaved else whole[e, place * N : (place + 1) * N]
         got = part.read()
         assert torch.equal(got, want) and got.is_contiguous() and part.shape == part.meta().shape == (N, K)
         assert part.nbytes == got.nbytes and part.dtype == "F32" and part.name == "gate_up_proj"
+    again = rejoined(entries, {name: part.read() for name, part in reversed(entries.items())})
+    assert again.keys() == {"gate_up_proj"} and torch.equal(again["gate_up_proj"], stored.read())
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -35,15 +38,21 @@ def test_biases(interleaved, tmp_path):
     save_file({"gate_up_proj_bias": whole}, tmp_path / "a")
     fused = Fused((E, 2 * N), ("gate_proj", "up_proj"), "bias", interleaved=interleaved)
     stored = tensor_entries(tmp_path / "a")["gate_up_proj_bias"]
-    for _, e, place in fused.names():
+    entries = {name: part_of(stored, Place("gate_up_proj_bias", fused, e, place)) for name, e, place in fused.names()}
+    for name, e, place in fused.names():
         want = whole[e, place::2] if interleaved else whole[e].chunk(2)[place]
-        assert torch.equal(part_of(stored, fused, e, place).read(), want)
+        assert torch.equal(entries[name].read(), want)
+    biases = {name: entry.read() for name, entry in entries.items()}
+    assert rejoined(entries, biases).keys() == biases.keys()  # their weights are packed, one by one
+    weights = {name.replace("bias", "weight"): torch.zeros(N, K) for name in biases}
+    again = rejoined(entries, biases | weights)
+    assert again.keys() == {"gate_up_proj_bias", *weights} and torch.equal(again["gate_up_proj_bias"], whole)
 
 
 def test_only_the_expert_is_read(tmp_path):
     save_file({"down_proj": torch.randn(E, N, K)}, tmp_path / "a")
     stored = tensor_entries(tmp_path / "a")["down_proj"]
-    part = part_of(stored, Fused((E, N, K), ("down_proj",), "weight"), 0, 0)
+    part = part_of(stored, Place("down_proj", Fused((E, N, K), ("down_proj",), "weight"), 0, 0))
     want = part.read()
     with (tmp_path / "a").open("r+b") as f:
         f.truncate(stored.start + part.nbytes)  # the file ends behind expert 0

@@ -5,6 +5,7 @@ families: tests/test_families.py.
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -253,15 +254,48 @@ def test_experts_of_a_layer_that_are_not_alike_are_refused(options, said, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_all_experts_of_a_layer_may_stay_float(tmp_path):
-    src, out, said = make(tmp_path / "float", "granitemoe"), tmp_path / "out", []
-    llmq.quantize(src, out, method="rtn", skip=["experts"], warn=said.append, **QUICK)
-    assert any("one by one, packed or float, as only llmq" in w for w in said)
-    packed = llmq.load(out, dtype=torch.float32, backend="reference")
-    float_ = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32, experts_implementation="eager")
+def with_decoded(folder, packed):
+    """Return transformers' own float model with the decoded weights of a packed one whose experts stay as they are."""
+    float_ = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     for name, module in packed.named_modules():
         if isinstance(module, QuantLinear):
             float_.get_submodule(name).weight.data = module.unpack().dequantize().float()
+    return float_
+
+
+@pytest.mark.parametrize("kind", ["granitemoe", "gpt_oss", "llama4_text"])
+def test_experts_that_stay_float_lie_as_transformers_reads_them(kind, tmp_path, prose):
+    src, out, said = make(tmp_path / "float", kind), tmp_path / "out", []
+    llmq.quantize(src, out, calib=prose, skip=["experts"], warn=said.append, **QUICK, **CALIBRATED)
+    assert not any("one by one" in w for w in said)
+    old, new = (load_file(f / "model.safetensors") for f in (src, out))
+    whole = {n for n, t in old.items() if t.dim() == 3 or ".experts." in n}
+    apart = kind == "llama4_text"  # which transformers takes apart in any compressed-tensors model
+    assert len(whole) >= 2 and any(".experts.0." in n for n in new) == apart
+    assert apart or all(torch.equal(old[n], new[n]) for n in whole)
+    packed = llmq.load(out, dtype=torch.float32, backend="reference")
+    want = logits(with_decoded(src, packed))
+    assert (logits(packed) - want).abs().max() <= 1e-4 * want.abs().max()
+    assert verify(out, src).passed
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)  # transformers' own reader
+    assert not any(isinstance(m, QuantLinear) for m in theirs.modules())
+    assert (logits(theirs) - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_vl_moe"])
+def test_of_two_layers_one_may_keep_its_experts(kind, tmp_path):
+    src, out = tmp_path / "float", tmp_path / "out"
+    if kind in MODELS:
+        make(src, kind)
+    else:
+        FAMILIES[kind].save(src)  # whose file has every matrix the other way round
+    llmq.quantize(src, out, method="rtn", skip=[r"layers\.0\.mlp\.experts"], warn=str, **QUICK)
+    old, new = (load_file(f / "model.safetensors") for f in (src, out))
+    kept = [n for n in old if re.search(r"layers\.0\.mlp\.experts", n)]
+    assert len(kept) >= 2 and all(torch.equal(old[n], new[n]) for n in kept)
+    packed = llmq.load(out, dtype=torch.float32, backend="reference")
+    llmq.dequantize(out, tmp_path / "again", dtype="float32", warn=str)
+    float_ = llmq.load(tmp_path / "again", dtype=torch.float32)
     want = logits(float_)
     assert (logits(packed) - want).abs().max() <= 1e-4 * want.abs().max()
 
