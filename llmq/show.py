@@ -31,6 +31,14 @@ def labelled(label: str, style: str, message: object) -> Text:
     return Text.assemble((f"{label}:", style), " ", plain(message, longest=None))
 
 
+def span(seconds: float) -> str:
+    """Return a time in the unit that suits it: `38 s`, `4 min`, `2 h 5 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class Rows(Table):
     """A table with its title at the left whose cells are text."""
 

@@ -41,6 +41,22 @@ class Held(NamedTuple):
     NK: float
 
 
+class Operations(NamedTuple):
+    """What a step computes for a matrix of N rows and K columns, that of a site: how long it takes follows.
+
+    factor: flops of Cholesky factors. products: of other float32 products. columns: of the column loop (_sweep.py).
+    looks: codes that are looked at one by one (_walk.py). fits: values that a grid is fitted to. passes: values that
+    are gone through, element by element.
+    """
+
+    factor: float = 0
+    products: float = 0
+    columns: float = 0
+    looks: float = 0
+    fits: float = 0
+    passes: float = 0
+
+
 class Step(ABC):
     """One step of a method.
 
@@ -50,6 +66,17 @@ class Step(ABC):
     kind: ClassVar[str]
     alone: ClassVar[bool] = False
     held: ClassVar[Held] = Held(3, 8)
+
+    def operations(self, N: int, K: int) -> Operations:
+        """Return what the step computes for a site of N rows and K columns; nothing of note where it does not say."""
+        return Operations()
+
+    def forwards(self, samples: int, length: int) -> float:
+        """Return how many forwards over the whole calibration the step takes, of a block or of the model.
+
+        samples, length: sequences, and tokens of each. A backward counts as two forwards.
+        """
+        return 0.0
 
 
 class Bases(NamedTuple):

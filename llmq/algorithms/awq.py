@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmq.algorithms._shares import shared
 from llmq.stats import AbsMean, Hessian, Stat
-from llmq.steps import Held, Scaling, SiteView, Transform
+from llmq.steps import Held, Operations, Scaling, SiteView, Transform
 from llmq.types import Grid, QTensor, Site
 
 
@@ -43,6 +43,14 @@ class Awq(Transform):
         if site.producer is None:
             return ()
         return (AbsMean, Hessian) if site.parent in site.linears else (AbsMean,)
+
+    def operations(self, N: int, K: int) -> Operations:
+        """Return the weight rounded plainly, exponent by exponent."""
+        return Operations(passes=10 * self.steps * N * K)
+
+    def forwards(self, samples: int, length: int) -> float:
+        """Return the forward that is observed, and those of parents on a sample of tokens, exponent by exponent."""
+        return 1 + self.steps * min(1, self.call_tokens / (samples * length))
 
     def search(self, view: SiteView) -> Scaling | None:
         """Return the best scales, or None where no exponent beats r = 0."""

@@ -23,7 +23,7 @@ from llmq.algorithms._hessian import Regularized, damped, revived
 from llmq.algorithms._sweep import round_columns
 from llmq.algorithms._walk import Walk, descend_codes
 from llmq.stats import Hessian, Stat, Stats
-from llmq.steps import Held, Refiner, Solved
+from llmq.steps import Held, Operations, Refiner, Solved
 from llmq.types import Grid, Parameters, QTensor
 
 
@@ -50,6 +50,11 @@ class Descent(Regularized, Refiner):
     def needs(self, grids: Sequence[Grid]) -> tuple[type[Stat], ...]:
         """Return the Hessian."""
         return (Hessian,)
+
+    def operations(self, N: int, K: int) -> Operations:
+        """Return the products with H: one before the rounds, in a round one and a half for scales; and the walk."""
+        products = 2 * N * K**2 * (1 + 1.5 * self.rounds * self.scales)
+        return Operations(products=products, looks=self.rounds * self.sweeps * N * K, passes=8 * self.rounds * N * K)
 
     def refine(self, W_NK: Tensor, solved: Solved, stats: Stats) -> Solved:
         """Lower the loss of every row, or leave the row as it is."""

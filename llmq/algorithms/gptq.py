@@ -21,7 +21,7 @@ from torch import Tensor
 from llmq.algorithms._hessian import Regularized, cholesky, retried, revived
 from llmq.algorithms._sweep import round_columns
 from llmq.stats import Hessian, Stat, Stats
-from llmq.steps import Held, Solved, Solver
+from llmq.steps import Held, Operations, Solved, Solver
 from llmq.types import Grid, QTensor
 
 
@@ -47,6 +47,10 @@ class Gptq(Regularized, Solver):
     def needs(self, grids: Sequence[Grid]) -> tuple[type[Stat], ...]:
         """Return the Hessian, always."""
         return (Hessian,)
+
+    def operations(self, N: int, K: int) -> Operations:
+        """See `Step.operations`."""
+        return Operations(factor=K**3 / 3, columns=N * K**2, fits=N * K)
 
     def solve(self, W_NK: Tensor, grid: Grid, stats: Stats) -> Solved:
         """Round the columns one by one; to nearest where H does not factor."""

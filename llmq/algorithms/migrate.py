@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmq.algorithms._shares import shared
 from llmq.stats import AbsMax, MeanSquare, Sample, Stat
-from llmq.steps import Held, Scaling, SiteView, Transform
+from llmq.steps import Held, Operations, Scaling, SiteView, Transform
 from llmq.types import LlmqError, Site
 
 _PANEL = 2**18  # products at a time
@@ -50,6 +50,14 @@ class Migrate(Transform):
     def needs(self, site: Site) -> tuple[type[Stat], ...]:
         """Return what the error is expected from, where the site has a producer to fold into."""
         return (AbsMax, MeanSquare, Sample) if site.producer else ()
+
+    def operations(self, N: int, K: int) -> Operations:
+        """Return the passes over the weight that each step of Adam takes."""
+        return Operations(passes=6 * self.steps * N * K)
+
+    def forwards(self, samples: int, length: int) -> float:
+        """Return the forward that is observed."""
+        return 1.0
 
     def search(self, view: SiteView) -> Scaling | None:
         """Return this site's scales."""

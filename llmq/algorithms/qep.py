@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmq.algorithms._hessian import Regularized, cholesky, retried, revived
 from llmq.stats import Drift, Hessian, Stat, Stats
-from llmq.steps import Correction, Held
+from llmq.steps import Correction, Held, Operations
 from llmq.types import Grid
 
 
@@ -52,6 +52,11 @@ class Qep(Regularized, Correction):
     def needs(self, grids: Sequence[Grid]) -> tuple[type[Stat], ...]:
         """Return the Hessian and the drift of the activations."""
         return (Hessian, Drift)
+
+    def operations(self, N: int, K: int) -> Operations:
+        """Return a factor and two products (one of them two triangles) for the move, and all again to choose alpha."""
+        moves = 1 + (self.alpha is None)
+        return Operations(factor=moves * K**3 / 3, products=2 * N * K**2 * 3 * moves)
 
     def judge(self, W_NK: Tensor, stats: Stats) -> Tensor:
         """Return slope and curvature, `[N, 2]`, of the error of each row on the held-out tokens, by alpha."""

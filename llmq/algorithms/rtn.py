@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from llmq.stats import Hessian, MeanSquare, Stat, Stats
-from llmq.steps import Held, Solved, Solver
+from llmq.steps import Held, Operations, Solved, Solver
 from llmq.types import Grid, QTensor
 
 
@@ -27,6 +27,10 @@ class Rtn(Solver):
         if any(g.wants_hessian for g in grids):
             return (Hessian,)
         return (MeanSquare,) if self.importance else ()
+
+    def operations(self, N: int, K: int) -> Operations:
+        """See `Step.operations`."""
+        return Operations(fits=N * K)
 
     def solve(self, W_NK: Tensor, grid: Grid, stats: Stats) -> Solved:
         """Fit the grid, by the errors' weights where there are any, and round."""

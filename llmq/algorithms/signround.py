@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llmq.params import stored
-from llmq.steps import BlockView, Held, Solved, Tuner
+from llmq.steps import BlockView, Held, Operations, Solved, Tuner
 from llmq.types import AffineGrid, LlmqError, Params, QTensor
 
 _EDGE = 0.4  # how near to the edge of its cell a weight may start, in code units
@@ -46,6 +46,15 @@ class SignRound(Tuner):
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.check < 1:
             raise ValueError("steps, batch and check are at least 1")
+
+    def operations(self, N: int, K: int) -> Operations:
+        """Return the passes over places and scales that each step takes."""
+        return Operations(passes=12 * self.steps * N * K)
+
+    def forwards(self, samples: int, length: int) -> float:
+        """Return the steps, forward and backward, and the looks at the held-out eighth."""
+        looks = 1 + -(-self.steps // self.check)
+        return 3 * self.steps * min(self.batch, samples) / samples + looks / 8
 
     def tune(self, view: BlockView) -> dict[str, Solved]:
         """Return the block's linears with the best codes and scales met."""

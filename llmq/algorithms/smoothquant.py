@@ -40,6 +40,10 @@ class SmoothQuant(Transform):
         wanted = site.producer is not None and (self.linears or site.producer.gain != "")
         return (AbsMax,) if wanted else ()
 
+    def forwards(self, samples: int, length: int) -> float:
+        """Return the forward that is observed."""
+        return 1.0
+
     def search(self, view: SiteView) -> Scaling | None:
         """Return this site's migration scales."""
         producer = view.site.producer

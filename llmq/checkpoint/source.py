@@ -213,6 +213,10 @@ class Source:
         """Return what one tensor is stored in."""
         return DTYPES[self._entries[name].dtype]
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one tensor."""
+        return self._entries[name].shape
+
     def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return the dtype (in safetensors' spelling) and shape of every tensor, without reading any."""
         return {name: (e.dtype, e.shape) for name, e in self._entries.items()}

@@ -25,7 +25,7 @@ from llmq import __version__, signals
 from llmq.checkpoint.place import check_file, user_path
 from llmq.errors import LlmqError, one_line, printable
 from llmq.progress import Event, Listener, Memory
-from llmq.show import plain
+from llmq.show import labelled, plain, span
 
 _APART = 10.0  # seconds between two lines, at least
 _OPENED = b'{"event": '
@@ -68,6 +68,8 @@ class Bar(Listener):
             self._bar.update(
                 self._task, completed=event.done, total=event.total, description=printable(doing, 60), rest=rest
             )
+        elif event.kind == "plan":
+            self._bar.console.print(labelled("plan", "dim", event.what), soft_wrap=True)
 
 
 class Lines(Listener):
@@ -78,7 +80,9 @@ class Lines(Listener):
 
     def hear(self, event: Event) -> None:
         """See `Listener.hear`."""
-        if event.kind == "begin" and event.seconds - self._last >= _APART:
+        if event.kind == "plan":
+            self._console.print(labelled("plan", "dim", event.what), soft_wrap=True)
+        elif event.kind == "begin" and event.seconds - self._last >= _APART:
             self._last = event.seconds
             where = f"{event.what}, {event.done} of {event.total} done"
             parts = [where, span(event.seconds), *_left(event), held(event.memory)]
@@ -150,14 +154,6 @@ def together(names: Sequence[str]) -> str:
         return ""
     parent = names[0].rpartition(".")[0]
     return ", ".join([names[0], *(n.removeprefix(f"{parent}.") for n in names[1:])])
-
-
-def span(seconds: float) -> str:
-    """Return a time in the unit that suits it: `38 s`, `4 min`, `2 h 5 min`."""
-    minutes = round(seconds / 60)
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def held(memory: Memory) -> str:

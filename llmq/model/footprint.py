@@ -113,8 +113,7 @@ class _Blank(View):
 
     def get(self, name: str) -> Tensor:
         """Return zeros of a tensor's shape, all of them one and the same."""
-        _, shape = self.headers()[name]
-        return torch.zeros((), dtype=self.dtype_of(name)).expand(tuple(shape))
+        return torch.zeros((), dtype=self.dtype_of(name)).expand(self.shape_of(name))
 
 
 class _Held(TorchDispatchMode):

@@ -76,13 +76,17 @@ class Phase:
 
 
 class Holdings:
-    """What a prepared run holds. Blocks that differ are run once each on tensors without values, if it calibrates."""
+    """What a prepared run holds. Blocks that differ are run once each on tensors without values, if it calibrates.
 
-    def __init__(self, plan: Plan) -> None:
+    processes: how many share the calibration; what is told is what one of them holds.
+    """
+
+    def __init__(self, plan: Plan, processes: int = 1) -> None:
         recipe = plan.method.recipe
         self.plan, self.method = plan, plan.method
         self.size = plan.skeleton.dtype.itemsize
-        self.sequences, self.length = (recipe.samples or 0, recipe.seq_len or 0) if plan.calibrates() else (0, 0)
+        self.samples, self.length = (recipe.samples or 0, recipe.seq_len or 0) if plan.calibrates() else (0, 0)
+        self.sequences = ceil(self.samples / processes)
         self.side_by_side = min(self.sequences, max(1, BATCH_TOKENS // max(1, self.length)))
         self.batches = ceil(self.sequences / self.side_by_side) if self.sequences else 0
         self.share = plan.paired() if self.sequences else 0.0

@@ -42,17 +42,22 @@ class Peak(NamedTuple):
         return max(self.phases, key=lambda p: p.total(device=True))
 
 
-def terms(plan: Plan, alive: int | None = None) -> Peak:
-    """Return what a run holds at most in each phase; alive: how many batches stay suspended, None for all."""
-    return _peak(Holdings(plan), alive)
+def terms(plan: Plan, alive: int | None = None, holdings: Holdings | None = None) -> Peak:
+    """Return what a run holds at most in each phase; alive: how many batches stay suspended, None for all.
+
+    holdings: of the plan, where they are known.
+    """
+    return _peak(holdings or Holdings(plan), alive)
 
 
-def alive_under(plan: Plan, host: int | None = None, device: int | None = None) -> int:
+def alive_under(
+    plan: Plan, host: int | None = None, device: int | None = None, holdings: Holdings | None = None
+) -> int:
     """Return how many batches may stay suspended so that a run fits into these bytes of memory; None is no cap.
 
     Raises LlmqError where it does not fit with none, with the least that would do and what takes most of it.
     """
-    holdings = Holdings(plan)
+    holdings = holdings or Holdings(plan)
 
     def fits(alive: int) -> bool:
         peak = _peak(holdings, alive)

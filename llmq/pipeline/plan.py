@@ -229,17 +229,18 @@ def prepare(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path 
 
     adapter: a LoRA adapter to add to the weights, a folder or a Hub id.
     """
-    return weights.tried(weights.checked(outline(src, recipe, device, adapter)))
+    return weights.read(outline(src, recipe, device, adapter))
 
 
-def outline(src: str, recipe: Recipe, device: str = "auto", adapter: str | Path | None = None) -> Plan:
+def outline(src: str, recipe: Recipe, device: str | torch.device = "auto", adapter: str | Path | None = None) -> Plan:
     """Plan by headers and config alone, as `prepare`, which then reads the weights. Raises LlmqError for what is wrong.
 
-    A head that lies beside the embedding that the config ties it to is compared with it, and so read.
+    device: by its name, or one that need not be there. A head that lies beside the embedding that the config ties it to
+    is compared with it, and so read.
     """
     source = Source(resolve(src), None if adapter is None else resolve(str(adapter)))
     source.warnings += [*as_floats(source), *rounded_twice(source)]
-    where = device_of(device)
+    where = device if isinstance(device, torch.device) else device_of(device)
     stored = source.dtype
     method = method_of(recipe, stored)
     skeleton = Skeleton(source, _compute_dtype(method, stored, where))

@@ -1,8 +1,8 @@
 """What only the weights can say before a run: are they sound, does the format hold them, what do transforms find.
 
-    plan = checked(plan)      # every weight is read once: NaN is refused, what no scale can hold is said
-    plan = tried(plan)        # a block of each kind is run on a few tokens
+    plan = read(outline(src, recipe))
 
+Every weight is read once: NaN is refused, what no scale can hold is said. Then a block of each kind runs a few tokens.
 Not here: what the headers can say (plan.py, refusals.py).
 """
 
@@ -21,6 +21,11 @@ from llmq.pipeline.experts import any_expert
 
 if TYPE_CHECKING:
     from llmq.pipeline.plan import Plan
+
+
+def read(plan: Plan) -> Plan:
+    """Return an outlined plan with what its weights say. Raises LlmqError for what is wrong with them."""
+    return tried(checked(plan))
 
 
 def checked(plan: Plan) -> Plan:

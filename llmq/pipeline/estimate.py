@@ -1,0 +1,174 @@
+"""What a run will write, hold, take and be read by, as one value: what `llmq plan` prints, and `quantize` a line of.
+
+    found = estimate(plan, probe(plan, Path(".")))
+    found.bytes, found.bits_per_weight, found.memory["host"]["bytes"], found.total
+    found.to_json()
+
+Several processes share batches of the calibration, rows of a site in eight pieces at most, experts by owner; sums are
+added up by rings. What each does alone, or the first for all, does not shrink.
+Not here: what is counted (operations.py, memory.py), rates (rates.py, machines.py), who reads it (readers.py).
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import ceil
+from typing import Any
+
+from llmq import registry
+from llmq.format import packed_bytes
+from llmq.model.footprint import footprints
+from llmq.pipeline.holdings import Holdings, Phase
+from llmq.pipeline.machines import HOST, NETWORK, Machine
+from llmq.pipeline.memory import alive_under, terms
+from llmq.pipeline.operations import Work, operations, sites
+from llmq.pipeline.plan import Plan
+from llmq.pipeline.rates import Rates
+from llmq.readers import Reader
+from llmq.show import span
+from llmq.types import LlmqError
+
+PIECES = 8
+"""Parts that the rows of a site are dealt in, whatever the number of processes."""
+_TOKENS = 8  # of a sequence that tells the sites of a model that is not calibrated
+
+
+@dataclass(frozen=True)
+class Row:
+    """A linear: its full name, shape `[N, K]`, site (the first linear that reads its input), grid and bytes in OUT."""
+
+    name: str
+    shape: tuple[int, int]
+    site: str
+    grid: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is known of a run before it starts.
+
+    source, method, format: of the plan. linears: those that are quantized. floats: how many tensors stay float, and
+    their bytes. bytes, float_bytes: of all tensors, as written and as the source has them. bits_per_weight: of
+    quantized weights, scales and zeros counted.
+    memory: of "host" and "device", the bytes at the fullest point, where that is, and what they are; the device has
+    none where the run computes on the CPU. alive: batches that stay suspended, of so many.
+    disk: bytes on OUT's disk while the run lasts, by what they are. seconds: by kind of work.
+    how: where the rates come from, "probe" or "arithmetic: h100". devices: processes that share the work.
+    readers: which runtimes take the result. warnings: what a user should know.
+    """
+
+    source: str
+    method: str
+    format: str
+    linears: list[Row]
+    floats: dict[str, int]
+    bytes: int
+    float_bytes: int
+    bits_per_weight: float | None
+    memory: dict[str, dict[str, Any]]
+    alive: int
+    batches: int
+    disk: dict[str, int]
+    seconds: dict[str, float]
+    how: str
+    devices: int
+    readers: list[Reader]
+    warnings: list[str]
+
+    @cached_property
+    def total(self) -> float:
+        """All seconds."""
+        return sum(self.seconds.values())
+
+    def line(self) -> str:
+        """Return it in one line."""
+        bits = "" if self.bits_per_weight is None else f", {self.bits_per_weight:.2f} bits a weight"
+        device = self.memory["device"]["bytes"]
+        beside = f" and {device / 1e9:.1f} GB of the device's" if device else ""
+        memory = f"{self.memory['host']['bytes'] / 1e9:.1f} GB{beside}"
+        disk = sum(self.disk.values()) / 1e9
+        return (
+            f"{self.float_bytes / 1e6:,.1f} MB become {self.bytes / 1e6:,.1f} MB{bits}; at most {memory} of memory, "
+            f"{disk:.1f} GB of disk meanwhile; about {span(self.total)}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it, with the sum of the seconds."""
+        return asdict(self) | {"total_seconds": round(self.total, 1)}
+
+
+def estimate(plan: Plan, rates: Rates, *, like: tuple[str, Machine] | None = None, devices: int = 1) -> Estimate:
+    """Return what a run will be. like: the machine that the rates are of, where it is not this one.
+
+    Raises LlmqError where that machine's memory does not hold the run.
+    """
+    if devices < 1:
+        raise LlmqError(f"--devices is at least 1, not {devices}")
+    holdings = Holdings(plan, devices)
+    peak = terms(plan, plan.alive, holdings)
+    if like and peak.device.total(device=True) > like[1].memory * 1e9:
+        peak = terms(plan, alive_under(plan, None, int(like[1].memory * 1e9), holdings), holdings)
+    every = ceil(holdings.samples / max(1, holdings.side_by_side))
+    work = dealt(operations(plan, holdings, peak.alive), devices, every)
+    link = like[1].link if like else 1.0  # GB/s; this machine's, with others like it: 10 Gb/s
+    network = link if devices <= HOST else min(link, NETWORK)
+    return Estimate(
+        source=plan.source.origin.name,
+        method=plan.method.recipe.method,
+        format=registry.dump(plan.method.format),
+        linears=_rows(plan, holdings),
+        floats={"tensors": len(plan.float_bytes), "bytes": sum(plan.float_bytes.values())},
+        bytes=plan.bytes(),
+        float_bytes=plan.source.bytes(),
+        bits_per_weight=_bits(plan),
+        memory={"host": _point(peak.host), "device": _point(peak.device, device=True)},
+        alive=peak.alive,
+        batches=peak.batches,
+        disk=plan.disk(),
+        seconds=Rates(rates | {"link": network * 1e9}).seconds(work),
+        how=f"arithmetic: {like[0]}" if like else "probe",
+        devices=devices,
+        readers=plan.readers(),
+        warnings=list(plan.warnings),
+    )
+
+
+def dealt(work: Work, devices: int, batches: int) -> dict[str, float]:
+    """Return the amounts, by kind, of the process that does most, of so many that share the work."""
+    others = devices - 1
+    shares = {
+        "batches": 1 / max(1, min(devices, batches)),
+        "rows": 1 / min(devices, PIECES),
+        "experts": 1 / devices,
+        "each": 1.0,
+        "first": 1.0,
+        "ring": 2 * others / devices,  # what is added up over all goes round twice
+        "swap": others / devices**2,  # of a process's own batches, all but what its own experts get
+    }
+    found: dict[str, float] = defaultdict(float)
+    for (kind, how), amount in work.items():
+        found[kind] += amount * shares[how]
+    return found
+
+
+def _rows(plan: Plan, holdings: Holdings) -> list[Row]:
+    found = holdings.traced[1] if holdings.sequences else footprints(plan.skeleton, _TOKENS)[1]
+    known = sites(plan, [f.at for f in found])
+    form, grids = plan.method.format, {g: registry.dump(g) for g in {s.scheme.weight for s in plan.matrices.values()}}
+    return [
+        Row(n, (s.N, s.K), known.get(n, n), grids[s.scheme.weight], packed_bytes(form, s))
+        for n, s in plan.matrices.items()
+    ]
+
+
+def _bits(plan: Plan) -> float | None:
+    specs = plan.matrices.values()
+    weights = sum(s.N * s.K for s in specs)
+    return 8 * sum(packed_bytes(plan.method.format, s) for s in specs) / weights if weights else None
+
+
+def _point(phase: Phase, *, device: bool = False) -> dict[str, Any]:
+    held: Mapping[str, int] = phase.device if device else phase.host
+    return {"bytes": sum(held.values()), "at": ", ".join(p for p in (phase.name, phase.at) if p), "terms": dict(held)}

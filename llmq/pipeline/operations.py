@@ -1,0 +1,177 @@
+"""How much a run computes, reads and writes, by kind and by how it is dealt, from headers and shapes alone.
+
+    work = operations(plan, alive=64)
+    work["forward", "batches"]          flops of forwards, which processes share by batches
+
+T tokens of calibration, a linear [N, K], t tokens that reach it (of an expert T k / E):
+
+    forward      2 N K t flops for each linear and stream, and attention's 2 S T heads d; a batch that is not suspended
+                 runs anew to each site, 2.3 forwards for one
+    statistics   1.1 K^2 t flops for a Hessian, of which the upper blocks are computed; 2.25 K^2 t more for a drift
+    factor, products, columns, looks, fits, passes    what the steps say (`Step.operations`), and 4 N K^2 of products
+                 for the errors in the record
+    packing, decoding    weights packed, and decoded again to verify them
+    digest       bytes whose checksums are taken: codes, tensors and files, when written and when verified
+    read, write  bytes; the checkpoint is read for NaN and for the run, OUT written in parts, then in shards
+    link         bytes of sums that several processes add up, 8 an entry; of experts, activations sent to their owner
+    text, linears, starts    tokens of text that are cut; linears, for what each costs whatever its size; the model
+                 without weights, and a process that reads text
+
+Not here: how fast any of it is (rates.py, machines.py), how long it takes (estimate.py).
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from llmq.calibration.text import READ_FACTOR
+from llmq.model.experts import Experts, in_experts, linears_of
+from llmq.pipeline.holdings import Holdings
+from llmq.pipeline.plan import Plan
+from llmq.stats import Drift, Hessian
+from llmq.types import LinearSpec
+
+Work = dict[tuple[str, str], float]
+"""Amounts by kind, and by how processes share them: "batches", "rows", "experts"; "each" does all, or the "first";
+bytes go round in a "ring", or a "swap" with the owners of experts.
+"""
+AGAIN = 2.3
+"""Forwards that a batch takes which stays suspended nowhere, in place of one: measured 2.15 to 2.5."""
+_GRADIENTS = 4  # forwards that a gradient at every linear is worth: one, and for the backward pass one again and two
+_VERIFIED = 16  # tokens of the forward that verification runs
+
+
+def operations(plan: Plan, holdings: Holdings, alive: int) -> Work:
+    """Return what a run computes with so many batches suspended."""
+    return _Counting(plan, holdings, alive).work
+
+
+class _Counting:
+    def __init__(self, plan: Plan, holdings: Holdings, alive: int) -> None:
+        self.plan, self.holdings, self.method = plan, holdings, plan.method
+        self.tokens = holdings.samples * holdings.length
+        self.alive = alive
+        self.work: Work = defaultdict(float)
+        self.matmuls = 0.0  # flops of a forward of all blocks over one token
+        self.squares = 0.0  # K^2 of all sites, times the share of tokens that reaches them
+        for i, block in enumerate(plan.skeleton.blocks):
+            self._block(i, block)
+        for spec in plan.rows.values():
+            self.work["fits", "first"] += spec.N * spec.K
+        if plan.head is not None:
+            self._site([plan.linears[plan.head]], self.tokens, "rows")
+        self._gradients()
+        for step in self.method.finishers:
+            forwards = step.forwards(holdings.samples, holdings.length) + 1  # the float model's
+            self.work["forward", "first"] += forwards * self.tokens * (self.matmuls + 3 * self._logits())
+        self._files()
+
+    def _block(self, i: int, block: nn.Module) -> None:
+        """Count a block: its forwards, statistics and solves."""
+        experts, full = in_experts(block), self.plan.skeleton.full_name
+        share = _share(block)
+        linears = linears_of(block)
+        found = self.holdings.traced[1][i].at or {(n,): 0 for n in linears}
+        heads = getattr(self.plan.skeleton.text, "num_attention_heads", 0) * self.plan.skeleton.head_dim_of(i)
+        flops = {"batches": 2.0 * self.holdings.length * heads, "experts": 0.0}
+        outputs = 0.0
+        for names in found:
+            dealt, reach = ("experts", share) if names[0] in experts else ("batches", 1.0)
+            flops[dealt] += 2 * reach * sum(linears[n].weight.numel() for n in names)
+            outputs += reach * sum(linears[n].out_features for n in names)
+            self.squares += reach * linears[names[0]].in_features ** 2
+            specs = [s for n in names if (s := self.plan.linears.get(full(i, n)))]
+            self._site(specs, self.tokens * reach, "experts" if dealt == "experts" else "rows")
+        self.matmuls += sum(flops.values())
+        forwards = self._forwards(experts=bool(experts)) * self.tokens
+        for dealt, each in flops.items():
+            self.work["forward", dealt] += forwards * each
+        self.work["passes", "batches"] += 4 * forwards * outputs  # norms, gates, sums
+        width = self.plan.skeleton.text.hidden_size
+        self.work["passes", "each"] += 4 * (1 + self.holdings.share) * self.tokens * width  # states, written and read
+
+    def _forwards(self, *, experts: bool) -> float:
+        """Return how many forwards over the calibration a block takes; those of experts keep all batches suspended."""
+        samples, length = self.holdings.samples, self.holdings.length
+        if not samples:
+            return 0.0
+        left = 0.0 if experts else 1 - min(1.0, self.alive / self.holdings.batches)
+        streams = (1 + self.holdings.share) * (1 + left * (AGAIN - 1))
+        steps = (*self.method.transforms, *self.method.tuners)
+        again = 1.0 if self.method.tuners else 0.0  # what tuners have moved is put out by a forward of its own
+        return streams + again + sum(step.forwards(samples, length) for step in steps)
+
+    def _site(self, specs: Sequence[LinearSpec], reach: float, dealt: str) -> None:
+        """Count the statistics and the solve of linears that share an input; reach: the tokens that reach it."""
+        if not specs:
+            return
+        method, K, N = self.method, specs[0].K, sum(s.N for s in specs)
+        stats = method.needs([s.scheme.weight for s in specs])
+        by_token = "experts" if dealt == "experts" else "batches"
+        if dealt == "experts":
+            self.work["link", "swap"] += 2 * 2 * reach * K
+        else:
+            self.work["link", "ring"] += 8 * K**2 * ((Hessian in stats) + 3 * (Drift in stats))
+        self.work["statistics", by_token] += K**2 * reach * (1.1 * (Hessian in stats) + 2.25 * (Drift in stats))
+        for step in (*method.transforms, *method.corrections, method.solver, *method.refiners, *method.tuners):
+            for kind, amount in step.operations(N, K)._asdict().items():
+                whole = "experts" if dealt == "experts" else "each"
+                self.work[kind, whole if kind == "factor" else dealt] += amount
+        self.work["products", dealt] += 4 * N * K**2 * (Hessian in stats)
+        self.work["passes", dealt] += 40 * N * K  # rounded, decoded, compared, in part as integers
+        self.work["packing", dealt] += N * K
+        self.work["linears", dealt] += len(specs)
+
+    def _gradients(self) -> None:
+        """Count the gradients that weigh tokens, and those of one batch and the trials by which bits are chosen."""
+        each = _GRADIENTS * (self.matmuls + self._logits())
+        if self.method.weightings:
+            self.work["forward", "batches"] += each * self.tokens
+            self.work["read", "each"] += 2 * self.plan.source.bytes()
+        if self.method.recipe.target_bpw is None:
+            return
+        batch = self.holdings.side_by_side * self.holdings.length
+        choices = len(self.method.recipe.choices())
+        weights = sum(s.N * s.K for s in self.plan.linears.values())
+        self.work["forward", "batches"] += batch * (self.matmuls + (0 if self.method.weightings else each))
+        self.work["statistics", "batches"] += 1.1 * batch * self.squares
+        self.work["products", "batches"] += 2 * batch * choices * weights
+        self.work["fits", "batches"] += choices * weights
+        self.work["read", "each"] += self.plan.source.bytes()
+
+    def _logits(self) -> float:
+        """Return the flops of the head for one token."""
+        _, shape = self.plan.source.headers()[self.plan.weight_of(self.plan.model.head)]
+        return 2.0 * shape[0] * shape[-1]
+
+    def _files(self) -> None:
+        """Count what is read, written, and judged when it is written."""
+        plan, out = self.plan, self.plan.bytes()
+        weights = sum(s.N * s.K for s in plan.matrices.values())
+        self.work["read", "each"] += 2 * plan.source.bytes()
+        self.work["passes", "first"] += plan.source.bytes() / plan.skeleton.stored_dtype.itemsize
+        self.work["write", "first"] += 2 * out
+        self.work["read", "first"] += 3 * out  # joined, and read twice to verify
+        self.work["digest", "first"] += 2 * (2 * out + weights)
+        self.work["decoding", "first"] += weights
+        self.work["passes", "first"] += 20 * weights
+        self.work["forward", "first"] += _VERIFIED * self.matmuls
+        self.work["text", "first"] += READ_FACTOR * self.tokens
+        self.work["starts", "each"] += 1 + bool(self.tokens)
+
+
+def _share(block: nn.Module) -> float:
+    """Return the share of the tokens that reach an expert of a block; 1 where every expert is called on all."""
+    for holder, layer in block.named_modules():
+        if isinstance(layer, Experts) and not layer.every:
+            beside = block.get_submodule(holder.rpartition(".")[0]).modules()
+            chosen = [k for m in beside if isinstance(k := getattr(m, "top_k", None), int)]
+            return min(1.0, max(chosen, default=1) / layer.num_experts)
+    return 1.0
+
+
+def sites(plan: Plan, traced: Sequence[Mapping[tuple[str, ...], int]]) -> dict[str, str]:
+    """Return the site of every linear of the blocks, by full names: that of the first linear that reads its input."""
+    full = plan.skeleton.full_name
+    return {full(i, n): full(i, names[0]) for i, at in enumerate(traced) for names in at for n in names}
