@@ -7,14 +7,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmq.api import dequantize, evaluate, quantize
+    from llmq.api import dequantize, evaluate, plan, quantize
     from llmq.integrations.cache import QuantizedCache
     from llmq.loading import load, load_tokenizer
     from llmq.types import LlmqError
 
 __version__ = "0.1.0"
 __all__ = [
-    "LlmqError", "QuantizedCache", "__version__", "dequantize", "evaluate", "load", "load_tokenizer", "quantize",
+    "LlmqError", "QuantizedCache", "__version__", "dequantize", "evaluate", "load", "load_tokenizer", "plan",
+    "quantize",
 ]  # fmt: skip
 
 _HOME = {
@@ -24,6 +25,7 @@ _HOME = {
     "evaluate": "llmq.api",
     "load": "llmq.loading",
     "load_tokenizer": "llmq.loading",
+    "plan": "llmq.api",
     "quantize": "llmq.api",
 }
 

@@ -1,5 +1,6 @@
 """llmq from Python: what the command line does, with its options, defaults and messages.
 
+    ahead = llmq.plan("./my-llama", bits=4, group_size=64, calib="text.txt")
     record = llmq.quantize("./my-llama", "./my-llama-int4", bits=4, group_size=64, calib="text.txt")
     scores = llmq.evaluate("./my-llama-int4", baseline="./my-llama", text="held-out.txt")
     record = llmq.dequantize("./my-llama-fp8", "./my-llama")
@@ -12,32 +13,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from llmq.checkpoint import place
 from llmq.checkpoint.place import user_path
 from llmq.evaluation import scores
 from llmq.evaluation.streamed import Streamed
 from llmq.evaluation.windows import find_convention, load_text
 from llmq.export import floats
 from llmq.loading import as_dtype, load, load_tokenizer
-from llmq.pipeline import run
+from llmq.pipeline import machines, rates, run, weights, whole_model
+from llmq.pipeline.estimate import Estimate, estimate
 from llmq.pipeline.memory import capped
-from llmq.pipeline.plan import prepare
+from llmq.pipeline.plan import Plan, outline
 from llmq.pipeline.sinks import refuse
 from llmq.progress import Listener, Progress, Work
+from llmq.readers import require
 from llmq.recipe import KINDS, Recipe
 from llmq.types import LlmqError
 
 OF_THE_RUN = (
-    "src",
-    "out",
-    "recipe",
-    "adapter",
-    "device",
-    "max_memory",
-    "device_memory",
-    "allow_code",
-    "verify",
+    "src", "out", "recipe", "adapter", "runtime", "device", "max_memory", "device_memory", "allow_code", "verify",
     "overwrite",
-)
+)  # fmt: skip
 """Options of `quantize` that say what is read and written, and are no part of the recipe."""
 
 
@@ -47,6 +45,7 @@ def quantize(
     *,
     recipe: str | Path | None = None,
     adapter: str | Path | None = None,
+    runtime: str | None = None,
     device: str = "auto",
     max_memory: str | None = None,
     device_memory: str | None = None,
@@ -62,24 +61,28 @@ def quantize(
     src: the float checkpoint, a folder, `org/name` or `org/name@REVISION`. out: the folder to write, or OUT.gguf.
     options: those of `Recipe`, laid over the file `recipe`, which names code outside llmq only with `allow_code`. None
         means that an option is not given.
-    adapter: a LoRA adapter to add. verify: check what was written before it becomes OUT. overwrite: replace OUT.
+    adapter: a LoRA adapter to add. runtime: refuse what it would not load, "vllm". verify: check what was written
+        before it becomes OUT. overwrite: replace OUT.
     max_memory, device_memory: the most memory that the run may take, "6GiB", of the host and of the device; the same
         bytes are written, more slowly.
     warn: called with what a user should know, most of it before the work starts.
-    progress: called with blocks done, blocks in all and what is going on; or a `Listener`, which hears of every step.
+    progress: called with blocks done, blocks in all and what is going on; or a `Listener`, which hears of every step,
+        and first of the plan.
     Raises LlmqError for an option that does not exist, and as `Recipe`, `prepare` and the run do.
     """
-    for name in options.keys() - KINDS.keys():
-        raise LlmqError(f"quantize takes no option {name!r} (options: {', '.join((*OF_THE_RUN, *KINDS))})")
-    given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
-    given = given if Path(out).suffix != ".gguf" else {"format": "gguf"} | given
-    what = Recipe.load(None if recipe is None else user_path(recipe), given, allow_code=allow_code)
-    refuse(what, str(src), None if adapter is None else str(adapter), Path(out), overwrite=overwrite)
-    plan = capped(prepare(str(src), what, device, adapter), max_memory, device_memory)
-    work, said = Work.of(progress), list(plan.warnings)
+    planned = _outlined(
+        src, out, recipe, options, max_memory, device_memory,
+        adapter=adapter, runtime=runtime, device=device, allow_code=allow_code, overwrite=overwrite,
+    )  # fmt: skip
+    planned = weights.read(planned)
+    work, said = Work.of(progress), list(planned.warnings)
     for warning in said:
         _tell(warning, warn, work)
-    record = run.quantize(plan, Path(out), overwrite=overwrite, check=verify, work=work)
+    if work.heard:
+        seconds = 0.01 * estimate(planned, rates.NOMINAL).total
+        found = rates.probe(planned, place.standing(Path(out)), min(3.0, seconds)) if seconds > 0.3 else rates.NOMINAL
+        work.say("plan", estimate(planned, found).line())
+    record = run.quantize(planned, Path(out), overwrite=overwrite, check=verify, work=work)
     for warning in record["warnings"]:
         if warning not in said:  # what calibration left out
             _tell(warning, warn, work)
@@ -89,6 +92,77 @@ def quantize(
 def _tell(warning: str, warn: Callable[[str], Any], work: Work) -> None:
     warn(warning)
     work.say("warning", warning)
+
+
+def plan(
+    src: str | Path,
+    out: str | Path | None = None,
+    *,
+    recipe: str | Path | None = None,
+    adapter: str | Path | None = None,
+    runtime: str | None = None,
+    device: str = "auto",
+    max_memory: str | None = None,
+    device_memory: str | None = None,
+    allow_code: bool = False,
+    overwrite: bool = False,
+    devices: int = 1,
+    device_like: str | None = None,
+    seconds: float = 3.0,
+    **options: Any,
+) -> Estimate:
+    """Return what `quantize` would write, hold in memory, take and be read by; no weight is read.
+
+    src, out and options are those of `quantize`; without `out`, which alone says that a GGUF file is wanted if `format`
+        does not, what is against OUT is not known, and the disk that is probed is that of the working folder.
+    devices: how many processes share the work, each with a device. device_like: a machine that is not there, "h100":
+        arithmetic by its data sheet. seconds: how long this machine is probed.
+    Raises LlmqError for what `quantize` would refuse before any work, with the same line, but for what only the weights
+        can say, such as NaN.
+    """
+    like = None if device_like is None else (device_like, machines.machine(device_like))
+    where = device if like is None else torch.device("cuda")
+    planned = _outlined(
+        src, out, recipe, options, max_memory, device_memory,
+        adapter=adapter, runtime=runtime, device=where, allow_code=allow_code, overwrite=overwrite,
+    )  # fmt: skip
+    if like is not None:
+        return estimate(planned, machines.on_paper(like[1], planned), like=like, devices=devices)
+    if planned.method.finishers:
+        whole_model.check_memory(planned)
+    if out is not None:
+        place.require(Path(out), sum(planned.disk().values()))
+    beside = Path.cwd() if out is None else place.standing(Path(out))
+    return estimate(planned, rates.probe(planned, beside, seconds), devices=devices)
+
+
+def _outlined(
+    src: str | Path,
+    out: str | Path | None,
+    recipe: str | Path | None,
+    options: dict[str, Any],
+    max_memory: str | None,
+    device_memory: str | None,
+    *,
+    adapter: str | Path | None,
+    runtime: str | None,
+    device: str | torch.device,
+    allow_code: bool,
+    overwrite: bool,
+) -> Plan:
+    """Return the plan of `quantize` by the headers, and refuse all that they can say."""
+    for name in options.keys() - KINDS.keys():
+        raise LlmqError(f"quantize takes no option {name!r} (options: {', '.join((*OF_THE_RUN, *KINDS))})")
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
+    if out is not None and Path(out).suffix == ".gguf":
+        given = {"format": "gguf"} | given
+    what = Recipe.load(None if recipe is None else user_path(recipe), given, allow_code=allow_code)
+    if out is not None:
+        refuse(what, str(src), None if adapter is None else str(adapter), Path(out), overwrite=overwrite)
+    planned = outline(str(src), what, device, adapter)
+    if runtime is not None:
+        require(planned.readers(), runtime)
+    return capped(planned, max_memory, device_memory)
 
 
 def dequantize(

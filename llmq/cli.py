@@ -1,4 +1,4 @@
-"""The command line: `llmq quantize | export | dequantize | verify | eval | generate | inspect | list`.
+"""The command line: `llmq quantize | plan | export | dequantize | verify | eval | generate | inspect | list`.
 
 Bad input ends in one line on standard error and exit status 1, a signal in 128 and its number; neither leaves a
 half-written OUT.
@@ -19,6 +19,7 @@ from llmq import signals
 from llmq.commands.convert import dequantize, export
 from llmq.commands.look import inspect, list_
 from llmq.commands.measure import evaluate, generate, verify
+from llmq.commands.plan import plan
 from llmq.commands.quantize import quantize
 from llmq.commands.terminal import console
 from llmq.errors import LlmqError, notes, one_line, printable
@@ -75,6 +76,7 @@ def _options(
 
 
 app.command()(quantize)
+app.command()(plan)
 app.command(name="eval")(evaluate)
 app.command()(generate)
 app.command()(export)

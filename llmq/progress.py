@@ -57,8 +57,8 @@ def _high_water() -> int:
 class Event:
     """Something that long work tells.
 
-    kind: "begin" (a phase or a part of it), "step" (within a part), "warning" or "trouble".
-    what: the part, "block 3"; of a warning or trouble, the message. done, total: parts done, and in all.
+    kind: "begin" (a phase or a part of it), "step" (within a part), "plan", "warning" or "trouble".
+    what: the part, "block 3"; of a plan, a warning or trouble, the message. done, total: parts done, and in all.
     step, names: what is done within the part, "solve", and to which linears.
     seconds: since the work began. left: seconds that the rest of the phase should take, None where none is over yet.
     """
@@ -101,6 +101,11 @@ class Work:
             return listener
         return cls(listener if listener is None or isinstance(listener, Listener) else _Plain(listener))
 
+    @property
+    def heard(self) -> bool:
+        """Whether a listener hears more than how many parts are done."""
+        return self._listener is not None and not isinstance(self._listener, _Plain)
+
     def __call__(self, done: int, total: int, what: str) -> None:
         """Say how many of how many parts are done, and what comes next."""
         self._pace.move(done, total, time.monotonic())
@@ -113,7 +118,7 @@ class Work:
         self._tell("step", self._what)
 
     def say(self, kind: str, message: str) -> None:
-        """Say what a user should know: a "warning" or "trouble"."""
+        """Say what a user should know: a "plan", a "warning" or "trouble"."""
         self._tell(kind, message)
 
     def _tell(self, kind: str, what: str) -> None:

@@ -72,7 +72,7 @@ def test_quantize_eval_generate_inspect(tiny_checkpoint, tmp_path, text):
 
 def test_help_has_an_example_for_every_command():
     assert run("--help").returncode == 0
-    for command in ("quantize", "eval", "generate", "inspect", "list"):
+    for command in ("quantize", "plan", "eval", "generate", "inspect", "list"):
         done = run(command, "--help")
         assert done.returncode == 0 and f"llmq {command}" in done.stdout and "Example" in done.stdout
 

@@ -7,6 +7,7 @@ Not here: the write itself (sink.py), earlier runs on the same OUT (stage.py), G
 """
 
 import os
+import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -167,3 +168,15 @@ def _apart(given: Path, out: Path, what: str, path: Path) -> None:
     for name, file in links.items():
         if file.is_relative_to(out):
             raise LlmqError(f"OUT {given} holds {name}, to which {what} links; name another place")
+
+
+def require(out: Path, need: int) -> None:
+    """Raise LlmqError where the disk that OUT will lie on has less than `need` bytes free."""
+    free = shutil.disk_usage(standing(out)).free
+    if free < need:
+        raise LlmqError(f"{out} needs {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; make room")
+
+
+def standing(out: Path) -> Path:
+    """Return the nearest folder around OUT that is there."""
+    return next(p for p in out.absolute().parents if p.is_dir())

@@ -153,9 +153,7 @@ class Sink:
 
     def require(self, need: int) -> None:
         """Raise LlmqError where the disk has less than `need` bytes free."""
-        free = shutil.disk_usage(self.stage).free
-        if free < need:
-            raise LlmqError(f"{self.out} needs {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; make room")
+        place.require(self.out, need)
 
     def text(self, name: str, content: str) -> None:
         """Write a text file."""

@@ -50,6 +50,9 @@ def quantize(
     imatrix: Annotated[str | None, typer.Option(help="GGUF: weigh errors by this importance matrix.")] = None,
     imatrix_out: Annotated[str | None, typer.Option(help="GGUF: write the calibration's importance here.")] = None,
     split_max_size: Annotated[str | None, typer.Option(help="GGUF: files of at most so much, e.g. 4G.")] = None,
+    runtime: Annotated[
+        str | None, typer.Option("--for", help="Refuse what it would not load: transformers, vllm, sglang, llama.cpp.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     max_memory: Annotated[str | None, typer.Option(help="Most memory to take, e.g. 6GiB; same bytes, slower.")] = None,
     device_memory: Annotated[str | None, typer.Option(help="The same of the device's memory.")] = None,
