@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Phi
 
 import llmq
 from llmq import calibration
+from llmq.algorithms import _sweep, _walk
 from llmq.algorithms.qep import Qep
 from llmq.checkpoint import Source
 from llmq.checkpoint.packed import PackedCheckpoint
@@ -24,6 +25,7 @@ from llmq.recipe import Recipe
 from llmq.runtime.linear import QuantLinear
 from llmq.stats import Drift, Hessian
 from llmq.types import LlmqError
+from llmq_kernels import panel
 
 IDS = torch.randint(2, 300, (2, 32), generator=torch.Generator().manual_seed(0))
 BASE = {"samples": 8, "seq_len": 32, "group_size": 32, "dtype": "float32"}
@@ -401,6 +403,24 @@ def test_a_run_that_reads_ahead_and_writes_behind_writes_the_same_bytes(tiny_che
     job(folder, tmp_path / "b", calib=text)
     a, b = ((tmp_path / out / "model.safetensors").read_bytes() for out in "ab")
     assert a == b
+
+
+def test_a_run_by_the_kernels_for_gpus_finds_what_the_compiled_loops_do(tiny_checkpoint, tmp_path, text, monkeypatch):
+    """By their references on the CPU; sums in another order turn a tie now and then, and feedback others after it."""
+    folder = tiny_checkpoint(dtype=torch.bfloat16)
+    how = {"calib": text, "method": "qep,gptq,descent:rounds=2", "sym": False, "range": "mse"}
+    job(folder, tmp_path / "a", **how)
+    launches = []
+    for module, name in ((_sweep, "round_panel"), (_walk, "walk_panel")):
+        kernel = getattr(panel, name)
+        monkeypatch.setattr(module, "compiled", lambda *_: None)
+        monkeypatch.setattr(panel, name, lambda *a, of=kernel, called=name: launches.append(called) or of(*a))
+    monkeypatch.setattr(llmq.gpu, "DEVICES", frozenset({"cpu"}))
+    job(folder, tmp_path / "b", **how)
+    assert set(launches) == {"round_panel", "walk_panel"}
+    a, b = (decoded(tmp_path / out) for out in "ab")
+    alike = [(a[n] == b[n]).double().mean().item() for n in a]
+    assert a.keys() == b.keys() and min(alike) > 0.9 and sum(alike) / len(alike) > 0.98
 
 
 def test_what_fails_while_it_is_read_ahead_ends_the_run_in_its_own_line(
