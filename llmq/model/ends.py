@@ -18,74 +18,7 @@ from torch import Tensor, nn
 
 from llmq.model.lanes import Call
 from llmq.model.skeleton import Skeleton
-
-
-class _Reached(Exception):  # noqa: N818, an arrival, not an error
-    """Ends the recording forward: no block is needed beyond the last."""
-
-
-class _StandIn(nn.Module):
-    """Stands in for a block: transformers reads attributes of it, such as attention_type."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self._block = [block]  # in a list: not a submodule
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._block[0], name)
-
-
-class _Recorder(_StandIn):
-    """Keeps what it is called with and hands the hidden states through."""
-
-    def __init__(self, block: nn.Module, last: bool) -> None:
-        super().__init__(block)
-        self.last = last
-        self.entered = torch.empty(0)
-        self.call: Call = ((), {})
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.entered, self.call = hidden, (args, kwargs)
-        if self.last:
-            raise _Reached
-        return _first_of_all(hidden)
-
-
-class _Given(_StandIn):
-    """Returns the hidden states that it was made with, whatever it is called with."""
-
-    def __init__(self, block: nn.Module, hidden: Tensor) -> None:
-        super().__init__(block)
-        self.hidden = hidden
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return _first_of_all(self.hidden)
-
-
-class _Output(Tensor):
-    """What a block returns: hidden states, or, to a model that takes apart a tuple, the first of several things."""
-
-    def __getitem__(self, key: Any) -> Any:
-        return self if type(key) is int else super().__getitem__(key)
-
-
-def _first_of_all(hidden: Tensor) -> Tensor:
-    return hidden.as_subclass(_Output)
-
-
-@contextmanager
-def _standing_in(skeleton: Skeleton, blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Put others in the place of the model's blocks."""
-    parent, _, leaf = skeleton.prefix.rpartition(".")
-    owner = skeleton.model.get_submodule(parent)
-    setattr(owner, leaf, nn.ModuleList(blocks))
-    try:
-        yield
-    finally:
-        setattr(owner, leaf, skeleton.blocks)
+from llmq.model.standing import Given, Reached, Recorder, standing_in
 
 
 def embed(
@@ -108,11 +41,11 @@ def entering(
     first: dict[torch.Size, Sequence[Call]] = {}
     with outside_loaded(skeleton, device):
         for ids in batches:
-            recorders = [_Recorder(b, i == len(blocks) - 1) for i, b in enumerate(blocks)]
+            recorders = [Recorder(b, i == len(blocks) - 1) for i, b in enumerate(blocks)]
             try:
-                with _standing_in(skeleton, recorders):
+                with standing_in(skeleton.model, skeleton.prefix, recorders):
                     skeleton.model(input_ids=ids.to(device), use_cache=False)
-            except _Reached:
+            except Reached:
                 own = [r.call for r in recorders]
                 yield recorders[0].entered, _sharing(own, first.setdefault(ids.shape, own), {})
 
@@ -161,7 +94,7 @@ def of_their_own(calls: Sequence[Call]) -> Sequence[Call]:
 def logits(skeleton: Skeleton, hidden_BSH: Tensor) -> Tensor:
     """Return the logits `[B, S, V]` of hidden states behind the last block, of a skeleton with `outside_loaded`."""
     ids = torch.zeros(hidden_BSH.shape[:2], dtype=torch.int64, device=hidden_BSH.device)  # which nothing reads
-    with _standing_in(skeleton, [_Given(skeleton.blocks[-1], hidden_BSH)]):
+    with standing_in(skeleton.model, skeleton.prefix, [Given(skeleton.blocks[-1], hidden_BSH)]):
         found: Tensor = skeleton.model(input_ids=ids, use_cache=False).logits
     return found.as_subclass(Tensor)
 

@@ -82,7 +82,6 @@ class Rotated(View):
         self._prefix = f"{skeleton.prefix}."
         self._embedding = f"{skeleton.name_of(skeleton.model.get_input_embeddings())}.weight"
         self._head = f"{skeleton.name_of(skeleton.model.get_output_embeddings())}.weight"
-        self._last_norm = f"{skeleton.final_norm}.weight"
         if self.R_HH is not None:
             self._untie()
 
@@ -93,7 +92,7 @@ class Rotated(View):
                 f"{named}: what model_type {kind!r} sees in images would enter unturned; leave residual out"
             )
         if self._last_norm not in self:
-            raise LlmqError(f"{named}: the final norm of model_type {kind!r} is not known; leave residual out")
+            raise LlmqError(f"{named}: the final norm of model_type {kind!r} has no gain; leave residual out")
         if strangers := self._strangers():
             raise LlmqError(
                 f"{named}: {strangers[0]} (of {len(strangers)} tensors beside the language model) read its residual "
@@ -133,6 +132,11 @@ class Rotated(View):
         if not gain:
             raise LlmqError(f"it is not known how {self._last_norm} stores its gain; leave residual out")
         return OFFSETS[gain]
+
+    @cached_property
+    def _last_norm(self) -> str:
+        """The tensor that is the gain of the final norm."""
+        return f"{self.skeleton.final_norm}.weight"
 
     def turned(self, stream: Tensor) -> Tensor:
         """Return the residual stream in the new basis."""

@@ -10,7 +10,7 @@ linears share an input (sites.py).
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from llmq.checkpoint.names import own_head, settle
 from llmq.heap import trim
 from llmq.model.config import head_dim
 from llmq.model.experts import check_routing, in_experts, linears_of
-from llmq.model.pretrained import blank_model, model_config
+from llmq.model.pretrained import blank_model, foreign, model_config, shut
 from llmq.model.sites import refuse_other_matrices
+from llmq.model.tail import Tail, behind
 from llmq.types import LlmqError
 
 Read = dict[str, Tensor]
@@ -77,10 +78,18 @@ class Skeleton:
         real = {"norm": self.final_norm, "head": self.name_of(self.model.get_output_embeddings())}
         return f"{real.get(module, module)}{dot}{local}"
 
-    @property
+    @cached_property
     def final_norm(self) -> str:
-        """The name of the norm behind the blocks, in the models that have it there."""
-        return f"{self.prefix.rpartition('.')[0]}.norm".lstrip(".")
+        """The name of the norm between the last block and the head. Raises LlmqError where other things run there."""
+        where = f"{self.source.path}/config.json (model_type {self.config.model_type!r})"
+        with foreign(where), shut():
+            found = behind(self.model, self.prefix)
+        if len(found) != 1:
+            raise LlmqError(
+                f"{where}: between the last block and the head runs {', '.join(found) or 'nothing'}, not one norm "
+                "alone; leave the head float (no --lm-head) and the residual stream as it is"
+            )
+        return found[0]
 
     @contextmanager
     def loaded(
@@ -183,19 +192,6 @@ class Skeleton:
 def _name_in(model: nn.Module, module: nn.Module | None) -> str:
     """Return the full name of a module of a model; "" where it is not there, or the model itself."""
     return next((n for n, m in model.named_modules() if m is module), "")
-
-
-class Tail(nn.Module):
-    """What follows the last block, as one more block: the final norm, and the output head that reads it."""
-
-    def __init__(self, norm: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.head = norm, head
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the logits."""
-        out: Tensor = self.head(self.norm(hidden))
-        return out
 
 
 def _drained(read: Read) -> Iterator[tuple[str, Tensor]]:
