@@ -278,6 +278,8 @@ class ModelView:
         Leaves that ask for gradients, to be moved in place.
     loss: returns the mean KL from the float model's predictions over one calibration sequence, of so many `rows`.
     seed: for whatever the finisher draws at random.
+    keep: keeps tensors and facts (JSON) from which it can go on, should the run be killed. kept: what a run that was
+        killed kept last, None where none did.
     """
 
     scales: list[Tensor]
@@ -285,6 +287,8 @@ class ModelView:
     loss: Callable[[int], Tensor]
     rows: int
     seed: int
+    keep: Callable[[Mapping[str, Tensor], Mapping[str, Any]], None] = lambda tensors, facts: None
+    kept: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None
 
 
 class Finisher(Step):

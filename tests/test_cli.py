@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,12 +125,13 @@ def test_an_interrupt_leaves_what_was_finished_and_says_where(tiny_checkpoint, t
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
     stage = tmp_path / "out.llmq-partial"
-    while not list(stage.glob("part-*")) and process.poll() is None:
+    while not (stage / "journal/now.json").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and stderr.count("\n") == 1, stderr
     assert stderr.startswith(f"interrupted; what was finished stays in {stage} (") and stage.is_dir()
+    assert re.search(r"; the same command goes on from block \d+ of 200; --overwrite begins anew\n", stderr)
     assert not (tmp_path / "out").exists()
 
 

@@ -10,9 +10,12 @@ Not here: the model and its gradients (whole_model.py).
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmq.steps import Finisher, ModelView
 from llmq.types import LlmqError
@@ -45,28 +48,77 @@ class Distill(Finisher):
         if view.rows < 2:
             raise LlmqError("distill judges by sequences that it does not train on; give at least 2 --samples")
         train, judge = torch.arange(view.rows - held), torch.arange(view.rows - held, view.rows)
-        groups = [{"params": view.scales, "lr": self.lr}, {"params": view.norms, "lr": self.norm_lr}]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         steps = self.epochs * math.ceil(len(train) / self.batch)
-        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        draw = torch.Generator().manual_seed(view.seed)
-        everything = [*view.scales, *view.norms]
-        before = best = _mean(view, judge)
-        kept = [p.detach().clone() for p in everything]
-        for _ in range(self.epochs):
-            for rows in train[torch.randperm(len(train), generator=draw)].split(self.batch):
+        point = _Point(view, [(view.scales, self.lr), (view.norms, self.norm_lr)], steps)
+        if view.kept is None:
+            point.judge(_mean(view, judge))
+        else:
+            point.put_back(*view.kept)
+        for _ in range(point.epochs, self.epochs):
+            for rows in train[torch.randperm(len(train), generator=point.draw)].split(self.batch):
                 for row in rows.tolist():
                     with torch.enable_grad():
                         (view.loss(row) / len(rows)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                falling.step()
-            now = _mean(view, judge)
-            if now < best:
-                best, kept = now, [p.detach().clone() for p in everything]
-        for p, value in zip(everything, kept, strict=True):
+                point.step()
+            point.epochs += 1
+            point.judge(_mean(view, judge))
+            view.keep(*point.state())
+        point.go_to_best()
+        return {"held_kl_before": point.judged[0], "held_kl": min(point.judged)}
+
+
+class _Point:
+    """Where a tuning stands: the parameters and Adam's moments, how far the learning rates fell, the best point met.
+
+    judged: the KL on the sequences to judge by, before the first epoch and after each. draw: the order of sequences.
+    """
+
+    def __init__(self, view: ModelView, groups: Sequence[tuple[Sequence[Tensor], float]], steps: int) -> None:
+        self.parameters = [p for parameters, _ in groups for p in parameters]
+        named = [{"params": parameters, "lr": lr} for parameters, lr in groups]
+        self.optimizer = torch.optim.Adam(named, betas=(0.9, 0.95))
+        self.falling = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+        self.draw = torch.Generator().manual_seed(view.seed)
+        self.best: list[Tensor] = []
+        self.judged: list[float] = []
+        self.epochs = 0
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.falling.step()
+
+    def judge(self, kl: float) -> None:
+        """Note a KL; where it is the least so far, the parameters are the best."""
+        if not self.judged or kl < min(self.judged):
+            self.best = [p.detach().clone() for p in self.parameters]
+        self.judged.append(kl)
+
+    def go_to_best(self) -> None:
+        for p, value in zip(self.parameters, self.best, strict=True):
             p.data.copy_(value)
-        return {"held_kl_before": before, "held_kl": best}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return all of it as tensors and facts."""
+        tensors = {"draw": self.draw.get_state()}
+        for i, (p, best) in enumerate(zip(self.parameters, self.best, strict=True)):
+            tensors |= {f"now {i}": p.detach(), f"best {i}": best}
+            tensors |= {f"{name} {i}": moment for name, moment in self.optimizer.state[p].items()}
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return tensors, {"judged": self.judged, "rates": rates, "falling": self.falling.state_dict()}
+
+    def put_back(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Stand where `state` was asked for."""
+        self.judged, self.epochs = list(facts["judged"]), len(facts["judged"]) - 1
+        self.draw.set_state(tensors["draw"])
+        self.falling.load_state_dict(dict(facts["falling"]))
+        for group, rate in zip(self.optimizer.param_groups, facts["rates"], strict=True):
+            group["lr"] = rate
+        for i, p in enumerate(self.parameters):
+            p.data.copy_(tensors[f"now {i}"])
+            self.best.append(tensors[f"best {i}"].to(p.device))
+            moments = {m: tensors[f"{m} {i}"].to(p.device) for m in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": tensors[f"step {i}"], **moments}
 
 
 def _mean(view: ModelView, rows: torch.Tensor) -> float:

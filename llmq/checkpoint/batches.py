@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmq.aside import Ahead, behind, pays, pinned
+from llmq.checkpoint import shards
 from llmq.checkpoint.disk import writing
 from llmq.guard.reading import tensor_entries
 
@@ -40,6 +40,12 @@ class Batches(Sequence[Tensor]):
     ) -> None:
         self.folder, self.kind, self.numbers, self.device = folder, kind, numbers, device
         self._ahead = Ahead(self._read) if pays(device) else None
+
+    @classmethod
+    def found(cls, folder: Path, kind: str, device: torch.device) -> Batches:
+        """Return all batches of a kind that lie in a folder."""
+        numbers = sorted(int(file.name.rpartition("-")[2]) for file in folder.glob(f"{kind}-*"))
+        return cls(folder, kind, numbers, device)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -68,7 +74,7 @@ class Batches(Sequence[Tensor]):
 
     def _write(self, number: int, batch: Tensor) -> None:
         with writing(self._file(number)):
-            save_file({"batch": batch.detach().cpu().contiguous()}, self._file(number))
+            shards.write(self._file(number), {"batch": batch.detach().cpu()})
 
     def _get(self, i: int) -> Tensor:
         number, *after = self.numbers[i : i + 2]

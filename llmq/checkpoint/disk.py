@@ -52,13 +52,26 @@ def write_text(path: Path, text: str) -> None:
         if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/stdout
             path.write_text(text)
             return
-        new = path.with_name(f"{path.name}.{os.getpid()}.new")
-        try:
+        with renewed(path) as new:
             new.write_text(text)
+
+
+@contextmanager
+def renewed(path: Path, *, synced: bool = True) -> Iterator[Path]:
+    """Yield the name under which to write a file; it then takes its place whole or, after an error, not at all.
+
+    synced: whether that also holds when the power fails, not only when the process is killed.
+    """
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        yield new
+        if synced:
             put_file(new, path)
             sync(path.parent)
-        finally:
-            new.unlink(missing_ok=True)
+        else:
+            new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def put_file(new: Path, path: Path) -> None:

@@ -23,10 +23,10 @@ from llmq.guard.reading import BITS, DTYPES, Entry
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write(file: Path, tensors: Mapping[str, Tensor]) -> list[Entry]:
-    """Write tensors to a file. Returns where they lie in it, in that order."""
+def write(file: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> list[Entry]:
+    """Write tensors to a file, notes beside them. Returns where they lie in it, in that order."""
     lying = _wide_first(Entry(file, n, _NAMES[t.dtype], tuple(t.shape), 0, t.nbytes) for n, t in tensors.items())
-    header = _header(lying)
+    header = _header(lying, notes)
     with file.open("wb") as out:
         out.write(header)
         for entry in lying:
@@ -51,9 +51,9 @@ def _wide_first(entries: Iterable[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda e: (-BITS[e.dtype], e.name))
 
 
-def _header(entries: Iterable[Entry]) -> bytes:
+def _header(entries: Iterable[Entry], notes: Mapping[str, str] | None = None) -> bytes:
     """Return the first bytes of a file that holds these tensors in this order."""
-    said: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    said: dict[str, Any] = {"__metadata__": {"format": "pt", **(notes or {})}}
     at = 0
     for e in entries:
         said[e.name] = {"dtype": e.dtype, "shape": e.shape, "data_offsets": (at, at + e.nbytes)}

@@ -2,21 +2,23 @@
 
 A run goes through these, in this order; a kill between any two leaves OUT as it was, or new, and never in between:
 
-    enter    refuse what cannot be; make the stage beside OUT (stage.py), or take the one this very command left whole
+    enter    refuse what cannot be; make the stage beside OUT (stage.py), or take the one this very command left
+    go_back  in one that it left unfinished: to the parts that count (journal.py)
     add      a part file for each block as it is finished
     join     the parts into shards of bounded size, by copying bytes: never more than a buffer in memory
     text     config and records beside them; then whoever verifies reads `stage`, which holds what OUT will
-    seal     sync all of it, mark the stage whole: from here on the work cannot be lost
+    seal     sync all of it, mark the stage whole: from here on the work cannot be lost, and the parts go
     commit   exchange `stage` and OUT in one step; remove what OUT was
 
-After an error or an interrupt what is finished stays, and the error says where; without a finished block nothing stays.
+After an error or an interrupt what is finished stays where it would be missed, and the error says where; else nothing
+stays.
 Not here: what the tensors mean (formats), reading a checkpoint (source.py), what OUT may be (place.py).
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -30,7 +32,7 @@ from llmq.checkpoint.disk import writing
 from llmq.checkpoint.source import ADAPTER, side_files
 from llmq.checkpoint.stage import Stage, look, stages
 from llmq.errors import LlmqError, printable
-from llmq.guard.reading import DTYPES, Entry, tensor_entries
+from llmq.guard.reading import DTYPES, Entry, metadata, tensor_entries
 
 SHARD_BYTES = 5 * 10**9
 _REPLACED = (
@@ -66,8 +68,10 @@ class Sink:
         self._parts: dict[Path, list[Entry]] = {}
         self._made: list[Path] = []
         self._sealed = self._done = False
-        self.copies = False
-        """Whether parts are mere copies, which nobody would miss after an error."""
+        self.promise: Callable[[], str] = str
+        """Says, for an error, what becomes of what is finished; nothing where nobody would miss it."""
+        self.goes_on = False
+        """Whether an earlier run of this very command left the stage unfinished."""
         self.earlier: dict[str, Any] | None = None
         """The result of this very command, which an earlier run left whole: only `commit` is missing."""
         if not self._earlier(act=False):
@@ -83,9 +87,13 @@ class Sink:
             if self._made:
                 self.out.parent.mkdir(parents=True, exist_ok=True)
         found = self._earlier(act=True)
-        self._stage = found or Stage.make(self.out, self._run or {})
+        self._stage = found or Stage.make(self.out, self._run or {}, overwrite=self.overwrite)
         self.stage = self._stage.new
-        if found:
+        if found and found.state(self.target) == "unfinished":
+            self.goes_on, self.promise = True, lambda: "the same command goes on"
+            for unlike in found.take():
+                log.warning("%s: begun with %s: roundings may differ from those of one run", found.folder, unlike)
+        elif found:
             self.earlier, self._sealed = found.result(), True
             log.warning("an earlier run of this very command left %s; its result is put in place", found)
         return self
@@ -99,8 +107,8 @@ class Sink:
         elif self._sealed:
             note = f"the finished result stays in {self._stage}; the same command puts it in place"
             self._stage.close()
-        elif error is not None and self._parts and not self.copies:
-            note = f"what was finished stays in {self._stage}; --overwrite begins anew"
+        elif error is not None and (promise := self.promise()):
+            note = f"what was finished stays in {self._stage}; {promise}"
             self._stage.close()
         else:
             note = ""
@@ -131,11 +139,28 @@ class Sink:
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Write one part: the tensors of a block, contiguous, on any device."""
-        part = self.room / f"part-{len(self._parts):05d}"
+        part = self._part(len(self._parts))
         own = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        digests = {name: digest(tensor) for name, tensor in own.items()}
         with writing(part):
-            self._parts[part] = shards.write(part, own)
-        self.digests |= {name: digest(tensor) for name, tensor in own.items()}
+            self._parts[part] = shards.write(part, own, {"sha256": json.dumps(digests)})
+        self.digests |= digests
+
+    @property
+    def parts(self) -> Sequence[Path]:
+        """The files of the parts so far."""
+        return list(self._parts)
+
+    def go_back(self, parts: int) -> None:
+        """Take so many parts of an earlier run as added, and remove those behind them."""
+        files = [self._part(i) for i in range(parts)]
+        for file in {*self.room.glob("part-*")} - {*files}:
+            file.unlink()
+        self._parts = {part: list(tensor_entries(part).values()) for part in files}
+        self.digests = {n: d for part in files for n, d in json.loads(metadata(part)["sha256"]).items()}
+
+    def _part(self, i: int) -> Path:
+        return self.room / f"part-{i:05d}"
 
     def replace(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Put tensors in the place of those of the same name in the joined shards, in the dtype that they have there.
@@ -152,8 +177,8 @@ class Sink:
             self.digests[name] = digest(own)
 
     def require(self, need: int) -> None:
-        """Raise LlmqError where the disk has less than `need` bytes free."""
-        place.require(self.out, need)
+        """Raise LlmqError where the disk has less than `need` bytes free, what is staged already among them."""
+        place.require(self.out, need - self._stage.size())
 
     def text(self, name: str, content: str) -> None:
         """Write a text file."""
@@ -192,8 +217,6 @@ class Sink:
         if width > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             self.text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        for part in self._parts:
-            part.unlink()
         return total
 
     def staged_beside(self, name: str) -> Path:
@@ -229,20 +252,24 @@ class Sink:
         return []
 
     def _earlier(self, *, act: bool) -> Stage | None:
-        """Return the stage that this very command left whole. Raises LlmqError for one that is in the way.
+        """Return the stage that this very command left. Raises LlmqError for one that is in the way.
 
-        act: clean up after a commit that was cut short; with `--overwrite`, remove what is unfinished.
+        act: return an unfinished one too, in which the run goes on; clean up after a commit that was cut short; with
+        `--overwrite`, remove what is unfinished.
         """
         for folder in stages(self.out):
             stage = Stage.open(folder)
             stage.put_back(self.out)
             state, run = stage.state(self.target), stage.run()
             same = self._run == run if self._run else not act  # what is not known yet is found when it is
-            if state in ("whole", "committed") and same:
+            begun = state == "unfinished" and not stage.files() and (stage.overwrites() or not self.overwrite)
+            if same and (begun or state in ("whole", "committed")):
                 if not act:
                     stage.close()
-                return stage
-            unlike = f", of another command{_unlike(run, self._run or {})}" if stage.files() else ""
+                if act or not begun:
+                    return stage
+                continue
+            unlike = f", of another command{_unlike(run, self._run or {})}" if not same and state != "empty" else ""
             said = f"an earlier run left {stage}, {state}{unlike}"
             if state in ("whole", "unfinished") and not self.overwrite:
                 stage.close()

@@ -1,8 +1,9 @@
 """The folder beside OUT in which a run works: made by mkdir, marked as llmq's, locked while the run lives.
 
     OUT.llmq-partial/
-        .llmq-stage.json   whose it is: OUT, process, host, and the run (source, recipe); flock is held on it
+        .llmq-stage.json   whose it is: OUT, process, machine, and the run (source, recipe); flock is held on it
         part-00000 ...     a finished block each
+        journal/           what else the run has finished, and how far it came (journal.py)
         new/               what becomes OUT; after the exchange, what OUT was
         old/               what OUT was, where the system cannot exchange two names
         whole.json         written after all checks: the files that make OUT and those that they replace (size, time),
@@ -13,7 +14,7 @@ A kill can leave such a folder behind. Its lock is free then, and whole.json tel
     empty        nothing was in it yet, or nothing is any more
     committed    OUT is what whole.json lists: only the cleaning up is missing
     whole        each file of the list is in new/ or in its place: the same command commits it
-    unfinished   anything else: `--overwrite` removes it
+    unfinished   anything else: the same command goes on in it, another one with `--overwrite` removes it
 
 A folder without the marker is the user's, whatever its name: another name is taken.
 Not here: what is written into it (sink.py), what OUT may be (place.py).
@@ -25,20 +26,25 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from llmq import __version__
 from llmq.checkpoint.disk import put_back, sync, write_text, writing
+from llmq.checkpoint.journal import NOW, SYNCED
 from llmq.errors import LlmqError, one_line, printable
 from llmq.guard.reading import json_object
 
 SUFFIX = ".llmq-partial"
-MARKER, WHOLE = ".llmq-stage.json", "whole.json"
+MARKER, WHOLE, JOURNAL = ".llmq-stage.json", "whole.json", "journal"
+_CPUS = Path("/proc/cpuinfo")
 State = Literal["empty", "committed", "whole", "unfinished"]
 
 
@@ -50,10 +56,12 @@ class Stage:
         self._lock = lock
 
     @classmethod
-    def make(cls, out: Path, run: Mapping[str, Any]) -> Stage:
-        """Make the stage of a run. Raises LlmqError where the disk, the folder or another run does not let it."""
-        said = {"llmq": __version__, "out": str(out), "pid": os.getpid(), "host": socket.gethostname()}
-        said |= {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "run": dict(run)}
+    def make(cls, out: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Stage:
+        """Make the stage of a run. overwrite: whether it was told to replace OUT.
+
+        Raises LlmqError where the disk, the folder or another run does not let it.
+        """
+        said = {"llmq": __version__, "out": str(out), "overwrite": overwrite, "run": dict(run)} | _process()
         folder = _name(out)
         with writing(folder):
             folder.mkdir(exist_ok=True)
@@ -66,8 +74,9 @@ class Stage:
                 raise
             stage = cls(folder, lock)
             try:
-                (folder / MARKER).write_text(json.dumps(said, indent=2) + "\n")
+                _write(folder / MARKER, said)
                 stage.new.mkdir()
+                sync(folder)
                 sync(folder.parent)
             except BaseException:
                 stage.remove()
@@ -84,10 +93,33 @@ class Stage:
         except OSError as e:
             raise LlmqError(f"cannot open {folder / MARKER} ({one_line(e)})") from e
 
+    def take(self) -> list[str]:
+        """Make the stage of an earlier run this process's own, to go on in it: nothing is left in `new`.
+
+        Returns in what the machine differs from that of the earlier run: "threads 2, not 1".
+        """
+        before, now = marker(self.folder) or {}, _process()
+        mine = self.folder / f"{MARKER}.new"
+        with writing(mine):
+            mine.unlink(missing_ok=True)
+            lock = _lock(mine, os.O_CREAT | os.O_EXCL)  # on the new one first: at no moment is none locked
+            _write(mine, before | now)
+            mine.replace(self.folder / MARKER)
+            os.close(self._lock)
+            self._lock = lock
+            if self.new.exists():
+                shutil.rmtree(self.new)
+            self.new.mkdir()
+            sync(self.folder)
+        return [f"{k} {before.get(k)}, not {now[k]}" for k in ("host", "cpu", "threads") if before.get(k) != now[k]]
+
     def __str__(self) -> str:
         """Return where it lies and how much it holds."""
-        size = sum(f.lstat().st_size for f in self.folder.rglob("*") if not f.is_dir())
-        return printable(f"{self.folder} ({size / 1e9:.2f} GB)")
+        return printable(f"{self.folder} ({self.size() / 1e9:.2f} GB)")
+
+    def size(self) -> int:
+        """Return the bytes that it holds."""
+        return sum(f.lstat().st_size for f in self.folder.rglob("*") if not f.is_dir())
 
     def close(self) -> None:
         """Let the lock go."""
@@ -97,20 +129,30 @@ class Stage:
         """Delete the stage. Raises LlmqError where a file cannot be."""
         last = [self.folder / WHOLE, self.folder / MARKER]  # they say that the rest can go
         with writing(self.folder):
-            for path in [p for p in self.folder.iterdir() if p not in last] + last:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            self._remove([p for p in self.folder.iterdir() if p not in last] + last)
             self.folder.rmdir()
         self.close()
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        """Remove files and folders, first of all what says how far the run came: the rest then counts for nothing."""
+        for path in [self.folder / JOURNAL / NOW, self.folder / JOURNAL / SYNCED, *paths]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def run(self) -> dict[str, Any]:
         """Return what the run that made the stage said about itself."""
         return dict((marker(self.folder) or {}).get("run", {}))
 
+    def overwrites(self) -> bool:
+        """Say whether the run that made the stage was told to replace OUT."""
+        return bool((marker(self.folder) or {}).get("overwrite"))
+
     def mark(self, result: Mapping[str, Any], stale: Callable[[list[str]], list[Path]]) -> None:
-        """Sync what was staged, then write whole.json: the stage is whole. Raises LlmqError on a full disk.
+        """Sync what was staged, then write whole.json: the stage is whole; what it was made of goes.
+
+        Raises LlmqError on a full disk.
 
         stale: what the files of these names, placed, leave to be removed.
         """
@@ -121,6 +163,8 @@ class Stage:
             files = {p.relative_to(self.new).as_posix(): look(p) for p in inside if not p.is_dir()}
             old = {p.name: look(p) for p in stale(list(files))}
         write_text(self.folder / WHOLE, json.dumps({"files": files, "stale": old, "result": result}))
+        with writing(self.folder):
+            self._remove([*self.folder.glob("part-*"), self.folder / JOURNAL])
 
     def files(self) -> dict[str, Any]:
         """Return the names that whole.json lists; none where the stage is unfinished."""
@@ -174,6 +218,23 @@ def marker(folder: Path) -> dict[str, Any] | None:
         return json_object(folder / MARKER)
     except LlmqError:
         return {}
+
+
+def _process() -> dict[str, Any]:
+    """Return which process this is, and that of its machine by which roundings may differ."""
+    names = [line for line in _CPUS.read_text().splitlines() if line.startswith("model name")] if _CPUS.exists() else []
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "cpu": names[0].partition(":")[2].strip() if names else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _write(file: Path, said: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(said, indent=2) + "\n")
+    sync(file)
 
 
 def _taken(folder: Path) -> LlmqError:

@@ -62,7 +62,6 @@ def dequantize(
         if sink.earlier is not None:
             sink.commit()
             return sink.earlier
-        sink.copies = True
         sink.require(2 * source.bytes())
         _add(sink, source, progress or (lambda done, total, what: None))
         if isinstance(source, Floats):

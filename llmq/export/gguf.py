@@ -91,7 +91,6 @@ def export(  # noqa: PLR0913, the options of the command
         if sink.earlier is not None:
             sink.commit()
             return sink.earlier
-        sink.copies = True
         sink.require(2 * source.bytes())
         made = dict(_staged(sink, packed, arch, anew, outside))
         keys = {"llmq.version": __version__, "llmq.source": str((source.quantization or {})["quant_method"])}
@@ -99,7 +98,7 @@ def export(  # noqa: PLR0913, the options of the command
         header = container.Header(arch, words, source.origin.name, kind, keys)
         record = {"llmq": __version__, "source": asdict(source.origin), "warnings": warnings}
         files = _write(sink, header, split, made, record, found)
-        sink.copies = False
+        sink.promise = lambda: "--overwrite begins anew"
         done = {
             "types": dict(Counter(t.kind for t in made.values())),
             "outcomes": dict(Counter(t.outcome for t in made.values() if t.outcome)),

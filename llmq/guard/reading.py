@@ -164,6 +164,29 @@ def tensor_entries(file: Path) -> dict[str, Entry]:
 
     Raises LlmqError for a file that is truncated or no safetensors file.
     """
+    header, data, size = _header(file)
+    entries = {n: _entry(file, n, e, data) for n, e in header.items() if n != "__metadata__"}
+    at = data
+    for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
+        if entry.start != at:
+            raise LlmqError(f"{_damaged(file)} (tensor {entry.name} leaves a gap or an overlap); download it again")
+        at += entry.nbytes
+    if at != size:
+        raise LlmqError(f"{_damaged(file)} (its tensors end at byte {at:,} of {size:,}); download it again")
+    return entries
+
+
+def metadata(file: Path) -> dict[str, str]:
+    """Return the texts that a safetensors file holds beside its tensors. Raises LlmqError as `tensor_entries` does."""
+    return dict(_header(file)[0].get("__metadata__", {}))
+
+
+def _damaged(file: Path) -> str:
+    return f"{file} is truncated or not safetensors"
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """Return a safetensors file's header, where its data begins and where it ends."""
     try:
         size = file.stat().st_size
         with file.open("rb") as f:
@@ -172,24 +195,15 @@ def tensor_entries(file: Path) -> dict[str, Entry]:
             text = f.read(length) if 0 < length <= min(HEADER_BYTES, size - 8) else b""
     except OSError as e:
         raise LlmqError(f"cannot read {file} ({one_line(e)})") from e
-    damaged = f"{file} is truncated or not safetensors"
     if not text:
-        raise LlmqError(f"{damaged} (its header does not fit the file); download it again")
+        raise LlmqError(f"{_damaged(file)} (its header does not fit the file); download it again")
     header = parse_json(text, f"the header of {file}")
     if not isinstance(header, dict):
-        raise LlmqError(f"{damaged} (its header is no object); download it again")
+        raise LlmqError(f"{_damaged(file)} (its header is no object); download it again")
     notes = field(header, "__metadata__", dict, f"the header of {file}", {})
     if not all(isinstance(v, str) for v in notes.values()):  # the library that loads the model refuses these
-        raise LlmqError(f"{damaged} (its metadata is not text); download it again")
-    entries = {n: _entry(file, n, e, 8 + length) for n, e in header.items() if n != "__metadata__"}
-    at = 8 + length
-    for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
-        if entry.start != at:
-            raise LlmqError(f"{damaged} (tensor {entry.name} leaves a gap or an overlap); download it again")
-        at += entry.nbytes
-    if at != size:
-        raise LlmqError(f"{damaged} (its tensors end at byte {at:,} of {size:,}); download it again")
-    return entries
+        raise LlmqError(f"{_damaged(file)} (its metadata is not text); download it again")
+    return header, 8 + length, size
 
 
 def _entry(file: Path, name: str, said: Any, data: int) -> Entry:

@@ -25,6 +25,7 @@ from llmq.calibration.collect import collect
 from llmq.calibration.dealing import Dealt
 from llmq.calibration.state import Calibration
 from llmq.calibration.token_gradients import squared_gradients
+from llmq.checkpoint import Journal
 from llmq.format import packed_bytes
 from llmq.model.lanes import Lanes
 from llmq.pipeline.experts import together
@@ -48,25 +49,28 @@ class Choice:
         return Choice(self.bits, self.size + other.size, self.error + other.error)
 
 
-def allocate(plan: Plan, state: Calibration, report: Progress) -> Plan:
+def allocate(plan: Plan, state: Calibration, journal: Journal, report: Progress) -> Plan:
     """Return the plan with schemes that spend its recipe's `target_bpw`; the state stays as it is.
 
     Its recipe then says as overrides what was chosen, so that what is recorded repeats the run. A head that is solved
-    too counts, at the bits that it has.
+    too counts, at the bits that it has. What was chosen is kept: a run that goes on keeps to it.
     """
     recipe = plan.method.recipe
     if recipe.target_bpw is None:
         return plan
+    chosen = journal.once("bits", lambda: ({}, {"chosen": _chosen(plan, state, report)})).facts["chosen"]
+    overrides = tuple(f"^({'|'.join(re.escape(n) for n in names)})$:bits={bits}" for names, bits in chosen)
+    settled = dataclasses.replace(recipe, override=(*recipe.override, *overrides), target_bpw=None, bit_choices=None)
+    schemes = {n: plan.linears[n].at_bits(bits).scheme for names, bits in chosen for n in names}
+    return plan.settled(schemes, settled)
+
+
+def _chosen(plan: Plan, state: Calibration, report: Progress) -> list[tuple[tuple[str, ...], int]]:
+    """Return the bits of each unit, by the full names of its linears."""
     units = costs(plan, state, report)
     known = {n for names in units for n in names}
     others = sum(packed_bytes(plan.method.format, s) for n, s in plan.linears.items() if n not in known)
-    chosen = spend(units, plan.budget() - others)
-    overrides = tuple(
-        f"^({'|'.join(re.escape(n) for n in names)})$:bits={choice.bits}" for names, choice in chosen.items()
-    )
-    settled = dataclasses.replace(recipe, override=(*recipe.override, *overrides), target_bpw=None, bit_choices=None)
-    schemes = {n: plan.linears[n].at_bits(choice.bits).scheme for names, choice in chosen.items() for n in names}
-    return plan.settled(schemes, settled)
+    return [(names, choice.bits) for names, choice in spend(units, plan.budget() - others).items()]
 
 
 def costs(plan: Plan, state: Calibration, report: Progress) -> dict[tuple[str, ...], list[Choice]]:

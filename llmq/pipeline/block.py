@@ -59,9 +59,9 @@ class _Found:
     H_KK: Tensor | None
 
 
-def reads(plan: Plan) -> Iterator[Read | None]:
-    """Yield what is read of each block before it is quantized."""
-    return plan.skeleton.reads(range(len(plan.skeleton)), plan.device, experts=plan.method.loads_all_experts)
+def reads(plan: Plan, first: int = 0) -> Iterator[Read | None]:
+    """Yield what is read of each block before it is quantized, from the `first` on."""
+    return plan.skeleton.reads(range(first, len(plan.skeleton)), plan.device, experts=plan.method.loads_all_experts)
 
 
 def quantize_block(

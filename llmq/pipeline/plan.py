@@ -128,14 +128,17 @@ class Plan:
     def disk(self) -> dict[str, int]:
         """Return the bytes of disk that the run takes beside OUT while it lasts, by what they are.
 
-        output: the shards. parts: the blocks that they are joined from. states: the calibration's hidden states, before
-        a block and behind it. hessians: one for each linear at most, where finishers want them.
+        output: the shards. parts: the blocks that they are joined from. states: the calibration's hidden states, as of
+        the last sync, before a block and behind it. squares: the weights of tokens. hessians: one for each linear at
+        most, where finishers want them.
         """
         recipe, width = self.method.recipe, self.skeleton.text.hidden_size
         tokens = (recipe.samples or 0) * (recipe.seq_len or 0)
-        states = ceil(2 * tokens * width * self.skeleton.dtype.itemsize * (1 + self.paired()))
+        states = ceil(3 * tokens * width * self.skeleton.dtype.itemsize * (1 + self.paired()))
+        squares = 4 * tokens * len(self.linears) if self.method.weightings else 0
         hessians = sum(4 * s.K**2 for s in self.linears.values()) if self.method.finishers else 0
-        return {"output": self.bytes(), "parts": self.bytes(), "states": states, "hessians": hessians}
+        beside = {"states": states, "squares": squares, "hessians": hessians}
+        return {"output": self.bytes(), "parts": self.bytes(), **beside}
 
     def packed(self, name: str, q: QTensor) -> dict[str, Tensor]:
         """Return the packed tensors of a linear, by their full names."""

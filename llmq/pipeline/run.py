@@ -4,45 +4,40 @@
            -> join -> finish -> record -> verify -> seal (synced, marked whole) -> commit (exchanged with OUT)
 
 Data goes one way: floats -> stats -> codes -> words -> shard. What a finisher moves afterwards, the scales and norms of
-the whole model, is put into the shards and measured anew.
+the whole model, is put into the shards and measured anew. What each block leaves is kept in a journal: the same command
+goes on behind the last block that it tells of, and all that comes after the blocks is done again.
 Not here: what can be refused before (plan.py), what happens inside a block (block.py), the suspended forwards
-(model/lanes.py), the files (checkpoint/), what is said of them (report.py).
+(model/lanes.py), what enters the first (entering.py), the files (checkpoint/), what is said of them (report.py).
 """
 
-import math
-import shutil
-from dataclasses import dataclass, field
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmq import calibration
-from llmq.calibration.dealing import Dealt
-from llmq.calibration.state import BATCH_TOKENS, Calibration, Probe
-from llmq.calibration.token_gradients import squared_gradients
-from llmq.checkpoint import Scratch, Sink
-from llmq.checkpoint.batches import Batches
-from llmq.model.ends import embed, of_their_own
+from llmq.calibration import handed
+from llmq.calibration.state import Calibration
+from llmq.checkpoint import Journal, Sink
+from llmq.checkpoint.stage import JOURNAL
 from llmq.model.folding import Folded
-from llmq.model.pretrained import check_ids, tokenizer_of
-from llmq.model.skeleton import Skeleton
 from llmq.pipeline.allocate import allocate
 from llmq.pipeline.block import quantize_block, reads
+from llmq.pipeline.entering import entering
+from llmq.pipeline.known import Known, kept
 from llmq.pipeline.loaded import Report
 from llmq.pipeline.plan import Plan
-from llmq.pipeline.records import Line, Record, rounded
+from llmq.pipeline.records import Line, rounded
 from llmq.pipeline.report import summary, write_importance
 from llmq.pipeline.sinks import IMATRIX, sink_of
 from llmq.pipeline.whole_model import check_memory, finish
 from llmq.progress import Work
-from llmq.stats import MeanSquare
 from llmq.types import LinearSpec, QTensor
 from llmq.verify import require_right
 
-PROBE_TOKENS = 9  # of one sequence, by which it is found which linears read what
+log = logging.getLogger(__name__)
 
 
 def quantize(
@@ -60,30 +55,22 @@ def quantize(
         if sink.earlier is not None:
             sink.commit()
             return sink.earlier
+        journal = _resumed(sink, blocks)
         sink.require(sum(plan.disk().values()))
         if plan.method.finishers:
             check_memory(plan)
-        state = _enter(plan, sink.room / "states", work)
-        plan = allocate(plan, state, work)
-        done = _Done(Scratch(sink.room / "hessians"))
-        for i, read in enumerate(reads(plan)):
-            work(i, blocks, f"block {i}")
-            tensors, known, state = quantize_block(plan, i, state, work, read)
-            work.step("write")
-            sink.add(plan.staged(tensors))
-            done.add(known)
-            shutil.rmtree(sink.room / "states" / f"{i:05d}", ignore_errors=True)
-        work(blocks, blocks, "embeddings and head")
-        _outside(plan, state, sink, done, work)
-        if done.importance:
-            write_importance(plan, sink.staged_beside(IMATRIX), done.importance)
+        state = entering(plan, journal, work)
+        plan = allocate(plan, state, journal, work)
+        known = _blocks(plan, state, sink, journal, work)
+        if known.importance:
+            write_importance(plan, sink.staged_beside(IMATRIX), known.importance)
         recipe = plan.method.recipe.to_yaml()
         work(blocks, blocks, "writing")
         total = plan.assigned.join(sink, plan.config(), recipe)
         if plan.method.finishers:
             work(blocks, blocks, "tuning the whole model")
-            _finish(plan, state, sink, done)
-        record = plan.assigned.close(sink, summary(plan, done.record, total, sink.digests), recipe)
+            _finish(plan, state.ids, sink, known, journal)
+        record = plan.assigned.close(sink, summary(plan, known.record, total, sink.digests), recipe)
         if check:
             work(blocks, blocks, "verifying")
             require_right(sink.whole, progress=work)
@@ -92,93 +79,78 @@ def quantize(
     return record
 
 
-@dataclass
-class _Done:
-    """What is known of the blocks so far, H of their linears on the disk."""
-
-    hessians: Scratch
-    record: Record = field(default_factory=Record)
-    importance: dict[str, MeanSquare] = field(default_factory=dict)
-
-    def add(self, known: Report) -> None:
-        """Add a block."""
-        self.record.add(known.record)
-        self.importance |= known.importance
-        for names, H_KK in known.hessians.items():
-            self.hessians.keep(names, H_KK)
+def _resumed(sink: Sink, blocks: int) -> Journal:
+    """Return the journal of the run, in which an earlier run of the same command may have finished blocks."""
+    journal = Journal(sink.room / JOURNAL)
+    sink.go_back(journal.parts)
+    sink.promise = partial(_promise, journal, blocks, overwrite=sink.overwrite)
+    if sink.goes_on:
+        where = _where(journal.steps, blocks)
+        log.warning("%s is of an earlier run of this very command: going on from %s", sink.room, where)
+    return journal
 
 
-def _enter(plan: Plan, states: Path, work: Work) -> Calibration:
-    """Return the calibration tokens as they enter block 0; empty where no step needs them.
-
-    states: where the hidden states between two blocks lie.
-    """
-    if not plan.calibrates():
-        return Calibration()
-    recipe = plan.method.recipe
-    work(0, len(plan.skeleton), f"calibration text: {recipe.calib}")
-    tokenizer = tokenizer_of(plan.source.path)
-    writer = partial(_writer, plan)
-    how = (recipe.samples, recipe.seq_len, recipe.seed)
-    ids = calibration.tokens(recipe.calib, tokenizer, *how, writer, plan.warnings.append)
-    check_ids(ids, plan.skeleton.model)
-    batches = ids.split(max(1, BATCH_TOKENS // recipe.seq_len))
-    (*hidden, short), (*calls, call) = embed(plan.skeleton, [*batches, ids[:1, :PROBE_TOKENS]], plan.device)
-    squares = {}
-    if plan.method.weightings:
-        squares = squared_gradients(plan.skeleton, hidden, calls, plan.device, recipe.seed, work)
-    floats = hidden[: math.ceil(plan.paired() * len(hidden))]
-    apart = [of_their_own(c) for c in calls[: len(floats)]]
-    first = states / "00000"
-    return Calibration(
-        Batches(first, "hidden", range(len(hidden)), plan.device).filled(hidden),
-        Batches(first, "floats", range(len(floats)), plan.device).filled(floats),
-        calls,
-        apart,
-        squares,
-        ids,
-        Probe(short, call),
-        Dealt.of([b.numel() for b in batches]),
-    )
+def _where(steps: int, blocks: int) -> str:
+    return f"block {steps} of {blocks}" if steps < blocks else f"behind the last of {blocks} blocks"
 
 
-def _writer(plan: Plan) -> nn.Module:
-    """Load the whole float model, so that it can write its own calibration text."""
-    dtype, stored = plan.skeleton.dtype, plan.skeleton.stored_dtype  # bfloat16 takes minutes without its units
-    calibration.check_memory(plan.source.bytes() * dtype.itemsize // stored.itemsize, plan.device)
-    return Skeleton(plan.float_source, dtype).filled(plan.device)
+def _promise(journal: Journal, blocks: int, *, overwrite: bool) -> str:
+    """Return what an error says of the work so far; nothing where none would be missed."""
+    if not journal.steps and not journal.made:
+        return ""
+    anew = "" if overwrite else "; --overwrite begins anew"
+    return f"the same command goes on from {_where(journal.steps, blocks)}{anew}"
 
 
-def _finish(plan: Plan, state: Calibration, sink: Sink, done: _Done) -> None:
+def _blocks(plan: Plan, state: Calibration, sink: Sink, journal: Journal, work: Work) -> Known:
+    """Quantize the blocks that are not done, then what belongs to none; return what is known of all."""
+    blocks, known = len(plan.skeleton), Known()
+    shapes = {n: shape for n, (_, shape) in plan.source.headers().items()}
+    for i in range(journal.steps):
+        known.add(journal.step(i), shapes)
+    for i, read in zip(range(journal.steps, blocks), reads(plan, journal.steps), strict=True):
+        work(i, blocks, f"block {i}")
+        tensors, report, state = quantize_block(plan, i, state, work, read)
+        work.step("write")
+        sink.add(plan.staged(tensors))
+        handed.keep(state)
+        known.add(journal.advance(*kept(report), sink.parts), shapes)
+    if journal.steps == blocks:
+        work(blocks, blocks, "embeddings and head")
+        report = _outside(plan, state, sink, work)
+        known.add(journal.advance(*kept(report), sink.parts), shapes)
+    return known
+
+
+def _finish(plan: Plan, ids: Tensor, sink: Sink, known: Known, journal: Journal) -> None:
     """Run the finishers on the staged checkpoint, put what they moved into it, and record its errors anew."""
-    record, seed = done.record, plan.method.recipe.seed
-    found = finish(plan.method.finishers, sink.stage, plan.float_source, state.ids, seed, plan.device)
+    record, seed = known.record, plan.method.recipe.seed
+    found = finish(plan.method.finishers, sink.stage, plan.float_source, ids, seed, plan.device, journal)
     record.finished, record.tuned = found.report, sorted(found.norms)
     sink.replace(plan.staged(found.norms).items())
     floats = Folded(plan.source, record.folds, plan.linears)
     for name, q in found.linears.items():
         sink.replace(plan.staged(plan.packed(name, q)).items())
         W_NK = floats.get(plan.weight_of(name)).to(plan.device, torch.float32)
-        H_KK = done.hessians.get(name)
-        line = Line().add(q, q.dequantize(), W_NK, None if H_KK is None else H_KK.to(plan.device))
-        record.note(name, line.to_json())
-    done.hessians.drop()
+        H_KK = known.hessians[name].read().to(plan.device) if name in known.hessians else None
+        record.note(name, Line().add(q, q.dequantize(), W_NK, H_KK).to_json())
 
 
-def _outside(plan: Plan, state: Calibration, sink: Sink, done: _Done, work: Work) -> None:
-    """Write what belongs to no block: embeddings, final norm, head (quantized, if asked)."""
+def _outside(plan: Plan, state: Calibration, sink: Sink, work: Work) -> Report:
+    """Write what belongs to no block: embeddings, final norm, head (quantized, if asked). Returns what is known."""
+    report, lines = Report(), {}
     for name in plan.skeleton.outside():
         module = name.removesuffix(".weight")
         if module in plan.rows:
-            packed, line = _rounded(plan, plan.rows[module])
-            done.record.note(module, line)
+            packed, lines[module] = _rounded(plan, plan.rows[module])
             sink.add(plan.staged({name: packed}))
         elif module != plan.head:
             sink.add(plan.staged({name: plan.source.get(name)}))
     if plan.head is not None:
-        tensors, known, _ = quantize_block(plan, len(plan.skeleton), state, work)
+        tensors, report, _ = quantize_block(plan, len(plan.skeleton), state, work)
         sink.add(plan.staged(tensors))
-        done.add(known)
+    report.record.linears = lines | report.record.linears
+    return report
 
 
 def _rounded(plan: Plan, linear: LinearSpec) -> tuple[Tensor, dict[str, Any]]:

@@ -7,7 +7,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from llmq import registry
+import torch
+
+from llmq import __version__, registry
 from llmq.checkpoint import Sink
 from llmq.checkpoint.place import user_path
 from llmq.checkpoint.stage import fingerprint, look
@@ -52,6 +54,9 @@ def _reads(plan: Plan) -> dict[str, Path]:
 
 def _run(plan: Plan) -> dict[str, Any]:
     recipe = dataclasses.asdict(plan.method.recipe)
-    files = {f"{n} file": look(user_path(recipe[n])) for n in ("calib", "imatrix") if recipe[n]}
+    read = {f"{n} file": user_path(recipe[n]) for n in ("calib", "imatrix") if recipe[n]}
+    files = {what: fingerprint(path) if path.is_dir() else look(path) for what, path in read.items()}
     folders = {what: fingerprint(folder) for what, folder in _reads(plan).items()}
-    return {"command": "quantize", "device": str(plan.device)} | folders | recipe | files
+    made_by = {"llmq": __version__, "torch": str(torch.__version__)}
+    computed = {"device": str(plan.device), "dtype": str(plan.skeleton.dtype)}
+    return {"command": "quantize"} | made_by | folders | recipe | computed | files

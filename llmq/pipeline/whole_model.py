@@ -7,6 +7,7 @@ Not here: what moves the parameters (algorithms/distill.py), writing and measuri
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmq import registry
 from llmq.calibration import free_memory
-from llmq.checkpoint import Source
+from llmq.checkpoint import Journal, Source
 from llmq.evaluation.scores import Predictor
 from llmq.model.skeleton import Skeleton
 from llmq.params import stored
@@ -82,11 +83,17 @@ def finisher_bytes(plan: Plan) -> int:
 
 
 def finish(
-    finishers: Sequence[Finisher], folder: Path, source: Source, tokens: Tensor, seed: int, device: torch.device
+    finishers: Sequence[Finisher],
+    folder: Path,
+    source: Source,
+    tokens: Tensor,
+    seed: int,
+    device: torch.device,
+    journal: Journal,
 ) -> Finished:
     """Run finishers on the checkpoint in `folder`, made from the float one, `source`; neither is written to.
 
-    tokens: int64 `[samples, seq_len]`, cut into shorter sequences where they are long.
+    tokens: int64 `[samples, seq_len]`, cut into shorter sequences where they are long. journal: of how far each came.
     """
     from llmq.loading import load
 
@@ -114,8 +121,15 @@ def finish(
         return cast(Tensor, _WithSlope.apply(states, torch.stack(values).sum(), torch.cat(slopes))) / len(states)
 
     view = ModelView([m.change for m in linears.values()], list(norms.values()), loss, len(tokens), seed)
-    report = {registry.dump(f): f.finish(view) for f in finishers}
+    report = {registry.dump(f): f.finish(_going_on(view, journal, f"finisher-{i}")) for i, f in enumerate(finishers)}
     return Finished({n: m.moved() for n, m in linears.items()}, {n: p.detach() for n, p in norms.items()}, report)
+
+
+def _going_on(view: ModelView, journal: Journal, name: str) -> ModelView:
+    """Return the view for one finisher, which may go on from what it kept."""
+    kept = journal.read(name)
+    before = None if kept is None else ({n: t.read() for n, t in kept.tensors.items()}, kept.facts)
+    return dataclasses.replace(view, keep=partial(journal.keep, name), kept=before)
 
 
 def _open_up(model: Any) -> Iterator[tuple[str, _Scaled]]:

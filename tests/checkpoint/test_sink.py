@@ -78,27 +78,34 @@ def test_replaced_tensors_keep_dtype_neighbours_and_the_mode_of_the_file(tmp_pat
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
 
 
-def test_an_error_before_the_first_block_leaves_nothing(tmp_path, quantized, content):
+def test_an_error_that_loses_nothing_leaves_nothing(tmp_path, quantized, content):
     out = quantized(tmp_path / "out")
     old = content(out)
     with pytest.raises(KeyboardInterrupt), Sink(out, overwrite=True):
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and content(out) == old
-    with pytest.raises(ZeroDivisionError), Sink(tmp_path / "new/deeper/out"):
+    with pytest.raises(ZeroDivisionError), Sink(tmp_path / "new/deeper/out") as sink:
+        sink.add({"a": torch.ones(3)})
         raise ZeroDivisionError
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, LlmqError("it broke"), ValueError])
-def test_after_the_first_block_what_is_finished_stays_and_the_error_says_where(tmp_path, quantized, content, kind):
+def test_what_is_finished_and_would_be_missed_stays_and_the_error_says_where(tmp_path, quantized, content, kind):
     out = quantized(tmp_path / "out")
     old = content(out)
     with pytest.raises((KeyboardInterrupt, LlmqError, ValueError)) as caught, Sink(out, overwrite=True) as sink:
+        sink.promise = lambda: "the same command goes on"
         sink.add({"a": torch.ones(3)})
         raise kind
     stage = tmp_path / "out.llmq-partial"
     (note,) = caught.value.__notes__
-    assert f"stays in {stage} (" in note and stage.is_dir() and content(out) == old
+    assert (
+        f"stays in {stage} (" in note
+        and note.endswith("; the same command goes on")
+        and stage.is_dir()
+        and content(out) == old
+    )
     if isinstance(caught.value, LlmqError):
         assert str(caught.value) == f"it broke; {note}"
 

@@ -7,8 +7,10 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llmq.checkpoint import Sink
+from llmq.checkpoint.stage import MARKER, Stage
 from llmq.gguf.sink import GgufSink
 from llmq.types import LlmqError
 
@@ -73,16 +75,56 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unfinished_stage_is_named_and_removed_by_overwrite_only(tmp_path, caplog):
-    left = killed(Sink(tmp_path / "out", run=RUN))
-    with pytest.raises(LlmqError, match=rf"left {left} \(0\.00 GB\), unfinished; .*--overwrite"):
-        Sink(tmp_path / "out", run=RUN)
+def test_an_unfinished_stage_of_another_command_is_named_and_removed_by_overwrite_only(tmp_path, caplog):
+    left, other = killed(Sink(tmp_path / "out", run=RUN)), RUN | {"bits": 3}
+    with pytest.raises(LlmqError, match=rf"left {left} \(0\.00 GB\), unfinished, .*\(bits 4, not 3\); .*--overwrite"):
+        Sink(tmp_path / "out", run=other)
     assert left.is_dir()
-    with caplog.at_level(logging.WARNING), Sink(tmp_path / "out", overwrite=True, run=RUN) as sink:
-        assert sink.earlier is None
+    with caplog.at_level(logging.WARNING), Sink(tmp_path / "out", overwrite=True, run=other) as sink:
+        assert sink.earlier is None and not sink.goes_on
         assert not list(sink.room.glob("part-*"))
-    assert f"left {left} (0.00 GB), unfinished; it is removed" in caplog.text
+    assert f"left {left} (0.00 GB), unfinished, of another command (bits 4, not 3); it is removed" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("began", "again", "goes_on"), [(0, 0, True), (1, 1, True), (1, 0, True), (0, 1, False)])
+def test_the_same_command_goes_on_and_overwrite_added_to_it_begins_anew(tmp_path, began, again, goes_on):
+    left = killed(Sink(tmp_path / "out", run=RUN, overwrite=bool(began)))
+    Sink(tmp_path / "out")  # before the run is known, it is in nobody's way
+    (left / "new/half-written").write_text("")
+    with pytest.raises(ValueError, match="it broke"), Sink(tmp_path / "out", run=RUN, overwrite=bool(again)) as sink:
+        assert sink.goes_on == goes_on and (left / "part-00000").exists() == goes_on and not sink.files()
+        raise ValueError("it broke")
+    assert left.exists() == goes_on  # of what goes on, nothing is lost by an error that comes at once
+
+
+def test_who_goes_on_holds_the_lock_and_says_where_the_machine_differs(tmp_path, caplog):
+    left = killed(Sink(tmp_path / "out", run=RUN))
+    said = json.loads((left / MARKER).read_text())
+    (left / MARKER).write_text(json.dumps(said | {"pid": 1, "threads": said["threads"] + 1}))
+    with caplog.at_level(logging.WARNING), Sink(tmp_path / "out", run=RUN) as sink:
+        with pytest.raises(LlmqError, match=f"being written by process {os.getpid()} on"):
+            Sink(tmp_path / "out", run=RUN)
+        with pytest.raises(LlmqError, match="being written by"):
+            Stage.open(left)
+        assert sink.goes_on and f"threads {said['threads'] + 1}, not {said['threads']}" in caplog.text
+        assert "host" not in caplog.text and "cpu" not in caplog.text
+
+
+def test_going_back_drops_the_parts_that_do_not_count(tmp_path):
+    with Sink(tmp_path / "out", run=RUN) as sink:
+        for n in range(4):
+            sink.add({f"t{n}": torch.full((3,), float(n))})
+        digests = sink.digests
+        (sink.room / "part-00004").write_bytes(b"torn")
+        sink.go_back(2)
+        assert [p.name for p in sink.parts] == sorted(p.name for p in sink.room.glob("part-*"))
+        assert list(sink.digests.items()) == list(digests.items())[:2]
+        for n in (2, 3):
+            sink.add({f"t{n}": torch.full((3,), float(n))})
+        assert sink.digests == digests and sink.join() == 48
+        sink.commit()
+    assert [float(t[0]) for _, t in sorted(load_file(tmp_path / "out/model.safetensors").items())] == [0, 1, 2, 3]
 
 
 def test_an_empty_stage_is_in_nobodys_way(tmp_path, caplog):
@@ -101,7 +143,7 @@ def test_a_damaged_marker_is_an_unfinished_stage(tmp_path):
     left = killed(Sink(tmp_path / "out"))
     (left / ".llmq-stage.json").write_text("")
     with pytest.raises(LlmqError, match="unfinished"):
-        Sink(tmp_path / "out")
+        Sink(tmp_path / "out", run=RUN)
     with Sink(tmp_path / "out", overwrite=True):
         pass
     assert not list(tmp_path.iterdir())

@@ -274,7 +274,7 @@ def test_share_of_the_calibration_runs_through_the_float_model(
         return correct(self, W_NK, sums, stats)
 
     monkeypatch.setattr(Qep, "correct", watched)
-    monkeypatch.setattr("llmq.pipeline.run.BATCH_TOKENS", 32)
+    monkeypatch.setattr("llmq.pipeline.entering.BATCH_TOKENS", 32)
     job(tiny_checkpoint(), tmp_path / "out", calib=text, method=f"qep:share={share},gptq")
     assert seen == {(32 * batches, 32 * 8)}
 

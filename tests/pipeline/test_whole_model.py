@@ -1,5 +1,6 @@
 """Finishers lower the KL to the float model, keep every code, and never make it worse."""
 
+import copy
 import json
 
 import pytest
@@ -81,6 +82,28 @@ def test_the_best_epoch_is_kept():
     line = Distill(epochs=6, batch=14, lr=0.3).finish(ModelView([scale], [norm], loss, 16, 0))
     assert line["held_kl"] < line["held_kl_before"]
     assert (scale - 0.3).square().item() == pytest.approx(line["held_kl"])
+
+
+def test_it_goes_on_from_any_epoch_to_the_same_values():
+    def loss(row):
+        return (scale * (row + 1) - 0.3).square().sum() + (norm - row).square().sum() + 0 * unused.sum()
+
+    def tuned(kept=None):
+        for p in (scale, norm, unused):
+            p.data.zero_()
+            p.grad = None
+        view = ModelView([scale, unused], [norm], loss, 16, 0, lambda *state: states.append(copy.deepcopy(state)), kept)
+        line = Distill(epochs=4, batch=3, lr=0.1).finish(view)
+        return line, [p.tolist() for p in (scale, norm, unused)]
+
+    states = []
+    scale, norm, unused = (torch.zeros(2, requires_grad=True) for _ in range(3))
+    want, every = tuned(), list(states)
+    assert len(every) == 4
+    for tensors, facts in every:
+        states.clear()
+        assert tuned((tensors, json.loads(json.dumps(facts)))) == want
+        assert len(states) == 4 - len(facts["judged"]) + 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+"""The calibration as it enters the blocks: the first, or the one at which a run goes on.
+
+    tokens -> embeddings -> the hidden states that enter block 0, and the other arguments of every block's call
+
+An earlier run of the same command has left hidden states, tokens' weights and text that the model wrote (journal.py);
+the arguments of the calls are computed anew, which is cheap and gives the same.
+Not here: what happens inside a block (block.py), the text (calibration/).
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmq import calibration
+from llmq.calibration import handed
+from llmq.calibration.dealing import Dealt
+from llmq.calibration.state import BATCH_TOKENS, Calibration, Probe
+from llmq.calibration.token_gradients import squared_gradients
+from llmq.checkpoint import Journal
+from llmq.checkpoint.batches import Batches
+from llmq.checkpoint.digest import digest
+from llmq.errors import LlmqError
+from llmq.model.ends import embed, of_their_own
+from llmq.model.lanes import Call
+from llmq.model.pretrained import check_ids, tokenizer_of
+from llmq.model.skeleton import Skeleton
+from llmq.pipeline.plan import Plan
+from llmq.progress import Work
+
+PROBE_TOKENS = 9  # of one sequence, by which it is found which linears read what
+
+
+def entering(plan: Plan, journal: Journal, work: Work) -> Calibration:
+    """Return the calibration as it enters the next block; empty where no step needs it.
+
+    Raises LlmqError where its text is missing, too short, or not that with which an earlier run began.
+    """
+    if not plan.calibrates():
+        return Calibration()
+    ids = _tokens(plan, journal, work)
+    batches = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
+    (*hidden, short), (*calls, call) = embed(plan.skeleton, [*batches, ids[:1, :PROBE_TOKENS]], plan.device)
+    floats = hidden[: math.ceil(plan.paired() * len(hidden))]
+    apart = [of_their_own(c) for c in calls[: len(floats)]]
+    squares = _squares(plan, journal, hidden, calls, work) if plan.method.weightings else {}
+    folder, device = journal.state, plan.device
+    if journal.steps:
+        states = [Batches.found(folder, kind, device) for kind in ("hidden", "floats")]
+    else:
+        of_kinds = {"hidden": hidden, "floats": floats}
+        states = [Batches(folder, kind, range(len(of)), device).filled(of) for kind, of in of_kinds.items()]
+    dealt = Dealt.of([b.numel() for b in batches])
+    state = Calibration(states[0], states[1], calls, apart, squares, ids, Probe(short, call), dealt)
+    handed.put_back(state)
+    return state
+
+
+def _tokens(plan: Plan, journal: Journal, work: Work) -> Tensor:
+    """Return the tokens: those that the model wrote, once in a run, or the text's, which must stay the same."""
+    recipe = plan.method.recipe
+    work(0, len(plan.skeleton), f"calibration text: {recipe.calib}")
+
+    def read() -> Tensor:
+        how = (recipe.samples, recipe.seq_len, recipe.seed)
+        writer = partial(_writer, plan)
+        return calibration.tokens(recipe.calib, tokenizer_of(plan.source.path), *how, writer, plan.warnings.append)
+
+    if recipe.calib == "self":
+        ids = journal.once("text", lambda: ({"ids": read()}, {})).tensors["ids"].read()
+    else:
+        ids = read()
+        _require_same(recipe.calib, ids, journal)
+    check_ids(ids, plan.skeleton.model)
+    return ids
+
+
+def _require_same(text: str, ids: Tensor, journal: Journal) -> None:
+    """Raise LlmqError where an earlier run of the same command read other tokens from the text."""
+    now, before = digest(ids), journal.read("text")
+    if before is None:
+        journal.keep("text", {}, {"sha256": now})
+    elif (then := before.facts["sha256"]) != now:
+        raise LlmqError(
+            f"calibration text {text} has changed since the run began (sha256 of its tokens {then[:12]}, not "
+            f"{now[:12]}); give it as it was, or say --overwrite to begin anew"
+        )
+
+
+def _writer(plan: Plan) -> nn.Module:
+    """Load the whole float model, so that it can write its own calibration text."""
+    dtype, stored = plan.skeleton.dtype, plan.skeleton.stored_dtype  # bfloat16 takes minutes without its units
+    calibration.check_memory(plan.source.bytes() * dtype.itemsize // stored.itemsize, plan.device)
+    return Skeleton(plan.float_source, dtype).filled(plan.device)
+
+
+def _squares(
+    plan: Plan, journal: Journal, hidden: Sequence[Tensor], calls: Sequence[Sequence[Call]], work: Work
+) -> dict[str, list[Tensor]]:
+    """Return the squared gradients of the linears to come, computed once in a run, `[T]` a batch by full name."""
+
+    def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        seed = plan.method.recipe.seed
+        found = squared_gradients(plan.skeleton, hidden, calls, plan.device, seed, work)
+        return {f"{b:06d} {name}": s for name, batches in found.items() for b, s in enumerate(batches)}, {}
+
+    kept = journal.once("squares", make).tensors
+    over = tuple(plan.skeleton.full_name(i, "") for i in range(min(journal.steps, len(plan.skeleton))))
+    squares: dict[str, list[Tensor]] = {}
+    for key in sorted(kept):  # batch by batch
+        name = key.partition(" ")[2]
+        if not name.startswith(over):
+            squares.setdefault(name, []).append(kept[key].read().to(plan.device))
+    return squares

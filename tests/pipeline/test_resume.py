@@ -1,0 +1,126 @@
+"""A run that was killed goes on when the same command is given again, and ends in the bytes of one that was not."""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmq
+from llmq.pipeline import block, run
+from llmq.types import LlmqError
+
+CHECK = Path(llmq.__file__).parents[1] / "scripts/check_resume.py"
+
+
+def test_killed_at_random_moments_eleven_recipes_end_in_the_same_bytes():
+    done = subprocess.run(
+        [sys.executable, CHECK, "--kills", "2", "--json"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == 11 and all(len(f["trials"]) == 2 and f["events"] > 100 for f in found)
+    assert sum(t["went on"] for f in found for t in f["trials"]) > 11
+
+
+@pytest.fixture
+def text(tmp_path, prose):
+    file = tmp_path / "texts/more/text.txt"
+    file.parent.mkdir(parents=True)
+    file.write_text(prose(2000))
+    return file
+
+
+@pytest.fixture
+def command(tiny_checkpoint, tmp_path, text):
+    """`command(**changes)` quantizes a model of 2 blocks."""
+    folder = str(tiny_checkpoint())
+    options = {"method": "gptq", "bits": 4, "group_size": 32, "calib": str(text), "samples": 4, "seq_len": 32}
+    return lambda **changes: llmq.quantize(folder, tmp_path / "out", warn=str, **{**options, **changes})
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """`broken(i)` has block `i` end in an interrupt from then on, `broken(None)` none."""
+    quantize = block.quantize_block
+
+    def fail_at(at):
+        def failing(plan, i, *more):
+            if i == at:
+                raise KeyboardInterrupt
+            return quantize(plan, i, *more)
+
+        monkeypatch.setattr(run, "quantize_block", failing)
+
+    return fail_at
+
+
+def held(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_an_interrupt_says_where_the_same_command_goes_on(command, broken, tmp_path, caplog, at):
+    command(lm_head=True)
+    want = held(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "whole")
+    broken(at)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        command(lm_head=True)
+    stage, where = tmp_path / "out.llmq-partial", "behind the last of 2 blocks" if at == 2 else f"block {at} of 2"
+    if at == 0:  # nothing is lost
+        assert not hasattr(caught.value, "__notes__") and not stage.exists()
+        return
+    (note,) = caught.value.__notes__
+    assert note.endswith(f"; the same command goes on from {where}; --overwrite begins anew")
+    broken(None)
+    with caplog.at_level(logging.WARNING):
+        command(lm_head=True)
+    assert f"going on from {where}" in caplog.text
+    assert held(tmp_path / "out") == want and not stage.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"bits": 3}, "bits 4, not 3"),
+        ({"samples": 5}, "samples 4, not 5"),
+        ({"dtype": "bfloat16"}, "dtype 'torch.float32', not 'torch.bfloat16'"),
+    ],
+)
+def test_another_command_is_refused_with_the_first_difference(command, broken, changes, said):
+    broken(1)
+    with pytest.raises(KeyboardInterrupt):
+        command()
+    with pytest.raises(LlmqError, match=f"unfinished, of another command \\({said}\\).*--overwrite to begin anew"):
+        command(**changes)
+    broken(None)
+    assert command(**changes, overwrite=True)["linears"]
+
+
+def test_another_version_or_text_is_refused(command, broken, text, prose, monkeypatch):
+    folder = str(text.parents[1])  # which looks the same whatever its folders hold
+    broken(1)
+    with pytest.raises(KeyboardInterrupt):
+        command(calib=folder)
+    text.write_text(prose(2000, seed=1))
+    with monkeypatch.context() as patch, pytest.raises(LlmqError, match=r"another command \(torch '.*', not '9.9'\)"):
+        patch.setattr(torch, "__version__", "9.9")
+        command(calib=folder)
+    for _ in range(2):  # what was finished is still there the second time
+        with pytest.raises(LlmqError, match=r"has changed since .*\(sha256 of its tokens .*what was finished stays"):
+            command(calib=folder)
+
+
+def test_without_calibration_no_hidden_states_are_written(command, broken, tmp_path):
+    broken(1)
+    with pytest.raises(KeyboardInterrupt):
+        command(method="rtn", calib=None, samples=None, seq_len=None)
+    left = {p.name for p in (tmp_path / "out.llmq-partial/journal").iterdir()}
+    assert left == {"step-00000", "now.json", "synced.json"}
