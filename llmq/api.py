@@ -74,8 +74,9 @@ def quantize(
         src, out, recipe, options, max_memory, device_memory,
         adapter=adapter, runtime=runtime, device=device, allow_code=allow_code, overwrite=overwrite,
     )  # fmt: skip
-    planned = weights.read(planned)
-    work, said = Work.of(progress), list(planned.warnings)
+    work = Work.of(progress)
+    planned = weights.read(planned, work)
+    said = list(planned.warnings)
     for warning in said:
         _tell(warning, warn, work)
     if work.heard:

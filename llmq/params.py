@@ -40,9 +40,12 @@ class Held(NamedTuple):
         return (scale != 0) & ((scale < self.least) | (scale > self.most))
 
     def strain(self, scale: Tensor) -> dict[str, int]:
-        """Count what is "lost" (too small), "clipped" (too large) and "coarse" (a number of fewer digits)."""
-        few = (scale >= self.least) & (scale < self.full)
-        kinds = {"lost": (scale != 0) & (scale < self.least), "coarse": few, "clipped": scale > self.most}
+        """Count scales, stored or not yet, that are "lost", "coarse" or "clipped".
+
+        The first are the least there is or smaller, the last the largest or larger; the others have fewer digits.
+        """
+        lost = (scale > 0) & (scale <= 1.01 * self.least)  # where it is stored, the least is rounded itself
+        kinds = {"lost": lost, "coarse": (scale > 0) & (scale < self.full) & ~lost, "clipped": scale >= self.most}
         return {kind: n for kind, mask in kinds.items() if (n := int(mask.sum()))}
 
 

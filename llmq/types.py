@@ -95,6 +95,10 @@ class Grid(ABC):
         """
         return torch.zeros(1)
 
+    def strain(self, W_NK: Tensor, params: Parameters) -> dict[str, int]:
+        """Count the groups of a matrix solved with `params` whose scale the file does not hold, see `Held.strain`."""
+        return self.held.strain(self.covering(W_NK))
+
     def args(self) -> Arguments | None:
         """Return how compressed-tensors describes the grid; None where it has no words for it."""
         return None

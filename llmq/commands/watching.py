@@ -84,8 +84,8 @@ class Lines(Listener):
             self._console.print(labelled("plan", "dim", event.what), soft_wrap=True)
         elif event.kind == "begin" and event.seconds - self._last >= _APART:
             self._last = event.seconds
-            where = f"{event.what}, {event.done} of {event.total} done"
-            parts = [where, span(event.seconds), *_left(event), held(event.memory)]
+            where = [f"{event.done} of {event.total} done"] if event.done < event.total else []
+            parts = [event.what, *where, span(event.seconds), *_left(event), held(event.memory)]
             self._console.print(plain(", ".join(parts)), soft_wrap=True)
 
 
@@ -165,7 +165,7 @@ def held(memory: Memory) -> str:
 
 
 def _left(event: Event) -> list[str]:
-    return [] if event.left is None else [f"{span(event.left)} left"]
+    return [] if event.left is None or event.done == event.total else [f"{span(event.left)} left"]
 
 
 def _of(memory: Memory) -> dict[str, int]:

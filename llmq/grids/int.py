@@ -116,7 +116,7 @@ class Int(AffineGrid):
         top, half = 2**self.bits - 1, 2 ** (self.bits - 1)
         exact = self._scale(lo, hi)
         least, _, most = self.held
-        scale = exact.clamp(least, most).masked_fill_(exact == 0, _OF_ZEROS.get(self.scale_dtype, _DEFAULT_OF_ZEROS))
+        scale = exact.clamp(least, most).masked_fill_(exact == 0, self._of_zeros)
         scale = scale.to(self.scale_dtype)
         if self.sym:
             scale = torch.where(lo > hi, -scale, scale)
@@ -127,10 +127,21 @@ class Int(AffineGrid):
         return Params(scale, zero)
 
     @property
+    def _of_zeros(self) -> float:
+        """The scale of a group that is all zero, before it is rounded."""
+        return _OF_ZEROS.get(self.scale_dtype, _DEFAULT_OF_ZEROS)
+
+    @property
     def held(self) -> Held:
         """The scales of `scale_dtype`."""
         info = torch.finfo(self.scale_dtype)
         return Held(_LEAST.get(self.scale_dtype, _DEFAULT_LEAST), info.tiny, info.max)
+
+    def strain(self, W_NK: Tensor, params: Parameters) -> dict[str, int]:
+        """See `Grid.strain`; told by the scales, which are few. That of a group of zeros is none of these."""
+        scale = params.scale[: self.granularity.rows(len(W_NK))].float().abs()
+        of_zeros = torch.tensor(self._of_zeros).to(params.scale.dtype).item()
+        return self.held.strain(scale.where(scale != of_zeros, 0))
 
     def covering(self, W_NK: Tensor) -> Tensor:
         """See `Grid.covering`; `[N, G]`."""

@@ -195,7 +195,7 @@ def _solve_site(
     if bad and static:
         raise no_static_scale(block.full(site.linears[0]), layer, bad)
     answers = round_unseen(targets, {"fallback": f"rtn: {bad}"}) if bad else solve(method, targets, stats)
-    answers = {n: a.noted(line | strain(targets[n])) for n, a in answers.items()}
+    answers = {n: a.noted(line | strain(a.W_NK, a.solved.q)) for n, a in answers.items()}
     if static:
         inputs, clipped = static_input(static, stats[Histogram])
         answers = {n: a._replace(solved=_with_input(a.solved, inputs)).noted(clipped) for n, a in answers.items()}

@@ -13,7 +13,9 @@ Not here: what is done about it, which whoever meets it decides.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmq.pipeline.site import Target
+from torch import Tensor
+
+from llmq.types import QTensor
 
 _CLIPPED = 0.01  # of the input's values: what a range leaves out on purpose is a tenth of that
 _SCALES = {"lost": "too small to be stored", "coarse": "small, stored with few digits", "clipped": "too large"}
@@ -69,9 +71,9 @@ KINDS: Mapping[str, Callable[[Line, int], str]] = {
 }
 
 
-def strain(target: Target) -> dict[str, Any]:
-    """Return what is recorded of scales that the file does not hold, or with few digits only."""
-    found = target.grid.held.strain(target.grid.covering(target.W_NK))
+def strain(W_NK: Tensor, q: QTensor) -> dict[str, Any]:
+    """Return what is recorded of scales that the file does not hold, or with few digits only, of a solved linear."""
+    found = q.grid.strain(W_NK, q.params)
     return {"scales": found} if found else {}
 
 

@@ -9,6 +9,7 @@ Not here: what the headers can say (plan.py, refusals.py).
 from __future__ import annotations
 
 import dataclasses
+from itertools import count
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -18,22 +19,31 @@ from llmq.errors import LlmqError
 from llmq.model.producers import of_blocks
 from llmq.model.rotated import Rotated, prove
 from llmq.pipeline.experts import any_expert
+from llmq.progress import Progress, Work
 
 if TYPE_CHECKING:
     from llmq.pipeline.plan import Plan
 
-
-def read(plan: Plan) -> Plan:
-    """Return an outlined plan with what its weights say. Raises LlmqError for what is wrong with them."""
-    return tried(checked(plan))
+_TOLD = 100  # times that is said how many are read
 
 
-def checked(plan: Plan) -> Plan:
+def read(plan: Plan, progress: Progress | None = None) -> Plan:
+    """Return an outlined plan with what its weights say. Raises LlmqError for what is wrong with them.
+
+    progress: called with weights read.
+    """
+    return tried(checked(plan, progress))
+
+
+def checked(plan: Plan, progress: Progress | None = None) -> Plan:
     """Read every weight once; warn of those that no scale of the format can hold. Raises LlmqError for one of NaN."""
     specs = {plan.weight_of(n): s for n, s in plan.matrices.items()}
+    work, total, number = Work.of(progress), len(plan.float_source.names()), count()
     beyond: dict[str, int] = {}
 
     def see(name: str, W_NK: Tensor) -> None:
+        if (done := next(number)) % max(1, total // _TOLD) == 0:
+            work(done, total, "reading the weights")
         if name in specs:
             grid = specs[name].scheme.weight
             if groups := int(grid.held.beyond(grid.covering(W_NK)).sum()):

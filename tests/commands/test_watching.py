@@ -35,11 +35,12 @@ def test_the_linears_of_a_site_are_named_together_and_memory_in_gigabytes():
 def test_lines_say_all_of_a_block_and_keep_their_distance():
     out = io.StringIO()
     lines = Lines(Console(file=out, width=40))
-    for event in (at(9, 11), at(38), at(39, 12, "step"), at(40, 13), at(48.1, 14, left=None)):
+    for event in (at(9, 11), at(38), at(39, 12, "step"), at(40, 13), at(48.1, 14, left=None), at(60, 32, left=0.0)):
         lines.hear(event)
     assert out.getvalue().splitlines() == [
         "block 12, 12 of 32 done, 38 s, 4 min left, 1.8 GB now, 2.1 GB at most",
         "block 14, 14 of 32 done, 48 s, 1.8 GB now, 2.1 GB at most",
+        "block 32, 60 s, 1.8 GB now, 2.1 GB at most",  # which is no block, but what follows them
     ]
 
 

@@ -136,11 +136,14 @@ def test_groups_too_large_for_their_scales_are_told_of():
 
 def test_groups_whose_scales_are_lost_coarse_or_clipped_are_counted():
     """float16: nothing below 2^-24, fewer than 11 bits below 2^-14, nothing above 65504."""
-    grid = Int(4, True, 32)
     W_NK = torch.zeros(1, 5 * 32)
     W_NK[0, ::32] = 7.5 * torch.tensor([2.0**-25, 2.0**-15, 2.0**-14, 1e5, 0])
-    assert grid.held.strain(grid.covering(W_NK)) == {"lost": 1, "coarse": 1, "clipped": 1}
-    assert grid.held.strain(grid.covering(W_NK[:, 64:96])) == {}
+    for dtype, found in ((torch.float16, {"lost": 1, "coarse": 1, "clipped": 1}), (torch.bfloat16, {})):
+        grid = Int(4, True, 32, scale_dtype=dtype)
+        assert grid.strain(W_NK, grid.fit(W_NK)) == grid.held.strain(grid.covering(W_NK)) == found
+        assert grid.strain(W_NK[:, 64:96], grid.fit(W_NK[:, 64:96])) == {}
+    large, whole = torch.full((8, 64), 1e6), Int(4, True, "tensor")
+    assert whole.strain(large, whole.fit(large)) == {"clipped": 1}
 
 
 def test_a_moved_scale_that_the_file_cannot_hold_stays_as_it_was():
