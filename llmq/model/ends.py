@@ -109,7 +109,7 @@ def outside_loaded(skeleton: Skeleton, device: torch.device, *, head: bool = Fal
     output = skeleton.model.get_output_embeddings()
     modules = [(n, m) for n, m in skeleton.around() if head or m is not output]
     tied = f"{skeleton.name_of(skeleton.model.get_input_embeddings())}.weight"
-    hooks, filled = [], list[tuple[nn.Module, str]]()
+    hooks, filled, read = [], list[tuple[nn.Module, str]](), dict[str, Tensor]()
     for name, module in modules:
         stored = isinstance(module, nn.Embedding)
         for leaf, held in _own(module):
@@ -118,7 +118,10 @@ def outside_loaded(skeleton: Skeleton, device: torch.device, *, head: bool = Fal
             if not held.is_meta:
                 setattr(module, leaf, held.to(device))
                 continue
-            tensor = skeleton.source.get(full).to(device, None if stored else skeleton.computed_in(full))
+            tensor = read[full] if full in read else skeleton.source.get(full).to(device)
+            if full == tied:
+                read[full] = tensor  # one copy for the embedding and the head, where they compute in one dtype
+            tensor = tensor if stored else tensor.to(skeleton.computed_in(full))
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor)
             filled.append((module, leaf))
         if stored:
