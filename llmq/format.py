@@ -181,8 +181,8 @@ class Format(Protocol):
         """Return the `quantization_config`; `skipped` are the linears of the model that stay float."""
 
     @classmethod
-    def read(cls, config: Mapping[str, object]) -> tuple[Format, Callable[[str, int, int], Scheme | None]]:
-        """Return the format of a `quantization_config` and `scheme(name, N, K)`, None for a module that is float."""
+    def read(cls, config: Mapping[str, object]) -> tuple[Format, Callable[[str], Scheme | None]]:
+        """Return the format of a `quantization_config` and `scheme(name)`, None for a module that is float."""
 
 
 def packed_bytes(form: Format, linear: LinearSpec) -> int:

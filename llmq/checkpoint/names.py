@@ -30,6 +30,12 @@ from llmq.errors import LlmqError
 
 _OLD_BUFFERS = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}  # once saved
 
+_NARROW = (  # a tensor's end, that of its scales, what both look like, and by which key of config.json they are known
+    ("_blocks", "_scales", "MXFP4", 'a quantization_config ({"quant_method": "mxfp4"})'),
+    (".weight", ".weight_scale_inv", "FP8", 'a quantization_config ({"quant_method": "fp8", ...})'),
+    (".weight", ".weight_scale", "FP8 or integers", "the quantization_config of its writer"),
+)
+
 
 @dataclass(frozen=True)
 class Match:
@@ -212,7 +218,20 @@ def _refuse_missing(source: Source, found: Match, *, converts: bool) -> None:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise LlmqError(
             f"tensor {missing[0]} is missing{more} from {source.path}; the checkpoint does not match its config.json"
+            f"{_unsaid(source)}"
         )
+
+
+def _unsaid(source: Source) -> str:
+    """Return what the tensors of a checkpoint look like that says nothing of a quantization, "" for plain floats."""
+    if source.quantization or source.decoded:
+        return ""
+    for end, beside, kind, said in _NARROW:
+        for name in source.names():
+            scales = f"{name.removesuffix(end)}{beside}"
+            if name.endswith(end) and scales in source:
+                return f"; {name} and {scales} look like {kind}, of which config.json must have {said}: copy it there"
+    return ""
 
 
 def _refuse_misshapen(source: Source, model: Any, found: Match) -> None:
@@ -237,14 +256,14 @@ def _unread(source: Source, model: Any, found: Match) -> list[str]:
     lists = [f"{n}." for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     lists += [n.removeprefix(base) for n in lists]  # a block that the model does not have keeps its stored name
     loose: Mapping[str, str] = found.unread if source.quantization else found.unread | found.beside
-    modules = dict(model.named_modules())
+    modules, unsaid = dict(model.named_modules()), _unsaid(source)
     for name, stored in loose.items():
         owner = modules.get(name.rpartition(".")[0])
         holds = owner is not None and any(True for _ in owner.parameters(recurse=False))
         if holds or name.startswith(tuple(lists)):
             raise LlmqError(
                 f"tensor {stored} has no place in the model of {source.path}/config.json, which would be another one "
-                "without it; correct the config (its number of blocks, its biases), or take the tensor out"
+                f"without it; correct the config (its number of blocks, its biases), or take the tensor out{unsaid}"
             )
     return sorted(loose.values())
 

@@ -37,7 +37,7 @@ class Packing:
     """
 
     format: Format
-    _scheme: Callable[[str, int, int], Scheme | None]
+    _scheme: Callable[[str], Scheme | None]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         config = known(config)
@@ -45,8 +45,8 @@ class Packing:
         self.format, self._scheme = found.read(config)
 
     def scheme(self, name: str) -> Scheme | None:
-        """Return what the config makes of a linear, None where it is float; its shape changes nothing."""
-        return self._scheme(name, 0, 0)
+        """Return what the config makes of a linear, None where it is float."""
+        return self._scheme(name)
 
     def linear(self, name: str, N: int, K: int, stored: Collection[str], said: str = "") -> LinearSpec | None:
         """Return what the linear `name` is in the file, None where it is float.
@@ -55,7 +55,7 @@ class Packing:
         A config need not list what was left float (those of GPTQ and AWQ do not): where the file has a float weight and
         nothing packed, that decides.
         """
-        scheme = self._scheme(name, N, K) or (self._scheme(said, N, K) if said else None)
+        scheme = self._scheme(name) or (self._scheme(said) if said else None)
         if scheme is None:
             return None
         linear = LinearSpec(name, N, K, scheme)

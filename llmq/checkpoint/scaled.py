@@ -51,6 +51,7 @@ class Scaled:
         """Return the format and what shares a scale, for the record."""
         (N, K), (n, k) = self.shape[-2:], self.block
         shared = {(1, K): "a scale per row", (N, K): "one scale", (N, 1): "a scale per column"}.get(self.block)
+        shared = None if self.name.endswith("FP4") else shared  # whose groups are its own, however many fill a row
         return f"{self.name}, {shared or (f'groups of {k}' if n == 1 else f'blocks of {n} x {k}')}"
 
     def decode(self, parts: Sequence[Entry], tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

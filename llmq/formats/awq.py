@@ -156,7 +156,7 @@ class AWQ(Folder):
         return {k: v for k, v in known.items() if k in keys} | self.extra
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> tuple[AWQ, Callable[[str, int, int], Scheme | None]]:
+    def read(cls, config: Mapping[str, Any]) -> tuple[AWQ, Callable[[str], Scheme | None]]:
         """Return the format of an AWQ `quantization_config` and the scheme of each linear by its name.
 
         Raises LlmqError for another packing than GEMM and for other bits than 4.
@@ -180,7 +180,7 @@ class AWQ(Folder):
         form.extra = {k: v for k, v in config.items() if k not in interpreted}
         scheme = Scheme(Int(4, not form.zero_point, _reading.group_of(config)))
 
-        def scheme_of(name: str, N: int, K: int) -> Scheme | None:
+        def scheme_of(name: str) -> Scheme | None:
             return scheme if form._quantized(name, lm_head) else None
 
         return form, scheme_of

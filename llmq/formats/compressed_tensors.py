@@ -218,7 +218,7 @@ class CompressedTensors(Folder):
         )
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> tuple[CompressedTensors, Callable[[str, int, int], Scheme | None]]:
+    def read(cls, config: Mapping[str, Any]) -> tuple[CompressedTensors, Callable[[str], Scheme | None]]:
         """Return the format of a compressed-tensors `quantization_config` and the scheme of each linear by its name.
 
         Raises LlmqError for float8 and other formats, sparsity, transforms, activation order with g_idx, targets that
@@ -237,7 +237,7 @@ class CompressedTensors(Folder):
         interpreted = {"quant_method", "quantization_status", "format", "config_groups", "ignore"}
         form.extra = {k: v for k, v in config.items() if k not in interpreted}
         lookup = Lookup(form.groups, form.ignore)
-        return form, lambda name, N, K: lookup(name)
+        return form, lookup
 
 
 def _kv_scheme(strategy: str | None) -> dict[str, Any]:

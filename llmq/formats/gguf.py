@@ -201,7 +201,7 @@ class Gguf:
         return {"quant_method": "gguf"}
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> tuple[Any, Callable[[str, int, int], Scheme | None]]:
+    def read(cls, config: Mapping[str, Any]) -> tuple[Any, Callable[[str], Scheme | None]]:
         """Refuse: a transformers checkpoint cannot be GGUF."""
         raise LlmqError("a GGUF model is one file, not a checkpoint folder; run it with llama.cpp, or llmq inspect it")
 

@@ -244,7 +244,7 @@ class GPTQ(Folder):
         return {k: v for k, v in known.items() if k in keys} | self.extra
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> tuple[GPTQ, Callable[[str, int, int], Scheme | None]]:
+    def read(cls, config: Mapping[str, Any]) -> tuple[GPTQ, Callable[[str], Scheme | None]]:
         """Return the format of a GPTQ `quantization_config` and the scheme of each linear by its name.
 
         Raises LlmqError for another packing (marlin, planar, int64 words), rotations and adapters, and for `dynamic`
@@ -271,7 +271,7 @@ class GPTQ(Folder):
         form.keys = tuple(k for k in config if k in interpreted)
         form.extra = {k: v for k, v in config.items() if k not in interpreted}
 
-        def scheme_of(name: str, N: int, K: int) -> Scheme | None:
+        def scheme_of(name: str) -> Scheme | None:
             return scheme if form._quantized(name, lm_head) else None
 
         return form, scheme_of

@@ -3,7 +3,8 @@
     packed     |Q - W|^2 / |W|^2 must be the recorded weight_error, to 1e-5 of it
     float      must be W, rounded to the dtype that it is stored in; but for what a finisher tuned, which is recorded
 
-W is the source's weight in the basis and with the folds that are recorded. Without a record both are told, not judged.
+W is the source's weight in the basis and with the folds that are recorded. Without a record both are told, not judged;
+so they are of a dequantized checkpoint beside the float one from which the quantized one was made.
 Not here: rotations and folds themselves (model/rotated.py, model/folding.py).
 """
 
@@ -41,7 +42,8 @@ class Truth:
         self.skeleton = skeleton
         self._decoder = skeleton.name_of(skeleton.model.get_decoder()) if plain else "model"
         self.packed, self.shifted = {self._named(n) for n in packed}, {self._named(n) for n in shifted}
-        self._judged = any(key in record for key in ("transforms", "exported", "decoded"))
+        self._between = "linears" not in record and bool(record.get("decoded")) and not skeleton.source.decoded
+        self._judged = any(key in record for key in ("transforms", "exported", "decoded")) and not self._between
         self._lines = record.get("linears", {})
         self._tuned = set(record.get("tuned", ()))
         self._errors: dict[str, float] = {}
@@ -65,6 +67,8 @@ class Truth:
             report.count("floats compared with the source")
             if not _close(tensor, W.to(tensor.dtype), around=float(name in self.shifted)):
                 self._differ.append(name)
+                if self._between:
+                    self._errors[name] = _error(tensor.float(), W.float())
 
     def _named(self, name: str) -> str:
         """Return the source's name of a tensor or module."""
@@ -75,9 +79,8 @@ class Truth:
         for name in self._differ if self._judged else ():
             report.fail(f"{name} is neither the source's nor what the recorded transforms make of it")
         if self._differ and not self._judged:
-            report.note(
-                f"{len(self._differ)} float tensors are not the source's, e.g. {self._differ[0]}: scaled, perhaps"
-            )
+            why = "quantized in between" if self._between else "scaled, perhaps"
+            report.note(f"{len(self._differ)} float tensors are not the source's, e.g. {self._differ[0]}: {why}")
         if self._tuned:
             report.note(
                 f"{len(self._tuned)} float tensors were tuned after rounding, as recorded, and are not compared"
@@ -92,8 +95,7 @@ class Truth:
 
     def _check_packed(self, name: str, Q_NK: Tensor, W_NK: Tensor, report: Report) -> None:
         report.count("errors measured again")
-        error = _square_sum(Q_NK - W_NK) / max(_square_sum(W_NK), 1e-30)
-        self._errors[name] = error
+        self._errors[name] = error = _error(Q_NK, W_NK)
         line = self._lines.get(name)
         said = line.get("weight_error") if isinstance(line, dict) else None
         if said is None or not self._judged:
@@ -104,6 +106,10 @@ class Truth:
     def _weight(self, name: str) -> Tensor:
         tied = name == self._head and name not in self._source.source
         return self._source.get(self._embedding if tied else name)
+
+
+def _error(Q: Tensor, W: Tensor) -> float:
+    return _square_sum(Q - W) / max(_square_sum(W), 1e-30)
 
 
 def _square_sum(x: Tensor) -> float:

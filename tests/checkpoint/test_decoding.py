@@ -11,6 +11,7 @@ from pathlib import Path
 import _narrow
 import pytest
 import torch
+from _families import FAMILIES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -18,7 +19,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from llmq.checkpoint import Source
 from llmq.checkpoint.decoding import Decoded, as_floats, rounded_twice
+from llmq.checkpoint.names import settle
 from llmq.checkpoint.packed import PackedCheckpoint
+from llmq.checkpoint.scaled import Scaled
 from llmq.guard.reading import Entry
 from llmq.model.pretrained import blank_model, model_config
 from llmq.types import LlmqError, QTensor
@@ -84,6 +87,28 @@ def _locals(stored: Tensors, module: str) -> Tensors:
     return {n.removeprefix(f"{module}."): t for n, t in stored.items() if n.startswith(f"{module}.")}
 
 
+def test_a_checkpoint_that_does_not_say_that_it_is_narrow_is_told_what_is_missing(narrow, tmp_path):
+    folder = narrow("fp8-block")
+    _unsay(folder)
+    source = Source(folder)
+    with pytest.raises(LlmqError, match=r"no place .*_proj\.weight and \S+weight_scale_inv look like FP8.*\"fp8\""):
+        settle(source, blank_model(source, model_config(source)))
+    FAMILIES["gpt_oss"].save(tmp_path / "oss")
+    stored = load_file(tmp_path / "oss/model.safetensors")
+    for name in [n for n in stored if n.endswith(("gate_up_proj", "down_proj"))]:
+        stored |= {f"{name}{end}": t for end, t in _narrow.gpt_oss(stored.pop(name).mT.contiguous())}
+    save_file(stored, tmp_path / "oss/model.safetensors", {"format": "pt"})
+    source = Source(tmp_path / "oss")
+    with pytest.raises(LlmqError, match=r"is missing.*_proj_scales look like MXFP4.*must have .*mxfp4"):
+        settle(source, blank_model(source, model_config(source)))
+
+
+def _unsay(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_fp8_in_even_blocks_is_what_transformers_makes_of_it():
     W = torch.randn(96, 80)
     codes, scale = _narrow._fp8(W, (48, 40))
@@ -99,6 +124,8 @@ def test_experts_of_four_bits_in_an_fp8_checkpoint_are_what_transformers_makes_o
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
     source, want = decoded(tmp_path), Fp8Dequantize(None)._dequantize_one(codes, scale, torch.bfloat16)
     assert torch.equal(source.get("e.weight"), want) and source.decoded["weights"] == {"MXFP4, groups of 32": 1}
+    assert str(Scaled("MXFP4", (48, 32), (1, 32))) == "MXFP4, groups of 32"  # though one group fills a row
+    assert str(Scaled("FP8", (48, 32), (1, 32))) == "FP8, a scale per row"
 
 
 @pytest.mark.parametrize("name", PACKED)

@@ -71,7 +71,7 @@ def test_symmetric_is_written_with_true_zeros(q_of: Callable[..., QTensor], spec
     config = AWQ().config([spec], [])
     assert config["zero_point"] is True
     form, scheme_of = AWQ.read(config)
-    back = form.unpack(tensors, replace(spec, scheme=scheme_of(spec.name, 16, 64)))
+    back = form.unpack(tensors, replace(spec, scheme=scheme_of(spec.name)))
     assert torch.equal(back.dequantize(), q.dequantize())
 
 
@@ -132,7 +132,7 @@ def test_every_reader_skips_what_was_skipped(skip: tuple[str, ...], model_of: Ca
         taken = name in quantized
         assert should_convert_module(name, left) is taken  # transformers
         assert (not any(key in name for key in left)) is taken  # vLLM, AutoAWQ
-        assert (scheme_of(name, 64, 64) is not None) is taken
+        assert (scheme_of(name) is not None) is taken
         if name != "lm_head":
             assert (not any(re.match(r.removeprefix("-:"), name) for r in rules)) is taken  # GPTQModel
     assert AWQ.read(config)[0].config(linears, [*skipped, "lm_head"]) == config
@@ -157,9 +157,9 @@ def test_config(model_of: Callable[..., list[LinearSpec]], spec_of: Callable[...
 )
 def test_read_round_trip(config: dict[str, Any], model_of: Callable[..., list[LinearSpec]]) -> None:
     form, scheme_of = AWQ.read(config)
-    grid = scheme_of("model.layers.0.mlp.up_proj", 64, 64).weight
+    grid = scheme_of("model.layers.0.mlp.up_proj").weight
     assert grid == Int(4, not config["zero_point"], 32)
-    assert scheme_of("lm_head", 64, 64) is None
+    assert scheme_of("lm_head") is None
     assert form.config(model_of(grid), ["lm_head"]) == config
     changed = form.config(model_of(Int(4, grid.sym, 64), skip=("o_proj",)), ["model.layers.0.self_attn.o_proj"])
     assert changed["group_size"] == 64

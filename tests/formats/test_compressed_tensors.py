@@ -132,9 +132,9 @@ def test_mixed_config_as_the_library_matches_it(model_of: Callable[..., list[Lin
             grid.sym,
             grid.granularity.group_size,
         )
-        assert scheme_of(spec.name, spec.N, spec.K) == spec.scheme
+        assert scheme_of(spec.name) == spec.scheme
     for name in skipped:
-        assert is_match(name, module, library.ignore) and scheme_of(name, 64, 64) is None
+        assert is_match(name, module, library.ignore) and scheme_of(name) is None
     assert form.config(linears, skipped) == config
 
 
@@ -183,7 +183,7 @@ def test_a_quantized_head_is_targeted_by_name(model_of: Callable[..., list[Linea
     _, scheme_of = CompressedTensors.read(config)
     for spec in linears:
         assert match_targets(spec.name, torch.nn.Linear(1, 1), targets)
-        assert scheme_of(spec.name, spec.N, spec.K) == spec.scheme
+        assert scheme_of(spec.name) == spec.scheme
     mixed_ = [*linears[:-1], LinearSpec("lm_head", 320, 64, Scheme(Int(8, True, 32)))]
     groups = CompressedTensors().config(mixed_, [])["config_groups"]
     assert groups["group_1"]["targets"] == ["lm_head"] and "Linear" not in groups["group_0"]["targets"]
@@ -205,9 +205,9 @@ def test_targets_by_name_pattern_and_class(spec_of: Callable[..., LinearSpec]) -
     }
     form, scheme_of = CompressedTensors.read(config)
     names = ["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj", "model.layers.2.mlp.down_proj"]
-    schemes = [scheme_of(n, 64, 64) for n in names]
+    schemes = [scheme_of(n) for n in names]
     assert [s.weight for s in schemes] == [Int(8, True, "channel"), Int(4, True, "channel"), Int(2, True, "channel")]
-    assert scheme_of("lm_head", 64, 64) is None and scheme_of("model.layers.1.mlp.up_proj", 64, 64) is None
+    assert scheme_of("lm_head") is None and scheme_of("model.layers.1.mlp.up_proj") is None
     targets = ["Linear", r"re:.*up_proj$", "model.layers.0.mlp.up_proj"]
     chosen = [match_targets(n, torch.nn.Linear(1, 1), targets)[0] for n in names]
     assert chosen == [targets[2], targets[1], targets[0]]
@@ -227,7 +227,7 @@ def test_the_zero_points_of_tokens_are_in_the_config_alone(model_of: Callable[..
     symmetric, asymmetric = (c["config_groups"]["group_0"]["input_activations"] for c in configs)
     assert symmetric | {"symmetric": False} == asymmetric and symmetric["symmetric"] is True
     QuantizationScheme(**configs[1]["config_groups"]["group_0"])  # the library takes it
-    scheme = CompressedTensors.read(configs[1])[1]("model.layers.0.mlp.up_proj", 64, 64)
+    scheme = CompressedTensors.read(configs[1])[1]("model.layers.0.mlp.up_proj")
     assert scheme is not None and scheme.activation == ASYMMETRIC
 
 

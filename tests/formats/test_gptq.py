@@ -228,7 +228,7 @@ def test_every_reader_skips_what_was_skipped(skip: tuple[str, ...], model_of: Ca
     for reader, takes in readers_of(config).items():
         assert [n for n in quantized + skipped if takes(n)] == quantized, reader
     form, scheme_of = GPTQ.read(config)
-    assert scheme_of("lm_head", 64, 64) is None
+    assert scheme_of("lm_head") is None
     assert form.config(linears, [*skipped, "lm_head"]) == config
 
 
@@ -244,7 +244,7 @@ def test_quantized_head(spec_of: Callable[..., LinearSpec]) -> None:
     assert any("output head" in w for w in GPTQ().check(linears))
     config = GPTQ().config(linears, [])
     assert config["lm_head"] is True
-    assert GPTQ.read(config)[1]("lm_head", 64, 64) == linears[1].scheme
+    assert GPTQ.read(config)[1]("lm_head") == linears[1].scheme
 
 
 def test_read_keeps_what_it_does_not_interpret(model_of: Callable[..., list[LinearSpec]]) -> None:
@@ -254,7 +254,7 @@ def test_read_keeps_what_it_does_not_interpret(model_of: Callable[..., list[Line
     assert form.config(model_of(Int(4, True, 32)), ["lm_head"]) == config
     other = form.config(model_of(Int(8, True, 64)), ["lm_head"])
     assert other == config | {"bits": 8, "group_size": 64}
-    assert scheme_of("model.layers.0.mlp.up_proj", 64, 64).weight == Int(4, True, 32)
+    assert scheme_of("model.layers.0.mlp.up_proj").weight == Int(4, True, 32)
 
 
 @pytest.mark.parametrize("listed", [[["self_attn.q_proj"], ["mlp.up_proj"]], ["self_attn.q_proj", "mlp.up_proj"]])
@@ -263,7 +263,7 @@ def test_read_only_the_listed_modules(listed: list[Any], model_of: Callable[...,
     form, scheme_of = GPTQ.read(config)
     linears = model_of(Int(4, True, 32))
     kept = [s for s in linears if s.name.endswith(("q_proj", "up_proj"))]
-    assert [s for s in linears if scheme_of(s.name, 64, 64)] == kept
+    assert [s for s in linears if scheme_of(s.name)] == kept
     assert form.config(kept, [s.name for s in linears if s not in kept]) == config
 
 

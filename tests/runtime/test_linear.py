@@ -50,7 +50,7 @@ def solved(name: str) -> tuple[QTensor, QuantLinear]:
     torch.manual_seed(0)
     config = CONFIGS[name]
     fmt, scheme = registry.find("formats", config["quant_method"]).read(config)
-    chosen = scheme("model.layers.0.mlp.up_proj", N, K)
+    chosen = scheme("model.layers.0.mlp.up_proj")
     grid, W = chosen.weight, torch.randn(N, K)
     G = grid.granularity.groups(K)
     params = grid.fit(W)

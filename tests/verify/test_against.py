@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import llmq
 from llmq.checkpoint.digest import digest, file_digest, sealed
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
@@ -57,6 +58,19 @@ def test_the_recorded_errors_are_found_again(made, what):
         packed >= 14 and report.checked["errors measured again"] == report.checked["solved weights compared"] == packed
     )
     assert 0 < report.figures["weight_error"] < 0.1 and report.figures["kl"] < 0.5
+
+
+def test_a_dequantized_one_is_measured_beside_the_float_one_and_judged_beside_what_it_was_decoded_from(made, tmp_path):
+    packed = made(INT4 | {"method": "rtn", "format": "gptq"}).rename(tmp_path / "packed")
+    llmq.dequantize(packed, tmp_path / "float", warn=str)
+    error = verify(packed, FLOAT).figures["weight_error"]
+    report = verify(tmp_path / "float", FLOAT)
+    assert report.passed, report.failures
+    assert report.figures["weight_error"] == pytest.approx(error, rel=0.02)  # rounded to 16 bits again
+    assert any("14 float tensors are not the source's" in n and "quantized in between" in n for n in report.notes)
+    assert verify(tmp_path / "float", packed).passed
+    other = made(INT4 | {"method": "rtn", "format": "gptq", "bits": 8})
+    assert "neither the source's" in verify(tmp_path / "float", other).failures[0]
 
 
 def test_another_source_is_not_taken_for_it(made, tiny_checkpoint, tmp_path):
