@@ -62,7 +62,7 @@ class Journal:
         self._synced = _said(folder / SYNCED)
         self.steps, self.parts = _last(folder, self._synced)
         self._due = time.monotonic()
-        self._drop_states()
+        self._drop_states(newer=True)
 
     @property
     def made(self) -> bool:
@@ -108,7 +108,7 @@ class Journal:
             new.write_text(json.dumps(said))
         if time.monotonic() >= self._due:
             self._sync(said, parts)
-        self._drop_states()
+        self._drop_states(newer=False)
         return self.step(self.steps - 1)
 
     def _read(self, name: str) -> Kept:
@@ -129,11 +129,14 @@ class Journal:
         now = time.monotonic()
         self._due = now + _APART * (now - began)
 
-    def _drop_states(self) -> None:
-        """Remove the hidden states that no run will start from."""
+    def _drop_states(self, *, newer: bool) -> None:
+        """Remove the hidden states that no run will start from; newer: also what a killed run wrote behind them.
+
+        In a run they are being written: it is a step ahead of what it finishes.
+        """
         needed = {self.state.name, f"{self._synced.get('steps', 0):05d}"}
         for folder in self._states.iterdir() if self._states.exists() else ():
-            if folder.name not in needed:
+            if folder.name not in needed and (newer or folder.name < self.state.name):
                 with writing(folder):
                     shutil.rmtree(folder)
 

@@ -5,7 +5,8 @@
 
 Data goes one way: floats -> stats -> codes -> words -> shard. What a finisher moves afterwards, the scales and norms of
 the whole model, is put into the shards and measured anew. What each block leaves is kept in a journal: the same command
-goes on behind the last block that it tells of, and all that comes after the blocks is done again.
+goes on behind the last block that it tells of, and all that comes after the blocks is done again. Where a GPU computes,
+a block is written, and journalled, while the next is solved (aside.py).
 Not here: what can be refused before (plan.py), what happens inside a block (block.py), the suspended forwards
 (model/lanes.py), what enters the first (entering.py), the files (checkpoint/), what is said of them (report.py).
 """
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.aside import behind
 from llmq.calibration import handed
 from llmq.calibration.state import Calibration
 from llmq.checkpoint import Journal, Sink
@@ -108,17 +110,25 @@ def _blocks(plan: Plan, state: Calibration, sink: Sink, journal: Journal, work: 
     shapes = {n: shape for n, (_, shape) in plan.source.headers().items()}
     for i in range(journal.steps):
         known.add(journal.step(i), shapes)
-    for i, read in zip(range(journal.steps, blocks), reads(plan, journal.steps), strict=True):
-        work(i, blocks, f"block {i}")
-        tensors, report, state = quantize_block(plan, i, state, work, read)
-        work.step("write")
-        sink.add(plan.staged(tensors))
-        handed.keep(state)
+
+    def advance(report: Report) -> None:
         known.add(journal.advance(*kept(report), sink.parts), shapes)
+
+    def write(tensors: dict[str, Tensor], report: Report) -> None:
+        sink.add(plan.staged(tensors))
+        advance(report)
+
+    with behind(plan.device) as do:
+        for i, read in zip(range(journal.steps, blocks), reads(plan, journal.steps), strict=True):
+            work(i, blocks, f"block {i}")
+            tensors, report, state = quantize_block(plan, i, state, work, read)
+            work.step("write")
+            handed.keep(state)
+            do(partial(write, tensors, report))
+            del tensors, report  # nobody holds them while the next block is solved
     if journal.steps == blocks:
         work(blocks, blocks, "embeddings and head")
-        report = _outside(plan, state, sink, work)
-        known.add(journal.advance(*kept(report), sink.parts), shapes)
+        advance(_outside(plan, state, sink, work))
     return known
 
 

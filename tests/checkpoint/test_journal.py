@@ -61,6 +61,15 @@ def test_after_a_kill_all_counts_after_a_loss_of_power_what_was_synced(tmp_path,
         assert (again.steps, again.parts) == (1, 1) and states(again) == [1]
 
 
+def test_what_is_written_a_step_ahead_stays_and_goes_where_a_killed_run_left_it(tmp_path, boot):
+    journal = Journal(tmp_path / "journal")
+    step(journal, tmp_path)
+    (journal.folder / "states/00003").mkdir()
+    step(journal, tmp_path)
+    assert states(journal)[-2:] == [2, 3]
+    assert 3 not in states(Journal(tmp_path / "journal"))
+
+
 def test_where_the_system_does_not_tell_its_starts_apart_what_was_synced_counts(tmp_path, never, monkeypatch):
     monkeypatch.setattr(module, "_BOOT", tmp_path / "none")
     journal = Journal(tmp_path / "journal")

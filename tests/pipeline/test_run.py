@@ -14,7 +14,7 @@ import llmq
 from llmq import calibration
 from llmq.algorithms import _sweep, _walk
 from llmq.algorithms.qep import Qep
-from llmq.checkpoint import Source
+from llmq.checkpoint import Sink, Source
 from llmq.checkpoint.packed import PackedCheckpoint
 from llmq.evaluation.scores import evaluate
 from llmq.evaluation.windows import find_convention
@@ -438,3 +438,26 @@ def test_what_fails_while_it_is_read_ahead_ends_the_run_in_its_own_line(
     with pytest.raises(LlmqError, match=r"layers\.1\..*the disk is gone"):
         quantize(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_fails_while_it_is_written_behind_is_told_and_the_same_command_goes_on(
+    tiny_checkpoint, tmp_path, text, aside, monkeypatch
+):
+    folder, how = tiny_checkpoint(num_hidden_layers=4), {"calib": text, "method": "qep,gptq"}
+    job(folder, tmp_path / "a", **how)
+    add, parts = Sink.add, []
+
+    def full(self, tensors):
+        parts.append(threading.current_thread())
+        if len(parts) == 3:
+            raise LlmqError("cannot write part-00002 (No space left on device)")
+        add(self, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(LlmqError, match="cannot write part-00002") as caught:
+        patch.setattr(Sink, "add", full)
+        job(folder, tmp_path / "b", **how)
+    assert len(parts) == 3 and threading.main_thread() not in parts
+    assert "goes on from block 2 of 4" in caught.value.__notes__[0]
+    job(folder, tmp_path / "b", **how)
+    a, b = ((tmp_path / out / "model.safetensors").read_bytes() for out in "ab")
+    assert a == b
