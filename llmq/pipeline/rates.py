@@ -15,7 +15,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import chain
+from math import exp, log
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -53,26 +56,37 @@ NOMINAL = Rates(
 )  # fmt: skip
 """About what one core of 2020 does: good enough to tell whether a probe is worth its time."""
 Clock = Callable[[], float]
+Kind = tuple[str, float, Callable[[], object]]
+"""A kind of work, how much of it is done at a go, and the go."""
 
 
 def probe(plan: Plan, beside: Path, seconds: float = 3.0, clock: Clock = time.perf_counter) -> Rates:
-    """Return the rates of this machine. beside: a folder on OUT's disk. clock: what tells the time, in seconds."""
-    each = seconds / (2 * _KINDS)  # the first go of each is not counted, and may take as long
-    rates = Rates(NOMINAL)  # of what a plan without linears has nothing to probe by
-    rates |= {kind: _rate(amount, act, each, clock) for kind, amount, act in _computed(plan)}
+    """Return the rates of this machine. beside: a folder on OUT's disk. clock: what tells the time, in seconds.
+
+    Kinds for which no time is left are taken to be as far from `NOMINAL` as the others are in the mean.
+    """
+    until = clock() + seconds
+    found: dict[str, float] = {}
     weights = _by_grid(plan)
-    fits = [(n, _rate(_ROWS * K, act, each / len(weights), clock)) for n, K, act in _fits(plan, weights)]
-    rates["fits"] = sum(n for n, _ in fits) / sum(n / rate for n, rate in fits) if fits else rates["passes"]
-    rates |= {kind: _rate(amount, act, each, clock) for kind, amount, act in _on_disk(plan, beside)}
-    return rates
+    fits: list[tuple[float, float]] = []  # seconds a value, and the weights of whose grid they are
+    for kind, amount, act in chain(_computed(plan), _fits(plan, weights), _on_disk(plan, beside)):
+        if clock() < until or not found:
+            rate = _rate(amount, act, seconds / (2 * _KINDS), clock)  # the first go is not counted, and takes as long
+            name, _, number = kind.partition(" ")
+            fits += [(1 / rate, weights[int(number)][1])] if number else []
+            found |= {} if number else {name: rate}
+    if fits:
+        found["fits"] = sum(n for _, n in fits) / sum(each * n for each, n in fits)
+    ratio = fmean(log(rate / NOMINAL[kind]) for kind, rate in found.items())
+    missing = {kind: NOMINAL[kind] * exp(ratio) for kind in NOMINAL if kind not in (*found, *MEASURED_ONCE)}
+    return Rates(MEASURED_ONCE | missing | found)
 
 
 def _rate(amount: float, act: Callable[[], object], seconds: float, clock: Clock) -> float:
     """Return how much is done in a second."""
     act()
     start, done = clock(), 0.0
-    deadline = time.monotonic() + seconds
-    while not done or time.monotonic() < deadline:
+    while not done or clock() < start + seconds:
         act()
         done += amount
     return done / max(clock() - start, 1e-9)
@@ -90,7 +104,7 @@ def _columns(plan: Plan, linear: LinearSpec) -> int:
     return linear.K if most >= linear.K else max(size, most - most % size)
 
 
-def _computed(plan: Plan) -> Iterator[tuple[str, float, Callable[[], object]]]:
+def _computed(plan: Plan) -> Iterator[Kind]:
     """Yield kinds of computing, how much is done of each at a go, and the go."""
     K, device = _width(plan), plan.device
     draw = torch.Generator(device).manual_seed(0)
@@ -102,17 +116,17 @@ def _computed(plan: Plan) -> Iterator[tuple[str, float, Callable[[], object]]]:
     x, w = X_TK.to(plan.skeleton.dtype), W_KK.to(plan.skeleton.dtype)
     H_KK = X_TK.T @ X_TK / _TOKENS + torch.eye(K, device=device)
     yield "forward", 2 * _TOKENS * K * K, _done(device, lambda: x @ w)
-    yield "statistics", 2 * _TOKENS * K * K, _done(device, lambda: W_KK.addmm_(X_TK.T, X_TK))
     yield "products", 2 * _ROWS * K * K, _done(device, lambda: W_NK @ H_KK)
+    yield "statistics", 2 * _TOKENS * K * K, _done(device, lambda: W_KK.addmm_(X_TK.T, X_TK))
+    yield from _loops(plan, W_NK, H_KK)
     yield "factor", K**3 / 3, _done(device, lambda: cholesky(H_KK.clone(), 0.01))
     values = random(_VALUES)
     yield "passes", 4 * _VALUES, _done(device, lambda: values.mul(2).add_(values).square_().sum())
     text = bytes(2**20)
     yield "digest", len(text), lambda: hashlib.sha256(text).digest()
-    yield from _loops(plan, W_NK, H_KK)
 
 
-def _loops(plan: Plan, W_NK: Tensor, H_KK: Tensor) -> Iterator[tuple[str, float, Callable[[], object]]]:
+def _loops(plan: Plan, W_NK: Tensor, H_KK: Tensor) -> Iterator[Kind]:
     """Yield the column loop and the walk, on the grid that most weights are on, then packing and unpacking."""
     usual = next((spec for spec, _ in _by_grid(plan)), None)
     if usual is None:
@@ -162,19 +176,19 @@ def _by_grid(plan: Plan) -> list[tuple[LinearSpec, int]]:
     return sorted(found.values(), key=lambda f: -f[1])
 
 
-def _fits(plan: Plan, weights: list[tuple[LinearSpec, int]]) -> Iterator[tuple[int, int, Callable[[], object]]]:
-    """Yield, for each grid, its weights, the columns that are probed, and a fit to 256 rows of them."""
+def _fits(plan: Plan, weights: list[tuple[LinearSpec, int]]) -> Iterator[Kind]:
+    """Yield a fit to 256 rows for each grid, "fits" and its number."""
     weighs = bool(plan.method.needs([spec.scheme.weight for spec, _ in weights]))
-    for spec, n in weights:
+    for i, (spec, _) in enumerate(weights):
         K, grid = _columns(plan, spec), spec.scheme.weight
         W_NK = torch.randn(_ROWS, K, device=plan.device) * 0.02
         weight = torch.ones(K, device=plan.device) if weighs else None
         if grid.wants_hessian:
             weight = torch.eye(K, device=plan.device)
-        yield n, K, _done(plan.device, partial(grid.fit, W_NK, weight))
+        yield f"fits {i}", W_NK.numel(), _done(plan.device, partial(grid.fit, W_NK, weight))
 
 
-def _on_disk(plan: Plan, beside: Path) -> Iterator[tuple[str, float, Callable[[], object]]]:
+def _on_disk(plan: Plan, beside: Path) -> Iterator[Kind]:
     """Yield a part of the checkpoint read, and a file written and synced."""
     largest = max(plan.source.entries().values(), key=lambda e: e.nbytes)
     size = min(_MOST, largest.nbytes)

@@ -94,3 +94,15 @@ def test_quantize_says_it_in_one_line_before_it_starts(tiny_checkpoint, tmp_path
     assert (
         " MB become " in line and " bits a weight; at most " in line and line.index("plan") < done.output.index("out")
     )
+
+
+def test_a_cap_on_memory_lets_fewer_batches_wait_and_is_refused_as_quantize_refuses_it(tiny_checkpoint, tmp_path):
+    options = {"group_size": 32, "method": "gptq", "samples": 1024, "seq_len": 32, "seconds": 0.1}
+    folder = tiny_checkpoint()
+    free = llmq.plan(folder, **options)
+    host = free.memory["host"]
+    blocks = host["terms"].get("suspended", 0)
+    capped = llmq.plan(folder, max_memory=f"{(host['bytes'] - blocks // 2) // 1000}K", **options)
+    assert capped.alive < free.alive == free.batches and capped.memory["host"]["bytes"] < host["bytes"]
+    with pytest.raises(llmq.LlmqError, match=r"^--max-memory 0\.00 GB is too little: the run takes "):
+        llmq.plan(folder, max_memory="1M", **options)

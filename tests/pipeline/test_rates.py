@@ -33,9 +33,18 @@ def test_every_kind_is_probed_within_the_time_and_leaves_nothing(tiny_checkpoint
 def test_a_probe_measures_with_the_clock_that_it_is_given(tiny_checkpoint, tmp_path):
     plan = outline(str(tiny_checkpoint()), Recipe(method="gptq", group_size=32), "cpu")
     ticks = iter(range(10**6))
-    rates = probe(plan, tmp_path, 0, lambda: float(next(ticks)))  # one go each, in one tick
-    assert rates["packing"] == 256 * 128 and rates["factor"] == pytest.approx(128**3 / 3)
+    rates = probe(plan, tmp_path, 120, lambda: float(next(ticks)))  # 5 a kind, in which are 5 goes
+    assert rates["packing"] == 256 * 128 * 5 / 6 and rates["factor"] == pytest.approx(128**3 / 3 * 5 / 6)
     assert rates["text"] == NOMINAL["text"]
+
+
+def test_what_there_is_no_time_for_is_as_far_from_nominal_as_the_rest(tiny_checkpoint, tmp_path):
+    plan = outline(str(tiny_checkpoint()), Recipe(method="gptq", group_size=32), "cpu")
+    ticks = iter(range(10**6))
+    rates = probe(plan, tmp_path, -1, lambda: float(next(ticks)))  # the first kind alone, a go in two ticks
+    ratio = rates["forward"] / NOMINAL["forward"]
+    assert rates["forward"] == 512 * 128**2 and rates["text"] == NOMINAL["text"]
+    assert rates["fits"] / NOMINAL["fits"] == pytest.approx(ratio) == rates["write"] / NOMINAL["write"]
 
 
 def test_seconds_are_amounts_over_rates():
