@@ -210,7 +210,7 @@ def readers_of(config: dict[str, Any]) -> dict[str, Callable[[str], bool]]:
         return gptqmodel(name) and (not listed or any(layer in name for layer in listed))
 
     def llmq(name: str) -> bool:
-        return GPTQ.read(config)[1](name, 64, 64) is not None
+        return GPTQ.read(config)[1](name) is not None
 
     return {"optimum": optimum, "gptqmodel": gptqmodel, "vllm": vllm, "llmq": llmq}
 

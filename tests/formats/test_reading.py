@@ -30,11 +30,11 @@ def readers(pattern: str) -> dict[str, Callable[[], Any]]:
     targets = {"g": groups["g"] | {"targets": ["re:" + pattern]}}
     ct = {"format": "pack-quantized", "config_groups": groups}
     return {
-        "dynamic": lambda: GPTQ.read(BASE | {"dynamic": {"-:" + pattern: {}}})[1](NAME, 64, 64),
-        "awq dynamic": lambda: AWQ.read(BASE | {"dynamic": {"-:" + pattern: {}}})[1](NAME, 64, 64),
-        "modules_to_not_convert": lambda: AWQ.read(BASE | {"modules_to_not_convert": [pattern]})[1](NAME, 64, 64),
-        "ignore": lambda: CompressedTensors.read(ct | {"ignore": ["re:" + pattern]})[1](NAME, 64, 64),
-        "targets": lambda: CompressedTensors.read(ct | {"config_groups": targets})[1](NAME, 64, 64),
+        "dynamic": lambda: GPTQ.read(BASE | {"dynamic": {"-:" + pattern: {}}})[1](NAME),
+        "awq dynamic": lambda: AWQ.read(BASE | {"dynamic": {"-:" + pattern: {}}})[1](NAME),
+        "modules_to_not_convert": lambda: AWQ.read(BASE | {"modules_to_not_convert": [pattern]})[1](NAME),
+        "ignore": lambda: CompressedTensors.read(ct | {"ignore": ["re:" + pattern]})[1](NAME),
+        "targets": lambda: CompressedTensors.read(ct | {"config_groups": targets})[1](NAME),
     }
 
 
@@ -72,7 +72,7 @@ def test_a_pattern_may_look_around() -> None:
     ],
 )
 def test_rules_that_change_nothing_are_read(rules: dict[str, Any], quantized: bool) -> None:
-    assert (GPTQ.read(BASE | {"dynamic": rules})[1](NAME, 64, 64) is not None) is quantized
+    assert (GPTQ.read(BASE | {"dynamic": rules})[1](NAME) is not None) is quantized
 
 
 MALFORMED = {
@@ -113,7 +113,7 @@ def test_a_field_of_another_type_is_named(form: type, change: dict[str, Any]) ->
 @pytest.mark.parametrize("form", MALFORMED)
 def test_null_is_as_good_as_missing(form: type) -> None:
     keys = {key for change in MALFORMED[form] for key in change} - {"bits", "group_size"}
-    assert form.read(BASE | dict.fromkeys(keys))[1](NAME, 64, 64) == form.read(BASE)[1](NAME, 64, 64)  # type: ignore[attr-defined]
+    assert form.read(BASE | dict.fromkeys(keys))[1](NAME) == form.read(BASE)[1](NAME)  # type: ignore[attr-defined]
 
 
 # What is redundant
@@ -175,7 +175,7 @@ def test_the_label_of_a_stage_decides_nothing() -> None:
     groups = {"g": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}
     config = {"format": "pack-quantized", "config_groups": groups}
     for label in ({}, {"quantization_status": "frozen"}, {"quantization_status": None}):
-        scheme = CompressedTensors.read(config | label)[1](NAME, 64, 64)
+        scheme = CompressedTensors.read(config | label)[1](NAME)
         assert scheme is not None and scheme.weight == Int(4, True, 32)
 
 
