@@ -31,14 +31,16 @@ def squared_gradients(
     device: torch.device,
     seed: int,
     report: Progress,
+    most: int | None = None,
 ) -> dict[str, list[Tensor]]:
     """Return s of every linear of every block by full name, float32 `[T]`, batch by batch.
 
     hidden: what enters block 0, `[B, S, H]` a batch. calls: the blocks' other arguments, indexed `[batch][block]`.
+    most: how many batches may go through the blocks together at most, but for one; None for no bound.
     """
     draw = torch.Generator(device).manual_seed(seed)
     found: dict[str, list[Tensor]] = {}
-    step = held_at_once(max(h.nbytes for h in hidden), len(skeleton))
+    step = held_at_once(hidden[0].nbytes, len(skeleton), most)
     for first in range(0, len(hidden), step):
         part = slice(first, first + step)
         _add_squares(skeleton, hidden[part], calls[part], device, draw, found)
@@ -46,9 +48,10 @@ def squared_gradients(
     return found
 
 
-def held_at_once(batch: int, blocks: int) -> int:
+def held_at_once(batch: int, blocks: int, most: int | None = None) -> int:
     """Return how many batches of so many bytes go through the blocks together: the hidden states of all are held."""
-    return max(1, _HELD // (batch * blocks))
+    fitting = _HELD // (batch * blocks)
+    return max(1, fitting if most is None else min(fitting, most))
 
 
 def _add_squares(

@@ -34,12 +34,17 @@ def check_memory(parameter_bytes: int, device: str | torch.device = "cpu") -> No
     Ask before loading it: `tokens` sees it loaded.
     """
     free = free_memory(torch.device(device))
-    need = parameter_bytes + max(parameter_bytes, WRITE_CACHE_BYTES)
+    need = writing_bytes(parameter_bytes)
     if need > free:
         raise LlmqError(
             f"calibration text `self` needs the whole model and its cache in memory, {need / 1e9:.1f} GB of which "
             f"{free / 1e9:.1f} GB are free: give a text file, as --calib FILE"
         )
+
+
+def writing_bytes(parameter_bytes: int) -> int:
+    """Return the most that a model of `parameter_bytes` and its cache take while it writes."""
+    return parameter_bytes + max(parameter_bytes, WRITE_CACHE_BYTES)
 
 
 def free_memory(device: torch.device) -> int:

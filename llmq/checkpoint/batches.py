@@ -62,6 +62,7 @@ class Batches(Sequence[Tensor]):
         with behind(self.device) as do:
             for number in self.numbers:
                 do(partial(self._write, number, next(coming)))
+        next(coming, None)  # who makes them may finish
         return self
 
     def moved(self, batches: Iterable[Tensor]) -> Batches:

@@ -8,7 +8,8 @@ Not here: what happens inside a block (block.py), the text (calibration/).
 """
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,8 @@ from llmq.checkpoint import Journal
 from llmq.checkpoint.batches import Batches
 from llmq.checkpoint.digest import digest
 from llmq.errors import LlmqError
-from llmq.model.ends import embed, of_their_own
+from llmq.model.ends import entering as enter
+from llmq.model.ends import of_their_own
 from llmq.model.lanes import Call
 from llmq.model.pretrained import check_ids, tokenizer_of
 from llmq.model.skeleton import Skeleton
@@ -42,20 +44,30 @@ def entering(plan: Plan, journal: Journal, work: Work) -> Calibration:
         return Calibration()
     ids = _tokens(plan, journal, work)
     batches = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
-    (*hidden, short), (*calls, call) = embed(plan.skeleton, [*batches, ids[:1, :PROBE_TOKENS]], plan.device)
-    floats = hidden[: math.ceil(plan.paired() * len(hidden))]
-    apart = [of_their_own(c) for c in calls[: len(floats)]]
-    squares = _squares(plan, journal, hidden, calls, work) if plan.method.weightings else {}
+    paired = math.ceil(plan.paired() * len(batches))
+    ((short, call),) = enter(plan.skeleton, [ids[:1, :PROBE_TOKENS]], plan.device)
+    calls: list[Sequence[Call]] = []
+    coming = _noting(calls, enter(plan.skeleton, batches, plan.device))
     folder, device = journal.state, plan.device
     if journal.steps:
-        states = [Batches.found(folder, kind, device) for kind in ("hidden", "floats")]
+        hidden, floats = (Batches.found(folder, kind, device) for kind in ("hidden", "floats"))
+        deque(coming, maxlen=0)
     else:
-        of_kinds = {"hidden": hidden, "floats": floats}
-        states = [Batches(folder, kind, range(len(of)), device).filled(of) for kind, of in of_kinds.items()]
+        hidden = Batches(folder, "hidden", range(len(batches)), device).filled(coming)
+        floats = Batches(folder, "floats", range(paired), device).filled(hidden[i] for i in range(paired))
+    squares = _squares(plan, journal, hidden, calls, work) if plan.method.weightings else {}
+    apart = [of_their_own(c) for c in calls[:paired]]
     dealt = Dealt.of([b.numel() for b in batches])
-    state = Calibration(states[0], states[1], calls, apart, squares, ids, Probe(short, call), dealt)
+    state = Calibration(hidden, floats, calls, apart, squares, ids, Probe(short, call), dealt)
     handed.put_back(state)
     return state
+
+
+def _noting(calls: list[Sequence[Call]], coming: Iterable[tuple[Tensor, Sequence[Call]]]) -> Iterator[Tensor]:
+    """Yield the hidden states of batches and keep the arguments of their calls."""
+    for hidden, call in coming:
+        calls.append(call)
+        yield hidden
 
 
 def _tokens(plan: Plan, journal: Journal, work: Work) -> Tensor:
@@ -103,7 +115,7 @@ def _squares(
 
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
         seed = plan.method.recipe.seed
-        found = squared_gradients(plan.skeleton, hidden, calls, plan.device, seed, work)
+        found = squared_gradients(plan.skeleton, hidden, calls, plan.device, seed, work, plan.alive)
         return {f"{b:06d} {name}": s for name, batches in found.items() for b, s in enumerate(batches)}, {}
 
     kept = journal.once("squares", make).tensors

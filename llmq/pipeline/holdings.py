@@ -23,6 +23,7 @@ The terms, D bytes of the compute dtype, P weights of a block:
     next block           where a GPU computes, on the host: what is read ahead (aside.py), in buffers used again
     next batch           likewise of hidden states, and those that are being written
     decoded block        a block as it is verified, float32
+    heap                 what allocators take from the system besides, a share of the rest
 
 Not here: the peak, the cap (memory.py), whose numbers of copies the steps and statistics say themselves (`held`).
 """
@@ -37,6 +38,7 @@ from math import ceil
 from llmq.aside import pays
 from llmq.calibration.state import BATCH_TOKENS
 from llmq.calibration.token_gradients import POSITIONS, held_at_once
+from llmq.calibration.writing import writing_bytes
 from llmq.model.experts import in_experts, linears_of
 from llmq.model.footprint import Entered, Footprint, footprints
 from llmq.pipeline.plan import Plan, packed_bytes
@@ -46,8 +48,9 @@ from llmq.stats import Hessian, Stat
 from llmq.steps import Held, SiteStep
 from llmq.types import LinearSpec
 
-LIBRARIES = 450 * 10**6
+LIBRARIES = 580 * 10**6
 _F32 = 4
+_HEAP = 0.05  # of what is asked for, which is taken from the system besides
 _VERIFIED = 16  # tokens of the forward that verification runs
 _PACKING = 8  # bytes a weight of the linear that is being packed: 32-bit words take the place of codes
 _DECODING = 12  # bytes a weight of the linear that is being verified, beside its decoded float32
@@ -108,14 +111,17 @@ class Holdings:
         sizes = plan.source.sizes()
         largest = max(sizes, key=sizes.__getitem__, default="")
         yield self._phase("loading", largest, host={"a tensor": 2 * sizes.get(largest, 0)})
+        if self.method.recipe.calib == "self":
+            weights = sum(sizes.values()) * self.size // plan.skeleton.stored_dtype.itemsize
+            yield self._phase("writing text", "", {"whole model": writing_bytes(weights)})
         if self.sequences:
             yield self._phase(
                 "loading", "embeddings", {"embeddings": self._embeddings(), "running batch": self._read()}
             )
         if self.method.weightings:
-            yield from self._gradients(self.batches)
+            yield from self._gradients(self.batches, alive)
         if self.method.recipe.target_bpw is not None:
-            yield from self._gradients(1)
+            yield from self._gradients(1, 1)
         for i in range(len(plan.skeleton)):
             yield from self._block(i, alive)
         if plan.head is not None:
@@ -129,9 +135,11 @@ class Holdings:
     ) -> Phase:
         """Return a point. computed: bytes where is computed. host: those in the host's memory in any case."""
         aside = self._aside if name in ("gradients", "blocks") and pays(self.plan.device) else {}
-        ours = {"libraries": LIBRARIES, **{k: ceil(v) for k, v in {**aside, **(host or {})}.items() if v}}
-        there = {k: ceil(v) for k, v in (computed or {}).items() if v}
-        return Phase(name, at, ours, there) if self.plan.device.type != "cpu" else Phase(name, at, ours | there)
+        ours = {**aside, **(host or {})}
+        there = dict(computed or {})
+        if self.plan.device.type == "cpu":
+            ours, there = ours | there, {}
+        return Phase(name, at, {"libraries": LIBRARIES, **_whole_bytes(ours)}, _whole_bytes(there))
 
     @cached_property
     def _aside(self) -> dict[str, int]:
@@ -162,11 +170,11 @@ class Holdings:
     def _squares(self, batches: int) -> int:
         return _F32 * batches * self.side_by_side * self.length * len(self.plan.linears)
 
-    def _gradients(self, batches: int) -> Iterator[Phase]:
+    def _gradients(self, batches: int, most: int) -> Iterator[Phase]:
         """Yield what gradients of the float model take: a block at a time, several batches together."""
         skeleton, (entered, found) = self.plan.skeleton, self.traced
         batch = self.side_by_side * entered.hidden
-        together = min(batches, held_at_once(batch, len(skeleton)))
+        together = min(batches, held_at_once(batch, len(skeleton), most))
         beside = {
             "between blocks": together * batch * (len(skeleton) + 2),
             "squared gradients": self._squares(batches),
@@ -179,8 +187,10 @@ class Holdings:
 
     def _outside(self, size: int, positions: int) -> dict[str, float]:
         """Return what embeddings and head take where so many positions' logits are computed, `size` bytes a weight."""
-        _, (rows, width) = self.plan.source.headers()[self.plan.weight_of(self.plan.model.head)]
-        head = rows * width * (size + self.plan.skeleton.stored_dtype.itemsize)
+        name = self.plan.weight_of(self.plan.model.head)
+        _, (rows, width) = self.plan.source.headers()[name]
+        read = 0 if name != f"{self.plan.model.head}.weight" else self.plan.skeleton.stored_dtype.itemsize
+        head = rows * width * (size + read)
         return {"embeddings and head": self._embeddings() + head, "logits": 6 * _F32 * positions * rows}
 
     def _block(self, i: int, alive: int) -> Iterator[Phase]:
@@ -323,6 +333,12 @@ def _codes(spec: LinearSpec) -> int:
     """Return the bytes of a solved linear: its codes, and a scale and a zero for each group."""
     groups = spec.scheme.weight.granularity.groups(spec.K)
     return spec.N * (spec.K + 8 * groups)
+
+
+def _whole_bytes(terms: Mapping[str, float]) -> dict[str, int]:
+    """Return terms in whole bytes, but those of nothing, and what the heap takes besides."""
+    found = {name: ceil(size) for name, size in terms.items() if size}
+    return found | {"heap": ceil(_HEAP * sum(found.values()))} if found else found
 
 
 def _matrices(stats: set[type[Stat]]) -> float:

@@ -43,7 +43,7 @@ def calib(tmp_path):
 def test_the_bytes_do_not_depend_on_what_stays_suspended(case, tmp_path, calib, monkeypatch):
     family, how = CASES[case]
     FAMILIES[family].save(tmp_path / "src")
-    monkeypatch.setattr("llmq.pipeline.run.BATCH_TOKENS", 2 * SEQ_LEN)  # three batches
+    monkeypatch.setattr("llmq.pipeline.entering.BATCH_TOKENS", 2 * SEQ_LEN)  # three batches
     recipe = Recipe(group_size="channel" if "act" in how else 16, calib=str(calib), samples=6, seq_len=SEQ_LEN, **how)
     plan = prepare(str(tmp_path / "src"), recipe)
     written = {}

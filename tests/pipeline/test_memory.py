@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from _tiny import make_prose
 
+import llmq
 from llmq.pipeline.holdings import LIBRARIES
 from llmq.pipeline.memory import alive_under, capped, terms
 from llmq.pipeline.plan import prepare
@@ -22,7 +29,7 @@ def planned(tiny_checkpoint):
     """`planned(method, **options)`: a prepared run of 64 sequences of 256 tokens, four batches."""
 
     def make(method, **options):
-        how = {"group_size": 32, "samples": 64, "seq_len": 256, "calib": "self", "dtype": "float32"} | options
+        how = {"group_size": 32, "samples": 64, "seq_len": 256, "calib": "text.txt", "dtype": "float32"} | options
         return prepare(str(tiny_checkpoint(intermediate_size=I)), Recipe(method=method, **how))
 
     return make
@@ -47,7 +54,7 @@ def test_rtn_holds_no_calibration(planned):
     peak = terms(planned("rtn"))
     assert peak.batches == 0
     assert {n for p in peak.phases for n in p.host} <= {
-        "libraries", "a tensor", "block", "codes", "packed", "rows", "decoded block", "decoding",
+        "libraries", "heap", "a tensor", "block", "codes", "packed", "rows", "decoded block", "decoding",
         "embeddings and head", "logits",
     }  # fmt: skip
 
@@ -81,7 +88,7 @@ def test_experts_stay_suspended(tmp_path):
     from _families import FAMILIES
 
     FAMILIES["mixtral"].save(tmp_path)
-    plan = prepare(str(tmp_path), Recipe(method="gptq", group_size=32, samples=256, seq_len=48, calib="self"))
+    plan = prepare(str(tmp_path), Recipe(method="gptq", group_size=32, samples=256, seq_len=48, calib="text.txt"))
     assert terms(plan, 0).host.host["suspended"] == terms(plan).host.host["suspended"] > 0
 
 
@@ -95,3 +102,20 @@ def test_a_cap_is_a_size_and_ends_as_batches_that_stay_suspended(planned):
             capped(plan, nonsense)
     with pytest.raises(LlmqError, match="--device-memory means nothing here"):
         capped(plan, None, "6GiB")
+
+
+def test_a_child_process_stays_under_its_cap(tiny_checkpoint, tmp_path):
+    """Where activations are nearly all that is held: 8 sequences of 2048 tokens, two a batch."""
+    src, text = tiny_checkpoint(hidden_size=256, intermediate_size=1024), tmp_path / "text.txt"
+    text.write_text(make_prose(20000))
+    how = {"method": "gptq", "group_size": 32, "calib": str(text), "samples": 8, "seq_len": 2048, "dtype": "float32"}
+    plan = prepare(str(src), Recipe(**how))
+    cap = terms(plan, 1).host.total()
+    assert terms(plan).host.total() > 1.05 * cap
+    options = [word for k, v in how.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    options += ["--max-memory", f"{cap / 1e6 + 1:.0f}MB", "--log-json", str(tmp_path / "log")]
+    command = [sys.executable, "-m", "llmq", "quantize", str(src), str(tmp_path / "out"), *options]
+    path = f"{Path(llmq.__file__).parent.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path})
+    held = [json.loads(line).get("memory", {}).get("most", 0) for line in (tmp_path / "log").read_text().splitlines()]
+    assert 0.8 * cap < max(held) <= cap + 10**6
