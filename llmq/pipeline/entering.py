@@ -73,7 +73,7 @@ def _noting(calls: list[Sequence[Call]], coming: Iterable[tuple[Tensor, Sequence
 def _tokens(plan: Plan, journal: Journal, work: Work) -> Tensor:
     """Return the tokens: those that the model wrote, once in a run, or the text's, which must stay the same."""
     recipe = plan.method.recipe
-    work(0, len(plan.skeleton), f"calibration text: {recipe.calib}")
+    work(0, 1, f"calibration text: {recipe.calib}")
 
     def read() -> Tensor:
         how = (recipe.samples, recipe.seq_len, recipe.seed)
