@@ -62,6 +62,8 @@ def test_seconds_left_follow_from_the_parts_that_are_done(clock):
     assert at(80, 2, 4, "block 2") == 30
     assert at(90, 3, 4, "block 3") == pytest.approx(40 / 3)
     assert at(95, 4, 4, "writing") == 0
+    assert at(96, 0, 4, "first") is None and at(97, 0, 4, "second") is None  # phases too, though no more is done
+    assert at(98, 1, 4, "second") == 3
     assert at(99, 0, 8, "verifying") is None  # another phase
     assert at(100, 3, 8, "verifying") == pytest.approx(5 / 3)
     assert heard.events[-1].seconds == 100
