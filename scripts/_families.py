@@ -242,7 +242,7 @@ _TABLE = (
         "shared_expert_intermediate_size": 32, "rope_parameters": _PARTIAL,
     }, beside=_MTP, **_BF16),
     _of("mixtral", {"num_local_experts": 4, "intermediate_size": 32}, **_BF16),
-    _of("olmoe", _EXPERTS, {"intermediate_size": 32}),
+    _of("olmoe", {"num_key_value_heads": 4}, _EXPERTS, {"intermediate_size": 32}),
     _of("deepseek_v2", _LATENT, _EXPERTS, _DENSE_FIRST, {"topk_group": 1}, **_BF16),
     _of("deepseek_v3", _LATENT, _EXPERTS, _DENSE_FIRST, {"topk_group": 1}, beside=_LAST[61], **_BF16),
     _of("glm4_moe", _EXPERTS, _DENSE_FIRST, beside=_LAST[46], **_BF16),

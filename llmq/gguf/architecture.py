@@ -32,8 +32,13 @@ from llmq.model.pretrained import auto_class, foreign
 
 _DROPPED = (".rotary_emb.inv_freq",)  # buffers of old checkpoints that every runtime computes itself
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.(?:weight|bias))")
-_ALIASES = {".dt_bias": ".dt_proj.bias", ".sinks": ".sinks.weight"}  # parameters that are no module's weight or bias
-_ALIAS = re.compile(r"\.(dt_bias|sinks)$")
+_ALIASES = {  # parameters that are no module's weight or bias; a router that was renamed; experts that are fused there
+    r"\.dt_bias$": ".dt_proj.bias",
+    r"\.sinks$": ".sinks.weight",
+    r"\.e_score_correction_bias$": ".e_score_correction.bias",
+    r"\.block_sparse_moe\.router\.weight$": ".block_sparse_moe.router.layer.weight",
+    r"\.block_sparse_moe\.experts\.(?=\w+\.weight$)": ".mlp.experts.",
+}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -108,7 +113,9 @@ class Architecture:
         one = _EXPERT.fullmatch(name)
         if name.endswith(_DROPPED) or (self.tied and name == "lm_head.weight"):
             return None
-        merged = f"{one[1]}.{one[3]}" if one else _ALIAS.sub(lambda m: _ALIASES[m[0]], name)
+        merged = f"{one[1]}.{one[3]}" if one else name
+        for pattern, known in _ALIASES.items():
+            merged = re.sub(pattern, known, merged)
         found = self._names.get_name(merged, try_suffixes=(".weight", ".bias"))
         if name not in self.parameters:
             raise LlmqError(
@@ -240,6 +247,8 @@ class Architecture:
                 getattr(writer, f"add_{key}")(getattr(config, key))
         if self.program.delta:
             delta_net.keys(config, writer)
+        if self.program.gating is not None:
+            writer.add_expert_gating_func(self.program.gating)
         for key, method in (*self.program.multipliers.items(), *self.program.counts.items()):
             getattr(writer, f"add_{method}")(getattr(config, key))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmq.gguf import delta_net
 from llmq.gguf.programs import Program, period_of
-from llmq.model.config import head_dim
+from llmq.model.config import head_dim, kv_heads
 
 _CLAMPED = (1.702, 7.0)  # gpt-oss's gate: x sigmoid(1.702 x) of x of at most 7
 _PROBE = 8  # channels of a norm that is tried out
@@ -37,6 +37,8 @@ def differences(whole: Any, model: Any, program: Program, windows: Sequence[int]
         yield "config.json asks for attention both ways (is_causal, use_bidirectional_attention)"
     if d % 2 or (program.square and d * heads != config.hidden_size):
         yield f"{heads} heads of {d} channels for a residual stream of {config.hidden_size}"
+    if program.paired and kv_heads(config) != heads:
+        yield f"{kv_heads(config)} key-value heads for {heads} query heads"
     if program.activation is None and not config.attention_bias:
         yield "attention without biases (attention_bias false)"
     if program.untied and whole.tie_word_embeddings:
@@ -58,6 +60,10 @@ def _numbers(config: Any, program: Program) -> Iterator[str]:
         value = getattr(config, key, None)
         if (value is not None and key not in program.caps) or (program.capped and not value):
             yield f"config.json, {key}: {value}"
+    if (groups := getattr(config, "n_group", None) or 1) > 1:
+        yield f"experts in {groups} groups (n_group)"
+    if (limit := getattr(config, "clip_qkv", None)) is not None:
+        yield f"config.json, clip_qkv: {limit}"
     for key in program.multipliers:
         if not 0 < abs(getattr(config, key)) < 1e30:
             yield f"config.json, {key}: {getattr(config, key)}"
@@ -84,12 +90,15 @@ def _attention(config: Any, block: Any, i: int, program: Program) -> Iterator[st
 
 
 def _mlp(config: Any, block: Any, i: int, program: Program) -> Iterator[str]:
-    if program.counts and not hasattr(block.mlp, "experts"):
-        yield f"block {i} without experts"
+    mlp = block.block_sparse_moe if hasattr(block, "block_sparse_moe") else block.mlp
+    dense = config.first_k_dense_replace if "first_k_dense_replace" in program.counts else 0
+    if program.counts and hasattr(mlp, "experts") != (i >= dense):
+        yield f"block {i} {'with' if i < dense else 'without'} experts"
         return
-    if program.counts and not getattr(getattr(block.mlp, "gate", None), "norm_topk_prob", True):
-        yield "experts whose weights do not add up to 1 (norm_topk_prob false)"
-    mlp, probe = getattr(block.mlp, "experts", block.mlp), torch.linspace(-4, 4, 33)
+    normed = getattr(getattr(mlp, "gate", None), "norm_topk_prob", True)
+    if program.counts and program.normed not in (normed, None):
+        yield f"experts whose weights {'' if normed else 'do not '}add up to 1 (norm_topk_prob {str(normed).lower()})"
+    mlp, probe = getattr(mlp, "experts", mlp), torch.linspace(-4, 4, 33)
     if program.activation is None:
         if (mlp.alpha, mlp.limit) != _CLAMPED:
             yield f"a gate of {mlp.alpha}, clamped at {mlp.limit}"

@@ -13,7 +13,11 @@
     smollm3           smollm3        as llama, every fourth block without rotary embedding
     qwen3_5_text      qwen35         gated attention beside linear attention (delta_net.py)
     qwen3_moe         qwen3moe       experts in every block, their weights made to add up to 1
+    qwen2_moe         qwen2moe       experts in every block beside one that is shared, their weights as they are
+    olmoe             olmoe          norms over all heads of q and k together; experts as qwen2_moe's, none shared
+    glm4_moe          glm4moe        half a head turned, some dense blocks first, experts chosen by sigmoids and a bias
     mixtral           llama          as llama, experts in every block
+    granitemoe        granitemoe     as granite, experts in every block
     gpt_oss           gpt-oss        windows in every other block, sinks, experts with biases and a clamped gate
     qwen3_5_moe_text  qwen35moe      as qwen35, experts in every block beside one that is shared
 
@@ -65,6 +69,7 @@ class Program:
     interleaved: whether rows 0 .. d/2-1 and d/2 .. d-1 of every head of q and k take turns in the file.
     reads: what it reads of a rotary embedding.
     square: whether all heads together must have as many channels as the residual stream.
+    paired: whether there must be a key-value head for every query head.
     untied: whether the output head must be a tensor of its own.
     activation: between up and down; None for gpt-oss's clamped gate.
     scaled: whether embeddings are multiplied by the root of their width.
@@ -76,7 +81,10 @@ class Program:
     capped: whether it caps whatever the keys say.
     multipliers: methods of the writer by keys of the config, whose values are numbers other than 0.
     delta: whether there are blocks of linear attention (delta_net.py).
-    counts: methods of the writer by keys of the config that are whole numbers about experts; every block then has some.
+    counts: methods of the writer by keys of the config that are whole numbers about experts; every block then has some,
+        but for as many of the first as `first_k_dense_replace` says where that is among them.
+    normed: whether the weights of a token's experts are made to add up to 1, None where a key says it.
+    gating: what makes weights of a router's outputs, where a key says it.
     """
 
     arch: gguf.MODEL_ARCH
@@ -84,6 +92,7 @@ class Program:
     interleaved: bool = False
     reads: Reads = _KEYS
     square: bool = False
+    paired: bool = False
     untied: bool = False
     activation: Callable[[Tensor], Tensor] | None = nn.functional.silu
     scaled: bool = False
@@ -96,6 +105,8 @@ class Program:
     multipliers: Mapping[str, str] = field(default_factory=dict)
     delta: bool = False
     counts: Mapping[str, str] = field(default_factory=dict)
+    normed: bool | None = True
+    gating: gguf.ExpertGatingFuncType | None = None
 
     @property
     def name(self) -> str:
@@ -118,7 +129,11 @@ _ARCH = gguf.MODEL_ARCH
 _LLAMA = Program(_ARCH.LLAMA, _LINEARS, interleaved=True, reads=_TABLE)
 _ROUTED = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
            "moe_intermediate_size": "expert_feed_forward_length"}  # fmt: skip
+_SHARED = {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
+_LOCAL = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 _FINAL = "final_logit_softcapping"
+_MULTIPLIERS = {"attention_multiplier": "attention_scale", "embedding_multiplier": "embedding_scale",
+                "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}  # fmt: skip
 PROGRAMS: Mapping[str, Program] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -134,29 +149,38 @@ PROGRAMS: Mapping[str, Program] = {
     "phi3": Program(_ARCH.PHI3, (), reads=Reads(factors=True, partial=True), square=True),
     "olmo2": Program(_ARCH.OLMO2, (), square=True, untied=True),
     "granite": Program(
-        _ARCH.GRANITE, _LINEARS, interleaved=True, reads=_TABLE, scale=None,
-        multipliers={
-            "attention_multiplier": "attention_scale", "embedding_multiplier": "embedding_scale",
-            "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale",
-        },
+        _ARCH.GRANITE, _LINEARS, interleaved=True, reads=_TABLE, scale=None, multipliers=_MULTIPLIERS,
     ),
     "glm4": Program(_ARCH.GLM4, reads=_PARTIAL),
     "smollm3": Program(_ARCH.SMOLLM3, interleaved=True, nope=4),
     "qwen3_5_text": Program(_ARCH.QWEN35, ("ssm_dt",), reads=_PARTIAL, delta=True),
     "qwen3_moe": Program(_ARCH.QWEN3MOE, counts=_ROUTED),
-    "mixtral": Program(
-        _ARCH.LLAMA, _LINEARS, interleaved=True, reads=_TABLE,
-        counts={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+    "qwen2_moe": Program(_ARCH.QWEN2MOE, counts=_ROUTED | _SHARED, normed=False),
+    "olmoe": Program(
+        _ARCH.OLMOE, (), square=True, paired=True, normed=False,
+        counts={"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+    ),
+    "glm4_moe": Program(
+        _ARCH.GLM4_MOE, (*_ATTENTION, "exp_probs_b"), reads=_PARTIAL, normed=None,
+        gating=gguf.ExpertGatingFuncType.SIGMOID,
+        counts={"n_routed_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
+                "n_shared_experts": "expert_shared_count", "moe_intermediate_size": "expert_feed_forward_length",
+                "first_k_dense_replace": "leading_dense_block_count", "norm_topk_prob": "expert_weights_norm"},
+        multipliers={"routed_scaling_factor": "expert_weights_scale"},
+    ),
+    "mixtral": Program(_ARCH.LLAMA, _LINEARS, interleaved=True, reads=_TABLE, counts=_LOCAL),
+    "granitemoe": Program(
+        _ARCH.GRANITE_MOE, _LINEARS, interleaved=True, reads=_TABLE, scale=None, multipliers=_MULTIPLIERS,
+        counts=_LOCAL,
     ),
     "gpt_oss": Program(
         _ARCH.GPT_OSS, (*_ATTENTION, "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
         untied=True, activation=None, reads=Reads(blunt=True), period=2,
-        counts={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
-                "intermediate_size": "expert_feed_forward_length"},
+        counts=_LOCAL | {"intermediate_size": "expert_feed_forward_length"},
     ),
     "qwen3_5_moe_text": Program(
         _ARCH.QWEN35MOE, ("ssm_dt",), reads=_PARTIAL, delta=True,
-        counts=_ROUTED | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
+        counts=_ROUTED | _SHARED,
     ),
 }  # fmt: skip
 """By transformers' model_type."""

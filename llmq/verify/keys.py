@@ -95,6 +95,42 @@ def _routed(keys: Keys) -> dict[str, Any]:
     }
 
 
+def _qwen2moe(keys: Keys) -> dict[str, Any]:
+    return _routed(keys) | _shared(keys) | {"norm_topk_prob": False}
+
+
+def _glm4moe(keys: Keys) -> dict[str, Any]:
+    experts = ("num_experts_per_tok", "moe_intermediate_size")
+    return (
+        _partial(keys)
+        | {n: v for n, v in _routed(keys).items() if n in experts}
+        | {
+            "n_routed_experts": keys.number("expert_count"),
+            "n_shared_experts": keys.number("expert_shared_count"),
+            "first_k_dense_replace": keys("leading_dense_block_count"),
+            "norm_topk_prob": keys("expert_weights_norm"),
+            "routed_scaling_factor": keys("expert_weights_scale"),
+            "use_qk_norm": any(t.endswith("attn_q_norm.weight") for t in keys.file.tensors),
+        }
+    )
+
+
+def _olmoe(keys: Keys) -> dict[str, Any]:
+    return {
+        "num_experts": keys.number("expert_count"),
+        "num_experts_per_tok": keys.number("expert_used_count"),
+        "norm_topk_prob": False,
+    }
+
+
+def _shared(keys: Keys) -> dict[str, Any]:
+    return {"shared_expert_intermediate_size": keys.number("expert_shared_feed_forward_length")}
+
+
+def _granitemoe(keys: Keys) -> dict[str, Any]:
+    return _granite(keys) | _mixtral(keys)
+
+
 def _mixtral(keys: Keys) -> dict[str, Any]:
     return {"num_local_experts": keys.number("expert_count"), "num_experts_per_tok": keys.number("expert_used_count")}
 
@@ -105,8 +141,7 @@ def _gpt_oss(keys: Keys) -> dict[str, Any]:
 
 
 def _qwen35moe(keys: Keys) -> dict[str, Any]:
-    shared = {"shared_expert_intermediate_size": keys.number("expert_shared_feed_forward_length")}
-    return delta_net.config(keys) | _routed(keys) | shared
+    return delta_net.config(keys) | _routed(keys) | _shared(keys)
 
 
 def _smollm3(_keys: Keys) -> dict[str, Any]:
@@ -201,6 +236,22 @@ READINGS: Mapping[str, Reading] = {
     ),
     "smollm3": Reading("smollm3", interleaved=True, config=_smollm3),
     "qwen3moe": Reading("qwen3_moe", _EXPERTS, config=_routed),
+    "qwen2moe": Reading("qwen2_moe", _EXPERTS | _SHARED, config=_qwen2moe),
+    "olmoe": Reading("olmoe", _EXPERTS, config=_olmoe),
+    "glm4moe": Reading(
+        "glm4_moe",
+        _EXPERTS
+        | {"post_attention_norm": "post_attention_layernorm", "exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
+        | {f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
+        config=_glm4moe,
+    ),
+    "granitemoe": Reading(
+        "granitemoe",
+        {"ffn_gate_inp": "block_sparse_moe.router"}
+        | {f"ffn_{part}_exps": f"block_sparse_moe.experts.*.{part}_proj" for part in ("gate", "up", "down")},
+        interleaved=True,
+        config=_granitemoe,
+    ),
     "gpt-oss": Reading(
         "gpt_oss",
         _EXPERTS | {"ffn_gate_inp": "mlp.router", "attn_sinks.weight": "self_attn.sinks",

@@ -49,6 +49,12 @@ CASES = {  # options that only a file that says them computes rightly
     "glm4": {"head_dim": 16, "attention_bias": True},
     "qwen3_5_text": LINEAR_ATTENTION,
     "qwen3_moe": ROUTED | {"norm_topk_prob": True, "head_dim": 32},
+    "qwen2_moe": ROUTED | {"norm_topk_prob": False, "shared_expert_intermediate_size": 64},
+    "olmoe": {"num_key_value_heads": 4, "num_experts": 12, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    "granitemoe": FOUR | {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True},
+    "glm4_moe": {"head_dim": 16, "attention_bias": True, "use_qk_norm": True, "n_routed_experts": 8, "n_group": 1,
+                 "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+                 "routed_scaling_factor": 1.7, "rope_parameters": HALF},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_5_moe_text": ROUTED | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 64},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 6,
@@ -69,6 +75,9 @@ def written(tmp_path_factory, tokenizer_plain):
         for name, p in model.named_parameters():
             if p.dim() == 1:
                 torch.nn.init.normal_(p, 0.5 if "norm" in name else 0, 0.3)
+        for name, b in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(b, 0, 0.3)
         folder = tmp_path_factory.mktemp(kind.split()[0])
         model.save_pretrained(folder / "model")
         tokenizer_plain.save_pretrained(folder / "model")
