@@ -90,12 +90,13 @@ def _gguf(file: GgufFile, *, linears: bool) -> Iterator[Rows]:
 
 def _errors(report: Mapping[str, Any], where: str) -> Rows:
     """Return the lines that llmq recorded, as a table. Raises LlmqError where they are no such lines."""
-    shown = Rows("", "linear", "bits", "weight error", "output error", "method", "damp", "fallback")
+    shown = Rows("", "linear", "bits", "weight error", "output error", "method", "damp", "trouble")
     for name in report:
         line = field(report, name, dict, where)
         errors = (field(line, f"{kind}_error", float, f"{where}, {name}", math.nan) for kind in ("weight", "output"))
         said = ("" if math.isnan(e) else f"{e:.3e}" for e in errors)
-        shown.add(name, line.get("bits"), *said, *(line.get(k, "") for k in ("method", "damp", "fallback")))
+        kinds = ", ".join(field(line, "trouble", dict, f"{where}, {name}", {}))
+        shown.add(name, line.get("bits"), *said, line.get("method", ""), line.get("damp", ""), kinds)
     return shown
 
 

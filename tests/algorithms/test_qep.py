@@ -125,3 +125,22 @@ def test_a_share_of_the_float_model_still_lowers_the_error():
         return (F[2000:] @ W_NK.T - X[2000:] @ W.T).square().sum()
 
     assert error(moved) < 0.2 * error(W_NK)
+
+
+def test_dampings_that_were_tried_are_told_and_without_a_factor_the_weights_stay():
+    class Broken(Hessian):
+        def mean(self):
+            return super().mean() - 0.5 * float(self.at) * torch.eye(48)
+
+    X, F = activations()
+    W_NK, drift = weight(), gathered(X, F)[Drift]
+    dampings = [0.01 * 10**i for i in range(6)]
+    for at, tried, moves in ((0, [], True), (0.5, dampings[:3], True), (1e6, dampings, False)):
+        h = Broken(len(X))
+        h.at = at
+        h.update(X)
+        step, stats = Qep(alpha=0.5, prior=0), Stats({Hessian: h, Drift: drift})
+        sums = step.judge(W_NK, stats)
+        line = step.line(sums[0], stats)
+        assert line.get("qep_dampings", []) == pytest.approx(tried)
+        assert torch.equal(step.correct(W_NK, sums, stats), W_NK) is not moves and ("qep" in line) is not moves
