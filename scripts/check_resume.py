@@ -1,10 +1,11 @@
 """Kill runs at random moments, run the same command again, and compare every byte with a run that was left alone.
 
-    python scripts/check_resume.py [--kills 20] [--only NAME ...] [--seed 0]
+    python scripts/check_resume.py [--kills 20] [--only NAME ...] [--seed 0] [--aside]
 
 For each of the recipes below, on tiny random models: a run is ended by SIGKILL at an event drawn by chance (a batch
 reaches a site, a rename, a sync, a file of tensors is written and may be torn, a step of distill). Every second time
 the run that goes on is killed too, and every third time the power fails as well: what was not synced is empty then.
+With --aside blocks are read ahead and written behind in threads, as where a GPU computes.
 Then the command runs to its end. A line a recipe says how many events there were, how often a killed run went on, and
 how many ended in the same bytes; exit status 1 where any did not.
 """
@@ -35,7 +36,7 @@ from _tiny import VOCAB, make_prose, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from llmq import cli
+from llmq import aside, cli
 from llmq.checkpoint import journal, shards
 from llmq.model.lanes import Lanes
 from llmq.pipeline import entering, whole_model
@@ -221,9 +222,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="runs that are killed, of each recipe")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--aside", action="store_true", help="read ahead and write behind, as beside a GPU")
     parser.add_argument("--json", action="store_true", help="print what came of every trial")
     args = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if args.aside:
+        aside.pays = lambda device: True
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         with contextlib.chdir(folder), contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmq.aside import Ahead, behind, pays, pinned
+from llmq import aside
 from llmq.checkpoint import shards
 from llmq.checkpoint.disk import writing
 from llmq.guard.reading import tensor_entries
@@ -39,7 +39,7 @@ class Batches(Sequence[Tensor]):
         self, folder: Path = Path(), kind: str = "", numbers: Sequence[int] = (), device: torch.device = _CPU
     ) -> None:
         self.folder, self.kind, self.numbers, self.device = folder, kind, numbers, device
-        self._ahead = Ahead(self._read) if pays(device) else None
+        self._ahead = aside.Ahead(self._read) if aside.pays(device) else None
 
     @classmethod
     def found(cls, folder: Path, kind: str, device: torch.device) -> Batches:
@@ -59,7 +59,7 @@ class Batches(Sequence[Tensor]):
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         coming = iter(batches)
-        with behind(self.device) as do:
+        with aside.behind(self.device) as do:
             for number in self.numbers:
                 do(partial(self._write, number, next(coming)))
         next(coming, None)  # who makes them may finish
@@ -83,4 +83,4 @@ class Batches(Sequence[Tensor]):
         return batch.to(self.device, non_blocking=batch.is_pinned())
 
     def _read(self, number: int) -> Tensor:
-        return pinned(tensor_entries(self._file(number))["batch"].read(), self.device)
+        return aside.pinned(tensor_entries(self._file(number))["batch"].read(), self.device)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.aside import ahead, pays, pinned
+from llmq import aside
 from llmq.checkpoint import Source
 from llmq.checkpoint.names import own_head, settle
 from llmq.heap import trim
@@ -122,11 +122,13 @@ class Skeleton:
 
         None where that does not pay: a block more would be in memory.
         """
-        return ahead(partial(self._read, device, experts), blocks) if pays(device) else (None for _ in blocks)
+        if not aside.pays(device):
+            return (None for _ in blocks)
+        return aside.ahead(partial(self._read, device, experts), blocks)
 
     def _read(self, device: torch.device, experts: bool, i: int) -> Read:
         """Return the tensors of block `i` by their names there, as they are stored, in the host's memory."""
-        return {n: pinned(t, device) for n, t in self._tensors(i, experts)}
+        return {n: aside.pinned(t, device) for n, t in self._tensors(i, experts)}
 
     def _tensors(self, i: int, experts: bool) -> Iterator[tuple[str, Tensor]]:
         block, name = self._module(i), self._place(i)

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 
-from llmq.aside import pays
+from llmq import aside
 from llmq.calibration.state import BATCH_TOKENS
 from llmq.calibration.token_gradients import POSITIONS, held_at_once
 from llmq.calibration.writing import writing_bytes
@@ -134,15 +134,15 @@ class Holdings:
         self, name: str, at: str, computed: Mapping[str, float] | None = None, host: Mapping[str, float] | None = None
     ) -> Phase:
         """Return a point. computed: bytes where is computed. host: those in the host's memory in any case."""
-        aside = self._aside if name in ("gradients", "blocks") and pays(self.plan.device) else {}
-        ours = {**aside, **(host or {})}
+        ahead = self._ahead if name in ("gradients", "blocks") and aside.pays(self.plan.device) else {}
+        ours = {**ahead, **(host or {})}
         there = dict(computed or {})
         if self.plan.device.type == "cpu":
             ours, there = ours | there, {}
         return Phase(name, at, {"libraries": LIBRARIES, **_whole_bytes(ours)}, _whole_bytes(there))
 
     @cached_property
-    def _aside(self) -> dict[str, int]:
+    def _ahead(self) -> dict[str, int]:
         """What the host holds while a GPU works: two blocks, one that it is given and one that is read, and batches."""
         skeleton, entered = self.plan.skeleton, self.traced[0]
         sizes = map(self._weights, range(len(skeleton)))

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from llmq import aside
-from llmq.checkpoint import batches as batches_module
 from llmq.checkpoint.batches import Batches
 from llmq.types import LlmqError
 
@@ -12,8 +11,7 @@ from llmq.types import LlmqError
 @pytest.fixture(params=[False, True], ids=["at once", "ahead and behind"])
 def pays(request, monkeypatch):
     """Read and write as on the CPU, and as where a GPU computes."""
-    for module in (aside, batches_module):
-        monkeypatch.setattr(module, "pays", lambda device: request.param)
+    monkeypatch.setattr(aside, "pays", lambda device: request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

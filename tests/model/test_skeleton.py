@@ -16,9 +16,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from llmq import aside
 from llmq.checkpoint import Source
 from llmq.loading import load
-from llmq.model import skeleton as skeleton_module
 from llmq.model.ends import embed
 from llmq.model.lanes import Lanes, run
 from llmq.model.sites import discover, refuse_other_matrices
@@ -198,7 +198,7 @@ def test_a_block_that_was_read_ahead_is_the_block(experts, tmp_path, monkeypatch
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     skeleton = Skeleton(Source(tmp_path), torch.float32)
     assert list(skeleton.reads(range(2), CPU)) == [None, None]  # as it comes, on the CPU
-    monkeypatch.setattr(skeleton_module, "pays", lambda device: True)
+    monkeypatch.setattr(aside, "pays", lambda device: True)
     for i, read in enumerate(skeleton.reads(range(3), CPU, experts=experts)):
         assert read and all(t.dtype == torch.bfloat16 and t.device == CPU for t in read.values())
         with skeleton.loaded(i, CPU, experts=experts) as block:

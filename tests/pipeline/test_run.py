@@ -392,8 +392,7 @@ def test_scales_of_the_cache_need_a_format_that_holds_them(tiny_checkpoint):
 @pytest.fixture
 def aside(monkeypatch):
     """Let a run on the CPU read ahead and write behind, as one on a GPU does."""
-    for module in (llmq.aside, llmq.model.skeleton, llmq.checkpoint.batches):
-        monkeypatch.setattr(module, "pays", lambda device: True)
+    monkeypatch.setattr(llmq.aside, "pays", lambda device: True)
 
 
 def test_a_run_that_reads_ahead_and_writes_behind_writes_the_same_bytes(tiny_checkpoint, tmp_path, text, request):
