@@ -11,6 +11,7 @@ Not here: a block that is quantized meanwhile (lanes.py), gradients (calibration
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from llmq.checkpoint.batches import Batches
 from llmq.model.ends import entering
+from llmq.model.experts import Passing
 from llmq.model.lanes import Call, run
 from llmq.model.skeleton import Skeleton
 
@@ -29,12 +31,21 @@ class Forward:
     """Batches of tokens, int64 `[B, S]` each, on their way through a model that is loaded block by block.
 
     hidden: what they are behind the last block that they passed, `[B, S, H]`, a list or what else `keep` makes of them.
+    experts: whether those of a block are in memory together, or each is read where a batch comes to it.
     """
 
-    def __init__(self, skeleton: Skeleton, batches: Iterable[Tensor], device: torch.device, keep: Keep = list) -> None:
-        self.skeleton, self._device, self._keep = skeleton, device, keep
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        batches: Iterable[Tensor],
+        device: torch.device,
+        keep: Keep = list,
+        *,
+        experts: bool = True,
+    ) -> None:
+        self.skeleton, self._device, self._keep, self._experts = skeleton, device, keep, experts
         self._calls: list[Sequence[Call]] = []
-        self._reads = skeleton.reads(range(len(skeleton)), device)
+        self._reads = skeleton.reads(range(len(skeleton)), device, experts=experts)
         with torch.no_grad():
             self.hidden = keep(self._entering(batches))
 
@@ -45,9 +56,14 @@ class Forward:
 
     def step(self, i: int) -> None:
         """Move all batches past block `i`, the one behind the last that they passed."""
-        with self.skeleton.loaded(i, self._device, read=next(self._reads)) as block, torch.no_grad():
+        loaded = self.skeleton.loaded(i, self._device, experts=self._experts, read=next(self._reads))
+        with loaded as block, Passing(block, partial(self._get, i)), torch.no_grad():
             calls = (c[i] for c in self._calls)
             self.hidden = self._keep(run(block, h, c) for h, c in zip(self.hidden, calls, strict=True))
+
+    def _get(self, i: int, name: str) -> Tensor:
+        """Return a tensor of block `i` by its name there."""
+        return self.skeleton.source.get(self.skeleton.full_name(i, name)).to(self._device, self.skeleton.dtype)
 
 
 class Files:

@@ -53,7 +53,7 @@ _F32 = 4
 _HEAP = 0.05  # of what is asked for, which is taken from the system besides
 _VERIFIED = 16  # tokens of the forward that verification runs
 _PACKING = 8  # bytes a weight of the linear that is being packed: 32-bit words take the place of codes
-_DECODING = 12  # bytes a weight of the linear that is being verified, beside its decoded float32
+_DECODING = 16  # bytes a weight of the linear that is being verified
 
 
 @dataclass(frozen=True)
@@ -319,12 +319,12 @@ class Holdings:
         yield from self._site("head", [spec], fixed, running)
 
     def _verifying(self) -> Iterator[Phase]:
-        """Yield what verification takes, on the host: a block in float32, a linear on the way there, then the head."""
+        """Yield what verification takes, on the host: a block in float32, but for its experts; then the head."""
         skeleton = self.plan.skeleton
-        i = max(range(len(skeleton)), key=lambda i: sum(self._weights(i)))
+        i = max(range(len(skeleton)), key=lambda i: self._weights(i)[0])
         linears = linears_of(skeleton.blocks[i]).values()
         decoding = _DECODING * max((m.in_features * m.out_features for m in linears), default=0)
-        block = _F32 * sum(self._weights(i))
+        block = _F32 * self._weights(i)[0]
         yield self._phase("verifying", f"block {i}", host={"decoded block": block, "decoding": decoding})
         yield self._phase("verifying", "head", host=self._outside(_F32, _VERIFIED))
 

@@ -5,14 +5,16 @@ the same tokens tell how far apart the two are.
 Not here: reading a weight (folder.py, gguf.py), measuring quality (scores.py).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from llmq.checkpoint.source import Source, View
+from llmq.errors import LlmqError
 from llmq.model.ends import logits, outside_loaded
+from llmq.model.experts import in_experts
 from llmq.model.forward import Forward
 from llmq.model.skeleton import Skeleton
 from llmq.progress import Progress, Work
@@ -29,19 +31,23 @@ _CPU = torch.device("cpu")
 class Decoded(View):
     """A checkpoint whose tensors are a model's, by `names`, and come from a decoder.
 
-    held: those that were read and checked just now; others are read again.
+    held: those that were read and checked just now. due: those that are checked when they are asked for, and by what;
+    others are read again.
     """
 
     def __init__(self, base: Source, names: Iterable[str], read: Read) -> None:
         super().__init__(base)
         self._names, self.read, self.held = frozenset(names), read, dict[str, Tensor]()
+        self.due: dict[str, Callable[[str], Tensor | None]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
     def get(self, name: str) -> Tensor:
         """Return a tensor, decoded. Raises LlmqError where it cannot be read."""
-        found = self.held[name] if name in self.held else self.read(name, Report())
+        if name in self.held:
+            return self.held[name]
+        found = self.due.pop(name)(name) if name in self.due else self.read(name, Report())
         return super().get(name) if found is None else found
 
 
@@ -59,15 +65,14 @@ def walk(
     progress: called with the blocks done.
     """
     work = Work.of(progress)
-    prefix = f"{skeleton.prefix}."
+    prefix, experts = f"{skeleton.prefix}.", in_experts(skeleton.model)
     with _reading(skeleton, [n for n in names if not n.startswith(prefix)], truth, report):
-        forward = Forward(skeleton, [_tokens(skeleton)], _CPU) if report.passed else None
-    beside = Forward(truth.skeleton, [_tokens(truth.skeleton)], _CPU) if truth and forward else None
+        forward = Forward(skeleton, [_tokens(skeleton)], _CPU, experts=False) if report.passed else None
+    beside = Forward(truth.skeleton, [_tokens(truth.skeleton)], _CPU, experts=False) if truth and forward else None
     for i in range(len(skeleton)):
         work(i, len(skeleton), "verifying")
-        with _reading(skeleton, [n for n in names if n.startswith(f"{prefix}{i}.")], truth, report):
-            if forward and report.passed:
-                forward.step(i)
+        with _reading(skeleton, [n for n in names if n.startswith(f"{prefix}{i}.")], truth, report, experts):
+            if forward and report.passed and _moved(forward, i, report):
                 check_states(f"the hidden states behind block {i}", forward.hidden[0], report)
         if beside and report.passed:
             beside.step(i)
@@ -80,6 +85,16 @@ def walk(
         compare(found, predicted(beside), report)
 
 
+def _moved(forward: Forward, i: int, report: Report) -> bool:
+    """Move past block `i`; say whether nothing wrong was met on the way, where weights of experts are read."""
+    try:
+        forward.step(i)
+    except LlmqError:
+        if report.passed:
+            raise
+    return report.passed
+
+
 def _tokens(skeleton: Skeleton) -> Tensor:
     """Return some tokens, always the same, int64 `[1, T]`."""
     vocabulary = skeleton.model.get_input_embeddings().weight.shape[0]
@@ -87,21 +102,34 @@ def _tokens(skeleton: Skeleton) -> Tensor:
 
 
 @contextmanager
-def _reading(skeleton: Skeleton, names: list[str], truth: Truth | None, report: Report) -> Iterator[None]:
-    """Hold some tensors, read and checked, for as long as the context is open."""
+def _reading(
+    skeleton: Skeleton, names: list[str], truth: Truth | None, report: Report, experts: Container[str] = ()
+) -> Iterator[None]:
+    """Hold some tensors, read and checked, for as long as the context is open.
+
+    experts: modules whose tensors are not held, but checked as they are asked for, or else at the end.
+    """
     source = skeleton.source
     if not isinstance(source, Decoded):
         raise TypeError("the skeleton's source decodes nothing")
-    for name in names:
+
+    def check(name: str) -> Tensor | None:
         tensor = source.read(name, report)
-        if tensor is not None:
+        if truth and tensor is not None:
+            truth.check(name, tensor, report)
+        return tensor
+
+    source.due = {n: check for n in names if n.rpartition(".")[0] in experts}
+    for name in names:
+        if name not in source.due and (tensor := check(name)) is not None:
             source.held[name] = tensor
-            if truth:
-                truth.check(name, tensor, report)
     try:
         yield
+        for name in list(source.due):
+            check(name)
     finally:
         source.held.clear()
+        source.due.clear()
 
 
 def check_states(name: str, states: Tensor, report: Report) -> bool:

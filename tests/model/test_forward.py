@@ -50,3 +50,24 @@ def test_a_tied_head_shares_the_memory_of_the_embedding(tiny_checkpoint):
     with outside_loaded(other, CPU, head=True):  # the embedding stays as it is stored, the head computes
         assert other.model.get_input_embeddings().weight.dtype == torch.float32
         assert other.model.get_output_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_experts_are_read_where_a_batch_comes_to_them(tmp_path):
+    FAMILIES["mixtral"].save(tmp_path)
+    skeleton = Skeleton(Source(tmp_path), torch.float32)
+    ids = [torch.arange(24).reshape(2, 12)]
+    together = Forward(skeleton, ids, torch.device("cpu"))
+    one_by_one = Forward(skeleton, ids, torch.device("cpu"), experts=False)
+    there, get = [], skeleton.source.get
+
+    def counting(name):
+        there.append(sum(not m.weight.is_meta for m in in_experts(skeleton.blocks[0]).values()))
+        return get(name)
+
+    for i in range(len(skeleton)):
+        together.step(i)
+        skeleton.source.get = counting
+        one_by_one.step(i)
+        skeleton.source.get = get
+        assert torch.equal(together.hidden[0], one_by_one.hidden[0])
+    assert there and not any(there)  # none is left when the next is read
