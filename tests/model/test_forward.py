@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from _families import FAMILIES
 
 from llmq.checkpoint import Source
 from llmq.model.ends import entering, logits, outside_loaded
+from llmq.model.experts import in_experts
 from llmq.model.forward import Files, Forward
 from llmq.model.skeleton import Skeleton
 
