@@ -80,9 +80,10 @@ def quantize(
     for warning in said:
         _tell(warning, warn, work)
     if work.heard:
-        seconds = 0.01 * estimate(planned, rates.NOMINAL).total
-        found = rates.probe(planned, place.standing(Path(out)), min(3.0, seconds)) if seconds > 0.3 else rates.NOMINAL
-        work.say("plan", estimate(planned, found).line())
+        ahead = estimate(planned, rates.NOMINAL)
+        if (seconds := 0.01 * ahead.total) > 0.3:
+            ahead = ahead.at(rates.probe(planned, place.standing(Path(out)), min(3.0, seconds)))
+        work.say("plan", ahead.line())
     record = run.quantize(planned, Path(out), overwrite=overwrite, check=verify, work=work)
     for warning in record["warnings"]:
         if warning not in said:  # what calibration left out

@@ -11,10 +11,9 @@ Not here: what is counted (operations.py, memory.py), rates (rates.py, machines.
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from math import ceil
-from typing import Any
+from typing import Any, Self
 
 from llmq import registry
 from llmq.format import packed_bytes
@@ -54,8 +53,9 @@ class Estimate:
     quantized weights, scales and zeros counted.
     memory: of "host" and "device", the bytes at the fullest point, where that is, and what they are; the device has
     none where the run computes on the CPU. alive: batches that stay suspended, of so many.
-    disk: bytes on OUT's disk while the run lasts, by what they are. seconds: by kind of work.
-    how: where the rates come from, "probe" or "arithmetic: h100". devices: processes that share the work.
+    disk: bytes on OUT's disk while the run lasts, by what they are.
+    amounts, rates: how much of each kind of work the process does that does most, and how much in a second. how: where
+    the rates come from, "probe" or "arithmetic: h100". devices: processes that share the work.
     readers: which runtimes take the result. warnings: what a user should know.
     """
 
@@ -71,16 +71,26 @@ class Estimate:
     alive: int
     batches: int
     disk: dict[str, int]
-    seconds: dict[str, float]
+    amounts: dict[str, float]
+    rates: Rates
     how: str
     devices: int
     readers: list[Reader]
     warnings: list[str]
 
-    @cached_property
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each kind of work takes."""
+        return self.rates.seconds(self.amounts)
+
+    @property
     def total(self) -> float:
         """All seconds."""
         return sum(self.seconds.values())
+
+    def at(self, rates: Rates) -> Self:
+        """Return the same at other rates."""
+        return replace(self, rates=rates)
 
     def line(self) -> str:
         """Return it in one line."""
@@ -95,8 +105,8 @@ class Estimate:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it, with the sum of the seconds."""
-        return asdict(self) | {"total_seconds": round(self.total, 1)}
+        """Return all of it, with the seconds and their sum."""
+        return asdict(self) | {"seconds": self.seconds, "total_seconds": round(self.total, 1)}
 
 
 def estimate(plan: Plan, rates: Rates, *, like: tuple[str, Machine] | None = None, devices: int = 1) -> Estimate:
@@ -127,7 +137,8 @@ def estimate(plan: Plan, rates: Rates, *, like: tuple[str, Machine] | None = Non
         alive=peak.alive,
         batches=peak.batches,
         disk=plan.disk(),
-        seconds=Rates(rates | {"link": network * 1e9}).seconds(work),
+        amounts=work,
+        rates=Rates(rates | {"link": network * 1e9}),
         how=f"arithmetic: {like[0]}" if like else "probe",
         devices=devices,
         readers=plan.readers(),
@@ -150,7 +161,7 @@ def dealt(work: Work, devices: int, batches: int) -> dict[str, float]:
     found: dict[str, float] = defaultdict(float)
     for (kind, how), amount in work.items():
         found[kind] += amount * shares[how]
-    return found
+    return dict(found)
 
 
 def _rows(plan: Plan, holdings: Holdings) -> list[Row]:

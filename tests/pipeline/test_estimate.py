@@ -12,7 +12,7 @@ from llmq.guard.reading import Entry
 from llmq.pipeline.estimate import PIECES, dealt, estimate
 from llmq.pipeline.machines import machine, on_paper
 from llmq.pipeline.plan import outline
-from llmq.pipeline.rates import NOMINAL
+from llmq.pipeline.rates import NOMINAL, Rates
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 
@@ -55,14 +55,14 @@ def test_the_value_is_json_with_these_keys(tiny_checkpoint):
     said = json.loads(json.dumps(estimate(planned(tiny_checkpoint(), method="gptq"), NOMINAL).to_json()))
     assert said.keys() == {
         "source", "method", "format", "linears", "floats", "bytes", "float_bytes", "bits_per_weight", "memory", "alive",
-        "batches", "disk", "seconds", "how", "devices", "readers", "warnings", "total_seconds",
+        "batches", "disk", "amounts", "rates", "how", "devices", "readers", "warnings", "seconds", "total_seconds",
     }  # fmt: skip
     assert said["linears"][0].keys() == {"name", "shape", "site", "grid", "bytes"}
     assert said["readers"][1].keys() == {"runtime", "version", "accepts", "reason", "known"}
     host = said["memory"]["host"]
     assert host.keys() == {"bytes", "at", "terms"} and host["bytes"] == sum(host["terms"].values())
     assert said["memory"]["device"]["bytes"] == 0 and said["how"] == "probe" and said["devices"] == 1
-    assert said["disk"].keys() == {"output", "parts", "states", "hessians"}
+    assert said["disk"].keys() == {"output", "parts", "states", "squares", "hessians"}
     assert said["total_seconds"] == pytest.approx(sum(said["seconds"].values()), abs=0.06)
 
 
@@ -72,6 +72,13 @@ def test_the_line_says_size_memory_disk_and_time(tiny_checkpoint):
         f"0.5 MB become 0.2 MB, {found.bits_per_weight:.2f} bits a weight; at most "
         f"{found.memory['host']['bytes'] / 1e9:.1f} GB of memory, 0.0 GB of disk meanwhile; about 2 s"
     )
+
+
+def test_other_rates_are_other_seconds_of_the_same_work(tiny_checkpoint):
+    found = estimate(planned(tiny_checkpoint(), method="gptq"), NOMINAL)
+    faster = found.at(Rates({kind: 2 * rate for kind, rate in NOMINAL.items()}))
+    assert faster.total == pytest.approx(found.total / 2) and faster.bytes == found.bytes
+    assert found.seconds["forward"] == found.amounts["forward"] / NOMINAL["forward"]
 
 
 def test_work_is_dealt_by_batches_rows_and_owners():
