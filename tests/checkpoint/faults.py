@@ -1,11 +1,11 @@
 """Runs `llmq` in forked children, each ended at its n-th step on the file system: by SIGKILL, or by a full disk.
 
-    python faults.py kill|kill-no-exchange|full FOLDER TRIALS SEED OLD NEW
+    python faults.py kill|kill-no-exchange|full|full-again FOLDER TRIALS SEED OLD NEW
 
 OLD and NEW are arguments of the command line, as JSON: OLD runs once in FOLDER, then NEW in each trial, FOLDER being
 put back before. Prints, as JSON, what FOLDER holds after OLD and after an undisturbed NEW, the steps of that, and for
-each trial: the step, the exit status, what was printed, what FOLDER holds; after a kill, also what the same command
-then does. A process of its own, since a forked child of one with busy threads can hang.
+each trial: the step, the exit status, what was printed, what FOLDER holds; after a kill, or a disk that is full for a
+moment (full-again), also what the same command then does. A process of its own, since a forked child of one with busy threads can hang.
 """
 
 import builtins
@@ -121,7 +121,8 @@ def main():
     """Do as the module says."""
     if sys.argv[1] == "kill-no-exchange":
         llmq.checkpoint.disk.exchange = lambda a, b: False
-    now["kill"], folder, count, seed = sys.argv[1] != "full", Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    now["kill"], again = sys.argv[1].startswith("kill"), sys.argv[1] != "full"
+    folder, count, seed = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     before, arguments = json.loads(sys.argv[5]), json.loads(sys.argv[6])
     saved = folder.with_name(folder.name + "-as-it-was")
     once(before, folder)
@@ -139,7 +140,7 @@ def main():
         back()
         status, said, _ = run(arguments, at, folder)
         trial = {"at": at, "status": status, "said": said, "held": held(folder)}
-        if now["kill"]:
+        if again and status:
             status, said, _ = run(arguments, 0, folder)
             trial |= {"next": status, "next said": said, "next held": held(folder)}
         report["trials"].append(trial)
