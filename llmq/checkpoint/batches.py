@@ -8,7 +8,7 @@ A file is named by the number of its batch in the whole calibration, whoever hol
 not mapped: pages that are mapped count as memory of the process, those that were read are the page cache's, which gives
 them back when memory is short. Where a GPU computes, the batch after the one that is asked for is read meanwhile, and
 one is written while the next is made.
-Not here: what the batches go through (model/lanes.py), when a state is no longer needed (the run).
+Not here: what the batches go through (model/lanes.py), when a state is no longer needed (journal.py).
 """
 
 from __future__ import annotations

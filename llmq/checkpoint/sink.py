@@ -91,6 +91,7 @@ class Sink:
         self.stage = self._stage.new
         if found and found.state(self.target) == "unfinished":
             self.goes_on, self.promise = True, lambda: "the same command goes on"
+            log.warning("an earlier run of this very command left %s, unfinished; it is taken up", found)
             for unlike in found.take():
                 log.warning("%s: begun with %s: roundings may differ from those of one run", found.folder, unlike)
         elif found:
@@ -254,35 +255,43 @@ class Sink:
     def _earlier(self, *, act: bool) -> Stage | None:
         """Return the stage that this very command left. Raises LlmqError for one that is in the way.
 
-        act: return an unfinished one too, in which the run goes on; clean up after a commit that was cut short; with
-        `--overwrite`, remove what is unfinished.
+        act: return an unfinished one too, in which the run goes on, and remove what is in nobody's way; else nothing
+        is touched, and what depends on a run that is not known yet is left for later.
         """
         for folder in stages(self.out):
             stage = Stage.open(folder)
             stage.put_back(self.out)
-            state, run = stage.state(self.target), stage.run()
-            same = self._run == run if self._run else not act  # what is not known yet is found when it is
-            begun = state == "unfinished" and not stage.files() and (stage.overwrites() or not self.overwrite)
-            if same and (begun or state in ("whole", "committed")):
-                if not act:
-                    stage.close()
-                if act or not begun:
+            state = stage.state(self.target)
+            same = self._run == stage.run() if self._run else not act
+            if same and (state in ("whole", "committed") or self._may_go_on(stage, state)):
+                if act:
                     return stage
-                continue
-            unlike = f", of another command{_unlike(run, self._run or {})}" if not same and state != "empty" else ""
-            said = f"an earlier run left {stage}, {state}{unlike}"
-            if state in ("whole", "unfinished") and not self.overwrite:
                 stage.close()
-                raise LlmqError(f"{said}; move it away, or say --overwrite to begin anew")
-            if not act or state == "whole":
-                stage.close()
-            if act:
-                log.warning("%s; it %s", said, "stays there" if state == "whole" else "is removed")
-                if state == "committed":
-                    self._clean(stage)
-                elif state != "whole":
-                    stage.remove()
+                if state != "unfinished":
+                    return stage
+            else:
+                self._refuse_or_remove(stage, state, same=same, act=act)
         return None
+
+    def _may_go_on(self, stage: Stage, state: str) -> bool:
+        """Say whether the same command goes on in a stage: nobody has changed it, and no --overwrite was added."""
+        return state == "unfinished" and not stage.files() and (stage.overwrites() or not self.overwrite)
+
+    def _refuse_or_remove(self, stage: Stage, state: str, *, same: bool, act: bool) -> None:
+        """Raise LlmqError for a stage that is in the way; act: remove one that is not, but for a whole result."""
+        unlike = f", of another command{_unlike(stage.run(), self._run or {})}" if not same and state != "empty" else ""
+        said = f"an earlier run left {stage}, {state}{unlike}"
+        if state in ("whole", "unfinished") and not self.overwrite:
+            stage.close()
+            raise LlmqError(f"{said}; move it away, or say --overwrite to begin anew")
+        if not act or state == "whole":
+            stage.close()
+        if act:
+            log.warning("%s; it %s", said, "stays there" if state == "whole" else "is removed")
+            if state == "committed":
+                self._clean(stage)
+            elif state != "whole":
+                stage.remove()
 
     def _clean(self, stage: Stage) -> None:
         """Remove a stage whose content is in place, and what it replaced."""

@@ -87,8 +87,7 @@ def _resumed(sink: Sink, blocks: int) -> Journal:
     sink.go_back(journal.parts)
     sink.promise = partial(_promise, journal, blocks, overwrite=sink.overwrite)
     if sink.goes_on:
-        where = _where(journal.steps, blocks)
-        log.warning("%s is of an earlier run of this very command: going on from %s", sink.room, where)
+        log.warning("going on from %s", _where(journal.steps, blocks))
     return journal
 
 

@@ -5,7 +5,8 @@
 OLD and NEW are arguments of the command line, as JSON: OLD runs once in FOLDER, then NEW in each trial, FOLDER being
 put back before. Prints, as JSON, what FOLDER holds after OLD and after an undisturbed NEW, the steps of that, and for
 each trial: the step, the exit status, what was printed, what FOLDER holds; after a kill, or a disk that is full for a
-moment (full-again), also what the same command then does. A process of its own, since a forked child of one with busy threads can hang.
+moment (full-again), also what the same command then does. A process of its own, since a forked child of one with busy
+threads can hang.
 """
 
 import builtins
