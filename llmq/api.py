@@ -22,6 +22,7 @@ from llmq.evaluation.streamed import Streamed
 from llmq.evaluation.windows import find_convention, load_text
 from llmq.export import floats
 from llmq.loading import as_dtype, load, load_tokenizer
+from llmq.model.device import device_of
 from llmq.pipeline import machines, rates, run, weights, whole_model
 from llmq.pipeline.estimate import Estimate, estimate
 from llmq.pipeline.memory import capped
@@ -30,6 +31,7 @@ from llmq.pipeline.sinks import refuse
 from llmq.progress import Listener, Progress, Work
 from llmq.readers import require
 from llmq.recipe import KINDS, Recipe
+from llmq.team import ALONE, Team, join, placed
 from llmq.types import LlmqError
 
 OF_THE_RUN = (
@@ -70,11 +72,12 @@ def quantize(
         and first of the plan.
     Raises LlmqError for an option that does not exist, and as `Recipe`, `prepare` and the run do.
     """
+    team = join(device_of(placed(device)))
     planned = _outlined(
         src, out, recipe, options, max_memory, device_memory,
-        adapter=adapter, runtime=runtime, device=device, allow_code=allow_code, overwrite=overwrite,
+        adapter=adapter, runtime=runtime, device=device, allow_code=allow_code, overwrite=overwrite, team=team,
     )  # fmt: skip
-    work = Work.of(progress)
+    warn, work = (warn, Work.of(progress)) if team.leads else (_nothing, Work())
     planned = weights.read(planned, work)
     said = list(planned.warnings)
     for warning in said:
@@ -89,6 +92,10 @@ def quantize(
         if warning not in said:  # what calibration left out
             _tell(warning, warn, work)
     return record
+
+
+def _nothing(_warning: str) -> None:
+    """Leave it to the first process to say."""
 
 
 def _tell(warning: str, warn: Callable[[str], Any], work: Work) -> None:
@@ -151,6 +158,7 @@ def _outlined(
     device: str | torch.device,
     allow_code: bool,
     overwrite: bool,
+    team: Team = ALONE,
 ) -> Plan:
     """Return the plan of `quantize` by the headers, and refuse all that they can say."""
     for name in options.keys() - KINDS.keys():
@@ -160,7 +168,8 @@ def _outlined(
         given = {"format": "gguf"} | given
     what = Recipe.load(None if recipe is None else user_path(recipe), given, allow_code=allow_code)
     if out is not None:
-        refuse(what, str(src), None if adapter is None else str(adapter), Path(out), overwrite=overwrite)
+        added, there = None if adapter is None else str(adapter), Path(out)
+        team.first(lambda: refuse(what, str(src), added, there, overwrite=overwrite))
     planned = outline(str(src), what, device, adapter)
     if runtime is not None:
         require(planned.readers(), runtime)

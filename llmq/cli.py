@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from llmq import signals
+from llmq import launched, signals
 from llmq.commands.convert import dequantize, export
 from llmq.commands.look import inspect, list_
 from llmq.commands.measure import evaluate, generate, verify
@@ -40,6 +40,8 @@ def main() -> None:
     except BaseException as e:  # an interrupt comes in any guise
         signals.hold()
         done = isinstance(e, SystemExit) and not e.code
+        if not done and not launched.ends_first():
+            sys.exit(1)
         if (number := signals.caught()) and not done:
             error.print(plain("; ".join(["interrupted", *(notes(e) or ["nothing was written"])]), longest=None))
             sys.exit(128 + number)

@@ -9,8 +9,8 @@ A statistic keeps named tensors and declares of each how it is reduced, over bat
             self.reduce("max", X_TK.abs().amax(0).float())
 
 A sum of floats depends on the order of its terms. So the calibration is cut into parts, the same for any number of
-processes (team.py): batches are added up within their part, and then the parts, in their order. Where several processes
-see a part each, `close_part` is given what joins theirs; the sums have the same bits as in one process.
+processes: batches are added up within their part, and then the parts, in their order. Where several processes see a
+part each, `close_part` joins theirs (team.py); the sums have the same bits as in one process.
 
 `calibration/collect.py` makes one of each class that a step needs, per site, and the block drops them when the site is
 solved. A `paired` one is updated with `(X_TK, F_TK)`: the same tokens' activations in the quantized and in the float
@@ -29,6 +29,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from llmq.team import ALONE, Team
 
 _PANEL = 192  # the least columns of one product in the rank-k update; narrower products lose speed
 _TRIANGLE = 9 / 16  # of a square is in eight panels of rows from the diagonal on
@@ -85,11 +87,9 @@ class Stat(ABC):
         mine = self.part.get(name)
         self.part[name] = tensor if mine is None else self.reduction(name)(mine, tensor)
 
-    def close_part(self) -> None:
-        """Add the part that was seen to the totals."""
-        for name, tensor in self.part.items():
-            total = self.totals.get(name)
-            self.totals[name] = tensor if total is None else self.reduction(name)(total, tensor)
+    def close_part(self, team: Team = ALONE) -> None:
+        """Add the part that was seen to the totals, and those that other processes of the team saw, in their order."""
+        self.totals = team.joined(self.totals, self.part, self.reduction)
         self.part = {}
 
     def add(self, name: str, count: int) -> None:

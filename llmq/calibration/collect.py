@@ -21,6 +21,7 @@ def collect(
 ) -> Stats:
     """Return statistics of these kinds over activations `[T, K]`, batch by batch, in the calibration's parts.
 
+    batches: this process' own; the statistics are those of all.
     floats: the float model's activations for the first of these batches, of the same tokens and maybe of others behind
         them. A batch may have no token, as an expert's has.
     roots: what the activations of a token are multiplied by in sums of products, `[T, 1]` a batch.
@@ -29,16 +30,22 @@ def collect(
     stats = started(kinds, dealt)
     coming, leading, rooted = iter(batches), floats or iter(()), roots or iter(())
     for part in dealt.parts:
-        for at in part:  # no name holds an activation while the next one is made
-            see(stats, at, next(coming), next(leading, None), next(rooted, None))
-        for stat in (*stats.values(), *([also] if also else [])):
-            stat.close_part()
+        for number in part:  # no name holds an activation while the next one is made
+            see(stats, dealt.starts[number], next(coming), next(leading, None), next(rooted, None))
+        close([*stats.values(), *([also] if also else [])], dealt)
+    stats.tokens = sum(dealt.team.gather(stats.tokens))
     return stats
 
 
 def started(kinds: Iterable[type[Stat]], dealt: Dealt) -> Stats:
     """Return statistics of these kinds, nothing seen yet."""
     return Stats({kind: kind(dealt.tokens) for kind in sorted(set(kinds), key=lambda kind: kind.__name__)})
+
+
+def close(stats: Iterable[Stat], dealt: Dealt) -> None:
+    """Add the part that was seen to the totals, and those that the other processes saw."""
+    for stat in stats:
+        stat.close_part(dealt.team)
 
 
 def see(stats: Stats, at: int, X_TK: Tensor, F_TK: Tensor | None = None, root: Tensor | None = None) -> None:

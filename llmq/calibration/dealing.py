@@ -13,6 +13,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llmq.team import ALONE, Team
+
 PARTS = 8
 
 
@@ -25,16 +27,28 @@ def cut(count: int, parts: int = PARTS) -> list[range]:
 
 @dataclass(frozen=True)
 class Dealt:
-    """The batches of a calibration in parts.
+    """The batches of a calibration in parts, which are dealt over the processes of a team.
 
-    tokens: how many there are in all. parts: the batches of each part, each by the number of its first token.
+    tokens: how many there are in all. parts: of each part that is this process' own, its batches, by their numbers; an
+        empty one where others have one more. starts: the number of the first token of every batch.
     """
 
     tokens: int = 0
     parts: Sequence[Sequence[int]] = ()
+    starts: Sequence[int] = ()
+    team: Team = ALONE
 
     @classmethod
-    def of(cls, tokens: Sequence[int]) -> Dealt:
+    def of(cls, tokens: Sequence[int], team: Team = ALONE) -> Dealt:
         """Return the parts of batches of so many tokens each."""
-        ends = list(itertools.accumulate(tokens))
-        return cls(sum(tokens), [[ends[b] - tokens[b] for b in part] for part in cut(len(tokens))])
+        parts = cut(len(tokens))
+        rounds = -(-len(parts) // team.size)
+        own = [*team.own(parts), *[range(0)] * rounds][:rounds]
+        return cls(
+            sum(tokens), own, [end - n for end, n in zip(itertools.accumulate(tokens), tokens, strict=True)], team
+        )
+
+    @property
+    def numbers(self) -> list[int]:
+        """The batches that are this process' own, in the order in which they are seen."""
+        return [number for part in self.parts for number in part]

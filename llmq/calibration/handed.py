@@ -19,10 +19,14 @@ from llmq.checkpoint.disk import writing
 from llmq.guard.reading import metadata, tensor_entries
 from llmq.model.lanes import Call
 
+_PROBE = "probe_calls"
+
 
 def keep(state: Calibration) -> None:
     """Write what was handed on so far beside the hidden states; nothing where blocks share nothing."""
     for name, shared in _shared(state) if state.hidden else ():
+        if name.startswith(_PROBE) and not state.dealt.team.leads:
+            continue  # all processes have the same
         tensors = {f"{key} {i}": t.cpu() for key, values in shared.items() for i, t in enumerate(values)}
         orders = {n: sorted(range(t.dim()), key=t.stride, reverse=True) for n, t in tensors.items()}
         file = state.hidden.folder / name
@@ -51,10 +55,12 @@ def _shared(state: Calibration) -> Iterator[tuple[str, UserDict[str, Any]]]:
     kinds: Mapping[str, Sequence[Sequence[Call]]] = {
         "calls": state.calls,
         "float_calls": state.float_calls,
-        "probe_calls": [state.probe.calls] if state.probe else [],
+        _PROBE: [state.probe.calls] if state.probe else [],
     }
     for kind, batches in kinds.items():
         for b, calls in enumerate(batches):
+            if kind != _PROBE and b not in state.dealt.numbers:
+                continue
             values = [v for args, kwargs in calls for v in (*args, *kwargs.values()) if isinstance(v, UserDict)]
             for i, shared in enumerate({id(v): v for v in values}.values()):
                 yield f"{kind}-{b:06d}-{i}", shared

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from llmq.model.lanes import Call
+from llmq.team import Team
 from llmq.types import LlmqError
 
 _REMEDY = "leave --kv-bits out for this model"
@@ -46,6 +47,11 @@ class KvMaxima(DynamicCache):
         seen = [t.detach().abs().amax((0, 2, 3)).float() for t in (key_states, value_states)]
         self.largest = [torch.maximum(a, b) for a, b in zip(self.largest or seen, seen, strict=True)]
         return key_states, value_states
+
+    def meet(self, team: Team) -> None:
+        """Take in what the other processes of a team have seen."""
+        seen = [largest for largest in team.gather([t.cpu() for t in self.largest]) if largest]
+        self.largest = [torch.stack(of_all).amax(0) for of_all in zip(*seen, strict=True)]
 
     def into(self, calls: Sequence[Call]) -> Sequence[Call]:
         """Return the calls of a block with this cache among their arguments."""

@@ -39,8 +39,9 @@ class Calibration:
     """The calibration where it stands between two blocks, batch by batch; empty where no step reads activations.
 
     hidden: what the quantized blocks so far made of it. floats: what the float blocks made of its first batches, as
-    many as the steps that compare the two want. calls: the other arguments of a block's call, indexed `[batch][block]`;
-    float_calls: those of the float blocks, with objects of their own.
+    many as the steps that compare the two want. Both of the batches that are this process' own.
+    calls: the other arguments of a block's call, indexed `[batch][block]`, of all batches; float_calls: those of the
+    float blocks, with objects of their own.
     squares: of every linear still to come, by full name, the squared gradients at its output, `[T]` a batch, where
     tokens are weighed. ids: the tokens themselves, int64 `[samples, seq_len]`. probe: a short sequence beside them.
     dealt: the parts that the batches make.
@@ -56,8 +57,8 @@ class Calibration:
     dealt: Dealt = field(default_factory=Dealt)
 
     def __post_init__(self) -> None:
-        if sum(map(len, self.dealt.parts)) != len(self.calls):
-            raise ValueError("every batch of a calibration is in one of its parts")
+        if self.hidden and list(self.hidden.numbers) != self.dealt.numbers:
+            raise ValueError("the batches of a calibration are those that were dealt")
 
     @property
     def tokens(self) -> int:

@@ -29,23 +29,29 @@ def squared_gradients(
     hidden: Sequence[Tensor],
     calls: Sequence[Sequence[Call]],
     device: torch.device,
-    seed: int,
+    seeds: Sequence[int],
     report: Progress,
     most: int | None = None,
 ) -> dict[str, list[Tensor]]:
     """Return s of every linear of every block by full name, float32 `[T]`, batch by batch.
 
     hidden: what enters block 0, `[B, S, H]` a batch. calls: the blocks' other arguments, indexed `[batch][block]`.
+    seeds: what the labels of each batch are drawn by (`seed_of`), whoever draws them.
     most: how many batches may go through the blocks together at most, but for one; None for no bound.
     """
-    draw = torch.Generator(device).manual_seed(seed)
     found: dict[str, list[Tensor]] = {}
-    step = held_at_once(hidden[0].nbytes, len(skeleton), most)
+    step = held_at_once(hidden[0].nbytes, len(skeleton), most) if len(hidden) else 1
     for first in range(0, len(hidden), step):
         part = slice(first, first + step)
-        _add_squares(skeleton, hidden[part], calls[part], device, draw, found)
+        draws = [torch.Generator(device).manual_seed(seed) for seed in seeds[part]]
+        _add_squares(skeleton, hidden[part], calls[part], device, draws, found)
         report(min(first + step, len(hidden)), len(hidden), "gradients")
     return found
+
+
+def seed_of(seed: int, number: int) -> int:
+    """Return what the labels of the batch of that number are drawn by, in a run of that seed."""
+    return (seed << 32) + number
 
 
 def held_at_once(batch: int, blocks: int, most: int | None = None) -> int:
@@ -59,7 +65,7 @@ def _add_squares(
     hidden: Sequence[Tensor],
     calls: Sequence[Sequence[Call]],
     device: torch.device,
-    draw: torch.Generator,
+    draws: Sequence[torch.Generator],
     found: dict[str, list[Tensor]],
 ) -> None:
     """Run these batches forward through all blocks, then backward, and add the squares to those `found` so far."""
@@ -68,7 +74,7 @@ def _add_squares(
     for i, read in enumerate(skeleton.reads(blocks, device)):
         with skeleton.loaded(i, device, read=read) as block:
             entered.append([run(block, h, c[i]) for h, c in zip(entered[-1], calls, strict=True)])
-    slopes = _of_outputs(skeleton, entered.pop(), device, draw)
+    slopes = _of_outputs(skeleton, entered.pop(), device, draws)
     for i, read in zip(reversed(blocks), skeleton.reads(reversed(blocks), device), strict=True):
         with skeleton.loaded(i, device, read=read) as block:
             inputs = entered.pop()
@@ -78,11 +84,13 @@ def _add_squares(
                     found.setdefault(skeleton.full_name(i, name), []).append(s)
 
 
-def _of_outputs(skeleton: Skeleton, outputs: list[Tensor], device: torch.device, draw: torch.Generator) -> list[Tensor]:
+def _of_outputs(
+    skeleton: Skeleton, outputs: list[Tensor], device: torch.device, draws: Sequence[torch.Generator]
+) -> list[Tensor]:
     """Return the gradient of L with respect to the last block's output, batch by batch."""
     with outside_loaded(skeleton, device, head=True):
         slopes = []
-        for out in outputs:
+        for out, draw in zip(outputs, draws, strict=True):
             parts = out.reshape(-1, out.shape[-1]).split(POSITIONS)
             slopes.append(torch.cat([_of_positions(skeleton, x, draw) for x in parts]).reshape(out.shape))
         return slopes

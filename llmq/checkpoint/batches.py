@@ -70,6 +70,10 @@ class Batches(Sequence[Tensor]):
         folder = self.folder.with_name(f"{int(self.folder.name) + 1:0{len(self.folder.name)}d}")
         return Batches(folder, self.kind, self.numbers, self.device).filled(batches)
 
+    def of(self, numbers: Sequence[int]) -> Batches:
+        """Return other batches of the same kind and place, as another process may have written them."""
+        return Batches(self.folder, self.kind, numbers, self.device)
+
     def _file(self, number: int) -> Path:
         return self.folder / f"{self.kind}-{number:06d}"
 

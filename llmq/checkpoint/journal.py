@@ -64,6 +64,13 @@ class Journal:
         self._due = time.monotonic()
         self._drop_states(newer=True)
 
+    @classmethod
+    def followed(cls, folder: Path, steps: int) -> Journal:
+        """Return the journal that another process of the run keeps, as it told: for reading where the run stands."""
+        journal = cls.__new__(cls)
+        journal.folder, journal.steps = folder, steps
+        return journal
+
     @property
     def made(self) -> bool:
         """Whether something is kept that holds for the whole run and took long to make."""
@@ -91,6 +98,10 @@ class Journal:
         if not (self.folder / name).exists():
             self.keep(name, *make())
         return self._read(name)
+
+    def has(self, name: str) -> bool:
+        """Say whether something was made once under this name."""
+        return (self.folder / f"{_ONCE}{name}").exists()
 
     def step(self, i: int) -> Kept:
         """Return what a finished step left to be known."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmq import launched
 from llmq.commands.terminal import console, progress, warn
 from llmq.show import Rows
 
@@ -69,6 +70,9 @@ def quantize(
     from llmq.api import quantize as run
 
     start = time.monotonic()
+    if not launched.leads():
+        run(**given)
+        return
     with progress(log_json) as work:
         record = run(**given, warn=warn, progress=work)
     _print_summary(out, record, time.monotonic() - start)

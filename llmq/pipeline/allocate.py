@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from llmq.calibration.collect import collect
 from llmq.calibration.dealing import Dealt
 from llmq.calibration.state import Calibration
-from llmq.calibration.token_gradients import squared_gradients
+from llmq.calibration.token_gradients import seed_of, squared_gradients
 from llmq.checkpoint import Journal
 from llmq.format import packed_bytes
 from llmq.model.lanes import Lanes
@@ -58,7 +58,9 @@ def allocate(plan: Plan, state: Calibration, journal: Journal, report: Progress)
     recipe = plan.method.recipe
     if recipe.target_bpw is None:
         return plan
-    chosen = journal.once("bits", lambda: ({}, {"chosen": _chosen(plan, state, report)})).facts["chosen"]
+    chosen = plan.team.first(  # which has the first batch
+        lambda: journal.once("bits", lambda: ({}, {"chosen": _chosen(plan, state, report)})).facts["chosen"]
+    )
     overrides = tuple(f"^({'|'.join(re.escape(n) for n in names)})$:bits={bits}" for names, bits in chosen)
     settled = dataclasses.replace(recipe, override=(*recipe.override, *overrides), target_bpw=None, bit_choices=None)
     schemes = {n: plan.linears[n].at_bits(bits).scheme for names, bits in chosen for n in names}
@@ -77,7 +79,9 @@ def costs(plan: Plan, state: Calibration, report: Progress) -> dict[tuple[str, .
     """Return what the sites cost at each of the recipe's choices of bits, by the full names of their linears."""
     hidden, calls, squares = state.hidden[0], state.calls[:1], state.squares
     if not squares:
-        squares = squared_gradients(plan.skeleton, [hidden], calls, plan.device, plan.method.recipe.seed, report)
+        squares = squared_gradients(
+            plan.skeleton, [hidden], calls, plan.device, [seed_of(plan.method.recipe.seed, 0)], report
+        )
     ids = state.ids[: len(hidden)]
     state = Calibration(calls=calls, squares=squares, ids=ids, probe=state.probe, dealt=Dealt.of([ids.numel()]))
     found: dict[tuple[str, ...], list[Choice]] = {}

@@ -13,7 +13,7 @@ Not here: the suspended forwards (model/lanes.py), solving a site (site.py), any
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -69,7 +69,8 @@ def quantize_block(
 ) -> tuple[dict[str, Tensor], Report, Calibration]:
     """Quantize block `i`; one behind the last is the head. work: is told what is done in it. read: as for `loaded`.
 
-    Returns the block's tensors as they are written, by full name, what is known of it, and the state behind it.
+    Returns the block's tensors as the first process writes them, by full name, what is known of it, and the state
+    behind it.
     """
     work = work or Work()
     work.step("load")
@@ -81,11 +82,12 @@ def quantize_block(
         packed, maxima = _opened(block) if i < len(plan.skeleton) else ({}, None)
         solved, state = _solve(block, maxima)
         if maxima is not None:
+            maxima.meet(plan.team)
             dtype = plan.method.format.scale_dtype(plan.skeleton.stored_dtype)
             packed |= {block.full(n): t for n, t in maxima.tensors(module, plan.method.recipe.kv, dtype).items()}
         work.step("pack", list(solved))
         for name, s in solved.items():
-            packed |= plan.packed(block.full(name), s.q)
+            packed |= plan.packed(block.full(name), s.q) if plan.team.leads else {}
             _note(block, block.full(name), s)
     return packed, block.report, state
 
@@ -129,29 +131,38 @@ def _solve(block: Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], Ca
         block.passing.stay = True
         alive = None if in_experts(module) else plan.alive  # of experts, no weight is there to run anew through
         if original is not None:
-            floats = block.calls_in(state.float_calls)
+            floats = block.calls_of(state.float_calls, state.floats.numbers)
             layers.lead(original)
             reference = stack.enter_context(Lanes(original, block.sites, state.floats, floats, alive))
-        if state.hidden:
+        if state.dealt.parts:  # though no batch of them may be this process' own
             lanes = stack.enter_context(Lanes(module, block.sites, state.hidden, calls, alive))
         for site in block.sites:
             solved |= _solve_site(block, site, lanes, reference, layers.of(site), for_tuners)
         if lanes:
-            block.report.record.experts |= layers.counts(block.full)
-        if reference and (block.moves_on or tuners):
-            outputs = state.floats.moved(reference.finish())
+            block.report.record.experts |= layers.counts(block.full, plan.team)
+        if tuners or (reference and block.moves_on):
+            outputs = state.floats.moved(reference.finish() if reference else ())
         if lanes and block.moves_on and not tuners:
             hidden = state.hidden.moved(lanes.finish())
     for tuner in tuners:
         block.work.step(registry.dump(tuner))
-        targets = {f.name: f.answer.W_NK for f in for_tuners}
-        view = BlockView(module, solved, targets, state.hidden, outputs, block.calls, plan.method.recipe.seed)
-        tuned = gave(tuner, tuner.tune(view), dict)
+        tuned = gave(tuner, tuner.tune(_view(block, solved, for_tuners, outputs)), dict)
         solved = {f.name: _placed(block, f, tuned[f.name]) for f in for_tuners}
     if tuners and (block.moves_on or maxima is not None):
         hidden = state.hidden.moved(run(module, h, c) for h, c in zip(state.hidden, calls, strict=True))
     squares = {n: s for n, s in state.squares.items() if not n.startswith(block.full(""))}
     return solved, dataclasses.replace(state, hidden=hidden, floats=outputs, squares=squares)
+
+
+def _view(block: Block, solved: Mapping[str, Solved], found: Sequence[_Found], outputs: Batches) -> BlockView:
+    """Return what a tuner sees: all batches, whichever process made them, so that all do the same."""
+    plan, state = block.plan, block.state
+    plan.team.meet()
+    numbers = range(len(state.dealt.starts))
+    calls, targets = block.calls_of(state.calls, numbers), {f.name: f.answer.W_NK for f in found}
+    return BlockView(
+        block.module, solved, targets, state.hidden.of(numbers), outputs.of(numbers), calls, plan.method.recipe.seed
+    )
 
 
 def _solve_site(
@@ -194,7 +205,7 @@ def _solve_site(
     bad = unusable(stats) if lanes else ""
     if bad and static:
         raise no_static_scale(block.full(site.linears[0]), layer, bad)
-    answers = round_unseen(targets, {"fallback": f"rtn: {bad}"}) if bad else solve(method, targets, stats)
+    answers = round_unseen(targets, {"fallback": f"rtn: {bad}"}) if bad else solve(method, targets, stats, plan.team)
     answers = {n: a.noted(line | strain(a.W_NK, a.solved.q)) for n, a in answers.items()}
     if static:
         inputs, clipped = static_input(static, stats[Histogram])
@@ -236,15 +247,16 @@ def _placed(block: Block, found: _Found, solved: Solved) -> Solved:
     elif block.state.tokens:
         block.passing.put(found.name, weight)
     line = {"method": block.plan.method.recipe.method, "bits": solved.q.grid.bits, **solved.report}
-    return Solved(solved.q, line | Line().add(solved.q, Q_NK, found.W_NK, found.H_KK).to_json())
+    return Solved(solved.q, line | Line().add(solved.q, Q_NK, found.W_NK, found.H_KK, block.plan.team).to_json())
 
 
 def _roots(block: Block, site: Site, method: Method) -> Iterator[Tensor]:
-    """Yield the square roots of the tokens' weights `[T, 1]`, batch by batch; nothing where no step weighs tokens."""
+    """Yield the square roots of the tokens' weights `[T, 1]` of own batches; nothing where no step weighs tokens."""
     squares = [s for n in site.linears if (s := block.state.squares.get(block.full(n)))]
     for weighting in method.weightings if squares else ():
         weight_T = weighting.weigh([torch.cat(list(s)) for s in squares])
-        yield from weight_T.sqrt()[:, None].split([len(s) for s in squares[0]])
+        roots = weight_T.sqrt()[:, None].split([len(s) for s in squares[0]])
+        yield from (roots[number] for number in block.state.hidden.numbers)
 
 
 def _settle(block: Block) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from llmq import calibration
 from llmq.calibration import handed
 from llmq.calibration.dealing import Dealt
 from llmq.calibration.state import BATCH_TOKENS, Calibration, Probe
-from llmq.calibration.token_gradients import squared_gradients
+from llmq.calibration.token_gradients import seed_of, squared_gradients
 from llmq.checkpoint import Journal
 from llmq.checkpoint.batches import Batches
 from llmq.checkpoint.digest import digest
@@ -42,22 +41,25 @@ def entering(plan: Plan, journal: Journal, work: Work) -> Calibration:
     """
     if not plan.calibrates():
         return Calibration()
-    ids = _tokens(plan, journal, work)
+    ids = plan.team.first(lambda: _tokens(plan, journal, work))
     batches = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
     paired = math.ceil(plan.paired() * len(batches))
     ((short, call),) = enter(plan.skeleton, [ids[:1, :PROBE_TOKENS]], plan.device)
     calls: list[Sequence[Call]] = []
-    coming = _noting(calls, enter(plan.skeleton, batches, plan.device))
+    dealt = Dealt.of([b.numel() for b in batches], plan.team)
+    own = dealt.numbers
+    coming = (h for n, h in enumerate(_noting(calls, enter(plan.skeleton, batches, plan.device))) if n in own)
     folder, device = journal.state, plan.device
     if journal.steps:
-        hidden, floats = (Batches.found(folder, kind, device) for kind in ("hidden", "floats"))
+        found = [Batches.found(folder, kind, device) for kind in ("hidden", "floats")]
+        hidden, floats = (of_all.of([n for n in of_all.numbers if n in own]) for of_all in found)
         deque(coming, maxlen=0)
     else:
-        hidden = Batches(folder, "hidden", range(len(batches)), device).filled(coming)
-        floats = Batches(folder, "floats", range(paired), device).filled(hidden[i] for i in range(paired))
+        hidden = Batches(folder, "hidden", own, device).filled(coming)
+        first = [n for n in own if n < paired]
+        floats = Batches(folder, "floats", first, device).filled(hidden[i] for i in range(len(first)))
     squares = _squares(plan, journal, hidden, calls, work) if plan.method.weightings else {}
     apart = [of_their_own(c) for c in calls[:paired]]
-    dealt = Dealt.of([b.numel() for b in batches])
     state = Calibration(hidden, floats, calls, apart, squares, ids, Probe(short, call), dealt)
     handed.put_back(state)
     return state
@@ -109,16 +111,20 @@ def _writer(plan: Plan) -> nn.Module:
 
 
 def _squares(
-    plan: Plan, journal: Journal, hidden: Sequence[Tensor], calls: Sequence[Sequence[Call]], work: Work
+    plan: Plan, journal: Journal, hidden: Batches, calls: Sequence[Sequence[Call]], work: Work
 ) -> dict[str, list[Tensor]]:
-    """Return the squared gradients of the linears to come, computed once in a run, `[T]` a batch by full name."""
+    """Return the squared gradients of the linears to come, computed once in a run, `[T]` a batch by full name.
 
-    def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        seed = plan.method.recipe.seed
-        found = squared_gradients(plan.skeleton, hidden, calls, plan.device, seed, work, plan.alive)
-        return {f"{b:06d} {name}": s for name, batches in found.items() for b, s in enumerate(batches)}, {}
-
-    kept = journal.once("squares", make).tensors
+    Each process computes those of its own batches; all have those of all.
+    """
+    made: dict[str, Tensor] = {}
+    if not plan.team.first(lambda: journal.has("squares")):
+        numbers, seed = hidden.numbers, plan.method.recipe.seed
+        own, seeds = [calls[n] for n in numbers], [seed_of(seed, n) for n in numbers]
+        found = squared_gradients(plan.skeleton, hidden, own, plan.device, seeds, work, plan.alive)
+        mine = {f"{n:06d} {name}": s[i].cpu() for name, s in found.items() for i, n in enumerate(numbers)}
+        made = {key: s for theirs in plan.team.gather(mine) for key, s in theirs.items()}
+    kept = plan.team.first(lambda: journal.once("squares", lambda: (made, {}))).tensors
     over = tuple(plan.skeleton.full_name(i, "") for i in range(min(journal.steps, len(plan.skeleton))))
     squares: dict[str, list[Tensor]] = {}
     for key in sorted(kept):  # batch by batch

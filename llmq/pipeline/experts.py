@@ -21,6 +21,7 @@ from llmq.checkpoint.source import Source
 from llmq.model.experts import Experts
 from llmq.readers import RUNTIMES, Limit
 from llmq.stats import Hessian
+from llmq.team import Team
 from llmq.types import LinearSpec, LlmqError, Site
 
 _READ_APART = ("llama4", "qwen3_5_moe", "qwen3_vl_moe")  # whose experts vLLM loads as llm-compressor writes them
@@ -77,9 +78,10 @@ class Layers:
         """Return the layer that a site belongs to, None where its linears are no expert's."""
         return next((layer for n, layer in self._layers.items() if site.linears[0].startswith(f"{n}.")), None)
 
-    def counts(self, full: Callable[[str], str]) -> dict[str, list[int]]:
-        """Return the tokens routed to each expert, by the full names of the modules."""
-        return {full(n): layer.counts.tolist() for n, layer in self._layers.items()}
+    def counts(self, full: Callable[[str], str], team: Team) -> dict[str, list[int]]:
+        """Return the tokens routed to each expert, by the full names of the modules, whichever process saw them."""
+        seen = team.gather({full(n): layer.counts.tolist() for n, layer in self._layers.items()})
+        return {name: [sum(each) for each in zip(*(theirs[name] for theirs in seen), strict=True)] for name in seen[0]}
 
 
 def together(names: Mapping[str, Any], model: nn.Module) -> dict[str, list[str]]:

@@ -3,7 +3,7 @@
 Not here: what is done with it (block.py, transforming.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,12 +53,12 @@ class Block:
 
     @property
     def calls(self) -> Sequence[Call]:
-        """The other arguments of its call, batch by batch."""
-        return self.calls_in(self.state.calls)
+        """The other arguments of its call, batch by batch, of this process' own."""
+        return self.calls_of(self.state.calls, self.state.hidden.numbers)
 
-    def calls_in(self, batches: Sequence[Sequence[Call]]) -> Sequence[Call]:
-        """Return the block's of the calls of all blocks, batch by batch; the head takes its input alone."""
-        return [c[self.number] if self.number < len(c) else ((), {}) for c in batches]
+    def calls_of(self, calls: Sequence[Sequence[Call]], numbers: Iterable[int]) -> Sequence[Call]:
+        """Return the block's of the calls of all blocks, for the batches of these numbers; the head takes none."""
+        return [calls[n][self.number] if self.number < len(calls[n]) else ((), {}) for n in numbers]
 
     def full(self, name: str) -> str:
         """Return the full name of what the block calls so."""

@@ -37,6 +37,7 @@ from llmq.pipeline.experts import floats_apart, reader_limits, refuse_unlike
 from llmq.pipeline.method import Method, method_of
 from llmq.readers import Limit, Reader, readers, told
 from llmq.recipe import Recipe
+from llmq.team import ALONE, Team, join, placed
 from llmq.types import LinearSpec, LlmqError, QTensor, Scheme, Site
 
 
@@ -56,6 +57,7 @@ class Plan:
     device: torch.device
     warnings: list[str] = field(default_factory=list)
     sites: Sequence[tuple[Site, ...]] = ()
+    team: Team = ALONE
     alive: int | None = None
 
     @property
@@ -243,7 +245,7 @@ def outline(src: str, recipe: Recipe, device: str | torch.device = "auto", adapt
     """
     source = Source(resolve(src), None if adapter is None else resolve(str(adapter)))
     source.warnings += [*as_floats(source), *rounded_twice(source)]
-    where = device if isinstance(device, torch.device) else device_of(device)
+    where = device if isinstance(device, torch.device) else device_of(placed(device))
     stored = source.dtype
     method = method_of(recipe, stored)
     skeleton = Skeleton(source, _compute_dtype(method, stored, where))
@@ -259,7 +261,7 @@ def outline(src: str, recipe: Recipe, device: str | torch.device = "auto", adapt
         if isinstance(layer, Experts):
             layer.every = recipe.experts == "all"
     model = _model(skeleton)
-    plan = Plan(skeleton, method, model, method.format.assign(model, method.wanted()), where)
+    plan = Plan(skeleton, method, model, method.format.assign(model, method.wanted()), where, team=join(where))
     refusals.linears(method, list(plan.matrices.values()))
     if not recipe.gguf:
         refuse_unlike(plan.linears, skeleton.model)

@@ -21,7 +21,7 @@ Not here: the transforms in a record (folding.py), writing it (report.py), compa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint.digest import raw
+from llmq.pipeline.site import pieces
+from llmq.team import ALONE, Team
 from llmq.types import Grid, Params, QTensor
 
 if TYPE_CHECKING:
@@ -46,19 +48,19 @@ class Line:
         self._hashes: dict[str, Any] = {}
         self._sums: dict[str, tuple[float, float]] = {}  # of squared errors, and of what they are relative to
 
-    def add(self, q: QTensor, Q_NK: Tensor, W_NK: Tensor, H_KK: Tensor | None = None) -> Line:
-        """Add rows of a solved linear, their decoded values and the float weights. Returns itself."""
-        for name, tensor in _solved(q, Q_NK).items():
+    def add(self, q: QTensor, Q_NK: Tensor, W_NK: Tensor, H_KK: Tensor | None = None, team: Team = ALONE) -> Line:
+        """Add rows of a solved linear, their decoded values and the float weights. Returns itself.
+
+        team: whose processes share the work; the first one's checksums count.
+        """
+        for name, tensor in _solved(q, Q_NK).items() if team.leads else ():
             self._hashes.setdefault(name, hashlib.sha256()).update(raw(tensor))
-        step = max(1, _AT_ONCE // W_NK.shape[1])
-        for Q_nK, W_nK in zip(Q_NK.split(step), W_NK.split(step), strict=True):
-            W = W_nK.float()
-            E_nK = Q_nK.float() - W
-            output = None if H_KK is None else [(x @ H_KK).mul_(x).sum() for x in (E_nK, W)]
-            weight = [E_nK.square_().sum(), torch.square(W, out=E_nK).sum()]  # in one memory: many are small
-            self._sum("weight", weight)
-            if output is not None:
-                self._sum("output", output)
+        step = max(1, min(_AT_ONCE // W_NK.shape[1], -(-len(W_NK) // pieces(len(W_NK)))))
+        rows = team.own(list(zip(Q_NK.split(step), W_NK.split(step), strict=True)))
+        for sums in team.dealt([_errors(Q_nK, W_nK, H_KK) for Q_nK, W_nK in rows]):
+            for kind, (error, whole) in sums.items():
+                before = self._sums.get(kind, (0.0, 0.0))
+                self._sums[kind] = (before[0] + error, before[1] + whole)
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -66,9 +68,14 @@ class Line:
         errors = {f"{kind}_error": error / max(whole, 1e-30) for kind, (error, whole) in self._sums.items()}
         return {**errors, "sha256": {name: h.hexdigest() for name, h in self._hashes.items()}}
 
-    def _sum(self, kind: str, sums: Sequence[Tensor]) -> None:
-        error, whole = self._sums.get(kind, (0.0, 0.0))
-        self._sums[kind] = (error + sums[0].item(), whole + sums[1].item())
+
+def _errors(Q_nK: Tensor, W_nK: Tensor, H_KK: Tensor | None) -> dict[str, tuple[float, float]]:
+    """Return the sums of squared errors of some rows, and of what they are relative to."""
+    W = W_nK.float()
+    E_nK = Q_nK.float() - W
+    found = {} if H_KK is None else {"output": [(x @ H_KK).mul_(x).sum() for x in (E_nK, W)]}
+    weight = [E_nK.square_().sum(), torch.square(W, out=E_nK).sum()]  # in one memory: many are small
+    return {kind: (error.item(), whole.item()) for kind, (error, whole) in {"weight": weight, **found}.items()}
 
 
 def _solved(q: QTensor, Q_NK: Tensor) -> dict[str, Tensor]:

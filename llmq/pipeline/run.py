@@ -12,6 +12,7 @@ Not here: what can be refused before (plan.py), what happens inside a block (blo
 """
 
 import logging
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,37 +49,65 @@ def quantize(
     """Run a prepared plan and write OUT. Returns the content of its quantization.json.
 
     check: whether what was written is verified before it becomes OUT (verify/). work: is told how it goes on.
+    Of several processes the first one writes; all return the same.
     Raises LlmqError where calibration text is missing or too short, a block's linears are not called once each, OUT
     cannot be written, or what was written is not what was solved; OUT is then untouched.
     """
-    work = work or Work()
+    work, team = work or Work(), plan.team
+    with torch.no_grad():
+        if not team.leads:
+            _follow(plan, work)
+            return team.first(dict)
+        with sink_of(plan, out, overwrite=overwrite) as sink:
+            record = _committed(plan, sink) if sink.earlier is not None else _led(plan, sink, work, check=check)
+        return team.first(lambda: record)
+
+
+def _committed(plan: Plan, sink: Sink) -> dict[str, Any]:
+    """Put the result of an earlier run of this very command in place; the others have nothing to do."""
+    plan.team.first(lambda: None)
+    sink.commit()
+    return sink.earlier or {}
+
+
+def _led(plan: Plan, sink: Sink, work: Work, *, check: bool) -> dict[str, Any]:
+    """Quantize, with the other processes, and write OUT. Returns the record."""
     blocks = len(plan.skeleton)
-    with sink_of(plan, out, overwrite=overwrite) as sink, torch.no_grad():
-        if sink.earlier is not None:
-            sink.commit()
-            return sink.earlier
-        journal = _resumed(sink, blocks)
-        sink.require(sum(plan.disk().values()))
-        if plan.method.finishers:
-            check_memory(plan)
-        state = entering(plan, journal, work)
-        plan = allocate(plan, state, journal, work)
-        known = _blocks(plan, state, sink, journal, work)
-        if known.importance:
-            write_importance(plan, sink.staged_beside(IMATRIX), known.importance)
-        recipe = plan.method.recipe.to_yaml()
-        work(blocks, blocks, "writing")
-        total = plan.assigned.join(sink, plan.config(), recipe)
-        if plan.method.finishers:
-            work(blocks, blocks, "tuning the whole model")
-            _finish(plan, state.ids, sink, known, journal)
-        record = plan.assigned.close(sink, summary(plan, known.record, total, sink.digests), recipe)
-        if check:
-            work(blocks, blocks, "verifying")
-            require_right(sink.whole, progress=work)
-        sink.seal(record)
-        sink.commit()
+    journal = _resumed(sink, blocks)
+    sink.require(sum(plan.disk().values()))
+    if plan.method.finishers:
+        check_memory(plan)
+    plan.team.first(lambda: (journal.folder, journal.steps))
+    state = entering(plan, journal, work)
+    plan = allocate(plan, state, journal, work)
+    known = _blocks(plan, state, sink, journal, work)
+    if known.importance:
+        write_importance(plan, sink.staged_beside(IMATRIX), known.importance)
+    recipe = plan.method.recipe.to_yaml()
+    work(blocks, blocks, "writing")
+    total = plan.assigned.join(sink, plan.config(), recipe)
+    if plan.method.finishers:
+        work(blocks, blocks, "tuning the whole model")
+        _finish(plan, state.ids, sink, known, journal)
+    record = plan.assigned.close(sink, summary(plan, known.record, total, sink.digests), recipe)
+    if check:
+        work(blocks, blocks, "verifying")
+        require_right(sink.whole, progress=work)
+    sink.seal(record)
+    sink.commit()
     return record
+
+
+def _follow(plan: Plan, work: Work) -> None:
+    """Take part in a run that the first process leads and writes."""
+    told: tuple[Path, int] | None = plan.team.first(lambda: None)
+    if told is None:
+        return
+    journal = Journal.followed(*told)
+    state = entering(plan, journal, work)
+    plan = allocate(plan, state, journal, work)
+    for _ in _solved(plan, state, journal.steps, work):
+        pass
 
 
 def _resumed(sink: Sink, blocks: int) -> Journal:
@@ -88,7 +117,18 @@ def _resumed(sink: Sink, blocks: int) -> Journal:
     sink.promise = partial(_promise, journal, blocks, overwrite=sink.overwrite)
     if sink.goes_on:
         log.warning("going on from %s", _where(journal.steps, blocks))
+    _tell_threads(journal)
     return journal
+
+
+def _tell_threads(journal: Journal) -> None:
+    """Keep how many threads compute, by which products are rounded; say so where an earlier run had another number."""
+    threads = torch.get_num_threads()
+    before = journal.read("threads")
+    if before is None:
+        journal.keep("threads", {}, {"threads": threads})
+    elif (then := before.facts["threads"]) != threads:
+        log.warning("this run began with %d threads, not %d, which may change bits; set OMP_NUM_THREADS", then, threads)
 
 
 def _where(steps: int, blocks: int) -> str:
@@ -104,31 +144,45 @@ def _promise(journal: Journal, blocks: int, *, overwrite: bool) -> str:
 
 
 def _blocks(plan: Plan, state: Calibration, sink: Sink, journal: Journal, work: Work) -> Known:
-    """Quantize the blocks that are not done, then what belongs to none; return what is known of all."""
-    blocks, known = len(plan.skeleton), Known()
+    """Write the blocks that are not done, then what belongs to none; return what is known of all."""
+    known = Known()
     shapes = {n: shape for n, (_, shape) in plan.source.headers().items()}
     for i in range(journal.steps):
         known.add(journal.step(i), shapes)
 
-    def advance(report: Report) -> None:
+    def write(i: int, tensors: dict[str, Tensor], report: Report) -> None:
+        if i == len(plan.skeleton):
+            report.record.linears = _outside(plan, sink) | report.record.linears
+        if tensors:
+            sink.add(plan.staged(tensors))
         known.add(journal.advance(*kept(report), sink.parts), shapes)
 
-    def write(tensors: dict[str, Tensor], report: Report) -> None:
-        sink.add(plan.staged(tensors))
-        advance(report)
-
     with behind(plan.device) as do:
-        for i, read in zip(range(journal.steps, blocks), reads(plan, journal.steps), strict=True):
-            work(i, blocks, f"block {i}")
-            tensors, report, state = quantize_block(plan, i, state, work, read)
+        for i, tensors, report in _solved(plan, state, journal.steps, work):
             work.step("write")
-            handed.keep(state)
-            do(partial(write, tensors, report))
+            do(partial(write, i, tensors, report))
             del tensors, report  # nobody holds them while the next block is solved
-    if journal.steps == blocks:
-        work(blocks, blocks, "embeddings and head")
-        advance(_outside(plan, state, sink, work))
     return known
+
+
+def _solved(plan: Plan, state: Calibration, first: int, work: Work) -> Iterator[tuple[int, dict[str, Tensor], Report]]:
+    """Quantize block by block, together with the other processes; yield its number, its tensors, what is known of it.
+
+    A head that the method solves is the last one, of which there is nothing where it does not. A block is yielded when
+    all processes have written the state behind it.
+    """
+    blocks = len(plan.skeleton)
+    for i, read in zip(range(first, blocks), reads(plan, first), strict=True):
+        work(i, blocks, f"block {i}")
+        tensors, report, state = quantize_block(plan, i, state, work, read)
+        handed.keep(state)
+        plan.team.meet()
+        yield i, tensors, report
+        del tensors, report
+    if first <= blocks:
+        work(blocks, blocks, "embeddings and head")
+        tensors, report = ({}, Report()) if plan.head is None else quantize_block(plan, blocks, state, work)[:2]
+        yield blocks, tensors, report
 
 
 def _finish(plan: Plan, ids: Tensor, sink: Sink, known: Known, journal: Journal) -> None:
@@ -145,9 +199,9 @@ def _finish(plan: Plan, ids: Tensor, sink: Sink, known: Known, journal: Journal)
         record.note(name, Line().add(q, q.dequantize(), W_NK, H_KK).to_json())
 
 
-def _outside(plan: Plan, state: Calibration, sink: Sink, work: Work) -> Report:
-    """Write what belongs to no block: embeddings, final norm, head (quantized, if asked). Returns what is known."""
-    report, lines = Report(), {}
+def _outside(plan: Plan, sink: Sink) -> dict[str, dict[str, Any]]:
+    """Write what belongs to no block, but for a head that the method solves; return the lines of what was rounded."""
+    lines = {}
     for name in plan.skeleton.outside():
         module = name.removesuffix(".weight")
         if module in plan.rows:
@@ -155,11 +209,7 @@ def _outside(plan: Plan, state: Calibration, sink: Sink, work: Work) -> Report:
             sink.add(plan.staged({name: packed}))
         elif module != plan.head:
             sink.add(plan.staged({name: plan.source.get(name)}))
-    if plan.head is not None:
-        tensors, report, _ = quantize_block(plan, len(plan.skeleton), state, work)
-        sink.add(plan.staged(tensors))
-    report.record.linears = lines | report.record.linears
-    return report
+    return lines
 
 
 def _rounded(plan: Plan, linear: LinearSpec) -> tuple[Tensor, dict[str, Any]]:

@@ -10,6 +10,7 @@ Not here: where the statistics come from (block.py), any method (algorithms/).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -23,10 +24,11 @@ from llmq.granularity import PerTensor
 from llmq.pipeline.method import Method
 from llmq.stats import Hessian, Stats
 from llmq.steps import Correction, Refiner, Solved, Step
+from llmq.team import ALONE, Team
 from llmq.types import Grid, QTensor
 
 Found = TypeVar("Found")
-_LEAST_ROWS = 256  # of a piece: fewer make products slow
+_LEAST_ROWS = 512  # of a piece: fewer make products slow
 
 
 class Target(NamedTuple):
@@ -101,30 +103,70 @@ def pieces(N: int) -> int:
     return max(1, min(PARTS, N // _LEAST_ROWS))
 
 
-def solve(method: Method, targets: Mapping[str, Target], stats: Stats) -> dict[str, Answer]:
+def solve(method: Method, targets: Mapping[str, Target], stats: Stats, team: Team = ALONE) -> dict[str, Answer]:
     """Return what a method's corrections, solver and refiners make of the linears of a site, by name.
 
-    stats: the caller's own; what its corrections alone read is dropped from it.
+    stats: the caller's own; what its corrections alone read is dropped from it. team: whose processes share the pieces.
     """
     stacks = [_stack(targets, names, stats) for names in _stacks(targets)]
-    found = [piece for stack in stacks for piece in stack.pieces()]
+    mine = team.own([piece for stack in stacks for piece in stack.pieces()])
     lines: dict[str, dict[str, Any]] = {name: {} for name in targets}
     for correction in method.corrections:
-        found, more = _corrected(correction, found, stats)
-        lines = {name: line | more[name] for name, line in lines.items()}
+        sums = _judged(correction, stacks, mine, stats, team)
+        mine = _corrected(correction, stacks, mine, sums, team)
+        lines = {name: line | correction.line(sums[name], stats) for name, line in lines.items()}
+        stats.forget()
     _drop_spent(method, [t.grid for t in targets.values()], [stats, *(s.stats for s in stacks)])
     solver = method.solver
-    found = [p._replace(solved=gave(solver, solver.solve(p.W_NK, p.stack.grid, p.stack.stats), Solved)) for p in found]
+    mine = [p._replace(solved=gave(solver, solver.solve(p.W_NK, p.stack.grid, p.stack.stats), Solved)) for p in mine]
     for refiner in method.refiners:
         stats.forget()  # what the step before made of them
-        found = [p._replace(solved=_refined(refiner, p)) for p in found]
+        mine = [p._replace(solved=_refined(refiner, p)) for p in mine]
     stats.forget()
+    moved = bool(method.corrections and method.tuners)  # else nobody asks what a linear was solved for
+    found = iter(_gathered(mine, team, moved=moved))
     answers: dict[str, Answer] = {}
     for stack in stacks:
-        own = [p for p in found if p.stack is stack]
-        solved = _joined([p.solved for p in own if p.solved])
-        answers |= stack.linears(solved, _stacked([p.W_NK for p in own]) if method.corrections else stack.W_NK)
+        own = list(itertools.islice(found, len(stack.pieces())))
+        weights = [W_NK for _, W_NK in own if W_NK is not None]
+        answers |= stack.linears(_joined([solved for solved, _ in own]), _stacked(weights) if moved else stack.W_NK)
     return {name: answers[name].noted(lines[name]) for name in targets}
+
+
+def _judged(
+    correction: Correction, stacks: Sequence[_Stack], mine: Sequence[_Piece], stats: Stats, team: Team
+) -> dict[str, Tensor]:
+    """Return what is judged of the rows of each linear, summed, in the order of the stacks."""
+    judged = team.tensors([{"judged": correction.judge(p.W_NK, stats)} for p in mine])
+    rows = {name: n for stack in stacks for name, n in zip(stack.names, stack.rows, strict=True)}
+    parts = torch.cat([each["judged"] for each in judged]).split(list(rows.values()))
+    return {name: part.sum(0) for name, part in zip(rows, parts, strict=True)}
+
+
+def _corrected(
+    correction: Correction, stacks: Sequence[_Stack], mine: Sequence[_Piece], sums: Mapping[str, Tensor], team: Team
+) -> list[_Piece]:
+    """Return this process' pieces with corrected weights."""
+    each_Nm = torch.cat([sums[n].expand(rows, -1) for s in stacks for n, rows in zip(s.names, s.rows, strict=True)])
+    parts = team.own(each_Nm.split([len(piece.W_NK) for stack in stacks for piece in stack.pieces()]))
+    return [
+        p._replace(W_NK=correction.correct(p.W_NK, sums_Nm, p.stack.stats))
+        for p, sums_Nm in zip(mine, parts, strict=True)
+    ]
+
+
+def _gathered(mine: Sequence[_Piece], team: Team, *, moved: bool) -> Iterator[tuple[Solved, Tensor | None]]:
+    """Yield what all processes found for their pieces, in order, and the rows that each was solved for, if `moved`."""
+    own = [(p.solved, p.W_NK) for p in mine if p.solved]
+    about = team.dealt([(type(s.q.params), s.q.grid, s.report, s.ratios) for s, _ in own])
+    tensors = team.tensors([_tensors(s.q) | ({"W_NK": W_NK} if moved else {}) for s, W_NK in own])
+    for (kind, grid, report, ratios), each in zip(about, tensors, strict=True):
+        codes, g_idx, W_NK = each.pop("codes"), each.pop("g_idx", None), each.pop("W_NK", None)
+        yield Solved(QTensor(codes, kind(**each), grid, g_idx), report, ratios), W_NK
+
+
+def _tensors(q: QTensor) -> dict[str, Tensor]:
+    return {"codes": q.codes, **q.params.tensors(), **({} if q.g_idx is None else {"g_idx": q.g_idx})}
 
 
 def _drop_spent(method: Method, grids: Sequence[Grid], held: Sequence[Stats]) -> None:
@@ -148,11 +190,11 @@ def _joined(pieces: Sequence[Solved]) -> Solved:
     """Return what was solved in pieces as one."""
     first = pieces[0]
     codes, params = _stacked([s.q.codes for s in pieces]), type(first.q.params).cat([s.q.params for s in pieces])
-    sums = {
-        name: [sum(column) for column in zip(*(s.ratios[name] for s in pieces), strict=True)] for name in first.ratios
-    }
-    ratios = {name: round(above / below, 4) if below else 1.0 for name, (above, below) in sums.items()}
-    return Solved(QTensor(codes, params, first.q.grid, first.q.g_idx), first.report | ratios)
+    line = dict(first.report)
+    for name in first.ratios:
+        above, below = (sum(s.ratios[name][i] for s in pieces) for i in range(2))
+        line[name] = round(above / below, 4) if below else 1.0
+    return Solved(QTensor(codes, params, first.q.grid, first.q.g_idx), line)
 
 
 def gave(step: Step, found: Found, kind: type) -> Found:
@@ -160,22 +202,6 @@ def gave(step: Step, found: Found, kind: type) -> Found:
     if not isinstance(found, kind):
         raise LlmqError(f"{registry.dump(step)} gave back a {type(found).__name__}, not a {kind.__name__}; mend it")
     return found
-
-
-def _corrected(
-    correction: Correction, found: Sequence[_Piece], stats: Stats
-) -> tuple[list[_Piece], dict[str, dict[str, Any]]]:
-    """Return the pieces with corrected weights, and what is recorded of each linear."""
-    judged_Nm = torch.cat([correction.judge(p.W_NK, stats) for p in found])
-    stacks = list({id(p.stack): p.stack for p in found}.values())
-    rows = {name: n for stack in stacks for name, n in zip(stack.names, stack.rows, strict=True)}
-    sums = {name: part.sum(0) for name, part in zip(rows, judged_Nm.split(list(rows.values())), strict=True)}
-    each_Nm = torch.cat([sums[name].expand(n, -1) for name, n in rows.items()])
-    parts = zip(found, each_Nm.split([len(p.W_NK) for p in found]), strict=True)
-    moved = [p._replace(W_NK=correction.correct(p.W_NK, sums_Nm, stats)) for p, sums_Nm in parts]
-    lines = {name: correction.line(sums_m, stats) for name, sums_m in sums.items()}
-    stats.forget()
-    return moved, lines
 
 
 def _stack(targets: Mapping[str, Target], names: list[str], stats: Stats) -> _Stack:

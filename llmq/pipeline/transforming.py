@@ -7,12 +7,13 @@ Not here: which scales (algorithms/), making a fold (model/folding.py), what is 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from llmq import registry
-from llmq.calibration.collect import see, started
+from llmq.calibration.collect import close, see, started
 from llmq.model.folding import Fold, fold
 from llmq.model.lanes import Call, run
 from llmq.pipeline.activations import NOT_FINITE, unusable
@@ -37,14 +38,14 @@ def transform(block: Block, step: Transform) -> None:
         if bad == NOT_FINITE:
             for full in (block.full(n) for n in specs):
                 record.note(full, {"not_scaled": bad})
-        scaling = step.search(view) if site.producer and not bad else None
+        scaling = plan.team.first(partial(step.search, view)) if site.producer and not bad else None
         if scaling is not None and site.producer:
             found.append((site, site.producer, gave(step, scaling, Scaling)))
     weights = {block.full(n): p.data for n, p in block.module.named_parameters()}
     for site, producer, (scale_K, report) in found:
         linears = tuple(block.full(n) for n in site.linears)
         named = dataclasses.replace(producer, module=block.full(producer.module))
-        by = Fold(registry.dump(step), block.number, linears, named, scale_K)
+        by = Fold(registry.dump(step), block.number, linears, named, scale_K.to(plan.device))
         fold(weights, by, plan.source.dtype_of)
         record.folds.append(by)
         for name in linears:
@@ -64,11 +65,13 @@ def _observe(block: Block, step: Transform) -> tuple[list[Stats], dict[str, list
             module = block.module.get_submodule(parent)
             hooks.callback(_record_calls(module, parent, calls, step.call_tokens).remove)
         for part in dealt.parts:
-            for at in part:
-                with _seen_by(stats, block, at):
+            for number in part:
+                with _seen_by(stats, block, dealt.starts[number]):
                     run(block.module, *next(batches))
-            for stat in (stat for of_site in stats for stat in of_site.values()):
-                stat.close_part()
+            close([stat for of_site in stats for stat in of_site.values()], dealt)
+            hooks.close()  # calls are of the first part, which is the first process' own
+    for of_site in stats:
+        of_site.tokens = sum(dealt.team.gather(of_site.tokens))
     return stats, calls
 
 

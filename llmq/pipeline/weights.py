@@ -37,6 +37,21 @@ def read(plan: Plan, progress: Progress | None = None) -> Plan:
 
 def checked(plan: Plan, progress: Progress | None = None) -> Plan:
     """Read every weight once; warn of those that no scale of the format can hold. Raises LlmqError for one of NaN."""
+    beyond = plan.team.first(lambda: _beyond(plan, progress))
+    if not beyond:
+        return plan
+    first, *more = beyond
+    others = f" (and {len(more)} more)" if more else ""
+    warning = (
+        f"{first}{others}: the weights of {sum(beyond.values()):,} groups are too small or too large for the scales "
+        "that the format stores and are lost or clipped; --skip what matters, or use --format compressed-tensors from "
+        "a bfloat16 or float32 checkpoint, whose scales hold them"
+    )
+    return dataclasses.replace(plan, warnings=[*plan.warnings, warning])
+
+
+def _beyond(plan: Plan, progress: Progress | None) -> dict[str, int]:
+    """Return how many groups of each matrix have a scale that the format does not hold."""
     specs = {plan.weight_of(n): s for n, s in plan.matrices.items()}
     work, total, number = Work.of(progress), len(plan.float_source.names()), count()
     beyond: dict[str, int] = {}
@@ -50,16 +65,7 @@ def checked(plan: Plan, progress: Progress | None = None) -> Plan:
                 beyond[specs[name].name] = groups
 
     plan.float_source.check(see)
-    if not beyond:
-        return plan
-    first, *more = beyond
-    others = f" (and {len(more)} more)" if more else ""
-    warning = (
-        f"{first}{others}: the weights of {sum(beyond.values()):,} groups are too small or too large for the scales "
-        "that the format stores and are lost or clipped; --skip what matters, or use --format compressed-tensors from "
-        "a bfloat16 or float32 checkpoint, whose scales hold them"
-    )
-    return dataclasses.replace(plan, warnings=[*plan.warnings, warning])
+    return beyond
 
 
 def tried(plan: Plan) -> Plan:

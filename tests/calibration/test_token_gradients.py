@@ -32,16 +32,17 @@ def found(folder, batch=2):
     skeleton = Skeleton(Source(folder), torch.float32)
     with torch.no_grad():
         hidden, calls = embed(skeleton, IDS.split(batch), CPU)
-        squares = token_gradients.squared_gradients(skeleton, hidden, calls, CPU, 5, lambda *_: None)
+        seeds = [token_gradients.seed_of(5, n) for n in range(len(hidden))]
+        squares = token_gradients.squared_gradients(skeleton, hidden, calls, CPU, seeds, lambda *_: None)
     assert all(len(s) == len(IDS) // batch for s in squares.values())
     return {n: torch.cat(s) for n, s in squares.items()}
 
 
 def whole(model, batch=2):
-    """The same by one backward of the whole model; labels are drawn in the same order, batch by batch."""
-    draw, out = torch.Generator().manual_seed(5), {}
-    for ids in IDS.split(batch):
-        outputs = {}
+    """The same by one backward of the whole model; the labels of a batch are drawn by its number."""
+    out = {}
+    for number, ids in enumerate(IDS.split(batch)):
+        draw, outputs = torch.Generator().manual_seed((5 << 32) + number), {}
         hooks = [
             m.register_forward_hook(lambda _m, _a, z, n=n, into=outputs: into.__setitem__(n, z))
             for n, m in model.named_modules()

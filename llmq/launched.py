@@ -1,0 +1,48 @@
+"""Which of several processes this is, as whoever launched them says: torchrun and its like, in the environment.
+
+    RANK, WORLD_SIZE               its number, from 0, and how many there are on all machines
+    LOCAL_RANK, LOCAL_WORLD_SIZE   the same on this machine
+
+Without them it is alone. Not here: what they do together (team.py), which imports torch.
+"""
+
+import os
+
+
+def number() -> int:
+    """Return the number of this process."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def size() -> int:
+    """Return how many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def number_here() -> int:
+    """Return the number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def beside() -> int:
+    """Return how many processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def leads() -> bool:
+    """Say whether this process is the one that prints and writes."""
+    return number() == 0
+
+
+def ends_first() -> bool:
+    """Say whether this process is the first that an error ends: it tells of it, the others follow."""
+    if size() == 1:
+        return True
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return leads()  # before anything was dealt, all meet the same error
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("llmq ends", 1) == 1)
+    except RuntimeError:  # the process that kept the count is gone
+        return False
