@@ -64,6 +64,7 @@ def summary(plan: Plan, record: Record, total: int, digests: Mapping[str, str]) 
         "torch": str(torch.__version__),
         "device": plan.device.type,
         "dtype": str(plan.skeleton.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
         "source": dataclasses.asdict(plan.source.origin),
         **({"decoded": plan.source.decoded} if plan.source.decoded else {}),
         "recipe": plan.method.recipe.to_json(),

@@ -118,9 +118,23 @@ def test_another_version_or_text_is_refused(command, broken, text, prose, monkey
             command(calib=folder)
 
 
+def test_another_number_of_threads_is_said(command, broken, caplog):
+    broken(1)
+    with pytest.raises(KeyboardInterrupt):
+        command()
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        broken(None)
+        command()
+    finally:
+        torch.set_num_threads(before)
+    assert f"this run began with {before} threads, not {before + 1}" in caplog.text
+
+
 def test_without_calibration_no_hidden_states_are_written(command, broken, tmp_path):
     broken(1)
     with pytest.raises(KeyboardInterrupt):
         command(method="rtn", calib=None, samples=None, seq_len=None)
     left = {p.name for p in (tmp_path / "out.llmq-partial/journal").iterdir()}
-    assert left == {"step-00000", "now.json", "synced.json"}
+    assert left == {"step-00000", "now.json", "synced.json", "threads"}
