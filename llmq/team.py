@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llmq import launched
-from llmq.errors import LlmqError, one_line
+from llmq.errors import LlmqError
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
@@ -166,7 +166,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:  # what torch.distributed raises, whatever the engine met
-        raise LlmqError(f"another process of this run has ended ({one_line(e)}); run the same command again") from e
+        raise LlmqError("another process of this run has ended, see what it said; run the same command again") from e
 
 
 def _shapes(tensors: Tensors) -> dict[str, Any]:
