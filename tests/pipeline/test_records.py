@@ -45,11 +45,11 @@ def hessians(monkeypatch):
     caught, number = {}, [str]
     original = block.solve
 
-    def solve(method, targets, stats):
+    def solve(method, targets, stats, team):
         if Hessian in stats:
             H_KK = stats[Hessian].mean().clone()
             caught.update({number[0](n): H_KK for n in targets})
-        return original(method, targets, stats)
+        return original(method, targets, stats, team)
 
     def quantize_block(plan, i, *rest):
         number[0] = partial(plan.skeleton.full_name, i)
