@@ -296,3 +296,4 @@ def test_blocks_that_no_scale_holds_are_told_of(grid):
         assert beyond.shape == (4, K // grid.qblock) and not beyond[0].any()
         assert beyond[1:].all() if size in (1e-8, 1e8) else size < 1e-2 or not beyond.any()
         assert beyond.any() or lost < 0.3
+        assert sum(grid.strain(W_NK, params).values()) == beyond.sum()
