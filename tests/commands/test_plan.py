@@ -3,6 +3,7 @@
 import inspect
 import json
 
+import predict
 import pytest
 from typer.testing import CliRunner
 
@@ -106,3 +107,12 @@ def test_a_cap_on_memory_lets_fewer_batches_wait_and_is_refused_as_quantize_refu
     assert capped.alive < free.alive == free.batches and capped.memory["host"]["bytes"] < host["bytes"]
     with pytest.raises(llmq.LlmqError, match=r"^--max-memory 0\.00 GB is too little: the run takes "):
         llmq.plan(folder, max_memory="1M", **options)
+
+
+def test_models_that_are_not_here_are_planned_from_their_configs(tmp_path):
+    small = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 16, "vocab_size": 1024}
+    predict.hollow(tmp_path / "m", predict.MODELS["deepseek-671b"] | small)
+    found = llmq.plan(tmp_path / "m", device_like="h100", devices=64)
+    assert sum(".experts." in r.name for r in found.linears) == 3 * 16 and found.float_bytes > 10**9
+    held = sum(f.stat().st_blocks * 512 for f in (tmp_path / "m").iterdir())
+    assert held < 10**6  # the weights are a hole
