@@ -39,11 +39,18 @@ class Held(NamedTuple):
         """Say of each scale whether it is too small or too large; 0 is neither."""
         return (scale != 0) & ((scale < self.least) | (scale > self.most))
 
+    def holds(self, scale: Tensor) -> bool:
+        """Say whether all of these are stored with all their digits: told by the least and the largest alone."""
+        low, high = scale.aminmax()
+        return self.full <= low.item() and high.item() < self.most
+
     def strain(self, scale: Tensor) -> dict[str, int]:
         """Count scales, stored or not yet, that are "lost", "coarse" or "clipped".
 
         The first are the least there is or smaller, the last the largest or larger; the others have fewer digits.
         """
+        if self.holds(scale):
+            return {}
         lost = (scale > 0) & (scale <= 1.01 * self.least)  # where it is stored, the least is rounded itself
         kinds = {"lost": lost, "coarse": (scale > 0) & (scale < self.full) & ~lost, "clipped": scale >= self.most}
         return {kind: n for kind, mask in kinds.items() if (n := int(mask.sum()))}

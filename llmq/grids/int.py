@@ -140,6 +140,8 @@ class Int(AffineGrid):
     def strain(self, W_NK: Tensor, params: Parameters) -> dict[str, int]:
         """See `Grid.strain`; told by the scales, which are few. That of a group of zeros is none of these."""
         scale = params.scale[: self.granularity.rows(len(W_NK))].float().abs()
+        if self.held.holds(scale):
+            return {}
         of_zeros = torch.tensor(self._of_zeros).to(params.scale.dtype).item()
         return self.held.strain(scale.where(scale != of_zeros, 0))
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,8 +81,8 @@ def _solved(q: QTensor, Q_NK: Tensor) -> dict[str, Tensor]:
     """Return what the checksums of a linear are taken of."""
     if not isinstance(q.params, Params):
         return {"values": Q_NK.float()}
-    params = q.params.map(itemgetter(slice(q.grid.granularity.rows(len(q.codes)))))
-    found = {"codes": q.codes, "scale": params.scale, "zero": params.zero}
+    rows = q.grid.granularity.rows(len(q.codes))
+    found = {"codes": q.codes, "scale": q.params.scale[:rows], "zero": q.params.zero[:rows]}
     if q.input is not None:
         found["input"] = q.input.scale
     return found if q.g_idx is None else found | {"g_idx": q.g_idx.to(torch.int32)}
