@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from llmq import launched
 from llmq.show import labelled
 
 if TYPE_CHECKING:
@@ -32,11 +33,15 @@ def warn(warning: str) -> None:
 def progress(log: Path | None = None) -> Iterator[Work]:
     """Yield what long work is told to: a bar on a terminal, else lines; and the file of --log-json, where one is given.
 
+    Of several processes the first shows and logs; the others hear signals alone.
     Raises LlmqError for a file that cannot be written, or holds something else.
     """
     from llmq.commands.watching import Bar, Everyone, JsonLog, Lines
     from llmq.progress import Work
 
+    if not launched.leads():
+        yield Work(Everyone([]))
+        return
     with ExitStack() as stack:
         logs = [stack.enter_context(JsonLog(log, warn))] if log else []
         shown = stack.enter_context(Bar(console)) if console.is_terminal else Lines(console)

@@ -9,6 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from llmq import cli, signals
+from llmq.commands.terminal import progress
 from llmq.commands.watching import Bar, Everyone, JsonLog, Lines, held, span, together
 from llmq.progress import Event, Memory, Work
 from llmq.types import LlmqError
@@ -100,6 +101,14 @@ def test_a_log_without_room_does_not_end_the_work():
         log.hear(at(1))
         log.hear(at(2))
     assert len(warned) == 1 and "No space left" in warned[0]
+
+
+def test_of_several_processes_the_first_logs(tmp_path, monkeypatch):
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        with progress(tmp_path / rank) as work:
+            work(0, 1, "block 0")
+    assert [p.name for p in tmp_path.iterdir()] == ["0"] and len(read(tmp_path / "0")) == 3
 
 
 def test_a_run_logs_every_block_site_and_step(tiny_checkpoint, tmp_path, prose):
