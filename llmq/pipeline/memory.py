@@ -11,10 +11,9 @@ Not here: what each phase holds, term by term (holdings.py), how a cap is kept (
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import NamedTuple
 
-from llmq import heap
+from llmq import heap, registry
 from llmq.errors import LlmqError
 from llmq.options import memory_size
 from llmq.pipeline.holdings import Holdings, Phase
@@ -66,9 +65,9 @@ def alive_under(
 
     least = _peak(holdings, 0)
     if host is not None and least.host.total() > host:
-        raise LlmqError(_refusal(plan, "--max-memory", host, least.host, least.host.host))
+        raise LlmqError(_refusal(plan, host, least.host, device=False))
     if device is not None and least.device.total(device=True) > device:
-        raise LlmqError(_refusal(plan, "--device-memory", device, least.device, least.device.device))
+        raise LlmqError(_refusal(plan, device, least.device, device=True))
     low, high = 0, holdings.batches + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -104,28 +103,31 @@ def _peak(holdings: Holdings, alive: int | None) -> Peak:
     return Peak(tuple(distinct.values()), number, holdings.batches)
 
 
-def _refusal(plan: Plan, option: str, cap: int, worst: Phase, terms: Mapping[str, int]) -> str:
+def _refusal(plan: Plan, cap: int, worst: Phase, *, device: bool) -> str:
     """Return what to say of a cap that a run does not fit into."""
-    name = worst.largest(device=option == "--device-memory")
+    name, terms = worst.largest(device=device), worst.device if device else worst.host
     where = f"{worst.name}, {worst.at}" if worst.at else worst.name
-    least = sum(terms.values())
     return (
-        f"{option} {cap / 1e9:.2f} GB is too little: the run takes {least / 1e9:.2f} GB at least ({where}: {name} "
-        f"{terms[name] / 1e9:.2f} GB); {_remedy(plan, name, worst)}"
+        f"{'--device-memory' if device else '--max-memory'} {cap / 1e9:.2f} GB is too little: the run takes "
+        f"{sum(terms.values()) / 1e9:.2f} GB at least ({where}: {name} {terms[name] / 1e9:.2f} GB); "
+        f"{_remedy(plan, name, worst, device=device)}"
     )
 
 
-def _remedy(plan: Plan, name: str, worst: Phase) -> str:
-    """Return what makes a term smaller."""
+def _remedy(plan: Plan, name: str, worst: Phase, *, device: bool) -> str:
+    """Return what would make the largest term smaller."""
     method = plan.method
     if worst.name == "gradients":
         return "leave out what weighs tokens (fisher) or bits (--target-bpw)"
     if worst.name == "finishing":
         return "leave the last step, which tunes the whole model, out"
-    if name in ("sums", "rows") and (method.corrections or method.refiners):
-        return "--method gptq takes less, rtn least"
     if name == "suspended":
         return "blocks of experts keep all batches; give fewer --samples or a shorter --seq-len"
+    if worst.name == "blocks" and (method.corrections or method.refiners):
+        alone = dataclasses.replace(plan, method=dataclasses.replace(method, corrections=(), refiners=()))
+        peak = _peak(Holdings(alone), 0)
+        least = (peak.device if device else peak.host).total(device=device)
+        return f"without corrections and refiners ({registry.dump(method.solver)} alone) it takes {least / 1e9:.2f} GB"
     if name in ("block", "float block") and plan.skeleton.dtype.itemsize > 2:
         return "--dtype bfloat16 halves it, where the method allows that"
     return "give more"
