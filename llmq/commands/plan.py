@@ -73,11 +73,11 @@ def tables(found: "Estimate", *, linears: bool = False) -> Iterable[Rows]:
         of_grid = list(rows)
         table.add(f"  {grid}", f"{len(of_grid)} matrices, {sum(r.bytes for r in of_grid) / 1e6:,.1f} MB")
     table.add("  float", f"{found.floats['tensors']} tensors, {found.floats['bytes'] / 1e6:,.1f} MB")
+    each = ", of a process" if found.devices > 1 else ""
     for where, peak in found.memory.items():
         if peak["bytes"]:
-            table.add(
-                f"{where} memory at most", f"{peak['bytes'] / 1e9:.2f} GB at {peak['at']}: {_largest(peak['terms'])}"
-            )
+            most = f"{peak['bytes'] / 1e9:.2f} GB at {peak['at']}"
+            table.add(f"{where} memory at most{each}", f"{most}: {_largest(peak['terms'])}")
     if found.batches:
         table.add("  batches suspended", f"{found.alive} of {found.batches}")
     table.add("disk meanwhile", f"{sum(found.disk.values()) / 1e9:.2f} GB: {_largest(found.disk)}")
