@@ -83,7 +83,7 @@ def quantize(
     for warning in said:
         _tell(warning, warn, work)
     if work.heard:
-        ahead = estimate(planned, rates.NOMINAL)
+        ahead = estimate(planned, rates.NOMINAL, devices=team.size)
         if (seconds := 0.01 * ahead.total) > 0.3:
             ahead = ahead.at(rates.probe(planned, place.standing(Path(out)), min(3.0, seconds)))
         work.say("plan", ahead.line())
