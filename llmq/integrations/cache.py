@@ -35,6 +35,7 @@ from llmq.types import LlmqError
 
 ATTENTION = "llmq"
 """The name of the attention implementation."""
+_ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
 _FEW = 32  # queries for which the kernels read the cache: more are a prefill, for which tiles are decoded once
 WINDOW = 64
 """How many of the latest tokens may stay in float, if nothing else is asked for."""
@@ -43,7 +44,8 @@ WINDOW = 64
 class QuantizedCache(Cache):
     """A key-value cache of int8 or int4 entries, for `past_key_values=`.
 
-    config: the model's. Raises LlmqError where a layer has other than full attention or a head cannot be packed.
+    config: the model's. A layer with a window keeps all tokens, as one without does; its mask is what shuts them out.
+        Raises LlmqError where a layer has no keys and values (linear attention) or a head cannot be packed.
     bits: 8 or 4 (2 exists to be measured: it is not usable).
     keys: "token", a scale for each token and head, or "channel", one for each channel of 64 tokens; None is "token" for
         8 bits and "channel" below. Values are quantized per token and head.
@@ -64,7 +66,7 @@ class QuantizedCache(Cache):
         axis = keys or ("token" if bits == 8 or scales else "channel")
         _check(text, bits, axis, window, scales)
         layers: list[Any] = []
-        for i in range(text.num_hidden_layers):
+        for i in range(len(_kinds(text))):
             static = (None, None) if scales is None else scales[i]
             grids = KVGrid(bits, axis, static[0]), KVGrid(bits, "token", static[1])
             layers.append(QuantizedLayer(*grids, window, text))
@@ -314,6 +316,11 @@ def static_scales(model: PreTrainedModel) -> dict[int, tuple[Tensor, Tensor]] | 
     return found
 
 
+def _kinds(config: Any) -> list[str]:
+    """Return what each layer that has a cache of its own computes, as transformers calls it."""
+    return list(get_layer_types_and_kwargs(config)[0])
+
+
 def check_bits(bits: int) -> None:
     """Raise LlmqError for bits that no cache has."""
     if bits not in (8, 4, 2):
@@ -321,9 +328,8 @@ def check_bits(bits: int) -> None:
 
 
 def _check(config: Any, bits: int, keys: str, window: int, scales: Mapping[int, Any] | None) -> None:
-    types = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
-    if types:
-        raise LlmqError(f"a quantized cache takes full attention in every layer, not {', '.join(sorted(types))}")
+    if others := set(_kinds(config)) - _ATTENDING:
+        raise LlmqError(f"a quantized cache takes attention in every layer, not {', '.join(sorted(others))}")
     check_bits(bits)
     if keys not in ("token", "channel"):
         raise LlmqError(f"keys are quantized per 'token' or per 'channel', not {keys!r}")
@@ -334,5 +340,5 @@ def _check(config: Any, bits: int, keys: str, window: int, scales: Mapping[int, 
     D = head_dim(config)
     if D * bits % 8:
         raise LlmqError(f"a head of {D} channels does not fill whole bytes at {bits} bits; use bits=8")
-    if scales is not None and (bits != 8 or keys != "token" or set(scales) != set(range(config.num_hidden_layers))):
+    if scales is not None and (bits != 8 or keys != "token" or set(scales) != set(range(len(_kinds(config))))):
         raise LlmqError("static scales are for 8 bits, keys per token, and one pair for each layer")
