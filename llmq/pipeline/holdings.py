@@ -44,6 +44,7 @@ from llmq.model.footprint import Entered, Footprint, footprints
 from llmq.pipeline.plan import Plan, packed_bytes
 from llmq.pipeline.site import pieces
 from llmq.pipeline.whole_model import finisher_bytes
+from llmq.progress import Memory
 from llmq.stats import Hessian, Stat
 from llmq.steps import Held, SiteStep
 from llmq.types import LinearSpec
@@ -88,6 +89,8 @@ class Holdings:
         recipe = plan.method.recipe
         self.plan, self.method = plan, plan.method
         self.size = plan.skeleton.dtype.itemsize
+        on_cpu = plan.device.type == "cpu"
+        self.libraries = LIBRARIES if on_cpu else max(LIBRARIES, Memory.held().now)  # a GPU's own come on top
         self.samples, self.length = (recipe.samples or 0, recipe.seq_len or 0) if plan.calibrates() else (0, 0)
         self.sequences = ceil(self.samples / processes)
         self.side_by_side = min(self.sequences, max(1, BATCH_TOKENS // max(1, self.length)))
@@ -139,7 +142,7 @@ class Holdings:
         there = dict(computed or {})
         if self.plan.device.type == "cpu":
             ours, there = ours | there, {}
-        return Phase(name, at, {"libraries": LIBRARIES, **_whole_bytes(ours)}, _whole_bytes(there))
+        return Phase(name, at, {"libraries": self.libraries, **_whole_bytes(ours)}, _whole_bytes(there))
 
     @cached_property
     def _ahead(self) -> dict[str, int]:
