@@ -9,7 +9,7 @@ The terms, D bytes of the compute dtype, P weights of a block:
     float block          its copy, where a step compares with the float model
     codes                what is solved of the block so far: a byte a weight, and the scales
     packing              words of one linear on the way from codes
-    packed               the packed words of the block, and their copy on the way to the disk
+    packed               the packed words of the block
     suspended            what the batches that stay suspended hold at a site (model/footprint.py), in each stream
     running batch        the most that the one forward holds, and the activations that statistics are given
     sums                 K x K float32 statistics of a site, and the copies and factors of them that its steps make
@@ -49,7 +49,8 @@ from llmq.stats import Hessian, Stat
 from llmq.steps import Held, SiteStep
 from llmq.types import LinearSpec
 
-LIBRARIES = 580 * 10**6
+LIBRARIES = 460 * 10**6
+_LOOPS = 120 * 10**6  # the compiler of loops and what it made; rounding to nearest alone needs none
 _F32 = 4
 _HEAP = 0.05  # of what is asked for, which is taken from the system besides
 _VERIFIED = 16  # tokens of the forward that verification runs
@@ -90,7 +91,8 @@ class Holdings:
         self.plan, self.method = plan, plan.method
         self.size = plan.skeleton.dtype.itemsize
         on_cpu = plan.device.type == "cpu"
-        self.libraries = LIBRARIES if on_cpu else max(LIBRARIES, Memory.held().now)  # a GPU's own come on top
+        base = LIBRARIES if on_cpu else max(LIBRARIES, Memory.held().now)  # a GPU's own come on top
+        self.libraries = base + (0 if recipe.method == "rtn" and recipe.range in (None, "minmax") else _LOOPS)
         self.samples, self.length = (recipe.samples or 0, recipe.seq_len or 0) if plan.calibrates() else (0, 0)
         self.sequences = ceil(self.samples / processes)
         self.side_by_side = min(self.sequences, max(1, BATCH_TOKENS // max(1, self.length)))
@@ -307,7 +309,7 @@ class Holdings:
             terms["for the tuner"] = weights * _F32 * max(t.held.NK for t in self.method.tuners)
             terms["between blocks"] = 2 * self.sequences * self.traced[0].hidden
             terms["running batch"] += self.traced[1][i].backward
-        return self._phase("blocks", f"block {i}, packing", self._beside(i) | terms, {"packed": 2 * words + largest})
+        return self._phase("blocks", f"block {i}, packing", self._beside(i) | terms, {"packed": words + largest})
 
     def _head(self, spec: LinearSpec, alive: int) -> Iterator[Phase]:
         """Yield what the head takes, a block of one linear behind the final norm."""
