@@ -129,7 +129,7 @@ def _check_zeros(name: str, zero: Array, how: Packing, report: Report) -> None:
 
 
 def _odd(g_idx: Array, G: int) -> list[int]:
-    return sorted({int(g) for g in g_idx if not 0 <= g < G})[:3]
+    return [int(g) for g in np.unique(g_idx[(g_idx < 0) | (g_idx >= G)])[:3]]
 
 
 def _share(which: Tensor) -> str:
