@@ -13,7 +13,10 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from llmq import heap, registry
+import torch
+
+from llmq import heap, launched, registry
+from llmq.calibration import free_memory
 from llmq.errors import LlmqError
 from llmq.options import memory_size
 from llmq.pipeline.holdings import Holdings, Phase
@@ -57,12 +60,6 @@ def alive_under(
     Raises LlmqError where it does not fit with none, with the least that would do and what takes most of it.
     """
     holdings = holdings or Holdings(plan)
-
-    def fits(alive: int) -> bool:
-        peak = _peak(holdings, alive)
-        within = host is None or peak.host.total() <= host
-        return within and (device is None or peak.device.total(device=True) <= device)
-
     least = _peak(holdings, 0)
     if host is not None and least.host.total() > host:
         raise LlmqError(_refusal(plan, host, least.host, device=False))
@@ -71,23 +68,53 @@ def alive_under(
     low, high = 0, holdings.batches + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if _fits(_peak(holdings, middle), host, device) else (low, middle)
     return low
 
 
 def capped(plan: Plan, host: str | None = None, device: str | None = None) -> Plan:
-    """Return the plan with as many batches suspended as fit; host, device: sizes such as `6GiB`, None for no cap.
+    """Return the plan with as many batches suspended as fit; host, device: sizes such as `6GiB`.
 
-    Raises LlmqError where the run does not fit, and for a cap on a device that the run does not use.
+    Without either, into what is free now; a run that may not fit even so is not refused, but told of.
+    Raises LlmqError where the run does not fit under a cap, and for a cap on a device that the run does not use.
     """
     if host is None and device is None:
-        return plan
+        return _fitting(plan)
     if device is not None and plan.device.type == "cpu":
         raise LlmqError("--device-memory means nothing here: the run computes on the CPU; say --max-memory")
     most = None if host is None else memory_size("--max-memory", host)
     alive = alive_under(plan, most, None if device is None else memory_size("--device-memory", device))
     heap.map_tensors()
     return dataclasses.replace(plan, alive=alive)
+
+
+def _fitting(plan: Plan) -> Plan:
+    """Return the plan with as many batches suspended as fit into what is free; processes of a machine share that.
+
+    A plan on paper, for a GPU that is not here, stays as it is.
+    """
+    cuda = plan.device.type == "cuda"
+    if cuda and not torch.cuda.is_available():
+        return plan
+    holdings = Holdings(plan)
+    host = free_memory(torch.device("cpu")) // launched.beside()
+    device = free_memory(plan.device) if cuda else None
+    if _fits(_peak(holdings, None), host, device):
+        return plan
+    heap.map_tensors()
+    least = _peak(holdings, 0)
+    if _fits(least, host, device):
+        return dataclasses.replace(plan, alive=alive_under(plan, host, device, holdings))
+    takes = f"{least.host.total() / 1e9:.2f} GB of memory, of which {host / 1e9:.2f} GB are free"
+    if device is not None:
+        gpu = f"{least.device.total(device=True) / 1e9:.2f} GB of the GPU's, of which {device / 1e9:.2f} GB are free"
+        takes = f"{takes}, and {gpu}"
+    return dataclasses.replace(plan, alive=0, warnings=[*plan.warnings, f"this run takes {takes}; it may be killed"])
+
+
+def _fits(peak: Peak, host: int | None, device: int | None) -> bool:
+    within = host is None or peak.host.total() <= host
+    return within and (device is None or peak.device.total(device=True) <= device)
 
 
 def _peak(holdings: Holdings, alive: int | None) -> Peak:

@@ -76,6 +76,24 @@ def test_a_cap_that_nothing_fits_into_is_refused_with_the_least_that_would(plann
     assert least.largest() in str(e.value) and str(e.value).startswith("--max-memory")
 
 
+def test_without_a_cap_as_many_are_suspended_as_fit_into_what_is_free(planned, monkeypatch):
+    plan = planned("qep,gptq,descent")
+    takes = [terms(plan, alive).host.total() for alive in range(5)]
+
+    def with_free(free):
+        monkeypatch.setattr("llmq.pipeline.memory.free_memory", lambda device: free)
+        return capped(plan)
+
+    assert with_free(takes[4]) is plan
+    assert with_free(takes[2] - 1).alive == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # which share it
+    assert with_free(2 * takes[2] - 1).alive == 1
+    short = with_free(takes[0])
+    assert short.alive == 0
+    (said,) = short.warnings[len(plan.warnings) :]
+    assert f"takes {takes[0] / 1e9:.2f} GB of memory" in said
+
+
 def test_beside_a_gpu_the_host_holds_what_comes_next(planned):
     plan = planned("qep,gptq")
     gpu = terms(dataclasses.replace(plan, device=torch.device("cuda"))).host
