@@ -21,7 +21,7 @@ from llmq.commands.look import inspect, list_
 from llmq.commands.measure import evaluate, generate, verify
 from llmq.commands.plan import plan
 from llmq.commands.quantize import quantize
-from llmq.commands.terminal import console
+from llmq.commands.terminal import console, warn
 from llmq.errors import LlmqError, notes, one_line, printable
 from llmq.show import labelled, plain
 
@@ -71,10 +71,21 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
 ) -> None:
     """Quantize Llama-family checkpoints, load them, measure them."""
+    if launched.size() > 1 and context.invoked_subcommand != "quantize":
+        _on_the_first(f"{context.invoked_subcommand}")
+
+
+def _on_the_first(command: str) -> None:
+    """Have the first of several processes do a command that they do not share; the others have nothing to do."""
+    if not launched.leads():
+        raise typer.Exit
+    warn(f"{command} runs on the first of {launched.size()} processes: only quantize is shared by several")
+    launched.leave()
 
 
 app.command()(quantize)

@@ -34,6 +34,12 @@ def leads() -> bool:
     return number() == 0
 
 
+def leave() -> None:
+    """Work alone from here on, as if nobody had launched several."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
 def ends_first() -> bool:
     """Say whether this process is the first that an error ends: it tells of it, the others follow."""
     if size() == 1:

@@ -12,7 +12,7 @@ import time
 import pytest
 
 import llmq
-from llmq import cli, signals
+from llmq import cli, launched, signals
 from llmq.commands import terminal
 
 
@@ -112,6 +112,19 @@ def test_bad_input_is_one_line_and_nothing_is_written(tiny_checkpoint, tmp_path,
 
     assert re.search(message, done.stderr), done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["empty.txt"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_commands_that_several_processes_do_not_share_run_on_the_first(monkeypatch, capsys, rank):
+    for name, number in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(number))
+    monkeypatch.setattr(sys, "argv", ["llmq", "inspect", "/no/such/folder"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capsys.readouterr()
+    assert ended.value.code == (1, 0)[rank]
+    assert ("first of 2 processes" in told.out, "is not a folder" in told.err) == (rank == 0, rank == 0)
+    assert rank or launched.size() == 1  # what it calls waits for nobody
 
 
 def test_an_interrupt_leaves_what_was_finished_and_says_where(tiny_checkpoint, tmp_path, text):
