@@ -25,6 +25,11 @@ def cut(count: int, parts: int = PARTS) -> list[range]:
     return [range(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
 
 
+def most(count: int, processes: int) -> int:
+    """Return how many of `count` batches the first of so many processes has; no other has more."""
+    return sum(map(len, cut(count)[::processes]))
+
+
 @dataclass(frozen=True)
 class Dealt:
     """The batches of a calibration in parts, which are dealt over the processes of a team.

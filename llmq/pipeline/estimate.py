@@ -4,8 +4,8 @@
     found.bytes, found.bits_per_weight, found.memory["host"]["bytes"], found.total
     found.to_json()
 
-Several processes share batches of the calibration, rows of a site in eight pieces at most, experts by owner; sums are
-added up by rings. What each does alone, or the first for all, does not shrink.
+Several processes share the batches of the calibration, in eight parts at most, and the rows of a site, in its pieces.
+What each does alone, or the first for all, does not shrink.
 Not here: what is counted (operations.py, memory.py), rates (rates.py, machines.py), who reads it (readers.py).
 """
 
@@ -16,6 +16,7 @@ from math import ceil
 from typing import Any, Self
 
 from llmq import registry
+from llmq.calibration.dealing import PARTS, most
 from llmq.format import packed_bytes
 from llmq.model.footprint import footprints
 from llmq.pipeline.holdings import Holdings, Phase
@@ -28,8 +29,6 @@ from llmq.readers import Reader
 from llmq.show import span
 from llmq.types import LlmqError
 
-PIECES = 8
-"""Parts that the rows of a site are dealt in, whatever the number of processes."""
 _TOKENS = 8  # of a sequence that tells the sites of a model that is not calibrated
 
 
@@ -120,8 +119,7 @@ def estimate(plan: Plan, rates: Rates, *, like: tuple[str, Machine] | None = Non
     peak = terms(plan, plan.alive, holdings)
     if like and peak.device.total(device=True) > like[1].memory * 1e9:
         peak = terms(plan, alive_under(plan, None, int(like[1].memory * 1e9), holdings), holdings)
-    every = ceil(holdings.samples / max(1, holdings.side_by_side))
-    work = dealt(operations(plan, holdings, peak.alive), devices, every)
+    work = dealt(operations(plan, holdings, peak.alive), devices, holdings.every)
     link = like[1].link if like else 1.0  # GB/s; this machine's, with others like it: 10 Gb/s
     network = link if devices <= HOST else min(link, NETWORK)
     return Estimate(
@@ -148,19 +146,17 @@ def estimate(plan: Plan, rates: Rates, *, like: tuple[str, Machine] | None = Non
 
 def dealt(work: Work, devices: int, batches: int) -> dict[str, float]:
     """Return the amounts, by kind, of the process that does most, of so many that share the work."""
-    others = devices - 1
+    others = (devices - 1) / devices
     shares = {
-        "batches": 1 / max(1, min(devices, batches)),
-        "rows": 1 / min(devices, PIECES),
-        "experts": 1 / devices,
+        "batches": most(batches, devices) / max(1, batches),
         "each": 1.0,
         "first": 1.0,
-        "ring": 2 * others / devices,  # what is added up over all goes round twice
-        "swap": others / devices**2,  # of a process's own batches, all but what its own experts get
+        "sums": 2 * ceil(min(PARTS, batches) / devices) * others,  # in each round a slice of all parts, then all slices
+        "sent": others,
     }
     found: dict[str, float] = defaultdict(float)
     for (kind, how), amount in work.items():
-        found[kind] += amount * shares[how]
+        found[kind] += amount * (ceil(how / devices) / how if isinstance(how, int) else shares[how])
     return dict(found)
 
 

@@ -36,6 +36,7 @@ from functools import cached_property
 from math import ceil
 
 from llmq import aside
+from llmq.calibration.dealing import most
 from llmq.calibration.state import BATCH_TOKENS
 from llmq.calibration.token_gradients import POSITIONS, held_at_once
 from llmq.calibration.writing import writing_bytes
@@ -94,9 +95,10 @@ class Holdings:
         base = LIBRARIES if on_cpu else max(LIBRARIES, Memory.held().now)  # a GPU's own come on top
         self.libraries = base + (0 if recipe.method == "rtn" and recipe.range in (None, "minmax") else _LOOPS)
         self.samples, self.length = (recipe.samples or 0, recipe.seq_len or 0) if plan.calibrates() else (0, 0)
-        self.sequences = ceil(self.samples / processes)
-        self.side_by_side = min(self.sequences, max(1, BATCH_TOKENS // max(1, self.length)))
-        self.batches = ceil(self.sequences / self.side_by_side) if self.sequences else 0
+        self.side_by_side = min(self.samples, max(1, BATCH_TOKENS // max(1, self.length)))
+        self.every = ceil(self.samples / self.side_by_side) if self.samples else 0  # batches of all processes
+        self.batches = most(self.every, processes)
+        self.sequences = min(self.samples, self.batches * self.side_by_side)
         self.share = plan.paired() if self.sequences else 0.0
 
     @cached_property

@@ -13,7 +13,7 @@ T tokens of calibration, a linear [N, K], t tokens that reach it (of an expert T
     packing, decoding    weights packed, and decoded again to verify them
     digest       bytes whose checksums are taken: codes, tensors and files, when written and when verified
     read, write  bytes; the checkpoint is read for NaN and for the run, OUT written in parts, then in shards
-    link         bytes of sums that several processes add up, 8 an entry; of experts, activations sent to their owner
+    link         bytes of sums that several processes add up, 4 an entry; of codes that they send each other, 1 a weight
     text, linears, starts    tokens of text that are cut; linears, for what each costs whatever its size; the model
                  without weights, and a process that reads text
 
@@ -26,19 +26,23 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from llmq.calibration.text import READ_FACTOR
+from llmq.granularity import PerTensor
 from llmq.model.experts import Experts, in_experts, linears_of
 from llmq.pipeline.holdings import Holdings
 from llmq.pipeline.plan import Plan
+from llmq.pipeline.site import pieces
 from llmq.stats import Drift, Hessian
+from llmq.steps import Step
 from llmq.types import LinearSpec
 
-Work = dict[tuple[str, str], float]
-"""Amounts by kind, and by how processes share them: "batches", "rows", "experts"; "each" does all, or the "first";
-bytes go round in a "ring", or a "swap" with the owners of experts.
+Work = dict[tuple[str, str | int], float]
+"""Amounts by kind, and by how processes share them: by "batches", or in so many pieces of rows, a number; "each" does
+all, or the "first"; of bytes on the link, they are of "sums" that all get, or "sent" by one to all.
 """
 AGAIN = 2.3
 """Forwards that a batch takes which stays suspended nowhere, in place of one: measured 2.15 to 2.5."""
 _GRADIENTS = 4  # forwards that a gradient at every linear is worth: one, and for the backward pass one again and two
+_TRIANGLE = 9 / 16  # of a symmetric sum, which is kept in panels of rows
 _VERIFIED = 16  # tokens of the forward that verification runs
 
 
@@ -60,7 +64,7 @@ class _Counting:
         for spec in plan.rows.values():
             self.work["fits", "first"] += spec.N * spec.K
         if plan.head is not None:
-            self._site([plan.linears[plan.head]], self.tokens, "rows")
+            self._site([plan.linears[plan.head]], self.tokens)
         self._gradients()
         for step in self.method.finishers:
             forwards = step.forwards(holdings.samples, holdings.length) + 1  # the float model's
@@ -74,54 +78,66 @@ class _Counting:
         linears = linears_of(block)
         found = self.holdings.traced[1][i].at or {(n,): 0 for n in linears}
         heads = getattr(self.plan.skeleton.text, "num_attention_heads", 0) * self.plan.skeleton.head_dim_of(i)
-        flops = {"batches": 2.0 * self.holdings.length * heads, "experts": 0.0}
-        outputs = 0.0
+        flops, outputs = 2.0 * self.holdings.length * heads, 0.0
         for names in found:
-            dealt, reach = ("experts", share) if names[0] in experts else ("batches", 1.0)
-            flops[dealt] += 2 * reach * sum(linears[n].weight.numel() for n in names)
+            reach = share if names[0] in experts else 1.0
+            flops += 2 * reach * sum(linears[n].weight.numel() for n in names)
             outputs += reach * sum(linears[n].out_features for n in names)
             self.squares += reach * linears[names[0]].in_features ** 2
             specs = [s for n in names if (s := self.plan.linears.get(full(i, n)))]
-            self._site(specs, self.tokens * reach, "experts" if dealt == "experts" else "rows")
-        self.matmuls += sum(flops.values())
-        forwards = self._forwards(experts=bool(experts)) * self.tokens
-        for dealt, each in flops.items():
-            self.work["forward", dealt] += forwards * each
-        self.work["passes", "batches"] += 4 * forwards * outputs  # norms, gates, sums
+            self._site(specs, self.tokens * reach)
+        self.matmuls += flops
+        for dealt, forwards in self._forwards(experts=bool(experts)).items():
+            self.work["forward", dealt] += forwards * self.tokens * flops
+            self.work["passes", dealt] += 4 * forwards * self.tokens * outputs  # norms, gates, sums
         width = self.plan.skeleton.text.hidden_size
-        self.work["passes", "each"] += 4 * (1 + self.holdings.share) * self.tokens * width  # states, written and read
+        self.work["passes", "batches"] += (
+            4 * (1 + self.holdings.share) * self.tokens * width
+        )  # states, written and read
 
-    def _forwards(self, *, experts: bool) -> float:
-        """Return how many forwards over the calibration a block takes; those of experts keep all batches suspended."""
+    def _forwards(self, *, experts: bool) -> dict[str, float]:
+        """Return how many forwards over the calibration a block takes, by how they are shared.
+
+        Blocks of experts keep all batches suspended. A transform observes one forward, and searches on the first.
+        """
         samples, length = self.holdings.samples, self.holdings.length
         if not samples:
-            return 0.0
+            return {}
         left = 0.0 if experts else 1 - min(1.0, self.alive / self.holdings.batches)
         streams = (1 + self.holdings.share) * (1 + left * (AGAIN - 1))
-        steps = (*self.method.transforms, *self.method.tuners)
+        observed = [step.forwards(samples, length) for step in self.method.transforms]
         again = 1.0 if self.method.tuners else 0.0  # what tuners have moved is put out by a forward of its own
-        return streams + again + sum(step.forwards(samples, length) for step in steps)
+        return {
+            "batches": streams + again + sum(min(1.0, n) for n in observed),
+            "first": sum(max(0.0, n - 1) for n in observed),
+            "each": sum(step.forwards(samples, length) for step in self.method.tuners),
+        }
 
-    def _site(self, specs: Sequence[LinearSpec], reach: float, dealt: str) -> None:
+    def _site(self, specs: Sequence[LinearSpec], reach: float) -> None:
         """Count the statistics and the solve of linears that share an input; reach: the tokens that reach it."""
         if not specs:
             return
         method, K, N = self.method, specs[0].K, sum(s.N for s in specs)
         stats = method.needs([s.scheme.weight for s in specs])
-        by_token = "experts" if dealt == "experts" else "batches"
-        if dealt == "experts":
-            self.work["link", "swap"] += 2 * 2 * reach * K
-        else:
-            self.work["link", "ring"] += 8 * K**2 * ((Hessian in stats) + 3 * (Drift in stats))
-        self.work["statistics", by_token] += K**2 * reach * (1.1 * (Hessian in stats) + 2.25 * (Drift in stats))
-        for step in (*method.transforms, *method.corrections, method.solver, *method.refiners, *method.tuners):
+        whole = any(isinstance(s.scheme.weight.granularity, PerTensor) for s in specs)
+        rows = 1 if whole else pieces(N)
+        sums = K**2 * (_TRIANGLE * (Hessian in stats) + (2 + _TRIANGLE) * (Drift in stats))
+        self.work["link", "sums"] += 4 * sums
+        self.work["link", "sent"] += N * K
+        self.work["statistics", "batches"] += K**2 * reach * (1.1 * (Hessian in stats) + 2.25 * (Drift in stats))
+        self._steps(method.transforms, N, K, "first")
+        self._steps((*method.corrections, method.solver, *method.refiners), N, K, rows)
+        self._steps(method.tuners, N, K, "each")
+        self.work["products", rows] += 4 * N * K**2 * (Hessian in stats)
+        self.work["passes", rows] += 40 * N * K  # rounded, decoded, compared, in part as integers
+        self.work["packing", "first"] += N * K
+        self.work["linears", "each"] += len(specs)
+
+    def _steps(self, steps: Sequence[Step], N: int, K: int, dealt: str | int) -> None:
+        """Count what steps do for N rows; what they factor, every process that takes part does."""
+        for step in steps:
             for kind, amount in step.operations(N, K)._asdict().items():
-                whole = "experts" if dealt == "experts" else "each"
-                self.work[kind, whole if kind == "factor" else dealt] += amount
-        self.work["products", dealt] += 4 * N * K**2 * (Hessian in stats)
-        self.work["passes", dealt] += 40 * N * K  # rounded, decoded, compared, in part as integers
-        self.work["packing", dealt] += N * K
-        self.work["linears", dealt] += len(specs)
+                self.work[kind, "each" if kind == "factor" else dealt] += amount
 
     def _gradients(self) -> None:
         """Count the gradients that weigh tokens, and those of one batch and the trials by which bits are chosen."""
@@ -134,11 +150,11 @@ class _Counting:
         batch = self.holdings.side_by_side * self.holdings.length
         choices = len(self.method.recipe.choices())
         weights = sum(s.N * s.K for s in self.plan.linears.values())
-        self.work["forward", "batches"] += batch * (self.matmuls + (0 if self.method.weightings else each))
-        self.work["statistics", "batches"] += 1.1 * batch * self.squares
-        self.work["products", "batches"] += 2 * batch * choices * weights
-        self.work["fits", "batches"] += choices * weights
-        self.work["read", "each"] += self.plan.source.bytes()
+        self.work["forward", "first"] += batch * (self.matmuls + (0 if self.method.weightings else each))
+        self.work["statistics", "first"] += 1.1 * batch * self.squares
+        self.work["products", "first"] += 2 * batch * choices * weights
+        self.work["fits", "first"] += choices * weights
+        self.work["read", "first"] += self.plan.source.bytes()
 
     def _logits(self) -> float:
         """Return the flops of the head for one token."""
@@ -149,7 +165,8 @@ class _Counting:
         """Count what is read, written, and judged when it is written."""
         plan, out = self.plan, self.plan.bytes()
         weights = sum(s.N * s.K for s in plan.matrices.values())
-        self.work["read", "each"] += 2 * plan.source.bytes()
+        self.work["read", "each"] += plan.source.bytes()
+        self.work["read", "first"] += plan.source.bytes()  # looked at for NaN before anything
         self.work["passes", "first"] += plan.source.bytes() / plan.skeleton.stored_dtype.itemsize
         self.work["write", "first"] += 2 * out
         self.work["read", "first"] += 3 * out  # joined, and read twice to verify

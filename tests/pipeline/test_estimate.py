@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from llmq.checkpoint import Source
 from llmq.guard.reading import Entry
-from llmq.pipeline.estimate import PIECES, dealt, estimate
+from llmq.pipeline.estimate import dealt, estimate
 from llmq.pipeline.machines import machine, on_paper
 from llmq.pipeline.plan import outline
 from llmq.pipeline.rates import NOMINAL, Rates
@@ -81,14 +81,16 @@ def test_other_rates_are_other_seconds_of_the_same_work(tiny_checkpoint):
     assert found.seconds["forward"] == found.amounts["forward"] / NOMINAL["forward"]
 
 
-def test_work_is_dealt_by_batches_rows_and_owners():
+def test_work_is_dealt_by_parts_of_batches_and_pieces_of_rows():
     work = {
-        ("a", "batches"): 64.0, ("a", "first"): 1.0, ("b", "rows"): 64.0, ("c", "experts"): 64.0, ("d", "each"): 5.0,
-        ("link", "ring"): 8.0, ("link", "swap"): 8.0,
+        ("a", "batches"): 64.0, ("a", "first"): 1.0, ("b", 8): 64.0, ("c", 6): 6.0, ("d", "each"): 5.0,
+        ("link", "sums"): 8.0, ("link", "sent"): 16.0,
     }  # fmt: skip
-    assert dealt(work, 1, 64) == {"a": 65, "b": 64, "c": 64, "d": 5, "link": 0}
-    assert dealt(work, 8, 64) == {"a": 9, "b": 64 / PIECES, "c": 8, "d": 5, "link": 2 * 7 + 8 * 7 / 64}
-    assert dealt(work, 64, 16)["a"] == 5 and dealt(work, 64, 16)["b"] == 64 / PIECES  # no more batches, no more pieces
+    assert dealt(work, 1, 64) == {"a": 65, "b": 64, "c": 6, "d": 5, "link": 0}
+    assert dealt(work, 4, 64) == {"a": 17, "b": 16, "c": 2, "d": 5, "link": 2 * 2 * 6 + 12}  # two rounds of sums
+    assert dealt(work, 8, 64) == {"a": 9, "b": 8, "c": 1, "d": 5, "link": 2 * 7 + 14}
+    assert dealt(work, 64, 64) == {"a": 9, "b": 8, "c": 1, "d": 5, "link": 2 * 7.875 + 15.75}  # 8 work in the blocks
+    assert dealt(work, 8, 20)["a"] == 64 * 3 / 20 + 1  # parts of three and of two batches
 
 
 def test_other_machines_are_arithmetic_and_say_so(tiny_checkpoint):
