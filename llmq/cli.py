@@ -43,7 +43,7 @@ def main() -> None:
         if not done and not launched.ends_first():
             sys.exit(1)
         if (number := signals.caught()) and not done:
-            error.print(plain("; ".join(["interrupted", *(notes(e) or ["nothing was written"])]), longest=None))
+            error.print(plain("; ".join(["interrupted", *(notes(e) or ["nothing was changed"])]), longest=None))
             sys.exit(128 + number)
         if isinstance(e, SystemExit) or "--debug" in sys.argv:
             raise

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llmq import launched
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, one_line
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
@@ -183,6 +183,7 @@ def join(device: torch.device) -> Team:
 
     The processes of one machine share its cores, unless OMP_NUM_THREADS says how many threads each has.
     device: where this process' large tensors are.
+    Raises LlmqError where the processes cannot connect.
     """
     if launched.size() == 1:
         return ALONE
@@ -194,7 +195,13 @@ def join(device: torch.device) -> Team:
         if "OMP_NUM_THREADS" not in os.environ:
             cores = psutil.cpu_count(logical=False) or 1
             torch.set_num_threads(max(1, cores // launched.beside()))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+        except (RuntimeError, ValueError) as e:  # what torch.distributed raises, whatever it met
+            raise LlmqError(
+                f"the {launched.size()} processes of this run cannot connect ({one_line(e)}); check that all reach "
+                "MASTER_ADDR, and run the same command again, which goes on where it was"
+            ) from e
         atexit.register(dist.destroy_process_group)
     return Group(device)
 

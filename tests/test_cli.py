@@ -157,7 +157,7 @@ def test_an_interrupt_that_c_code_turned_into_an_error_is_an_interrupt(monkeypat
 
     with interruptible(monkeypatch, app), pytest.raises(SystemExit) as end:
         cli.main()
-    assert end.value.code == 130 and capsys.readouterr().err == "interrupted; nothing was written\n"
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted; nothing was changed\n"
 
 
 def test_an_interrupt_that_c_code_lost_ends_the_next_step(monkeypatch):

@@ -36,7 +36,7 @@ def run(body, **options):
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_each_ends_in_one_line(name, status):
     done = run(f"stop({name!r}); time.sleep(5)")
-    assert (done.returncode, done.stderr) == (status, "interrupted; nothing was written\n")
+    assert (done.returncode, done.stderr) == (status, "interrupted; nothing was changed\n")
 
 
 @pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])

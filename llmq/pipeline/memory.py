@@ -134,6 +134,9 @@ def _refusal(plan: Plan, cap: int, worst: Phase, *, device: bool) -> str:
     """Return what to say of a cap that a run does not fit into."""
     name, terms = worst.largest(device=device), worst.device if device else worst.host
     where = f"{worst.name}, {worst.at}" if worst.at else worst.name
+    if (base := terms.get("libraries", 0)) > cap:
+        alone = f"Python and its libraries alone take {base / 1e9:.2f} GB"
+        return f"--max-memory {cap / 1e9:.3f} GB is too little: {alone}; give more"
     return (
         f"{'--device-memory' if device else '--max-memory'} {cap / 1e9:.2f} GB is too little: the run takes "
         f"{sum(terms.values()) / 1e9:.2f} GB at least ({where}: {name} {terms[name] / 1e9:.2f} GB); "

@@ -76,6 +76,11 @@ def test_a_cap_that_nothing_fits_into_is_refused_with_the_least_that_would(plann
     assert least.largest() in str(e.value) and str(e.value).startswith("--max-memory")
 
 
+def test_a_cap_below_what_python_takes_says_so(planned):
+    with pytest.raises(LlmqError, match=r"--max-memory 0\.001 GB .* libraries alone take 0\.\d+ GB"):
+        alive_under(planned("gptq"), 10**6)
+
+
 def test_without_a_cap_as_many_are_suspended_as_fit_into_what_is_free(planned, monkeypatch):
     plan = planned("qep,gptq,descent")
     takes = [terms(plan, alive).host.total() for alive in range(5)]
