@@ -91,6 +91,7 @@ def tables(found: "Estimate", *, linears: bool = False) -> Iterable[Rows]:
     yield readers
     if linears:
         shown = Rows("", "linear", "shape", "site", "grid", "bytes")
+        shown.columns[0].no_wrap = True  # a name is to be read whole on a narrow terminal too
         for row in found.linears:
             shown.add(row.name, list(row.shape), row.site, row.grid, f"{row.bytes:,}")
         yield shown

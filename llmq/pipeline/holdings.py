@@ -51,7 +51,7 @@ from llmq.steps import Held, SiteStep
 from llmq.types import LinearSpec
 
 LIBRARIES = 460 * 10**6
-_LOOPS = 120 * 10**6  # the compiler of loops and what it made; rounding to nearest alone needs none
+_LOOPS = 150 * 10**6  # the compiler of loops and what it made; rounding to nearest alone needs none
 _F32 = 4
 _HEAP = 0.05  # of what is asked for, which is taken from the system besides
 _VERIFIED = 16  # tokens of the forward that verification runs

@@ -265,12 +265,6 @@ def test_experts_behind_a_dense_block_are_linears(tmp_path):
     assert mlps == {"gate_proj", "up_proj", "down_proj"} | experts
 
 
-def test_a_head_whose_norm_is_not_known_is_refused_before_any_work(tmp_path):
-    folder = saved(tmp_path / "m", GPTNeoXConfig(**SMALL))
-    with pytest.raises(LlmqError, match="--lm-head.*gpt_neox"):
-        prepare(str(folder), Recipe(**RTN, lm_head=True), "cpu")
-
-
 def test_a_tensor_of_no_part_of_the_model_is_warned_of_and_kept(llama, tmp_path):
     shutil.copytree(llama, tmp_path / "m")
     rewrite(tmp_path / "m", lambda t: t | {"value.weight": torch.full((3,), 9, dtype=torch.int64)})
