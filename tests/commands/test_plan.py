@@ -9,13 +9,20 @@ from typer.testing import CliRunner
 
 import llmq
 from llmq import cli
+from llmq.commands.terminal import console
 from llmq.recipe import KINDS
 
 SMALL = ["--group-size", "32", "--samples", "4", "--seq-len", "32"]
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Lines are not broken, whatever console an earlier test has made."""
+    monkeypatch.setattr(console, "width", 400)
+
+
 def plan(*args):
-    return CliRunner().invoke(cli.app, ["plan", *map(str, args)], env={"COLUMNS": "400"})
+    return CliRunner().invoke(cli.app, ["plan", *map(str, args)])
 
 
 def test_it_takes_what_quantize_takes_but_for_what_writes():
