@@ -8,25 +8,27 @@ Without them it is alone. Not here: what they do together (team.py), which impor
 
 import os
 
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
 
 def number() -> int:
     """Return the number of this process."""
-    return int(os.environ.get("RANK", "0"))
+    return _told("RANK", alone=0)
 
 
 def size() -> int:
     """Return how many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _told("WORLD_SIZE", alone=1)
 
 
 def number_here() -> int:
     """Return the number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _told("LOCAL_RANK", alone=0)
 
 
 def beside() -> int:
     """Return how many processes share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _told("LOCAL_WORLD_SIZE", alone=1)
 
 
 def leads() -> bool:
@@ -36,7 +38,7 @@ def leads() -> bool:
 
 def leave() -> None:
     """Work alone from here on, as if nobody had launched several."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in _NAMES:
         os.environ.pop(name, None)
 
 
@@ -52,3 +54,7 @@ def ends_first() -> bool:
         return bool(dist.distributed_c10d._get_default_store().add("llmq ends", 1) == 1)
     except RuntimeError:  # the process that kept the count is gone
         return False
+
+
+def _told(name: str, alone: int) -> int:
+    return int(os.environ.get(name, alone))

@@ -33,7 +33,8 @@ from torch import Tensor
 from llmq.team import ALONE, Team
 
 _PANEL = 192  # the least columns of one product in the rank-k update; narrower products lose speed
-_TRIANGLE = 9 / 16  # of a square is in eight panels of rows from the diagonal on
+TRIANGLE = 9 / 16
+"""How much of a symmetric sum is kept: what eight panels of rows hold from the diagonal on."""
 
 
 class Reduction(Enum):
@@ -193,7 +194,7 @@ class Hessian(Squares):
     """
 
     reductions: ClassVar[Mapping[str, Reduction]] = {"sum": SUM, "count": SUM}
-    matrices, summing = 1, 2 * _TRIANGLE
+    matrices, summing = 1, 2 * TRIANGLE
     weighed = True
 
     def __init__(self, tokens: int) -> None:
@@ -230,7 +231,7 @@ class Drift(Squares):
     reductions: ClassVar[Mapping[str, Reduction]] = dict.fromkeys(
         ("fit", "held", "held_hessian", "count", "held_count"), SUM
     )
-    matrices, summing = 3, 2 * (2 + _TRIANGLE)
+    matrices, summing = 3, 2 * (2 + TRIANGLE)
     paired = True
     weighed = True
 

@@ -56,14 +56,11 @@ class Forward:
 
     def step(self, i: int) -> None:
         """Move all batches past block `i`, the one behind the last that they passed."""
+        read = partial(self.skeleton.tensor, i, device=self._device)
         loaded = self.skeleton.loaded(i, self._device, experts=self._experts, read=next(self._reads))
-        with loaded as block, Passing(block, partial(self._get, i)), torch.no_grad():
+        with loaded as block, Passing(block, read), torch.no_grad():
             calls = (c[i] for c in self._calls)
             self.hidden = self._keep(run(block, h, c) for h, c in zip(self.hidden, calls, strict=True))
-
-    def _get(self, i: int, name: str) -> Tensor:
-        """Return a tensor of block `i` by its name there."""
-        return self.skeleton.source.get(self.skeleton.full_name(i, name)).to(self._device, self.skeleton.dtype)
 
 
 class Files:

@@ -91,6 +91,10 @@ class Skeleton:
             )
         return found[0]
 
+    def tensor(self, i: int, name: str, device: torch.device) -> Tensor:
+        """Return a tensor of block `i` by its name there, as it is computed with."""
+        return self.source.get(self.full_name(i, name)).to(device, self.dtype)
+
     @contextmanager
     def loaded(
         self, i: int, device: torch.device, *, experts: bool = True, read: Read | None = None

@@ -77,7 +77,7 @@ def quantize_block(
     with ExitStack() as stack:
         experts = plan.method.loads_all_experts
         module = stack.enter_context(plan.skeleton.loaded(i, plan.device, experts=experts, read=read))
-        passing = stack.enter_context(Passing(module, partial(_read, plan, i)))
+        passing = stack.enter_context(Passing(module, partial(plan.skeleton.tensor, i, device=plan.device)))
         block = Block(plan, i, module, block_sites(plan, i, module, state), state, passing, work)
         packed, maxima = _opened(block) if i < len(plan.skeleton) else ({}, None)
         solved, state = _solve(block, maxima)
@@ -101,11 +101,6 @@ def _note(block: Block, linear: str, solved: Solved) -> None:
         record.note(linear, {"trouble": trouble})
     for kind, words in trouble.items():
         block.work.say("trouble", f"{linear}: {kind}: {words}")
-
-
-def _read(plan: Plan, i: int, name: str) -> Tensor:
-    """Return a tensor of block `i` by its name there, as it is computed with."""
-    return plan.source.get(plan.skeleton.full_name(i, name)).to(plan.device, plan.skeleton.dtype)
 
 
 def _opened(block: Block) -> tuple[dict[str, Tensor], KvMaxima | None]:

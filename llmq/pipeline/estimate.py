@@ -22,7 +22,7 @@ from llmq.model.footprint import footprints
 from llmq.pipeline.holdings import Holdings, Phase
 from llmq.pipeline.machines import HOST, NETWORK, Machine
 from llmq.pipeline.memory import alive_under, terms
-from llmq.pipeline.operations import Work, operations, sites
+from llmq.pipeline.operations import Amounts, operations, sites
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.rates import Rates
 from llmq.readers import Reader
@@ -144,7 +144,7 @@ def estimate(plan: Plan, rates: Rates, *, like: tuple[str, Machine] | None = Non
     )
 
 
-def dealt(work: Work, devices: int, batches: int) -> dict[str, float]:
+def dealt(work: Amounts, devices: int, batches: int) -> dict[str, float]:
     """Return the amounts, by kind, of the process that does most, of so many that share the work."""
     others = (devices - 1) / devices
     shares = {

@@ -33,7 +33,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from math import ceil
+
+from torch import nn
 
 from llmq import aside
 from llmq.calibration.dealing import most
@@ -152,8 +155,7 @@ class Holdings:
     def _ahead(self) -> dict[str, int]:
         """What the host holds while a GPU works: two blocks, one that it is given and one that is read, and batches."""
         skeleton, entered = self.plan.skeleton, self.traced[0]
-        sizes = map(self._weights, range(len(skeleton)))
-        weights = max(own + in_all * self.method.loads_all_experts for own, in_all in sizes)
+        weights = max(own + in_all * self.method.loads_all_experts for own, in_all in self._weights)
         batches = (1 + bool(self.share)) * self.side_by_side
         return {
             "next block": 2 * weights * skeleton.stored_dtype.itemsize,
@@ -168,11 +170,29 @@ class Holdings:
     def _embeddings(self) -> int:
         return sum(self.plan.source.sizes().get(f"{n}.weight", 0) for n in self.plan.skeleton.embeddings())
 
-    def _weights(self, i: int) -> tuple[int, int]:
-        """Return how many parameters block `i` has beside its experts, and in them."""
-        block = self.plan.skeleton.blocks[i]
-        experts = sum(p.numel() for m in in_experts(block).values() for p in m.parameters())
-        return sum(p.numel() for p in block.parameters()) - experts, experts
+    @cached_property
+    def _weights(self) -> list[tuple[int, int]]:
+        """How many parameters each block has beside its experts, and in them."""
+        return [_parameters(block) for block in self.plan.skeleton.blocks]
+
+    @cached_property
+    def _linears(self) -> list[dict[str, LinearSpec | None]]:
+        """What becomes of the linears of each block, by their names in it; None of those that stay float."""
+        skeleton, linears = self.plan.skeleton, self.plan.linears
+        return [
+            {n: linears.get(skeleton.full_name(i, n)) for n in linears_of(b)} for i, b in enumerate(skeleton.blocks)
+        ]
+
+    @cached_property
+    def _words(self) -> list[int]:
+        """How many bytes the packed linears of each block take."""
+        form = self.method.format
+        return [sum(packed_bytes(form, s) for s in named.values() if s) for named in self._linears]
+
+    @cached_property
+    def _left(self) -> list[int]:
+        """What a sequence's keys and values take that blocks up to each one have left for those behind them."""
+        return list(accumulate((f.left for f in self.traced[1]), max))
 
     def _squares(self, batches: int) -> int:
         return _F32 * batches * self.side_by_side * self.length * len(self.plan.linears)
@@ -187,8 +207,8 @@ class Holdings:
             "squared gradients": self._squares(batches),
             "arguments": self.side_by_side * entered.calls,
         }
-        i = max(range(len(skeleton)), key=lambda i: self.size * sum(self._weights(i)) + found[i].backward)
-        taken = {"block": self.size * sum(self._weights(i)), "running batch": self.side_by_side * found[i].backward}
+        i = max(range(len(skeleton)), key=lambda i: self.size * sum(self._weights[i]) + found[i].backward)
+        taken = {"block": self.size * sum(self._weights[i]), "running batch": self.side_by_side * found[i].backward}
         yield self._phase("gradients", f"block {i}", beside | taken)
         yield self._phase("gradients", "head", beside | self._outside(self.size, POSITIONS))
 
@@ -204,9 +224,9 @@ class Holdings:
         """Yield what block `i` takes at each of its sites, and while its words are packed."""
         skeleton, found = self.plan.skeleton, self.traced[1][i]
         experts = in_experts(skeleton.blocks[i])
-        own, in_all = self._weights(i)
+        own, in_all = self._weights[i]
         own, in_all = (own + in_all, 0) if self.method.loads_all_experts else (own, in_all)
-        named = {n: self.plan.linears.get(skeleton.full_name(i, n)) for n in linears_of(skeleton.blocks[i])}
+        named = self._linears[i]
         at = found.at or {(n,): 0 for n in named}
         stay = self.batches if experts else min(alive, self.batches)
         if self.method.transforms:
@@ -231,11 +251,10 @@ class Holdings:
 
     def _beside(self, i: int) -> dict[str, float]:
         """Return what is held all through block `i`, beside its weights."""
-        entered, found = self.traced
-        left = max((f.left for f in found[: i + 1]), default=0)
+        entered, _ = self.traced
         return {
             "squared gradients": self._squares(self.batches) if self.method.weightings else 0,
-            "shared keys": (1 + self.share) * left * self.sequences,
+            "shared keys": (1 + self.share) * self._left[i] * self.sequences,
             "arguments": self.side_by_side * entered.calls,
         }
 
@@ -289,7 +308,7 @@ class Holdings:
         widest = max((sum(s.N * s.K for s in site) for site in shapes), default=0)
         square = max((s.K for site in shapes for s in site), default=0) ** 2
         terms = {
-            "block": self.size * sum(self._weights(i)),
+            "block": self.size * sum(self._weights[i]),
             "running batch": self.side_by_side * 2 * found[i].most,
             "sums": _F32 * square * held.KK,
             "rows": _F32 * widest * held.NK,
@@ -299,7 +318,7 @@ class Holdings:
     def _closing(self, i: int, block: int, specs: Sequence[LinearSpec]) -> Phase:
         """Return what block `i` takes when all of it is solved: tuned, packed, and put out as a last forward."""
         weights = sum(s.N * s.K for s in specs)
-        words = sum(packed_bytes(self.method.format, s) for s in specs)
+        words = self._words[i]
         terms: dict[str, float] = {
             "block": block,
             "float block": block * bool(self.share),
@@ -328,12 +347,18 @@ class Holdings:
     def _verifying(self) -> Iterator[Phase]:
         """Yield what verification takes, on the host: a block in float32, but for its experts; then the head."""
         skeleton = self.plan.skeleton
-        i = max(range(len(skeleton)), key=lambda i: self._weights(i)[0])
+        i = max(range(len(skeleton)), key=lambda i: self._weights[i][0])
         linears = linears_of(skeleton.blocks[i]).values()
         decoding = _DECODING * max((m.in_features * m.out_features for m in linears), default=0)
-        block = _F32 * self._weights(i)[0]
+        block = _F32 * self._weights[i][0]
         yield self._phase("verifying", f"block {i}", host={"decoded block": block, "decoding": decoding})
         yield self._phase("verifying", "head", host=self._outside(_F32, _VERIFIED))
+
+
+def _parameters(block: nn.Module) -> tuple[int, int]:
+    """Return how many parameters a block has beside its experts, and in them."""
+    experts = sum(p.numel() for m in in_experts(block).values() for p in m.parameters())
+    return sum(p.numel() for p in block.parameters()) - experts, experts
 
 
 def _codes(spec: LinearSpec) -> int:

@@ -31,22 +31,21 @@ from llmq.model.experts import Experts, in_experts, linears_of
 from llmq.pipeline.holdings import Holdings
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.site import pieces
-from llmq.stats import Drift, Hessian
+from llmq.stats import TRIANGLE, Drift, Hessian
 from llmq.steps import Step
 from llmq.types import LinearSpec
 
-Work = dict[tuple[str, str | int], float]
+Amounts = dict[tuple[str, str | int], float]
 """Amounts by kind, and by how processes share them: by "batches", or in so many pieces of rows, a number; "each" does
 all, or the "first"; of bytes on the link, they are of "sums" that all get, or "sent" by one to all.
 """
 AGAIN = 2.3
 """Forwards that a batch takes which stays suspended nowhere, in place of one: measured 2.15 to 2.5."""
 _GRADIENTS = 4  # forwards that a gradient at every linear is worth: one, and for the backward pass one again and two
-_TRIANGLE = 9 / 16  # of a symmetric sum, which is kept in panels of rows
 _VERIFIED = 16  # tokens of the forward that verification runs
 
 
-def operations(plan: Plan, holdings: Holdings, alive: int) -> Work:
+def operations(plan: Plan, holdings: Holdings, alive: int) -> Amounts:
     """Return what a run computes with so many batches suspended."""
     return _Counting(plan, holdings, alive).work
 
@@ -56,7 +55,7 @@ class _Counting:
         self.plan, self.holdings, self.method = plan, holdings, plan.method
         self.tokens = holdings.samples * holdings.length
         self.alive = alive
-        self.work: Work = defaultdict(float)
+        self.work: Amounts = defaultdict(float)
         self.matmuls = 0.0  # flops of a forward of all blocks over one token
         self.squares = 0.0  # K^2 of all sites, times the share of tokens that reaches them
         for i, block in enumerate(plan.skeleton.blocks):
@@ -121,7 +120,7 @@ class _Counting:
         stats = method.needs([s.scheme.weight for s in specs])
         whole = any(isinstance(s.scheme.weight.granularity, PerTensor) for s in specs)
         rows = 1 if whole else pieces(N)
-        sums = K**2 * (_TRIANGLE * (Hessian in stats) + (2 + _TRIANGLE) * (Drift in stats))
+        sums = K**2 * (TRIANGLE * (Hessian in stats) + (2 + TRIANGLE) * (Drift in stats))
         self.work["link", "sums"] += 4 * sums
         self.work["link", "sent"] += N * K
         self.work["statistics", "batches"] += K**2 * reach * (1.1 * (Hessian in stats) + 2.25 * (Drift in stats))
