@@ -16,7 +16,8 @@ import regex
 from llmq.errors import LlmqError, one_line, printable
 
 _SECONDS = 1.0
-_USUAL_COMPILATION, _USUAL_MATCH = 1e-3, 2e-5  # seconds that cost nothing: a long list of sane patterns has no limit
+# seconds that cost nothing, several times what a slow machine takes: a long list of sane patterns has no limit
+_USUAL_COMPILATION, _USUAL_MATCH = 5e-3, 1e-4
 _LONGEST = 100_000  # characters; a budget of bits writes the names of all linears in one pattern
 
 

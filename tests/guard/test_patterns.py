@@ -62,9 +62,11 @@ def test_patterns_with_one_limit_share_it(monkeypatch):
     assert limit.left > 0
 
 
-def test_a_long_list_of_sane_patterns_has_no_limit():
+def test_a_long_list_of_sane_patterns_has_no_limit(monkeypatch):
+    ticks = iter(range(10**6))  # a slow machine: 0.05 ms pass between two looks at the clock
+    monkeypatch.setattr(patterns.time, "thread_time", lambda: 5e-5 * next(ticks))
     limit = Limit()
     many = [Pattern(rf"model\.layers\.{i}\.", "x", limit) for i in range(500)]
     found = [[i for i, p in enumerate(many) if p.match(f"model.layers.{n}.mlp")] for n in range(0, 500, 7)]
     assert found == [[n] for n in range(0, 500, 7)]
-    assert limit.left > 0.9
+    assert limit.left == Limit().left

@@ -25,7 +25,7 @@ def test_every_kind_is_probed_within_the_time_and_leaves_nothing(tiny_checkpoint
     probe(plan, tmp_path, 0.01)  # loops are compiled or loaded once
     start = time.monotonic()
     rates = probe(plan, tmp_path, 0.5)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 10  # on a machine that does much else
     assert rates.keys() == NOMINAL.keys() and all(0 < r < math.inf for r in rates.values())
     assert not list(tmp_path.iterdir())
 
