@@ -13,6 +13,9 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch.nn.functional as F
+from torch import Tensor
+
 from llmq.errors import LlmqError, printable
 
 
@@ -42,13 +45,27 @@ class Granularity:
             raise ValueError(f"group size {columns} does not divide K = {K}")
         return K // columns
 
+    def height(self, N: int) -> int:
+        """Return how many of N rows share a scale."""
+        return 1
+
     def rows(self, N: int) -> int:
-        """Return how many rows of scales a weight of N rows has. Raises ValueError where blocks do not divide them."""
-        return N
+        """Return how many rows of scales a weight of N rows has."""
+        return -(-N // self.height(N))
 
     def shape(self, N: int, K: int) -> tuple[int, ...]:
-        """Return the shape of a weight's scales in a file. Raises ValueError as `groups` and `rows`."""
+        """Return the shape of a weight's scales in a file. Raises ValueError as `groups`."""
         return self.rows(N), self.groups(K)
+
+    def gathered(self, W_NK: Tensor) -> Tensor:
+        """Return the values of a matrix with those that share a scale in one row, `[rows, G, values]`.
+
+        The rows that blocks have beyond the matrix are zeros. Raises ValueError as `groups`.
+        """
+        N, K = W_NK.shape
+        R, G, height = self.rows(N), self.groups(K), self.height(N)
+        whole = W_NK if R * height == N else F.pad(W_NK, (0, 0, 0, R * height - N))
+        return whole.reshape(R, height, G, K // G).transpose(1, 2).reshape(R, G, -1)
 
     def __str__(self) -> str:
         return self.words.format(**vars(self))
@@ -61,9 +78,9 @@ class PerTensor(Granularity):
     strategy = "tensor"
     words = "per tensor"
 
-    def rows(self, N: int) -> int:
-        """Return 1."""
-        return 1
+    def height(self, N: int) -> int:
+        """Return N."""
+        return N
 
     def shape(self, N: int, K: int) -> tuple[int, ...]:
         """Return `(1,)`."""
@@ -94,22 +111,20 @@ class PerGroup(Granularity):
 
 @dataclass(frozen=True)
 class PerBlock(Granularity):
-    """One scale for `height` rows of `width` columns."""
+    """One scale for `tall` rows of `width` columns; the last block may lack rows."""
 
-    height: int
+    tall: int
     width: int
     strategy = "block"
-    words = "blocks of {height} x {width}"
+    words = "blocks of {tall} x {width}"
 
     def columns(self, K: int) -> int:
         """Return the width."""
         return self.width
 
-    def rows(self, N: int) -> int:
-        """See `Granularity.rows`."""
-        if N % self.height:
-            raise ValueError(f"blocks of {self.height} rows do not divide N = {N}")
-        return N // self.height
+    def height(self, N: int) -> int:
+        """Return how many rows a block has, be they there or not."""
+        return self.tall
 
 
 def granularity(said: int | str) -> Granularity:

@@ -1,6 +1,7 @@
 """Parameters: where the grid of one weight lies, in the forms that files store.
 
     Params       w = scale * (code - zero)                  integer grids: GPTQ, AWQ, compressed-tensors
+    FloatParams  w = scale * value(code)                    small floats: FP8, NVFP4, MXFP4, MXFP8
     GgmlParams   w = scale * level(code) + offset           ggml's types, whose scales are products of what is stored
 
 Another form is another frozen dataclass of tensors under `Parameters`, which spreads, stacks and splits it.
@@ -132,6 +133,23 @@ class Params(Parameters):
     """
 
     zero: Tensor
+
+
+@dataclass(frozen=True)
+class FloatParams(Parameters):
+    """Where a grid of small floats lies: `w = scale * value(code)`.
+
+    scale: `[N, G]`, above 0; in the dtype it is stored in, float32 where `stored` holds what the file does.
+    stored: uint8 `[N, G]`, the bits of the scales in the file (E4M3 or E8M0); None where that is `scale` itself.
+    divisor: float32 `[N, 1]`, what the stored scales are divided by, one for a whole weight; None on grids without.
+    """
+
+    stored: Tensor | None = None
+    divisor: Tensor | None = None
+
+    def decoding(self) -> FloatParams:
+        """Return the scale."""
+        return FloatParams(self.scale)
 
 
 @dataclass(frozen=True)

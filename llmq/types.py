@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError as LlmqError  # noqa: PLC0414
-from llmq.granularity import Granularity, PerRow, PerTensor
+from llmq.granularity import Granularity, PerBlock, PerGroup, PerRow, PerTensor
+from llmq.params import FloatParams as FloatParams  # noqa: PLC0414
 from llmq.params import GgmlParams as GgmlParams  # noqa: PLC0414
 from llmq.params import Held as Held  # noqa: PLC0414
 from llmq.params import Lattice as Lattice  # noqa: PLC0414
@@ -103,6 +105,10 @@ class Grid(ABC):
         """Return how compressed-tensors describes the grid; None where it has no words for it."""
         return None
 
+    def spanning(self, weights: Sequence[Tensor]) -> Grid:
+        """Return the grid for weights `[N, K]` that runtimes fuse: what is stored once for a weight they then share."""
+        return self
+
     def plain(self) -> Grid:
         """Return the grid with the cheapest way to fit it, for a search that rounds many times."""
         return self
@@ -120,20 +126,79 @@ class Grid(ABC):
         return self == other
 
 
-Arguments = dict[str, int | str | bool | None]
+Arguments = dict[str, int | str | bool | list[int] | None]
 """How compressed-tensors describes a grid: `{"num_bits": 4, "type": "int", "symmetric": True, ...}`."""
 
 
-class AffineGrid(Grid):
-    """Evenly spaced values by integer codes: `w = scale * (code - zero)`. Its parameters are `Params`.
+class RangedGrid(Grid):
+    """A grid that covers an interval of values: what ranges place.
 
-    It is what ranges place and what the integer formats hold.
+    range: how `fit` chooses intervals; None (a grid read from a checkpoint) is min-max.
     """
+
+    range: Range | None = None
 
     @property
     @abstractmethod
     def sym(self) -> bool:
         """Whether the grid is symmetric about zero."""
+
+    @property
+    def falls(self) -> bool:
+        """Whether a symmetric grid has a level more on one side, so that it is another one with a negative scale."""
+        return False
+
+    @abstractmethod
+    def params(self, lo: Tensor, hi: Tensor) -> Parameters:
+        """Return the parameters whose grid covers `[lo, hi]`; one that falls does where lo > hi."""
+
+    @property
+    def wants_hessian(self) -> bool:
+        """Whether the range weighs errors by the group's whole part of H."""
+        return getattr(self.range, "wants_hessian", False)
+
+    @property
+    @abstractmethod
+    def reach(self) -> float:
+        """The magnitude that a grid of scale 1 reaches on both sides."""
+
+    def factors(self, least: float, steps: int) -> list[float]:
+        """Return by what a search multiplies the interval of all values: 1 first, `least` the smallest."""
+        return torch.linspace(1, least, steps).tolist()
+
+    def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Parameters:
+        """Choose the parameters `[N, G]` of float32 `W_NK`, errors weighed by the diagonal of `H_KK` if given.
+
+        `H_KK` may be that diagonal alone, `[K]`. A range that wants the Hessian is handed its diagonal blocks
+        `[G, g, g]` in place of the diagonal `[G, g]`. Raises ValueError where the groups do not divide K.
+        """
+        N, by = len(W_NK), self.granularity
+        params = self.fit_values(by.gathered(W_NK), self._weight(H_KK, by, N))
+        height = by.height(N)
+        return params if height == 1 else params.map(lambda p: p.repeat_interleave(height, 0)[:N])
+
+    def fit_values(self, w: Tensor, weight: Tensor | None) -> Parameters:
+        """Choose parameters for each row of values `w[..., g]`; weight: of their errors, broadcast to `w`."""
+        if self.range is None:
+            return self.params(w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0))
+        return self.params(*self.range.interval(w, self, weight))
+
+    def _weight(self, H_KK: Tensor | None, by: Granularity, N: int) -> Tensor | None:
+        if H_KK is None:
+            return None
+        G, height = by.groups(len(H_KK)), by.height(N)
+        if not self.wants_hessian:
+            diagonal = (H_KK if H_KK.dim() == 1 else H_KK.diagonal()).reshape(G, 1, -1)
+            return diagonal.expand(G, height, -1).reshape(G, -1)
+        g, i = len(H_KK) // G, torch.arange(G, device=H_KK.device)
+        return H_KK.reshape(G, g, G, g)[i, :, i, :]
+
+
+class AffineGrid(RangedGrid):
+    """Evenly spaced values by integer codes: `w = scale * (code - zero)`. Its parameters are `Params`.
+
+    It is what the integer formats hold.
+    """
 
     @property
     @abstractmethod
@@ -142,15 +207,21 @@ class AffineGrid(Grid):
 
     @abstractmethod
     def params(self, lo: Tensor, hi: Tensor) -> Params:
-        """Return the parameters whose grid covers `[lo, hi]`; a symmetric grid falls where lo > hi."""
+        """See `RangedGrid.params`."""
 
     @abstractmethod
     def bounds(self) -> tuple[float, float]:
         """Return the least and the largest code."""
 
-    def fit_values(self, w: Tensor, weight: Tensor | None) -> Params:
-        """Choose scale and zero for each row of values `w[..., g]`; weight: of their errors, broadcast to `w`."""
-        return self.params(w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0))
+    @property
+    def reach(self) -> float:
+        """See `RangedGrid.reach`."""
+        return 2.0 ** (self.bits - 1)
+
+    @property
+    def falls(self) -> bool:
+        """See `RangedGrid.falls`: where all codes are in use."""
+        return self.sym and self.bounds()[0] == 0
 
     def args(self) -> Arguments:
         """Return the description of integers."""
@@ -181,10 +252,10 @@ class Range(Protocol):
     One whose class says `wants_hessian = True` is given each group's whole part of H for its weight, `[G, g, g]`.
     """
 
-    def interval(self, w: Tensor, grid: AffineGrid, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def interval(self, w: Tensor, grid: RangedGrid, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return lo <= 0 <= hi, each `w.shape[:-1]`, for values `w[..., g]` with error weights broadcast to `w`.
 
-        A symmetric grid may be given lo >= 0 >= hi: it then falls (`AffineGrid.params`).
+        A grid that falls may be given lo >= 0 >= hi (`RangedGrid.falls`).
         """
 
 
@@ -193,16 +264,17 @@ class QTensor:
     """A solved weight, unpacked: the sole currency between solvers and formats.
 
     codes: uint8 `[N, K]`, in `[0, 2**bits - 1]`.
-    params: `Params` (scale and zero, `[N, G]`), or `GgmlParams` on a ggml grid.
+    params: `Params` (scale and zero, `[N, G]`), `FloatParams` on small floats, or `GgmlParams` on a ggml grid.
     g_idx: int32 `[K]`, the group of each column, or None where it is `k // group_size`.
-    input: the static grid of the linear's input activation (`[1]` each, zero the unsigned code 128), or None.
+    input: what calibration fixes of the grid of the input activation (`[1]` each; the zero of integers is the unsigned
+        code 128), or None.
     """
 
     codes: Tensor
     params: Parameters
     grid: Grid
     g_idx: Tensor | None = None
-    input: Params | None = None
+    input: Parameters | None = None
 
     @property
     def group_K(self) -> Tensor:
@@ -233,16 +305,16 @@ class QTensor:
 class Scheme:
     """What one linear becomes: the grid of its weight and, where its input is quantized too, that of its activation.
 
-    activation: 8 bits with one scale per token, found at run time (`PerRow`: the rows of an activation are tokens), or
-        one for all of them, symmetric, fixed by calibration (`PerTensor`).
+    activation: a scale per token (`PerRow`: the rows of an activation are tokens) or, of small floats, per group of a
+        token, found at run time; or one for all of them, symmetric, fixed by calibration (`PerTensor`).
     """
 
     weight: Grid
-    activation: AffineGrid | None = None
+    activation: RangedGrid | None = None
 
     def __post_init__(self) -> None:
         by = PerRow() if self.activation is None else self.activation.granularity
-        if not isinstance(by, PerRow | PerTensor):
+        if isinstance(by, PerBlock) or (isinstance(by, PerGroup) and isinstance(self.activation, AffineGrid)):
             raise ValueError(f"activations have scales per token or per tensor, not {by}")
         if self.static and self.activation is not None and not self.activation.sym:
             raise ValueError("static activation scales are symmetric")

@@ -1,6 +1,7 @@
 """Granularity: how many scales, of which shape, and in which words."""
 
 import pytest
+import torch
 
 from llmq.errors import LlmqError
 from llmq.granularity import PerBlock, PerGroup, PerRow, PerTensor, granularity
@@ -27,8 +28,14 @@ def test_each_knows_its_scales_of_64_rows_and_256_columns(said, value, columns, 
 def test_what_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="group size 96 does not divide K = 256"):
         PerGroup(96).groups(256)
-    with pytest.raises(ValueError, match="blocks of 48 rows do not divide N = 64"):
-        PerBlock(48, 32).shape(64, 256)
+
+
+def test_the_last_block_may_lack_rows_and_those_it_lacks_are_zeros():
+    W_NK = torch.arange(1.0, 64 * 256 + 1).view(64, 256)
+    assert PerBlock(48, 32).shape(64, 256) == (2, 8)
+    blocks = PerBlock(48, 32).gathered(W_NK)
+    assert torch.equal(blocks[0, 1], W_NK[:48, 32:64].flatten())
+    assert torch.equal(blocks[1, 7], torch.cat([W_NK[48:, 224:].flatten(), torch.zeros(32 * 32)]))
 
 
 @pytest.mark.parametrize("said", [0, -2, "0x8", "8x", "8x8x8", "row", "", 10**12, True])

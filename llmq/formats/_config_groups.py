@@ -16,7 +16,7 @@ from llmq.formats import _common, _reading
 from llmq.granularity import PerRow
 from llmq.grids.int import Int
 from llmq.guard.reading import field
-from llmq.types import AffineGrid, Arguments, LinearSpec, LlmqError, Scheme
+from llmq.types import Arguments, LinearSpec, LlmqError, RangedGrid, Scheme
 
 _FLOATS = {  # what a format's name says of weights that are no integers
     "float-quantized": "FP8",
@@ -87,9 +87,9 @@ def args_of(scheme: Scheme) -> tuple[Arguments, Arguments | None]:
     return dict(scheme.weight.args() or {}), None if scheme.activation is None else _input_args(scheme.activation)
 
 
-def _input_args(grid: AffineGrid) -> Arguments:
+def _input_args(grid: RangedGrid) -> Arguments:
     """Return the arguments of activations; a scale for each of their rows is one per token, found at run time."""
-    args = grid.args()
+    args = grid.args() or {}
     return args | ({"strategy": "token", "dynamic": True} if args["strategy"] == PerRow.strategy else {})
 
 

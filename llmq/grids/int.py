@@ -61,11 +61,6 @@ class Int(AffineGrid):
         """See `Grid.granularity`."""
         return granularity(self.group)
 
-    @property
-    def wants_hessian(self) -> bool:
-        """Whether the range weighs errors by the group's whole part of H."""
-        return getattr(self.range, "wants_hessian", False)
-
     def plain(self) -> Int:
         """Return the grid with the min-max range."""
         return self if self.range is None else replace(self, range=None)
@@ -82,31 +77,6 @@ class Int(AffineGrid):
         """See `Grid.stacks_with`; two weights do not share the scale of a tensor."""
         alike = isinstance(other, Int) and self == other and self.range == other.range
         return alike and not isinstance(self.granularity, PerTensor)
-
-    def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Params:
-        """Choose scale and zero `[N, G]` for float32 `W_NK`, errors weighed by the diagonal of `H_KK` if given.
-
-        `H_KK` may be that diagonal alone, `[K]`. A range that wants the Hessian is handed its diagonal blocks
-        `[G, g, g]` in place of the diagonal `[G, g]`. Raises ValueError where the groups do not divide K.
-        """
-        N, K = W_NK.shape
-        G = self.granularity.groups(K)
-        if isinstance(self.granularity, PerTensor):
-            weight = None if H_KK is None else _diagonal(H_KK).expand(N, K).reshape(-1)
-            return self.fit_values(W_NK.reshape(-1), weight).map(lambda p: p.expand(N, 1).contiguous())
-        return self.fit_values(W_NK.reshape(N, G, K // G), self._weight(H_KK, G))
-
-    def fit_values(self, w: Tensor, weight: Tensor | None) -> Params:
-        """See `AffineGrid.fit_values`."""
-        if self.range is None:
-            return super().fit_values(w, weight)
-        return self.params(*self.range.interval(w, self, weight))
-
-    def _weight(self, H_KK: Tensor | None, G: int) -> Tensor | None:
-        if H_KK is None or not self.wants_hessian:
-            return None if H_KK is None else _diagonal(H_KK).reshape(G, -1)
-        g, i = len(H_KK) // G, torch.arange(G, device=H_KK.device)
-        return H_KK.reshape(G, g, G, g)[i, :, i, :]
 
     def params(self, lo: Tensor, hi: Tensor) -> Params:
         """Return the grid that covers `[lo, hi]` (lo <= 0 <= hi), scales rounded to `scale_dtype`.
@@ -193,7 +163,3 @@ class Int(AffineGrid):
         from llmq.grids._int_refine import refine
 
         return refine(gradient_NK, codes, Params.of(params), H_KK, group_K)
-
-
-def _diagonal(H_KK: Tensor) -> Tensor:
-    return H_KK if H_KK.dim() == 1 else H_KK.diagonal()

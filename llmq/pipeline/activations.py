@@ -10,7 +10,7 @@ from llmq.errors import LlmqError
 from llmq.histogram import Histogram
 from llmq.pipeline.experts import NO_TOKEN, Layer
 from llmq.stats import Stats
-from llmq.types import AffineGrid, Params
+from llmq.types import Parameters, RangedGrid
 
 NOT_FINITE = "activations, or their squares, are NaN or infinite"
 
@@ -33,7 +33,7 @@ def no_static_scale(linear: str, layer: Layer | None, why: str) -> LlmqError:
     )
 
 
-def static_input(grid: AffineGrid, histogram: Histogram) -> tuple[Params, dict[str, Any]]:
+def static_input(grid: RangedGrid, histogram: Histogram) -> tuple[Parameters, dict[str, Any]]:
     """Return where the static grid of a site's input lies, `[1]` each, and a line on what share of it is clipped.
 
     Never falling: runtimes want positive scales.
@@ -41,6 +41,6 @@ def static_input(grid: AffineGrid, histogram: Histogram) -> tuple[Params, dict[s
     values, counts = histogram.values()
     params = grid.fit_values(values[None], counts[None])
     params = dataclasses.replace(params, scale=params.scale.abs())
-    reach = 2 ** (grid.bits - 1) * params.scale.float()  # magnitudes were counted, of both sides
+    reach = grid.reach * params.scale.float()  # magnitudes were counted, of both sides
     share = float(counts[values > reach].sum() / counts.sum())
     return params, {"input_clipped": round(share, 6)} if share else {}

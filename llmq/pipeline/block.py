@@ -43,7 +43,7 @@ from llmq.pipeline.trouble import strain, told
 from llmq.progress import Work
 from llmq.stats import Hessian, MeanSquare, Stat, Stats
 from llmq.steps import BlockView, Solved
-from llmq.types import Params, Site
+from llmq.types import Parameters, Site
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _method(method: Method, layer: Layer | None) -> tuple[Method, dict[str, Any]
     return method, line
 
 
-def _with_input(solved: Solved, inputs: Params) -> Solved:
+def _with_input(solved: Solved, inputs: Parameters) -> Solved:
     return Solved(dataclasses.replace(solved.q, input=inputs), solved.report)
 
 

@@ -4,7 +4,7 @@
 
 The linears of a site share their statistics, so those on equal grids are one matrix to a solver: one factor of H. Steps
 work row by row, so a stack is cut into pieces, which take less memory and can be dealt over processes. A product of
-other shapes is rounded otherwise, so the cuts depend on the stack alone. A grid with one scale for all is one piece.
+other shapes is rounded otherwise, so the cuts depend on the stack alone. Where rows share scales there is one piece.
 Not here: where the statistics come from (block.py), any method (algorithms/).
 """
 
@@ -20,7 +20,6 @@ from torch import Tensor
 from llmq import registry
 from llmq.calibration.dealing import PARTS, cut
 from llmq.errors import LlmqError
-from llmq.granularity import PerTensor
 from llmq.pipeline.method import Method
 from llmq.stats import Hessian, Stats
 from llmq.steps import Correction, Refiner, Solved, Step
@@ -55,7 +54,7 @@ def round_unseen(targets: Mapping[str, Target], line: Mapping[str, Any]) -> dict
 
     A range that weighs errors by H counts those of all input channels alike.
     """
-    found = {n: QTensor.rounded(t.W_NK, t.grid, _weight(t)) for n, t in targets.items()}
+    found = {n: QTensor.rounded(t.W_NK, t.grid, _weight(t)) for n, t in _spanned(targets).items()}
     return {n: Answer(Solved(q, dict(line)), targets[n].W_NK) for n, q in found.items()}
 
 
@@ -79,7 +78,7 @@ class _Stack(NamedTuple):
 
     def pieces(self) -> list[_Piece]:
         """Return its rows in pieces."""
-        whole = isinstance(self.grid.granularity, PerTensor)
+        whole = self.grid.granularity.height(len(self.W_NK)) > 1
         runs = cut(len(self.W_NK), 1 if whole else pieces(len(self.W_NK)))
         return [_Piece(self, self.W_NK[run.start : run.stop]) for run in runs]
 
@@ -108,6 +107,7 @@ def solve(method: Method, targets: Mapping[str, Target], stats: Stats, team: Tea
 
     stats: the caller's own; what its corrections alone read is dropped from it. team: whose processes share the pieces.
     """
+    targets = _spanned(targets)
     stacks = [_stack(targets, names, stats) for names in _stacks(targets)]
     mine = team.own([piece for stack in stacks for piece in stack.pieces()])
     lines: dict[str, dict[str, Any]] = {name: {} for name in targets}
@@ -202,6 +202,14 @@ def gave(step: Step, found: Found, kind: type) -> Found:
     if not isinstance(found, kind):
         raise LlmqError(f"{registry.dump(step)} gave back a {type(found).__name__}, not a {kind.__name__}; mend it")
     return found
+
+
+def _spanned(targets: Mapping[str, Target]) -> dict[str, Target]:
+    """Return the linears of a site, any of which a runtime may fuse, on grids that share what is stored once."""
+    kinds: dict[Grid, list[Tensor]] = {}
+    for target in targets.values():
+        kinds.setdefault(target.grid, []).append(target.W_NK)
+    return {name: t._replace(grid=t.grid.spanning(kinds[t.grid])) for name, t in targets.items()}
 
 
 def _stack(targets: Mapping[str, Target], names: list[str], stats: Stats) -> _Stack:

@@ -1,8 +1,8 @@
 """The search that ranges share: of several intervals for each row of values, the one whose rounding error is least.
 
 An interval given from its upper end (lo >= 0 >= hi) asks a symmetric grid to fall: its scale is negative, so that its
-one surplus level lies above zero. Squared errors on the CPU are compared by a loop that numba compiles; anything else
-in torch.
+one surplus level lies above zero. Squared errors of integers are compared on the CPU by a loop that numba compiles;
+anything else in torch.
 Not here: which intervals are tried (mse.py, output.py).
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmq.jit import compiled, in_threads
-from llmq.types import AffineGrid
+from llmq.types import AffineGrid, RangedGrid
 
 Interval = tuple[Tensor, Tensor]
 
@@ -30,7 +30,7 @@ def shrunken(w: Tensor, factors: Sequence[float]) -> Iterator[Interval]:
         yield lo * factor, hi * factor
 
 
-def best(w: Tensor, grid: AffineGrid, tried: Iterator[Interval], loss: Callable[[Tensor], Tensor]) -> Interval:
+def best(w: Tensor, grid: RangedGrid, tried: Iterator[Interval], loss: Callable[[Tensor], Tensor]) -> Interval:
     """Return, row by row, the first of the intervals whose `loss(error)` is least.
 
     w: `[..., g]`. loss: maps the error `decode(nearest(w)) - w` (which it may overwrite) to `w.shape[:-1]`.
@@ -51,10 +51,10 @@ def best(w: Tensor, grid: AffineGrid, tried: Iterator[Interval], loss: Callable[
     return chosen
 
 
-def best_squares(w: Tensor, grid: AffineGrid, tried: Iterator[Interval], mass: Tensor | None) -> Interval:
+def best_squares(w: Tensor, grid: RangedGrid, tried: Iterator[Interval], mass: Tensor | None) -> Interval:
     """Return `best` for the squared error, its terms weighed by `mass` (which broadcasts to `w`) where given."""
     search = compiled(_search, "f2 f2 f2 f2 i1 i i f f", reassociate=True) if w.device.type == "cpu" else None
-    if search is None:
+    if search is None or not isinstance(grid, AffineGrid):
         return best(w, grid, tried, lambda e: (e.square_() if mass is None else e.square_().mul_(mass)).sum(-1))
     rows = w.reshape(-1, w.shape[-1])
     R = rows.shape[0]

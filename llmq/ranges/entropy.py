@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmq.ranges._search import Interval, extremes
-from llmq.types import AffineGrid
+from llmq.types import RangedGrid
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Entropy:
         if not 2 <= self.bins <= 2**16 or self.steps < 1:
             raise ValueError("bins lies between 2 and 65536, and steps is at least 1")
 
-    def interval(self, w: Tensor, grid: AffineGrid, weight: Tensor | None) -> Interval:
+    def interval(self, w: Tensor, grid: RangedGrid, weight: Tensor | None) -> Interval:
         """Return the interval of each row of `w[..., g]`, its ends cut at the threshold."""
         lo, hi = extremes(w)
         top = torch.maximum(-lo, hi)
@@ -64,7 +64,7 @@ class Entropy:
         return hist_RB
 
 
-def _squares(w: Tensor, grid: AffineGrid, ends: Interval, mass: Tensor) -> Tensor:
+def _squares(w: Tensor, grid: RangedGrid, ends: Interval, mass: Tensor) -> Tensor:
     """Return the squared error of each row of `w` on the grid between `ends`, weighed by `mass`."""
     params = grid.params(*ends).map(lambda p: p.unsqueeze(-1))
     return ((grid.decode(grid.nearest(w, params), params) - w).double().square() * mass).sum(-1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmq.ranges._search import Interval, best, best_squares, shrunken
-from llmq.types import AffineGrid
+from llmq.types import RangedGrid
 
 _AT_ONCE = 2**24  # values whose intervals are held at a time
 
@@ -42,7 +42,7 @@ class Mse:
         if not 0 < self.least < 1 or self.steps < 2:
             raise ValueError("least lies between 0 and 1, and steps is at least 2")
 
-    def interval(self, w: Tensor, grid: AffineGrid, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def interval(self, w: Tensor, grid: RangedGrid, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the best of the intervals tried for each row of `w[..., g]`."""
         step = max(1, _AT_ONCE // w[0].numel())
         if w.dim() > 2 and len(w) > step:  # each row of values is searched alone; all intervals of all of them are many
@@ -59,15 +59,14 @@ class Mse:
 
         return best(w, grid, tried, loss)
 
-    def _tried(self, w: Tensor, grid: AffineGrid) -> Iterator[Interval]:
-        low, high = grid.bounds()
-        for lo, hi in shrunken(w, torch.linspace(1, self.least, self.steps).tolist()):
+    def _tried(self, w: Tensor, grid: RangedGrid) -> Iterator[Interval]:
+        for lo, hi in shrunken(w, grid.factors(self.least, self.steps)):
             yield lo, hi
             if not self.shift:
                 continue
             if not grid.sym:
-                step = (hi - lo) / (high - low)
+                step = (hi - lo) / (2**grid.bits - 1)
                 yield (lo - step).clamp(max=0), (hi - step).clamp(min=0)
                 yield (lo + step).clamp(max=0), (hi + step).clamp(min=0)
-            elif low == 0:  # all codes in use: one level more on one side
+            elif grid.falls:
                 yield -lo, -hi

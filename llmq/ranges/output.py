@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmq.ranges._search import best, shrunken
-from llmq.types import AffineGrid
+from llmq.types import RangedGrid
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Output:
     least: float = 0.5
     steps: int = 21
 
-    def interval(self, w: Tensor, grid: AffineGrid, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def interval(self, w: Tensor, grid: RangedGrid, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the best interval for each row of `w[N, G, g]`; `weight` is `[G, g, g]`."""
         if weight is None or weight.dim() != 3:
             raise ValueError("the range 'output' needs grouped or per-channel weights and a calibration")
@@ -36,4 +36,4 @@ class Output:
             by_group = error.transpose(0, 1)  # [G, N, g]
             return (torch.bmm(by_group, blocks) * by_group).sum(-1).transpose(0, 1)
 
-        return best(w, grid, shrunken(w, torch.linspace(1, self.least, self.steps).tolist()), loss)
+        return best(w, grid, shrunken(w, grid.factors(self.least, self.steps)), loss)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.types import AffineGrid
+from llmq.types import RangedGrid
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Percentile:
         if not 50 < self.p <= 100:
             raise ValueError(f"p is a percentage above 50, at most 100, not {self.p}")
 
-    def interval(self, w: Tensor, grid: AffineGrid, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def interval(self, w: Tensor, grid: RangedGrid, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the two percentiles of `w[..., g]`, zero included."""
         values, order = w.sort(-1)
         mass = torch.ones_like(w) if weight is None else weight.expand_as(w).gather(-1, order)

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmq.granularity import PerRow
-from llmq.types import AffineGrid, Params, QTensor
+from llmq.types import AffineGrid, Parameters, Params, QTensor, RangedGrid
 
 _PANEL = 256  # rows decoded at once: what that needs on the way stays in the cache, 4 times faster than whole weights
 
 
-def linear(x: Tensor, q: QTensor, activation: AffineGrid | None, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, q: QTensor, activation: RangedGrid | None, bias: Tensor | None = None) -> Tensor:
     """Return `Q(x) @ W^T + bias` `[..., N]` for `x` `[..., K]`, in the dtype of `x`."""
     if activation is not None:
         x = fake_quantize(x, activation, q.input)
@@ -37,7 +37,7 @@ def decode(q: QTensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantize_activation(
-    x: Tensor, grid: AffineGrid, static: Params | None = None
+    x: Tensor, grid: AffineGrid, static: Parameters | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round activations `x` `[..., K]` to integers, held in the dtype of `x`; return them, their scale and their zero.
 
@@ -59,14 +59,18 @@ def quantize_activation(
     elif static is None:
         raise ValueError("a static activation grid needs the scale that calibration chose")
     else:
-        scale, zero = static.scale.to(x.dtype), (static.zero - half).to(x.dtype)
+        scale, zero = static.scale.to(x.dtype), (Params.of(static).zero - half).to(x.dtype)
     if per_token:
         scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
     integers = x / scale if zero is None else (x / scale).add_(zero)
     return integers.clamp_(-half, half - 1).round_(), scale, zero
 
 
-def fake_quantize(x: Tensor, grid: AffineGrid, static: Params | None = None) -> Tensor:
-    """Return the values that `quantize_activation` rounds `x` `[..., K]` to, in the dtype of `x`."""
+def fake_quantize(x: Tensor, grid: RangedGrid, static: Parameters | None = None) -> Tensor:
+    """Return the values that `x` `[..., K]` is rounded to, in the dtype of `x`. static: what calibration fixed."""
+    if not isinstance(grid, AffineGrid):
+        rows = x.reshape(-1, x.shape[-1]).float()
+        params = (grid.fit(rows) if static is None else static).columns(rows.shape[1])
+        return grid.decode(grid.nearest(rows, params), params).to(x.dtype).view_as(x)
     integers, scale, zero = quantize_activation(x, grid, static)
     return (integers if zero is None else integers.sub_(zero)) * scale

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.granularity import PerTensor
-from llmq.types import LinearSpec, Params, QTensor
+from llmq.types import AffineGrid, LinearSpec, Params, QTensor
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,8 @@ def refuses_weight_only(spec: LinearSpec, device: torch.device, bits: int, divis
     size = grid.granularity.columns(spec.K)
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
-    if grid.bits != bits or isinstance(grid.granularity, PerTensor) or spec.scheme.activation is not None:
+    evenly = isinstance(grid, AffineGrid) and not isinstance(grid.granularity, PerTensor)
+    if not evenly or grid.bits != bits or spec.scheme.activation is not None:
         return f"it takes {bits}-bit weights with scales per group or channel and float activations"
     return f"{divisor} does not divide the {size} columns of a group" if size % divisor or spec.K % size else None
 
@@ -172,7 +173,7 @@ def in_file_order(codes: Tensor, order: Tensor | None) -> Tensor:
 
 def centred(q: QTensor) -> bool:
     """Return whether every zero of an 8-bit weight and of its static input is 128, so that none has to be added."""
-    zeros = [Params.of(q.params).zero, *([] if q.input is None else [q.input.zero])]
+    zeros = [Params.of(q.params).zero, *([] if q.input is None else [Params.of(q.input).zero])]
     return all(bool((zero == 128).all()) for zero in zeros)
 
 

@@ -28,14 +28,14 @@ class PrepackedW8A8(Prepacked):
 
     def __init__(self, q: QTensor, spec: LinearSpec) -> None:
         super().__init__(q, spec)
-        if spec.scheme.activation is None:
-            raise ValueError(f"{spec.name} has float activations")
+        if not isinstance(spec.scheme.activation, AffineGrid):
+            raise ValueError(f"{spec.name} has no integer activations")
         self.activation = spec.scheme.activation
         self.scale_dtype = q.params.scale.dtype
         sums = None if self.activation.sym else centred_int8(q).float().sum(1)[None]
         self.keep(in_scale=None, in_zero=None, sums=sums)
         if q.input is not None:
-            self.keep(in_scale=q.input.scale, in_zero=q.input.zero)
+            self.keep(in_scale=q.input.scale, in_zero=Params.of(q.input).zero)
 
     @property
     def input(self) -> Params | None:
@@ -64,8 +64,9 @@ def centred_int8(q: QTensor) -> Tensor:
 
 def refuses_scheme(spec: LinearSpec) -> str | None:
     """Return why an int8 x int8 product cannot run a linear: its scheme, or a sum that int32 might not hold."""
-    grid, activation = spec.scheme.weight, spec.scheme.activation
-    per_row = grid.granularity.group_size is None
-    if activation is None or grid.bits != 8 or not (isinstance(grid, AffineGrid) and grid.sym and per_row):
+    grid = spec.scheme.weight
+    if not isinstance(grid, AffineGrid) or not isinstance(spec.scheme.activation, AffineGrid):
+        return "it takes integer weights and 8-bit activations"
+    if grid.bits != 8 or not grid.sym or grid.granularity.group_size is not None:
         return "it takes symmetric 8-bit weights with a scale per channel or tensor, and 8-bit activations"
     return "the sum over K might not fit int32" if spec.K > 131071 else None

@@ -23,7 +23,7 @@ from torch import Tensor
 from llmq.gpu import DEVICES, refuses_device
 from llmq.runtime.backends import Prepacked, in_file_order
 from llmq.runtime.backends._triton import run
-from llmq.types import LinearSpec, LlmqError, Params, QTensor
+from llmq.types import AffineGrid, LinearSpec, LlmqError, Params, QTensor
 
 
 class TritonWeightOnly(Prepacked):
@@ -45,8 +45,8 @@ class TritonWeightOnly(Prepacked):
         size = grid.granularity.columns(spec.K)
         if device.type not in cls.devices:
             return refuses_device(device, cls.devices)
-        if spec.scheme.activation is not None:
-            return "it takes float activations"
+        if spec.scheme.activation is not None or not isinstance(grid, AffineGrid):
+            return "it takes integer weights and float activations"
         if size != spec.K and (size % 32 or spec.K % size):
             return f"32 does not divide the group size {size}" if size % 32 else f"{size} does not divide K = {spec.K}"
         return refuses_device(device, cls.devices)

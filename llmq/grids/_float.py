@@ -1,0 +1,70 @@
+"""What the grids of small floats share: a minifloat for each value, and a scale for a group, in the file's bits.
+
+    w = scale * value(code),    scale = stored / divisor
+
+    fp8      E4M3 values, scales as they are, for a tensor, a row or a block
+    nvfp4    E2M1 values, E4M3 scales for 16 columns, one float32 divisor for a weight
+    mxfp4    E2M1 values, scales that are powers of two (E8M0) for 32 columns;  mxfp8: the same with E4M3 values
+
+A range chooses the largest value that is covered, as it does for integers; scales are rounded to what is stored before
+any code is chosen. Min-max makes the scales of compressed-tensors 0.20 (`calculate_qparams`).
+Not here: the bits of a value (minifloat.py), packing (formats/).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmq.granularity import PerGroup, PerRow
+from llmq.minifloat import Minifloat
+from llmq.types import FloatParams, Grid, Parameters, RangedGrid
+
+
+class FloatGrid(RangedGrid):
+    """Small floats times a scale. value: their kind."""
+
+    value: ClassVar[Minifloat]
+
+    @property
+    def bits(self) -> int:
+        """See `Grid.bits`."""
+        return self.value.bits
+
+    @property
+    def sym(self) -> bool:
+        """Every minifloat is there with both signs."""
+        return True
+
+    @property
+    def reach(self) -> float:
+        """See `RangedGrid.reach`."""
+        return self.value.most
+
+    def stacks_with(self, other: Grid) -> bool:
+        """See `Grid.stacks_with`; two weights share no scale of several rows."""
+        alike = isinstance(other, FloatGrid) and self == other and self.range == other.range
+        return alike and isinstance(self.granularity, PerRow | PerGroup)
+
+    @abstractmethod
+    def stored(self, scale: Tensor) -> FloatParams:
+        """Return the parameters whose scales are nearest to float32 `scale`, above 0, of those that a file holds."""
+
+    def params(self, lo: Tensor, hi: Tensor) -> FloatParams:
+        """See `RangedGrid.params`."""
+        return self.stored(torch.maximum(hi.abs(), lo.abs()).float() / self.value.most)
+
+    def nearest(self, w: Tensor, params: Parameters) -> Tensor:
+        """Return the nearest codes, the bits of minifloats, as float32 integers."""
+        return self.value.encode(w / params.scale.float()).float()
+
+    def decode(self, codes: Tensor, params: Parameters) -> Tensor:
+        """Return `scale * value(code)` in float32."""
+        return self.value.decode(codes).mul_(params.scale.float())
+
+    def covering(self, W_NK: Tensor) -> Tensor:
+        """See `Grid.covering`; `[rows, G]`."""
+        return self.granularity.gathered(W_NK).abs().amax(-1).float() / self.value.most

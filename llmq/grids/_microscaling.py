@@ -1,0 +1,60 @@
+"""The grids whose scales are powers of two for 32 columns (E8M0): OCP Microscaling Formats 1.0.
+
+Min-max: the scale is that of the largest value's own power of two, so that the largest lies in the top binade; one
+whose mantissa is 1.75 or more is rounded up to the next. A search tries the powers beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import log2
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from llmq.granularity import Granularity, PerGroup
+from llmq.grids._float import FloatGrid
+from llmq.minifloat import exponent, power
+from llmq.types import Arguments, FloatParams, Held, Range
+
+
+@dataclass(frozen=True)
+class Microscaling(FloatGrid):
+    """Minifloats with E8M0 scales. range: how `fit` chooses what is covered; None is min-max."""
+
+    range: Range | None = field(default=None, compare=False)
+
+    @property
+    def granularity(self) -> Granularity:
+        """32 columns."""
+        return PerGroup(32)
+
+    def plain(self) -> Self:
+        """Return the grid with the min-max range."""
+        return self if self.range is None else replace(self, range=None)
+
+    def factors(self, least: float, steps: int) -> list[float]:
+        """Return 1 and its neighbours: no other scale is stored between."""
+        return [1.0, 0.5, 2.0]
+
+    def params(self, lo: Tensor, hi: Tensor) -> FloatParams:
+        """See `RangedGrid.params`."""
+        largest = torch.maximum(hi.abs(), lo.abs()).float()
+        carried = (largest.contiguous().view(torch.int32) + 0x200000) & 0x7F800000  # to the power of two below
+        return self.stored(carried.view(torch.float32) / 2.0 ** int(log2(self.value.most)))
+
+    def stored(self, scale: Tensor) -> FloatParams:
+        """See `FloatGrid.stored`."""
+        bits = exponent(scale)
+        return FloatParams(power(bits), bits)
+
+    @property
+    def held(self) -> Held:
+        """Powers of two."""
+        return Held(2.0**-127, 2.0**-127, 2.0**128)
+
+    def args(self) -> Arguments:
+        """See `Grid.args`."""
+        args: Arguments = {"num_bits": self.bits, "type": "float", "symmetric": True, "strategy": "group"}
+        return args | {"group_size": 32, "dynamic": False, "scale_dtype": "torch.uint8"}

@@ -1,0 +1,70 @@
+"""FP8: E4M3 floats of 8 bits, one scale for a tensor, a row ("channel") or a block: what vendors release.
+
+    w = scale * value(code),    scale = max|w| / 448 by min-max
+
+Of an activation, "channel" is a scale per token and a number of columns one for so many of a token, both found at run
+time; "tensor" is one that calibration fixes. Facts: docs/floats.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from llmq.granularity import Granularity, PerBlock, PerTensor, granularity
+from llmq.grids._float import FloatGrid
+from llmq.minifloat import E4M3
+from llmq.types import Arguments, FloatParams, Held, Range
+
+_LEAST = 2.0**-126  # of float32, and of bfloat16
+
+
+@dataclass(frozen=True)
+class Fp8(FloatGrid):
+    """E4M3 floats.
+
+    group: values that share a scale: "channel", "tensor", "128x128" or a number of columns.
+    range: how `fit` chooses what is covered; None is min-max.
+    scale_dtype: the dtype scales are stored in.
+    """
+
+    group: int | str = "channel"
+    range: Range | None = field(default=None, compare=False)
+    scale_dtype: torch.dtype = field(default=torch.float32, compare=False, metadata={"option": False})
+
+    value = E4M3
+
+    def __post_init__(self) -> None:
+        if self.wants_hessian and isinstance(self.granularity, PerTensor | PerBlock):
+            raise ValueError("the range 'output' needs scales per group or per channel")
+
+    @cached_property
+    def granularity(self) -> Granularity:
+        """See `Grid.granularity`."""
+        return granularity(self.group)
+
+    def plain(self) -> Fp8:
+        """Return the grid with the min-max range."""
+        return self if self.range is None else replace(self, range=None)
+
+    @property
+    def held(self) -> Held:
+        """The scales of `scale_dtype`."""
+        info = torch.finfo(self.scale_dtype)
+        return Held(_LEAST if self.scale_dtype != torch.float16 else 2.0**-24, info.tiny, info.max)
+
+    def stored(self, scale: Tensor) -> FloatParams:
+        """Return scales rounded to `scale_dtype`; that of zeros alone is its epsilon, as compressed-tensors has it."""
+        least, _, most = self.held
+        kept = scale.clamp(least, most).masked_fill(scale == 0, torch.finfo(self.scale_dtype).eps)
+        return FloatParams(kept.to(self.scale_dtype))
+
+    def args(self) -> Arguments:
+        """See `Grid.args`."""
+        by = self.granularity
+        args: Arguments = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": by.strategy}
+        args |= {"group_size": by.group_size, "dynamic": False}
+        return args | ({"block_structure": [by.tall, by.width]} if isinstance(by, PerBlock) else {})

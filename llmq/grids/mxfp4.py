@@ -1,0 +1,16 @@
+"""MXFP4: E2M1 floats of 4 bits, scales that are powers of two for 32 columns (4.25 bits): gpt-oss, AMD, Blackwell.
+
+Facts: docs/floats.md.
+"""
+
+from dataclasses import dataclass
+
+from llmq.grids._microscaling import Microscaling
+from llmq.minifloat import E2M1
+
+
+@dataclass(frozen=True)
+class Mxfp4(Microscaling):
+    """E2M1 floats with E8M0 scales. range: how `fit` chooses what is covered; None is min-max."""
+
+    value = E2M1

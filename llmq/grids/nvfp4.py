@@ -1,0 +1,76 @@
+"""NVFP4: E2M1 floats of 4 bits, an E4M3 scale for 16 columns, one float32 divisor for a weight (4.5 bits): Blackwell.
+
+    w = value(code) * stored / divisor,    divisor = 448 * 6 / max|W| by min-max,  stored = E4M3(divisor * max|w| / 6)
+
+Runtimes fuse the linears that read one activation (q, k, v; gate, up) and have room for one divisor: they are given
+one (`spanning`). Of an activation, calibration fixes the divisor and the scales are found at run time.
+Facts: docs/floats.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from llmq.granularity import Granularity, PerGroup
+from llmq.grids._float import FloatGrid
+from llmq.minifloat import E2M1, E4M3
+from llmq.types import Arguments, FloatParams, Held, Parameters, Range
+
+_OF_ZEROS = 0.125  # the stored scale of a group of zeros, as compressed-tensors has it
+
+
+@dataclass(frozen=True)
+class Nvfp4(FloatGrid):
+    """E2M1 floats with E4M3 scales.
+
+    range: how `fit` chooses what is covered; None is min-max.
+    divisor: that of the weights it spans; None is found for each weight.
+    """
+
+    range: Range | None = field(default=None, compare=False)
+    divisor: float | None = field(default=None, metadata={"option": False})
+
+    value = E2M1
+
+    @property
+    def granularity(self) -> Granularity:
+        """16 columns."""
+        return PerGroup(16)
+
+    def plain(self) -> Nvfp4:
+        """Return the grid with the min-max range."""
+        return self if self.range is None else replace(self, range=None)
+
+    def spanning(self, weights: Sequence[Tensor]) -> Nvfp4:
+        """See `Grid.spanning`; a search, which may cover more than there is, leaves room above the largest scale."""
+        largest = max(float(W.abs().max()) for W in weights)
+        most = E4M3.most if self.range is None else E4M3.most / 1.75
+        return replace(self, divisor=most * self.value.most / largest if largest else 1.0)
+
+    def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Parameters:
+        """See `RangedGrid.fit`."""
+        if self.divisor is None:
+            return self.spanning([W_NK]).fit(W_NK, H_KK)
+        return super().fit(W_NK, H_KK)
+
+    def stored(self, scale: Tensor) -> FloatParams:
+        """See `FloatGrid.stored`."""
+        divisor = torch.full((*scale.shape[:-1], 1), self.divisor or 1.0, device=scale.device)
+        bits = E4M3.encode(scale * divisor)
+        bits = torch.where(bits == 0, E4M3.encode(torch.full_like(scale, _OF_ZEROS)), bits)
+        return FloatParams(E4M3.decode(bits) / divisor, bits, divisor)
+
+    @property
+    def held(self) -> Held:
+        """The scales of E4M3, over the divisor."""
+        divisor = self.divisor or 1.0
+        return Held(2.0**-9 / divisor, 2.0**-6 / divisor, E4M3.most * 1.01 / divisor)
+
+    def args(self) -> Arguments:
+        """See `Grid.args`."""
+        args: Arguments = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group"}
+        return args | {"group_size": 16, "dynamic": False, "scale_dtype": "torch.float8_e4m3fn"}
