@@ -1,7 +1,7 @@
 """The command line: `llmq quantize | plan | export | dequantize | verify | eval | generate | inspect | list`.
 
 Bad input ends in one line on standard error and exit status 1, a signal in 128 and its number; neither leaves a
-half-written OUT.
+half-written OUT. Who reads the output may go away: that ends no command.
 Not here: the commands (commands/), any work: each command parses, calls the library and prints.
 """
 
@@ -21,7 +21,7 @@ from llmq.commands.look import inspect, list_
 from llmq.commands.measure import evaluate, generate, verify
 from llmq.commands.plan import plan
 from llmq.commands.quantize import quantize
-from llmq.commands.terminal import console, warn
+from llmq.commands.terminal import console, outliving_readers, warn
 from llmq.errors import LlmqError, notes, one_line, printable
 from llmq.show import labelled, plain
 
@@ -32,6 +32,11 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line: every foreseen failure becomes one line and a non-zero status."""
+    with outliving_readers():
+        _main()
+
+
+def _main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     error = Console(stderr=True, soft_wrap=True, highlight=False)
     signals.watch()

@@ -9,6 +9,7 @@ Not here: what is said and with which status (cli.py), what is cleaned up (check
 import os
 import signal
 import time
+from contextlib import suppress
 from typing import Any
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -47,5 +48,6 @@ def _end(number: int, _frame: Any) -> None:
         _first.append((number, now))
         raise KeyboardInterrupt
     if now - _first[0][1] > _GESTURE:
-        os.write(2, b"interrupted again: ended at once; what was staged is still beside OUT\n")
+        with suppress(OSError):  # nobody may read it any more
+            os.write(2, b"interrupted again: ended at once; what was staged is still beside OUT\n")
         os._exit(128 + number)

@@ -18,9 +18,8 @@ from llmq.commands import terminal
 
 def run(*args, **kwargs):
     env = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    return subprocess.run(
-        [sys.executable, "-m", "llmq", *map(str, args)], capture_output=True, text=True, env=env, timeout=120, **kwargs
-    )
+    how = {"capture_output": True, "text": True, "env": env, "timeout": 120} | kwargs
+    return subprocess.run([sys.executable, "-m", "llmq", *map(str, args)], **how)
 
 
 @pytest.fixture
@@ -80,6 +79,27 @@ def test_help_has_an_example_for_every_command():
 
 def test_the_version_is_printed():
     assert run("--version").stdout.strip() == f"llmq {llmq.__version__}"
+
+
+@pytest.fixture
+def unread():
+    """Return a pipe that nobody reads any more, as behind `| head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(tiny_checkpoint, tmp_path, text, unread):
+    options = ["--group-size", 32, "--samples", 8, "--seq-len", 32, "--calib", text]
+    done = run("quantize", tiny_checkpoint(), tmp_path / "out", *options, capture_output=False, stdout=unread)
+    assert done.returncode == 0 and (tmp_path / "out" / "quantization.json").exists()
+
+
+@pytest.mark.parametrize(("args", "status"), [(["list"], 0), (["list", "--help"], 0), (["inspect", "nothing"], 1)])
+def test_a_short_command_ends_as_ever_when_nobody_reads_what_it_prints(unread, args, status):
+    done = run(*args, capture_output=False, stdout=unread, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr.count("\n")) == (status, status)
 
 
 def test_list_names_every_file():

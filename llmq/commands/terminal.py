@@ -3,15 +3,19 @@
     with progress() as work:
         work(3, 32, "block 3")        # a bar with the time left, where the output is a terminal
 
+A reader may go away (`| head`, a terminal that closes): the work goes on, and what is printed goes nowhere.
 Not here: the bar, the lines and the log themselves (watching.py), tables (show.py).
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 
@@ -22,6 +26,50 @@ if TYPE_CHECKING:
     from llmq.progress import Work
 
 console = Console()
+_UNREAD = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
+
+
+class _Outliving:
+    """An output stream that outlives its reader."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._nowhere():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._nowhere():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _nowhere(self) -> Iterator[None]:
+        """Where nobody reads any more, have the descriptor lead nowhere: what is buffered is written there too."""
+        try:
+            yield
+        except OSError as e:
+            if e.errno not in _UNREAD:
+                raise
+            with Path(os.devnull).open("w") as null:
+                os.dup2(null.fileno(), self._stream.fileno())
+
+
+@contextmanager
+def outliving_readers() -> Iterator[None]:
+    """Have no write to stdout and stderr fail for want of a reader, in here."""
+    out, err = (None if s is None else cast(TextIO, _Outliving(s)) for s in (sys.stdout, sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            yield
+        finally:  # what Python would flush only when nobody looks after it any more
+            for stream in (out, err):
+                if stream is not None:
+                    stream.flush()
 
 
 def warn(warning: str) -> None:

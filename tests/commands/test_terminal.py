@@ -1,0 +1,37 @@
+"""Readers of what is printed that go away."""
+
+import errno
+import os
+import pty
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmq.commands.terminal import outliving_readers
+
+
+@pytest.mark.parametrize("ends", [os.pipe, pty.openpty])
+def test_what_nobody_reads_goes_nowhere(monkeypatch, ends):
+    reading, writing = ends()
+    with os.fdopen(writing, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        os.close(reading)
+        with outliving_readers():
+            print("heard by nobody", flush=True)
+            print("this neither")
+
+
+def test_a_full_disk_is_no_reader_that_went_away(monkeypatch):
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", os.fdopen(full.fileno(), "w", closefd=False))
+        with pytest.raises(OSError) as e, outliving_readers():
+            print("lost")
+    assert e.value.errno == errno.ENOSPC
+
+
+def test_streams_that_are_closed_stay_so(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with outliving_readers():
+        print("to nobody")
+    assert sys.stdout is None
