@@ -10,6 +10,7 @@ Not here: what the options of a recipe mean (recipe.py), how a run and its figur
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from llmq.pipeline import machines, rates, run, weights, whole_model
 from llmq.pipeline.estimate import Estimate, estimate
 from llmq.pipeline.memory import capped
 from llmq.pipeline.plan import Plan, outline
-from llmq.pipeline.sinks import refuse
+from llmq.pipeline.sinks import left, refuse
 from llmq.progress import Listener, Progress, Work
 from llmq.readers import require
 from llmq.recipe import KINDS, Recipe
@@ -77,6 +78,7 @@ def quantize(
         src, out, recipe, options, max_memory, device_memory,
         adapter=adapter, runtime=runtime, device=device, allow_code=allow_code, overwrite=overwrite, team=team,
     )  # fmt: skip
+    team.first(lambda: left(planned, Path(out), overwrite=overwrite))  # refuses what another command left
     warn, work = (warn, Work.of(progress)) if team.leads else (_nothing, Work())
     planned = weights.read(planned, work)
     said = list(planned.warnings)
@@ -139,10 +141,12 @@ def plan(
         return estimate(planned, machines.on_paper(like[1], planned), like=like, devices=devices)
     if planned.method.finishers:
         whole_model.check_memory(planned)
-    if out is not None:
-        place.require(Path(out), sum(planned.disk().values()))
-    beside = Path.cwd() if out is None else place.standing(Path(out))
-    return estimate(planned, rates.probe(planned, beside, seconds), devices=devices)
+    if out is None:
+        return estimate(planned, rates.probe(planned, Path.cwd(), seconds), devices=devices)
+    goes_on = left(planned, Path(out), overwrite=overwrite)
+    place.require(Path(out), sum(planned.disk().values()))
+    ahead = estimate(planned, rates.probe(planned, place.standing(Path(out)), seconds), devices=devices)
+    return replace(ahead, goes_on=goes_on)
 
 
 def _outlined(

@@ -74,7 +74,9 @@ class Sink:
         """Whether an earlier run of this very command left the stage unfinished."""
         self.earlier: dict[str, Any] | None = None
         """The result of this very command, which an earlier run left whole: only `commit` is missing."""
-        if not self._earlier(act=False):
+        self.left = self._earlier(act=False)
+        """The stage that an earlier run of this very command left, for looking at; it is not locked."""
+        if not self.left or self.left.state(self.target) == "unfinished":
             self.check()
             for target in self._beside.values():
                 place.check_file(target, "--imatrix-out", b"GGUF", overwrite=overwrite)
@@ -255,8 +257,8 @@ class Sink:
     def _earlier(self, *, act: bool) -> Stage | None:
         """Return the stage that this very command left. Raises LlmqError for one that is in the way.
 
-        act: return an unfinished one too, in which the run goes on, and remove what is in nobody's way; else nothing
-        is touched, and what depends on a run that is not known yet is left for later.
+        act: keep it locked, to go on in it, and remove what is in nobody's way; else nothing is touched, and what
+        depends on a run that is not known yet is left for later.
         """
         for folder in stages(self.out):
             stage = Stage.open(folder)
@@ -264,11 +266,9 @@ class Sink:
             state = stage.state(self.target)
             same = self._run == stage.run() if self._run else not act
             if same and (state in ("whole", "committed") or self._may_go_on(stage, state)):
-                if act:
-                    return stage
-                stage.close()
-                if state != "unfinished":
-                    return stage
+                if not act:
+                    stage.close()
+                return stage
             else:
                 self._refuse_or_remove(stage, state, same=same, act=act)
         return None

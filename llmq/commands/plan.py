@@ -84,6 +84,8 @@ def tables(found: "Estimate", *, linears: bool = False) -> Iterable[Rows]:
     slowest = sorted(found.seconds.items(), key=lambda s: -s[1])[:4]
     shares = ", ".join(f"{kind} {span(seconds)}" for kind, seconds in slowest)
     table.add("time", f"about {span(found.total)}, of which {shares} ({_how(found)})")
+    if found.goes_on:
+        table.add("goes on", f"{found.goes_on}; all of the above is of a whole run")
     yield table
     readers = Rows("", "read by", "version", "", "why, how", "known by")
     for r in found.readers:

@@ -55,7 +55,8 @@ class Estimate:
     disk: bytes on OUT's disk while the run lasts, by what they are.
     amounts, rates: how much of each kind of work the process does that does most, and how much in a second. how: where
     the rates come from, "probe" or "arithmetic: h100". devices: processes that share the work.
-    readers: which runtimes take the result. warnings: what a user should know.
+    readers: which runtimes take the result. warnings: what a user should know. goes_on: where an unfinished run of this
+    very command is beside OUT, from where the next one goes on; all else is of a whole run.
     """
 
     source: str
@@ -76,6 +77,7 @@ class Estimate:
     devices: int
     readers: list[Reader]
     warnings: list[str]
+    goes_on: str | None = None
 
     @property
     def seconds(self) -> dict[str, float]:

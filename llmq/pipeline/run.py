@@ -34,7 +34,7 @@ from llmq.pipeline.loaded import Report
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Line, rounded
 from llmq.pipeline.report import summary, write_importance
-from llmq.pipeline.sinks import IMATRIX, sink_of
+from llmq.pipeline.sinks import IMATRIX, sink_of, where
 from llmq.pipeline.whole_model import check_memory, finish
 from llmq.progress import Work
 from llmq.types import LinearSpec, QTensor
@@ -116,7 +116,7 @@ def _resumed(sink: Sink, blocks: int) -> Journal:
     sink.go_back(journal.parts)
     sink.promise = partial(_promise, journal, blocks, overwrite=sink.overwrite)
     if sink.goes_on:
-        log.warning("going on from %s", _where(journal.steps, blocks))
+        log.warning("going on from %s", where(journal.steps, blocks))
     _tell_threads(journal)
     return journal
 
@@ -131,16 +131,12 @@ def _tell_threads(journal: Journal) -> None:
         log.warning("this run began with %d threads, not %d, which may change bits; set OMP_NUM_THREADS", then, threads)
 
 
-def _where(steps: int, blocks: int) -> str:
-    return f"block {steps} of {blocks}" if steps < blocks else f"behind the last of {blocks} blocks"
-
-
 def _promise(journal: Journal, blocks: int, *, overwrite: bool) -> str:
     """Return what an error says of the work so far; nothing where none would be missed."""
     if not journal.steps and not journal.made:
         return ""
     anew = "" if overwrite else "; --overwrite begins anew"
-    return f"the same command goes on from {_where(journal.steps, blocks)}{anew}"
+    return f"the same command goes on from {where(journal.steps, blocks)}{anew}"
 
 
 def _blocks(plan: Plan, state: Calibration, sink: Sink, journal: Journal, work: Work) -> Known:

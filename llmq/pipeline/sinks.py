@@ -11,8 +11,9 @@ import torch
 
 from llmq import __version__, registry
 from llmq.checkpoint import Sink
+from llmq.checkpoint.journal import finished
 from llmq.checkpoint.place import user_path
-from llmq.checkpoint.stage import fingerprint, look
+from llmq.checkpoint.stage import JOURNAL, fingerprint, look
 from llmq.errors import LlmqError
 from llmq.pipeline.plan import Plan
 from llmq.recipe import Recipe
@@ -27,6 +28,24 @@ def refuse(recipe: Recipe, src: str, adapter: str | None, out: Path, *, overwrit
     local = {what: path for what, name in given.items() if (path := user_path(name)).is_dir()}
     form = registry.find("formats", recipe.resolved().format.partition(":")[0], code=True)
     _sink(form, recipe, out, overwrite=overwrite, reads=local)
+
+
+def left(plan: Plan, out: Path, *, overwrite: bool) -> str | None:
+    """Return what an earlier run of this very command left beside OUT, in words, None where it left nothing.
+
+    Raises LlmqError where OUT cannot be written, which a run of another command may be the reason of.
+    """
+    sink = sink_of(plan, out, overwrite=overwrite)
+    if sink.left is None:
+        return None
+    if sink.left.state(sink.target) != "unfinished":
+        return f"at its end: the whole result in {sink.left} is put in place"
+    return f"from {where(finished(sink.left.folder / JOURNAL), len(plan.skeleton))}, in {sink.left}"
+
+
+def where(steps: int, blocks: int) -> str:
+    """Return how far a run is that has finished so many steps."""
+    return f"block {steps} of {blocks}" if steps < blocks else f"behind the last of {blocks} blocks"
 
 
 def sink_of(plan: Plan, out: Path, *, overwrite: bool) -> Sink:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import llmq
-from llmq.pipeline import block, run
+from llmq.pipeline import block, run, weights
 from llmq.types import LlmqError
 
+OPTIONS = {"method": "gptq", "bits": 4, "group_size": 32, "samples": 4, "seq_len": 32}
 CHECK = Path(llmq.__file__).parents[1] / "scripts/check_resume.py"
 
 
@@ -38,11 +39,22 @@ def text(tmp_path, prose):
 
 
 @pytest.fixture
-def command(tiny_checkpoint, tmp_path, text):
+def source(tiny_checkpoint):
+    return str(tiny_checkpoint())
+
+
+@pytest.fixture
+def command(source, tmp_path, text):
     """`command(**changes)` quantizes a model of 2 blocks."""
-    folder = str(tiny_checkpoint())
-    options = {"method": "gptq", "bits": 4, "group_size": 32, "calib": str(text), "samples": 4, "seq_len": 32}
-    return lambda **changes: llmq.quantize(folder, tmp_path / "out", warn=str, **{**options, **changes})
+    options = OPTIONS | {"calib": str(text)}
+    return lambda **changes: llmq.quantize(source, tmp_path / "out", warn=str, **{**options, **changes})
+
+
+@pytest.fixture
+def ahead(source, tmp_path, text):
+    """`ahead(**changes)` says what a plan of `command` does of an earlier run."""
+    options = OPTIONS | {"calib": str(text), "seconds": 0.01}
+    return lambda **changes: llmq.plan(source, tmp_path / "out", **{**options, **changes}).goes_on
 
 
 @pytest.fixture
@@ -62,7 +74,8 @@ def broken(monkeypatch):
 
 
 def held(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -86,6 +99,21 @@ def test_an_interrupt_says_where_the_same_command_goes_on(command, broken, tmp_p
     assert held(tmp_path / "out") == want and not stage.exists()
 
 
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_plan_says_where_the_command_goes_on_and_touches_nothing(command, ahead, broken, tmp_path, at):
+    assert ahead() is None
+    broken(at)
+    with pytest.raises(KeyboardInterrupt):
+        command(lm_head=True)
+    before = held(tmp_path / "out.llmq-partial/journal")
+    where = "behind the last of 2 blocks" if at == 2 else "block 1 of 2"
+    assert ahead(lm_head=True).startswith(f"from {where}, in {tmp_path}/out.llmq-partial (")
+    assert ahead(overwrite=True) is None
+    with pytest.raises(LlmqError, match=r"another command \(bits 4, not 3\).*--overwrite to begin anew"):
+        ahead(lm_head=True, bits=3)
+    assert held(tmp_path / "out.llmq-partial/journal") == before
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -94,12 +122,14 @@ def test_an_interrupt_says_where_the_same_command_goes_on(command, broken, tmp_p
         ({"dtype": "bfloat16"}, "dtype 'torch.float32', not 'torch.bfloat16'"),
     ],
 )
-def test_another_command_is_refused_with_the_first_difference(command, broken, changes, said):
+def test_another_command_is_refused_with_the_first_difference(command, broken, monkeypatch, changes, said):
     broken(1)
     with pytest.raises(KeyboardInterrupt):
         command()
-    with pytest.raises(LlmqError, match=f"unfinished, of another command \\({said}\\).*--overwrite to begin anew"):
-        command(**changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "read", None)  # before anything takes long
+        with pytest.raises(LlmqError, match=f"unfinished, of another command \\({said}\\).*--overwrite to begin anew"):
+            command(**changes)
     broken(None)
     assert command(**changes, overwrite=True)["linears"]
 
