@@ -135,6 +135,16 @@ def test_bad_input_is_one_line_and_nothing_is_written(tiny_checkpoint, tmp_path,
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_says_what_is_wrong_with_the_command_line(monkeypatch, capsys, rank):
+    for name, number in {"RANK": rank, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(number))
+    monkeypatch.setattr(sys, "argv", ["llmq", "quantize", "--no-such-option"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == (2, 1)[rank] and ("no-such-option" in capsys.readouterr().err) == (rank == 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_commands_that_several_processes_do_not_share_run_on_the_first(monkeypatch, capsys, rank):
     for name, number in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(number))
@@ -169,7 +179,7 @@ def test_an_interrupt_leaves_what_was_finished_and_says_where(tiny_checkpoint, t
 
 
 def test_an_interrupt_that_c_code_turned_into_an_error_is_an_interrupt(monkeypatch, capsys):
-    def app():
+    def app(**_):
         try:
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:

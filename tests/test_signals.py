@@ -14,7 +14,7 @@ import llmq.cli as cli, llmq.signals as signals
 def stop(name):
     os.kill(os.getpid(), getattr(signal, name))
 
-def app():
+def app(**_):
     {body}
 
 cli.app = app
