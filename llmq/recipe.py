@@ -68,7 +68,8 @@ class Recipe:
     act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic; `act_sym`: or with a zero point
         each) or per "tensor" (static, `act_range`).
     format: how the result is stored (gptq; compressed-tensors for W8A8, kv_bits and target_bpw).
-    kv_bits: 8 writes static scales of the key-value cache too, one per "tensor" or per "head" (`kv`).
+    kv_bits: 8 writes static scales of the key-value cache too, one per "tensor" or per "head" (`kv`), for entries of
+        `kv_dtype`: "fp8", which runtimes read, or "int8".
     override: `REGEX:bits=8,group_size=32` on full module names, later ones win. skip: regexes of linears left float.
     on_misfit: linears whose shape the format cannot hold (no group divides K) are left float by "skip", else refused.
     target_bpw: bits per quantized weight, scales counted, to spend where they help most; --bit-choices lists the bits
@@ -97,6 +98,7 @@ class Recipe:
     act_range: str = option("minmax", _STATIC)
     kv_bits: Literal[8] | None = option(None, _INTEGERS)
     kv: Literal["tensor", "head"] = option("tensor", _KV)
+    kv_dtype: Literal["fp8", "int8"] = option("fp8", _KV)
     format: str = option()
     override: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()

@@ -2,7 +2,8 @@
 
 A decoder block hands its keys (rotated) and values to the cache it is given. `KvMaxima` is a cache that keeps their
 maxima and nothing else, so that any transformers block is measured without a line of code of its own. The scale is that
-of compressed-tensors' symmetric int8, max / 127.5: one for the tensor, `[1]`, or one for each head, `[H, 1, 1]`.
+of compressed-tensors, max / 448 for E4M3 and max / 127.5 for int8: one for the tensor, `[1]`, or one for each head,
+`[H, 1, 1]`.
 Not here: how they are named on disk (formats/compressed_tensors.py), reading them back (integrations/cache.py).
 """
 
@@ -17,6 +18,7 @@ from llmq.model.lanes import Call
 from llmq.team import Team
 from llmq.types import LlmqError
 
+_REACH = {"fp8": 448.0, "int8": 127.5}
 _REMEDY = "leave --kv-bits out for this model"
 
 
@@ -57,13 +59,16 @@ class KvMaxima(DynamicCache):
         """Return the calls of a block with this cache among their arguments."""
         return [(args, {**kwargs, "past_key_values": self}) for args, kwargs in calls]
 
-    def tensors(self, block: nn.Module, strategy: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return `k_scale` and `v_scale` by their names in the block. Raises LlmqError where nothing was seen."""
+    def tensors(self, block: nn.Module, strategy: str, entry: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return `k_scale` and `v_scale` by their names in the block, for entries that are "fp8" or "int8".
+
+        Raises LlmqError where nothing was seen.
+        """
         owner = owner_of_cache(block, type(block).__name__)
         if not self.largest:
             raise LlmqError(f"{type(block).__name__} puts no keys into its cache; {_REMEDY}")
         scales = {}
         for local, largest_H in zip(("k_scale", "v_scale"), self.largest, strict=True):
             top = largest_H[:, None, None] if strategy == "head" else largest_H.max()[None]
-            scales[f"{owner}.{local}"] = (top / 127.5).clamp(min=1e-8).to(dtype)
+            scales[f"{owner}.{local}"] = (top / _REACH[entry]).clamp(min=1e-8).to(dtype)
         return scales

@@ -32,6 +32,9 @@ def quantize(
     act_range: Annotated[str | None, typer.Option(help="Range of static activation scales.")] = None,
     kv_bits: Annotated[int | None, typer.Option(help="8: write static scales of the key-value cache too.")] = None,
     kv: Annotated[str | None, typer.Option(help="Those scales per 'tensor' or per 'head'. [tensor]")] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="Entries of the cache: 'fp8', which runtimes read, or 'int8'. [fp8]")
+    ] = None,
     format_: Annotated[str | None, typer.Option("--format", help="gptq, awq, compressed-tensors or gguf.")] = None,
     type_: Annotated[str | None, typer.Option("--type", help="GGUF: Q4_K_M, Q8_0, F16 ... [Q4_K_M]")] = None,
     override: Annotated[

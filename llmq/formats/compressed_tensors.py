@@ -20,7 +20,7 @@ Config: `config_groups.group_N` has `targets` (module names, `re:` patterns, or 
 vLLM looks for the class of a fused q/k/v before the names of its parts, and would take the wrong scheme. An output head
 is always listed by name: it is no "Linear" in vLLM.
 
-Key-value cache, int8 with static scales: `kv_cache_scheme` in the config, and beside the linears of each attention
+Key-value cache, E4M3 or int8 with static scales: `kv_cache_scheme` in the config, and beside each attention's linears
     k_scale, v_scale   float [1] (strategy "tensor") or [H, 1, 1] ("attn_head"), of rotated keys and of values
 
 Not here: reading and writing `config_groups` (_config_groups.py), how the scales of the cache are found (kv_scales.py)
@@ -41,7 +41,6 @@ from llmq.formats._bits import pack_words, unpack_words, width
 from llmq.formats._config_groups import Group, Lookup, format_of, new_groups, read_group, same_scheme
 from llmq.formats._folder import Folder
 from llmq.granularity import PerTensor
-from llmq.grids.int import Int
 from llmq.readers import Limit, Reader, readers, table, told
 from llmq.types import AffineGrid, LinearSpec, LlmqError, Params, QTensor, Scheme
 
@@ -60,10 +59,14 @@ _READERS = table(
     ("llama.cpp", False, "it reads GGUF; `llmq export OUT OUT.gguf` keeps the codes where a type holds them", "source"),
     ("TensorRT-LLM", False, "it reads compressed-tensors of FP8 and FP4 alone, and takes our int8 for FP8", "source"),
 )
-_KV_LIMIT = Limit(
+_KV_INT8 = Limit(
     "vLLM 0.32 refuses to load a file with static int8 scales of the key-value cache (it takes fp8 ones, and its own "
-    "int8 cache is dynamic); llmq and transformers read it: leave --kv-bits out for vLLM",
+    "int8 cache is dynamic); llmq and transformers read it: say --kv-dtype fp8 for vLLM",
     refuses=("vLLM",),
+)
+_KV_FP8 = (
+    Limit("it keeps keys and values in fp8 by the file's scales", notes=("vLLM",), told=False, known="source"),
+    Limit("fp8 keys and values want --kv-cache-dtype fp8_e4m3", notes=("SGLang",), told=False, known="source"),
 )
 
 
@@ -72,11 +75,13 @@ class CompressedTensors(Folder):
     """The compressed-tensors checkpoint format: pack-quantized and int-quantized, each module its own scheme.
 
     kv: the strategy of the key-value cache's static scales, "tensor" or "attn_head", None without.
+    kv_dtype: of its entries, "fp8" or "int8".
     groups, ignore: what is quantized how, as read from a checkpoint.
     extra: what llmq does not interpret of the config.
     """
 
     kv: str | None = None
+    kv_dtype: str = "fp8"
     quant_method: str = field(default=_NAME, init=False)
     groups: tuple[Group, ...] = field(default=(), init=False, repr=False)
     ignore: list[str] = field(default_factory=list, init=False, repr=False)
@@ -109,7 +114,7 @@ class CompressedTensors(Folder):
 
     def _limits(self, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[Limit]:
         limits = [*_common.fused_limits(linears, skipped), *_of_weights(linears), *_of_activations(linears)]
-        return [*limits, *_of_experts(_common.of_experts(linears)), *([_KV_LIMIT] if self.kv else [])]
+        return [*limits, *_of_experts(_common.of_experts(linears)), *_of_cache(self.kv, self.kv_dtype)]
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the tensors of one linear, scales in the dtype they have.
@@ -207,7 +212,7 @@ class CompressedTensors(Folder):
         formats = {format_of(g.scheme) for g in groups}
         return (
             self.extra
-            | _kv_scheme(self.kv)
+            | _kv_scheme(self.kv, self.kv_dtype)
             | {
                 "quant_method": _NAME,
                 "quantization_status": "compressed",
@@ -240,12 +245,20 @@ class CompressedTensors(Folder):
         return form, lookup
 
 
-def _kv_scheme(strategy: str | None) -> dict[str, Any]:
+def _kv_scheme(strategy: str | None, dtype: str) -> dict[str, Any]:
     if strategy is None:
         return {}
-    args = {k: v for k, v in Int(8, True, "tensor").args().items() if k != "group_size"}
+    args: dict[str, Any] = {"num_bits": 8, "type": "float" if dtype == "fp8" else "int", "symmetric": True}
+    args["dynamic"] = False
     args |= {"strategy": strategy, "group_size": None, "block_structure": None, "actorder": None}
     return {"kv_cache_scheme": args}
+
+
+def _of_cache(strategy: str | None, dtype: str) -> list[Limit]:
+    """Return what runtimes make of static scales of the key-value cache."""
+    if strategy is None:
+        return []
+    return list(_KV_FP8) if dtype == "fp8" else [_KV_INT8]
 
 
 def _of_weights(linears: Sequence[LinearSpec]) -> list[Limit]:

@@ -51,6 +51,7 @@ class QuantizedCache(Cache):
         8 bits and "channel" below. Values are quantized per token and head.
     window: at most so many of the latest tokens are in float; a multiple of 64 with keys per channel.
     scales: static scales by layer, `(keys, values)`, each `[1]` or `[H, 1, 1]`; 8 bits only. See `static_scales`.
+    fp8: whether those are for E4M3 entries, not for int8.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class QuantizedCache(Cache):
         keys: str | None = None,
         window: int = WINDOW,
         scales: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+        fp8: bool = False,
     ) -> None:
         text = config.get_text_config(decoder=True)
         axis = keys or ("token" if bits == 8 or scales else "channel")
@@ -68,7 +70,7 @@ class QuantizedCache(Cache):
         layers: list[Any] = []
         for i in range(len(_kinds(text))):
             static = (None, None) if scales is None else scales[i]
-            grids = KVGrid(bits, axis, static[0]), KVGrid(bits, "token", static[1])
+            grids = KVGrid(bits, axis, static[0], fp8), KVGrid(bits, "token", static[1], fp8)
             layers.append(QuantizedLayer(*grids, window, text))
         super().__init__(layers=layers)
         self.bits, self.window = bits, window
@@ -77,7 +79,8 @@ class QuantizedCache(Cache):
     def for_model(cls, model: PreTrainedModel, bits: int = 8, **options: Any) -> QuantizedCache:
         """Return an empty cache for `model`, with the static scales that its checkpoint came with at 8 bits."""
         scales = static_scales(model) if bits == 8 else None
-        return cls(model.config, bits, scales=scales, **options)
+        fp8 = scales is not None and _scheme(model)["type"] == "float"
+        return cls(model.config, bits, scales=scales, fp8=fp8, **options)
 
     @property
     def nbytes(self) -> int:
@@ -290,18 +293,11 @@ def packed_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def static_scales(model: PreTrainedModel) -> dict[int, tuple[Tensor, Tensor]] | None:
     """Return the static scales of keys and values that a checkpoint came with, by layer; None where it has none.
 
-    compressed-tensors' `kv_cache_scheme`, int8: `k_scale` and `v_scale` of each attention, `[1]` or `[H, 1, 1]`.
+    compressed-tensors' `kv_cache_scheme`, fp8 or int8: `k_scale`, `v_scale` of each attention, `[1]` or `[H, 1, 1]`.
     Raises LlmqError for another scheme, and where a layer lacks its scales.
     """
-    quantization = getattr(model.config, "quantization_config", None)
-    said = dict(quantization or {})
-    if not said.get("kv_cache_scheme"):
+    if not _scheme(model):
         return None
-    scheme = field(said, "kv_cache_scheme", dict, "quantization_config")
-    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
-    for key, value in wanted.items():
-        if scheme.get(key, value) != value:
-            raise LlmqError(f"kv_cache_scheme.{key} is {scheme[key]!r}; llmq reads static symmetric int8 ({value!r})")
     found = {}
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
@@ -314,6 +310,19 @@ def static_scales(model: PreTrainedModel) -> dict[int, tuple[Tensor, Tensor]] | 
                 )
             found[index] = (module.k_scale, module.v_scale)
     return found
+
+
+def _scheme(model: PreTrainedModel) -> Mapping[str, Any]:
+    """Return the `kv_cache_scheme` of a model's config; nothing where there is none. Raises as `static_scales`."""
+    said = dict(getattr(model.config, "quantization_config", None) or {})
+    if not said.get("kv_cache_scheme"):
+        return {}
+    scheme = {"type": "int"} | field(said, "kv_cache_scheme", dict, "quantization_config")
+    possible = {"num_bits": (8,), "type": ("int", "float"), "symmetric": (True,), "dynamic": (False,)}
+    for key, values in possible.items():
+        if scheme.get(key, values[0]) not in values:
+            raise LlmqError(f"kv_cache_scheme.{key} is {scheme[key]!r}; llmq reads static symmetric int8 and fp8")
+    return scheme
 
 
 def _kinds(config: Any) -> list[str]:

@@ -84,7 +84,9 @@ def quantize_block(
         if maxima is not None:
             maxima.meet(plan.team)
             dtype = plan.method.format.scale_dtype(plan.skeleton.stored_dtype)
-            packed |= {block.full(n): t for n, t in maxima.tensors(module, plan.method.recipe.kv, dtype).items()}
+            recipe = plan.method.recipe
+            scales = maxima.tensors(module, recipe.kv, recipe.kv_dtype, dtype)
+            packed |= {block.full(n): t for n, t in scales.items()}
         work.step("pack", list(solved))
         for name, s in solved.items():
             packed |= plan.packed(block.full(name), s.q) if plan.team.leads else {}

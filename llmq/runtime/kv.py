@@ -7,10 +7,12 @@ never quantized again. Two axes, each with its own scale (Liu et al. 2024, KIVI,
     channel   one scale for each channel of a run of `RUN` tokens, for keys, whose outliers keep to few channels
 
     8 bits             x = scale * q            scale = max|x| / 127.5, q in -128 .. 127;  static: a given scale
+    fp8                x = scale * value(q)     q the bits of an E4M3 float; the scale is given
     4, 2 by token      x = scale * (q - zero)   scale = (max - min) / (2^b - 1), min <= 0 <= max; zero a whole number
     4, 2 by channel    x = scale * q + low      low = min, which may be far from 0;  here and above q in 0 .. 2^b - 1
 
-    codes   int8 [B, H, T, D], or uint8 [B, H, T, D*b/8]: byte j holds channels j, j + D*b/8, ... from the lowest bits
+    codes   int8 [B, H, T, D], fp8 as uint8, or uint8 [B, H, T, D*b/8]: byte j holds channels j, j + D*b/8, ..., from the
+            lowest bits
     scale   float32 [B, H, T, 1] or [B, H, T/RUN, D]; where there is a zero, the 8 lowest bits of its mantissa
     low     [B, H, T/RUN, D], then both bfloat16 (float16 in a float16 model)
 
@@ -29,6 +31,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmq.minifloat import E4M3
+
 RUN = 64
 """Tokens whose keys share the scales of their channels."""
 TILE = 1024  # tokens decoded at once in attention; a multiple of RUN
@@ -42,11 +46,13 @@ class KVGrid:
     """How one of the two, keys or values, is quantized.
 
     bits: 8, 4 or 2. axis: "token" or "channel". static: a given symmetric 8-bit scale, `[1]` or `[H, 1, 1]`, or None.
+    fp8: whether entries with a given scale are E4M3 floats, not integers.
     """
 
     bits: int
     axis: str = "token"
     static: Tensor | None = None
+    fp8: bool = False
 
     @property
     def run(self) -> int:
@@ -71,6 +77,8 @@ def quantize(x_BHTD: Tensor, grid: KVGrid) -> Packed:
     """Return the tokens `x` quantized; with `axis` "channel", T is a multiple of `RUN`."""
     x = x_BHTD.float()
     stored = x_BHTD.dtype if x_BHTD.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    if grid.static is not None and grid.fp8:
+        return Packed(E4M3.encode(x / grid.static.float()), grid.static)
     if grid.static is not None:
         codes = (x / grid.static.float()).round_().clamp_(-128, 127)
         return Packed(codes.to(torch.int8), grid.static)
@@ -104,6 +112,8 @@ def _step(width: Tensor, steps: float) -> Tensor:
 def dequantize(packed: Packed, grid: KVGrid, dtype: torch.dtype) -> Tensor:
     """Return the tokens in `dtype`, `[B, H, T, D]`."""
     codes = packed.codes if grid.bits == 8 else _unpack(packed.codes, grid.bits)
+    if grid.static is not None and grid.fp8:
+        return E4M3.decode(codes).mul_(grid.static.float()).to(dtype)
     if grid.static is not None:
         return (codes.float() * grid.static.float()).to(dtype)
     B, H, T, D = codes.shape

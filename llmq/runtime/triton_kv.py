@@ -40,6 +40,8 @@ class KernelStore:
         reason = refuses_device(x_BHTD.device, cls.devices)
         if reason:
             return reason
+        if any(g.fp8 for g in grids):
+            return "the kernels take integers, not fp8 entries"
         if any(g.axis != "token" or g.bits == 2 for g in grids):
             return "the kernels take 8 or 4 bits with a scale for each token and head (keys='token')"
         if x_BHTD.shape[-1] > 256:

@@ -326,8 +326,8 @@ def test_static_scales_are_found_and_used(tiny_llama, decibel):
         static_scales(model)
 
 
-@pytest.mark.parametrize("kv", ["tensor", "head"])
-def test_static_scales_mean_what_stock_transformers_takes_them_for(kv, tiny_checkpoint, prose, tmp_path):
+@pytest.mark.parametrize(("kv", "entry"), [("tensor", "fp8"), ("head", "fp8"), ("tensor", "int8"), ("head", "int8")])
+def test_static_scales_mean_what_stock_transformers_takes_them_for(kv, entry, tiny_checkpoint, prose, tmp_path):
     """compressed-tensors simulates the cache; with everything quantized ours gives the same bits."""
     from transformers import AutoModelForCausalLM
 
@@ -337,7 +337,8 @@ def test_static_scales_mean_what_stock_transformers_takes_them_for(kv, tiny_chec
 
     text = tmp_path / "text.txt"
     text.write_text(prose(800))
-    recipe = Recipe(method="rtn", bits=8, group_size=32, kv_bits=8, kv=kv, calib=str(text), samples=4, seq_len=64)
+    options = {"method": "rtn", "bits": 8, "group_size": 32, "kv_bits": 8, "kv": kv, "kv_dtype": entry}
+    recipe = Recipe(**options, calib=str(text), samples=4, seq_len=64)
     quantize(prepare(str(tiny_checkpoint()), recipe, "cpu"), tmp_path / "out")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ours = llmq.load(tmp_path / "out", dtype=torch.float32, device="cpu", backend="reference")
