@@ -11,8 +11,8 @@ never quantized again. Two axes, each with its own scale (Liu et al. 2024, KIVI,
     4, 2 by token      x = scale * (q - zero)   scale = (max - min) / (2^b - 1), min <= 0 <= max; zero a whole number
     4, 2 by channel    x = scale * q + low      low = min, which may be far from 0;  here and above q in 0 .. 2^b - 1
 
-    codes   int8 [B, H, T, D], fp8 as uint8, or uint8 [B, H, T, D*b/8]: byte j holds channels j, j + D*b/8, ..., from the
-            lowest bits
+    codes   int8 [B, H, T, D], fp8 as uint8, or uint8 [B, H, T, D*b/8]: byte j holds channels j, j + D*b/8, ...,
+            from the lowest bits
     scale   float32 [B, H, T, 1] or [B, H, T/RUN, D]; where there is a zero, the 8 lowest bits of its mantissa
     low     [B, H, T/RUN, D], then both bfloat16 (float16 in a float16 model)
 
