@@ -77,6 +77,7 @@ def test_the_order_of_back_ends_is_as_documented(solved):
         *weight_only,
         "int_mm",
         "fbgemm",
+        "floatloop",
     ]
     for name in WEIGHT_ONLY:
         assert prepacked(*make(name, solved)).name == takers(name)[-1 if WIDE else 0]

@@ -12,15 +12,13 @@ On AVX-512 torch's own products come first (int4pack.py, int8pack.py).
 import importlib.util
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from llmq.runtime.backends import Prepacked, avx512, by_group, in_file_order, one_op, refuses_weight_only
+from llmq.runtime.backends import Prepacked, _panels, avx512, by_group, in_file_order, one_op, refuses_weight_only
 from llmq.types import LinearSpec, Params, QTensor
 
 FEW = 64
 """The most rows that go to the integer product; the times of both sides are in docs/runtime.md."""
-_PANEL = 2**21  # weights decoded at once, 8 MB: smaller panels slow the product down, larger ones leave the cache
 _FIELD = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}  # bits that a code takes
 
 
@@ -107,19 +105,13 @@ def dot_product(x_MK: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field:
 
 def decoded_product(x_MK: Tensor, words: Tensor, scale: Tensor, zero: Tensor, field: int) -> Tensor:
     """Return `x @ W^T` in float32, decoding some rows of W at a time."""
-    (M, K), N = x_MK.shape, words.shape[0]
-    panel = min(max(_PANEL // K, 64), N)
-    W = torch.empty(panel, K, dtype=torch.float32)
-    if panel == N:  # its result needs no copying
-        _run(field, (words, scale, zero, W), M, decoding=True)
-        return F.linear(x_MK, W)
-    y_MN = torch.empty(M, N, dtype=torch.float32)
-    for n in range(0, N, panel):
-        rows = slice(n, n + panel)
-        some = words[rows]
-        _run(field, (some, scale[rows], zero[rows] if zero.shape[0] == N else zero, W), M, decoding=True)
-        y_MN[:, rows] = F.linear(x_MK, W[: len(some)])
-    return y_MN
+    M, N = len(x_MK), words.shape[0]
+
+    def decode(rows: slice, W: Tensor) -> None:
+        z = zero[rows] if zero.shape[0] == N else zero
+        _run(field, (words[rows], scale[rows], z, W), M, decoding=True)
+
+    return _panels.product(x_MK, N, decode)
 
 
 def _run(field: int, tensors: tuple[Tensor, ...], M: int, decoding: bool) -> None:
