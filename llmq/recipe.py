@@ -23,7 +23,7 @@ from llmq.granularity import granularity
 from llmq.guard.reading import yaml_object
 from llmq.options import Between
 from llmq.overrides import parse
-from llmq.types import LlmqError
+from llmq.types import AffineGrid, LlmqError
 
 DEFAULT_RANGE = "minmax"
 UNCLIPPED = rf"\.(q|k)_proj$:range={DEFAULT_RANGE}"  # AWQ's paper clips neither; other models have both in one linear
@@ -43,6 +43,10 @@ _FLAGS = When(
 )
 _GGUF = When(lambda r: r.gguf, "it is for GGUF; say --format gguf")
 _FOLDERS = When(lambda r: not r.gguf, "in GGUF a matrix that a type does not fit falls back to another type by itself")
+_INPUTS = When(
+    lambda r: r.inputs is None,
+    "--inputs says what an input becomes; say it there, as in int:bits=8:group=channel or fp8:group=tensor:range=mse",
+)
 _ACT = When(lambda r: r.act_bits, "it is for quantized activations; say --act-bits 8")
 _STATIC = When(lambda r: r.act_bits and r.act == "tensor", "it is for static scales; say --act-bits 8 --act tensor")
 _KV = When(lambda r: r.kv_bits, "it is for the key-value cache; say --kv-bits 8")
@@ -65,9 +69,12 @@ class Recipe:
     bits, sym, group_size, range: short for the weights int:bits=4:sym=true:group=128:range=minmax, those the defaults.
         group_size: columns per scale, "channel" (the default for W8A8) or "tensor".
         range: which interval a grid covers (what the method prefers, else minmax).
-    act_bits: 8 quantizes the linears' inputs too, per "token" (dynamic; `act_sym`: or with a zero point
-        each) or per "tensor" (static, `act_range`).
-    format: how the result is stored (gptq; compressed-tensors for W8A8, kv_bits and target_bpw).
+    inputs: the grid of the linears' inputs, `NAME[:option=value...]`, which stay float without it. group=channel is a
+        scale per token, a number of columns one for so many of a token, both found at run time; group=tensor is one
+        scale for all, fixed by calibration, whose range may be chosen.
+    act_bits, act, act_sym, act_range: short for the inputs int:bits=8:group=channel:sym=true; per "tensor" with a
+        range, minmax where none is given.
+    format: how the result is stored (gptq; compressed-tensors for small floats, inputs, kv_bits and target_bpw).
     kv_bits: 8 writes static scales of the key-value cache too, one per "tensor" or per "head" (`kv`), for entries of
         `kv_dtype`: "fp8", which runtimes read, or "int8".
     override: `REGEX:bits=8,group_size=32` on full module names, later ones win. skip: regexes of linears left float.
@@ -92,7 +99,8 @@ class Recipe:
     group_size: int | str = option(None, _INTEGERS, _FLAGS)
     sym: bool = option(True, _INTEGERS, _FLAGS)
     range: str | None = option(None, _INTEGERS, _FLAGS)
-    act_bits: Literal[8] | None = option(None, _INTEGERS)
+    inputs: str | None = option(None, _INTEGERS)
+    act_bits: Literal[8] | None = option(None, _INTEGERS, _INPUTS)
     act: Literal["token", "tensor"] = option("token", _ACT)
     act_sym: bool = option(True, _ACT)
     act_range: str = option("minmax", _STATIC)
@@ -136,12 +144,12 @@ class Recipe:
             raise LlmqError("quality names a method by what it costs; give --quality or --method, not both")
         if self.act_sym is False and self.act == "tensor":
             raise LlmqError("asymmetric activations (--act-asym) are for --act-bits 8 per token")
-        if self.target_bpw is not None and self.act_bits:
-            raise LlmqError("target_bpw chooses bits of weights; with 8-bit activations they are always 8")
+        if self.target_bpw is not None and self.quantizes_inputs:
+            raise LlmqError("target_bpw chooses bits of weights; beside quantized inputs they have no others")
         for text in self.override if self.target_bpw is not None else ():
             if (said := parse(text)) and "bits" in said.changes:
                 raise LlmqError(f"--override {text!r}: --target-bpw chooses the bits of every linear; --skip it there")
-        if self.act_bits and self.bits != 8 and not self.weights:
+        if self._integer_inputs and self.bits != 8 and not self.weights:
             raise LlmqError(f"8-bit activations need 8-bit weights, not {self.bits or 4}; say --bits 8")
         if len(self.steps) > _STEPS:
             raise LlmqError(f"--method has {len(self.steps):,} steps; {_STEPS} are more than enough")
@@ -158,6 +166,15 @@ class Recipe:
     def gguf(self) -> bool:
         """Whether the result is a GGUF file."""
         return (self.format or "").partition(":")[0] == "gguf"
+
+    @property
+    def quantizes_inputs(self) -> bool:
+        """Whether the linears' inputs are quantized too."""
+        return bool(self.act_bits or self.inputs)
+
+    @property
+    def _integer_inputs(self) -> bool:
+        return bool(self.act_bits) or (self.inputs or "").partition(":")[0].strip() == "int"
 
     @property
     def steps(self) -> list[str]:
@@ -197,10 +214,8 @@ class Recipe:
         """Yield whatever the recipe names to be looked up, `NAME[:key=value...]`, with the option that names it."""
         yield from (("method", step.strip()) for step in self.steps)
         yield from ((key, text.strip()) for key in ("range", "act_range", "format") if (text := getattr(self, key)))
-        if self.weights:
-            name, *given = registry.words(self.weights)
-            yield "weights", name
-            yield from (("weights", g.partition("=")[2].strip(" []")) for g in given if g.strip().startswith("range"))
+        for key in ("weights", "inputs"):
+            yield from ((key, name) for name in _of_grid(getattr(self, key)))
         for override in self.override:
             values = said.changes.items() if (said := parse(override)) else ()  # a number names nothing, dot or not
             yield from (("override", v) for key, v in values if key == "range" or v.lstrip("[")[:1].isalpha())
@@ -214,9 +229,9 @@ class Recipe:
             default, meant = f.metadata.get("default"), all(w.true(recipe) for w in f.metadata.get("when", ()))
             if default is not None and getattr(recipe, f.name) is None and meant:
                 recipe = dataclasses.replace(recipe, **{f.name: default})
-        return recipe if recipe.gguf else recipe._integers()
+        return recipe if recipe.gguf else recipe._solved()
 
-    def _integers(self) -> Recipe:
+    def _solved(self) -> Recipe:
         """Return the recipe with the defaults that depend on its method and its other options."""
         steps = [registry.load("algorithms", s, code=True) for s in self.steps]
         preferred = next((s.preferred_range for s in steps if getattr(s, "preferred_range", None)), None)
@@ -225,13 +240,15 @@ class Recipe:
             override = (UNCLIPPED, *override)
         recipe = self._ranged(preferred or DEFAULT_RANGE)
         if not self.weights:
-            recipe = dataclasses.replace(recipe, group_size=self.group_size or ("channel" if self.act_bits else 128))
-        return dataclasses.replace(
-            recipe,
-            format=self.format
-            or ("compressed-tensors" if self.act_bits or self.kv_bits or self.target_bpw else "gptq"),
-            override=override,
-        )
+            group_size = self.group_size or ("channel" if self._integer_inputs else 128)
+            recipe = dataclasses.replace(recipe, group_size=group_size)
+        form = self.format or ("gptq" if self._of_integers_alone() else "compressed-tensors")
+        return dataclasses.replace(recipe, format=form, override=override)
+
+    def _of_integers_alone(self) -> bool:
+        """Say whether nothing but weights is quantized, all of them to as many bits of integers."""
+        more = self.quantizes_inputs or self.kv_bits or self.target_bpw
+        return not more and (not self.weights or issubclass(_kind(self.weights), AffineGrid))
 
     def choices(self) -> tuple[int, ...]:
         """Return the bits that a site may get under `target_bpw`, ascending."""
@@ -243,7 +260,7 @@ class Recipe:
     def _of_quality(self) -> Recipe:
         """Return the recipe with the method that its quality stands for, in the words that repeat it."""
         quality = self.quality or "balanced"
-        methods = _GGUF_QUALITY if self.gguf else _W8A8_QUALITY if self.act_bits else _QUALITY
+        methods = _GGUF_QUALITY if self.gguf else _W8A8_QUALITY if self._integer_inputs else _QUALITY
         method, recipe = methods[quality], self if self.gguf else self._ranged("mse")
         if quality == "best" and not self.gguf:
             bits = registry.load("grids", self.weights, code=True).bits if self.weights else self.bits
@@ -267,14 +284,25 @@ class Recipe:
         """The grid of a weight, as `NAME[:option=value...]`, in a recipe that is resolved; None for GGUF."""
         if self.weights or self.gguf:
             return self.weights
-        restricted = bool(self.act_bits and self.sym)
+        restricted = bool(self._integer_inputs and self.sym)
         said = f"bits={self.bits}:sym={self.sym}:group={self.group_size}:restricted={restricted}"
         return f"int:{said}:range=[{self.range}]"
+
+    @property
+    def input_grid(self) -> str | None:
+        """The grid of the linears' inputs, as `NAME[:option=value...]`, in a resolved recipe; None for float ones."""
+        if not self.act_bits:
+            return self.inputs
+        group = "channel" if self.act == "token" else "tensor"
+        range_ = f":range=[{self.act_range}]" if self.act_range else ""
+        return f"int:bits=8:sym={self.act_sym}:group={group}{range_}"
 
     def to_json(self) -> dict[str, Any]:
         """Return every option, null where it means nothing; a few stand there only where they were given."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {k: v for k, v in values.items() if k not in ("weights", "on_misfit", "experts") or v is not None}
+        return {
+            k: v for k, v in values.items() if k not in ("weights", "inputs", "on_misfit", "experts") or v is not None
+        }
 
     def to_yaml(self) -> str:
         """Return the options that were given as YAML that `load` reads back equal."""
@@ -299,6 +327,19 @@ _W8A8_QUALITY = {
     "balanced": "migrate,qep,gptq,descent",
     "best": "migrate,qep,gptq,descent",
 }
+
+
+def _kind(text: str) -> type:
+    """Return the class of the grid that a text names."""
+    return registry.find("grids", registry.words(text)[0], code=True)
+
+
+def _of_grid(text: str | None) -> Iterator[str]:
+    """Yield what the text of a grid names: the grid and its range."""
+    if text:
+        name, *given = registry.words(text)
+        yield name
+        yield from (g.partition("=")[2].strip(" []") for g in given if g.strip().startswith("range"))
 
 
 def _dashed(name: str) -> str:

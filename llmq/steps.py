@@ -153,10 +153,11 @@ class Transform(Step):
     """Floats to floats: finds scales with which a block quantizes better; its function is unchanged.
 
     preferred_range: the range a recipe that names none gets, or None; call_tokens: tokens of the parent's input that
-    are kept for the search, 0 for none.
+    are kept for the search, 0 for none. of_integers: whether it reckons with evenly spaced values alone.
     """
 
     kind = "transform"
+    of_integers: ClassVar[bool] = False
     preferred_range: ClassVar[str | None] = None
     call_tokens: int = 0
 

@@ -315,7 +315,7 @@ class Scheme:
     def __post_init__(self) -> None:
         by = PerRow() if self.activation is None else self.activation.granularity
         if isinstance(by, PerBlock) or (isinstance(by, PerGroup) and isinstance(self.activation, AffineGrid)):
-            raise ValueError(f"activations have scales per token or per tensor, not {by}")
+            raise ValueError(f"activations have scales per token (group=channel) or one (group=tensor), not {by}")
         if self.static and self.activation is not None and not self.activation.sym:
             raise ValueError("static activation scales are symmetric")
 

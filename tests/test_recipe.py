@@ -192,7 +192,8 @@ def test_an_option_that_means_nothing_beside_the_others_is_refused_whatever_its_
 @pytest.mark.parametrize(
     "options",
     [{}, {"quality": "best", "bits": 2}, {"method": "awq,rtn", "override": ("a:bits=8",), "skip": ["b"]},
-     {"kv_bits": 8},
+     {"kv_bits": 8}, {"weights": "nvfp4", "inputs": "nvfp4"},
+     {"weights": "fp8", "inputs": "fp8:group=tensor:range=mse"},
      {"bits": 8, "act_bits": 8}, {"bits": 8, "act_bits": 8, "act": "tensor"}, {"target_bpw": 4.5}, {"format": "gguf"},
      {"format": "gguf:pre=llama-bpe", "type": "Q8_0", "method": "rtn", "split_max_size": "4G"}],
     ids=str,
@@ -210,7 +211,9 @@ def test_what_is_resolved_is_written_and_read_back_and_means_the_same(tmp_path, 
     "text",
     ["method: evil.step", "method: 'awq, evil.step:x=1'", "method: gptq\nrange: evil.step", "format: evil.step",
      "method: gptq\noverride: ['a:range=evil.step']", "override: 'a:bits=4, range = evil.step:x=1'",
-     "bits: 8\nact_bits: 8\nact: tensor\nact_range: evil.step", "method: .evil", "method: llmq.calibration"],
+     "bits: 8\nact_bits: 8\nact: tensor\nact_range: evil.step", "method: .evil",
+     "weights: fp8\ninputs: evil.step", "weights: fp8\ninputs: 'fp8:group=tensor:range=evil.step'",
+     "method: llmq.calibration"],
 )  # fmt: skip
 def test_a_file_names_no_code_unless_the_user_allows_it(tmp_path, monkeypatch, text):
     (tmp_path / "evil").mkdir()
@@ -295,6 +298,15 @@ def test_weights_and_the_flags_that_are_short_for_them_are_refused_together(flag
         ({"weights": "integer"}, "'integer' is none of llmq's grids"),
         ({"weights": "int:range=mxe"}, "'mxe' is none of llmq's ranges"),
         ({"weights": "int", "act_bits": 8}, "8-bit activations need 8-bit weights, not 4; say --weights int:bits=8"),
+        ({"inputs": "int:bits=8"}, "8-bit activations need 8-bit weights"),
+        ({"bits": 8, "inputs": "int:bits=8"}, "--inputs int:bits=8: .*scales per token .group=channel. or one"),
+        ({"bits": 8, "inputs": "int:bits=8:group=tensor:asym"}, "static activation scales are symmetric"),
+        (
+            {"weights": "fp8", "inputs": "q4_k"},
+            "--inputs q4_k: inputs lie on int, fp8, nvfp4, mxfp4 or mxfp8, not",
+        ),
+        ({"weights": "fp8", "inputs": "fp8:range=mse"}, "--inputs fp8:range=mse: a range means nothing where scales"),
+        ({"weights": "fp8", "inputs": "fp8:group=128x128"}, "not blocks of 128 x 128"),
         ({"weights": "int", "override": ("a:levels=3",)}, "has no option 'levels'"),
         ({"weights": "int", "format": "gguf"}, "--weights means nothing here: GGUF's types fix bits"),
     ],
@@ -303,6 +315,39 @@ def test_what_weights_may_not_say_is_one_line(given, said):
     with pytest.raises(LlmqError, match=said) as e:
         method_of(Recipe(**given), torch.float16)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("weights", ["fp8", "fp8:group=128x128", "nvfp4", "mxfp4", "mxfp8"])
+def test_small_floats_are_searched_for_and_solved_like_integers_and_written_as_compressed_tensors(weights):
+    for quality in ("fast", "balanced", "best"):
+        resolved, integers = (Recipe(quality=quality, **w).resolved() for w in ({"weights": weights}, {}))
+        assert resolved.method == integers.method and resolved.format == "compressed-tensors"
+        assert resolved.weights == f"{weights}:range=[mse]" and resolved.resolved() == resolved
+    with_inputs = Recipe(weights=weights, inputs="fp8").resolved()
+    assert with_inputs.method == Recipe().resolved().method, "no migration: the error of a float is relative to it"
+    for flag in ({"bits": 4}, {"group_size": 32}, {"range": "mse"}):
+        with pytest.raises(LlmqError, match="--weights says what a weight becomes"):
+            Recipe(weights=weights, **flag)
+
+
+@pytest.mark.parametrize(
+    ("flags", "inputs"),
+    [
+        ({}, "int:bits=8:group=channel"),
+        ({"act_sym": False}, "int:bits=8:group=channel:asym"),
+        ({"act": "tensor"}, "int:bits=8:group=tensor:range=minmax"),
+        ({"act": "tensor", "act_range": "percentile:p=99.9"}, "int:bits=8:group=tensor:range=[percentile:p=99.9]"),
+    ],
+)
+def test_the_flags_of_activations_are_short_for_inputs(flags, inputs):
+    short, long = (Recipe(bits=8, **given) for given in ({"act_bits": 8} | flags, {"inputs": inputs}))
+    resolved = [r.resolved() for r in (short, long)]
+    assert len({(r.method, r.group_size, r.format) for r in resolved}) == 1
+    name = "model.layers.0.mlp.down_proj"
+    a, b = (method_of(r, torch.float16).scheme(name) for r in (short, long))
+    assert a == b and a.activation.range == b.activation.range and b.weight.restricted
+    with pytest.raises(LlmqError, match="--act-bits means nothing here: --inputs says what an input becomes"):
+        Recipe(bits=8, act_bits=8, inputs=inputs)
 
 
 def test_a_budget_chooses_bits_and_no_override_beside_it():

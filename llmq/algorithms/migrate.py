@@ -41,6 +41,7 @@ class Migrate(Transform):
     feedback: float = 0.5
     steps: int = 30
 
+    of_integers: ClassVar[bool] = True
     held: ClassVar[Held] = Held(0, 4)
 
     def __post_init__(self) -> None:

@@ -35,7 +35,8 @@ def model_card(summary: dict[str, Any], method: str, said: object) -> str:
     }
     steps = _yaml({k: v for k, v in recipe.items() if v not in (None, [], ())})
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", steps)), default=0))
-    act = f", {recipe['act_bits']}-bit activations" if recipe["act_bits"] else ""
+    inputs = "8-bit" if recipe["act_bits"] else (recipe.get("inputs") or "").partition(":")[0]
+    act = f", {inputs} activations" if inputs else ""
     return f"""---
 {_yaml(about)}---
 # {_text(source["name"])}, {bits}-bit weights{act}

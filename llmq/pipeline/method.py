@@ -12,9 +12,9 @@ import torch
 
 from llmq import registry
 from llmq.format import Format, Wanted
-from llmq.grids.int import Int
 from llmq.guard.patterns import Pattern
 from llmq.overrides import Override, parse
+from llmq.pipeline.inputs import input_grid, unpaired
 from llmq.recipe import UNCLIPPED, Recipe
 from llmq.stats import Stat
 from llmq.steps import (
@@ -30,7 +30,7 @@ from llmq.steps import (
     Tuner,
     Weighting,
 )
-from llmq.types import AffineGrid, Grid, LlmqError, Scheme
+from llmq.types import Grid, LlmqError, RangedGrid, Scheme
 
 _HELD = {
     "desc_act": "g_idx; drop desc_act (static groups) or use --format gptq",
@@ -112,20 +112,21 @@ def method_of(recipe: Recipe, model_dtype: torch.dtype) -> Method:
 def _schemes(recipe: Recipe, text: str, scale_dtype: torch.dtype) -> tuple[Scheme, tuple[Override, ...]]:
     """Return the scheme of most linears, whose grid a text names, and how some differ from it."""
     grid: Grid = registry.load("grids", text, code=True).stored_in(scale_dtype)
-    if recipe.act_bits and grid.bits != 8:
-        raise LlmqError(f"8-bit activations need 8-bit weights, not {grid.bits}; say --weights int:bits=8:...")
-    return Scheme(grid, _activation(recipe, scale_dtype)), tuple(_override(o, grid) for o in recipe.override)
+    scheme = Scheme(grid, _activation(recipe, scale_dtype))
+    if why := unpaired(scheme):
+        raise LlmqError(why)
+    return scheme, tuple(_override(o, grid) for o in recipe.override)
 
 
-def _activation(recipe: Recipe, scale_dtype: torch.dtype) -> AffineGrid | None:
+def _activation(recipe: Recipe, scale_dtype: torch.dtype) -> RangedGrid | None:
     """Return the grid of the linears' inputs, None where they stay float."""
-    if not recipe.act_bits:
+    if not recipe.input_grid:
         return None
     range_ = registry.load("ranges", recipe.act_range, code=True) if recipe.act_range else None
     if getattr(range_, "wants_hessian", False):
         raise LlmqError(f"--act-range {recipe.act_range} weighs errors of weights; choose another for activations")
-    group = "channel" if recipe.act == "token" else "tensor"
-    return Int(8, recipe.act_sym, group, range=range_, scale_dtype=scale_dtype)
+    grid = registry.load("grids", recipe.input_grid, code=True).stored_in(scale_dtype)
+    return input_grid(grid, f"--inputs {recipe.inputs}")
 
 
 def _steps(recipe: Recipe) -> dict[type[Step], list[Any]]:

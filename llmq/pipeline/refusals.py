@@ -18,8 +18,10 @@ from llmq.format import packed_bytes
 from llmq.granularity import PerTensor
 from llmq.model.experts import Experts
 from llmq.model.skeleton import Skeleton
+from llmq.pipeline.inputs import unpaired
 from llmq.pipeline.method import Method
 from llmq.recipe import Recipe
+from llmq.steps import Transform
 from llmq.types import AffineGrid, LinearSpec, LlmqError
 
 if TYPE_CHECKING:
@@ -49,17 +51,29 @@ def steps(method: Method, skeleton: Skeleton) -> None:
     if method.recipe.kv_bits:
         for i, block in enumerate(skeleton.blocks):
             owner_of_cache(block, f"{skeleton.prefix}.{i}")
-    if method.finishers and method.recipe.act_bits:
+    if method.finishers and method.recipe.quantizes_inputs:
         raise LlmqError(f"{registry.dump(method.finishers[0])} tunes models with float activations only; leave it out")
 
 
 def linears(method: Method, specs: Sequence[LinearSpec]) -> None:
     """Refuse what quantized activations and steps that move codes and scales ask of the linears, and these are not."""
     for s in specs:
-        if s.scheme.activation and s.scheme.weight.bits != 8:
-            raise LlmqError(f"{s.name}: 8-bit activations need 8-bit weights, not {s.scheme.weight.bits}; --skip it")
+        if why := unpaired(s.scheme):
+            raise LlmqError(f"{s.name}: {why}, or --skip it")
+    for step in method.transforms:
+        _transform(step, specs)
     for tuner in (*method.tuners, *method.finishers):
         _tuner(registry.dump(tuner), method.recipe, specs)
+
+
+def _transform(step: Transform, specs: Sequence[LinearSpec]) -> None:
+    """Refuse a transform that reckons with evenly spaced values where there are others."""
+    grids = [grid for s in specs for grid in (s.scheme.weight, s.scheme.activation) if grid is not None]
+    if step.of_integers and (other := next((g for g in grids if not isinstance(g, AffineGrid)), None)):
+        raise LlmqError(
+            f"{registry.dump(step)} reckons with integers, not with {registry.dump(other)}: the error of a float is "
+            "relative to it, and no scale of a channel changes that; leave it out"
+        )
 
 
 def _tuner(step: str, recipe: Recipe, specs: Sequence[LinearSpec]) -> None:
