@@ -26,6 +26,8 @@ WRITE_FACTOR = 10
 """`self` is refused if writing would take this many times as long as one forward over the same tokens ..."""
 WRITE_SECONDS = 600
 """... and longer than this. Quantizing takes between two and ten such forwards, the solving included."""
+TRIED_STEPS = 12
+"""Tokens of each sequence that are written to find that out."""
 
 
 def check_memory(parameter_bytes: int, device: str | torch.device = "cpu") -> None:
@@ -55,7 +57,7 @@ def free_memory(device: torch.device) -> int:
 def write(model: Any, tokenizer: Any, samples: int, seq_len: int, seed: int) -> Tensor:
     """Return `samples` sequences that `model` writes, int64 `[samples, seq_len]`; BOS, if added, is never sampled."""
     model.eval()
-    batch = min(samples, _write_batch(model, seq_len))
+    batch = min(samples, side_by_side(model.config, sum(p.nbytes for p in model.parameters()), seq_len, model.dtype))
     _check_time(model, samples, seq_len, batch)
     generator = torch.Generator(model.device).manual_seed(seed)
     bos = bos_id(tokenizer)
@@ -93,19 +95,19 @@ def _draw(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cdf_BV, u_B1 * cdf_BV[:, -1:], right=True)
 
 
-def _write_batch(model: Any, seq_len: int) -> int:
+def side_by_side(config: Any, parameter_bytes: int, seq_len: int, dtype: torch.dtype) -> int:
     """Return how many sequences the cache holds: a function of the model alone, so that a seed means one text."""
-    config = model.config.get_text_config()
-    each = 2 * config.num_hidden_layers * kv_heads(config) * head_dim(config) * seq_len * model.dtype.itemsize
-    room = max(WRITE_CACHE_BYTES, sum(p.nbytes for p in model.parameters()))
-    return max(1, min(WRITE_BATCH, room // each))
+    text = config.get_text_config()
+    each = 2 * text.num_hidden_layers * kv_heads(text) * head_dim(text) * seq_len * dtype.itemsize
+    return max(1, min(WRITE_BATCH, max(WRITE_CACHE_BYTES, parameter_bytes) // each))
 
 
 def _check_time(model: Any, samples: int, seq_len: int, batch: int) -> None:
     """Raise LlmqError if writing would far outlast quantizing, from the best of a few short timings of both."""
     generator = torch.Generator(model.device).manual_seed(0)
     start = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-    step = min(_seconds(lambda: _continue(model, start, 4, generator, 0.0)) for _ in range(4)) / 3
+    tried = range(TRIED_STEPS // 3)
+    step = min(_seconds(lambda: _continue(model, start, 4, generator, 0.0)) for _ in tried) / 3
     writing = step * seq_len * -(-samples // batch)
     if writing <= WRITE_SECONDS:
         return

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from llmq.calibration.writing import WRITE_BATCH
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.rates import MEASURED_ONCE, Rates
 from llmq.types import LlmqError
@@ -64,8 +65,10 @@ def on_paper(like: Machine, plan: Plan) -> Rates:
     matrix = like.bf16 * 1e12 * _REACHED["bf16"] if plan.skeleton.dtype == torch.bfloat16 else f32
     values = like.bandwidth * 1e9 * _REACHED["bandwidth"] / 8  # float32, read and written
     tried = 1 + max((getattr(r, "steps", 0) * 2 for r in _ranges(plan)), default=0)  # intervals of a search
+    rows = plan.writes() or WRITE_BATCH  # for each of which the weights pass once
     computed = {
         "forward": matrix,
+        "writing": min(matrix, 16 * values * rows / plan.skeleton.dtype.itemsize),
         "statistics": matrix,
         "products": f32,
         "factor": f32 / 4,

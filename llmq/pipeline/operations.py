@@ -13,6 +13,7 @@ T tokens of calibration, a linear [N, K], t tokens that reach it (of an expert T
     packing, decoding    weights packed, and decoded again to verify them
     digest       bytes whose checksums are taken: codes, tensors and files, when written and when verified
     read, write  bytes; the checkpoint is read for NaN and for the run, OUT written in parts, then in shards
+    writing      flops of products of few rows: a model that writes its own text passes all weights for every token
     link         bytes of sums that several processes add up, 4 an entry; of codes that they send each other, 1 a weight
     text, linears, starts    tokens of text that are cut; linears, for what each costs whatever its size; the model
                  without weights, and a process that reads text
@@ -22,10 +23,12 @@ Not here: how fast any of it is (rates.py, machines.py), how long it takes (esti
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import ceil
 
 from torch import nn
 
 from llmq.calibration.text import READ_FACTOR
+from llmq.calibration.writing import TRIED_STEPS
 from llmq.granularity import PerTensor
 from llmq.model.experts import Experts, in_experts, linears_of
 from llmq.pipeline.holdings import Holdings
@@ -42,6 +45,8 @@ all, or the "first"; of bytes on the link, they are of "sums" that all get, or "
 AGAIN = 2.3
 """Forwards that a batch takes which stays suspended nowhere, in place of one: measured 2.15 to 2.5."""
 _GRADIENTS = 4  # forwards that a gradient at every linear is worth: one, and for the backward pass one again and two
+_DRAWN = 10  # passes over the logits of a token that is drawn
+_CALLED = 0.06  # of what it costs to solve a linear of no size: to call it once, with what lies between it and the next
 _VERIFIED = 16  # tokens of the forward that verification runs
 
 
@@ -68,6 +73,7 @@ class _Counting:
         for step in self.method.finishers:
             forwards = step.forwards(holdings.samples, holdings.length) + 1  # the float model's
             self.work["forward", "first"] += forwards * self.tokens * (self.matmuls + 3 * self._logits())
+        self._text()
         self._files()
 
     def _block(self, i: int, block: nn.Module) -> None:
@@ -155,6 +161,25 @@ class _Counting:
         self.work["fits", "first"] += choices * weights
         self.work["read", "first"] += self.plan.source.bytes()
 
+    def _text(self) -> None:
+        """Count the calibration text: cut by a process of its own, or written by the model, a forward a token."""
+        if not self.tokens:
+            return
+        if self.method.recipe.calib != "self":
+            self.work["text", "first"] += READ_FACTOR * self.tokens
+            self.work["starts", "each"] += 1
+            return
+        skeleton, samples, length = self.plan.skeleton, self.holdings.samples, self.holdings.length
+        batch = self.plan.writes()
+        steps = ceil(samples / batch) * length + TRIED_STEPS
+        tokens = samples * length + TRIED_STEPS * batch
+        heads = getattr(skeleton.text, "num_attention_heads", 0) * sum(map(skeleton.head_dim_of, range(len(skeleton))))
+        linears = sum(len(linears_of(block)) for block in skeleton.blocks)
+        self.work["writing", "first"] += tokens * (self.matmuls + self._logits())
+        self.work["passes", "first"] += tokens * (2 * length * heads + _DRAWN * skeleton.text.vocab_size)
+        self.work["linears", "first"] += _CALLED * steps * linears
+        self.work["read", "first"] += self.plan.source.bytes()
+
     def _logits(self) -> float:
         """Return the flops of the head for one token."""
         _, shape = self.plan.source.headers()[self.plan.weight_of(self.plan.model.head)]
@@ -173,8 +198,7 @@ class _Counting:
         self.work["decoding", "first"] += weights
         self.work["passes", "first"] += 20 * weights
         self.work["forward", "first"] += _VERIFIED * self.matmuls
-        self.work["text", "first"] += READ_FACTOR * self.tokens
-        self.work["starts", "each"] += 1 + bool(self.tokens)
+        self.work["starts", "each"] += 1
 
 
 def _share(block: nn.Module) -> float:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from llmq import registry
+from llmq.calibration.writing import side_by_side
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import as_floats, rounded_twice
 from llmq.format import Assignment, FloatModel, packed_bytes
@@ -191,6 +192,15 @@ class Plan:
         needs = method.needs(grids) if grids else ()  # where nothing is left to round, nothing is weighed
         steps = (method.weightings, method.transforms, needs, method.tuners, method.finishers)
         return measured or static or any(steps)
+
+    def writes(self) -> int:
+        """Return how many sequences the model writes side by side that writes its own calibration text, else 0."""
+        recipe, dtype = self.method.recipe, self.skeleton.dtype
+        if recipe.calib != "self":
+            return 0
+        weights = sum(self.source.sizes().values()) * dtype.itemsize // self.skeleton.stored_dtype.itemsize
+        at_once = side_by_side(self.skeleton.model.config, weights, recipe.seq_len or 1, dtype)
+        return min(recipe.samples or 0, at_once)
 
     def told(self, given: Recipe) -> Plan:
         """Return the plan; one that does not calibrate keeps no options of calibration, and warns of those `given`."""

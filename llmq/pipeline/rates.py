@@ -4,8 +4,9 @@
     rates["products"]            float32 flops a second, of 256 rows times [K, K]
 
 Each kind of operations.py is done once to warm up and then again until its share of the time has passed: products of a
-block's linears, a Cholesky factor, the column loop and the walk over 256 rows, a fit of each grid, packing, a checksum,
-a part of the checkpoint read, a file written beside OUT and synced. K is 2048 at most, on a GPU 8192.
+block's linears, those of few rows where the model writes its own text, a Cholesky factor, the column loop and the walk
+over 256 rows, a fit of each grid, packing, a checksum, a part of the checkpoint read, a file written beside OUT and
+synced. K is 2048 at most, on a GPU 8192.
 Not here: what is counted (operations.py), machines that are not there (machines.py).
 """
 
@@ -33,6 +34,7 @@ from llmq.verify.decode import fields
 _ROWS, _TOKENS, _SWEEPS = 256, 512, 3
 _WIDEST, _WIDEST_GPU = 2048, 8192
 _VALUES = 2**22  # more than a cache holds
+_PASSED = 2**25  # weights that are, for products of few rows
 _KINDS = 12  # that share the time
 _MOST = 2**26  # bytes that are read and written
 MEASURED_ONCE = {"text": 3e5, "linears": 1e3, "starts": 1.0}
@@ -50,8 +52,9 @@ class Rates(dict[str, float]):
 NOMINAL = Rates(
     MEASURED_ONCE
     | {
-        "forward": 5e10, "statistics": 5e10, "products": 5e10, "factor": 2e10, "columns": 2e10, "looks": 7e7,
-        "passes": 2e9, "fits": 3e7, "packing": 5e8, "decoding": 3e8, "digest": 1e9, "read": 1e9, "write": 5e8,
+        "forward": 5e10, "writing": 2e10, "statistics": 5e10, "products": 5e10, "factor": 2e10, "columns": 2e10,
+        "looks": 7e7, "passes": 2e9, "fits": 3e7, "packing": 5e8, "decoding": 3e8, "digest": 1e9, "read": 1e9,
+        "write": 5e8,
     }
 )  # fmt: skip
 """About what one core of 2020 does: good enough to tell whether a probe is worth its time."""
@@ -116,6 +119,9 @@ def _computed(plan: Plan) -> Iterator[Kind]:
     x, w = X_TK.to(plan.skeleton.dtype), W_KK.to(plan.skeleton.dtype)
     H_KK = X_TK.T @ X_TK / _TOKENS + torch.eye(K, device=device)
     yield "forward", 2 * _TOKENS * K * K, _done(device, lambda: x @ w)
+    if rows := plan.writes():
+        w_NK = torch.ones(_PASSED // K, K, dtype=x.dtype, device=device)
+        yield "writing", 2 * rows * w_NK.numel(), _done(device, lambda: x[:rows] @ w_NK.T)
     yield "products", 2 * _ROWS * K * K, _done(device, lambda: W_NK @ H_KK)
     yield "statistics", 2 * _TOKENS * K * K, _done(device, lambda: W_KK.addmm_(X_TK.T, X_TK))
     yield from _loops(plan, W_NK, H_KK)

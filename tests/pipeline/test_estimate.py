@@ -55,7 +55,8 @@ def test_the_value_is_json_with_these_keys(tiny_checkpoint):
     said = json.loads(json.dumps(estimate(planned(tiny_checkpoint(), method="gptq"), NOMINAL).to_json()))
     assert said.keys() == {
         "source", "method", "format", "linears", "floats", "bytes", "float_bytes", "bits_per_weight", "memory", "alive",
-        "batches", "disk", "amounts", "rates", "how", "devices", "readers", "warnings", "seconds", "total_seconds",
+        "batches", "disk", "amounts", "rates", "how", "devices", "readers", "warnings", "goes_on", "seconds",
+        "total_seconds",
     }  # fmt: skip
     assert said["linears"][0].keys() == {"name", "shape", "site", "grid", "bytes"}
     assert said["readers"][1].keys() == {"runtime", "version", "accepts", "reason", "known"}

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from _families import FAMILIES
 
+from llmq.calibration.writing import TRIED_STEPS
 from llmq.pipeline.holdings import Holdings
 from llmq.pipeline.operations import AGAIN, operations, sites
 from llmq.pipeline.plan import outline
@@ -37,6 +38,18 @@ def test_gptq_is_counted_site_by_site(tiny_checkpoint):
     assert work["link", "sums"] == 2 * 4 * 9 / 16 * sum(K * K for _, K, _ in SITES)
     assert work["link", "sent"] == 2 * linears
     assert not work["looks", 1]
+
+
+def test_a_model_that_writes_its_own_text_passes_its_weights_for_every_token(tiny_checkpoint):
+    folder = tiny_checkpoint()
+    given, written = (counted(folder, "gptq", calib=calib)[1] for calib in ("wikitext2", "self"))
+    linears, head = 2 * sum(N * K for N, K, _ in SITES), 320 * 64
+    tokens, steps = TOKENS + 8 * TRIED_STEPS, LENGTH + TRIED_STEPS  # all 8 sequences side by side
+    assert written["writing", "first"] == tokens * (2 * linears + 2 * 2 * LENGTH * 64 + 2 * head)
+    assert written["passes", "first"] - given["passes", "first"] == tokens * (2 * LENGTH * 2 * 64 + 10 * 320)
+    assert written["linears", "first"] == pytest.approx(0.06 * steps * 14)
+    assert not given["writing", "first"] and not written["text", "first"] and written["starts", "each"] == 1
+    assert written["read", "first"] > given["read", "first"]
 
 
 def test_rounding_alone_runs_nothing_and_reads_twice(tiny_checkpoint):

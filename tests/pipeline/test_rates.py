@@ -13,12 +13,13 @@ from llmq.recipe import Recipe
 from llmq.types import LlmqError
 
 W8A8 = {"bits": 8, "act_bits": 8, "act": "tensor"}
+SELF = {"group_size": 32, "calib": "self"}
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"method": "gptq", "group_size": 32}, {"format": "gguf"}, {"format": "gguf", "type": "F16"}, W8A8],
-    ids=["gptq", "Q4_K_M", "F16", "W8A8"],
+    [{"method": "gptq", "group_size": 32}, {"format": "gguf"}, {"format": "gguf", "type": "F16"}, W8A8, SELF],
+    ids=["gptq", "Q4_K_M", "F16", "W8A8", "self"],
 )
 def test_every_kind_is_probed_within_the_time_and_leaves_nothing(tiny_checkpoint, tmp_path, options):
     plan = outline(str(tiny_checkpoint()), Recipe(**options), "cpu")
@@ -58,6 +59,7 @@ def test_a_machine_on_paper_is_as_fast_as_its_data_sheet_says(tiny_checkpoint):
     assert half.keys() == full.keys() == NOMINAL.keys()
     assert half["forward"] == pytest.approx(0.4 * 989e12) and full["forward"] == pytest.approx(0.6 * 67e12)
     assert half["products"] == full["products"] and half["passes"] == pytest.approx(0.7 * 3350e9 / 8)
+    assert half["writing"] == pytest.approx(0.7 * 3350e9 * 32)  # 32 rows, 2 flops for each weight of 2 bytes
     assert all(on_paper(m, plans[torch.bfloat16])["forward"] > 1e13 for m in MACHINES.values())
     with pytest.raises(LlmqError, match="--device-like 'h10': no such machine is known .there are: a100, h100"):
         machine("h10")
