@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import time
 
-import gguf
 import torch
+from _ggml import values_of
 from make_golden_ggml import TYPES, UNWEIGHTED, Ggml, weights
 from rich.console import Console
 from rich.table import Table
@@ -30,9 +30,8 @@ def ours(kind: str, W_NK: Tensor, importance_K: Tensor | None) -> Tensor:
 
 
 def error(kind: str, rows: Tensor, W_NK: Tensor, importance_K: Tensor | None) -> float:
-    """Return the squared error of stored rows, as gguf decodes them."""
-    values = gguf.dequantize(rows.numpy(), gguf.GGMLQuantizationType[kind])
-    square = (torch.from_numpy(values) - W_NK).square()
+    """Return the squared error of stored rows, as other code decodes them."""
+    square = (values_of(rows, kind) - W_NK).square()
     return float((square if importance_K is None else square * importance_K).sum())
 
 

@@ -1,6 +1,6 @@
 """Make tests/golden/ggml.safetensors: seeded weights and the bytes that llama.cpp itself makes of them.
 
-    python scripts/make_golden_ggml.py path/to/libggml-base.so
+    python scripts/make_golden_ggml.py path/to/libggml-base.so    (or xllamacpp.abi3.so of the wheel)
 
 `ggml_quantize_chunk` is called through ctypes, once without and, where the type uses one, once with an importance
 matrix. tests/golden/README.md says how to build the library. Weights are exact in float16, so that they are kept so.
@@ -12,13 +12,14 @@ import argparse
 import ctypes
 from pathlib import Path
 
-import gguf
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
-UNWEIGHTED = ("Q8_0",)  # llama.cpp ignores the importance matrix
+from llmq.gguf.kinds import KINDS
+
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Q2_0")
+UNWEIGHTED = ("Q8_0", "Q2_0")  # llama.cpp ignores the importance matrix
 GOLDEN = Path(__file__).resolve().parent.parent / "tests/golden/ggml.safetensors"
 
 
@@ -33,8 +34,7 @@ class Ggml:
 
     def quantize(self, kind: str, W_NK: Tensor, importance_K: Tensor | None = None) -> Tensor:
         """Return the stored rows of float32 weights, uint8 `[N, row_bytes]`."""
-        number = gguf.GGMLQuantizationType[kind]
-        columns, size = gguf.GGML_QUANT_SIZES[number]
+        _, number, columns, size = KINDS[kind]
         N, K = W_NK.shape
         W_NK = W_NK.float().contiguous()
         weights = None if importance_K is None else importance_K.float().contiguous()

@@ -1,33 +1,27 @@
 """A quantized checkpoint (GPTQ, AWQ, compressed-tensors; ours or a peer's) as a GGUF file, its codes kept.
 
-    levels = code - zero
-    all levels in -8 .. 7      -> Q4_0   d = scale                          values exact
-    4 bits, any zero           -> Q4_1   d = scale, m = fp16(-zero*scale)   codes exact, minimum rounded by <= 2^-11
-    all levels in -128 .. 127  -> Q8_0   d = scale                          values exact
-
-A scale is repeated for every 32 columns of its group. That takes groups of a multiple of 32 columns (or whole rows) in
-their natural order, and scales that float16 can hold; where it does not work out, the export is refused, or the linear
-is rounded again if the user asks for it.
-Not here: reading the formats (formats/), the file (gguf/container.py).
+Where codes cannot be kept the export is refused, or the linear is rounded again if the user asks for it.
+Not here: which type keeps which codes (repack.py), reading the formats (formats/), the file (gguf/container.py).
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmq import __version__, registry
+from llmq import __version__
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import narrow
 from llmq.checkpoint.digest import digest, sealed
 from llmq.checkpoint.packed import PackedCheckpoint, Packing
 from llmq.checkpoint.place import user_path
 from llmq.checkpoint.stage import fingerprint
+from llmq.export.repack import Exported, convert, round_anew
 from llmq.gguf import container, mixture
 from llmq.gguf.architecture import Architecture, architecture
 from llmq.gguf.reader import GgufFile
@@ -35,24 +29,11 @@ from llmq.gguf.sink import GgufSink
 from llmq.gguf.tokenizer import vocabulary
 from llmq.guard.reading import json_object
 from llmq.model.pretrained import blank_model, model_config, tokenizer_of
-from llmq.pipeline.records import Line, rounded
-from llmq.types import GgmlParams, LlmqError, Params, QTensor
+from llmq.types import LlmqError, QTensor
 from llmq.verify import require_right
 
-EXACT, ROUNDED, REQUANTIZED = "values exact", "codes exact, minimum rounded", "requantized"
-_QBLOCK = 32  # columns of a qblock of Q4_0, Q4_1 and Q8_0
 _CACHE = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")  # of a quantized key-value cache
 _KEPT = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-@dataclass(frozen=True)
-class Exported:
-    """One tensor: its ggml type and stored rows; of a linear also what became of its codes, and what is recorded."""
-
-    kind: str
-    rows: Tensor
-    outcome: str = ""
-    line: Mapping[str, Any] = field(default_factory=dict)
 
 
 def export(  # noqa: PLR0913, the options of the command
@@ -164,73 +145,6 @@ def _left_out(source: Source, packed: PackedCheckpoint) -> list[str]:
     return found
 
 
-def convert(q: QTensor, name: str, requantize: str | None, together: int | None = None) -> Exported:
-    """Return the ggml rows of a solved linear, its codes kept.
-
-    together: the columns that stay together in the file (`Architecture.together`); None for all.
-    Raises LlmqError, with the reason, where they cannot be kept and `requantize` names no type instead.
-    """
-    together = together or q.codes.shape[1]
-    why = _obstacle(q, together)
-    if why is None:
-        at = Params.of(q.params).map(lambda p: p[:, q.group_K[::_QBLOCK]])  # of every block, `[N, K / 32]`
-        d, zero = at.scale.half(), at.zero
-        level = q.codes.to(torch.int16).unflatten(1, (-1, _QBLOCK)) - zero[..., None].to(torch.int16)
-        lo, hi = int(level.min()), int(level.max())
-        if lo >= -8 and hi <= 7:
-            return _pack("Q4_0", level + 8, d, None, q)
-        if q.grid.bits == 4:
-            return _pack("Q4_1", q.codes, d, (zero.float() * d.float()).half(), q)
-        if lo >= -128 and hi <= 127:
-            return _pack("Q8_0", level + 128, d, None, q)
-        why = f"{q.grid.bits}-bit asymmetric codes have no ggml type"
-    if requantize is None:
-        raise LlmqError(
-            f"{name}: its codes cannot be kept: {why}; say --requantize TYPE (Q8_0, Q6_K ...) to round it anew"
-        )
-    return _rounded(q.dequantize(), name, mixture.fallback(requantize, together), REQUANTIZED)
-
-
-def _obstacle(q: QTensor, together: int) -> str | None:
-    """Return why the codes cannot be kept in blocks of 32 columns, `together` of which stay so; None where they can."""
-    K = q.codes.shape[1]
-    if together % _QBLOCK:
-        what = "rows" if together == K else "pieces, which the file has in another order,"
-        return f"{what} of {together} columns are no multiple of {_QBLOCK}"
-    group = q.group_K.reshape(-1, _QBLOCK)
-    if (group != group[:, :1]).any():
-        if q.g_idx is None:
-            return f"groups of {K // q.params.scale.shape[1]} columns are no multiple of {_QBLOCK}"
-        return "its groups follow the activation order (desc_act), not the columns"
-    scale = q.params.scale
-    exact = scale.half()
-    off = int((~torch.isfinite(exact) | (exact.float() != scale.float())).sum())
-    if off:
-        return f"{off} of {scale.numel()} scales are not float16 numbers"
-    if q.grid.bits == 4 and not torch.isfinite((Params.of(q.params).zero.float() * scale.float()).half()).all():
-        return "a minimum is beyond float16"
-    return None
-
-
-def _pack(kind: str, codes: Tensor, d: Tensor, dmin: Tensor | None, q: QTensor) -> Exported:
-    """Return the codes of `q` as blocks: codes `[N, K]`, scales d and minima float16 `[N, K / 32]`."""
-    params = GgmlParams(d.float(), None if dmin is None else -dmin.float(), d, dmin)
-    grid = registry.load("grids", kind.lower())
-    packed = QTensor(codes.to(torch.uint8).reshape(q.codes.shape), params, grid)
-    outcome = EXACT if dmin is None else ROUNDED
-    line = Line().add(packed, packed.dequantize(), q.dequantize()).to_json()
-    return Exported(kind, grid.to_bytes(packed.codes, params), outcome, {"method": "export", "bits": grid.bits} | line)
-
-
-def _rounded(W_NK: Tensor, name: str, kind: str, outcome: str) -> Exported:
-    """Return a float matrix rounded to nearest."""
-    if kind in mixture.FLOATS:
-        return Exported(kind, container.as_float(W_NK, kind, name), outcome)
-    grid = registry.load("grids", kind.lower())
-    rows, line = rounded(W_NK, grid, lambda q: grid.to_bytes(q.codes, q.params))
-    return Exported(kind, rows, outcome, {"method": "export", "bits": grid.bits} | line)
-
-
 def _float(name: str, ggml: str | None, tensor: Tensor, embeddings: str | None) -> Exported:
     """Return a float tensor: vectors as F32, matrices as they are, or rounded where asked.
 
@@ -245,7 +159,7 @@ def _float(name: str, ggml: str | None, tensor: Tensor, embeddings: str | None) 
         return Exported("F32", tensor.float())
     if embeddings is None or ggml not in ("token_embd.weight", "output.weight"):
         return Exported(_KEPT[tensor.dtype], tensor)
-    return _rounded(tensor, name, mixture.fallback(embeddings, tensor.shape[1]), "")
+    return round_anew(tensor, name, mixture.fallback(embeddings, tensor.shape[1]), "")
 
 
 def _source(src: str) -> Source:

@@ -36,7 +36,7 @@ _READERS = table(
     ("llama.cpp", True, "", "ran"),
     ("TensorRT-LLM", False, "it loads folders of transformers, no GGUF", "source"),
 )
-_RAN = {"Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS"}
+_RAN = {"Q2_0", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
@@ -24,6 +25,7 @@ from llmq.checkpoint.disk import writing
 from llmq.errors import LlmqError, one_line
 from llmq.gguf import seal
 from llmq.gguf.architecture import Architecture
+from llmq.gguf.kinds import KINDS
 from llmq.gguf.mixture import FLOATS
 from llmq.gguf.reader import GgufFile
 from llmq.gguf.tokenizer import Vocabulary
@@ -192,17 +194,17 @@ def _describe(writer: gguf.GGUFWriter, header: Header) -> None:
 
 def _declare(writer: gguf.GGUFWriter, name: str, parts: Sequence[Part], arch: Architecture) -> None:
     part = parts[0]
-    kind = gguf.GGMLQuantizationType[part.kind]
+    kind = KINDS[part.kind]
     shape = list(part.entry.shape)
     if part.kind in FLOATS:
         shape = list(arch.shape(part.entry.name, shape))
     else:
-        shape = list(gguf.quant_shape_from_byte_shape(shape, kind))
+        shape[-1] = shape[-1] // kind.size * kind.columns
     if arch.expert(part.entry.name) is not None:
         shape = [len(parts), *shape]
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    nbytes = torch.Size(shape).numel() // block * size
-    writer.add_tensor_info(name, shape, torch.empty(0).numpy().dtype, nbytes, raw_dtype=kind)
+    nbytes = torch.Size(shape).numel() // kind.columns * kind.size
+    number: Any = kind.number  # written as it is, whether gguf-py knows it or not
+    writer.add_tensor_info(name, shape, torch.empty(0).numpy().dtype, nbytes, raw_dtype=number)
 
 
 def _load(arch: Architecture, part: Part) -> Tensor:

@@ -81,7 +81,7 @@ def read(name: str | Path) -> dict[str, Tensor]:
 
 def _numbers(path: Path, stored: Stored) -> Tensor:
     """Return the numbers of a tensor, float32 `[K]`. Raises LlmqError for another type, and for what no sum can be."""
-    if stored.tensor_type is not gguf.GGMLQuantizationType.F32:
+    if stored.tensor_type.name != "F32":
         raise LlmqError(
             f"{path}: {stored.name} is {stored.tensor_type.name}, not F32; make the importance matrix again"
         )

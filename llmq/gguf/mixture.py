@@ -7,7 +7,7 @@ importance is known.
 
 Where the block of a type does not divide the row, llama.cpp takes a type of 32-column blocks in its place:
 
-    Q2_K, Q3_K -> Q4_0    Q4_K -> Q5_0    Q5_K -> Q5_1    Q6_K -> Q8_0    IQ4_XS -> IQ4_NL    (32 does not divide: F16)
+    Q2_0, Q2_K, Q3_K -> Q4_0    Q4_K -> Q5_0    Q5_K -> Q5_1    Q6_K -> Q8_0    IQ4_XS -> IQ4_NL    (else F16)
 
 and Q8_0 for a head (or tied embedding) whose row the base type does not divide.
 Source: llama.cpp `src/llama-quant.cpp` (`llama_tensor_get_type_impl`, `tensor_type_fallback`); tests hold lists that
@@ -19,8 +19,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import gguf
-
+from llmq.gguf.kinds import FILE_TYPES, KINDS
 from llmq.guard.patterns import Pattern
 from llmq.types import LlmqError
 
@@ -28,9 +27,13 @@ _BASE = {  # mixture -> the type of most tensors
     "F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0",
     "Q5_1": "Q5_1", "Q2_K": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K",
     "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K", "IQ4_NL": "IQ4_NL", "IQ4_XS": "IQ4_XS",
+    "Q2_0": "Q2_0",
 }  # fmt: skip
 _ALIAS = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # as llama-quantize reads them
-_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+_FALLBACK = {
+    "Q2_0": "Q4_0", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL",
+}  # fmt: skip
+_EMBEDDING = {"Q2_0": "Q4_K"}  # of mixtures whose base is not for one that is not the head too
 FLOATS = ("F32", "F16", "BF16")
 _FLOAT = ("ssm_conv1d", "ffn_gate_inp")
 _FEW_BITS = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "IQ4_XS", "Q4_K_S", "Q4_K_M")  # of 8 experts
@@ -64,13 +67,12 @@ def mixture(name: str) -> str:
 
 def file_type(name: str) -> int:
     """Return the value of `general.file_type` for a mixture."""
-    prefix = "ALL" if name == "F32" else "MOSTLY"
-    return int(gguf.LlamaFileType[f"{prefix}_{name}"])
+    return FILE_TYPES[name]
 
 
 def qblock(kind: str) -> int:
     """Return how many columns a type stores together."""
-    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
+    return KINDS[kind].columns
 
 
 def always_float(name: str) -> bool:
@@ -149,6 +151,8 @@ def _rule(name: str, K: int, mix: str, model: Model) -> str:
     base = _BASE[mix]
     if name == "output.weight" or (model.tied and name == "token_embd.weight"):
         return "Q8_0" if K % qblock(base) or base == "Q8_0" else "Q6_K"
+    if name == "token_embd.weight":
+        return _EMBEDDING.get(mix, base)
     found = re.match(r"blk\.(\d+)\.(\w+)\.", name)
     rule = _RULES.get(found[2]) if found else None
     return base if found is None or rule is None else rule(int(found[1]), model.blocks, mix, model)

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 
 from llmq.errors import LlmqError, one_line, printable
+from llmq.gguf.kinds import BY_NUMBER, Kind
 from llmq.guard.reading import field, parse_json
 
 _KEYS, _TENSORS, _DIMENSIONS = 2**16, 2**17, 4
@@ -38,9 +39,7 @@ _NUMBERS = {
     GGUFValueType.FLOAT32: "<f4", GGUFValueType.FLOAT64: "<f8", GGUFValueType.BOOL: "?",
 }  # fmt: skip
 _PLAIN = {kind: np.dtype(f"<{code}") for kind, code in {
-    GGMLQuantizationType.F32: "f4", GGMLQuantizationType.F16: "f2", GGMLQuantizationType.F64: "f8",
-    GGMLQuantizationType.I8: "i1", GGMLQuantizationType.I16: "i2", GGMLQuantizationType.I32: "i4",
-    GGMLQuantizationType.I64: "i8",
+    "F32": "f4", "F16": "f2", "F64": "f8", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8",
 }.items()}  # fmt: skip
 
 
@@ -52,7 +51,7 @@ class Stored:
     """
 
     name: str
-    tensor_type: GGMLQuantizationType
+    tensor_type: Kind
     shape: tuple[int, ...]
     data_offset: int
     n_bytes: int
@@ -239,18 +238,18 @@ def _add(found: dict[str, Any], name: str, value: Any) -> None:
 
 def _tensor(data: np.ndarray, name: str, shape: tuple[int, ...], code: int, start: int) -> Stored:
     """Return a tensor after checking that the file holds it. Raises _DamagedError."""
-    try:
-        kind = GGMLQuantizationType(code)
-    except ValueError as e:
-        raise _DamagedError(f"tensor {name} is of the unknown type {code}") from e
-    columns, size = GGML_QUANT_SIZES[kind]
+    kind = BY_NUMBER.get(code)
+    if kind is None:
+        raise _DamagedError(f"tensor {name} is of the unknown type {code}")
     K = shape[0] if shape else 1
-    if K % columns:
-        raise _DamagedError(f"tensor {name}: rows of {K} columns do not hold {kind.name}, whose blocks are {columns}")
-    n_bytes = prod(shape) // columns * size
+    if K % kind.columns:
+        raise _DamagedError(
+            f"tensor {name}: rows of {K} columns do not hold {kind.name}, whose blocks are {kind.columns}"
+        )
+    n_bytes = prod(shape) // kind.columns * kind.size
     if start + n_bytes > len(data):
         raise _DamagedError(f"tensor {name} ends at byte {start + n_bytes:,} of {len(data):,}")
-    dtype = _PLAIN.get(kind, np.dtype(np.uint8))
-    rows = (*reversed(shape[1:]), K // columns * size // dtype.itemsize)
+    dtype = _PLAIN.get(kind.name, np.dtype(np.uint8))
+    rows = (*reversed(shape[1:]), K // kind.columns * kind.size // dtype.itemsize)
     view = np.frombuffer(data, dtype, n_bytes // dtype.itemsize, start).reshape(rows) if n_bytes else np.empty(0, dtype)
     return Stored(name, kind, shape, start, n_bytes, view)

@@ -21,6 +21,7 @@ from llmq.checkpoint import Source
 from llmq.checkpoint.hub import Origin
 from llmq.errors import LlmqError
 from llmq.gguf import seal
+from llmq.gguf.kinds import Kind
 from llmq.gguf.reader import GgufFile, Stored
 from llmq.gguf.rope import Rotary
 from llmq.guard.reading import Entry
@@ -201,10 +202,20 @@ def _decode(stored: Stored) -> Array:
     """Return a tensor's values, float32, some rows at a time."""
     shape = tuple(reversed(stored.shape))
     if len(shape) < 2:
-        return np.array(gguf.quants.dequantize(stored.data, stored.tensor_type), np.float32).reshape(shape)
+        return np.array(_values(stored.data, stored.tensor_type), np.float32).reshape(shape)
     out = np.empty(shape, np.float32)
     step = max(1, _ROWS // shape[1])
     with np.errstate(all="ignore"):
         for i in range(0, shape[0], step):
-            out[i : i + step] = gguf.quants.dequantize(stored.data[i : i + step], stored.tensor_type)
+            out[i : i + step] = _values(stored.data[i : i + step], stored.tensor_type)
     return out
+
+
+def _values(rows: Array, kind: Kind) -> Array:
+    """Return the values of stored rows, float32; of Q2_0, which gguf-py does not know, by ggml's own few lines."""
+    if kind.name != "Q2_0":
+        return np.asarray(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(kind.number)))
+    blocks = rows.reshape(-1, kind.size)
+    d = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
+    codes = (blocks[:, 2:, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
+    return ((codes.reshape(-1, kind.columns).astype(np.float32) - 1) * d).reshape(*rows.shape[:-1], -1)

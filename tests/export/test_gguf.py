@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from gguf.quants import dequantize
+from _ggml import values_of
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -17,7 +17,8 @@ from llmq import registry
 from llmq.checkpoint import Source
 from llmq.checkpoint.digest import digest, holds
 from llmq.checkpoint.packed import PackedCheckpoint
-from llmq.export.gguf import EXACT, REQUANTIZED, ROUNDED, convert, export
+from llmq.export.gguf import export
+from llmq.export.repack import EXACT, REQUANTIZED, ROUNDED, convert
 from llmq.gguf.reader import GgufFile
 from llmq.grids.int import Int
 from llmq.guard.reading import Entry
@@ -48,7 +49,7 @@ def golden(tmp_path):
 
 
 def weights(out):
-    return {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in gguf.GGUFReader(out).tensors}
+    return {t.name: values_of(t.data, t.tensor_type.name) for t in GgufFile(out).tensors.values()}
 
 
 def solved(folder, only=""):
@@ -156,12 +157,37 @@ def test_codes_whose_columns_move_by_less_than_a_block_are_not_kept():
     assert convert(q, "w", None, 32).outcome == EXACT
 
 
+@pytest.mark.parametrize("zero", [2, 1])
+@pytest.mark.parametrize("group", [64, 128])
+def test_two_bits_in_groups_of_64_columns_are_q2_0(zero, group):
+    scale = torch.rand(4, 128 // group).sub(0.5).half().float()  # either sign: a falling grid has a negative one
+    q = make(2, scale, zero, K=128, group=group)
+    found = convert(q, "w", None)
+    assert found.kind == "Q2_0" and found.outcome == EXACT and found.rows.shape == (4, 36)
+    assert torch.equal(values_of(found.rows, "Q2_0"), q.dequantize())
+
+
+def test_two_bits_that_q2_0_does_not_hold_are_q4_0():
+    """Groups or pieces of 32 columns, and codes 0 to 3 above their zero."""
+    assert convert(make(2, torch.tensor(0.5), 2, group=32), "w", None).kind == "Q4_0"
+    assert convert(make(2, torch.tensor(0.5), 2, group=64), "w", None, 32).kind == "Q4_0"
+    assert convert(make(2, torch.tensor(0.5), 0, group=64), "w", None).kind == "Q4_0"
+
+
 def test_scales_in_bfloat16_that_float16_holds_are_kept():
     q = make(4, torch.tensor(0.125, dtype=torch.bfloat16), 8)
     assert convert(q, "w", None).outcome == EXACT
 
 
-@pytest.mark.parametrize("options", [{}, {"sym": False, "format": "awq"}, {"bits": 8, "group_size": "channel"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sym": False, "format": "awq"},
+        {"bits": 8, "group_size": "channel"},
+        {"bits": 2, "group_size": 64},
+    ],
+)
 def test_our_checkpoint_computes_in_llama_cpp_what_it_computes_here(
     tiny_checkpoint, tmp_path, prose, llama_cpp, options
 ):
@@ -274,7 +300,15 @@ def test_a_float_that_is_not_finite_is_refused_by_name(golden, tmp_path):
     assert convert(make(4, torch.tensor(float("inf")), 8), "w", "F32").outcome == REQUANTIZED
 
 
-@pytest.mark.parametrize("options", [{}, {"sym": False, "format": "awq"}, {"bits": 8, "group_size": "channel"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sym": False, "format": "awq"},
+        {"bits": 8, "group_size": "channel"},
+        {"bits": 2, "group_size": 64},
+    ],
+)
 def test_an_exported_file_is_verified_against_what_was_solved(tiny_checkpoint, tmp_path, options):
     ours, out = tmp_path / "ours", tmp_path / "out.gguf"
     recipe = {"method": "rtn", "group_size": 32, "dtype": "float32"} | options
