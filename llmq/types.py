@@ -166,6 +166,30 @@ class RangedGrid(Grid):
         """Return by what a search multiplies the interval of all values: 1 first, `least` the smallest."""
         return torch.linspace(1, least, steps).tolist()
 
+    @property
+    def static(self) -> bool:
+        """Whether calibration fixes something of the grid, where it is that of an activation."""
+        return isinstance(self.granularity, PerTensor)
+
+    def calibrated(self, magnitudes: Tensor, counts: Tensor) -> Parameters:
+        """Return what calibration fixes of an activation's grid, `[1]` each.
+
+        magnitudes, counts: of its values, `[n]` each, the largest one last. Scales are positive: runtimes want them so.
+        """
+        params = self.fit_values(magnitudes[None], counts[None])
+        return replace(params, scale=params.scale.abs())
+
+    def largest(self, params: Parameters) -> Tensor:
+        """Return the largest magnitude that a calibrated grid keeps, `[1]`."""
+        return self.reach * params.scale.float()
+
+    def fake_quantize(self, x: Tensor, fixed: Parameters | None = None) -> Tensor:
+        """Return the values that an activation `[..., K]` is rounded to at run time, in the dtype of `x`.
+
+        fixed: what calibration fixed, for a grid that is `static`. Raises ValueError where that is missing.
+        """
+        raise LlmqError(f"no runtime rounds activations to a {type(self).__name__} grid")
+
     def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Parameters:
         """Choose the parameters `[N, G]` of float32 `W_NK`, errors weighed by the diagonal of `H_KK` if given.
 
@@ -321,8 +345,8 @@ class Scheme:
 
     @property
     def static(self) -> bool:
-        """Whether the input has one scale that calibration fixes."""
-        return self.activation is not None and isinstance(self.activation.granularity, PerTensor)
+        """Whether calibration fixes something of the input's grid."""
+        return self.activation is not None and self.activation.static
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,28 @@ class FloatGrid(RangedGrid):
         """Return `scale * value(code)` in float32."""
         return self.value.decode(codes).mul_(params.scale.float())
 
+    @abstractmethod
+    def run_time_scale(self, largest: Tensor, fixed: Parameters | None) -> Tensor:
+        """Return the scales of groups of an activation whose largest magnitudes are `largest`.
+
+        In the dtype of `largest`, or in float32, as compressed-tensors 0.20 has them. fixed: what calibration fixed.
+        """
+
+    def quantize_activation(self, x: Tensor, fixed: Parameters | None = None) -> tuple[Tensor, Tensor]:
+        """Round an activation `[..., K]`; return the bits of its values `[..., G, g]` and their scales `[..., G, 1]`.
+
+        The order of operations is that of compressed-tensors 0.20 (`calculate_qparams`, `_quantize_dequantize`), and so
+        are the bits of the result, but for groups of float16 below its least normal value.
+        """
+        groups = x.unflatten(-1, (self.granularity.groups(x.shape[-1]), -1))
+        scale = self.run_time_scale(groups.abs().amax(-1, keepdim=True), fixed)
+        return self.value.encode(groups / scale), scale
+
+    def fake_quantize(self, x: Tensor, fixed: Parameters | None = None) -> Tensor:
+        """See `RangedGrid.fake_quantize`."""
+        bits, scale = self.quantize_activation(x, fixed)
+        return (self.value.decode(bits).to(scale.dtype) * scale).to(x.dtype).flatten(-2)
+
     def covering(self, W_NK: Tensor) -> Tensor:
         """See `Grid.covering`; `[rows, G]`."""
         return self.granularity.gathered(W_NK).abs().amax(-1).float() / self.value.most

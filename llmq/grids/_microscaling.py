@@ -16,7 +16,7 @@ from torch import Tensor
 from llmq.granularity import Granularity, PerGroup
 from llmq.grids._float import FloatGrid
 from llmq.minifloat import exponent, power
-from llmq.types import Arguments, FloatParams, Held, Range
+from llmq.types import Arguments, FloatParams, Held, Parameters, Range
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class Microscaling(FloatGrid):
         """See `FloatGrid.stored`."""
         bits = exponent(scale)
         return FloatParams(power(bits), bits)
+
+    def run_time_scale(self, largest: Tensor, fixed: Parameters | None) -> Tensor:
+        """See `FloatGrid.run_time_scale`."""
+        return self.params(largest, largest).scale
 
     @property
     def held(self) -> Held:

@@ -17,7 +17,7 @@ from torch import Tensor
 from llmq.granularity import Granularity, PerBlock, PerTensor, granularity
 from llmq.grids._float import FloatGrid
 from llmq.minifloat import E4M3
-from llmq.types import Arguments, FloatParams, Held, Range
+from llmq.types import Arguments, FloatParams, Held, Parameters, Range
 
 _LEAST = 2.0**-126  # of float32, and of bfloat16
 
@@ -61,6 +61,15 @@ class Fp8(FloatGrid):
         least, _, most = self.held
         kept = scale.clamp(least, most).masked_fill(scale == 0, torch.finfo(self.scale_dtype).eps)
         return FloatParams(kept.to(self.scale_dtype))
+
+    def run_time_scale(self, largest: Tensor, fixed: Parameters | None) -> Tensor:
+        """See `FloatGrid.run_time_scale`."""
+        if self.static and fixed is None:
+            raise ValueError("an fp8 grid per tensor needs the scale that calibration chose")
+        if fixed is not None:
+            return fixed.scale.to(largest.dtype)
+        scale = largest / self.value.most
+        return scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)
 
     def args(self) -> Arguments:
         """See `Grid.args`."""

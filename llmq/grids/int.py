@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from llmq.granularity import Granularity, PerBlock, PerTensor, granularity
+from llmq.granularity import Granularity, PerBlock, PerRow, PerTensor, granularity
 from llmq.options import Between
 from llmq.params import ROUNDER
 from llmq.types import AffineGrid, Grid, Held, Lattice, Parameters, Params, Range
@@ -123,6 +123,11 @@ class Int(AffineGrid):
         lo, hi = (x.float() for x in w.aminmax(dim=-1))
         return self._scale(lo.clamp(max=0), hi.clamp(min=0))
 
+    def fake_quantize(self, x: Tensor, fixed: Parameters | None = None) -> Tensor:
+        """See `RangedGrid.fake_quantize`."""
+        integers, scale, zero = quantize_activation(x, self, fixed)
+        return (integers if zero is None else integers.sub_(zero)) * scale
+
     def _scale(self, lo: Tensor, hi: Tensor) -> Tensor:
         """Return the scale of the grid that covers `[lo, hi]`, before it is rounded."""
         top = 2**self.bits - 1
@@ -163,3 +168,33 @@ class Int(AffineGrid):
         from llmq.grids._int_refine import refine
 
         return refine(gradient_NK, codes, Params.of(params), H_KK, group_K)
+
+
+def quantize_activation(
+    x: Tensor, grid: AffineGrid, static: Parameters | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round activations `x` `[..., K]` to integers, held in the dtype of `x`; return them, their scale and their zero.
+
+    Integers lie from -2^(b-1) to 2^(b-1) - 1 and stand for `scale * (integer - zero)`, no zero being 0.
+    per token: a scale each `[..., 1]`, max|x| / ((2^b - 1) / 2), computed in the dtype of `x`; asymmetric, (max -
+        min) / (2^b - 1) with min <= 0 <= max, and a zero per token (max - min has to be below float16's limit there).
+    per tensor: `static` holds the one scale of the tensor and its zero, an unsigned code.
+    The order of operations is that of compressed-tensors 0.20 (`calculate_qparams`, `_quantize`), and so are the bits
+    of the result. Raises ValueError for a grid per tensor without parameters.
+    """
+    half, zero = 2 ** (grid.bits - 1), None
+    per_token = isinstance(grid.granularity, PerRow)
+    if per_token and grid.sym:
+        scale = x.abs().amax(-1, keepdim=True) / ((2 * half - 1) / 2)
+    elif per_token:
+        low, high = x.amin(-1, keepdim=True).clamp_(max=0), x.amax(-1, keepdim=True).clamp_(min=0)
+        scale = (high - low) / (2 * half - 1)
+        zero = (-half - low / scale).nan_to_num_(-half).clamp_(-half, half - 1).round_()
+    elif static is None:
+        raise ValueError("a static activation grid needs the scale that calibration chose")
+    else:
+        scale, zero = static.scale.to(x.dtype), (Params.of(static).zero - half).to(x.dtype)
+    if per_token:
+        scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
+    integers = x / scale if zero is None else (x / scale).add_(zero)
+    return integers.clamp_(-half, half - 1).round_(), scale, zero

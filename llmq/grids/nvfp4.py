@@ -59,10 +59,28 @@ class Nvfp4(FloatGrid):
 
     def stored(self, scale: Tensor) -> FloatParams:
         """See `FloatGrid.stored`."""
-        divisor = torch.full((*scale.shape[:-1], 1), self.divisor or 1.0, device=scale.device)
-        bits = E4M3.encode(scale * divisor)
-        bits = torch.where(bits == 0, E4M3.encode(torch.full_like(scale, _OF_ZEROS)), bits)
-        return FloatParams(E4M3.decode(bits) / divisor, bits, divisor)
+        return _stored(scale, torch.full((*scale.shape[:-1], 1), self.divisor or 1.0, device=scale.device))
+
+    @property
+    def static(self) -> bool:
+        """See `RangedGrid.static`: the divisor is fixed."""
+        return True
+
+    def calibrated(self, magnitudes: Tensor, counts: Tensor) -> FloatParams:
+        """See `RangedGrid.calibrated`: the divisor with which the largest value has the largest scale."""
+        divisor = E4M3.most * self.value.most / magnitudes[-1:].float()
+        divisor = divisor.masked_fill(divisor.isinf(), 1.0)
+        return FloatParams(1 / divisor, None, divisor)
+
+    def largest(self, params: Parameters) -> Tensor:
+        """See `RangedGrid.largest`."""
+        return E4M3.most * super().largest(params)
+
+    def run_time_scale(self, largest: Tensor, fixed: Parameters | None) -> Tensor:
+        """See `FloatGrid.run_time_scale`."""
+        if not isinstance(fixed, FloatParams) or fixed.divisor is None:
+            raise ValueError("activations in nvfp4 need the divisor that calibration chose")
+        return _stored(largest / self.value.most, fixed.divisor).scale
 
     @property
     def held(self) -> Held:
@@ -74,3 +92,10 @@ class Nvfp4(FloatGrid):
         """See `Grid.args`."""
         args: Arguments = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group"}
         return args | {"group_size": 16, "dynamic": False, "scale_dtype": "torch.float8_e4m3fn"}
+
+
+def _stored(scale: Tensor, divisor: Tensor) -> FloatParams:
+    """Return the scales nearest to positive `scale` that E4M3 holds over a float32 divisor, broadcast to them."""
+    bits = E4M3.encode(scale * divisor)
+    bits = torch.where(bits == 0, E4M3.encode(torch.full_like(divisor, _OF_ZEROS)), bits)
+    return FloatParams(E4M3.decode(bits) / divisor, bits, divisor)

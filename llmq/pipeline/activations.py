@@ -3,7 +3,6 @@
 Not here: collecting them (calibration/collect.py), what is recorded of trouble (trouble.py).
 """
 
-import dataclasses
 from typing import Any
 
 from llmq.errors import LlmqError
@@ -34,13 +33,8 @@ def no_static_scale(linear: str, layer: Layer | None, why: str) -> LlmqError:
 
 
 def static_input(grid: RangedGrid, histogram: Histogram) -> tuple[Parameters, dict[str, Any]]:
-    """Return where the static grid of a site's input lies, `[1]` each, and a line on what share of it is clipped.
-
-    Never falling: runtimes want positive scales.
-    """
+    """Return what is fixed of the grid of a site's input, `[1]` each, and a line on what share of it is clipped."""
     values, counts = histogram.values()
-    params = grid.fit_values(values[None], counts[None])
-    params = dataclasses.replace(params, scale=params.scale.abs())
-    reach = grid.reach * params.scale.float()  # magnitudes were counted, of both sides
-    share = float(counts[values > reach].sum() / counts.sum())
+    params = grid.calibrated(values, counts)
+    share = float(counts[values > grid.largest(params)].sum() / counts.sum())
     return params, {"input_clipped": round(share, 6)} if share else {}

@@ -43,7 +43,7 @@ from llmq.pipeline.trouble import strain, told
 from llmq.progress import Work
 from llmq.stats import Hessian, MeanSquare, Stat, Stats
 from llmq.steps import BlockView, Solved
-from llmq.types import Parameters, Site
+from llmq.types import Scheme, Site
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _solve_site(
     plan, report = block.plan, block.report
     method, line = _method(plan.method, layer)
     specs = block.specs(site)
-    static = next((s.scheme.activation for s in specs.values() if s.scheme.static), None)
+    static = any(s.scheme.static for s in specs.values())
     needs = {*method.needs([s.scheme.weight for s in specs.values()]), *((Histogram,) if static else ())}
     measured: set[type[Stat]] = {MeanSquare} if plan.method.recipe.imatrix_out else set()
     stats = Stats()
@@ -205,8 +205,7 @@ def _solve_site(
     answers = round_unseen(targets, {"fallback": f"rtn: {bad}"}) if bad else solve(method, targets, stats, plan.team)
     answers = {n: a.noted(line | strain(a.W_NK, a.solved.q)) for n, a in answers.items()}
     if static:
-        inputs, clipped = static_input(static, stats[Histogram])
-        answers = {n: a._replace(solved=_with_input(a.solved, inputs)).noted(clipped) for n, a in answers.items()}
+        answers = {n: _with_input(a, specs[n].scheme, stats[Histogram]) for n, a in answers.items()}
     H_KK = stats[Hessian].mean() if Hessian in stats and not bad else None
     if plan.method.finishers and H_KK is not None:
         report.hessians[tuple(block.full(n) for n in specs)] = H_KK
@@ -230,8 +229,14 @@ def _method(method: Method, layer: Layer | None) -> tuple[Method, dict[str, Any]
     return method, line
 
 
-def _with_input(solved: Solved, inputs: Parameters) -> Solved:
-    return Solved(dataclasses.replace(solved.q, input=inputs), solved.report)
+def _with_input(answer: Answer, scheme: Scheme, histogram: Histogram) -> Answer:
+    """Return what was found for a linear with what calibration fixes of its input's grid, where that is anything."""
+    if scheme.activation is None or not scheme.static:
+        return answer
+    inputs, clipped = static_input(scheme.activation, histogram)
+    solved = answer.solved
+    q = dataclasses.replace(solved.q, input=inputs)
+    return answer._replace(solved=Solved(q, solved.report)).noted(clipped)
 
 
 def _placed(block: Block, found: _Found, solved: Solved) -> Solved:

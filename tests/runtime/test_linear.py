@@ -13,7 +13,6 @@ from torch import Tensor
 from llmq import registry
 from llmq.grids.int import Int
 from llmq.runtime.linear import QuantLinear
-from llmq.runtime.reference import fake_quantize
 from llmq.types import LinearSpec, Params, QTensor
 
 N, K = 288, 64  # more rows than are decoded at once
@@ -134,10 +133,10 @@ def test_activation_rounding_has_the_bits_of_compressed_tensors(dtype, case):
     if "token" in case:
         x[0, 4], x[0, 5] = x[0, 4].abs(), -x[0, 5].abs()
         scale, zero = compute_dynamic_scales_and_zp(x, args, None)
-        got = fake_quantize(x, Int(8, case == "token", "channel"))
+        got = Int(8, case == "token", "channel").fake_quantize(x)
     else:
         scale, zero = torch.tensor([0.0371], dtype=dtype), torch.tensor([-7 if case == "asymmetric" else 0])
-        got = fake_quantize(x, Int(8, True, "tensor"), Params(scale, zero.int() + 128))
+        got = Int(8, True, "tensor").fake_quantize(x, Params(scale, zero.int() + 128))
     assert got.dtype == dtype
     assert torch.equal(got, peer(x, scale, zero.to(torch.int8), args))
 
@@ -146,7 +145,7 @@ def test_activation_rounding_keeps_zero_and_touches_no_input():
     x = torch.randn(3, K)
     x[1] = 0
     before = x.clone()
-    got = fake_quantize(x, Int(8, True, "channel"))
+    got = Int(8, True, "channel").fake_quantize(x)
     assert torch.equal(x, before)
     assert torch.equal(got[1], torch.zeros(K))
     step = x.abs().amax(-1, keepdim=True) / 127.5
@@ -156,7 +155,7 @@ def test_activation_rounding_keeps_zero_and_touches_no_input():
 
 def test_a_static_grid_needs_its_scale():
     with pytest.raises(ValueError, match="static"):
-        fake_quantize(torch.ones(2, K), Int(8, True, "tensor"))
+        Int(8, True, "tensor").fake_quantize(torch.ones(2, K))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -14,10 +14,9 @@ from conftest import layer_of, make, sqnr
 from llmq.formats.awq import AWQ
 from llmq.formats.compressed_tensors import CompressedTensors
 from llmq.formats.gptq import GPTQ
-from llmq.grids.int import Int
+from llmq.grids.int import Int, quantize_activation
 from llmq.runtime.backends.triton_w8a8 import TritonW8A8
 from llmq.runtime.backends.triton_weight_only import TritonWeightOnly
-from llmq.runtime.reference import quantize_activation
 
 FP32, BF16 = torch.float32, torch.bfloat16
 BY_ROW = Int(8, True, "channel", scale_dtype=BF16)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from llmq.minifloat import E2M1, E4M3, power
 from llmq.runtime.backends import Prepacked
-from llmq.runtime.reference import fake_quantize
 from llmq.types import AffineGrid, FloatParams, LinearSpec, QTensor
 
 _KINDS = (E2M1, E4M3)
@@ -54,7 +53,7 @@ class FloatPrepacked(Prepacked):
 
     def rounded(self, x: Tensor) -> Tensor:
         """Return the values that the activation is rounded to, as the reference has them."""
-        return x if self.activation is None else fake_quantize(x, self.activation, self.input)
+        return x if self.activation is None else self.activation.fake_quantize(x, self.input)
 
     def quantized(self, codes: Tensor, scale: Tensor | None, stored: Tensor | None) -> QTensor:
         """Return the `QTensor` of uint8 `codes` `[N, K]` and of scales `[N, G]`, or of their bits."""

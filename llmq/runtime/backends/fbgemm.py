@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmq.grids.int import quantize_activation
 from llmq.jit import compiled
 from llmq.runtime.backends import has_vnni
 from llmq.runtime.backends._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
-from llmq.runtime.reference import quantize_activation
 from llmq.types import LinearSpec, QTensor
 
 _SAFE = 128

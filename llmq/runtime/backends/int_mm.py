@@ -11,9 +11,9 @@ Not here: how activations are rounded (reference.py).
 import torch
 from torch import Tensor
 
+from llmq.grids.int import quantize_activation
 from llmq.runtime.backends import has_vnni
 from llmq.runtime.backends._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
-from llmq.runtime.reference import quantize_activation
 from llmq.types import LinearSpec, QTensor
 
 
