@@ -76,6 +76,13 @@ EIGHT: dict[str, tuple[object, ...]] = {
     "w8a8 static": ("--method", "smoothquant,rtn", "--act", "tensor"),
     "w8a8 migrate static": ("--method", "migrate:feedback=1,rtn", "--act", "tensor"),
 }
+FLOATS: dict[str, tuple[object, ...]] = {
+    "nvfp4a16": ("--weights", "nvfp4"),
+    "mxfp4a16": ("--weights", "mxfp4"),
+    "nvfp4": ("--weights", "nvfp4", "--inputs", "nvfp4"),
+    "fp8 static": ("--weights", "fp8", "--inputs", "fp8:group=tensor"),
+    "fp8 dynamic": ("--weights", "fp8", "--inputs", "fp8"),
+}
 ROWS = {
     **{f"{bits}-bit {n}": (*o, "--bits", bits, "--group-size", 64) for bits in (4, 3, 2) for n, o in LADDER.items()},
     **{f"{bits}-bit {n}": (*o, "--bits", bits, "--group-size", 64) for bits in (4, 3, 2) for n, o in PRESETS.items()},
@@ -83,6 +90,8 @@ ROWS = {
     **{f"{n} quality balanced": ("--quality", "balanced", *o, "--group-size", 64) for n, o in BUDGETS.items()},
     "4-bit quality balanced group 32": ("--quality", "balanced", "--bits", 4, "--group-size", 32),
     **{n: (*o, *W8A8) for n, o in EIGHT.items()},
+    **{f"{n} {m}": ("--method", m, *o) for n, o in FLOATS.items() for m in ("rtn", "gptq")},
+    **{f"{n} {q}": (*by, *o) for n, o in FLOATS.items() for q, by in PRESETS.items()},
 }
 
 

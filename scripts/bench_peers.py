@@ -4,10 +4,11 @@
 
 Run through scripts/bench_peers.sh, which makes the environments DIR/{gptqmodel,autoround,llmcompressor} first. Each row
 quantizes in a process of its own, checks that the file holds the grid asked for, scores it in float32, and is kept in
-OUT/peers.json, so that a stopped run goes on where it was. Group 64, symmetric. GPTQModel compiles kernels at its first
-use: warm it up once before its seconds mean anything. On a machine that is busy otherwise, compare CPU seconds, of runs
-with OMP_NUM_THREADS=1: threads that wait for each other burn them. On a processor without bfloat16 GPTQModel and
-llm-compressor compute in it all the same, several times slower than with `--dtype float32`.
+OUT/peers.json, so that a stopped run goes on where it was. Integers are symmetric, in groups of 64; small floats are as
+their schemes have them. GPTQModel compiles kernels at its first use: warm it up once before its seconds mean anything.
+On a machine that is busy otherwise, compare CPU seconds, of runs with OMP_NUM_THREADS=1: threads that wait for each
+other burn them. On a processor without bfloat16 GPTQModel and llm-compressor compute in it all the same, several times
+slower than with `--dtype float32`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,16 @@ from llmq.runtime.linear import QuantLinear
 
 GROUP = 64
 AUTOROUND_LIGHT = ("--iters", 50, "--lr", 5e-3, "--batch-size", 4)  # its recipe `light`, with smaller steps
-ROWS: dict[str, tuple[str, int, tuple[object, ...]]] = {
+FLOATS = {"NVFP4A16": (16, 4.5), "MXFP4A16": (32, 4.25), "NVFP4": (16, 4.5), "MXFP4": (32, 4.25)}
+"""The schemes of small floats as a rival names them: columns of a group, bits of a weight."""
+OBSERVERS = {
+    "minmax": "memoryless_minmax",
+    "mse": "memoryless_mse",
+    "imatrix": "imatrix_mse",
+    "expanded mse": "nvfp4_expanded_mse",
+    "expanded imatrix": "nvfp4_expanded_imatrix",
+}  # others of llm-compressor differ in how they average over batches, of which a weight is one
+ROWS: dict[str, tuple[str, int | str, tuple[object, ...]]] = {
     "gptqmodel 4": ("gptqmodel", 4, ()),
     "gptqmodel 4 mse": ("gptqmodel", 4, ("--mse", 2.4)),
     "gptqmodel 4 gptaq": ("gptqmodel", 4, ("--gptaq", 0.25)),
@@ -50,6 +60,22 @@ ROWS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "autoround 2 x200": ("autoround", 2, ("--iters", 200, "--batch-size", 4)),
     "llmq 4 rtn": ("llmq", 4, ("--method", "rtn")),
     "llmq 4 gptq": ("llmq", 4, ("--method", "gptq")),
+    **{
+        f"llmcompressor {kind.lower()} {method} {name}": (
+            "llmcompressor",
+            kind,
+            ("--scheme", kind, "--method", method, "--observer", observer),
+        )
+        for kind in ("NVFP4A16", "MXFP4A16")
+        for method in ("rtn", "gptq")
+        for name, observer in OBSERVERS.items()
+        if kind == "NVFP4A16" or "nvfp4" not in observer
+    },
+    **{
+        f"autoround {kind.lower()}a16 {name}": ("autoround", kind, ("--scheme", kind, "--format", "fake", *options))
+        for kind in ("NVFP4", "MXFP4")
+        for name, options in (("rtn", ("--iters", 0)), ("light", AUTOROUND_LIGHT), ("x200", ("--iters", 200)))
+    },
     **{f"llmq {b} {q}": ("llmq", b, ("--quality", q)) for b in (4, 3, 2) for q in ("fast", "balanced", "best")},
 }
 
@@ -61,7 +87,8 @@ def measure_row(name: str, args: argparse.Namespace) -> Row:
     taken = out.with_suffix(".json")
     if not taken.exists():
         shutil.rmtree(out, ignore_errors=True)
-        row = quantize(tool, out, (*options, "--bits", bits, "--group-size", GROUP, "--dtype", args.dtype), args)
+        group = ("--bits", bits, "--group-size", GROUP) if isinstance(bits, int) else ()
+        row = quantize(tool, out, (*options, *group, "--dtype", args.dtype), args)
         taken.write_text(json.dumps(row))
     check_grid(out, bits)
     figures = measure.scores(out, args.model, args.text, args.windows)
@@ -69,7 +96,7 @@ def measure_row(name: str, args: argparse.Namespace) -> Row:
         "tool": tool,
         "bits": bits,
         **json.loads(taken.read_text()),
-        **sizes(out, args.model),
+        **sizes(out, args.model, bits),
         **{k: figures[k] for k in ("perplexity", "baseline_perplexity", "kl_mean", "kl_standard_error", "top1")},
         "windows": args.windows,
     }
@@ -98,24 +125,44 @@ def quantize(tool: str, out: Path, options: tuple[object, ...], args: argparse.N
     return row | {"seconds": ran.seconds, "cpu_seconds": ran.cpu_seconds, "peak_bytes": ran.peak_bytes}
 
 
-def check_grid(folder: Path, bits: int) -> None:
-    """Exit unless every linear of every block lies on a symmetric grid of these bits in groups of GROUP columns."""
-    model: Any = load(folder, device="cpu")
-    found = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    linears = [n for n, m in model.model.layers.named_modules() if isinstance(m, torch.nn.Linear | QuantLinear)]
-    if len(found) != len(linears):
-        sys.exit(f"{folder}: {len(found)} of {len(linears)} linears are quantized")
-    for name, module in found.items():
-        q = module.unpack()
-        symmetric = bool((q.params.zero == 2 ** (bits - 1)).all())
-        G, K = q.params.scale.shape[1], q.codes.shape[1]
-        if (q.grid.bits, K // G, symmetric) != (bits, GROUP, True):
-            sys.exit(f"{folder}: {name} is {q.grid.bits} bits, group {K // G}, symmetric {symmetric}")
+def check_grid(folder: Path, grid: int | str) -> None:
+    """Exit unless every linear of every block lies on the grid asked for.
+
+    Integers: symmetric, of these bits, in groups of GROUP columns. Small floats: no more magnitudes than E2M1 has in a
+    group, whether they are packed or the floats that the codes stand for.
+    """
+    model: Any = load(folder, device="cpu", dtype=torch.float32)
+    linears = {n: m for n, m in model.model.layers.named_modules() if isinstance(m, torch.nn.Linear | QuantLinear)}
+    for name, module in linears.items():
+        wrong = _of_floats(module, FLOATS[grid][0]) if isinstance(grid, str) else _of_integers(module, grid)
+        if wrong:
+            sys.exit(f"{folder}: {name} {wrong}")
 
 
-def sizes(folder: Path, model: Path) -> dict[str, float]:
-    """Return the bits per quantized weight on disk, scales, zeros and orders counted, and the bytes of all tensors."""
+def _of_integers(module: Any, bits: int) -> str:
+    if not isinstance(module, QuantLinear):
+        return "is not quantized"
+    q = module.unpack()
+    G, K, symmetric = q.params.scale.shape[1], q.codes.shape[1], bool((q.params.zero == 2 ** (bits - 1)).all())
+    right = (q.grid.bits, K // G, symmetric) == (bits, GROUP, True)
+    return "" if right else f"is {q.grid.bits} bits, group {K // G}, symmetric {symmetric}"
+
+
+def _of_floats(module: Any, group: int) -> str:
+    W = module.unpack().dequantize() if isinstance(module, QuantLinear) else module.weight
+    sorted_NGg = W.detach().abs().unflatten(1, (-1, group)).sort(dim=-1).values
+    most = int((sorted_NGg.diff(dim=-1) > 1e-6 * sorted_NGg[..., -1:]).sum(-1).max()) + 1
+    return "" if most <= 8 else f"has {most} magnitudes in a group of {group}; E2M1 has 8"
+
+
+def sizes(folder: Path, model: Path, grid: int | str) -> dict[str, float]:
+    """Return the bits per quantized weight on disk, scales, zeros and orders counted, and the bytes of all tensors.
+
+    Small floats have the bits of their scheme: a rival may have written what the codes stand for.
+    """
     source, packed = Source(model), Source(folder)
+    if isinstance(grid, str):
+        return {"bits_per_weight": FLOATS[grid][1], "bytes": packed.bytes()}
     shapes = {n: shape for n, (_, shape) in source.headers().items()}
     linears = {n.removesuffix(".weight") for n in source.names() if f"{n}_packed" in packed}
     linears |= {n.removesuffix(".weight") for n in source.names() if f"{n.removesuffix('weight')}qweight" in packed}

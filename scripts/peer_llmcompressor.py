@@ -3,7 +3,7 @@
 Runs in an environment with `llmcompressor` (scripts/bench_peers.sh builds one), not in llmq's own. Calibration tokens
 are those of `_peer.calibration_rows`, in order; every option left out keeps llm-compressor's default (GPTQ: activation
 order with static groups, damp 0.01; AWQ: 20 points, duo scaling, then min-max rounding). The file is
-`pack-quantized`. The last line printed is one JSON object.
+`pack-quantized`, or what a `--scheme` of small floats stands for. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ def parse_args() -> argparse.Namespace:
     parser = _peer.parser(__doc__)
     parser.add_argument("--batch-size", type=int, default=1, help="llm-compressor's default is 1")
     parser.add_argument("--method", choices=["gptq", "awq", "awq+gptq", "rtn"], default="gptq")
+    parser.add_argument("--scheme", help="one of its schemes by name, as NVFP4A16, in place of --bits and --group-size")
     parser.add_argument("--observer", help="how a group's range is chosen: memoryless_minmax, memoryless_mse ...")
     parser.add_argument("--damp", type=float, help="GPTQ's damping, as a share of the Hessian's mean diagonal")
     parser.add_argument("--actorder", choices=["static", "group", "none"], help="GPTQ's order of columns")
@@ -30,15 +31,11 @@ def parse_args() -> argparse.Namespace:
 
 def recipe(args: argparse.Namespace) -> list[Any]:
     """Return the modifiers, in order."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
 
-    weights: dict[str, Any] = {"num_bits": args.bits, "type": "int", "symmetric": True, "strategy": "group"}
-    weights |= {"group_size": args.group_size} | ({"observer": args.observer} if args.observer else {})
-    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
-    common: dict[str, Any] = {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
+    common: dict[str, Any] = {"config_groups": {"group_0": scheme(args)}, "ignore": ["lm_head"]}
     steps: list[Any] = []
     if "awq" in args.method:
         duo = {"true": True, "false": False, "both": "both"}
@@ -50,6 +47,20 @@ def recipe(args: argparse.Namespace) -> list[Any]:
             common["actorder"] = None if args.actorder == "none" else args.actorder
         return [*steps, GPTQModifier(**common)]
     return [*steps, QuantizationModifier(**common)]
+
+
+def scheme(args: argparse.Namespace) -> Any:
+    """Return what every linear becomes."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
+
+    if args.scheme:
+        made = preset_name_to_scheme(args.scheme, ["Linear"])
+        if args.observer:
+            made.weights.observer = args.observer
+        return made
+    weights: dict[str, Any] = {"num_bits": args.bits, "type": "int", "symmetric": True, "strategy": "group"}
+    weights |= {"group_size": args.group_size} | ({"observer": args.observer} if args.observer else {})
+    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
 
 
 def leave_memory_unpinned() -> None:
