@@ -17,6 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from llmq.params import Levels
+
 
 @dataclass(frozen=True)
 class Minifloat:
@@ -42,6 +44,12 @@ class Minifloat:
         values = self.decode(bits)
         order = torch.argsort(torch.where(values.signbit(), values - 1e-30, values), stable=True)
         return bits[order][values[order].isfinite()]
+
+    @cached_property
+    def levels(self) -> Levels:
+        """All finite values as a table; of two zeros the first is that of what lies below 0."""
+        value = self.decode(self.codes)
+        return Levels.of(value, self.codes, self.encode((value[1:] + value[:-1]) / 2) == self.codes[1:])
 
 
 _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])

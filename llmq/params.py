@@ -57,10 +57,42 @@ class Held(NamedTuple):
         return {kind: n for kind, mask in kinds.items() if (n := int(mask.sum()))}
 
 
-class Lattice(NamedTuple):
-    """Evenly spaced values: `w = scale * (code - zero) + offset`, codes from `low` to `high`.
+class Levels(NamedTuple):
+    """A table of ascending values, each with a rank in it and a code, for loops that round to the nearest.
 
-    scale, zero, offset: float32 `[N, G]`; a group whose scale is 0 takes the code `zero`.
+    t takes the last rank whose edge lies below it. Example: 0, 1 and 4 with ties going up have the edges -inf, the
+    float32 below 0.5 and the one below 2.5.
+    value, edge: float32 `[M]`, M a power of two: the last value again and infinity where there are fewer values.
+    code: uint8 `[L]`, that of each rank. rank: uint8 `[256]`, that of each code; 0 of one that is no value.
+    """
+
+    value: Tensor
+    edge: Tensor
+    code: Tensor
+    rank: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor, code: Tensor, up: Tensor) -> Levels:
+        """Return the table of ascending float32 values `[L]`. up: whether half-way to the next is rounded up to it."""
+        between = (value[1:] + value[:-1]) / 2
+        between = torch.where(up, between.nextafter(torch.tensor(-torch.inf)), between)
+        more = 2 ** (len(value) - 1).bit_length() - len(value)
+        rank = torch.zeros(256, dtype=torch.uint8)
+        rank[code.long()] = torch.arange(len(code), dtype=torch.uint8)
+        edge = torch.cat([torch.tensor([-torch.inf]), between, torch.full((more,), torch.inf)])
+        return cls(torch.cat([value, value[-1:].expand(more)]), edge, code, rank)
+
+    def nearest(self, t: Tensor) -> Tensor:
+        """Return the codes of the values nearest to float32 `t`, as float32 integers."""
+        ranks = torch.bucketize(t.contiguous(), self.edge[1 : len(self.code)].to(t.device))
+        return self.code.to(t.device)[ranks].float()
+
+
+class Lattice(NamedTuple):
+    """The values of a grid, for loops: `w = scale * (code - zero) + offset`, codes from `low` to `high`.
+
+    With levels they are those of a table, `w = scale * (value(code) - zero) + offset`.
+    scale, zero, offset: float32 `[N, G]`; a group whose scale is 0 takes the code nearest to `zero`.
     """
 
     scale: Tensor
@@ -68,6 +100,7 @@ class Lattice(NamedTuple):
     offset: Tensor
     low: float
     high: float
+    levels: Levels | None = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from llmq.params import FloatParams as FloatParams  # noqa: PLC0414
 from llmq.params import GgmlParams as GgmlParams  # noqa: PLC0414
 from llmq.params import Held as Held  # noqa: PLC0414
 from llmq.params import Lattice as Lattice  # noqa: PLC0414
+from llmq.params import Levels as Levels  # noqa: PLC0414
 from llmq.params import Parameters as Parameters  # noqa: PLC0414
 from llmq.params import Params as Params  # noqa: PLC0414
 
@@ -73,7 +74,7 @@ class Grid(ABC):
         """Return the float32 values of `codes`; `params` broadcasts against `codes`."""
 
     def lattice(self, params: Parameters) -> Lattice | None:
-        """Return `[N, G]` parameters as evenly spaced values; None where the values of a group are not."""
+        """Return what `[N, G]` parameters mean to compiled loops; None where a grid is rounded by torch alone."""
         return None
 
     def refine(

@@ -18,13 +18,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from llmq.algorithms import _sweep, _walk
 from llmq.algorithms._hessian import damped
+from llmq.algorithms._sweep import table
 from llmq.algorithms.descent import Descent
 from llmq.algorithms.gptq import Gptq
 from llmq.grids.int import Int
+from llmq.minifloat import E2M1, E4M3
 from llmq.pipeline.site import pieces
 from llmq.stats import Hessian, Stats
 from llmq.steps import Solved
-from llmq.types import QTensor
+from llmq.types import Lattice, QTensor
 from llmq_kernels import panel
 
 BLOCKS = {  # rows and columns of the sites of one block
@@ -91,12 +93,16 @@ def _panel(device: str) -> list[Tensor]:
     H, group = (X.T @ X / (2 * P)).to(device), (torch.arange(P) * G // P).to(device)
     scale = (torch.rand(G, N, generator=draw) * 0.2 + 0.02).to(device)
     zero = torch.randint(0, 16, (G, N), generator=draw).float().to(device)
-    error, code = torch.empty_like(w), torch.empty_like(w, dtype=torch.uint8)
-    panel.round_panel(w, w + noise / 9, H, group, scale, zero, scale / 3, 0.0, 15.0, error, code)
-    gradient, lost, new = noise.clone(), noise[0].abs(), torch.empty_like(code)
-    step = torch.empty_like(w)
-    panel.walk_panel(H, gradient, lost, code, group, scale, zero, 0.0, 15.0, step, new)
-    return [error, code, step, new, gradient, lost]
+    gradient, lost = noise.clone(), noise[0].abs()
+    found = [gradient, lost]
+    for levels in (None, E2M1.levels, E4M3.levels):
+        values = (zero, *table(Lattice(scale, zero, scale / 3, 0.0, 15.0, levels)), 0.0, 15.0)
+        error, step = torch.empty_like(w), torch.empty_like(w)
+        code, new = (torch.empty_like(w, dtype=torch.uint8) for _ in range(2))
+        panel.round_panel(w, w + noise / 9, H, group, scale, zero, scale / 3, *values[1:], error, code)
+        panel.walk_panel(H, gradient, lost, code, group, scale, *values, step, new)
+        found += [error, code, step, new]
+    return found
 
 
 def checked(device: str, N: int = 1024, K: int = 1024) -> Iterator[tuple[str, float]]:

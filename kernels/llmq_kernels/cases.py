@@ -137,21 +137,23 @@ def _merge_build() -> Build:
     return Build(attention.merge_kernel, types, constants, ("TQ", "SPLITS"), {"num_warps": 4, "num_stages": 3})
 
 
-def _round_build() -> Build:
+def _round_build(bits: int) -> Build:
     floats = ("w_ptr", "t_ptr", "f_ptr", "scale_ptr", "zero_ptr", "offset_ptr", "error_ptr")
-    return _panel_build(panel.round_kernel, floats, ("code_ptr",), "f")
+    return _panel_build(panel.round_kernel, floats, ("code_ptr",), "f", bits)
 
 
-def _walk_build() -> Build:
+def _walk_build(bits: int) -> Build:
     floats = ("h_ptr", "g_ptr", "loss_ptr", "scale_ptr", "zero_ptr", "step_ptr")
-    return _panel_build(panel.walk_kernel, floats, ("old_ptr", "new_ptr"), "h")
+    return _panel_build(panel.walk_kernel, floats, ("old_ptr", "new_ptr"), "h", bits)
 
 
-def _panel_build(kernel: Any, floats: Iterable[str], codes: Iterable[str], matrix: str) -> Build:
-    """Return the Build of a kernel over a panel of columns, whose matrix lies row by row."""
-    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(codes, "*u8") | {"group_ptr": "*i64"}
+def _panel_build(kernel: Any, floats: Iterable[str], codes: Iterable[str], matrix: str, bits: int) -> Build:
+    """Return the Build of a kernel over a panel of columns, whose matrix lies row by row. bits: of a table, or 0."""
+    types = (
+        dict.fromkeys((*floats, "value_ptr", "edge_ptr"), "*fp32") | dict.fromkeys(codes, "*u8") | {"group_ptr": "*i64"}
+    )
     types |= dict.fromkeys(("P", "N", f"stride_{matrix}i"), "i32") | dict.fromkeys(("low", "high"), "fp32")
-    return Build(kernel, types, {f"stride_{matrix}j": 1} | panel.CONSTANTS, ("P", "low", "high"), panel.LAUNCH)
+    return Build(kernel, types, {f"stride_{matrix}j": 1} | panel.constants(bits), ("P", "low", "high"), panel.LAUNCH)
 
 
 def _options(config: tune.Config) -> dict[str, int]:
@@ -213,6 +215,10 @@ CASES = (
     _attend("KV attention int4", 4, "fp16", (3.75, 3.75, 3.65), 4, sym=False),
     Case("KV attention merge", lambda asm: _merge_build(), 0, mma=False),
     Case("split-K sum", lambda asm: _sum_build(), 0, mma=False),
-    Case("GPTQ panel", lambda asm: _round_build(), 0, mma=False, fused=False),
-    Case("descent panel", lambda asm: _walk_build(), 0, mma=False, fused=False),
+    Case("GPTQ panel", lambda asm: _round_build(0), 0, mma=False, fused=False),
+    Case("GPTQ panel, 16 values", lambda asm: _round_build(4), 0, mma=False, fused=False),
+    Case("GPTQ panel, 256 values", lambda asm: _round_build(8), 0, mma=False, fused=False),
+    Case("descent panel", lambda asm: _walk_build(0), 0, mma=False, fused=False),
+    Case("descent panel, 16 values", lambda asm: _walk_build(4), 0, mma=False, fused=False),
+    Case("descent panel, 256 values", lambda asm: _walk_build(8), 0, mma=False, fused=False),
 )

@@ -11,9 +11,10 @@ a column; here a program holds the panel, P columns of BN rows of the weight, in
                    q_j = nearest(t_j)
                    g  -= step_j H_j,  step_j = decode(new q_j) - decode(old q_j)       g = (W - Q) H
 
-The values of a group are evenly spaced, `w = scale * (code - zero) + offset`, and codes are clamped to [low, high]; a
-group whose scale is 0 takes the code `zero`. What a panel does to the columns outside is a matrix product, which the
-caller does.
+The values of a group are evenly spaced, `w = scale * (code - zero) + offset`, and codes are clamped to [low, high]; or
+they come from a table of up to 256, `w = scale * (value[rank] - zero) + offset`, whose ranks stand for codes: that of
+`t` is the last whose `edge` lies below, found bit by bit. A group whose scale is 0 takes what is nearest to `zero`.
+What a panel does to the columns outside is a matrix product, which the caller does.
 
 Matrices lie with a row for each column of the weight, `[P, N]` and `[G, N]`, so that neighbouring threads read
 neighbouring numbers. Every number is computed in float32 by the same operations in the same order as by a loop over the
@@ -40,8 +41,12 @@ WIDTH = 64
 """The most columns of a panel."""
 BN = 32
 """Rows of the weight for each program: a panel of them is 16 registers a thread, and small weights fill a GPU."""
-CONSTANTS = {"WIDTH": WIDTH, "BN": BN, "STAGES": 3}
 LAUNCH = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
+
+
+def constants(bits: int) -> dict[str, int]:
+    """Return the constants of the kernels for a table of 2^bits values, 0 without one. At 3 stages a table spills."""
+    return {"BITS": bits, "WIDTH": WIDTH, "BN": BN, "STAGES": 2 if bits else 3}
 
 
 @triton.jit
@@ -51,11 +56,19 @@ def _row(tile, i, j):
 
 
 @triton.jit
-def _nearest(x, scale, zero, low, high):
-    """Return the code nearest to `x`, less its offset; ties to even."""
-    divisor = tl.where(scale == 0, float("inf"), scale)
-    code = round_even(tl.div_rn(x, divisor)) + zero
-    return tl.minimum(tl.maximum(code, low), high)
+def _nearest(x, scale, zero, value_ptr, edge_ptr, low, high, BITS: tl.constexpr):
+    """Return the code or rank nearest to `x`, which is less its offset, and its level. BITS: of a rank, or 0."""
+    t = tl.div_rn(x, tl.where(scale == 0, float("inf"), scale))
+    if BITS == 0:
+        code = tl.minimum(tl.maximum(round_even(t) + zero, low), high)  # ties to even
+        level = code
+    else:
+        code = tl.zeros_like(t).to(tl.int32)
+        for k in tl.static_range(BITS):
+            bit = 1 << (BITS - 1 - k)
+            code += tl.where(t > tl.load(edge_ptr + code + bit), bit, 0)
+        level = tl.load(value_ptr + code)
+    return code, level
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -67,6 +80,8 @@ def round_kernel(
     scale_ptr,  # [G, N] float32
     zero_ptr,  # [G, N] float32
     offset_ptr,  # [G, N] float32
+    value_ptr,  # [2^BITS] float32
+    edge_ptr,  # [2^BITS] float32
     error_ptr,  # [P, N] float32, written
     code_ptr,  # [P, N] uint8, written
     P,
@@ -75,6 +90,7 @@ def round_kernel(
     stride_fj,
     low,
     high,
+    BITS: tl.constexpr,
     WIDTH: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -91,8 +107,8 @@ def round_kernel(
         offset = tl.load(offset_ptr + at, mask=here, other=0.0)
         w = tl.load(w_ptr + j * N + n, mask=here, other=0.0)
         f = tl.load(f_ptr + j * stride_fi + i * stride_fj, mask=(i > j) & (i < P), other=0.0)
-        code = _nearest(_row(t, i, j) - offset, scale, zero, low, high)
-        error = w - (scale * (code - zero) + offset)
+        code, level = _nearest(_row(t, i, j) - offset, scale, zero, value_ptr, edge_ptr, low, high, BITS)
+        error = w - (scale * (level - zero) + offset)
         t += f[:, None] * error[None, :]
         tl.store(error_ptr + j * N + n, error, mask=here)
         tl.store(code_ptr + j * N + n, code.to(tl.uint8), mask=here)
@@ -107,6 +123,8 @@ def walk_kernel(
     group_ptr,  # [P] int64
     scale_ptr,  # [G, N] float32
     zero_ptr,  # [G, N] float32
+    value_ptr,  # [2^BITS] float32
+    edge_ptr,  # [2^BITS] float32
     step_ptr,  # [P, N] float32, written
     new_ptr,  # [P, N] uint8, written
     P,
@@ -115,6 +133,7 @@ def walk_kernel(
     stride_hj,
     low,
     high,
+    BITS: tl.constexpr,
     WIDTH: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -134,52 +153,69 @@ def walk_kernel(
         at = tl.load(group_ptr + j) * N + n
         scale = tl.load(scale_ptr + at, mask=here, other=1.0)
         zero = tl.load(zero_ptr + at, mask=here, other=0.0)
-        old = tl.load(old_ptr + j * N + n, mask=here, other=0).to(tl.float32)
+        old = tl.load(old_ptr + j * N + n, mask=here, other=0)
+        from_level = old.to(tl.float32) if BITS == 0 else tl.load(value_ptr + old)
         h = tl.load(h_ptr + j * stride_hi + i * stride_hj, mask=i < P, other=0.0)
         diagonal = tl.zeros((BN,), dtype=tl.float32) + tl.load(h_ptr + j * (stride_hi + stride_hj))
         own = _row(g, i, j)
-        new = _nearest(scale * (old - zero) + tl.div_rn(own, diagonal), scale, zero, low, high)
-        step = scale * (new - old)
+        target = scale * (from_level - zero) + tl.div_rn(own, diagonal)
+        code, level = _nearest(target, scale, zero, value_ptr, edge_ptr, low, high, BITS)
+        step = scale * (level - from_level)
+        new = tl.where(level == from_level, old, code.to(tl.uint8))  # of two zeros, the one that it was
         loss -= step * (2 * own - step * diagonal)
         g -= h[:, None] * step[None, :]
         tl.store(step_ptr + j * N + n, step, mask=here)
-        tl.store(new_ptr + j * N + n, new.to(tl.uint8), mask=here)
+        tl.store(new_ptr + j * N + n, new, mask=here)
     tl.store(g_ptr + tile, g, mask=inside)
     tl.store(loss_ptr + n, loss, mask=here)
 
 
 def round_reference(
-    w: Tensor, t: Tensor, f: Tensor, group: Tensor, grid: tuple[Tensor, Tensor, Tensor, float, float]
+    w: Tensor, t: Tensor, f: Tensor, group: Tensor, grid: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, float]
 ) -> tuple[Tensor, Tensor]:
     """Return the errors, float32 `[P, N]`, and the codes, uint8 `[P, N]`, that `round_panel` writes."""
     t, error, code = t.clone(), torch.empty_like(w), torch.empty_like(w, dtype=torch.uint8)
-    scale, zero, offset, *ends = grid
+    scale, zero, offset, value, edge, low, high = grid
     for j, g in enumerate(group.tolist()):
-        found = _nearest_reference(t[j] - offset[g], scale[g], zero[g], ends)
-        error[j] = w[j] - (scale[g] * (found - zero[g]) + offset[g])
-        code[j] = found.to(torch.uint8)
+        code[j], level = _nearest_reference(t[j] - offset[g], scale[g], zero[g], value, edge, low, high)
+        error[j] = w[j] - (scale[g] * (level - zero[g]) + offset[g])
         t[j + 1 :] += f[j, j + 1 :, None] * error[j]
     return error, code
 
 
 def walk_reference(
-    h: Tensor, g: Tensor, loss: Tensor, old: Tensor, group: Tensor, grid: tuple[Tensor, Tensor, float, float]
+    h: Tensor,
+    g: Tensor,
+    loss: Tensor,
+    old: Tensor,
+    group: Tensor,
+    grid: tuple[Tensor, Tensor, Tensor, Tensor, float, float],
 ) -> tuple[Tensor, Tensor]:
     """Move `g` and `loss` in place; return the steps, float32 `[P, N]`, and the codes, uint8 `[P, N]`."""
     steps, codes = torch.empty_like(g), torch.empty_like(old)
-    scales, zeros, *ends = grid
+    scales, zeros, value, edge, low, high = grid
     for j, at in enumerate(group.tolist()):
-        scale, zero, code, diagonal = scales[at], zeros[at], old[j].float(), h[j, j]
-        new = _nearest_reference(scale * (code - zero) + g[j] / diagonal, scale, zero, ends)
-        steps[j] = scale * (new - code)
+        scale, zero, diagonal = scales[at], zeros[at], h[j, j]
+        level = value[old[j].int()] if len(value) else old[j].float()
+        target = scale * (level - zero) + g[j] / diagonal
+        new, to = _nearest_reference(target, scale, zero, value, edge, low, high)
+        steps[j] = scale * (to - level)
         loss -= steps[j] * (2 * g[j] - steps[j] * diagonal)
         g -= h[j][:, None] * steps[j]
-        codes[j] = new.to(torch.uint8)
+        codes[j] = torch.where(to == level, old[j], new)
     return steps, codes
 
 
-def _nearest_reference(x: Tensor, scale: Tensor, zero: Tensor, ends: list[float]) -> Tensor:
-    return x.div(torch.where(scale == 0, torch.inf, scale)).round_().add_(zero).clamp_(*ends)
+def _nearest_reference(
+    x: Tensor, scale: Tensor, zero: Tensor, value: Tensor, edge: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """Return the codes or ranks, uint8, and their levels."""
+    t = x.div(torch.where(scale == 0, torch.inf, scale))
+    if not len(value):
+        code = t.round_().add_(zero).clamp_(low, high)
+        return code.to(torch.uint8), code
+    rank = torch.bucketize(t, edge[1:])
+    return rank.to(torch.uint8), value[rank]
 
 
 @operator("llmq::round_panel", mutates=("error", "code"))
@@ -191,6 +227,8 @@ def round_panel(
     scale: Tensor,
     zero: Tensor,
     offset: Tensor,
+    value: Tensor,
+    edge: Tensor,
     low: float,
     high: float,
     error: Tensor,
@@ -200,20 +238,22 @@ def round_panel(
 
     w, t: float32 `[P, N]`, P at most WIDTH: what decoded codes are compared with, and what is rounded, before any
     feedback inside the panel. f: float32 `[P, P]`, any strides. group: int64 `[P]`, the group of each column. scale,
-    zero, offset: float32 `[G, N]`. error: float32 `[P, N]`. code: uint8 `[P, N]`. All contiguous but f.
+    zero, offset: float32 `[G, N]`. value, edge: float32 `[M]`, the values of a table, ascending, and what each lies
+    above, M a power of two; of evenly spaced values `[0]`. error: float32 `[P, N]`. code: uint8 `[P, N]`, codes, or
+    ranks in the table. All contiguous but f.
     Raises KernelError for a panel that does not fit.
     """
-    _check(w, group)
+    _check(w, group, value, edge)
     if not runs_on(w):
-        found = round_reference(w, t, f, group, (scale, zero, offset, low, high))
+        found = round_reference(w, t, f, group, (scale, zero, offset, value, edge, low, high))
         error.copy_(found[0])
         code.copy_(found[1])
         return
     P, N = w.shape
     with on(w.device):
         round_kernel[(cdiv(N, BN),)](
-            w, t, f, group, scale, zero, offset, error, code, P, N, *f.stride(), low, high,
-            **CONSTANTS, **LAUNCH,
+            w, t, f, group, scale, zero, offset, value, edge, error, code, P, N, *f.stride(), low, high,
+            **constants(_bits(value)), **LAUNCH,
         )  # fmt: skip
 
 
@@ -226,6 +266,8 @@ def walk_panel(
     group: Tensor,
     scale: Tensor,
     zero: Tensor,
+    value: Tensor,
+    edge: Tensor,
     low: float,
     high: float,
     step: Tensor,
@@ -234,21 +276,22 @@ def walk_panel(
     """Make the codes of a panel the best one after the other; move gradient and loss, write steps and new codes.
 
     h: float32 `[P, P]`, any strides, P at most WIDTH. g: float32 `[P, N]`, the gradient (W - Q) H of these columns.
-    loss: float32 `[N]`. old, new: uint8 `[P, N]`, not the same memory. group: int64 `[P]`, the group of each column.
-    scale, zero: float32 `[G, N]`. step: float32 `[P, N]`, by what each value moved. All contiguous but h.
+    loss: float32 `[N]`. old, new: uint8 `[P, N]`, not the same memory, codes or ranks. group: int64 `[P]`, the group of
+    each column. scale, zero: float32 `[G, N]`. value, edge: as `round_panel` takes them. step: float32 `[P, N]`, by
+    what each value moved. All contiguous but h.
     Raises KernelError for a panel that does not fit.
     """
-    _check(g, group)
+    _check(g, group, value, edge)
     if not runs_on(g):
-        found = walk_reference(h, g, loss, old, group, (scale, zero, low, high))
+        found = walk_reference(h, g, loss, old, group, (scale, zero, value, edge, low, high))
         step.copy_(found[0])
         new.copy_(found[1])
         return
     P, N = g.shape
     with on(g.device):
         walk_kernel[(cdiv(N, BN),)](
-            h, g, loss, old, group, scale, zero, step, new, P, N, *h.stride(), low, high,
-            **CONSTANTS, **LAUNCH,
+            h, g, loss, old, group, scale, zero, value, edge, step, new, P, N, *h.stride(), low, high,
+            **constants(_bits(value)), **LAUNCH,
         )  # fmt: skip
 
 
@@ -262,7 +305,14 @@ def _(*args):  # type: ignore[no-untyped-def]
     return None
 
 
-def _check(x: Tensor, group: Tensor) -> None:
+def _bits(value: Tensor) -> int:
+    """Return the bits of a rank; 0 where there is no table."""
+    return len(value).bit_length() - 1 if len(value) else 0
+
+
+def _check(x: Tensor, group: Tensor, value: Tensor, edge: Tensor) -> None:
+    if len(value) != len(edge) or len(value) > 256 or len(value) & (len(value) - 1):
+        raise KernelError(f"a table has a power of two of values, up to 256, not {len(value)} with {len(edge)} edges")
     if len(x) > WIDTH:
         raise KernelError(f"a panel has at most {WIDTH} columns, not {len(x)}; cut it")
     if len(x) != len(group):

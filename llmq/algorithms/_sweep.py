@@ -4,8 +4,9 @@ For each column j of a weight, in order:   q_j = nearest(t_j + sum_(i<j) e_i F_i
 
 Column by column that is one thin update for each column, which is bound by memory. So the columns are halved: of 8,
 round 0 to 3, add their errors to columns 4 to 7 by one product, round 4 to 7; and 0 to 3 in the same way. What is left
-when a part is small (a leaf) is rounded one by one. Where the values of the grid are evenly spaced, a leaf is a loop
-that numba compiles on the CPU, and one launch of a Triton kernel on a GPU; elsewhere the same loop runs in torch.
+when a part is small (a leaf) is rounded one by one. Where a grid says what its values are (`Grid.lattice`), a leaf is
+a loop that numba compiles on the CPU, and one launch of a Triton kernel on a GPU; elsewhere that loop runs in torch.
+The compiled ones write the ranks of values that are a table; at the end these become codes.
 Not here: what t, w and F are (gptq.py, descent.py), the kernel (llmq_kernels/panel.py).
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,11 +40,15 @@ class _Sweep(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """What rounds columns lo to hi, how many at most, and a number that theirs is a multiple of but for the last."""
+    """What rounds columns lo to hi, how many at most, and a number that theirs is a multiple of but for the last.
+
+    codes: those of the ranks that it writes, None where it writes codes.
+    """
 
     round: Callable[[int, int], None]
     width: int
     step: int = 1
+    codes: Tensor | None = None
 
 
 def round_columns(W_KN: Tensor, T_KN: Tensor, F_KK: Tensor, grid: Grid, params: Parameters, group_K: Tensor) -> Tensor:
@@ -60,7 +66,12 @@ def round_columns(W_KN: Tensor, T_KN: Tensor, F_KK: Tensor, grid: Grid, params: 
             leaf.round(done.start, done.stop)
         else:
             T_KN[fed].addmm_(F_KK[done, fed].T, sweep.E_KN[done])
-    return codes_KN
+    return codes_KN if leaf.codes is None else looked_up(leaf.codes, codes_KN)
+
+
+def looked_up(table: Tensor, at: Tensor) -> Tensor:
+    """Return the entries of a table of codes or ranks, uint8 `[L]`, at uint8 `at`."""
+    return table.to(at.device)[at.int()]
 
 
 def halves(lo: int, hi: int, width: int, step: int = 1, *, back: bool = False) -> Iterator[tuple[slice, slice]]:
@@ -96,26 +107,33 @@ def _compiled_leaf(sweep: _Sweep, lattice: Lattice, loop: Callable[..., None]) -
     W_KN, T_KN, F_KK, E_KN, codes_KN, group_K = sweep
     scale_GN, zero_GN, offset_GN = (p.T.contiguous() for p in lattice[:3])
     divisor_GN = torch.where(scale_GN == 0, torch.inf, scale_GN)
-    tensors = (W_KN, T_KN, E_KN, codes_KN, divisor_GN, scale_GN, zero_GN, offset_GN, group_K)
+    tensors = (W_KN, T_KN, E_KN, codes_KN, divisor_GN, scale_GN, zero_GN, offset_GN, *table(lattice), group_K)
     arrays = tuple(t.numpy() for t in tensors)
 
     def work(lo: int, hi: int) -> None:
         loop(F_KK[lo:hi, lo:hi].contiguous().numpy(), *arrays, lo, hi, lattice.low, lattice.high)
 
-    return _Leaf(work, _LEAF_COMPILED)
+    return _Leaf(work, _LEAF_COMPILED, codes=lattice.levels and lattice.levels.code)
+
+
+def table(lattice: Lattice) -> tuple[Tensor, Tensor]:
+    """Return the values and edges of a table on the device of its scales; of evenly spaced values none, `[0]`."""
+    if lattice.levels is None:
+        return lattice.scale.new_empty(0), lattice.scale.new_empty(0)
+    return lattice.levels.value.to(lattice.scale.device), lattice.levels.edge.to(lattice.scale.device)
 
 
 def _kernel_leaf(sweep: _Sweep, lattice: Lattice) -> _Leaf:
     from llmq_kernels.panel import WIDTH, round_panel
 
     W_KN, T_KN, F_KK, E_KN, codes_KN, group_K = sweep
-    values = (*(p.T.contiguous() for p in lattice[:3]), lattice.low, lattice.high)
+    values = (*(p.T.contiguous() for p in lattice[:3]), *table(lattice), lattice.low, lattice.high)
 
     def work(lo: int, hi: int) -> None:
         at = slice(lo, hi)
         round_panel(W_KN[at], T_KN[at], F_KK[at, at], group_K[at], *values, E_KN[at], codes_KN[at])
 
-    return _Leaf(work, WIDTH, WIDTH)
+    return _Leaf(work, WIDTH, WIDTH, lattice.levels and lattice.levels.code)
 
 
 def _torch_leaf(sweep: _Sweep, grid: Grid, by_group: list[Parameters], group: list[int], lo: int, hi: int) -> None:
@@ -129,14 +147,16 @@ def _torch_leaf(sweep: _Sweep, grid: Grid, by_group: list[Parameters], group: li
             T_KN[j + 1 : hi].addr_(F_KK[j, j + 1 : hi], E_KN[j])
 
 
-def _loop(F, W, T, E, codes, divisor, scale, zero, offset, group, lo, hi, low, high):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+def _loop(F, W, T, E, codes, divisor, scale, zero, offset, value, edge, group, lo, hi, low, high):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     """Round columns lo to hi, each first fed with the errors of those before it in the leaf. numba compiles this.
 
     F: the leaf's own diagonal block of the factor. divisor: the scale, infinite where that is 0. Adding and taking away
-    1.5 * 2^23 rounds half to even, as the grids' `nearest` does, and vectorises.
+    1.5 * 2^23 rounds half to even, as the grids' `nearest` does, and vectorises. In a table (value, edge) the rank is
+    found bit by bit, for all rows at once.
     """
     magic = W.dtype.type(ROUNDER)
     N = W.shape[1]
+    rank = np.empty(_CHUNK, np.int32)
     for first in range(0, N, _CHUNK):
         last = min(first + _CHUNK, N)
         for j in range(lo, hi):
@@ -145,12 +165,27 @@ def _loop(F, W, T, E, codes, divisor, scale, zero, offset, group, lo, hi, low, h
                 for n in range(first, last):
                     T[j, n] += E[i, n] * f
             g = group[j]
+            if len(value) > 0:
+                t, d, o = T[j, first:last], divisor[g, first:last], offset[g, first:last]
+                for n in range(len(t)):
+                    t[n] = (t[n] - o[n]) / d[n]
+                    rank[n] = 0
+                bit = len(value) // 2
+                while bit > 0:
+                    for n in range(len(t)):
+                        rank[n] += bit * (t[n] > edge[rank[n] + bit])  # no branch, which would be a toss
+                    bit //= 2
+                for n in range(first, last):
+                    at = rank[n - first]
+                    codes[j, n] = at
+                    E[j, n] = W[j, n] - (scale[g, n] * (value[at] - zero[g, n]) + offset[g, n])
+                continue
             for n in range(first, last):
                 z, o = zero[g, n], offset[g, n]
                 code = (((T[j, n] - o) / divisor[g, n] + magic) - magic) + z
                 code = min(max(code, low), high)
-                codes[j, n] = int(code)
+                codes[j, n] = np.int32(code)
                 E[j, n] = W[j, n] - (scale[g, n] * (code - z) + o)
 
 
-_KINDS = "f2 f2 f2 f2 u2 f2 f2 f2 f2 i1 i i f f"  # of _loop's arguments
+_KINDS = "f2 f2 f2 f2 u2 f2 f2 f2 f2 f1 f1 i1 i i f f"  # of _loop's arguments

@@ -6,17 +6,19 @@ nothing else. After GPTQ few codes change, so a sweep costs about N K looks and 
 column loop of _sweep.py would cost products over all columns; the gradient is known at the end without a product.
 On a GPU one launch of a kernel looks at a panel of columns of all rows, and products bring the gradient of the other
 columns up to date, panel by panel and half by half: thousands of rows always have some code that moves.
-Both need a grid of evenly spaced values; elsewhere _sweep.py finds the same.
+Both need to know what the values of the grid are (`Grid.lattice`); elsewhere _sweep.py finds the same. The codes of a
+table of values walk as ranks in it.
 Not here: what the gradient is, and the scales (descent.py), the kernel (llmq_kernels/panel.py).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmq.algorithms._sweep import halves
+from llmq.algorithms._sweep import halves, looked_up, table
 from llmq.gpu import runs_kernels
 from llmq.jit import compiled, in_threads
 from llmq.params import ROUNDER
@@ -45,25 +47,44 @@ def descend_codes(walk: Walk, grid: Grid, params: Parameters, sweeps: int) -> bo
 
     Returns False, with nothing done, where there is no compiled loop for the device and the grid.
     """
-    lattice = grid.lattice(params)
-    if lattice is None:
+    lattice, how = grid.lattice(params), _way(walk.codes.device)
+    if lattice is None or how is None:
         return False
-    if walk.codes.device.type == "cpu" and (loop := compiled(_loop, _KINDS)):
-        _by_rows(walk, lattice, sweeps, loop)
-    elif runs_kernels(walk.codes.device, "codes are moved one by one"):
-        _by_panels(walk, lattice, sweeps)
-    else:
-        return False
+    if lattice.levels is None:
+        how(walk, lattice, sweeps)
+        return True
+    ranks = looked_up(lattice.levels.rank, walk.codes)
+    how(walk._replace(codes=ranks), lattice, sweeps)
+    walk.codes.copy_(looked_up(lattice.levels.code, ranks))
     return True
 
 
-def _by_rows(walk: Walk, lattice: Lattice, sweeps: int, loop: Callable[..., None]) -> None:
+def _way(device: torch.device) -> Callable[[Walk, Lattice, int], None] | None:
+    """Return what moves codes on a device, None where torch does."""
+    if device.type == "cpu" and (loop := compiled(_loop, _KINDS)):
+        return partial(_by_rows, loop)
+    return _by_panels if runs_kernels(device, "codes are moved one by one") else None
+
+
+def _by_rows(loop: Callable[..., None], walk: Walk, lattice: Lattice, sweeps: int) -> None:
     """Let each thread take rows of the weight, and go through all their columns before the next rows."""
     codes, gradient_NK, loss_N, H_KK, order, group_K = walk
     scale_NG, zero_NG = lattice.scale.contiguous(), lattice.zero.contiguous()  # an offset falls out of every step
     divisor_NG = torch.where(scale_NG == 0, torch.inf, scale_NG)
     diagonal_K = H_KK.diagonal().contiguous()
-    tensors = (codes, gradient_NK, loss_N, H_KK, diagonal_K, order, group_K, divisor_NG, scale_NG, zero_NG)
+    tensors = (
+        codes,
+        gradient_NK,
+        loss_N,
+        H_KK,
+        diagonal_K,
+        order,
+        group_K,
+        divisor_NG,
+        scale_NG,
+        zero_NG,
+        *table(lattice),
+    )
     arrays = [t.numpy() for t in tensors]
     in_threads(len(codes), lambda first, last: loop(*arrays, sweeps, first, last, lattice.low, lattice.high))
 
@@ -76,7 +97,7 @@ def _by_panels(walk: Walk, lattice: Lattice, sweeps: int) -> None:
     H_KK, group_K = walk.H_KK[order[:, None], order], walk.group[order]
     gradient_KN, old_KN = walk.gradient.T[order].contiguous(), walk.codes.T[order].contiguous()
     step_KN, new_KN = torch.empty_like(gradient_KN), torch.empty_like(old_KN)
-    values = (lattice.scale.T.contiguous(), lattice.zero.T.contiguous(), lattice.low, lattice.high)
+    values = (lattice.scale.T.contiguous(), lattice.zero.T.contiguous(), *table(lattice), lattice.low, lattice.high)
     for _ in range(sweeps):
         for a, b in halves(0, len(order), WIDTH, WIDTH, back=True):
             if a == b:
@@ -89,7 +110,9 @@ def _by_panels(walk: Walk, lattice: Lattice, sweeps: int) -> None:
     walk.gradient[:, order] = gradient_KN.T
 
 
-def _loop(codes, gradient, loss, H, diagonal, order, group, divisor, scale, zero, sweeps, first, last, low, high):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+def _loop(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+    codes, gradient, loss, H, diagonal, order, group, divisor, scale, zero, value, edge, sweeps, first, last, low, high
+):
     """Do rows first to last. numba compiles this. Rounding and divisor are those of _sweep.py's leaf."""
     magic = gradient.dtype.type(ROUNDER)
     K = len(order)
@@ -100,15 +123,25 @@ def _loop(codes, gradient, loss, H, diagonal, order, group, divisor, scale, zero
             g = group[j]
             for n in range(start, stop):
                 z, s, old = zero[n, g], scale[n, g], codes[n, j]
-                target = s * (old - z) + gradient[n, j] / diagonal[j]
-                code = ((target / divisor[n, g] + magic) - magic) + z
-                new = int(min(max(code, low), high))
-                if new != old:
-                    step = s * gradient.dtype.type(new - old)
+                at = value[old] if len(value) > 0 else gradient.dtype.type(old)
+                target = (s * (at - z) + gradient[n, j] / diagonal[j]) / divisor[n, g]
+                if len(value) > 0:
+                    if edge[old] < target and (old + 1 == len(value) or target <= edge[old + 1]):  # most of them
+                        continue
+                    new, bit = 0, len(value) // 2
+                    while bit > 0:
+                        new += bit * (target > edge[new + bit])
+                        bit //= 2
+                    to = value[new]
+                else:
+                    to = min(max(((target + magic) - magic) + z, low), high)
+                    new = int(to)
+                if to != at:  # a zero keeps its sign
+                    step = s * (to - at)
                     loss[n] -= step * (2 * gradient[n, j] - step * diagonal[j])
                     for i in range(K):
                         gradient[n, i] -= step * H[j, i]
                     codes[n, j] = new
 
 
-_KINDS = "u2 f2 f1 f2 f1 i1 i1 f2 f2 f2 i i i f f"  # of _loop's arguments
+_KINDS = "u2 f2 f1 f2 f1 i1 i1 f2 f2 f2 f1 f1 i i i f f"  # of _loop's arguments

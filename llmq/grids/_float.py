@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmq.granularity import PerGroup, PerRow
 from llmq.minifloat import Minifloat
-from llmq.types import FloatParams, Grid, Parameters, RangedGrid
+from llmq.types import FloatParams, Grid, Lattice, Parameters, RangedGrid
 
 
 class FloatGrid(RangedGrid):
@@ -86,6 +86,12 @@ class FloatGrid(RangedGrid):
         """See `RangedGrid.fake_quantize`."""
         bits, scale = self.quantize_activation(x, fixed)
         return (self.value.decode(bits).to(scale.dtype) * scale).to(x.dtype).flatten(-2)
+
+    def lattice(self, params: Parameters) -> Lattice:
+        """See `Grid.lattice`."""
+        scale = params.scale.float()
+        zero = torch.zeros_like(scale)
+        return Lattice(scale, zero, zero, 0.0, 2.0**self.bits - 1, self.value.levels)
 
     def covering(self, W_NK: Tensor) -> Tensor:
         """See `Grid.covering`; `[rows, G]`."""

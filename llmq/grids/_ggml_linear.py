@@ -28,7 +28,7 @@ from llmq.grids._ggml import (
     ratio,
 )
 from llmq.jit import Loop, compiled, in_threads
-from llmq.types import Lattice, Parameters
+from llmq.types import Lattice, Levels, Parameters
 
 _ROUNDS = 3
 
@@ -53,8 +53,8 @@ class Linear(GgmlGrid):
         """Return `scale * (code - zero)` in float32."""
         return self._decoded_levels(codes).mul_(params.scale)
 
-    def lattice(self, params: Parameters) -> Lattice | None:
-        """Return the values of `[N, G]` parameters."""
+    def lattice(self, params: Parameters) -> Lattice:
+        """See `Grid.lattice`."""
         scale = params.scale
         zero = torch.full_like(scale, self.zero)
         return Lattice(scale, zero, torch.zeros_like(scale), 0.0, 2.0**self.bits - 1)
@@ -190,6 +190,7 @@ _TABLE = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 
 # Values half-way between two levels are multiples of 1/2, so the nearest level of all of [i / 2, (i + 1) / 2) is one.
 _HALVES = 256
 _NEAREST = torch.bucketize(torch.arange(-_HALVES, _HALVES) / 2, (_TABLE[1:] + _TABLE[:-1]) / 2, right=True)
+_LEVELS = Levels.of(_TABLE, torch.arange(16, dtype=torch.uint8), torch.ones(15, dtype=torch.bool))
 
 
 @dataclass(frozen=True)
@@ -199,27 +200,23 @@ class Table(Linear):
     zero: ClassVar[int] = 0
 
     def nearest(self, w: Tensor, params: Parameters) -> Tensor:
-        """Return the codes of the nearest levels as float32 integers."""
-        return _look_up(_NEAREST.float(), (w / params.scale).nan_to_num_(0.0, 0.0, 0.0))
+        """Return the codes of the nearest levels as float32 integers; that nearest to 0 where the scale is 0."""
+        return _LEVELS.nearest((w / params.scale).nan_to_num_(0.0, 0.0, 0.0))
 
     def decode(self, codes: Tensor, params: Parameters) -> Tensor:
         """Return `scale * table[code]` in float32."""
         return self._decoded_levels(codes).mul_(params.scale)
 
-    def lattice(self, params: Parameters) -> None:
-        """Return None: the levels are not evenly spaced."""
+    def lattice(self, params: Parameters) -> Lattice:
+        """See `Grid.lattice`."""
+        return super().lattice(params)._replace(levels=_LEVELS)
 
     def _decoded_levels(self, codes: Tensor) -> Tensor:
         return _TABLE.to(codes.device)[codes.int()]
 
     def _levels(self, t: Tensor) -> Tensor:
-        return _look_up(self._half_steps(), t)
+        index = t.mul_(2).add_(_HALVES).floor_().clamp_(0, 2 * _HALVES - 1).int()
+        return self._half_steps().to(t.device).index_select(0, index.flatten()).view(t.shape)
 
     def _half_steps(self) -> Tensor:
         return _TABLE[_NEAREST]
-
-
-def _look_up(table: Tensor, t: Tensor) -> Tensor:
-    """Return the entries of `table`, one for each half step, at values `t` (overwritten)."""
-    index = t.mul_(2).add_(_HALVES).floor_().clamp_(0, 2 * _HALVES - 1).int()
-    return table.to(t.device).index_select(0, index.flatten()).view(t.shape)

@@ -151,7 +151,7 @@ class Int(AffineGrid):
         return (codes - params.zero).float().mul_(params.scale.float())
 
     def lattice(self, params: Parameters) -> Lattice:
-        """Return the values of `[N, G]` parameters."""
+        """See `Grid.lattice`."""
         params = Params.of(params)
         scale = params.scale.float()
         return Lattice(scale, params.zero.float(), torch.zeros_like(scale), *self.bounds())

@@ -24,6 +24,10 @@ def weight(N, K, seed=1):
     return torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
 
 
+def of(name, *, sym=True):
+    return Int(int(name[3:]), sym, 32) if name.startswith("int") else registry.load("grids", name)
+
+
 def row_loss(W_NK, q, H_KK):
     E = (W_NK - q.dequantize()).double()
     return ((E @ H_KK.double()) * E).sum(1)
@@ -67,9 +71,9 @@ def test_each_step_alone_lowers_the_loss():
         assert (state.loss_N <= before).all() and state.loss_N.sum() < 0.95 * before.sum()
 
 
-@pytest.mark.parametrize("name", ["int4", "int2", "q4_k", "q4_1", "q6_k"])
+@pytest.mark.parametrize("name", ["int4", "int2", "q4_k", "q4_1", "q6_k", "iq4_xs", "nvfp4", "mxfp4", "fp8"])
 def test_walking_the_codes_finds_what_sweeping_them_does(name):
-    grid = Int(int(name[3:]), True, 32) if name.startswith("int") else registry.load("grids", name)
+    grid = of(name)
     W_NK, h = weight(27, 256), hessian(256)
     start = Gptq().solve(W_NK, grid, Stats({Hessian: h}))
     walked, swept = (_State(W_NK, start.q, h.mean()) for _ in range(2))
@@ -77,17 +81,20 @@ def test_walking_the_codes_finds_what_sweeping_them_does(name):
     for _ in range(2):
         swept._sweep()
     assert (walked.codes != start.q.codes).any()
-    assert (walked.codes != swept.codes).float().mean() < 0.005  # sums in another order may turn a tie
+    assert (walked.Q_NK != swept.Q_NK).float().mean() < 0.005  # sums in another order may turn a tie
     Q_NK, gradient_NK, loss_N = walked._measure(walked.codes, walked.params)
     torch.testing.assert_close(walked.loss_N, loss_N, rtol=1e-4, atol=0)
     torch.testing.assert_close(walked.gradient_NK, gradient_NK, rtol=1e-3, atol=1e-4)
     assert torch.equal(walked.Q_NK, Q_NK)
 
 
-@pytest.mark.parametrize(("name", "K"), [("int4", 64), ("int2", 256), ("q4_k", 256), ("q6_k", 256)])
+@pytest.mark.parametrize(
+    ("name", "K"),
+    [("int4", 64), ("int2", 256), ("q4_k", 256), ("q6_k", 256), ("nvfp4", 64), ("fp8", 64), ("mxfp8", 256)],
+)
 def test_walking_panel_by_panel_finds_what_walking_row_by_row_does(name, K, monkeypatch):
     """What a GPU does, by the kernels' references; of one panel, bit for bit."""
-    grid = Int(int(name[3:]), False, 32) if name.startswith("int") else registry.load("grids", name)
+    grid = of(name, sym=False)
     W_NK, h = weight(27, K), hessian(K)
     start = Gptq().solve(W_NK, grid, Stats({Hessian: h}))
     by_rows, by_panels = (_State(W_NK, start.q, h.mean()) for _ in range(2))

@@ -6,7 +6,11 @@ import torch
 from llmq import gpu, registry
 from llmq.algorithms import _sweep
 from llmq.algorithms.gptq import Gptq
+from llmq.grids.fp8 import Fp8
 from llmq.grids.int import Int
+from llmq.grids.mxfp4 import Mxfp4
+from llmq.grids.mxfp8 import Mxfp8
+from llmq.grids.nvfp4 import Nvfp4
 from llmq.jit import compiled
 from llmq_kernels import panel
 
@@ -32,7 +36,9 @@ def test_compiled_and_torch_leaves_round_alike(monkeypatch, bits, options, N, K)
     assert (fast != plain).float().mean() < 0.005  # sums in another order may turn a tie
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q8_0", "q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize(
+    "name", ["q4_0", "q8_0", "q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"]
+)
 def test_ggml_grids_are_compiled_too_and_a_scale_of_zero_takes_the_code_of_zero(monkeypatch, name):
     grid = registry.load("grids", name)
     W_KN, F_KK, _, group_K = problem(40, 256, grid)
@@ -43,6 +49,33 @@ def test_ggml_grids_are_compiled_too_and_a_scale_of_zero_takes_the_code_of_zero(
     plain = _sweep.round_columns(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
     assert (fast != plain).float().mean() < 0.005
     assert not grid.decode(fast.T, params.columns(256))[0].any()
+
+
+@pytest.mark.parametrize("grid", [Fp8(), Fp8("tensor"), Nvfp4(), Mxfp4(), Mxfp8()], ids=str)
+def test_tables_of_values_are_compiled_too(monkeypatch, grid):
+    W_KN, F_KK, params, group_K = problem(300, 96, grid)
+    fast = _sweep.round_columns(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
+    monkeypatch.setattr(_sweep, "compiled", lambda *_: None)
+    plain = _sweep.round_columns(W_KN, W_KN.clone(), F_KK, grid, params, group_K)
+    assert (fast != plain).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("grid", [Fp8(32), Mxfp4(), "iq4_nl", "q4_0"], ids=str)
+def test_ties_fall_in_compiled_loops_as_in_the_grid(grid):
+    """Scales are powers of two, and no column feeds another."""
+    grid = registry.load("grids", grid) if isinstance(grid, str) else grid
+    scale, kind = torch.exp2(torch.randint(-3, 3, (500, 1)).float()), type(grid.fit(torch.ones(1, 32)))
+    values = grid.decode(torch.arange(2**grid.bits)[None], kind(torch.ones(1, 1))).unique()
+    values = values[values.isfinite()]
+    between = (values[1:] + values[:-1]) / 2
+    t = torch.cat([between, between.nextafter(values[1:]), between.nextafter(values[:-1]), values])
+    t = torch.cat([t[t.abs() > 1e-30], torch.tensor([0, 1e-30, -1e-30])])
+    W_NK = t[torch.randint(len(t), (500, 32))] * scale
+    W_KN = W_NK.T.contiguous()
+    codes = _sweep.round_columns(
+        W_KN, W_KN.clone(), torch.eye(32), grid, kind(scale), torch.zeros(32, dtype=torch.long)
+    )
+    assert torch.equal(codes.T.float(), grid.nearest(W_NK, kind(scale)))
 
 
 @pytest.fixture
@@ -58,7 +91,10 @@ def by_kernels(monkeypatch):
 
 @pytest.mark.parametrize(
     ("grid", "K"),
-    [(Int(4, False, 16), 48), (Int(8, True, "channel", restricted=True), 40), (Int(2, True, 32), 224), ("q4_k", 256)],
+    [
+        *((Int(4, False, 16), 48), (Int(8, True, "channel", restricted=True), 40), (Int(2, True, 32), 224)),
+        *(("q4_k", 256), (Nvfp4(), 48), (Fp8(), 40), ("iq4_xs", 256)),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("mixed", [False, True], ids=["groups as they lie", "groups by chance"])

@@ -126,15 +126,18 @@ def test_panels_fit_and_have_a_group_for_each_column():
     with pytest.raises(KernelError, match="at most 64 columns, not 65"):
         panel.round_panel(w, w, H, group, *values, 0.0, 15.0, *out)
     with pytest.raises(KernelError, match="5 columns has the groups of 65"):
-        panel.walk_panel(H, w[:5], w[0], out[1][:5], group, *values[:2], 0.0, 15.0, out[0][:5], out[1][5:10])
+        values.pop(2)
+        panel.walk_panel(H, w[:5], w[0], out[1][:5], group, *values, 0.0, 15.0, out[0][:5], out[1][5:10])
+    with pytest.raises(KernelError, match="power of two of values, up to 256, not 15 with 16 edges"):
+        panel.walk_panel(H, w, w[0], out[1], group, *values[:2], w[0].new_ones(15), w[0].new_ones(16), 0.0, 15.0, *out)
 
 
 def test_a_panel_is_rounded_and_walked_as_the_formulas_say():
     """In float64, column by column, with the products written out."""
-    w, H, group, scale, zero, offset = panels.problem(12, 6, 3, 3)
+    w, H, group, scale, zero, offset, *no_table = panels.problem(12, 6, 3, 3)
     scale[0, 0] = 0.3
     F, s, z, o = H.double() / H.diagonal().double(), *(p[group].double() for p in (scale, zero, offset))
-    error, codes = panel.round_reference(w, w, F.float(), group, (scale, zero, offset, 0.0, 7.0))
+    error, codes = panel.round_reference(w, w, F.float(), group, (scale, zero, offset, *no_table, 0.0, 7.0))
     E = torch.zeros_like(w, dtype=torch.float64)
     for j in range(12):
         q = ((w[j].double() + F[:j, j] @ E[:j] - o[j]) / s[j] + z[j]).round().clamp(0, 7)
@@ -144,11 +147,24 @@ def test_a_panel_is_rounded_and_walked_as_the_formulas_say():
     W, Q = w.double(), s * (codes - z) + o
     loss = ((W - Q) * (H.double() @ (W - Q))).sum(0)
     g, found = (H.double() @ (W - Q)).float(), loss.float()
-    steps, new = panel.walk_reference(H, g, found, codes, group, (scale, zero, 0.0, 7.0))
+    steps, new = panel.walk_reference(H, g, found, codes, group, (scale, zero, *no_table, 0.0, 7.0))
     Q += steps.double()
     torch.testing.assert_close(Q, s * (new - z) + o, rtol=0, atol=1e-5)
     torch.testing.assert_close(g.double(), H.double() @ (W - Q), rtol=0, atol=1e-4)
     torch.testing.assert_close(found.double(), ((W - Q) * (H.double() @ (W - Q))).sum(0), rtol=1e-4, atol=1e-4)
     assert (found <= loss).all() and found.sum() < 0.95 * loss.sum()
-    check(torch.ops.llmq.round_panel, w, w, H, group, scale, zero, offset, 0.0, 7.0, error, codes)
-    check(torch.ops.llmq.walk_panel, H, g, found, codes, group, scale, zero, 0.0, 7.0, steps, new)
+    check(torch.ops.llmq.round_panel, w, w, H, group, scale, zero, offset, *no_table, 0.0, 7.0, error, codes)
+    check(torch.ops.llmq.walk_panel, H, g, found, codes, group, scale, zero, *no_table, 0.0, 7.0, steps, new)
+
+
+def test_a_panel_on_a_table_takes_the_nearest_value():
+    """And a walk takes no step between two zeros."""
+    w, H, group, scale, zero, offset, value, edge = panels.problem(8, 6, 2, 4, values=16)
+    scale[0, 0] = 0.3
+    error, ranks = panel.round_reference(w, w, 0 * H, group, (scale, zero, offset, value, edge, 0.0, 15.0))
+    far = (w[..., None] - scale[group, :, None] * value - offset[group, :, None]).abs()
+    torch.testing.assert_close(far.gather(2, ranks.long()[..., None])[..., 0], far.amin(2), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(error.abs(), far.amin(2), rtol=1e-4, atol=1e-6)
+    zeros, g, loss = torch.full_like(ranks, 7), torch.full_like(w, 1e-9), torch.ones(6)
+    steps, new = panel.walk_reference(H, g, loss, zeros, group, (scale, zero, value, edge, 0.0, 15.0))
+    assert value[7] == value[8] == 0 and torch.equal(new, zeros) and not steps.any()
