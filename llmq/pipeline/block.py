@@ -80,18 +80,24 @@ def quantize_block(
         passing = stack.enter_context(Passing(module, partial(plan.skeleton.tensor, i, device=plan.device)))
         block = Block(plan, i, module, block_sites(plan, i, module, state), state, passing, work)
         packed, maxima = _opened(block) if i < len(plan.skeleton) else ({}, None)
-        solved, state = _solve(block, maxima)
+        words, state = _solve(block, maxima)
         if maxima is not None:
             maxima.meet(plan.team)
             dtype = plan.method.format.scale_dtype(plan.skeleton.stored_dtype)
             recipe = plan.method.recipe
             scales = maxima.tensors(module, recipe.kv, recipe.kv_dtype, dtype)
             packed |= {block.full(n): t for n, t in scales.items()}
-        work.step("pack", list(solved))
-        for name, s in solved.items():
-            packed |= plan.packed(block.full(name), s.q) if plan.team.leads else {}
-            _note(block, block.full(name), s)
-    return packed, block.report, state
+    return packed | words, block.report, state
+
+
+def _packed(block: Block, solved: Mapping[str, Solved]) -> dict[str, Tensor]:
+    """Note the lines of linears; return their tensors as the first process writes them, by full name."""
+    block.work.step("pack", list(solved))
+    words: dict[str, Tensor] = {}
+    for name, s in solved.items():
+        words |= block.plan.packed(block.full(name), s.q) if block.plan.team.leads else {}
+        _note(block, block.full(name), s)
+    return words
 
 
 def _note(block: Block, linear: str, solved: Solved) -> None:
@@ -113,10 +119,14 @@ def _opened(block: Block) -> tuple[dict[str, Tensor], KvMaxima | None]:
     return _settle(block), KvMaxima() if block.plan.method.recipe.kv_bits else None
 
 
-def _solve(block: Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], Calibration]:
-    """Solve every site in the order they run, then tune the block; return the state behind it too."""
+def _solve(block: Block, maxima: KvMaxima | None) -> tuple[dict[str, Tensor], Calibration]:
+    """Solve every site in the order they run, then tune the block; return what is packed, and the state behind it.
+
+    No codes outlive their site but for a tuner.
+    """
     plan, module, state, tuners = block.plan, block.module, block.state, block.tuners
     calls = maxima.into(block.calls) if maxima is not None else block.calls
+    words: dict[str, Tensor] = {}
     solved: dict[str, Solved] = {}
     for_tuners: list[_Found] = []
     hidden = outputs = Batches()
@@ -135,6 +145,9 @@ def _solve(block: Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], Ca
             lanes = stack.enter_context(Lanes(module, block.sites, state.hidden, calls, alive))
         for site in block.sites:
             solved |= _solve_site(block, site, lanes, reference, layers.of(site), for_tuners)
+            if solved and not tuners:
+                words |= _packed(block, solved)
+                solved.clear()
         if lanes:
             block.report.record.experts |= layers.counts(block.full, plan.team)
         if tuners or (reference and block.moves_on):
@@ -145,10 +158,12 @@ def _solve(block: Block, maxima: KvMaxima | None) -> tuple[dict[str, Solved], Ca
         block.work.step(registry.dump(tuner))
         tuned = gave(tuner, tuner.tune(_view(block, solved, for_tuners, outputs)), dict)
         solved = {f.name: _placed(block, f, tuned[f.name]) for f in for_tuners}
+    if tuners:
+        words = _packed(block, solved)
     if tuners and (block.moves_on or maxima is not None):
         hidden = state.hidden.moved(run(module, h, c) for h, c in zip(state.hidden, calls, strict=True))
     squares = {n: s for n, s in state.squares.items() if not n.startswith(block.full(""))}
-    return solved, dataclasses.replace(state, hidden=hidden, floats=outputs, squares=squares)
+    return words, dataclasses.replace(state, hidden=hidden, floats=outputs, squares=squares)
 
 
 def _view(block: Block, solved: Mapping[str, Solved], found: Sequence[_Found], outputs: Batches) -> BlockView:

@@ -7,9 +7,9 @@ The terms, D bytes of the compute dtype, P weights of a block:
     libraries            the interpreter, torch, transformers, compiled loops, their buffers
     block                P D; of experts only the linears that are being solved, unless a step wants all
     float block          its copy, where a step compares with the float model
-    codes                what is solved of the block so far: a byte a weight, and the scales
+    codes                what is solved of the block so far and waits for a tuner: a byte a weight, and the scales
     packing              words of one linear on the way from codes
-    packed               the packed words of the block
+    packed               the packed words of the block so far
     suspended            what the batches that stay suspended hold at a site (model/footprint.py), in each stream
     running batch        the most that the one forward holds, and the activations that statistics are given
     sums                 K x K float32 statistics of a site, and the copies and factors of them that its steps make
@@ -231,7 +231,8 @@ class Holdings:
         stay = self.batches if experts else min(alive, self.batches)
         if self.method.transforms:
             yield self._folding(i, at, named)
-        codes = kept = before = 0
+        codes = kept = before = words = 0
+        tuned = bool(self.method.tuners)
         for names, held in at.items():
             specs = [s for n in names if (s := named[n])]
             weights = self.size * (own + (sum(s.N * s.K for s in specs) if in_all and names[0] in experts else 0))
@@ -239,13 +240,16 @@ class Holdings:
                 "block": weights,
                 "float block": weights * bool(self.share),
                 "codes": codes,
+                "packed": words,
                 "for the tuner": kept,
                 "suspended": (1 + self.share) * stay * self.side_by_side * max(before, held),
             }
             columns = specs[0].K if specs else 0
             running = self._running(found, held, columns, more=stay < self.batches)
             yield from self._site(f"block {i}, {names[0]}", specs, fixed, running)
-            codes, before = codes + sum(map(_codes, specs)), held
+            before = held
+            codes += sum(map(_codes, specs)) * tuned
+            words += sum(packed_bytes(self.method.format, s) for s in specs) * (not tuned)
             kept += self._kept(specs)
         yield self._closing(i, self.size * own, [s for s in named.values() if s])
 
@@ -316,21 +320,24 @@ class Holdings:
         return self._phase("blocks", f"block {i}, folding", self._beside(i) | terms)
 
     def _closing(self, i: int, block: int, specs: Sequence[LinearSpec]) -> Phase:
-        """Return what block `i` takes when all of it is solved: tuned, packed, and put out as a last forward."""
+        """Return what block `i` takes when all of it is solved: tuned, packed, and put out as a last forward.
+
+        A GPU packs; the words lie in the host's memory too as they are written.
+        """
         weights = sum(s.N * s.K for s in specs)
         words = self._words[i]
         terms: dict[str, float] = {
             "block": block,
             "float block": block * bool(self.share),
-            "codes": sum(map(_codes, specs)),
+            "codes": sum(map(_codes, specs)) * bool(self.method.tuners),
+            "packed": words + _PACKING * max((s.N * s.K for s in specs), default=0),
             "running batch": self.side_by_side * self.traced[1][i].most,
         }
-        largest = _PACKING * max((s.N * s.K for s in specs), default=0)
         if self.method.tuners:
             terms["for the tuner"] = weights * _F32 * max(t.held.NK for t in self.method.tuners)
             terms["between blocks"] = 2 * self.sequences * self.traced[0].hidden
             terms["running batch"] += self.traced[1][i].backward
-        return self._phase("blocks", f"block {i}, packing", self._beside(i) | terms, {"packed": words + largest})
+        return self._phase("blocks", f"block {i}, packing", self._beside(i) | terms, {"packed": words})
 
     def _head(self, spec: LinearSpec, alive: int) -> Iterator[Phase]:
         """Yield what the head takes, a block of one linear behind the final norm."""
