@@ -12,7 +12,7 @@ from llmq.checkpoint.batches import Batches
 from llmq.model.ends import embed
 from llmq.model.lanes import Lanes
 from llmq.pipeline.block import quantize_block
-from llmq.pipeline.plan import prepare
+from llmq.pipeline.plan import Plan, prepare
 from llmq.recipe import Recipe
 from llmq.types import Site
 
@@ -91,3 +91,19 @@ def test_lanes_can_read_the_same_batches_again():
         for _ in range(2):
             with Lanes(Block(), (Site(("a",)),), hidden, [((), {})]) as lanes:
                 assert [x.shape for x in lanes.advance()] == [(2, 4)] and len(list(lanes.finish())) == 1
+
+
+@pytest.mark.parametrize(("method", "most"), [("gptq", 1), ("rtn,signround:steps=2", 7)])
+def test_no_codes_outlive_their_site_but_for_a_tuner(tiny_checkpoint, tmp_path, monkeypatch, method, most):
+    plan, pack, alive, seen = planned(tiny_checkpoint(), method=method), Plan.packed, [], []
+
+    def watched(self, name, q):
+        alive.append(weakref.ref(q.codes))
+        gc.collect()
+        seen.append(sum(ref() is not None for ref in alive))
+        return pack(self, name, q)
+
+    monkeypatch.setattr(Plan, "packed", watched)
+    with torch.no_grad():
+        quantize_block(plan, 0, entered(plan, tmp_path))
+    assert len(seen) == 7 and max(seen) == most
