@@ -20,6 +20,8 @@ DEVICES = frozenset({"cuda"})
 """The types of devices that the kernels run on."""
 _CAPABILITY = (8, 0)
 _AMD = ("gfx90a", "gfx942", "gfx950")
+_FP8 = (8, 9)
+_AMD_FP8 = "gfx950"  # that of gfx942 has another bias
 
 
 def runs_kernels(device: torch.device, what: str) -> bool:
@@ -59,4 +61,17 @@ def refuses_gpu(device: torch.device) -> str | None:
         return f"{found.name} has compute capability {found.major}.{found.minor}; the kernels need 8.0"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):  # as Triton looks for one
         return "Triton needs a C compiler at its first launch and finds none: install gcc"
+    return None
+
+
+def refuses_fp8(device: torch.device) -> str | None:
+    """Return what a GPU lacks to multiply FP8 (E4M3 as files have it) by FP8 with torch, None where nothing."""
+    if not torch.cuda.is_available() or not hasattr(torch, "_scaled_mm"):
+        return "torch sees no GPU here, or has no _scaled_mm"
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        architecture = found.gcnArchName.partition(":")[0]
+        return None if architecture == _AMD_FP8 else f"{found.name} is {architecture}; torch's FP8 needs {_AMD_FP8}"
+    if (found.major, found.minor) < _FP8:
+        return f"{found.name} has compute capability {found.major}.{found.minor}; FP8 products need 8.9"
     return None

@@ -1,6 +1,7 @@
 """Triton kernels for quantized Llama-family models, each beside its reference. Imports torch and triton only.
 
     weight_only.linear(x, layout.pack(codes, scale, zero, bits), bias)     W2, W3, W4, W8 with fp16 or bf16 activations
+    e2m1.linear(x, e2m1.pack(codes, scales, e8m0=False), bias)             NVFP4, MXFP4 with fp16 or bf16 activations
     int8.linear(x, int8.pack(codes, scale), static, bias)                  W8A8
     kv.append(cache, k, v, lengths); attention.attend(q, cache, lengths)   the int8 or int4 key-value cache
     panel.round_panel(...); panel.walk_panel(...)                          columns rounded in order: GPTQ, descent
@@ -14,7 +15,7 @@ aot.py, facts.py, cases.py    compile for GPUs that are not here, and check what
 tune.py       which configuration is fastest      launch.py, errors.py
 """
 
-from llmq_kernels import attention, int8, kv, layout, panel, weight_only
+from llmq_kernels import attention, e2m1, int8, kv, layout, panel, weight_only
 from llmq_kernels.errors import KernelError
 
-__all__ = ["KernelError", "attention", "int8", "kv", "layout", "panel", "weight_only"]
+__all__ = ["KernelError", "attention", "e2m1", "int8", "kv", "layout", "panel", "weight_only"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from llmq_kernels import attention, int8, kv, panel, tune, weight_only
+from llmq_kernels import attention, e2m1, int8, kv, panel, tune, weight_only
 from llmq_kernels.aot import Build
 from llmq_kernels.facts import SHARED_LIMIT, Facts
 from llmq_kernels.layout import PackedWeight, tile
@@ -81,6 +81,20 @@ def weight_only_build(
     types |= {"y_ptr": "*fp32" if config.split_k > 1 else f"*{dtype}", "M": "i32", "N": "i32", "NP": "i32", "K": "i32"}
     constants = weight_only.constants(w, config, has_bias=bias, asm=asm)
     return Build(weight_only.weight_only_kernel, types, constants, ("M",), _options(config))
+
+
+def e2m1_build(w: e2m1.E2M1Weight, config: tune.Config, dtype: str = "fp16", *, asm: bool = True) -> Build:
+    """Return the Build of the kernel of E2M1 weights for few tokens (the weight's tensors are not read)."""
+    types = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "param_ptr": "*i32", "bias_ptr": f"*{dtype}", "factor": "fp32"}
+    types |= {"y_ptr": "*fp32" if config.split_k > 1 else f"*{dtype}", "M": "i32", "N": "i32", "NP": "i32", "K": "i32"}
+    return Build(e2m1.e2m1_kernel, types, e2m1.constants(w, config, asm=asm), ("M", "factor"), _options(config))
+
+
+def _decode_build(group: int, asm: bool) -> Build:
+    types = {"w_ptr": "*i16", "param_ptr": "*i32", "out_ptr": "*fp16", "factor": "fp32"}
+    types |= {"N": "i32", "NP": "i32", "K": "i32"}
+    constants = {"SUB": group, "E8M0": group == 32, "ASM": asm, "BN": e2m1.DECODED_ROWS}
+    return Build(e2m1.decode_kernel, types, constants, ("factor",), {"num_warps": 4, "num_stages": 3})
 
 
 def int8_build(config: tune.Config, dtype: str = "fp16") -> Build:
@@ -177,6 +191,17 @@ def _weight_only(name: str, w: PackedWeight, dtype: str, ipw: tuple[float, ...],
     return Case(name, build, weights, limits, wide)
 
 
+def _e2m1(name: str, group: int, dtype: str, ipw: tuple[float, ...], wide: int, M: int = 1) -> Case:
+    words = torch.empty(K_TYPICAL // 4, K_TYPICAL, device="meta")
+    w = e2m1.E2M1Weight(words, words, K_TYPICAL, K_TYPICAL, group, group == 32)
+    limits = dict(zip(NVIDIA, ipw, strict=True))
+
+    def build(asm: bool) -> Build:
+        return e2m1_build(w, e2m1.configs(M, w, asm=asm)[0], dtype, asm=asm)
+
+    return Case(name, build, e2m1.configs(M, w, asm=True)[0].BN * 4 * group, limits, wide)
+
+
 def _int8(name: str, ipw: tuple[float, ...], wide: int, M: int) -> Case:
     config = int8.configs(M, K_TYPICAL)[0]
     limits = dict(zip(NVIDIA, ipw, strict=True))
@@ -205,6 +230,14 @@ CASES = (
     _weight_only("W8A16 channel decode bf16", _weight(8, 0, zero=False), "bf16", (3.65, 3.65, 3.6), 8),
     _weight_only("W3A16 asym g128 decode", _weight(3, 128, zero=True), "fp16", (2.9, 2.9, 2.85), 4),
     _weight_only("W2A16 asym g128 decode", _weight(2, 128, zero=True), "fp16", (1.75, 1.75, 1.75), 4),
+    _e2m1("NVFP4 decode", 16, "fp16", (4.0, 4.0, 4.0), 4),
+    _e2m1("NVFP4 decode bf16", 16, "bf16", (4.25, 4.25, 4.25), 4),
+    _e2m1("NVFP4 batch 16", 16, "fp16", (5.2, 5.2, 5.2), 2, M=16),
+    _e2m1("MXFP4 decode", 32, "fp16", (3.0, 3.0, 3.0), 8),
+    _e2m1("MXFP4 decode bf16", 32, "bf16", (3.25, 3.25, 3.25), 8),
+    _e2m1("MXFP4 batch 16", 32, "fp16", (3.65, 3.65, 3.65), 8, M=16),
+    Case("NVFP4 decoded", lambda asm: _decode_build(16, asm), 0, mma=False),
+    Case("MXFP4 decoded", lambda asm: _decode_build(32, asm), 0, mma=False),
     _int8("W8A8 decode", (1.95, 1.95, 0.85), 4, M=1),
     _int8("W8A8 prefill", (7.0, 7.0, 1.7), 4, M=512),
     Case("W8A8 activation", lambda asm: _quantize_build("bf16"), 0, mma=False),

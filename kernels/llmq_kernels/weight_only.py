@@ -183,7 +183,7 @@ def _op(
     has_zero: bool,
 ) -> Tensor:
     w = PackedWeight(words, params, order, n, k, bits, group, has_zero)
-    _check(x, w, bias)
+    check_activation(x, w, bias)
     if not runs_on(x) or not x.numel():
         return reference(x, w, bias)
     x_MK = x.reshape(-1, k)
@@ -208,7 +208,8 @@ def _(x, words, params, order, bias, n, k, bits, group, has_zero):  # type: igno
     return x.new_empty(*x.shape[:-1], n)
 
 
-def _check(x: Tensor, w: PackedWeight, bias: Tensor | None) -> None:
+def check_activation(x: Tensor, w: PackedWeight, bias: Tensor | None) -> None:
+    """Raise KernelError for an activation, or a bias, that a packed weight cannot be multiplied with."""
     if x.shape[-1] != w.K:
         raise KernelError(f"the activation has {x.shape[-1]} features, the packed weight {w.K}")
     if x.device != w.words.device:

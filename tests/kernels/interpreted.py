@@ -10,7 +10,7 @@ import math
 import panels
 import torch
 
-from llmq_kernels import attention, int8, kv, layout, tune, weight_only
+from llmq_kernels import attention, e2m1, int8, kv, layout, tune, weight_only
 
 Config = tune.Config
 
@@ -58,6 +58,31 @@ def weight_only_cases():
     runs = [weight_only.launch(x, w, None, Config(16, 64, 4, 4, 2)) for _ in range(2)]
     yield "split-K twice", torch.equal(*runs)
     yield "no tokens", list(weight_only.launch(x[:0], w, None, Config(16, 64, 1, 4, 2)).shape) == [0, 64]
+
+
+E2M1 = {
+    # name: (M, N, K, group, config)
+    "e2m1 nvfp4, N and K not of a tile, split": (5, 100, 208, 16, Config(8, 64, 2, 4, 2)),
+    "e2m1 nvfp4, M beyond a tile": (17, 64, 64, 16, Config(16, 64, 1, 4, 2)),
+    "e2m1 mxfp4, K of 5 groups": (3, 70, 160, 32, Config(8, 64, 1, 4, 2)),
+    "e2m1 mxfp4, more splits than tiles divide": (2, 64, 640, 32, Config(16, 64, 4, 4, 2)),
+}
+
+
+def e2m1_cases():
+    gen = torch.Generator().manual_seed(3)
+    for name, (M, N, K, group, config) in E2M1.items():
+        codes = torch.randint(0, 16, (N, K), generator=gen, dtype=torch.uint8)
+        scales = torch.randint(*((118, 130) if group == 32 else (0, 127)), (N, K // group), generator=gen)
+        w = e2m1.pack(codes, scales.to(torch.uint8), e8m0=group == 32, factor=0.013)
+        x, bias = torch.randn(M, K, generator=gen).half(), torch.randn(N, generator=gen).half()
+        wanted = e2m1.reference(x.float(), w, bias)
+        yield name, sqnr(e2m1.launch(x, w, bias, config, torch.float32), wanted)
+        yield f"{name}: decoded", torch.equal(e2m1.decode(w, torch.float32), e2m1.dequantize(w))
+        many = torch.randn(e2m1.FEW + 1, K, generator=gen).half()
+        for rows in (many, many[:3], many[:3].float()):
+            rounded = sqnr(e2m1.linear(rows, w), e2m1.reference(rows.float(), w))
+            yield f"{name}: {len(rows)} tokens of {rows.dtype}, rounded", rounded
 
 
 def int8_cases():
@@ -142,4 +167,4 @@ def kv_cases():
 
 
 if __name__ == "__main__":
-    print(json.dumps(dict([*weight_only_cases(), *int8_cases(), *kv_cases(), *panels.cases()])))
+    print(json.dumps(dict([*weight_only_cases(), *e2m1_cases(), *int8_cases(), *kv_cases(), *panels.cases()])))

@@ -11,7 +11,7 @@ from llmq_kernels.facts import Facts, measure
 # sm_89 runs sm_80's code with less shared memory: compiled where that could matter, all of it by scripts/kernel_facts.
 ONLY_SOME = {
     "sm_89": ("g128 decode", "prefill", "W3A16", "attention int8"),
-    "gfx942": ("W4A16 asym g128", "W8A8", "KV", "panel"),
+    "gfx942": ("W4A16 asym g128", "FP4 decode", "W8A8", "KV", "panel"),
 }
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmq_kernels import attention, int8, kv, layout, panel, weight_only
+from llmq_kernels import attention, e2m1, int8, kv, layout, panel, weight_only
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import no_gradient
 
@@ -29,6 +29,39 @@ def test_weight_only_is_the_linear_of_its_decoded_weight():
     torch.testing.assert_close(weight_only.linear(x, w, bias), F.linear(x, W, bias))
     assert weight_only.linear(x.bfloat16(), w).dtype == torch.bfloat16
     check(torch.ops.llmq.weight_only_linear, x, w.words, w.params, w.order, bias, w.N, w.K, w.bits, w.group, w.has_zero)
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_e2m1_is_the_linear_of_its_decoded_weight(group):
+    gen = torch.Generator().manual_seed(group)
+    codes = torch.randint(0, 16, (40, 160), generator=gen, dtype=torch.uint8)
+    bits = torch.randint(1, 127, (40, 160 // group), generator=gen).to(torch.uint8)
+    w = e2m1.pack(codes, bits, e8m0=group == 32, factor=0.25)
+    assert all(torch.equal(a, b) for a, b in zip(e2m1.unpack(w), (codes, bits), strict=True))
+    magnitude = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])[(codes & 7).int()]
+    scale = torch.exp2(bits.float() - 127) if group == 32 else bits.view(torch.float8_e4m3fn).float()
+    W = torch.where(codes > 7, -magnitude, magnitude) * scale.repeat_interleave(group, 1) * 0.25
+    x, bias = torch.randn(3, 2, 160, generator=gen), torch.randn(40, generator=gen)
+    torch.testing.assert_close(e2m1.linear(x, w, bias), F.linear(x, W, bias))
+    check(torch.ops.llmq.e2m1_linear, x, w.words, w.params, bias, 40, 160, group, w.e8m0, w.factor)
+
+
+CODES, SCALES = torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8, 4, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "e8m0", "message"),
+    [
+        (CODES, SCALES[:, :1], False, "1 groups over K = 64 are not groups of 16 or 32 columns"),
+        (CODES, SCALES.float(), False, "scales uint8"),
+        (CODES + 16, SCALES, False, "a code is 16, beyond 4 bits"),
+        (CODES, SCALES * 127, False, "negative or not a number"),
+        (CODES, SCALES * 255, True, "negative or not a number"),
+    ],
+)
+def test_what_e2m1_cannot_hold_is_refused(codes, scales, e8m0, message):
+    with pytest.raises(KernelError, match=message):
+        e2m1.pack(codes, scales, e8m0=e8m0)
 
 
 def test_act_order_is_undone_on_the_activation():

@@ -15,7 +15,7 @@ import torch
 from ptxsim import PtxError
 from ptxsim.launch import SimulatedKernel
 
-from llmq_kernels import attention, int8, kv, panel, weight_only
+from llmq_kernels import attention, e2m1, int8, kv, panel, weight_only
 from llmq_kernels.layout import dequantize, pack
 from llmq_kernels.tune import Config
 
@@ -144,6 +144,43 @@ def test_prefill_reads_weights_once_per_row_of_tiles(monkeypatch):
     assert_close(y, x, dequantize(w))
     assert_sound(launches)
     assert_weights_read_once(launches[0], w, m_tiles=-(-70 // config.BM))
+
+
+# E2M1
+
+
+def e2m1_weight(group, N, K):
+    draw = generator(group)
+    codes = torch.randint(0, 16, (N, K), generator=draw, dtype=torch.uint8)
+    bits = torch.randint(*((118, 130) if group == 32 else (0, 127)), (N, K // group), generator=draw)
+    return e2m1.pack(codes, bits.to(torch.uint8), e8m0=group == 32, factor=0.013)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("group", [16, 32], ids=["nvfp4", "mxfp4"])
+def test_e2m1_decode(monkeypatch, group, dtype):
+    """The configuration that is tried first at K = 4096."""
+    w = e2m1_weight(group, 128, 4096)
+    x = torch.randn(2, 4096, generator=generator()).to(dtype)
+    launches = simulated(monkeypatch, e2m1, "e2m1_kernel", "sum_splits_kernel")
+    y = e2m1.launch(x, w, None, e2m1.configs(2, w, asm=True)[0])
+    assert_close(y, x, e2m1.dequantize(w))
+    assert_sound(launches)
+    words, params = (launches[0].run.traffic(n) for n in ("w_ptr", "param_ptr"))
+    packed = w.words.nbytes + w.params.nbytes
+    assert packed * 8 == (4 + 8 / group) * 128 * 4096
+    assert (words.sectors + params.sectors) * 32 <= SECTORS * packed
+
+
+@pytest.mark.parametrize(("group", "N", "K", "M"), [(16, 136, 208, 3), (32, 100, 160, 17)], ids=["nvfp4", "mxfp4"])
+def test_shapes_of_e2m1_that_do_not_fit(monkeypatch, group, N, K, M):
+    w = e2m1_weight(group, N, K)
+    x, bias = torch.randn(M, K, generator=generator()).half(), torch.randn(N, generator=generator(1)).half()
+    launches = simulated(monkeypatch, e2m1, "e2m1_kernel", "sum_splits_kernel", "decode_kernel")
+    assert_close(e2m1.launch(x, w, bias, e2m1.configs(M, w, asm=True)[0]), x, e2m1.dequantize(w), bias)
+    for dtype in (FP16, BF16, torch.float32):
+        assert torch.equal(e2m1.decode(w, dtype), e2m1.dequantize(w).to(dtype))
+    assert_sound(launches)
 
 
 @pytest.mark.parametrize(

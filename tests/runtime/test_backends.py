@@ -78,6 +78,9 @@ def test_the_order_of_back_ends_is_as_documented(solved):
         "int_mm",
         "fbgemm",
         "floatloop",
+        "scaled_mm",
+        "triton_e2m1",
+        "e4m3",
     ]
     for name in WEIGHT_ONLY:
         assert prepacked(*make(name, solved)).name == takers(name)[-1 if WIDE else 0]

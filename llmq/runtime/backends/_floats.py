@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmq.minifloat import E2M1, E4M3, power
 from llmq.runtime.backends import Prepacked
-from llmq.types import AffineGrid, FloatParams, LinearSpec, QTensor
+from llmq.types import AffineGrid, FloatParams, LinearSpec, QTensor, RangedGrid
 
 _KINDS = (E2M1, E4M3)
 
@@ -17,9 +17,11 @@ _KINDS = (E2M1, E4M3)
 class FloatPrepacked(Prepacked):
     """A weight of small floats. divisor: of the stored scales `[1, 1]`, None where they have none.
 
+    activation: the grid that the input is rounded to, None where it stays float.
     in_*: what calibration fixed of the input's grid, `[1]` each, None where nothing is.
     """
 
+    activation: RangedGrid | None
     divisor: Tensor | None
     in_scale: Tensor | None
     in_divisor: Tensor | None
