@@ -87,6 +87,20 @@ class FloatGrid(RangedGrid):
         bits, scale = self.quantize_activation(x, fixed)
         return (self.value.decode(bits).to(scale.dtype) * scale).to(x.dtype).flatten(-2)
 
+    def beside(self, scale: Tensor, params: FloatParams) -> FloatParams:
+        """Return `stored` scales `[N, G]` for rows that have `params`: what is stored once for a weight stays."""
+        return self.stored(scale)
+
+    def refine(
+        self, error_NK: Tensor, gradient_NK: Tensor, codes: Tensor, params: Parameters, H_KK: Tensor, group_K: Tensor
+    ) -> Parameters:
+        """Return params with the best stored scales for these codes; see `_float_refine`. Shared by rows, they stay."""
+        if not isinstance(self.granularity, PerRow | PerGroup):
+            return params
+        from llmq.grids._float_refine import refine
+
+        return refine(self, gradient_NK, codes, FloatParams.of(params), H_KK, group_K)
+
     def lattice(self, params: Parameters) -> Lattice:
         """See `Grid.lattice`."""
         scale = params.scale.float()

@@ -6,13 +6,16 @@ the dtype that scales are stored in.
 Not here: rounding the codes again (algorithms/descent.py).
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from llmq.params import stored
 from llmq.types import Params
 
-_ROWS = 512  # whose products with H and whose G x G systems are in memory together
+_ROWS = 512  # at most, whose products with H are in memory together
+_NUMBERS = 2**25  # of their G x G systems
 
 
 def refine(gradient_NK: Tensor, codes: Tensor, params: Params, H_KK: Tensor, group_K: Tensor) -> Params:
@@ -20,18 +23,24 @@ def refine(gradient_NK: Tensor, codes: Tensor, params: Params, H_KK: Tensor, gro
 
     A scale that would halve, double or change sign stays: its group's codes hardly bear on the output.
     """
-    G = params.scale.shape[1]
     U_NK = codes.float() - params.zero[:, group_K].float()
-    b_NK = U_NK * gradient_NK
-    if bool((group_K.diff() < 0).any()):
-        order = torch.argsort(group_K, stable=True)
-        U_NK, b_NK, H_KK = U_NK[:, order], b_NK[:, order], H_KK[order][:, order]
-    parts = zip(U_NK.split(_ROWS), b_NK.split(_ROWS), strict=True)
-    change = torch.cat([torch.linalg.solve(_normal(U, H_KK, G), _by_group(b, G).sum(-1).double()) for U, b in parts])
+    change = torch.cat([torch.linalg.solve(A, b) for A, b in systems(gradient_NK, U_NK, H_KK, group_K)])
     old = params.scale.double()
     ratio = 1 + change / old
     sane = (ratio > 0.5) & (ratio < 2)
     return Params(stored(torch.where(sane, old + change, old), params.scale), params.zero)
+
+
+def systems(gradient_NK: Tensor, U_NK: Tensor, H_KK: Tensor, group_K: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield A, float64 `[n, G, G]`, and b, `[n, G]`, of the next n rows until there are none left."""
+    G = int(group_K.max()) + 1
+    b_NK = U_NK * gradient_NK
+    if bool((group_K.diff() < 0).any()):
+        order = torch.argsort(group_K, stable=True)
+        U_NK, b_NK, H_KK = U_NK[:, order], b_NK[:, order], H_KK[order][:, order]
+    rows = max(1, min(_ROWS, _NUMBERS // G**2))
+    for U, b in zip(U_NK.split(rows), b_NK.split(rows), strict=True):
+        yield _normal(U, H_KK, G), _by_group(b, G).sum(-1).double()
 
 
 def _normal(U_NK: Tensor, H_KK: Tensor, G: int) -> Tensor:

@@ -82,6 +82,10 @@ class Nvfp4(FloatGrid):
             raise ValueError("activations in nvfp4 need the divisor that calibration chose")
         return _stored(largest / self.value.most, fixed.divisor).scale
 
+    def beside(self, scale: Tensor, params: FloatParams) -> FloatParams:
+        """See `FloatGrid.beside`."""
+        return self.stored(scale) if params.divisor is None else _stored(scale, params.divisor)
+
     @property
     def held(self) -> Held:
         """The scales of E4M3, over the divisor."""

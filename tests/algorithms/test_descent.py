@@ -9,8 +9,14 @@ from llmq.algorithms._hessian import damped
 from llmq.algorithms.descent import Descent, _State
 from llmq.algorithms.gptq import Gptq
 from llmq.algorithms.rtn import Rtn
+from llmq.granularity import PerBlock, PerGroup, PerTensor
+from llmq.grids.fp8 import Fp8
 from llmq.grids.int import Int
+from llmq.grids.mxfp4 import Mxfp4
+from llmq.grids.mxfp8 import Mxfp8
+from llmq.grids.nvfp4 import Nvfp4
 from llmq.stats import Hessian, Stats
+from llmq.types import QTensor
 
 
 def hessian(K, T=1500, seed=0):
@@ -59,6 +65,44 @@ def test_ggml_grids_are_refined_in_what_they_store(name):
     codes, params = grid.from_bytes(grid.to_bytes(after.q.codes, after.q.params))
     assert torch.equal(codes, after.q.codes)
     assert torch.equal(grid.decode(codes, params.columns(256)), after.q.dequantize())
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [Nvfp4(), Mxfp4(), Mxfp8(), Fp8(), Fp8(32), Fp8(32, scale_dtype=torch.bfloat16), Fp8("tensor"), Fp8("16x32")],
+    ids=str,
+)
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_small_floats_are_refined_in_what_they_store(grid, desc_act):
+    W_NK, h = weight(24, 128), hessian(128)
+    W_NK[3] = 0
+    before = Gptq(desc_act=desc_act).solve(W_NK, grid, Stats({Hessian: h}))
+    after, codes = (Descent(scales=s).refine(W_NK, before, Stats({Hessian: h})) for s in (True, False))
+    H_KK = Descent().regularize(damped(h.mean(), Descent.damp), h.count)
+    old, new, fixed = (row_loss(W_NK, x.q, H_KK) for x in (before, after, codes))
+    assert (new <= old * (1 + 1e-5)).all() and new.sum() < old.sum()
+    scale, params = after.q.params.scale, grid.beside(after.q.params.scale.float(), after.q.params)
+    assert scale.dtype == before.q.params.scale.dtype and torch.equal(params.scale, scale)
+    assert params.stored is None or torch.equal(params.stored, after.q.params.stored)
+    if isinstance(grid.granularity, PerGroup) and not isinstance(grid, Mxfp4 | Mxfp8):
+        assert new.sum() < 0.995 * fixed.sum()
+    if isinstance(grid.granularity, PerTensor | PerBlock):
+        assert torch.equal(scale, before.q.params.scale)
+
+
+@pytest.mark.parametrize("grid", [Nvfp4(), Mxfp4(), Fp8(32)], ids=str)
+def test_no_other_stored_scale_of_a_group_is_better(grid):
+    W_NK, H_KK = weight(8, 96), hessian(96).mean()
+    state = _State(W_NK, Rtn().solve(W_NK, grid, Stats()).q, H_KK)
+    for _ in range(3):
+        state.fit_scales()
+    for g in range(state.params.scale.shape[1]):
+        for factor in (0.5, 0.88, 1.13, 2):
+            scale = state.params.scale.clone()
+            scale[:, g] *= factor
+            tried = grid.beside(scale, state.params)
+            E = W_NK - QTensor(state.codes, tried, grid).dequantize()
+            assert (((E @ H_KK) * E).sum(1) >= state.loss_N * (1 - 1e-4)).all()
 
 
 def test_each_step_alone_lowers_the_loss():
