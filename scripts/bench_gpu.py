@@ -35,6 +35,10 @@ from llmq.runtime.linear import QuantLinear
 SCHEMES = {
     "int4 g128": ("--bits", 4, "--group-size", 128, "--format", "compressed-tensors"),
     "int8 channel": ("--bits", 8, "--group-size", "channel", "--format", "compressed-tensors"),
+    "nvfp4": ("--weights", "nvfp4", "--format", "compressed-tensors"),
+    "mxfp4": ("--weights", "mxfp4", "--format", "compressed-tensors"),
+    "fp8": ("--weights", "fp8", "--format", "compressed-tensors"),
+    "fp8, fp8 inputs": ("--weights", "fp8", "--inputs", "fp8", "--format", "compressed-tensors"),
     "w8a8": ("--bits", 8, "--act-bits", 8, "--group-size", "channel", "--format", "compressed-tensors"),
 }
 PREFILL = 2048
@@ -82,7 +86,7 @@ def models(out: Path, blocks: int) -> dict[str, Any]:
         "bfloat16": AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).cuda().eval()
     }
     for name, options in SCHEMES.items():
-        folder = quantized(out / f"{source.name}-{name.replace(' ', '-')}", source, *options)
+        folder = quantized(out / f"{source.name}-{name.replace(', ', '-').replace(' ', '-')}", source, *options)
         found[name] = llmq.load(folder, dtype=torch.bfloat16, device="cuda")
     return found
 

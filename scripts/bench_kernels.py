@@ -30,16 +30,17 @@ from _kernel_peers import PEERS
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from llmq_kernels import attention, int8, kv, layout, tune, weight_only
+from llmq_kernels import attention, e2m1, int8, kv, layout, tune, weight_only
 
 TOKENS = (1, 4, 16, 64, 256)
 SHAPES = {  # output and input features: q/k/v fused, o, gate/up fused, down
     "8B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
     "70B": ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)),
 }
-TIMED = ("W4 sym g128", "W4 asym g128", "W4 asym g32", "W8 sym channel", "W3 sym g128", "W2 sym g128", "W8A8")
+TIMED = ("W4 sym g128", "W4 asym g128", "W4 asym g32", "NVFP4", "MXFP4", "W8 sym channel", "W3 sym g128",
+         "W2 sym g128", "W8A8")  # fmt: skip
 CHECKED = ("W4 asym g128", "W4 sym g32", "W4 asym channel", "W8 sym channel", "W8 asym g64", "W3 asym g64",
-           "W2 asym g64", "W8A8")  # fmt: skip
+           "W2 asym g64", "NVFP4", "MXFP4", "W8A8")  # fmt: skip
 CHECK_M = (1, 17, 130)
 MODULES = {"Marlin": "vllm", "GemLite": "gemlite", "torchao": "torchao"}
 BOUND_DB = {torch.float16: 65, torch.bfloat16: 47}  # rounding to 11 and to 8 bits, less a margin
@@ -58,6 +59,8 @@ class Linear:
 
 def make(name: str, N: int, K: int) -> Linear:
     """Return the linear `[N, K]` of a name such as "W4 asym g128"; W8A8 has int8 weights, symmetric per channel."""
+    if name in ("NVFP4", "MXFP4"):
+        return _e2m1(N, K, 32 if name == "MXFP4" else 16)
     if name == "W8A8":
         codes = torch.randint(-128, 128, (N, K), device="cuda").to(torch.int8)
         w8 = int8.pack(codes, torch.rand(N, device="cuda") / 99)
@@ -83,6 +86,21 @@ def make(name: str, N: int, K: int) -> Linear:
         lambda x, bias, config: weight_only.launch(x, w, bias, config),
         lambda x, bias: weight_only.reference(x.float(), w, bias),
         lambda M: weight_only.configs(M, w),
+        w.words.nbytes + w.params.nbytes,
+    )
+
+
+def _e2m1(N: int, K: int, group: int) -> Linear:
+    """Return the linear of E2M1 codes and scales for so many columns, of E8M0 where they are 32."""
+    codes = torch.randint(0, 16, (N, K), dtype=torch.uint8, device="cuda")
+    e8m0 = group == 32
+    scales = torch.randint(*((118, 124) if e8m0 else (1, 127)), (N, K // group), device="cuda")
+    w = e2m1.pack(codes, scales.to(torch.uint8), e8m0=e8m0, factor=0.25 if e8m0 else 1e-4)
+    return Linear(
+        lambda x, bias: e2m1.linear(x, w, bias),
+        lambda x, bias, config: e2m1.launch(x, w, bias, config),
+        lambda x, bias: e2m1.reference(x.float(), w, bias),
+        lambda M: e2m1.configs(M, w),
         w.words.nbytes + w.params.nbytes,
     )
 

@@ -3,6 +3,7 @@
     python scripts/bench_runtime.py shapes [--smollm2 DIR] [--out DIR]       decode and prefill, weights' bytes
     python scripts/bench_runtime.py cache MODEL --text FILE                  bytes and chunked perplexity at 8192 tokens
     python scripts/bench_runtime.py crossover                                packed and decoded products, by rows
+    python scripts/bench_runtime.py floats                                   small floats beside the reference, by rows
 
 `shapes` measures a random Llama of TinyLlama-1.1B's shape and, where given, a model of scripts/make_reference_model.py.
 All models of a row are in memory at once and take turns, so that a ratio is of neighbours in time: the median over the
@@ -52,6 +53,8 @@ TINYLLAMA = {
 SCHEMES = {
     "int4 g64": ("--bits", 4, "--group-size", 64, "--format", "compressed-tensors"),
     "int8 channel": ("--bits", 8, "--group-size", "channel", "--format", "compressed-tensors"),
+    "nvfp4": ("--weights", "nvfp4", "--format", "compressed-tensors"),
+    "fp8": ("--weights", "fp8", "--format", "compressed-tensors"),
     "w8a8": ("--bits", 8, "--act-bits", 8, "--group-size", "channel", "--format", "compressed-tensors"),
 }
 
@@ -279,6 +282,31 @@ def crossover(args: argparse.Namespace) -> None:
     print(f"rows up to which the first of two is used: intloop {intloop.FEW}, the others {backends.many_rows()}")
 
 
+def floats(args: argparse.Namespace) -> None:
+    """Print milliseconds of layers of small floats: float32, the reference and the loops, by rows."""
+    from llmq.grids.fp8 import Fp8
+    from llmq.grids.mxfp4 import Mxfp4
+    from llmq.grids.mxfp8 import Mxfp8
+    from llmq.grids.nvfp4 import Nvfp4
+    from llmq.runtime import reference
+    from llmq.runtime.backends.floatloop import FloatLoop
+    from llmq.types import LinearSpec, QTensor, Scheme
+
+    now, (N, K) = clock(args.clock), (args.size, args.size)
+    print(f"{measure.machine()}; N = K = {N}, {args.threads} threads, {args.clock} ms, least of {args.rounds}")
+    print("| grid | rows | float32 | reference | floatloop |\n|---|---|---|---|---|")
+    W = torch.randn(N, K)
+    for grid in (Nvfp4(), Mxfp4(), Fp8(), Fp8("128x128"), Mxfp8()):
+        q = QTensor.rounded(W, grid)
+        w = FloatLoop(q, LinearSpec("x", N, K, Scheme(grid)))
+        for rows in (1, 8, 64, 512):
+            x = torch.randn(rows, K)
+            runs = (lambda x=x: F.linear(x, W), lambda x=x, q=q: reference.linear(x, q, None), lambda x=x, w=w: w(x))
+            cells = (f"{1e3 * _least(run, args.rounds, now):.2f}" for run in runs)
+            name = f"{type(grid).__name__.lower()} {grid.granularity}"
+            print(f"| {name} | {rows} | {' | '.join(cells)} |", flush=True)
+
+
 def _loop(product: Callable[..., Any], w: Any, x: torch.Tensor) -> Any:
     return product(x, w.words, w.scale, w.zero, w.field)
 
@@ -298,8 +326,8 @@ def main() -> None:
     """Parse, set the threads and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    one, two, three = (commands.add_parser(name) for name in ("shapes", "cache", "crossover"))
-    for command, run in ((one, shapes), (two, cache), (three, crossover)):
+    one, two, three, four = (commands.add_parser(name) for name in ("shapes", "cache", "crossover", "floats"))
+    for command, run in ((one, shapes), (two, cache), (three, crossover), (four, floats)):
         command.set_defaults(run=run)
         command.add_argument("--threads", type=int, default=torch.get_num_threads())
         command.add_argument("--clock", choices=["wall", "cpu"], default="wall")
@@ -316,6 +344,7 @@ def main() -> None:
     two.add_argument("model", type=Path)
     two.add_argument("--text", type=Path, required=True)
     two.add_argument("--tokens", type=int, default=8192)
+    four.add_argument("--size", type=int, default=1024, help="features of the layers, in and out")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.run(args)

@@ -33,6 +33,7 @@ from llmq.runtime.linear import QuantLinear
 
 FOUR = ("--bits", 4, "--group-size", 64)
 W8A8 = ("--bits", 8, "--act-bits", 8, "--group-size", "channel", "--format", "compressed-tensors")
+CT = ("--format", "compressed-tensors")
 RECIPES: dict[str, tuple[object, ...]] = {
     "rtn": (*FOUR, "--method", "rtn"),
     "4 bits fast": (*FOUR, "--quality", "fast"),
@@ -44,6 +45,10 @@ RECIPES: dict[str, tuple[object, ...]] = {
     "rotate": (*FOUR, "--method", "rotate,gptq"),
     "W8A8": W8A8,
     "W8A8 static": (*W8A8, "--act", "tensor"),
+    "NVFP4": ("--weights", "nvfp4", *CT),
+    "MXFP4": ("--weights", "mxfp4", *CT),
+    "FP8": ("--weights", "fp8", "--inputs", "fp8", *CT),
+    "FP8 blocks": ("--weights", "fp8:group=128x128", *CT),
 }
 LEAST_DB = 25  # between kernels in bfloat16, with int8 activations too, and the exact back-end, through every layer
 LOSS = 0.01  # by how much the loss of a solve may differ between devices, whose products are summed in other orders
