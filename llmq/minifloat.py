@@ -67,9 +67,10 @@ def _e2m1(t: Tensor) -> Tensor:
 
 
 def exponent(scale: Tensor) -> Tensor:
-    """Return the E8M0 bits of the power of two nearest to positive float32 scales, uint8; from 2^-127 to 2^127."""
+    """Return the E8M0 bits of the power of two nearest to float32 scales, uint8; from 2^-127, that of 0, to 2^127."""
     mantissa, power = torch.frexp(scale.float())  # in [.5, 1) times 2^power
-    return (power - (mantissa < 0.75).int() + 127).clamp(0, 254).to(torch.uint8)
+    nearest = power - (mantissa < 0.75).int() + 127
+    return torch.where(scale == 0, 0, nearest).clamp(0, 254).to(torch.uint8)
 
 
 def power(bits: Tensor) -> Tensor:

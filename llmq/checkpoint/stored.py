@@ -47,5 +47,5 @@ def checked(
 
 def _dtypes(name: str, expected: Tensor) -> tuple[torch.dtype, ...]:
     if expected.is_floating_point():
-        return _FLOATS
+        return _FLOATS if expected.dtype.itemsize > 1 else (expected.dtype,)
     return _INTEGERS if (name, expected.dtype) in _ANY_INTEGER else (expected.dtype,)

@@ -46,7 +46,10 @@ class Microscaling(FloatGrid):
 
     def stored(self, scale: Tensor) -> FloatParams:
         """See `FloatGrid.stored`."""
-        bits = exponent(scale)
+        return self.of_bits(exponent(scale))
+
+    def of_bits(self, bits: Tensor) -> FloatParams:
+        """Return the parameters of scales as they are stored, uint8 `[..., G]`."""
         return FloatParams(power(bits), bits)
 
     def run_time_scale(self, largest: Tensor, fixed: Parameters | None) -> Tensor:

@@ -50,6 +50,10 @@ class Fp8(FloatGrid):
         """Return the grid with the min-max range."""
         return self if self.range is None else replace(self, range=None)
 
+    def stored_in(self, dtype: torch.dtype) -> Fp8:
+        """See `Grid.stored_in`."""
+        return replace(self, scale_dtype=dtype)
+
     @property
     def held(self) -> Held:
         """The scales of `scale_dtype`."""

@@ -49,7 +49,8 @@ class Nvfp4(FloatGrid):
         """See `Grid.spanning`; a search, which may cover more than there is, leaves room above the largest scale."""
         largest = max(float(W.abs().max()) for W in weights)
         most = E4M3.most if self.range is None else E4M3.most / 1.75
-        return replace(self, divisor=most * self.value.most / largest if largest else 1.0)
+        divisor = most * self.value.most / largest if largest else 1.0
+        return replace(self, divisor=divisor if divisor <= torch.finfo(torch.float32).max else 1.0)
 
     def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Parameters:
         """See `RangedGrid.fit`."""
@@ -85,6 +86,10 @@ class Nvfp4(FloatGrid):
     def beside(self, scale: Tensor, params: FloatParams) -> FloatParams:
         """See `FloatGrid.beside`."""
         return self.stored(scale) if params.divisor is None else _stored(scale, params.divisor)
+
+    def of_bits(self, bits: Tensor, divisor: Tensor) -> FloatParams:
+        """Return the parameters of scales as they are stored, uint8 `[..., G]`. divisor: float32 `[1]`."""
+        return FloatParams(E4M3.decode(bits) / divisor, bits, divisor.expand(*bits.shape[:-1], 1).contiguous())
 
     @property
     def held(self) -> Held:

@@ -307,7 +307,7 @@ def test_warnings(model_of: Callable[..., list[LinearSpec]]) -> None:
     assert fused.startswith("model.layers.0.self_attn: q_proj, k_proj, v_proj are not quantized alike")
     beside, eight = CompressedTensors().check(mixed(model_of))[:2]
     assert "cannot load asymmetric pack-quantized weights beside another scheme" in beside and "8-bit" in eight
-    assert "refuses to load" in CompressedTensors(kv="tensor").check(model_of(Int(4, True, 32)))[0]
+    assert "refuses to load" in CompressedTensors(kv="tensor", kv_dtype="int8").check(model_of(Int(4, True, 32)))[0]
 
 
 BASE = {
@@ -330,9 +330,9 @@ BASE = {
         (("g",), {"targets": ["re:("]}, "not a regular expression"),
         (("g",), {"output_activations": {"num_bits": 8}}, "quantizes outputs"),
         (("g",), {"format": "marlin-24"}, "format is 'marlin-24'"),
-        (("g", "weights"), {"type": "float"}, "holds float weights (pack-quantized)"),
-        (("g",), {"weights": {"type": "float", "num_bits": 8}, "format": "float-quantized"}, "holds FP8 weights"),
-        (("g",), {"weights": {"type": "float", "num_bits": 4}, "format": "nvfp4-pack-quantized"}, "NVFP4 weights"),
+        (("g", "weights"), {"type": "float"}, "holds float weights stored as 'pack-quantized'"),
+        (("g",), {"weights": {"type": "float", "num_bits": 6}, "format": "mxfp6-pack-quantized"}, "'mxfp6-pack-quant"),
+        (("g",), {"weights": {"type": "float", "num_bits": 4}, "format": "float-quantized"}, "num_bits is 4; llmq"),
         ((), {"ignore": 5}, "ignore is 5; it must be of type list"),
         ((), {"ignore": [5]}, "ignore must be a list of strings"),
         ((), {"config_groups": [1]}, "config_groups is [1]; it must be of type dict"),
