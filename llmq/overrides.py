@@ -1,6 +1,7 @@
 r"""What a recipe says of some matrices alone: `REGEX:key=value[,key=value...]`.
 
-    down_proj$:bits=8,group_size=32          names as transformers has them, keys of the integer grids
+    down_proj$:bits=8,group_size=32          names as transformers has them, options of the grid of the rest
+    mlp:weights=nvfp4,inputs=nvfp4           whole grids in place of those of the rest; inputs=none is float
     blk\.0\.ffn_down:type=Q6_K               names as ggml has them, the one key of GGUF
 
 A value may hold colons and equals signs of its own (`range=percentile:p=99.9`).

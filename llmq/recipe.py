@@ -19,10 +19,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 
 from llmq import options, registry
+from llmq.errors import printable
 from llmq.granularity import granularity
 from llmq.guard.reading import yaml_object
 from llmq.options import Between
 from llmq.overrides import parse
+from llmq.schemes import SCHEMES
 from llmq.types import AffineGrid, LlmqError
 
 DEFAULT_RANGE = "minmax"
@@ -63,6 +65,8 @@ class Recipe:
     """How to quantize a model. Every option that was not given is None, or empty where it is a list.
 
     quality: a method and a range by measurement, where no method is given.
+    scheme: a name for weights and inputs (schemes.py), which becomes the options that it is short for as soon as it is
+        said; those that say weights and inputs too are refused beside it, all others win over its own.
     method: comma-separated steps, each `name[:option=value...]`, in the order one rotation, one weighting,
         transforms, corrections, one solver, refiners, tuners, finishers.
     weights: the grid of a weight, `NAME[:option=value...]`; where it takes a range and names none, see `range`.
@@ -77,7 +81,8 @@ class Recipe:
     format: how the result is stored (gptq; compressed-tensors for small floats, inputs, kv_bits and target_bpw).
     kv_bits: 8 writes static scales of the key-value cache too, one per "tensor" or per "head" (`kv`), for entries of
         `kv_dtype`: "fp8", which runtimes read, or "int8".
-    override: `REGEX:bits=8,group_size=32` on full module names, later ones win. skip: regexes of linears left float.
+    override: `REGEX:bits=8,group_size=32` or `REGEX:weights=fp8,inputs=fp8` on full module names, later ones win.
+    skip: regexes of linears left float.
     on_misfit: linears whose shape the format cannot hold (no group divides K) are left float by "skip", else refused.
     target_bpw: bits per quantized weight, scales counted, to spend where they help most; --bit-choices lists the bits
         that a site may get.
@@ -93,6 +98,7 @@ class Recipe:
     """
 
     quality: Literal["fast", "balanced", "best"] | None = option()
+    scheme: str | None = option()
     method: str = option()
     weights: str | None = option(None, _INTEGERS)
     bits: Annotated[int, Between(2, 8)] = option(4, _INTEGERS, _FLAGS)
@@ -128,6 +134,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, value in self._given():
             options.check(_dashed(name), value, KINDS[name])
+        if self.scheme is not None:
+            self._expand(self.scheme)
         for name in ("override", "skip"):
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         if self.kv_bits and self.gguf:
@@ -138,6 +146,22 @@ class Recipe:
                     raise LlmqError(f"{_dashed(f.name)} means nothing here: {when.remedy}")
         self._check_pairs()
 
+    def _expand(self, scheme: str) -> None:
+        """Put what a scheme is short for in its place."""
+        if scheme not in SCHEMES:
+            raise LlmqError(f"--scheme {printable(repr(scheme), 80)} is none of: {', '.join(SCHEMES)}")
+        if self.gguf:
+            raise LlmqError(f"--scheme means nothing here: {_INTEGERS.remedy}")
+        for name in ("weights", "inputs", "bits", "act_bits"):
+            if getattr(self, name) is not None:
+                raise LlmqError(f"--scheme {scheme} says what weights and inputs become; leave {_dashed(name)} out")
+        for name, value in SCHEMES[scheme].options.items():
+            if name == "override":
+                object.__setattr__(self, name, (*value, *(self.override or ())))
+            elif getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        object.__setattr__(self, "scheme", None)
+
     def _check_pairs(self) -> None:
         """Refuse options that do not go with one another."""
         if self.quality is not None and self.method is not None:
@@ -147,7 +171,7 @@ class Recipe:
         if self.target_bpw is not None and self.quantizes_inputs:
             raise LlmqError("target_bpw chooses bits of weights; beside quantized inputs they have no others")
         for text in self.override if self.target_bpw is not None else ():
-            if (said := parse(text)) and "bits" in said.changes:
+            if (said := parse(text)) and not {"bits", "weights", "inputs"}.isdisjoint(said.changes):
                 raise LlmqError(f"--override {text!r}: --target-bpw chooses the bits of every linear; --skip it there")
         if self._integer_inputs and self.bits != 8 and not self.weights:
             raise LlmqError(f"8-bit activations need 8-bit weights, not {self.bits or 4}; say --bits 8")
@@ -218,7 +242,8 @@ class Recipe:
             yield from ((key, name) for name in _of_grid(getattr(self, key)))
         for override in self.override:
             values = said.changes.items() if (said := parse(override)) else ()  # a number names nothing, dot or not
-            yield from (("override", v) for key, v in values if key == "range" or v.lstrip("[")[:1].isalpha())
+            names = (name for _, v in values if v.lstrip("[")[:1].isalpha() for name in _of_grid(v))
+            yield from (("override", name) for name in names)
 
     def resolved(self) -> Recipe:
         """Return the recipe with a default for every option that means something and was not given."""
@@ -300,9 +325,8 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Return every option, null where it means nothing; a few stand there only where they were given."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {
-            k: v for k, v in values.items() if k not in ("weights", "inputs", "on_misfit", "experts") or v is not None
-        }
+        seldom = {"scheme", "weights", "inputs", "on_misfit", "experts"}
+        return {k: v for k, v in values.items() if k not in seldom or v is not None}
 
     def to_yaml(self) -> str:
         """Return the options that were given as YAML that `load` reads back equal."""

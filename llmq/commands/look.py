@@ -25,14 +25,24 @@ def inspect(
         console.print(table)
 
 
-def list_() -> None:
-    """List algorithms, ranges, grids, formats and families, with a line on each and the options of `NAME:option=value`.
+_FOLDERS = ("algorithms", "ranges", "grids", "formats", "families")
 
-    Example: `llmq list`
+
+def list_(
+    what: Annotated[str | None, typer.Argument(help="schemes, algorithms, ranges, grids, formats or families.")] = None,
+) -> None:
+    """List what there is to choose from: schemes, and all that `NAME:option=value` can name, with a line on each.
+
+    Example: `llmq list schemes`
     """
     from llmq import registry
+    from llmq.types import LlmqError
 
-    for folder in ("algorithms", "ranges", "grids", "formats", "families"):
+    if what not in (None, "schemes", *_FOLDERS):
+        raise LlmqError(f"there is no list of {what!r}; there are schemes, {', '.join(_FOLDERS)}")
+    if what in (None, "schemes"):
+        console.print(_schemes())
+    for folder in _FOLDERS if what is None else {what}.intersection(_FOLDERS):
         table = Rows(folder, "name", "what it is", box=None)
         for name, line in registry.describe(folder):
             table.add(name, line)
@@ -40,3 +50,22 @@ def list_() -> None:
                 table.add_row("", plain(f":{known}", "dim"))
         if table.row_count:  # no family needs a file today
             console.print(table)
+
+
+def _schemes() -> Rows:
+    from llmq.schemes import SCHEMES
+
+    table = Rows("schemes", "--scheme", "bits", "runs on", "beware", "short for")
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    for name, scheme in SCHEMES.items():
+        short = [_said(key, value) for key, value in scheme.options.items()]
+        table.add(name, scheme.bits, scheme.runs, scheme.beware, " ".join(short))
+    return table
+
+
+def _said(option: str, value: object) -> str:
+    """Return an option as the command line has it."""
+    dashed = "--" + option.replace("_", "-")
+    if value is True:
+        return dashed
+    return f"{dashed} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"

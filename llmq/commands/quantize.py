@@ -20,6 +20,7 @@ def quantize(
     recipe: Annotated[Path | None, typer.Option(help="YAML or JSON file with any of these options.")] = None,
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter to add to the weights: a folder or Hub id.")] = None,
     quality: Annotated[str | None, typer.Option(help="fast, balanced or best: time against error. [balanced]")] = None,
+    scheme: Annotated[str | None, typer.Option(help="Weights and inputs by name: w4a16, fp8, nvfp4, mixed ...")] = None,
     method: Annotated[str | None, typer.Option(help="Steps by name in place of a quality: awq,gptq:damp=0.01")] = None,
     weights: Annotated[str | None, typer.Option(help="Weight grid: nvfp4, int:bits=4:asym; short for int:")] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a weight, 2 to 8.")] = None,
@@ -39,7 +40,7 @@ def quantize(
     format_: Annotated[str | None, typer.Option("--format", help="gptq, awq, compressed-tensors or gguf.")] = None,
     type_: Annotated[str | None, typer.Option("--type", help="GGUF: Q4_K_M, Q8_0, F16 ... [Q4_K_M]")] = None,
     override: Annotated[
-        list[str] | None, typer.Option(help="'REGEX:bits=8,group_size=32'; GGUF: 'REGEX:type=Q6_K'; repeatable.")
+        list[str] | None, typer.Option(help="'REGEX:bits=8', 'REGEX:weights=fp8,inputs=fp8'; GGUF: 'REGEX:type=Q6_K'.")
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave float; repeatable.")] = None,
     on_misfit: Annotated[str | None, typer.Option(help="'skip' leaves linears float that no group divides.")] = None,

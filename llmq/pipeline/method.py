@@ -3,8 +3,10 @@
 Not here: what a user may write (recipe.py), the model that it is for (plan.py).
 """
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,7 +32,7 @@ from llmq.steps import (
     Tuner,
     Weighting,
 )
-from llmq.types import Grid, LlmqError, RangedGrid, Scheme
+from llmq.types import Grid, LlmqError, Range, RangedGrid, Scheme
 
 _HELD = {
     "desc_act": "g_idx; drop desc_act (static groups) or use --format gptq",
@@ -41,6 +43,26 @@ STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
 
 
 @dataclass(frozen=True)
+class Differing:
+    """How the linears of an override differ from the rest.
+
+    weight, inputs: grids that take the place of the rest's, None where those stay; floats: their inputs are not
+    quantized. options: of the weight's grid, that change. said, as `REGEX:weights=fp8,inputs=fp8`.
+    """
+
+    said: Override
+    weight: Grid | None
+    inputs: RangedGrid | None
+    floats: bool
+    options: Mapping[str, str]
+
+    def of(self, scheme: Scheme) -> Scheme:
+        """Return what a scheme becomes. Raises LlmqError for an option that its grid does not have."""
+        grid = registry.changed(self.weight or scheme.weight, self.options, f"--override {self.said.text!r}")
+        return Scheme(grid, None if self.floats else self.inputs or scheme.activation)
+
+
+@dataclass(frozen=True)
 class Method:
     """A resolved recipe with its objects made."""
 
@@ -48,7 +70,7 @@ class Method:
     solver: Solver
     format: Format
     base: Scheme | None  # None where the format's own types take its place (GGUF)
-    overrides: tuple[Override, ...]
+    overrides: tuple[Differing, ...]
     skip: tuple[Pattern, ...]
     rotations: tuple[Rotation, ...]
     weightings: tuple[Weighting, ...]
@@ -79,7 +101,7 @@ class Method:
 
         Raises LlmqError for an override or a skip that matches none.
         """
-        overrides = [(o.text, o.pattern) for o in self.overrides if o.text != UNCLIPPED]
+        overrides = [(o.said.text, o.said.pattern) for o in self.overrides if o.said.text != UNCLIPPED]
         asked = [*((p.pattern, p) for p in self.skip), *overrides]
         for text, pattern in asked:
             if not any(pattern.search(n) for n in linears):
@@ -90,11 +112,11 @@ class Method:
         """Return what the linear of that full name becomes, None where it stays float."""
         if self.base is None or any(p.search(name) for p in self.skip):
             return None
-        grid = self.base.weight
+        scheme = self.base
         for override in self.overrides:
-            if override.pattern.search(name):
-                grid = registry.changed(grid, override.changes, override.text)
-        return Scheme(grid, self.base.activation)
+            if override.said.pattern.search(name):
+                scheme = override.of(scheme)
+        return scheme
 
 
 def method_of(recipe: Recipe, model_dtype: torch.dtype) -> Method:
@@ -109,13 +131,13 @@ def method_of(recipe: Recipe, model_dtype: torch.dtype) -> Method:
     return Method(recipe, solver, fmt, base, overrides, skip, **several)
 
 
-def _schemes(recipe: Recipe, text: str, scale_dtype: torch.dtype) -> tuple[Scheme, tuple[Override, ...]]:
+def _schemes(recipe: Recipe, text: str, scale_dtype: torch.dtype) -> tuple[Scheme, tuple[Differing, ...]]:
     """Return the scheme of most linears, whose grid a text names, and how some differ from it."""
     grid: Grid = registry.load("grids", text, code=True).stored_in(scale_dtype)
     scheme = Scheme(grid, _activation(recipe, scale_dtype))
     if why := unpaired(scheme):
         raise LlmqError(why)
-    return scheme, tuple(_override(o, grid) for o in recipe.override)
+    return scheme, tuple(_override(o, scheme, scale_dtype) for o in recipe.override)
 
 
 def _activation(recipe: Recipe, scale_dtype: torch.dtype) -> RangedGrid | None:
@@ -164,11 +186,36 @@ def _format(recipe: Recipe, solver: Solver) -> Format:
     return cast(Format, fmt)
 
 
-def _override(text: str, grid: Grid) -> Override:
-    """Return an override, by a grid's own keys. Raises LlmqError for what does not read, or does not change it."""
-    override = parse(text)
-    if override is None:
-        raise LlmqError(f"--override {text!r} does not read; write REGEX:bits=8,group_size=32 (also sym=, range=)")
-    new = {"group" if key == "group_size" else key: value for key, value in override.changes.items()}
-    registry.changed(grid, new, f"--override {text!r}")
-    return dataclasses.replace(override, changes=new)
+def _override(text: str, base: Scheme, scale_dtype: torch.dtype) -> Differing:
+    """Return an override, by whole grids or by a grid's own keys.
+
+    Raises LlmqError for what does not read, or does not change the rest's scheme.
+    """
+    said = parse(text)
+    if said is None:
+        raise LlmqError(
+            f"--override {text!r} does not read; write REGEX:bits=8,group_size=32 (also sym=, range=) or "
+            "REGEX:weights=fp8,inputs=fp8"
+        )
+    options = {"group" if key == "group_size" else key: value for key, value in said.changes.items()}
+    weights, inputs = options.pop("weights", None), options.pop("inputs", None)
+    if weights and options:
+        raise LlmqError(f"--override {text!r}: weights= says all of the grid; say {', '.join(options)} there")
+    weight = registry.load("grids", weights, code=True).stored_in(scale_dtype) if weights else None
+    if weight is not None and registry.lacks("grids", weights or "", "range"):
+        weight = _ranged(weight, getattr(base.weight, "range", None), f"--override {text!r}")
+    floats = inputs == "none"
+    grid = None
+    if inputs and not floats:
+        grid = input_grid(registry.load("grids", inputs, code=True).stored_in(scale_dtype), f"--override {text!r}")
+    differing = Differing(said, weight, grid, floats, options)
+    differing.of(base)
+    return differing
+
+
+def _ranged(grid: Any, range_: Range | None, said: str) -> Grid:
+    """Return a grid whose class takes a range with the one that the rest has."""
+    try:
+        return cast(Grid, dataclasses.replace(grid, range=range_))
+    except ValueError as e:
+        raise LlmqError(f"{said}: {e}; say range= there") from e
