@@ -102,6 +102,12 @@ class Lattice(NamedTuple):
     high: float
     levels: Levels | None = None
 
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Return the values and edges of the levels, on the device of the scales; `[0]` where there are none."""
+        if self.levels is None:
+            return self.scale.new_empty(0), self.scale.new_empty(0)
+        return self.levels.value.to(self.scale.device), self.levels.edge.to(self.scale.device)
+
 
 @dataclass(frozen=True)
 class Parameters:

@@ -106,8 +106,8 @@ class Grid(ABC):
         """Return how compressed-tensors describes the grid; None where it has no words for it."""
         return None
 
-    def spanning(self, weights: Sequence[Tensor]) -> Grid:
-        """Return the grid for weights `[N, K]` that runtimes fuse: what is stored once for a weight they then share."""
+    def spanning(self, weights: Sequence[Tensor], grids: Sequence[Grid] = ()) -> Grid:
+        """Return the grid for weights `[N, K]` on `grids` that runtimes fuse: what is stored once they then share."""
         return self
 
     def plain(self) -> Grid:

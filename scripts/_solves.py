@@ -18,7 +18,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from llmq.algorithms import _sweep, _walk
 from llmq.algorithms._hessian import damped
-from llmq.algorithms._sweep import table
 from llmq.algorithms.descent import Descent
 from llmq.algorithms.gptq import Gptq
 from llmq.grids.int import Int
@@ -96,7 +95,7 @@ def _panel(device: str) -> list[Tensor]:
     gradient, lost = noise.clone(), noise[0].abs()
     found = [gradient, lost]
     for levels in (None, E2M1.levels, E4M3.levels):
-        values = (zero, *table(Lattice(scale, zero, scale / 3, 0.0, 15.0, levels)), 0.0, 15.0)
+        values = (zero, *Lattice(scale, zero, scale / 3, 0.0, 15.0, levels).table(), 0.0, 15.0)
         error, step = torch.empty_like(w), torch.empty_like(w)
         code, new = (torch.empty_like(w, dtype=torch.uint8) for _ in range(2))
         panel.round_panel(w, w + noise / 9, H, group, scale, zero, scale / 3, *values[1:], error, code)

@@ -107,7 +107,7 @@ def _compiled_leaf(sweep: _Sweep, lattice: Lattice, loop: Callable[..., None]) -
     W_KN, T_KN, F_KK, E_KN, codes_KN, group_K = sweep
     scale_GN, zero_GN, offset_GN = (p.T.contiguous() for p in lattice[:3])
     divisor_GN = torch.where(scale_GN == 0, torch.inf, scale_GN)
-    tensors = (W_KN, T_KN, E_KN, codes_KN, divisor_GN, scale_GN, zero_GN, offset_GN, *table(lattice), group_K)
+    tensors = (W_KN, T_KN, E_KN, codes_KN, divisor_GN, scale_GN, zero_GN, offset_GN, *lattice.table(), group_K)
     arrays = tuple(t.numpy() for t in tensors)
 
     def work(lo: int, hi: int) -> None:
@@ -116,18 +116,11 @@ def _compiled_leaf(sweep: _Sweep, lattice: Lattice, loop: Callable[..., None]) -
     return _Leaf(work, _LEAF_COMPILED, codes=lattice.levels and lattice.levels.code)
 
 
-def table(lattice: Lattice) -> tuple[Tensor, Tensor]:
-    """Return the values and edges of a table on the device of its scales; of evenly spaced values none, `[0]`."""
-    if lattice.levels is None:
-        return lattice.scale.new_empty(0), lattice.scale.new_empty(0)
-    return lattice.levels.value.to(lattice.scale.device), lattice.levels.edge.to(lattice.scale.device)
-
-
 def _kernel_leaf(sweep: _Sweep, lattice: Lattice) -> _Leaf:
     from llmq_kernels.panel import WIDTH, round_panel
 
     W_KN, T_KN, F_KK, E_KN, codes_KN, group_K = sweep
-    values = (*(p.T.contiguous() for p in lattice[:3]), *table(lattice), lattice.low, lattice.high)
+    values = (*(p.T.contiguous() for p in lattice[:3]), *lattice.table(), lattice.low, lattice.high)
 
     def work(lo: int, hi: int) -> None:
         at = slice(lo, hi)

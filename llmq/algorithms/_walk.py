@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.algorithms._sweep import halves, looked_up, table
+from llmq.algorithms._sweep import halves, looked_up
 from llmq.gpu import runs_kernels
 from llmq.jit import compiled, in_threads
 from llmq.params import ROUNDER
@@ -83,7 +83,7 @@ def _by_rows(loop: Callable[..., None], walk: Walk, lattice: Lattice, sweeps: in
         divisor_NG,
         scale_NG,
         zero_NG,
-        *table(lattice),
+        *lattice.table(),
     )
     arrays = [t.numpy() for t in tensors]
     in_threads(len(codes), lambda first, last: loop(*arrays, sweeps, first, last, lattice.low, lattice.high))
@@ -97,7 +97,7 @@ def _by_panels(walk: Walk, lattice: Lattice, sweeps: int) -> None:
     H_KK, group_K = walk.H_KK[order[:, None], order], walk.group[order]
     gradient_KN, old_KN = walk.gradient.T[order].contiguous(), walk.codes.T[order].contiguous()
     step_KN, new_KN = torch.empty_like(gradient_KN), torch.empty_like(old_KN)
-    values = (lattice.scale.T.contiguous(), lattice.zero.T.contiguous(), *table(lattice), lattice.low, lattice.high)
+    values = (lattice.scale.T.contiguous(), lattice.zero.T.contiguous(), *lattice.table(), lattice.low, lattice.high)
     for _ in range(sweeps):
         for a, b in halves(0, len(order), WIDTH, WIDTH, back=True):
             if a == b:

@@ -14,6 +14,7 @@ Not here: the bits of a value (minifloat.py), packing (formats/).
 from __future__ import annotations
 
 from abc import abstractmethod
+from math import log2
 from typing import ClassVar
 
 import torch
@@ -25,9 +26,13 @@ from llmq.types import FloatParams, Grid, Lattice, Parameters, RangedGrid
 
 
 class FloatGrid(RangedGrid):
-    """Small floats times a scale. value: their kind."""
+    """Small floats times a scale.
+
+    value: their kind. beyond: by what a search multiplies the largest value at most.
+    """
 
     value: ClassVar[Minifloat]
+    beyond: ClassVar[float] = 1.75
 
     @property
     def bits(self) -> int:
@@ -44,10 +49,19 @@ class FloatGrid(RangedGrid):
         """See `RangedGrid.reach`."""
         return self.value.most
 
+    @property
+    def searches(self) -> bool:
+        """Whether the range may cover more than there is."""
+        return getattr(self.range, "searches", False)
+
     def stacks_with(self, other: Grid) -> bool:
         """See `Grid.stacks_with`; two weights share no scale of several rows."""
         alike = isinstance(other, FloatGrid) and self == other and self.range == other.range
         return alike and isinstance(self.granularity, PerRow | PerGroup)
+
+    def factors(self, least: float, steps: int) -> list[float]:
+        """See `RangedGrid.factors`; a search goes beyond the largest value too, which need not be the largest float."""
+        return [1.0, *torch.logspace(log2(least), log2(self.beyond), steps - 1, 2).tolist()]
 
     @abstractmethod
     def stored(self, scale: Tensor) -> FloatParams:

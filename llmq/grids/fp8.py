@@ -8,6 +8,7 @@ time; "tensor" is one that calibration fixes. Facts: docs/floats.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from llmq.granularity import Granularity, PerBlock, PerTensor, granularity
 from llmq.grids._float import FloatGrid
 from llmq.minifloat import E4M3
-from llmq.types import Arguments, FloatParams, Held, Parameters, Range
+from llmq.types import Arguments, FloatParams, Grid, Held, Parameters, Range
 
 _LEAST = 2.0**-126  # of float32, and of bfloat16
 
@@ -29,11 +30,14 @@ class Fp8(FloatGrid):
     group: values that share a scale: "channel", "tensor", "128x128" or a number of columns.
     range: how `fit` chooses what is covered; None is min-max.
     scale_dtype: the dtype scales are stored in.
+    spans: the largest value of the weights that share a scale per tensor; None is each its own.
     """
 
     group: int | str = "channel"
     range: Range | None = field(default=None, compare=False)
     scale_dtype: torch.dtype = field(default=torch.float32, compare=False, metadata={"option": False})
+
+    spans: float | None = field(default=None, compare=False, metadata={"option": False})
 
     value = E4M3
 
@@ -45,6 +49,22 @@ class Fp8(FloatGrid):
     def granularity(self) -> Granularity:
         """See `Grid.granularity`."""
         return granularity(self.group)
+
+    def spanning(self, weights: Sequence[Tensor], grids: Sequence[Grid] = ()) -> Fp8:
+        """See `Grid.spanning`; one scale for a tensor is that of the largest value of all, whatever the range.
+
+        Runtimes that fuse them would round the codes of the others again, to the largest scale.
+        """
+        if not isinstance(self.granularity, PerTensor):
+            return self
+        return replace(self, spans=max(float(W.abs().max()) for W in weights))
+
+    def fit_values(self, w: Tensor, weight: Tensor | None) -> Parameters:
+        """See `RangedGrid.fit_values`."""
+        if self.spans is None:
+            return super().fit_values(w, weight)
+        largest = torch.full(w.shape[:-1], self.spans, device=w.device)
+        return self.params(-largest, largest)
 
     def plain(self) -> Fp8:
         """Return the grid with the min-max range."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmq.granularity import Granularity, PerGroup
 from llmq.grids._float import FloatGrid
 from llmq.minifloat import E2M1, E4M3
-from llmq.types import Arguments, FloatParams, Held, Parameters, Range
+from llmq.types import Arguments, FloatParams, Grid, Held, Parameters, Range
 
 _OF_ZEROS = 0.125  # the stored scale of a group of zeros, as compressed-tensors has it
 
@@ -45,10 +45,11 @@ class Nvfp4(FloatGrid):
         """Return the grid with the min-max range."""
         return self if self.range is None else replace(self, range=None)
 
-    def spanning(self, weights: Sequence[Tensor]) -> Nvfp4:
-        """See `Grid.spanning`; a search, which may cover more than there is, leaves room above the largest scale."""
+    def spanning(self, weights: Sequence[Tensor], grids: Sequence[Grid] = ()) -> Nvfp4:
+        """See `Grid.spanning`; where any range searches beyond what there is, there is room above the largest scale."""
         largest = max(float(W.abs().max()) for W in weights)
-        most = E4M3.most if self.range is None else E4M3.most / 1.75
+        searched = any(g.searches for g in (self, *grids) if isinstance(g, FloatGrid))
+        most = E4M3.most / self.beyond if searched else E4M3.most
         divisor = most * self.value.most / largest if largest else 1.0
         return replace(self, divisor=divisor if divisor <= torch.finfo(torch.float32).max else 1.0)
 

@@ -29,7 +29,6 @@ from torch import nn
 
 from llmq.calibration.text import READ_FACTOR
 from llmq.calibration.writing import TRIED_STEPS
-from llmq.granularity import PerTensor
 from llmq.model.experts import Experts, in_experts, linears_of
 from llmq.pipeline.holdings import Holdings
 from llmq.pipeline.plan import Plan
@@ -124,8 +123,7 @@ class _Counting:
             return
         method, K, N = self.method, specs[0].K, sum(s.N for s in specs)
         stats = method.needs([s.scheme.weight for s in specs])
-        whole = any(isinstance(s.scheme.weight.granularity, PerTensor) for s in specs)
-        rows = 1 if whole else pieces(N)
+        rows = min(pieces(N), *(s.scheme.weight.granularity.rows(s.N) for s in specs))
         sums = K**2 * (TRIANGLE * (Hessian in stats) + (2 + TRIANGLE) * (Drift in stats))
         self.work["link", "sums"] += 4 * sums
         self.work["link", "sent"] += N * K

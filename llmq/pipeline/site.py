@@ -4,14 +4,14 @@
 
 The linears of a site share their statistics, so those on equal grids are one matrix to a solver: one factor of H. Steps
 work row by row, so a stack is cut into pieces, which take less memory and can be dealt over processes. A product of
-other shapes is rounded otherwise, so the cuts depend on the stack alone. Where rows share scales there is one piece.
+other shapes is rounded otherwise, so the cuts depend on the stack alone, and lie between rows that share no scale.
 Not here: where the statistics come from (block.py), any method (algorithms/).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -78,9 +78,9 @@ class _Stack(NamedTuple):
 
     def pieces(self) -> list[_Piece]:
         """Return its rows in pieces."""
-        whole = self.grid.granularity.height(len(self.W_NK)) > 1
-        runs = cut(len(self.W_NK), 1 if whole else pieces(len(self.W_NK)))
-        return [_Piece(self, self.W_NK[run.start : run.stop]) for run in runs]
+        N, by = len(self.W_NK), self.grid.granularity
+        height = by.height(N)
+        return [_Piece(self, self.W_NK[r.start * height : r.stop * height]) for r in cut(by.rows(N), pieces(N))]
 
     def linears(self, solved: Solved, W_NK: Tensor) -> Iterator[tuple[str, Answer]]:
         """Yield the linears of what was found for all rows."""
@@ -107,7 +107,6 @@ def solve(method: Method, targets: Mapping[str, Target], stats: Stats, team: Tea
 
     stats: the caller's own; what its corrections alone read is dropped from it. team: whose processes share the pieces.
     """
-    targets = _spanned(targets)
     stacks = [_stack(targets, names, stats) for names in _stacks(targets)]
     mine = team.own([piece for stack in stacks for piece in stack.pieces()])
     lines: dict[str, dict[str, Any]] = {name: {} for name in targets}
@@ -116,6 +115,7 @@ def solve(method: Method, targets: Mapping[str, Target], stats: Stats, team: Tea
         mine = _corrected(correction, stacks, mine, sums, team)
         lines = {name: line | correction.line(sums[name], stats) for name, line in lines.items()}
         stats.forget()
+    mine = _spanning(stacks, mine, team)
     _drop_spent(method, [t.grid for t in targets.values()], [stats, *(s.stats for s in stacks)])
     solver = method.solver
     mine = [p._replace(solved=gave(solver, solver.solve(p.W_NK, p.stack.grid, p.stack.stats), Solved)) for p in mine]
@@ -206,10 +206,24 @@ def gave(step: Step, found: Found, kind: type) -> Found:
 
 def _spanned(targets: Mapping[str, Target]) -> dict[str, Target]:
     """Return the linears of a site, any of which a runtime may fuse, on grids that share what is stored once."""
-    kinds: dict[Grid, list[Tensor]] = {}
-    for target in targets.values():
-        kinds.setdefault(target.grid, []).append(target.W_NK)
-    return {name: t._replace(grid=t.grid.spanning(kinds[t.grid])) for name, t in targets.items()}
+    spanning = _shared([(t.grid, t.W_NK) for t in targets.values()])
+    return {name: t._replace(grid=spanning(t.grid)) for name, t in targets.items()}
+
+
+def _shared(weights: Sequence[tuple[Grid, Tensor]]) -> Callable[[Grid], Grid]:
+    """Return what makes of a grid the one that spans all weights on grids equal to it."""
+    kinds: dict[Grid, list[tuple[Tensor, Grid]]] = {}
+    for grid, W_NK in weights:
+        kinds.setdefault(grid, []).append((W_NK, grid))
+    return lambda grid: grid.spanning(*zip(*kinds[grid], strict=True))
+
+
+def _spanning(stacks: Sequence[_Stack], mine: Sequence[_Piece], team: Team) -> list[_Piece]:
+    """Return this process' pieces on grids that span all of the site, as large as its weights are by now."""
+    found = team.tensors([{"largest": torch.stack(p.W_NK.aminmax()).abs().amax().reshape(1, 1)} for p in mine])
+    grids = [stack.grid for stack in stacks for _ in stack.pieces()]
+    spanning = _shared(list(zip(grids, (each["largest"] for each in found), strict=True)))
+    return [p._replace(stack=p.stack._replace(grid=spanning(p.stack.grid))) for p in mine]
 
 
 def _stack(targets: Mapping[str, Target], names: list[str], stats: Stats) -> _Stack:

@@ -1,8 +1,8 @@
 """The search that ranges share: of several intervals for each row of values, the one whose rounding error is least.
 
 An interval given from its upper end (lo >= 0 >= hi) asks a symmetric grid to fall: its scale is negative, so that its
-one surplus level lies above zero. Squared errors of integers are compared on the CPU by a loop that numba compiles;
-anything else in torch.
+one surplus level lies above zero. Squared errors on grids that say what their values are (`Grid.lattice`) are compared
+on the CPU by a loop that numba compiles; anything else in torch.
 Not here: which intervals are tried (mse.py, output.py).
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmq.jit import compiled, in_threads
-from llmq.types import AffineGrid, RangedGrid
+from llmq.types import RangedGrid
 
 Interval = tuple[Tensor, Tensor]
 
@@ -53,31 +53,37 @@ def best(w: Tensor, grid: RangedGrid, tried: Iterator[Interval], loss: Callable[
 
 def best_squares(w: Tensor, grid: RangedGrid, tried: Iterator[Interval], mass: Tensor | None) -> Interval:
     """Return `best` for the squared error, its terms weighed by `mass` (which broadcasts to `w`) where given."""
-    search = compiled(_search, "f2 f2 f2 f2 i1 i i f f", reassociate=True) if w.device.type == "cpu" else None
-    if search is None or not isinstance(grid, AffineGrid):
-        return best(w, grid, tried, lambda e: (e.square_() if mass is None else e.square_().mul_(mass)).sum(-1))
+    search = compiled(_search, _KINDS, reassociate=True) if w.device.type == "cpu" else None
+
+    def squares(error: Tensor) -> Tensor:
+        return (error.square_() if mass is None else error.square_().mul_(mass)).sum(-1)
+
+    if search is None:
+        return best(w, grid, tried, squares)
+    lo, hi = map(torch.stack, zip(*tried, strict=True))
+    if (lattice := grid.lattice(grid.params(lo, hi))) is None:
+        return best(w, grid, zip(lo, hi, strict=True), squares)
     rows = w.reshape(-1, w.shape[-1])
     R = rows.shape[0]
-    lo, hi = (torch.stack(ends).reshape(-1, R) for ends in zip(*tried, strict=True))
-    params = grid.params(lo, hi)
-    if mass is None:
-        mass = torch.ones(w.shape[-1])
-    elif mass.shape != w.shape[w.dim() - mass.dim() :]:
-        mass = mass.expand_as(w)
+    weight = torch.ones(w.shape[-1]) if mass is None else mass
+    if weight.shape != w.shape[w.dim() - weight.dim() :]:
+        weight = weight.expand_as(w)
     chosen = torch.zeros(R, dtype=torch.int64)
-    low, high = grid.bounds()
-    floats = (rows, mass.reshape(-1, w.shape[-1]), params.scale, params.zero)
+    by_factor = (p.reshape(-1, R) for p in lattice[:2])
+    floats = (rows, weight.reshape(-1, w.shape[-1]), *by_factor, *lattice.table())
     arrays = (*(t.float().contiguous().numpy() for t in floats), chosen.numpy())
-    in_threads(R, lambda first, last: search(*arrays, first, last, low, high))
-    picked = chosen[None]
-    return tuple(ends.gather(0, picked)[0].reshape(w.shape[:-1]) for ends in (lo, hi))  # type: ignore[return-value]
+    in_threads(R, lambda first, last: search(*arrays, first, last, lattice.low, lattice.high))
+    picked = chosen.reshape(1, *w.shape[:-1])
+    return tuple(ends.gather(0, picked)[0] for ends in (lo, hi))  # type: ignore[return-value]
 
 
-def _search(w, mass, scale, zero, chosen, first, last, low, high):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+def _search(w, mass, scale, zero, value, edge, chosen, first, last, low, high):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     """Choose, for rows first to last of `w`, the row of `scale` and `zero` with the least weighted squared error.
 
-    Row r of `w` is weighed by row `r % len(mass)` of `mass`.
+    Row r of `w` is weighed by row `r % len(mass)` of `mass`. In a table (value, edge) ranks are found bit by bit, for a
+    whole row at once.
     """
+    t, rank = np.empty(w.shape[1], np.float32), np.empty(w.shape[1], np.int32)
     for r in range(first, last):
         m = r % mass.shape[0]
         least = np.float32(np.inf)
@@ -85,6 +91,22 @@ def _search(w, mass, scale, zero, chosen, first, last, low, high):  # type: igno
             s, z = scale[f, r], zero[f, r]
             inverse = np.float32(1) / s
             total = np.float32(0)
+            if len(value) > 0:
+                for j in range(len(t)):
+                    t[j] = w[r, j] * inverse
+                    rank[j] = 0
+                bit = len(value) // 2
+                while bit > 0:
+                    for j in range(len(t)):
+                        rank[j] += bit * (t[j] > edge[rank[j] + bit])
+                    bit //= 2
+                for j in range(len(t)):
+                    error = s * (value[rank[j]] - z) - w[r, j]
+                    total += mass[m, j] * error * error
+                if total < least:
+                    least = total
+                    chosen[r] = f
+                continue
             for j in range(w.shape[1]):
                 code = min(max(np.rint(w[r, j] * inverse) + z, low), high)
                 error = s * (code - z) - w[r, j]
@@ -92,3 +114,6 @@ def _search(w, mass, scale, zero, chosen, first, last, low, high):  # type: igno
             if total < least:
                 least = total
                 chosen[r] = f
+
+
+_KINDS = "f2 f2 f2 f2 f1 f1 i1 i i f f"  # of _search's arguments

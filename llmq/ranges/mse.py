@@ -32,6 +32,7 @@ class Mse:
     shift: also try falling symmetric grids, and neighbouring zero points.
     """
 
+    searches = True  # beyond the largest value too, on grids that say so
     norm: float = 2.0
     least: float = 0.4
     steps: int = 32

@@ -23,6 +23,7 @@ class Output:
     """
 
     wants_hessian = True
+    searches = True
     least: float = 0.5
     steps: int = 21
 

@@ -13,7 +13,7 @@ from llmq.algorithms.qep import Qep
 from llmq.algorithms.rtn import Rtn
 from llmq.errors import LlmqError
 from llmq.grids.int import Int
-from llmq.pipeline.site import Target, pieces, solve
+from llmq.pipeline.site import Target, _stack, pieces, solve
 from llmq.stats import Drift, Hessian, Stats
 from llmq.types import QTensor
 
@@ -64,6 +64,41 @@ def test_what_is_solved_in_pieces_is_what_the_whole_matrix_would_be(grid, stats)
         want = QTensor.rounded(targets[name].W_NK, targets[name].grid)
         assert torch.equal(answer.solved.q.codes, want.codes)
         assert all(torch.equal(t, want.params.tensors()[n]) for n, t in answer.solved.q.params.tensors().items())
+
+
+def test_pieces_lie_between_rows_that_share_no_scale(stats):
+    targets = {"q": Target(weight(700), registry.load("grids", "fp8:group=128x32")), "k": Target(weight(1030), EIGHT)}
+    stacks = [_stack(targets, [name], stats) for name in targets]
+    assert [[len(p.W_NK) for p in stack.pieces()] for stack in stacks] == [[700], [515, 515]]
+    tall = _stack({"q": Target(weight(1100), targets["q"].grid)}, ["q"], stats)
+    assert [len(p.W_NK) for p in tall.pieces()] == [640, 460]
+    for grid in ("fp8:group=128x32", "fp8:group=tensor"):
+        (answer,) = solve(
+            method(Rtn()), {"q": Target(weight(1100), registry.load("grids", grid))}, Stats(stats)
+        ).values()
+        want = QTensor.rounded(weight(1100), registry.load("grids", grid))
+        assert torch.equal(answer.solved.q.codes, want.codes)
+        assert torch.equal(answer.solved.q.params.scale, want.params.scale)
+
+
+@pytest.mark.parametrize("grid", ["nvfp4", "fp8:group=tensor"])
+def test_what_is_fused_shares_a_scale_that_covers_corrected_weights(grid, stats):
+    """And ranges that differ share it too."""
+    grids = [registry.load("grids", f"{grid}:range={r}") for r in ("mse", "minmax")]
+    targets = {"q": Target(weight(32), grids[0]), "k": Target(3 * weight(16, seed=2), grids[1])}
+    grown = SimpleNamespace(
+        judge=lambda W_NK, stats: W_NK[:, :1], correct=lambda W_NK, *_: 4 * W_NK, line=lambda *_: {}
+    )
+    grown.needs = lambda grids: ()
+    answers = solve(method(Rtn(), (grown,)), targets, Stats(stats))
+    for name, answer in answers.items():
+        error = answer.solved.q.dequantize() - 4 * targets[name].W_NK
+        assert error.abs().max() < 0.2 * 12 * targets["k"].W_NK.abs().max() / 3
+        stored = answer.solved.q.params.stored
+        assert stored is None or int(stored.max()) <= 126
+    ends = [getattr(a.solved.q.params, "divisor", None) for a in answers.values()]
+    ends = [a.solved.q.params.scale for a in answers.values()] if ends[0] is None else ends
+    assert len({float(x) for end in ends for x in end.flatten()}) == 1
 
 
 def test_what_is_judged_of_rows_is_summed_over_all_pieces_of_a_linear(stats, monkeypatch):
