@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import LlmqError
-from llmq.gguf import delta_net, mixture
+from llmq.gguf import delta_net, latent, mixture
 from llmq.gguf.differences import differences, gain, is_norm
 from llmq.gguf.programs import PROGRAMS, Program, period_of
 from llmq.gguf.rope import Rotary, rotary
@@ -234,8 +234,11 @@ class Architecture:
         writer.add_head_count(config.num_attention_heads)
         writer.add_head_count_kv(self.kv_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_key_length(self.head_dim)
-        writer.add_value_length(self.head_dim)
+        if self.program.latent:
+            latent.keys(config, writer)
+        else:
+            writer.add_key_length(self.head_dim)
+            writer.add_value_length(self.head_dim)
         self.rope.describe(writer)
         if self.program.period:
             writer.add_sliding_window(max(self.windows) or self.context)
@@ -295,7 +298,8 @@ def _rotary(config: Any, model: Any, program: Program) -> tuple[Rotary, Rotary |
     with foreign("config.json, rope_parameters"):
         embedding = type(model.model.rotary_emb)(config)
         if not program.local:
-            return rotary(embedding, config, head_dim(config), program.reads), None
+            found = rotary(embedding, config, head_dim(config), program.reads)
+            return (latent.turned(found, config, model) if program.latent else found), None
         kinds = [kind for kind in (_FULL, _SLIDING) if kind in config.layer_types]
         first, *more = [rotary(embedding, config, head_dim(config), program.reads, kind) for kind in kinds]
     local = more[0] if more else first

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.gguf import delta_net
+from llmq.gguf import delta_net, latent
 from llmq.gguf.programs import Program, period_of
 from llmq.model.config import head_dim, kv_heads
 
@@ -43,8 +43,8 @@ def differences(whole: Any, model: Any, program: Program, windows: Sequence[int]
         yield "attention without biases (attention_bias false)"
     if program.untied and whole.tie_word_embeddings:
         yield "a head that is the embedding (tie_word_embeddings)"
-    if program.delta:
-        yield from delta_net.differences(config)
+    yield from delta_net.differences(config) if program.delta else ()
+    yield from latent.differences(config) if program.latent else ()
     yield from _numbers(config, program)
     yield from _blocks(config, model, program)
     if program.period and (len({*windows} - {0}) > 1 or period_of([not w for w in windows], program.period) == 0):
@@ -60,7 +60,7 @@ def _numbers(config: Any, program: Program) -> Iterator[str]:
         value = getattr(config, key, None)
         if (value is not None and key not in program.caps) or (program.capped and not value):
             yield f"config.json, {key}: {value}"
-    if (groups := getattr(config, "n_group", None) or 1) > 1:
+    if (groups := getattr(config, "n_group", None) or 1) > 1 and "n_group" not in program.counts:
         yield f"experts in {groups} groups (n_group)"
     if (limit := getattr(config, "clip_qkv", None)) is not None:
         yield f"config.json, clip_qkv: {limit}"

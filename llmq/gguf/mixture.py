@@ -205,7 +205,7 @@ def _ffn_down(block: int, n: int, mix: str, model: Model) -> str:
 
 
 _RULES = {
-    "attn_v": _attn_v, "attn_qkv": _attn_v, "attn_k": _attn_k, "attn_output": _attn_output, "ffn_down": _ffn_down,
-    "ffn_down_exps": _ffn_down, "ffn_down_shexp": _ffn_down,
+    "attn_v": _attn_v, "attn_qkv": _attn_v, "attn_kv_b": _attn_v, "attn_k": _attn_k, "attn_output": _attn_output,
+    "ffn_down": _ffn_down, "ffn_down_exps": _ffn_down, "ffn_down_shexp": _ffn_down,
 }  # fmt: skip
-"""By ggml's name of a linear: q, k and v in one are treated as v alone is."""
+"""By ggml's name of a linear: what makes v beside others is treated as v alone is."""

@@ -16,6 +16,7 @@
     qwen2_moe         qwen2moe       experts in every block beside one that is shared, their weights as they are
     olmoe             olmoe          norms over all heads of q and k together; experts as qwen2_moe's, none shared
     glm4_moe          glm4moe        half a head turned, some dense blocks first, experts chosen by sigmoids and a bias
+    deepseek_v2, _v3  deepseek2      keys and values of a latent; some dense blocks first, experts in groups (V3)
     mixtral           llama          as llama, experts in every block
     granitemoe        granitemoe     as granite, experts in every block
     gpt_oss           gpt-oss        windows in every other block, sinks, experts with biases and a clamped gate
@@ -81,6 +82,7 @@ class Program:
     capped: whether it caps whatever the keys say.
     multipliers: methods of the writer by keys of the config, whose values are numbers other than 0.
     delta: whether there are blocks of linear attention (delta_net.py).
+    latent: whether keys and values are made of a latent (latent.py).
     counts: methods of the writer by keys of the config that are whole numbers about experts; every block then has some,
         but for as many of the first as `first_k_dense_replace` says where that is among them.
     normed: whether the weights of a token's experts are made to add up to 1, None where a key says it.
@@ -104,6 +106,7 @@ class Program:
     capped: bool = False
     multipliers: Mapping[str, str] = field(default_factory=dict)
     delta: bool = False
+    latent: bool = False
     counts: Mapping[str, str] = field(default_factory=dict)
     normed: bool | None = True
     gating: gguf.ExpertGatingFuncType | None = None
@@ -134,6 +137,10 @@ _LOCAL = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_us
 _FINAL = "final_logit_softcapping"
 _MULTIPLIERS = {"attention_multiplier": "attention_scale", "embedding_multiplier": "embedding_scale",
                 "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}  # fmt: skip
+_DENSE_FIRST = {"n_routed_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
+                "n_shared_experts": "expert_shared_count", "moe_intermediate_size": "expert_feed_forward_length",
+                "first_k_dense_replace": "leading_dense_block_count"}  # fmt: skip
+_FACTOR = {"routed_scaling_factor": "expert_weights_scale"}
 PROGRAMS: Mapping[str, Program] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -163,10 +170,18 @@ PROGRAMS: Mapping[str, Program] = {
     "glm4_moe": Program(
         _ARCH.GLM4_MOE, (*_ATTENTION, "exp_probs_b"), reads=_PARTIAL, normed=None,
         gating=gguf.ExpertGatingFuncType.SIGMOID,
-        counts={"n_routed_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
-                "n_shared_experts": "expert_shared_count", "moe_intermediate_size": "expert_feed_forward_length",
-                "first_k_dense_replace": "leading_dense_block_count", "norm_topk_prob": "expert_weights_norm"},
-        multipliers={"routed_scaling_factor": "expert_weights_scale"},
+        counts=_DENSE_FIRST | {"norm_topk_prob": "expert_weights_norm"}, multipliers=_FACTOR,
+    ),
+    "deepseek_v2": Program(
+        _ARCH.DEEPSEEK2, (), reads=_PARTIAL, paired=True, scale=None, latent=True, normed=None, counts=_DENSE_FIRST,
+        gating=gguf.ExpertGatingFuncType.SOFTMAX, multipliers=_FACTOR,
+    ),
+    "deepseek_v3": Program(
+        _ARCH.DEEPSEEK2, ("exp_probs_b",), reads=_PARTIAL, paired=True, scale=None, latent=True, normed=None,
+        gating=gguf.ExpertGatingFuncType.SIGMOID, multipliers=_FACTOR, counts=_DENSE_FIRST | {
+            "norm_topk_prob": "expert_weights_norm", "n_group": "expert_group_count",
+            "topk_group": "expert_group_used_count",
+        },
     ),
     "mixtral": Program(_ARCH.LLAMA, _LINEARS, interleaved=True, reads=_TABLE, counts=_LOCAL),
     "granitemoe": Program(

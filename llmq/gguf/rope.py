@@ -57,7 +57,8 @@ class Rotary:
     """llama.cpp's rotary embedding of `d` channels: the symbols of the module's formula, divisors float32 `[d/2]`.
 
     factors: divisors up to n tokens and beyond, where they are two. off: how far the frequencies are, relative, from
-    transformers', where that was taken.
+    transformers', where that was taken. log_multiplier: by how much of ln s yarn multiplies attention in place of
+    cosine and sine, for the architecture that does (latent.py).
     """
 
     base: float
@@ -69,6 +70,7 @@ class Rotary:
     divisors: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
     off: float = 0.0
+    log_multiplier: float | None = None
 
     @property
     def tables(self) -> dict[str, Tensor]:
@@ -85,6 +87,8 @@ class Rotary:
             writer.add_rope_scaling_factor(self.factor)
         if self.kind == "yarn" or self.factors:
             writer.add_rope_scaling_orig_ctx_len(self.context)
+        if self.log_multiplier is not None:
+            writer.add_rope_scaling_yarn_log_mul(self.log_multiplier)
         if self.attn_factor != 1:
             writer.add_rope_scaling_attn_factors(self.attn_factor)
 
@@ -100,7 +104,8 @@ class Rotary:
 
     def magnitude(self) -> float:
         """Return what llama.cpp multiplies cosine and sine by."""
-        return self.attn_factor * (1 + 0.1 * math.log(max(self.factor, 1)) if self.kind == "yarn" else 1)
+        turns = self.kind == "yarn" and self.log_multiplier is None
+        return self.attn_factor * (1 + 0.1 * math.log(max(self.factor, 1)) if turns else 1)
 
     def _ramp(self, i: Tensor) -> Tensor:
         """Return the share of each pair that is not interpolated; in float32 as there, since it is floored."""

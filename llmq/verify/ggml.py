@@ -189,6 +189,7 @@ class Gguf:
             int(self._key("rope.scaling.original_context_length", self._key("context_length"))),
             float(self._key("rope.scaling.attn_factor", 1.0)),
             None if table is None else torch.from_numpy(np.array(table.data, np.float32)),
+            log_multiplier=self._key("rope.scaling.yarn_log_multiplier", None),
         )
         local = Rotary(float(self._key("rope.freq_base_swa", 10000.0)), full.d)
         for module in self.skeleton.model.modules():

@@ -29,6 +29,7 @@ _IN_BLOCK = {
 }  # fmt: skip
 _BEHIND = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _MISSING = object()
+_SOFTMAX = 1  # of expert_gating_func
 
 
 class Keys:
@@ -99,19 +100,40 @@ def _qwen2moe(keys: Keys) -> dict[str, Any]:
     return _routed(keys) | _shared(keys) | {"norm_topk_prob": False}
 
 
+def _dense_first(keys: Keys) -> dict[str, Any]:
+    return {
+        "num_experts_per_tok": keys.number("expert_used_count"),
+        "moe_intermediate_size": keys.number("expert_feed_forward_length"),
+        "n_routed_experts": keys.number("expert_count"),
+        "n_shared_experts": keys.number("expert_shared_count"),
+        "first_k_dense_replace": keys("leading_dense_block_count"),
+        "norm_topk_prob": keys("expert_weights_norm", False),
+        "routed_scaling_factor": keys("expert_weights_scale"),
+    }
+
+
 def _glm4moe(keys: Keys) -> dict[str, Any]:
-    experts = ("num_experts_per_tok", "moe_intermediate_size")
+    normed = any(t.endswith("attn_q_norm.weight") for t in keys.file.tensors)
+    return _partial(keys) | _dense_first(keys) | {"use_qk_norm": normed}
+
+
+def _deepseek2(keys: Keys) -> dict[str, Any]:
+    """Return the widths of latent attention, the groups of experts, and by how much yarn multiplies attention."""
+    turned, times = keys.number("rope.dimension_count"), 10 * keys("rope.scaling.yarn_log_multiplier", 0.0)
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": keys("rope.scaling.factor", 1.0), "mscale": times,
+            "mscale_all_dim": times, "original_max_position_embeddings": 4096}  # fmt: skip
     return (
-        _partial(keys)
-        | {n: v for n, v in _routed(keys).items() if n in experts}
+        _dense_first(keys)
         | {
-            "n_routed_experts": keys.number("expert_count"),
-            "n_shared_experts": keys.number("expert_shared_count"),
-            "first_k_dense_replace": keys("leading_dense_block_count"),
-            "norm_topk_prob": keys("expert_weights_norm"),
-            "routed_scaling_factor": keys("expert_weights_scale"),
-            "use_qk_norm": any(t.endswith("attn_q_norm.weight") for t in keys.file.tensors),
+            "q_lora_rank": keys("attention.q_lora_rank", None),
+            "kv_lora_rank": keys.number("attention.kv_lora_rank"),
+            "qk_rope_head_dim": turned,
+            "qk_nope_head_dim": keys.number("attention.key_length") - turned,
+            "v_head_dim": keys.number("attention.value_length"),
+            "n_group": keys.number("expert_group_count", 1),
+            "topk_group": keys.number("expert_group_used_count", 1),
         }
+        | ({"rope_parameters": yarn} if times else {})
     )
 
 
@@ -218,6 +240,13 @@ _EXPERTS = {"ffn_gate_inp": "mlp.gate"} | {
 _SHARED = {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"} | {
     f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")
 }
+_ALL_SHARED = {f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
+_CORRECTED = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
+_LATENT = {
+    "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm", "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa", "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+}  # fmt: skip
 _FOUR_NORMS = _BEHIND | {"ffn_norm": "pre_feedforward_layernorm"}
 READINGS: Mapping[str, Reading] = {
     "llama": Reading("llama", interleaved=True),
@@ -240,11 +269,10 @@ READINGS: Mapping[str, Reading] = {
     "olmoe": Reading("olmoe", _EXPERTS, config=_olmoe),
     "glm4moe": Reading(
         "glm4_moe",
-        _EXPERTS
-        | {"post_attention_norm": "post_attention_layernorm", "exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
-        | {f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
+        _EXPERTS | _ALL_SHARED | _CORRECTED | {"post_attention_norm": "post_attention_layernorm"},
         config=_glm4moe,
     ),
+    "deepseek2": Reading("deepseek_v3", _EXPERTS | _ALL_SHARED | _CORRECTED | _LATENT, config=_deepseek2),
     "granitemoe": Reading(
         "granitemoe",
         {"ffn_gate_inp": "block_sparse_moe.router"}
@@ -266,10 +294,14 @@ READINGS: Mapping[str, Reading] = {
 """By `general.architecture`."""
 MIXTRAL = Reading("mixtral", _EXPERTS, interleaved=True, config=_mixtral)
 """The architecture `llama` with experts."""
+DEEPSEEK_V2 = replace(READINGS["deepseek2"], model_type="deepseek_v2")
+"""The architecture `deepseek2` whose experts are chosen by a softmax."""
 
 
 def reading(keys: Keys) -> Reading:
     """Return how the architecture of a file is read. Raises LlmqError for one that is not known."""
     if keys.arch not in READINGS:
         raise LlmqError(f"{keys.file.path}: verify knows the keys of {', '.join(READINGS)}, not of {keys.arch!r}")
+    if keys.arch == "deepseek2" and keys("expert_gating_func", _SOFTMAX) == _SOFTMAX:
+        return DEEPSEEK_V2
     return MIXTRAL if keys.arch == "llama" and keys("expert_count", 0) else READINGS[keys.arch]

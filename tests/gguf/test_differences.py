@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -64,6 +66,13 @@ LAYERS = ["sliding_attention", "full_attention", "full_attention", "sliding_atte
         (OlmoeConfig(num_key_value_heads=4), "4 key-value heads for 16 query heads"),
         (OlmoeConfig(clip_qkv=8.0), "clip_qkv: 8.0"),
         (Glm4MoeConfig(n_group=8, topk_group=4), r"experts in 8 groups \(n_group\)"),
+        (DeepseekV2Config(n_group=8, topk_group=4, topk_method="group_limited_greedy"), r"experts in 8 groups"),
+        (DeepseekV2Config(num_hidden_layers=27), "27 blocks with a latent of q"),
+        (DeepseekV2Config(num_hidden_layers=32, q_lora_rank=None), "32 blocks without a latent of q"),
+        (DeepseekV3Config(rope_interleave=False), "rotary embedding of halves"),
+        (DeepseekV3Config(num_key_value_heads=64), "64 key-value heads for 128 query heads"),
+        (DeepseekV3Config(rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}), "where they are equal"),
+        (DeepseekV3Config(rope_parameters=YARN | {"rope_type": "linear"}), "no other scaling"),
         (GptOssConfig(swiglu_limit=3.0), "a gate of 1.702, clamped at 3.0"),
         (GptOssConfig(attention_bias=False), "attention without biases"),
         (Gemma2Config(final_logit_softcapping=None), "final_logit_softcapping: None"),

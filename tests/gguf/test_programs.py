@@ -28,6 +28,10 @@ FOUR = {"attention_multiplier": 0.4, "embedding_multiplier": 1.7, "residual_mult
 LINEAR_ATTENTION = {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
                     "linear_value_head_dim": 32, "rope_parameters": HALF | {"mrope_section": [3, 3, 2]}}  # fmt: skip
 ROUTED = {"num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 24, "v_head_dim": 16,
+          "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+          "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "rope_parameters": PLAIN,
+          "norm_topk_prob": False, "routed_scaling_factor": 1.7, "max_position_embeddings": 512}  # fmt: skip
 VISION = {"hidden_size": 32, "intermediate_size": 32}
 WRAPPED = {  # a model that reads images, and of what its language model is
     "gemma3": {"vision_config": VISION | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
@@ -55,6 +59,10 @@ CASES = {  # options that only a file that says them computes rightly
     "glm4_moe": {"head_dim": 16, "attention_bias": True, "use_qk_norm": True, "n_routed_experts": 8, "n_group": 1,
                  "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
                  "routed_scaling_factor": 1.7, "rope_parameters": HALF},
+    "deepseek_v2": LATENT | {"q_lora_rank": None, "num_hidden_layers": 27},
+    "deepseek_v2 scaled": LATENT | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    "deepseek_v3": LATENT | {"n_group": 4, "topk_group": 2, "norm_topk_prob": True},
+    "deepseek_v3 scaled": LATENT | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_5_moe_text": ROUTED | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 64},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 6,
@@ -190,6 +198,10 @@ def test_experts_lie_in_one_tensor_and_have_a_row_of_importance_each(kind, writt
         ("qwen3_moe", {"num_experts_per_tok": 1}),
         ("gpt_oss", {"sliding_window": 20}),
         ("glm4", {"rope_parameters": HALF | {"partial_rotary_factor": 1.0}}),
+        ("deepseek_v2 scaled", {"rope_parameters": YARN | {"mscale": 3.0, "mscale_all_dim": 3.0}}),
+        ("deepseek_v3", {"topk_group": 4}),
+        ("deepseek_v3", {"norm_topk_prob": False}),
+        ("deepseek_v3 scaled", {"rope_parameters": YARN | {"mscale": 0.5, "mscale_all_dim": 0.5}}),
         ("smollm3", {"no_rope_layers": [1] * 5}),
     ],
 )
