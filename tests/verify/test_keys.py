@@ -7,7 +7,7 @@ import pytest
 from llmq.errors import LlmqError
 from llmq.gguf.programs import PROGRAMS
 from llmq.gguf.reader import GgufFile
-from llmq.verify.keys import MIXTRAL, READINGS, Keys, reading
+from llmq.verify.keys import DEEPSEEK_V2, MIXTRAL, READINGS, Keys, reading
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def keys(tmp_path):
 
 def test_every_program_that_is_written_is_read_under_its_model_type():
     assert {p.name for p in PROGRAMS.values()} == READINGS.keys()
-    assert {r.model_type for r in (*READINGS.values(), MIXTRAL)} == PROGRAMS.keys() - {"mistral"}
+    assert {r.model_type for r in (*READINGS.values(), MIXTRAL, DEEPSEEK_V2)} == PROGRAMS.keys() - {"mistral"}
 
 
 def test_windows_are_those_of_the_period(keys):
