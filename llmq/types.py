@@ -255,22 +255,6 @@ class AffineGrid(RangedGrid):
         return args | {"strategy": by.strategy, "group_size": by.group_size, "dynamic": False}
 
 
-class StoredGrid(Grid):
-    """A grid that is its own byte layout, as ggml's are: rows of a weight as bytes, and back."""
-
-    @abstractmethod
-    def row_bytes(self, K: int) -> int:
-        """Return the bytes of a row of K columns. Raises ValueError where they do not fill whole stored blocks."""
-
-    @abstractmethod
-    def to_bytes(self, codes: Tensor, params: Parameters) -> Tensor:
-        """Return the stored rows, uint8 `[N, row_bytes]`. Raises ValueError for params spread over columns."""
-
-    @abstractmethod
-    def from_bytes(self, rows: Tensor) -> tuple[Tensor, Parameters]:
-        """Return codes, uint8 `[N, K]`, and params of stored rows, uint8 `[N, row_bytes]`."""
-
-
 class Range(Protocol):
     """Chooses the interval `[lo, hi]` that a grid covers, one for each row of values.
 

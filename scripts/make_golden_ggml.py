@@ -18,8 +18,9 @@ from torch import Tensor
 
 from llmq.gguf.kinds import KINDS
 
-TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Q2_0")
-UNWEIGHTED = ("Q8_0", "Q2_0")  # llama.cpp ignores the importance matrix
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Q2_0",
+         "MXFP4", "NVFP4")  # fmt: skip
+UNWEIGHTED = ("Q8_0", "Q2_0", "MXFP4", "NVFP4")  # llama.cpp ignores the importance matrix
 GOLDEN = Path(__file__).resolve().parent.parent / "tests/golden/ggml.safetensors"
 
 

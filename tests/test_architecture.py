@@ -20,14 +20,14 @@ CLOSING = {  # a format closes OUT: it knows how OUT is written, and GGUF's own 
 FLOORS = (  # a room, or a file of the top level, imports only from floors below its own
     "errors", "guard show launched",
     "options signals progress aside heap team jit gpu granularity overrides readers schemes",
-    "params", "minifloat", "types", "format",
+    "params", "minifloat", "types", "format stored",
     "registry stats", "steps histogram", "ranges grids families algorithms", "checkpoint", "model",
     "gguf calibration runtime", "formats", "integrations", "loading verify", "evaluation recipe inspection",
     "pipeline", "export", "api", "commands", "cli", "__main__",
 )  # fmt: skip
 LOW = {
     "errors", "granularity", "guard", "minifloat", "params", "types", "format", "options", "overrides", "readers",
-    "registry", "jit", "gpu", "team", "launched",
+    "registry", "stored", "jit", "gpu", "team", "launched",
 }  # fmt: skip
 OF_STEPS = {"stats", "steps"}  # what algorithms are made of
 

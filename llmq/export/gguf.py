@@ -182,8 +182,8 @@ def _source(src: str) -> Source:
 
 def _checked(kind: str | None, option: str) -> str | None:
     """Return the ggml type an option names. Raises LlmqError for one that is none."""
-    if kind is not None and kind.upper() not in mixture.TYPES:
-        raise LlmqError(f"{option} {kind!r} is no ggml type (there are: {', '.join(mixture.TYPES)})")
+    if kind is not None and kind.upper() not in mixture.ALONE:
+        raise LlmqError(f"{option} {kind!r} is no ggml type (there are: {', '.join(mixture.ALONE)})")
     return None if kind is None else kind.upper()
 
 

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import registry
-from llmq.gguf import container, mixture
+from llmq.gguf import container, kinds, mixture
 from llmq.pipeline.records import Line, rounded
 from llmq.types import GgmlParams, LlmqError, Params, QTensor
 
@@ -116,7 +115,7 @@ def _obstacle(q: QTensor, together: int) -> str | None:
 def _pack(kind: str, codes: Tensor, d: Tensor, dmin: Tensor | None, q: QTensor) -> Exported:
     """Return the codes of `q` as blocks: codes `[N, K]`, scales d and minima float16 `[N, B]`."""
     params = GgmlParams(d.float(), None if dmin is None else -dmin.float(), d, dmin)
-    grid = registry.load("grids", kind.lower())
+    grid = kinds.grid(kind)
     packed = QTensor(codes.to(torch.uint8).reshape(q.codes.shape), params, grid)
     outcome = EXACT if dmin is None else ROUNDED
     line = Line().add(packed, packed.dequantize(), q.dequantize()).to_json()
@@ -127,6 +126,6 @@ def round_anew(W_NK: Tensor, name: str, kind: str, outcome: str) -> Exported:
     """Return a float matrix rounded to nearest."""
     if kind in mixture.FLOATS:
         return Exported(kind, container.as_float(W_NK, kind, name), outcome)
-    grid = registry.load("grids", kind.lower())
+    grid = kinds.grid(kind)
     rows, line = rounded(W_NK, grid, lambda q: grid.to_bytes(q.codes, q.params))
     return Exported(kind, rows, outcome, {"method": "export", "bits": grid.bits} | line)

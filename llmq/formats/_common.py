@@ -11,7 +11,8 @@ from typing import Any
 
 from llmq.granularity import PerBlock, PerTensor
 from llmq.readers import Limit
-from llmq.types import AffineGrid, LinearSpec, LlmqError, Scheme, StoredGrid
+from llmq.stored import StoredGrid
+from llmq.types import AffineGrid, LinearSpec, LlmqError, Scheme
 
 _LEAVE = "leave what does not fit float: --on-misfit skip"
 _IN_BLOCK = re.compile(r".*?\.\d+\.(.+)")

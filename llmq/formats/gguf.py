@@ -1,6 +1,7 @@
 """GGUF, the files of llama.cpp: every matrix in a ggml type of its own, all in one file with the tokenizer.
 
     weight   uint8 [N, row bytes]   the stored blocks of every row, one after another
+    scale    float32 [1]            of NVFP4: by which llama.cpp multiplies what the weight gave
 
 A type's byte layout is its grid (grids/q4_k.py and so on), so packing is the grid's own. Which tensor gets which type
 is a mixture (`--type Q4_K_M`), changed by overrides on ggml's tensor names (`--override 'ffn_down:type=Q6_K'`).
@@ -16,17 +17,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llmq import registry
 from llmq.checkpoint.digest import digest, sealed
 from llmq.format import Assignment, FloatModel, Out, Wanted
-from llmq.gguf import container, imatrix, mixture
+from llmq.gguf import container, imatrix, kinds, mixture
 from llmq.gguf.architecture import Architecture, architecture
 from llmq.gguf.sink import GgufSink
 from llmq.gguf.tokenizer import Vocabulary, vocabulary
 from llmq.guard.patterns import Pattern
 from llmq.overrides import parse
 from llmq.readers import Limit, Reader, readers, table
-from llmq.types import LinearSpec, LlmqError, QTensor, Scheme, StoredGrid
+from llmq.stored import StoredGrid
+from llmq.types import LinearSpec, LlmqError, QTensor, Scheme
 
 _SKIPPED = "F16"  # what --skip leaves float
 _READERS = table(
@@ -36,7 +37,7 @@ _READERS = table(
     ("llama.cpp", True, "", "ran"),
     ("TensorRT-LLM", False, "it loads folders of transformers, no GGUF", "source"),
 )
-_RAN = {"Q2_0", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS"}
+_RAN = {"MXFP4", "NVFP4", "Q2_0", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,9 @@ class _File(Assignment):
         return record | {"files": [f.name for f in files]}
 
     def _parts(self, out: Out) -> list[container.Part]:
-        types = {f"{n}.weight": registry.dump(s.weight).upper() for n, s in self.schemes.items()}
+        grids = {n: _stored(n, s) for n, s in self.schemes.items()}
+        types = {f"{n}.weight": grid.kind for n, grid in grids.items()}
+        types |= {f"{n}.{local}": "F32" for n, grid in grids.items() for local in grid.once}
         return container.typed(out.staged(), types | {**self.floats})
 
 
@@ -129,22 +132,21 @@ class Gguf:
         names = {n: ggml for n in model.shapes if (ggml := arch.tensor(n)) is not None}
         shapes = {ggml: _shape(arch, n, model.shapes[n]) for n, ggml in names.items()}
         weighs = wanted.weighs or self.imatrix is not None
-        about = mixture.Model(arch.blocks, arch.gqa, arch.tied, arch.large, weighs, arch.experts)
+        about = mixture.Model(arch.blocks, arch.gqa, arch.tied, arch.large, weighs, arch.experts, arch.factors)
         by_ggml = mixture.assign(shapes, mix, about, _overrides(wanted))
         words = vocabulary(model.tokenizer(), shapes["token_embd.weight"][0], arch.config, self.pre)
         importance, missing = _importance(self.imatrix, names, model, arch)
         types = {n: by_ggml[ggml] for n, ggml in names.items()}
         quantized = {n: kind for n, kind in types.items() if kind not in mixture.FLOATS}
         return _File(
-            schemes={
-                n.removesuffix(".weight"): Scheme(registry.load("grids", k.lower())) for n, k in quantized.items()
-            },
+            schemes={n.removesuffix(".weight"): Scheme(kinds.grid(kind)) for n, kind in quantized.items()},
             importance=importance,
             warnings=[
                 *arch.warnings(),
                 *_left_out(model, arch),
                 *words.warnings,
                 *mixture.fallen_back(shapes, by_ggml, mix, about),
+                *mixture.without_factor(shapes, by_ggml, mix, about),
                 *missing,
             ],
             names=names,
@@ -171,8 +173,8 @@ class Gguf:
 
     def readers(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[Reader]:
         """See `Format.readers`."""
-        kinds = {type(s.scheme.weight).__name__ for s in linears}
-        others = ", ".join(sorted(kinds - _RAN))
+        found = {_grid(s).kind for s in linears}
+        others = ", ".join(sorted(found - _RAN))
         limit = Limit(f"its code names {others}, of which no file ran here", notes=("llama.cpp",), known="source")
         return readers(_READERS, [limit] if others else [])
 
@@ -180,21 +182,25 @@ class Gguf:
         """Return the stored rows. The codes must lie on the natural column order (no g_idx)."""
         if q.g_idx is not None:
             raise LlmqError(f"{spec.name}: GGUF holds no g_idx; drop desc_act (static groups)")
-        return {"weight": _grid(spec).to_bytes(q.codes, q.params)}
+        grid = _grid(spec)
+        return {"weight": grid.to_bytes(q.codes, q.params), **grid.stored_once(q.params)}
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
         """Invert `pack`. Raises LlmqError where the rows are missing or of another size."""
-        expected = self.layout(spec)["weight"]
-        rows = tensors.get("weight")
-        if rows is None or rows.shape != expected.shape or rows.dtype != expected.dtype:
-            found = "missing" if rows is None else f"{rows.dtype} {list(rows.shape)}"
-            raise LlmqError(f"{spec.name}.weight is {found}, not {expected.dtype} {list(expected.shape)}")
-        codes, params = _grid(spec).from_bytes(rows)
+        for local, expected in self.layout(spec).items():
+            t = tensors.get(local)
+            if t is None or t.shape != expected.shape or t.dtype != expected.dtype:
+                found = "missing" if t is None else f"{t.dtype} {list(t.shape)}"
+                raise LlmqError(f"{spec.name}.{local} is {found}, not {expected.dtype} {list(expected.shape)}")
+        grid = _grid(spec)
+        codes, params = grid.from_bytes(tensors["weight"], {local: tensors[local] for local in grid.once})
         return QTensor(codes, params, spec.scheme.weight)
 
     def layout(self, spec: LinearSpec) -> dict[str, Tensor]:
-        """Return the meta tensor of the stored rows."""
-        return {"weight": torch.empty(spec.N, _grid(spec).row_bytes(spec.K), dtype=torch.uint8, device="meta")}
+        """Return the meta tensors of the stored rows, and of what lies beside them."""
+        grid = _grid(spec)
+        rows = torch.empty(spec.N, grid.row_bytes(spec.K), dtype=torch.uint8, device="meta")
+        return {"weight": rows} | {local: torch.empty(1, device="meta") for local in grid.once}
 
     def config(self, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> dict[str, Any]:
         """Return the method's name alone: a GGUF file has no config.json, each tensor says its type."""
@@ -284,7 +290,11 @@ def _row(arch: Architecture, name: str, mean: Tensor, file: str) -> Tensor:
 
 def _grid(spec: LinearSpec) -> StoredGrid:
     """Return the grid of `spec`. Raises LlmqError for one that is no type of ggml."""
-    grid = spec.scheme.weight
+    return _stored(spec.name, spec.scheme)
+
+
+def _stored(name: str, scheme: Scheme) -> StoredGrid:
+    grid = scheme.weight
     if not isinstance(grid, StoredGrid):
-        raise LlmqError(f"{spec.name}: GGUF holds ggml's types, not {type(grid).__name__} grids; say --type Q4_K_M")
+        raise LlmqError(f"{name}: GGUF holds ggml's types, not {type(grid).__name__} grids; say --type Q4_K_M")
     return grid

@@ -31,7 +31,8 @@ from llmq.model.experts import unfuse
 from llmq.model.pretrained import auto_class, foreign
 
 _DROPPED = (".rotary_emb.inv_freq",)  # buffers of old checkpoints that every runtime computes itself
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.(?:weight|bias))")
+_BESIDE = (".scale", ".input_scale")  # what llama.cpp reads beside a weight (grids/_ggml_floats.py)
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.(?:weight|bias|scale|input_scale))")
 _ALIASES = {  # parameters that are no module's weight or bias; a router that was renamed; experts that are fused there
     r"\.dt_bias$": ".dt_proj.bias",
     r"\.sinks$": ".sinks.weight",
@@ -39,6 +40,7 @@ _ALIASES = {  # parameters that are no module's weight or bias; a router that wa
     r"\.block_sparse_moe\.router\.weight$": ".block_sparse_moe.router.layer.weight",
     r"\.block_sparse_moe\.experts\.(?=\w+\.weight$)": ".mlp.experts.",
 }
+_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -109,6 +111,10 @@ class Architecture:
         """
         if self.beside(name):
             return None
+        if name.endswith(_BESIDE):
+            module, _, leaf = name.rpartition(".")
+            of = self.tensor(f"{module}.weight")
+            return None if of is None else f"{of.removesuffix('weight')}{leaf}"
         name = self._plain(name)
         one = _EXPERT.fullmatch(name)
         if name.endswith(_DROPPED) or (self.tied and name == "lm_head.weight"):
@@ -136,6 +142,15 @@ class Architecture:
         """How many experts a block has, 0 where it has none."""
         return next((int(getattr(self.config, k)) for k, v in self.program.counts.items() if v == "expert_count"), 0)
 
+    @property
+    def factors(self) -> frozenset[str]:
+        """The linears, by ggml's name within a block, whose product llama.cpp multiplies by a factor of the file.
+
+        It refuses one, by ending itself, where the linear has a bias too and is no attention's.
+        """
+        biased = any(".mlp." in n and n.endswith(".bias") for n in self.parameters)
+        return frozenset(_ATTENTION) | (frozenset() if biased else frozenset(self.program.factors))
+
     def beside(self, name: str) -> bool:
         """Say whether a checkpoint tensor is of another part than the language model, such as one that reads images."""
         return self.decoder != "model" and not name.startswith((f"{self.decoder}.", "lm_head."))
@@ -150,6 +165,8 @@ class Architecture:
 
     def stored(self, name: str, tensor: Tensor, kind: str) -> Tensor:
         """Return a tensor of the checkpoint, floats or packed rows of a ggml type, as the file holds it."""
+        if name.endswith(_BESIDE):
+            return tensor if self.expert(name) is None else tensor.reshape(())
         if self._plain(name) in self.shifted:
             tensor = 1 + tensor.float()
         if self.program.delta and tensor.is_floating_point():

@@ -57,6 +57,7 @@ class Part:
 
 REPORT = "llmq.report"
 """The key of the record of the run."""
+_EXTRA = "general.tensor_extra"  # keys of what llama.cpp is told of single tensors
 _Named = Sequence[tuple[str, list[Part]]]  # by ggml's name; of experts all, in their order
 
 
@@ -159,7 +160,20 @@ def _declared(path: Path, header: Header, named: _Named, split: int, empty_first
         writer.add_tensor_info(ggml, tensor.shape, tensor.numpy().dtype, tensor.nbytes)
     for ggml, parts in named:
         _declare(writer, ggml, parts, header.architecture)
+    if precise := _precise(named):
+        writer.add_array(f"{_EXTRA}.name", precise)
+        writer.add_array(f"{_EXTRA}.prec_a4", [False] * len(precise))
     return writer
+
+
+def _precise(named: _Named) -> list[str]:
+    """Return the tensors of 4-bit floats whose inputs are not to be rounded to 4 bits, as GPUs of NVIDIA else do.
+
+    Of a weight whose inputs were meant to be, the file says a scale (NAME.input_scale).
+    """
+    kinds = {ggml: parts[0].kind for ggml, parts in named}
+    small = [ggml for ggml, kind in kinds.items() if kind in ("MXFP4", "NVFP4")]
+    return [ggml for ggml in small if f"{ggml.removesuffix('weight')}input_scale" not in kinds]
 
 
 def contents(arch: Architecture, parts: Sequence[Part]) -> Iterator[tuple[str, Tensor]]:

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import gguf
 
+from llmq import registry
+from llmq.stored import StoredGrid
+
 
 class Kind(NamedTuple):
     """A type of ggml. number: how files say it. columns, size: of a stored block, its bytes."""
@@ -24,3 +27,12 @@ KINDS = _GGUF | {"Q2_0": Kind("Q2_0", 42, 64, 18)}
 BY_NUMBER = {kind.number: kind for kind in KINDS.values()}
 FILE_TYPES = {t.name.partition("_")[2]: int(t) for t in gguf.LlamaFileType} | {"Q2_0": 41}
 """Values of `general.file_type`, which names the mixture of a file."""
+
+
+def grid(name: str) -> StoredGrid:
+    """Return the grid of a type; where a range may be chosen it is searched, as the others search themselves."""
+    searched = ":range=mse" if registry.lacks("grids", name.lower(), "range") else ""
+    found = registry.load("grids", f"{name.lower()}{searched}")
+    if not isinstance(found, StoredGrid):
+        raise TypeError(f"{name} is no type of ggml")
+    return found

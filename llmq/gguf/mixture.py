@@ -10,6 +10,9 @@ Where the block of a type does not divide the row, llama.cpp takes a type of 32-
     Q2_0, Q2_K, Q3_K -> Q4_0    Q4_K -> Q5_0    Q5_K -> Q5_1    Q6_K -> Q8_0    IQ4_XS -> IQ4_NL    (else F16)
 
 and Q8_0 for a head (or tied embedding) whose row the base type does not divide.
+NVFP4 and MXFP4 for all linears are no mixtures of llama-quantize: embedding and head are as MXFP4_MOE has them (Q8_0),
+beside NVFP4 Q6_K. IQ4_NL, of as many bits, stands in for NVFP4 where its block does not divide the row, and where a
+program passes over the factor that lies beside such a tensor (`Model.factors`).
 Source: llama.cpp `src/llama-quant.cpp` (`llama_tensor_get_type_impl`, `tensor_type_fallback`); tests hold lists that
 `llama-quantize` printed. Not here: bytes of a type (grids/).
 """
@@ -27,17 +30,25 @@ _BASE = {  # mixture -> the type of most tensors
     "F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0",
     "Q5_1": "Q5_1", "Q2_K": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K",
     "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K", "IQ4_NL": "IQ4_NL", "IQ4_XS": "IQ4_XS",
-    "Q2_0": "Q2_0",
+    "Q2_0": "Q2_0", "MXFP4": "MXFP4", "MXFP4_MOE": "MXFP4", "NVFP4": "NVFP4",
 }  # fmt: skip
 _ALIAS = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # as llama-quantize reads them
 _FALLBACK = {
     "Q2_0": "Q4_0", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL",
+    "NVFP4": "IQ4_NL",
 }  # fmt: skip
-_EMBEDDING = {"Q2_0": "Q4_K"}  # of mixtures whose base is not for one that is not the head too
+_EMBEDDING = {
+    "Q2_0": "Q4_K",
+    "NVFP4": "Q6_K",
+    "MXFP4": "Q8_0",
+    "MXFP4_MOE": "Q8_0",
+}  # of mixtures whose base is not for one that is not the head too
 FLOATS = ("F32", "F16", "BF16")
 _FLOAT = ("ssm_conv1d", "ffn_gate_inp")
 _FEW_BITS = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "IQ4_XS", "Q4_K_S", "Q4_K_M")  # of 8 experts
 TYPES = tuple(dict.fromkeys(_BASE.values()))
+ALONE = tuple(kind for kind in TYPES if kind != "NVFP4")
+"""Types of which a tensor is all in its rows."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ class Model:
     gqa: query heads for every key-value head. large: the 70B models, whose attn_v is small beside the rest.
     tied: no output tensor. importance: whether activations (or an imatrix) weigh the errors.
     experts: of a block; with 8 of them (Mixtral) attention is small beside the rest.
+    factors: the linears, by ggml's name within a block, whose product llama.cpp multiplies by a factor that lies beside
+        them: those that can be NVFP4.
     """
 
     blocks: int
@@ -55,6 +68,7 @@ class Model:
     large: bool
     importance: bool
     experts: int = 0
+    factors: frozenset[str] = frozenset()
 
 
 def mixture(name: str) -> str:
@@ -67,7 +81,7 @@ def mixture(name: str) -> str:
 
 def file_type(name: str) -> int:
     """Return the value of `general.file_type` for a mixture."""
-    return FILE_TYPES[name]
+    return FILE_TYPES["MXFP4_MOE" if name == "MXFP4" else name]
 
 
 def qblock(kind: str) -> int:
@@ -118,6 +132,11 @@ def assign(
             raise LlmqError(f"{pattern.said} matches no matrix; names look like {next(iter(shapes))}")
         for name in reached:
             K = shapes[name][-1]
+            if kind == "NVFP4" and leaf(name) not in model.factors:
+                raise LlmqError(
+                    f"{name} cannot be NVFP4: llama.cpp passes over the factor that such a tensor needs there; take "
+                    f"MXFP4 or {_FALLBACK[kind]}"
+                )
             if K % qblock(kind):
                 fitting = ", ".join(t for t in TYPES if K % qblock(t) == 0)
                 raise LlmqError(
@@ -147,15 +166,33 @@ def fallen_back(shapes: Mapping[str, Sequence[int]], types: Mapping[str, str], m
     return [f"rows of {rows} columns are no multiple of a block: {counts}; the file is larger than {mix} says"]
 
 
+def without_factor(shapes: Mapping[str, Sequence[int]], types: Mapping[str, str], mix: str, model: Model) -> list[str]:
+    """Return a warning where a mixture of NVFP4 gives linears another type because llama.cpp reads no factor there."""
+    inside = [n for n, shape in shapes.items() if n.startswith("blk.") and len(shape) > 1 and not always_float(n)]
+    found = [n for n in inside if leaf(n) not in model.factors and types[n] == _FALLBACK["NVFP4"]]
+    if mix != "NVFP4" or not found:
+        return []
+    said = f"{len(found)} tensors, e.g. {found[0]}, are {_FALLBACK[mix]} in place of {mix}"
+    return [f"{said}: of these llama.cpp passes over the factor (.scale) without which {mix} means other weights"]
+
+
 def _rule(name: str, K: int, mix: str, model: Model) -> str:
     base = _BASE[mix]
     if name == "output.weight" or (model.tied and name == "token_embd.weight"):
-        return "Q8_0" if K % qblock(base) or base == "Q8_0" else "Q6_K"
+        return "Q8_0" if K % qblock(base) or base in ("Q8_0", "MXFP4") else "Q6_K"
     if name == "token_embd.weight":
         return _EMBEDDING.get(mix, base)
+    if mix == "MXFP4_MOE":
+        return base if leaf(name).endswith("_exps") else "Q8_0"
     found = re.match(r"blk\.(\d+)\.(\w+)\.", name)
     rule = _RULES.get(found[2]) if found else None
-    return base if found is None or rule is None else rule(int(found[1]), model.blocks, mix, model)
+    kind = base if found is None or rule is None else rule(int(found[1]), model.blocks, mix, model)
+    return _FALLBACK[kind] if kind == "NVFP4" and leaf(name) not in model.factors else kind
+
+
+def leaf(name: str) -> str:
+    """Return what ggml calls a linear within its block: `ffn_up` of `blk.0.ffn_up.weight`."""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _chosen(block: int, n: int) -> bool:

@@ -41,6 +41,8 @@ from llmq.model.config import head_dim
 
 _ATTENTION = ("attn_q", "attn_k", "attn_v")
 _LINEARS = (*_ATTENTION, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_GATED, _ROUTED_TO = ("ffn_gate", "ffn_up", "ffn_down"), ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+_LINEAR = ("attn_gate", "ssm_out", "ssm_alpha", "ssm_beta")
 _KEYS, _TABLE, _PARTIAL = Reads(), Reads(divisors=True), Reads(partial=True)
 
 
@@ -87,6 +89,8 @@ class Program:
         but for as many of the first as `first_k_dense_replace` says where that is among them.
     normed: whether the weights of a token's experts are made to add up to 1, None where a key says it.
     gating: what makes weights of a router's outputs, where a key says it.
+    factors: the linears beside those of attention whose product it multiplies by a factor of the file (`NAME.scale`);
+        of others it passes over it without a word.
     """
 
     arch: gguf.MODEL_ARCH
@@ -110,6 +114,7 @@ class Program:
     counts: Mapping[str, str] = field(default_factory=dict)
     normed: bool | None = True
     gating: gguf.ExpertGatingFuncType | None = None
+    factors: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -129,7 +134,7 @@ def period_of(full: Sequence[bool], usual: int = 1) -> int:
 
 
 _ARCH = gguf.MODEL_ARCH
-_LLAMA = Program(_ARCH.LLAMA, _LINEARS, interleaved=True, reads=_TABLE)
+_LLAMA = Program(_ARCH.LLAMA, _LINEARS, interleaved=True, reads=_TABLE, factors=_GATED)
 _ROUTED = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
            "moe_intermediate_size": "expert_feed_forward_length"}  # fmt: skip
 _SHARED = {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
@@ -145,7 +150,7 @@ PROGRAMS: Mapping[str, Program] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": Program(_ARCH.QWEN2, square=True),
-    "qwen3": Program(_ARCH.QWEN3),
+    "qwen3": Program(_ARCH.QWEN3, factors=_GATED),
     "gemma2": Program(
         _ARCH.GEMMA2, (), activation=_gelu, scaled=True, scale=_by_stream(46), period=2,
         caps=("attn_logit_softcapping", _FINAL), capped=True,
@@ -160,8 +165,10 @@ PROGRAMS: Mapping[str, Program] = {
     ),
     "glm4": Program(_ARCH.GLM4, reads=_PARTIAL),
     "smollm3": Program(_ARCH.SMOLLM3, interleaved=True, nope=4),
-    "qwen3_5_text": Program(_ARCH.QWEN35, ("ssm_dt",), reads=_PARTIAL, delta=True),
-    "qwen3_moe": Program(_ARCH.QWEN3MOE, counts=_ROUTED),
+    "qwen3_5_text": Program(
+        _ARCH.QWEN35, ("ssm_dt",), reads=_PARTIAL, delta=True, factors=(*_GATED, *_LINEAR)
+    ),
+    "qwen3_moe": Program(_ARCH.QWEN3MOE, counts=_ROUTED, factors=_ROUTED_TO),
     "qwen2_moe": Program(_ARCH.QWEN2MOE, counts=_ROUTED | _SHARED, normed=False),
     "olmoe": Program(
         _ARCH.OLMOE, (), square=True, paired=True, normed=False,
@@ -183,7 +190,9 @@ PROGRAMS: Mapping[str, Program] = {
             "topk_group": "expert_group_used_count",
         },
     ),
-    "mixtral": Program(_ARCH.LLAMA, _LINEARS, interleaved=True, reads=_TABLE, counts=_LOCAL),
+    "mixtral": Program(
+        _ARCH.LLAMA, _LINEARS, interleaved=True, reads=_TABLE, counts=_LOCAL, factors=_ROUTED_TO
+    ),
     "granitemoe": Program(
         _ARCH.GRANITE_MOE, _LINEARS, interleaved=True, reads=_TABLE, scale=None, multipliers=_MULTIPLIERS,
         counts=_LOCAL,
@@ -195,7 +204,7 @@ PROGRAMS: Mapping[str, Program] = {
     ),
     "qwen3_5_moe_text": Program(
         _ARCH.QWEN35MOE, ("ssm_dt",), reads=_PARTIAL, delta=True,
-        counts=_ROUTED | _SHARED,
+        counts=_ROUTED | _SHARED, factors=(*_ROUTED_TO, *(f"{n}_shexp" for n in _GATED), *_LINEAR),
     ),
 }  # fmt: skip
 """By transformers' model_type."""

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from llmq.granularity import PerGroup
 from llmq.params import ROUNDER
-from llmq.types import GgmlParams, Held, LlmqError, Parameters, StoredGrid
+from llmq.stored import StoredGrid
+from llmq.types import GgmlParams, Held, LlmqError, Parameters
 
 _CHUNK = 2**20  # weights of one chunk: enough that torch's calls cost little beside what they do for its superblocks
 _ROUND = torch.tensor(ROUNDER)
@@ -138,7 +139,7 @@ class GgmlGrid(StoredGrid):
         blocks = self._pack(codes.to(torch.uint8).reshape(N, B, self.qblock), Stored(d, dmin, *by_qblock))
         return blocks.reshape(N, self.row_bytes(K))
 
-    def from_bytes(self, rows: Tensor) -> tuple[Tensor, GgmlParams]:
+    def from_bytes(self, rows: Tensor, once: object = None) -> tuple[Tensor, GgmlParams]:
         """See `StoredGrid.from_bytes`."""
         N = rows.shape[0]
         codes, stored = self._unpack(rows.reshape(N, -1, self.qblock_bytes))

@@ -9,14 +9,17 @@ Facts: docs/floats.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import floor, log2
 
 import torch
 from torch import Tensor
 
 from llmq.granularity import Granularity, PerGroup
 from llmq.grids._float import FloatGrid
+from llmq.grids._ggml import held
+from llmq.grids._ggml_floats import FloatBlocks
 from llmq.minifloat import E2M1, E4M3
 from llmq.types import Arguments, FloatParams, Grid, Held, Parameters, Range
 
@@ -24,7 +27,7 @@ _OF_ZEROS = 0.125  # the stored scale of a group of zeros, as compressed-tensors
 
 
 @dataclass(frozen=True)
-class Nvfp4(FloatGrid):
+class Nvfp4(FloatGrid, FloatBlocks):
     """E2M1 floats with E4M3 scales.
 
     range: how `fit` chooses what is covered; None is min-max.
@@ -35,6 +38,8 @@ class Nvfp4(FloatGrid):
     divisor: float | None = field(default=None, metadata={"option": False})
 
     value = E2M1
+    qblock = 64
+    once = ("scale",)
 
     @property
     def granularity(self) -> Granularity:
@@ -46,11 +51,15 @@ class Nvfp4(FloatGrid):
         return self if self.range is None else replace(self, range=None)
 
     def spanning(self, weights: Sequence[Tensor], grids: Sequence[Grid] = ()) -> Nvfp4:
-        """See `Grid.spanning`; where any range searches beyond what there is, there is room above the largest scale."""
+        """See `Grid.spanning`; where any range searches beyond what there is, there is room above the largest scale.
+
+        The divisor is then a power of two, so that every reader's arithmetic gives the same values.
+        """
         largest = max(float(W.abs().max()) for W in weights)
         searched = any(g.searches for g in (self, *grids) if isinstance(g, FloatGrid))
         most = E4M3.most / self.beyond if searched else E4M3.most
         divisor = most * self.value.most / largest if largest else 1.0
+        divisor = 2.0 ** floor(log2(divisor)) if searched else divisor
         return replace(self, divisor=divisor if divisor <= torch.finfo(torch.float32).max else 1.0)
 
     def fit(self, W_NK: Tensor, H_KK: Tensor | None = None) -> Parameters:
@@ -91,6 +100,15 @@ class Nvfp4(FloatGrid):
     def of_bits(self, bits: Tensor, divisor: Tensor) -> FloatParams:
         """Return the parameters of scales as they are stored, uint8 `[..., G]`. divisor: float32 `[1]`."""
         return FloatParams(E4M3.decode(bits) / divisor, bits, divisor.expand(*bits.shape[:-1], 1).contiguous())
+
+    def stored_once(self, params: Parameters) -> dict[str, Tensor]:
+        """Return the reciprocal of the divisor."""
+        return {"scale": 1 / held(FloatParams.of(params).divisor)[0]}
+
+    def read(self, scales: Tensor, once: Mapping[str, Tensor]) -> FloatParams:
+        """See `FloatBlocks.read`; without a scale the divisor is 1. ggml reads no sign, and NaN as 0."""
+        bits = (scales & 127).masked_fill(scales & 127 == 127, 0)
+        return self.of_bits(bits, 1 / once["scale"] if once else torch.ones(1))
 
     @property
     def held(self) -> Held:

@@ -13,7 +13,7 @@ solver found, before any packing, so that a reader that decodes the file by othe
                     zero    int32 [N, G], unsigned codes            the whole tensor shares one), zero likewise
                     g_idx   int32 [K], where the groups are no runs of columns
                     input   [1], the static scale of the input, where it has one
-    ggml's types    values  float32 [N, K], decoded, rows in the checkpoint's order
+    other grids     values  float32 [N, K], decoded, rows in the checkpoint's order; of small floats -0 is 0
 
 Not here: the transforms in a record (folding.py), writing it (report.py), comparing a file with it (verify).
 """
@@ -31,7 +31,7 @@ from torch import Tensor
 from llmq.checkpoint.digest import raw
 from llmq.pipeline.site import pieces
 from llmq.team import ALONE, Team
-from llmq.types import Grid, Params, QTensor
+from llmq.types import FloatParams, Grid, Params, QTensor
 
 if TYPE_CHECKING:
     from llmq.model.folding import Fold
@@ -80,7 +80,7 @@ def _errors(Q_nK: Tensor, W_nK: Tensor, H_KK: Tensor | None) -> dict[str, tuple[
 def _solved(q: QTensor, Q_NK: Tensor) -> dict[str, Tensor]:
     """Return what the checksums of a linear are taken of."""
     if not isinstance(q.params, Params):
-        return {"values": Q_NK.float()}
+        return {"values": Q_NK.float() + 0 if isinstance(q.params, FloatParams) else Q_NK.float()}
     rows = q.grid.granularity.rows(len(q.codes))
     found = {"codes": q.codes, "scale": q.params.scale[:rows], "zero": q.params.zero[:rows]}
     if q.input is not None:

@@ -38,6 +38,7 @@ _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _WRAPPED = re.compile(r"^model\.\w+\.(layers|embed_tokens|norm)\b")  # of a language model within a larger one
 _ROWS = 2**22  # weights decoded at a time
 _DIVISORS, _SHORT = "rope_freqs.weight", "rope_factors_short.weight"
+_BESIDE = (".scale", ".input_scale")  # of a weight: what its product, or its inputs, are multiplied by
 _ROTARY = (_DIVISORS, _SHORT, "rope_factors_long.weight")
 
 
@@ -108,7 +109,8 @@ class Gguf:
             for ggml, tensor in file.tensors.items():
                 report.expect(ggml not in self._stored, f"tensor {ggml} is in two shards")
                 self._stored[ggml] = tensor
-        named = [t for n, t in self._stored.items() if n not in _ROTARY]
+        self._factors = self._factors_of(report)
+        named = [t for n, t in self._stored.items() if n not in _ROTARY and not n.endswith(_BESIDE)]
         self.tensors = dict(pair for t in named for pair in self._reading.tensors(t))
         shapes = {n: self._reading.shape(n, t) for n, t in self.tensors.items()}
         self.skeleton = Skeleton(_Keyed(path, self._config(), shapes), torch.float32)
@@ -137,12 +139,28 @@ class Gguf:
         shape, wanted = self._reading.shape(name, stored), self._shapes[name]
         if not report.expect(shape == wanted, f"tensor {ggml} is {list(shape)}, the keys make it {list(wanted)}"):
             return None
-        values = self._reading.in_order(name, _decode(stored), self._key)
+        decoded = _decode(stored)
+        if name in self._factors:
+            decoded *= self._factors[name]
+        values = self._reading.in_order(name, decoded, self._key)
         tensor, kind = torch.from_numpy(values), stored.tensor_type.name
         if not check_float(ggml, tensor, report, "float tensors" if kind in FLOATS else "packed linears"):
             return None
         record.check_decoded(name.removesuffix(".weight"), values, self.recorded, report)
         return tensor.to(FLOATS.get(kind, torch.float32))
+
+    def _factors_of(self, report: Report) -> dict[str, np.float32]:
+        """Return the factors that lie beside weights, `NAME.scale`, by transformers' names of these."""
+        found: dict[str, np.float32] = {}
+        for ggml, stored in self._stored.items():
+            if not ggml.endswith(_BESIDE):
+                continue
+            of = self._stored.get(f"{ggml.rpartition('.')[0]}.weight")
+            names = [] if of is None else [name for name, _ in self._reading.tensors(of)]
+            sane = stored.tensor_type.name == "F32" and stored.data.shape == (len(names),) and (stored.data > 0).all()
+            if report.expect(sane, f"{ggml} is not a number above 0 for each matrix of a weight") and ".scale" in ggml:
+                found |= zip(names, np.array(stored.data), strict=True)
+        return found
 
     def check_tensors(self, recorded: Mapping[str, Any], report: Report) -> None:
         """Compare every stored tensor with its recorded checksum."""

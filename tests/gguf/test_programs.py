@@ -1,5 +1,7 @@
 """Every architecture: a tiny random model written in full, whose logits llama.cpp and transformers agree on."""
 
+from dataclasses import replace
+
 import gguf
 import pytest
 import torch
@@ -13,7 +15,10 @@ from llmq.gguf.reader import GgufFile
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
+from llmq.types import LlmqError
 from llmq.verify import verify
+from llmq.verify.ggml import open_gguf
+from llmq.verify.report import Report
 
 SIZES = {"vocab_size": 328, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1,
@@ -119,6 +124,32 @@ def test_llama_cpp_computes_what_transformers_does(kind, written, llama_cpp):
     report = verify(out, folder)  # read back by other code, and beside the model: what the keys say is its config
     assert report.passed, report.failures
     assert report.figures["kl"] < 1e-6
+
+
+WIDER = {"intermediate_size": 128, "moe_intermediate_size": 64}  # rows that NVFP4's blocks divide
+
+
+@pytest.mark.parametrize("kind", [k for k in CASES if "of two lengths" not in k])
+def test_llama_cpp_multiplies_by_the_factors_of_nvfp4_that_it_reads(kind, written, tmp_path, llama_cpp):
+    """Within what rounding inputs to 8 bits costs: without a factor products are 1e4 times as large."""
+    more = {k: v for k, v in WIDER.items() if k in SIZES | CASES[kind]}
+    _, folder, _ = written(kind, **more)
+    recipe = Recipe(format="gguf", method="rtn", type="NVFP4", dtype="float32")
+    plan = prepare(str(folder), recipe, "cpu")
+    quantize(plan, tmp_path / "out.gguf")
+    found, _ = open_gguf(tmp_path / "out.gguf", report := Report())
+    tensors = GgufFile(tmp_path / "out.gguf").tensors
+    factors = [n for n in tensors if n.endswith(".scale")]
+    assert len(factors) >= 4 and all(
+        tensors[f"{n.removesuffix('scale')}weight"].tensor_type.name == "NVFP4" for n in factors
+    )
+    others = {n for n, t in tensors.items() if t.tensor_type.name == "IQ4_NL" and "ssm_out" not in n}  # of 32 columns
+    assert bool(others) == any("passes over the factor (.scale)" in w for w in plan.warnings)
+    decoded = found.skeleton.filled(torch.device("cpu"))
+    assert difference(decoded, llama_cpp(tmp_path / "out.gguf")) < 2 and report.passed, report.failures
+    for name in sorted(others)[:1]:
+        with pytest.raises(LlmqError, match=f"{name} cannot be NVFP4: llama.cpp passes over the factor"):
+            prepare(str(folder), replace(recipe, override=(f"^{name}:type=NVFP4",)), "cpu")
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
