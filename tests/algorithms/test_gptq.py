@@ -9,6 +9,7 @@ from llmq import registry
 from llmq.algorithms.gptq import Gptq
 from llmq.algorithms.rtn import Rtn
 from llmq.grids.int import Int
+from llmq.ranges.mse import Mse
 from llmq.stats import Hessian, Stats
 from llmq.types import LlmqError, QTensor
 
@@ -97,13 +98,31 @@ def test_dead_columns_are_rounded_to_nearest_and_counted():
 def test_damping_is_raised_until_the_hessian_factors_and_the_value_is_reported():
     H = torch.eye(8)
     H[0, 1] = H[1, 0] = 1.05  # an eigenvalue of -0.05
-    F, damp = Gptq(prior=0).factor(H, 100)
+    F, D, damp = Gptq(prior=0).factor(H, 100)
     assert damp == pytest.approx(0.1)
     H.diagonal().add_(damp)
     inverse = torch.linalg.inv(F)
-    D = inverse @ H @ inverse.T
-    torch.testing.assert_close(D, torch.diag(D.diagonal()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(inverse @ H @ inverse.T, torch.diag(D), rtol=0, atol=1e-5)
     assert torch.equal(F, F.triu()) and (F.diagonal() == 1).all()
+
+
+@pytest.mark.parametrize("order", [None, torch.randperm(96, generator=torch.Generator().manual_seed(5))])
+def test_ranges_weigh_errors_by_what_later_columns_leave_of_them(order):
+    """The pivots: the variance of a column that those rounded after it do not explain."""
+    H = hessian(correlated(96)).mean()
+    H.diagonal().add_(0.1 * H.diagonal().mean())
+    D = Gptq(prior=0, damp=1e-6).factor(H.clone(), 400, order).D_K
+    order = torch.arange(96) if order is None else order
+    for i in (0, 40, 95):
+        j, after = order[i], order[i + 1 :]
+        left = H[j, j] - H[j, after] @ torch.linalg.solve(H[after][:, after], H[after, j])
+        assert D[j].item() == pytest.approx(left.item(), rel=0.02)
+    W_NK, grid = torch.randn(16, 96), Int(3, True, 32, range=Mse())
+    found = Gptq().solve(W_NK, grid, Stats({Hessian: hessian(correlated(96))})).q.params
+    H = hessian(correlated(96)).mean()
+    D = Gptq().factor(H.clone(), 2000, torch.argsort(H.diagonal(), descending=True, stable=True)).D_K
+    assert torch.equal(found.scale, grid.fit(W_NK, D).scale)
+    assert not torch.equal(found.scale, grid.fit(W_NK, H).scale)
 
 
 def test_the_prior_is_as_many_tokens_without_correlations():

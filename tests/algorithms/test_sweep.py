@@ -18,7 +18,7 @@ from llmq_kernels import panel
 def problem(N, K, grid, seed=0):
     g = torch.Generator().manual_seed(seed)
     W_NK, X_TK = torch.randn(N, K, generator=g), torch.randn(400, K, generator=g) @ torch.randn(K, K, generator=g)
-    F_KK, _ = Gptq().factor(X_TK.T @ X_TK / 400, 400)
+    F_KK, *_ = Gptq().factor(X_TK.T @ X_TK / 400, 400)
     W_KN = W_NK.T.contiguous()
     return W_KN, F_KK, grid.fit(W_NK), torch.arange(K) // grid.granularity.columns(K)
 
