@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint import Source, resolve
-from llmq.checkpoint.decoding import as_floats, narrow
+from llmq.checkpoint.decoding import as_floats, decoded_on_load
 from llmq.checkpoint.packed import PackedCheckpoint, Packing
 from llmq.errors import LlmqError, printable
 from llmq.gguf.reader import GgufFile
@@ -38,7 +38,7 @@ def inspect(name: str, *, linears: bool = False) -> Iterator[Rows]:
     record = json_object(record_file) if record_file.is_file() else None
     packed = None
     try:
-        if narrow(quantization):
+        if decoded_on_load(quantization):
             as_floats(source)
             decoded = (source.decoded or {}).get("weights", {})
             table.add("  decoded as they are read", ", ".join(f"{n} {kind}" for kind, n in decoded.items()))

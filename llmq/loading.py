@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.checkpoint import Source, resolve
-from llmq.checkpoint.decoding import as_floats, narrow
+from llmq.checkpoint.decoding import as_floats, decoded_on_load
 from llmq.checkpoint.names import settle
 from llmq.checkpoint.packed import Packing
 from llmq.errors import LlmqError
@@ -36,8 +36,8 @@ def load(
 ) -> PreTrainedModel:
     """Return the model at `path`, in eval mode, its quantized linears computing from packed weights.
 
-    A causal language model, or the whole of one that reads images too. Narrow floats (FP8, NVFP4, MXFP4 ...) are
-    decoded as they are read, to the model's dtype: it is then a float model.
+    A causal language model, or the whole of one that reads images too. Narrow floats that no format of llmq writes
+    (DeepSeek's FP8, gpt-oss' MXFP4 ...) are decoded as they are read, to the model's dtype: it is then a float model.
 
     path: a local folder or a Hub id.
     dtype: of the float weights and the activations; None is the checkpoint's own. Packed tensors keep theirs.
@@ -47,7 +47,7 @@ def load(
     Raises LlmqError, one line, for whatever is wrong with the path or the checkpoint.
     """
     source = Source(resolve(str(path)))
-    if narrow(source.quantization):
+    if decoded_on_load(source.quantization):
         for line in as_floats(source):
             log.info(line)
     folder, packed = source.path, source.quantization

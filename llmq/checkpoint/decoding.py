@@ -97,11 +97,22 @@ class Decoded(Entry):
 
 
 def narrow(config: Mapping[str, Any] | None) -> bool:
-    """Say whether a `quantization_config` is one of narrow floats, which nothing of llmq computes with as they are."""
+    """Say whether a `quantization_config` is one of narrow floats."""
     if config is None or config.get("quant_method") not in FLOATS:
         return False
     of_groups = (_weights(group).get("type") for group in _groups(config).values())
     return config["quant_method"] != "compressed-tensors" or "float" in of_groups
+
+
+def decoded_on_load(config: Mapping[str, Any] | None) -> bool:
+    """Say whether a `quantization_config` is one of narrow floats that no format of llmq computes with as they are."""
+    if config is None or not narrow(config):
+        return False
+    try:
+        Packing(config)
+    except LlmqError:  # the decoder knows more of them, and says why where it does not
+        return True
+    return False
 
 
 def as_floats(source: Source, dtype: torch.dtype | None = None) -> list[str]:

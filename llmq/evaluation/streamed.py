@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmq.checkpoint import Source, resolve
-from llmq.checkpoint.decoding import as_floats, narrow
+from llmq.checkpoint.decoding import as_floats, decoded_on_load
 from llmq.checkpoint.packed import PackedCheckpoint, Packing
 from llmq.errors import LlmqError
 from llmq.integrations.transformers import place_linears
@@ -99,7 +99,7 @@ class Streamed:
         work: Progress | None = None,
     ) -> None:
         source = Source(resolve(str(path)))
-        if narrow(source.quantization):
+        if decoded_on_load(source.quantization):
             as_floats(source)
         self.skeleton = Loaded(source, dtype or _dtype(source))
         self.name, self.model, self.vocab = name, self.skeleton.model, self.skeleton.text.vocab_size

@@ -150,6 +150,9 @@ def _on_gpus(weight: Grid, inputs: RangedGrid | None) -> list[Limit]:
 
 def _unread(weight: Grid, inputs: RangedGrid | None) -> list[Limit]:
     found = []
+    if not isinstance(weight, Fp8):
+        say = "it decodes FP4 and MXFP8 to bfloat16: load the model with dtype=torch.bfloat16"
+        found.append(Limit(say, notes=("transformers",), told=False))
     if isinstance(weight, Microscaling):
         say = "it has no linears of MXFP4 or MXFP8 in compressed-tensors"
         found.append(Limit(say, refuses=("SGLang", "TensorRT-LLM"), told=False, known="source"))

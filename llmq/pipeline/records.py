@@ -79,12 +79,12 @@ def _errors(Q_nK: Tensor, W_nK: Tensor, H_KK: Tensor | None) -> dict[str, tuple[
 
 def _solved(q: QTensor, Q_NK: Tensor) -> dict[str, Tensor]:
     """Return what the checksums of a linear are taken of."""
+    found = {} if q.input is None else {"input": q.input.scale}
     if not isinstance(q.params, Params):
-        return {"values": Q_NK.float() + 0 if isinstance(q.params, FloatParams) else Q_NK.float()}
+        values = Q_NK.float()
+        return {"values": values + 0 if isinstance(q.params, FloatParams) else values, **found}
     rows = q.grid.granularity.rows(len(q.codes))
-    found = {"codes": q.codes, "scale": q.params.scale[:rows], "zero": q.params.zero[:rows]}
-    if q.input is not None:
-        found["input"] = q.input.scale
+    found |= {"codes": q.codes, "scale": q.params.scale[:rows], "zero": q.params.zero[:rows]}
     return found if q.g_idx is None else found | {"g_idx": q.g_idx.to(torch.int32)}
 
 

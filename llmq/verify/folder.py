@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from llmq.checkpoint import Source
 from llmq.model.skeleton import Skeleton
 from llmq.verify import record
+from llmq.verify.floats import Floats
 from llmq.verify.forward import Decoded
-from llmq.verify.linears import check_float, check_scale, read_linear
-from llmq.verify.packing import PACKED, Packing, cache_scales, packing
+from llmq.verify.linears import check_float, check_scale, read_floats, read_linear
+from llmq.verify.packing import PACKED, How, cache_scales, packing
 from llmq.verify.report import Report
 
 
@@ -56,11 +57,21 @@ class Folder:
         if module not in self.packed or module == name:
             return self._float(name, report)
         how, shape = self.packed[module], self._linears[module]
+        if isinstance(how, Floats):
+            return self._floats(module, how, report)
         linear = read_linear(self.source, self._headers, module, how, shape, report)
         if linear is None:
             return None
         record.check_linear(linear, self.recorded, report)
         return torch.from_numpy(linear.weight.values())
+
+    def _floats(self, module: str, how: Floats, report: Report) -> Tensor | None:
+        found = read_floats(self.source, self._headers, module, how, self._linears[module], report)
+        if found is None:
+            return None
+        values, fixed = found
+        record.check_decoded(module, values, self.recorded, report, fixed)
+        return torch.from_numpy(values)
 
     def check_cache(self, report: Report) -> None:
         """Check the scales of a quantized key-value cache."""
@@ -77,15 +88,15 @@ class Folder:
         tensor = self.source.get(name)
         return tensor if check_float(name, tensor, report) else None
 
-    def _find_packed(self, how: Any, report: Report) -> dict[str, Packing]:
+    def _find_packed(self, how: Any, report: Report) -> dict[str, How]:
         """Return how each packed linear is stored; report where config and tensors disagree on it.
 
         A peer's config need not list what was left float: there the tensors decide.
         """
         present = {n.rpartition(".")[0] for n in self._headers if n.rpartition(".")[2] in PACKED}
-        found: dict[str, Packing] = {}
+        found: dict[str, How] = {}
         for name in self._linears:
-            said: Packing | None = how(name) or how(self.source.written(name))
+            said: How | None = how(name) or how(self.source.written(name))
             if said and name in present:
                 found[name] = said
             elif name in present:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from llmq.checkpoint import Source
 from llmq.verify.decode import Array, Weight, decode
-from llmq.verify.packing import OPTIONAL, Packing
+from llmq.verify.floats import Floats
+from llmq.verify.packing import OPTIONAL, How, Packing
 from llmq.verify.report import Report
 
 _ANY_WIDTH = ("g_idx", "weight_shape")  # whose integers peers store in any width
@@ -68,6 +69,18 @@ def read_linear(
     return Linear(name, how, weight, scale.reshape(weight.scale.shape), g_idx, stored.get("input_scale"))
 
 
+def read_floats(
+    source: Source, headers: Headers, name: str, how: Floats, shape: tuple[int, int], report: Report
+) -> tuple[Array, Tensor | None] | None:
+    """Return the weight at `name`, of small floats, and the scale fixed of its input; None as `read_linear`."""
+    report.count("packed linears")
+    stored = _tensors(source, headers, name, how, shape, report)
+    if stored is None or not all([check_scale(f"{name}.{k}", stored[k], report) for k in (how.whole, how.input) if k]):
+        return None
+    values = how.values(stored, name, report)
+    return None if values is None else (values, how.input_scale(stored))
+
+
 def check_scale(name: str, scale: Tensor, report: Report) -> bool:
     """Check that scales are finite, not zero and no accident of bits; return whether they are finite."""
     values = scale.float().abs()
@@ -82,7 +95,7 @@ def check_scale(name: str, scale: Tensor, report: Report) -> bool:
 
 
 def _tensors(
-    source: Source, headers: Headers, name: str, how: Packing, shape: tuple[int, int], report: Report
+    source: Source, headers: Headers, name: str, how: How, shape: tuple[int, int], report: Report
 ) -> dict[str, Tensor] | None:
     """Return a linear's tensors where all that it needs are there, of the right dtype and shape."""
     found: dict[str, Tensor] = {}
@@ -94,7 +107,7 @@ def _tensors(
             continue
         kind, has = headers[full]
         same = kind in (FLOATS if dtype == "float" else _INTEGERS if local in _ANY_WIDTH else (dtype,))
-        right = same and (has == wanted or (local.startswith("input_") and has == ()))
+        right = same and (has == wanted or ((local.startswith("input_") or wanted == (1,)) and has == ()))
         if report.expect(right, f"{full} is {kind} {list(has)}, not {dtype} {list(wanted)}, as {how} has it"):
             found[local] = source.get(full)
         else:

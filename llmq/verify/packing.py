@@ -17,6 +17,7 @@ from llmq.checkpoint.dialects import from_auto_round
 from llmq.errors import LlmqError
 from llmq.guard.patterns import Limit, Pattern
 from llmq.guard.reading import field
+from llmq.verify.floats import Floats, of_group
 
 WHERE = "quantization_config"
 METHODS = ("gptq", "awq", "auto-round", "compressed-tensors")
@@ -78,16 +79,18 @@ class Packing:
         return found
 
 
+How = Packing | Floats
+"""How a linear is stored."""
 OPTIONAL = ("g_idx", "weight_shape", "input_zero_point", "bias")
 """Local names of what a writer may leave out: it repeats what is known, or has a default."""
 PACKED = (
     "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape",
-    "weight_g_idx", "input_scale", "input_zero_point", "weight_global_scale",
+    "weight_g_idx", "input_scale", "input_zero_point", "weight_global_scale", "input_global_scale", "weight_scale_2",
 )  # fmt: skip
 """Local names by which a packed linear is known."""
 
 
-def packing(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
+def packing(config: Mapping[str, Any]) -> Callable[[str], How | None]:
     """Return the function that says how a linear is stored, None for a float one.
 
     Raises LlmqError for a config that does not say it, or says what is not decoded here.
@@ -158,7 +161,7 @@ def _awq(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
     return of
 
 
-def _compressed_tensors(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
+def _compressed_tensors(config: Mapping[str, Any]) -> Callable[[str], How | None]:
     groups = field(config, "config_groups", dict, WHERE)
     targets = {t: how for name, g in groups.items() for t, how in _group_targets(name, g, config)}
     by_pattern = [t for t in sorted(targets) if t.startswith("re:")]
@@ -166,7 +169,7 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Callable[[str], Packing | 
     ignored = set(_strings(config.get("ignore") or []))
     ignored_patterns = _patterns([t[3:] for t in ignored if t.startswith("re:")])
 
-    def of(name: str) -> Packing | None:
+    def of(name: str) -> How | None:
         if not ignored.isdisjoint((name, "Linear")) or any(p.match(name) for p in ignored_patterns):
             return None
         if name in targets:
@@ -176,18 +179,22 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Callable[[str], Packing | 
     return of
 
 
-def _group_targets(name: str, group: Any, config: Mapping[str, Any]) -> Iterator[tuple[str, Packing]]:
+def _group_targets(name: str, group: Any, config: Mapping[str, Any]) -> Iterator[tuple[str, How]]:
     where = f"{WHERE}.config_groups.{name}"
     if not isinstance(group, dict):
         raise LlmqError(f"{where} is no object")
     weights, inputs = field(group, "weights", dict, where), _said(group, "input_activations", dict, where)
     form = group.get("format") or config.get("format")
-    if form not in ("pack-quantized", "int-quantized") or weights.get("type", "int") != "int":
-        raise LlmqError(f"{where} is stored as {form!r}; verify decodes pack-quantized and int-quantized integers")
+    targets = _strings(field(group, "targets", list, where))
+    if weights.get("type") == "float":
+        yield from ((target, of_group(form, weights, inputs, where)) for target in targets)
+        return
     size = weights.get("group_size")
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     if strategy not in ("tensor", "channel", "group"):
         raise LlmqError(f"{where}.weights.strategy is {strategy!r}; verify knows tensor, channel and group")
+    if form not in ("pack-quantized", "int-quantized") or weights.get("type", "int") != "int":
+        raise LlmqError(f"{where} is stored as {form!r}; verify decodes pack-quantized and int-quantized integers")
     static = bool(inputs) and inputs.get("dynamic", False) is False
     how = Packing(
         form,
@@ -198,8 +205,7 @@ def _group_targets(name: str, group: Any, config: Mapping[str, Any]) -> Iterator
         static=static,
         static_zero=static and not inputs.get("symmetric", True),
     )
-    for target in _strings(field(group, "targets", list, where)):
-        yield target, how
+    yield from ((target, how) for target in targets)
 
 
 def _rules(config: Mapping[str, Any]) -> list[tuple[bool, Pattern, Mapping[str, Any]]]:

@@ -6,7 +6,8 @@
     record["linears"][name]["sha256"]     of what was solved, before anything was packed:
         codes    uint8 [N, K]             scale   as stored, [N, G] ([1, 1] for one in all)
         zero     int32 [N, G]             g_idx   int32 [K], where the columns are in activation order
-        values   float32 [N, K] decoded, in place of the others for ggml's types
+        values   float32 [N, K] decoded, in place of codes, scale and zero for ggml's types and small floats
+        input    the scale of the input [1], where calibration fixed one
 
 Checksums of files find what has changed since; those of linears find what was never written right.
 Not here: the checksum of a GGUF file (seal.py), the weights of the source (against.py).
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from llmq.checkpoint.digest import digest, file_digest, holds
 from llmq.checkpoint.place import DEQUANTIZED
@@ -117,14 +119,21 @@ def check_linear(linear: Linear, recorded: Mapping[str, Any], report: Report) ->
         report.expect(same, f"{linear.name}: the {part} in the file is not what was solved")
 
 
-def check_decoded(name: str, values: Array, recorded: Mapping[str, Any], report: Report) -> None:
-    """Compare a weight decoded from a ggml type, rows in the model's order, with the checksum of what was solved."""
+def check_decoded(
+    name: str, values: Array, recorded: Mapping[str, Any], report: Report, fixed: Tensor | None = None
+) -> None:
+    """Compare a weight of a ggml type or of small floats, rows in the model's order, with the checksum of the solved.
+
+    fixed: the scale of its input, where calibration fixed one.
+    """
     line = recorded.get(name)
     digests = line.get("sha256") if isinstance(line, dict) else None
     if isinstance(digests, dict):
         report.count("solved weights compared")
         same = of_array(values) == digests.get("values")
         report.expect(same, f"{name}: the weight in the file is not the one that was solved")
+        same = digests.get("input") == (None if fixed is None else digest(fixed))
+        report.expect(same, f"{name}: the input in the file is not what was solved")
 
 
 def of_array(values: Array) -> str:

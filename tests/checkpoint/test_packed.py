@@ -25,8 +25,12 @@ from llmq.types import LlmqError, QTensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = sorted(p.parent.name for p in GOLDEN.glob("*/config.json") if p.parent.name != "float")
-TOLERANCE = {"ct": 2e-5, "ct_int": 0.3, "gptq": 5e-3, "awq": 1e-2}
-"""By the start of a golden's name, of logits up to 4.6: GPTQModel rounds to float16, int8 activations to 256 values."""
+TOLERANCE = {
+    "ct": 2e-5, "ct_int": 0.3, "ct_fp8": 0.7, "ct_mixed_floats": 0.7, "ct_nvfp4": 2.0, "ct_mxfp4": 2.5,
+    "gptq": 5e-3, "awq": 1e-2,
+}  # fmt: skip
+"""By the start of a golden's name, of logits up to 4.6: GPTQModel rounds to float16, int8 activations to 256 values,
+FP8 ones to 3 bits, FP4 ones to 1."""
 LINEAR, HEAD, NORM = "model.layers.0.self_attn.k_proj", "lm_head", "model.layers.0.input_layernorm"
 SCALES = {
     "gptq_v1_w4g32_desc_act": "scales",
