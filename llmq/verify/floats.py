@@ -76,7 +76,7 @@ class Floats:
         return found
 
     def values(self, stored: Mapping[str, Tensor], name: str, report: Report) -> Array | None:
-        """Return the weight, float32 `[N, K]`, -0 as 0; None where a scale or a code is no number, which is reported."""
+        """Return the weight, float32 `[N, K]`, -0 as 0; None, and reported, where one of its numbers is none."""
         raw = stored[self.codes].view(torch.uint8).numpy()
         if self.kind.endswith("fp4"):
             codes = _E2M1[np.stack([raw & 15, raw >> 4], axis=-1).reshape(len(raw), -1)]
