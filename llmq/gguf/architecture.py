@@ -149,7 +149,8 @@ class Architecture:
         It refuses one, by ending itself, where the linear has a bias too and is no attention's.
         """
         biased = any(".mlp." in n and n.endswith(".bias") for n in self.parameters)
-        return frozenset(_ATTENTION) | (frozenset() if biased else frozenset(self.program.factors))
+        attention = {"attn_output"} if self.program.latent else {*_ATTENTION}
+        return frozenset(attention) | (frozenset() if biased else frozenset(self.program.factors))
 
     def beside(self, name: str) -> bool:
         """Say whether a checkpoint tensor is of another part than the language model, such as one that reads images."""
