@@ -94,10 +94,18 @@ def test_what_llmq_recorded_is_shown_in_place_of_headers(tmp_path):
 
 def test_narrow_floats_are_shown_with_what_they_are_decoded_from(tiny_checkpoint):
     folder = tiny_checkpoint()
-    _narrow.rewrite(folder, "ct-nvfp4")
+    _narrow.rewrite(folder, "fp8-block")
     said = " ".join(shown(folder, linears=True).split())
-    assert "decoded as they are read 14 NVFP4, groups of 16" in said.replace("\u2502 ", "")
+    assert "decoded as they are read 14 FP8, blocks of" in said.replace("\u2502 ", "")
     assert "not loaded" not in said and "model.layers.1.mlp.up_proj.weight" in said
+
+
+def test_narrow_floats_that_load_packed_are_linears_like_others(tiny_checkpoint):
+    folder = tiny_checkpoint()
+    _narrow.rewrite(folder, "ct-nvfp4")
+    said = " ".join(shown(folder, linears=True).replace("\u2502", "").split())
+    assert "decoded as" not in said and "not loaded" not in said
+    assert re.search(r"layers\.1\.mlp\.up_proj \[\d+, 64\] 4 16 yes", said)
 
 
 def test_the_size_of_a_wrappers_language_model_is_shown(tmp_path):

@@ -18,7 +18,7 @@ from typing import Any
 from llmq.errors import LlmqError, printable
 from llmq.guard.reading import field, json_object
 
-METHODS = ("gptq", "awq", "compressed-tensors", "auto-round")
+METHODS = ("gptq", "awq", "compressed-tensors", "modelopt", "auto-round")
 """The `quant_method`s that llmq reads. A closed list: a checkpoint must not name a module to import."""
 
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # and the method of one that names none
@@ -70,7 +70,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def known(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the GPTQ, AWQ or compressed-tensors config that says what a `quantization_config` says.
+    """Return the config of a format of llmq that says what a `quantization_config` says.
 
     Raises LlmqError for a method that llmq does not read.
     """

@@ -35,7 +35,7 @@ def checked(
                 "its own; download or quantize it again"
             )
         t = found[name] = tensors[name]
-        scalar = t.shape == () and expected.shape == (1,)
+        scalar = {tuple(t.shape), tuple(expected.shape)} == {(), (1,)}
         if (t.shape != expected.shape and not scalar) or t.dtype not in _dtypes(name, expected):
             is_, wanted = (f"{x.dtype} {list(x.shape)}" for x in (t, expected))
             raise LlmqError(

@@ -128,13 +128,13 @@ def _of_experts(linears: Sequence[LinearSpec]) -> list[Limit]:
 def _of_floats(linears: Sequence[LinearSpec]) -> list[Limit]:
     """Return what some runtimes do not take of small floats, and on which GPUs they are what they are."""
     pairs = dict.fromkeys((s.scheme.weight, s.scheme.activation) for s in linears)
-    found = [limit for weight, inputs in pairs for limit in (*_on_gpus(weight, inputs), *_unread(weight, inputs))]
+    found = [limit for weight, inputs in pairs for limit in (*on_gpus(weight, inputs), *_unread(weight, inputs))]
     if len(pairs) > 1:
         found.append(Limit("it reads one scheme for all", refuses=("TensorRT-LLM",), told=False))
     return list(dict.fromkeys(found))
 
 
-def _on_gpus(weight: Grid, inputs: RangedGrid | None) -> list[Limit]:
+def on_gpus(weight: Grid, inputs: RangedGrid | None) -> list[Limit]:
     """Return which GPUs a runtime multiplies small floats on."""
     if isinstance(weight, Nvfp4 | Mxfp4):
         name, least = ("NVFP4", "SM 7.5") if isinstance(weight, Nvfp4) else ("MXFP4", "SM 8.0")

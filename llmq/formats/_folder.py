@@ -48,6 +48,10 @@ class Folder:
         """See `Format.readers`; a format of which nothing is known has none."""
         return []
 
+    def beside(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what the file named `copy` says; the config itself."""
+        return config
+
     def misfit(self, spec: LinearSpec) -> str | None:
         """Return why the file cannot hold a linear of that shape, None where it can."""
         return _common.undivided(spec)
@@ -73,7 +77,7 @@ class _Checkpoint(Assignment):
         out.copy_files(self.model.folder)
         out.text("config.json", _json({**self.model.saved, "quantization_config": config, **untied}))
         if self.form.copy:
-            out.text(self.form.copy, _json(config))
+            out.text(self.form.copy, _json(self.form.beside(config)))
         out.text("recipe.yaml", recipe)
         return out.join()
 

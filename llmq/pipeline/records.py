@@ -13,7 +13,10 @@ solver found, before any packing, so that a reader that decodes the file by othe
                     zero    int32 [N, G], unsigned codes            the whole tensor shares one), zero likewise
                     g_idx   int32 [K], where the groups are no runs of columns
                     input   [1], the static scale of the input, where it has one
-    other grids     values  float32 [N, K], decoded, rows in the checkpoint's order; of small floats -0 is 0
+    small floats    codes   uint8 [N, K]                   scale   as stored: bits of E4M3 or E8M0, floats of fp8
+                    divisor float32 [1], of nvfp4          input   [1], the scale of what is fixed of the input
+                    values  as below, -0 as 0: what GGUF keeps of them
+    ggml's types    values  float32 [N, K], decoded, rows in the checkpoint's order
 
 Not here: the transforms in a record (folding.py), writing it (report.py), comparing a file with it (verify).
 """
@@ -80,9 +83,13 @@ def _errors(Q_nK: Tensor, W_nK: Tensor, H_KK: Tensor | None) -> dict[str, tuple[
 def _solved(q: QTensor, Q_NK: Tensor) -> dict[str, Tensor]:
     """Return what the checksums of a linear are taken of."""
     found = {} if q.input is None else {"input": q.input.scale}
+    if isinstance(q.params, FloatParams):
+        scale = q.params.scale if q.params.stored is None else q.params.stored
+        found |= {"codes": q.codes, "scale": scale[:: q.grid.granularity.height(len(q.codes))]}
+        found |= {"values": Q_NK.float() + 0}
+        return found if q.params.divisor is None else found | {"divisor": q.params.divisor[0]}
     if not isinstance(q.params, Params):
-        values = Q_NK.float()
-        return {"values": values + 0 if isinstance(q.params, FloatParams) else values, **found}
+        return {"values": Q_NK.float(), **found}
     rows = q.grid.granularity.rows(len(q.codes))
     found |= {"codes": q.codes, "scale": q.params.scale[:rows], "zero": q.params.zero[:rows]}
     return found if q.g_idx is None else found | {"g_idx": q.g_idx.to(torch.int32)}

@@ -10,7 +10,8 @@ Source: OCP Microscaling Formats 1.0; compressed-tensors' and ModelOpt's descrip
 Not here: which linear is stored so (packing.py), integers (decode.py).
 """
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.guard.patterns import Limit, Pattern
 from llmq.guard.reading import field
 from llmq.verify.report import Report
 
@@ -49,7 +51,8 @@ class Floats:
 
     kind: "fp8", "nvfp4", "mxfp4" or "mxfp8". block: rows and columns that share a scale, 0 for all of them.
     codes: the local name of the codes. whole: of one float for all scales, "" without. times: whether the scales are
-    multiplied by it, not divided. input: of what is fixed of the input, "" without.
+    multiplied by it, not divided, and those of rows are `[N]`, as modelopt has it. input: of what is fixed of the
+    input, "" without.
     """
 
     kind: str
@@ -67,6 +70,7 @@ class Floats:
         n, k = self.block
         halves = self.kind.endswith("fp4")
         scale = (1,) if self.block == (0, 0) else (-(-N // (n or N)), -(-K // (k or K)))
+        scale = (N,) if self.times and self.block == (1, 0) else scale
         kind = {"fp8": "float", "nvfp4": "F8_E4M3"}.get(self.kind, "U8")
         found: dict[str, tuple[str, tuple[int, ...]]] = {
             self.codes: ("U8", (N, K // 2)) if halves else ("F8_E4M3", (N, K)),
@@ -77,11 +81,7 @@ class Floats:
 
     def values(self, stored: Mapping[str, Tensor], name: str, report: Report) -> Array | None:
         """Return the weight, float32 `[N, K]`, -0 as 0; None, and reported, where one of its numbers is none."""
-        raw = stored[self.codes].view(torch.uint8).numpy()
-        if self.kind.endswith("fp4"):
-            codes = _E2M1[np.stack([raw & 15, raw >> 4], axis=-1).reshape(len(raw), -1)]
-        else:
-            codes = _E4M3[raw]
+        codes = (_E2M1 if self.kind.endswith("fp4") else _E4M3)[self._bits(stored)]
         scale = self._scale(stored)
         good = report.expect(bool(np.isfinite(codes).all()), f"{name}.{self.codes} holds NaN")
         finite = bool((np.isfinite(scale) & (scale > 0)).all())
@@ -90,6 +90,22 @@ class Floats:
         N, K = codes.shape
         n, k = (size or whole for size, whole in zip(self.block, (N, K), strict=True))
         return codes * scale.repeat(n, axis=0)[:N].repeat(k, axis=1)[:, :K] + 0
+
+    def solved(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the checksums of a linear are taken of; not a divisor that is stored as its inverse."""
+        scales = stored["weight_scale"]
+        scales = scales if self.kind == "fp8" else scales.view(torch.uint8)
+        found = {"codes": torch.from_numpy(self._bits(stored)), "scale": scales}
+        if self.whole and not self.times:
+            found["divisor"] = stored[self.whole].reshape(1)
+        fixed = self.input_scale(stored)
+        return found if fixed is None else found | {"input": fixed}
+
+    def _bits(self, stored: Mapping[str, Tensor]) -> Array:
+        raw = stored[self.codes].view(torch.uint8).numpy()
+        if not self.kind.endswith("fp4"):
+            return raw
+        return np.stack([raw & 15, raw >> 4], axis=-1).reshape(len(raw), -1)
 
     def input_scale(self, stored: Mapping[str, Tensor]) -> Tensor | None:
         """Return what values of the input are multiplied by at last, as it was solved; None where nothing is fixed."""
@@ -101,7 +117,7 @@ class Floats:
     def _scale(self, stored: Mapping[str, Tensor]) -> Array:
         scales = stored["weight_scale"]
         if self.kind == "fp8":
-            return scales.float().numpy().reshape(scales.shape if scales.dim() == 2 else (1, 1))
+            return scales.float().numpy().reshape(scales.shape if scales.dim() == 2 else (-1, 1))
         raw = scales.view(torch.uint8).numpy()
         if self.kind != "nvfp4":
             return _E8M0[raw]
@@ -123,6 +139,42 @@ def of_group(form: Any, weights: Mapping[str, Any], inputs: Mapping[str, Any], w
     if form not in ("float-quantized", "naive-quantized"):
         raise LlmqError(f"{where} is stored as {form!r}, of which verify decodes no floats")
     return Floats("fp8", _block(weights, where), "weight", input="input_scale" if fixes else "")
+
+
+def of_modelopt(config: Mapping[str, Any]) -> Callable[[str], Floats | None]:
+    """Return how a ModelOpt config stores each linear, None for a float one. Raises LlmqError as `of_group`."""
+    said = field(config, "quantization", dict, WHERE) if "quantization" in config else config
+    algo, left = said.get("quant_algo"), said.get("exclude_modules") or said.get("ignore") or []
+    layers = field(said, "quantized_layers", dict, WHERE) if algo == "MIXED_PRECISION" else None
+    if not isinstance(left, list) or not all(isinstance(n, str) for n in left):
+        raise LlmqError(f"{WHERE}: {left!r} should be names of modules")
+    limit = Limit()
+    patterns = [Pattern(fnmatch.translate(n), f"{WHERE}: {n!r}", limit) for n in left]
+    known = {str(a): _of_algo(a) for a in ([algo] if layers is None else [_algo_of(layers, n) for n in layers])}
+
+    def of(name: str) -> Floats | None:
+        if any(p.match(name) for p in patterns) or (layers is not None and name not in layers):
+            return None
+        return known[str(algo if layers is None else layers[name]["quant_algo"])]
+
+    return of
+
+
+def _algo_of(layers: Mapping[str, Any], name: str) -> Any:
+    return field(layers, name, dict, f"{WHERE}.quantized_layers").get("quant_algo")
+
+
+def _of_algo(algo: Any) -> Floats:
+    known = {
+        "FP8": Floats("fp8", (0, 0), "weight", times=True, input="input_scale"),
+        "FP8_PER_CHANNEL_PER_TOKEN": Floats("fp8", (1, 0), "weight", times=True),
+        "NVFP4": Floats("nvfp4", (1, 16), "weight", "weight_scale_2", times=True, input="input_scale"),
+        "W4A16_NVFP4": Floats("nvfp4", (1, 16), "weight", "weight_scale_2", times=True),
+        "MXFP8": Floats("mxfp8", (1, 32), "weight", times=True),
+    }
+    if algo not in known:
+        raise LlmqError(f"{WHERE}.quant_algo is {algo!r}; verify decodes {', '.join(known)}")
+    return known[algo]
 
 
 def _block(weights: Mapping[str, Any], where: str) -> tuple[int, int]:

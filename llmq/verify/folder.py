@@ -69,8 +69,8 @@ class Folder:
         found = read_floats(self.source, self._headers, module, how, self._linears[module], report)
         if found is None:
             return None
-        values, fixed = found
-        record.check_decoded(module, values, self.recorded, report, fixed)
+        values, solved = found
+        record.check_floats(module, solved, self.recorded, report)
         return torch.from_numpy(values)
 
     def check_cache(self, report: Report) -> None:

@@ -71,14 +71,14 @@ def read_linear(
 
 def read_floats(
     source: Source, headers: Headers, name: str, how: Floats, shape: tuple[int, int], report: Report
-) -> tuple[Array, Tensor | None] | None:
-    """Return the weight at `name`, of small floats, and the scale fixed of its input; None as `read_linear`."""
+) -> tuple[Array, dict[str, Tensor]] | None:
+    """Return the weight at `name`, of small floats, and what of it was solved; None as `read_linear`."""
     report.count("packed linears")
     stored = _tensors(source, headers, name, how, shape, report)
     if stored is None or not all([check_scale(f"{name}.{k}", stored[k], report) for k in (how.whole, how.input) if k]):
         return None
     values = how.values(stored, name, report)
-    return None if values is None else (values, how.input_scale(stored))
+    return None if values is None else (values, how.solved(stored))
 
 
 def check_scale(name: str, scale: Tensor, report: Report) -> bool:

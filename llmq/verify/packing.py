@@ -3,6 +3,7 @@
     gptq                `dynamic` (first rule that matches; "-:" leaves a linear float, others change its bits),
                         `modules_in_block_to_quantize` (endings of names), `lm_head`
     awq                 `modules_to_not_convert` (names or parts of paths), negative `dynamic` rules
+    modelopt            `quant_algo`, or that of each in `quantized_layers`, less `ignore` or `exclude_modules`
     compressed-tensors  `config_groups` (exact name, then `re:` pattern, then the class "Linear"), less `ignore`
 
 Not here: the bits (decode.py). Nothing of llmq/formats is used, so that config and tensors are judged independently.
@@ -17,10 +18,10 @@ from llmq.checkpoint.dialects import from_auto_round
 from llmq.errors import LlmqError
 from llmq.guard.patterns import Limit, Pattern
 from llmq.guard.reading import field
-from llmq.verify.floats import Floats, of_group
+from llmq.verify.floats import Floats, of_group, of_modelopt
 
 WHERE = "quantization_config"
-METHODS = ("gptq", "awq", "auto-round", "compressed-tensors")
+METHODS = ("gptq", "awq", "auto-round", "compressed-tensors", "modelopt")
 _IN_BLOCK = re.compile(r".*?\.\d+\.")
 _CACHE = ("k_scale", "v_scale", "k_zero_point", "v_zero_point")
 
@@ -105,6 +106,8 @@ def packing(config: Mapping[str, Any]) -> Callable[[str], How | None]:
         return _awq(config)
     if method == "compressed-tensors":
         return _compressed_tensors(config)
+    if method == "modelopt":
+        return of_modelopt(config)
     raise LlmqError(f"{WHERE}.quant_method is {method!r}; verify reads {', '.join(METHODS)} and GGUF")
 
 

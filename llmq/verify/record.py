@@ -6,8 +6,9 @@
     record["linears"][name]["sha256"]     of what was solved, before anything was packed:
         codes    uint8 [N, K]             scale   as stored, [N, G] ([1, 1] for one in all)
         zero     int32 [N, G]             g_idx   int32 [K], where the columns are in activation order
-        values   float32 [N, K] decoded, in place of codes, scale and zero for ggml's types and small floats
+        values   float32 [N, K] decoded, in place of the others for ggml's types
         input    the scale of the input [1], where calibration fixed one
+    and of small floats: codes, scale (its bits, where those are stored), divisor float32 [1]
 
 Checksums of files find what has changed since; those of linears find what was never written right.
 Not here: the checksum of a GGUF file (seal.py), the weights of the source (against.py).
@@ -119,21 +120,28 @@ def check_linear(linear: Linear, recorded: Mapping[str, Any], report: Report) ->
         report.expect(same, f"{linear.name}: the {part} in the file is not what was solved")
 
 
-def check_decoded(
-    name: str, values: Array, recorded: Mapping[str, Any], report: Report, fixed: Tensor | None = None
-) -> None:
-    """Compare a weight of a ggml type or of small floats, rows in the model's order, with the checksum of the solved.
+def check_floats(name: str, solved: Mapping[str, Tensor], recorded: Mapping[str, Any], report: Report) -> None:
+    """Compare what a linear of small floats holds with the checksums of what was solved.
 
-    fixed: the scale of its input, where calibration fixed one.
+    Decoded values follow from the rest; a divisor that the file has the inverse of is judged by the error alone.
     """
+    line = recorded.get(name)
+    digests = line.get("sha256") if isinstance(line, dict) else None
+    if isinstance(digests, dict):
+        report.count("solved weights compared")
+        for part in sorted({*digests, *solved} - ({"values", "divisor"} - solved.keys())):
+            same = part in solved and digests.get(part) == digest(solved[part])
+            report.expect(same, f"{name}: the {part} in the file is not what was solved")
+
+
+def check_decoded(name: str, values: Array, recorded: Mapping[str, Any], report: Report) -> None:
+    """Compare a weight decoded from a ggml type, rows in the model's order, with the checksum of what was solved."""
     line = recorded.get(name)
     digests = line.get("sha256") if isinstance(line, dict) else None
     if isinstance(digests, dict):
         report.count("solved weights compared")
         same = of_array(values) == digests.get("values")
         report.expect(same, f"{name}: the weight in the file is not the one that was solved")
-        same = digests.get("input") == (None if fixed is None else digest(fixed))
-        report.expect(same, f"{name}: the input in the file is not what was solved")
 
 
 def of_array(values: Array) -> str:

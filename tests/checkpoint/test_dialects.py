@@ -180,7 +180,7 @@ def test_other_methods_are_refused_by_name_with_the_remedy(moved: Callable[..., 
             Packing({"quant_method": odd})
 
 
-@pytest.mark.parametrize("method", ["fp8", "fbgemm_fp8", "mxfp4", "modelopt"])
+@pytest.mark.parametrize("method", ["fp8", "fbgemm_fp8", "mxfp4"])
 def test_narrow_floats_are_decoded_but_not_exported(method: str, moved: Callable[..., Path]) -> None:
     said = {"quantization_config": {"quant_method": method}}
     copy = moved(GOLDEN / "float", lambda folder, config, quantization: config.update(said))
