@@ -50,6 +50,20 @@ def test_llama_cpp_computes_with_the_weights_that_we_decode(kind, tiny_checkpoin
     assert near < 0.2 and far > 10 * near
 
 
+@pytest.mark.parametrize("kind", ["Q2_0", "MXFP4", "NVFP4"])
+def test_solvers_lower_the_error_of_each(kind, tiny_checkpoint, tmp_path, prose):
+    """Error feedback and descent, as for any other type; what they leave in the file is what was solved."""
+    (tmp_path / "text.txt").write_text(prose(2000))
+    folder, errors = tiny_checkpoint(**WIDE, num_hidden_layers=1), []
+    for method in ("gptq", "gptq,descent"):
+        given = {"type": kind, "method": method, "calib": str(tmp_path / "text.txt"), "samples": 8, "seq_len": 64}
+        recipe = Recipe(format="gguf", dtype="float32", **given)
+        record = quantize(prepare(str(folder), recipe, "cpu"), tmp_path / f"{method}.gguf")
+        errors.append(record["linears"]["model.layers.0.mlp.down_proj"]["output_error"])
+        assert verify(tmp_path / f"{method}.gguf", folder).passed
+    assert errors[1] < errors[0]
+
+
 def test_linears_with_biases_that_take_no_factor_are_no_nvfp4(tiny_checkpoint, tmp_path, llama_cpp):
     """llama.cpp ends itself over a factor beside the bias of an MLP; that of attention it adds behind the factor."""
     folder = tiny_checkpoint(**WIDE, attention_bias=True, mlp_bias=True)
