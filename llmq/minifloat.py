@@ -11,13 +11,13 @@ Not here: which scale a group has (grids/_float.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from llmq.params import Levels
+from llmq.params import FloatParams, Levels, Parameters, stored
 
 
 @dataclass(frozen=True)
@@ -76,3 +76,16 @@ def exponent(scale: Tensor) -> Tensor:
 def power(bits: Tensor) -> Tensor:
     """Return 2^(byte - 127) in float32."""
     return torch.exp2(bits.float() - 127)
+
+
+def rescaled(params: Parameters, scale: Tensor) -> Parameters:
+    """Return params with the scales nearest to float32 `scale` that their file holds.
+
+    Those of `params` stay where none is near: at 0, below it and beyond. So does what is stored once for a weight.
+    """
+    if not isinstance(params, FloatParams) or params.stored is None:
+        return replace(params, scale=stored(scale, params.scale))
+    bits = exponent(scale) if params.divisor is None else E4M3.encode(scale * params.divisor)
+    bits = torch.where((scale > 0) & ((bits > 0) | (params.divisor is None)), bits, params.stored)
+    values = power(bits) if params.divisor is None else E4M3.decode(bits) / params.divisor
+    return replace(params, scale=values, stored=bits)

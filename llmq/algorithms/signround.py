@@ -1,8 +1,9 @@
 """SignRound: tune the roundings and scales of a whole block by the gradient of its output error.
 
 A weight rounds to `q = clip(round(u))`, u its place in code units inside the cell it was rounded to, and decodes to
-`w = s (q - z)`. By the straight-through estimate (round' = 1) the gradient with respect to u is `s dL/dw`, of which
-only the sign is used:   u <- u - lr sign(s dL/dw),   lr falling linearly to 0 over `steps`; the scales likewise.
+`w = s (q - z)`; on small floats q is the rank of a value, `w = s v_q`. By the straight-through estimate (round' = 1)
+the gradient with respect to u is `s dL/dw` times a positive number, of which only the sign is used:
+u <- u - lr sign(s dL/dw),   lr falling linearly to 0 over `steps`; the scales likewise.
 Cheng et al. 2023, arXiv:2309.05516, equations 3 to 5 (AutoRound), there from the float weights; here from the point
 that GPTQ and descent have reached. This is quantization-aware training of one block against its float outputs.
 
@@ -15,16 +16,17 @@ Not here: choosing the start (gptq.py, descent.py), the forward (model/lanes.py)
 from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from llmq.params import stored
+from llmq.minifloat import rescaled
 from llmq.steps import BlockView, Held, Operations, Solved, Tuner
-from llmq.types import AffineGrid, LlmqError, Params, QTensor
+from llmq.types import Lattice, LlmqError, QTensor, RangedGrid
 
 _EDGE = 0.4  # how near to the edge of its cell a weight may start, in code units
+_PACE = 0.4  # measured on E2M1 and E4M3
 
 
 @dataclass(frozen=True)
@@ -85,42 +87,85 @@ class _Trial:
 
     def __init__(self, W_NK: Tensor, q: QTensor) -> None:
         self.q, self.group_K = q, q.group_K
-        if not isinstance(q.grid, AffineGrid):
-            raise LlmqError(f"signround tunes integer grids, not {type(q.grid).__name__}; leave it out of --method")
-        self.low, self.high = q.grid.bounds()
-        self.zero = Params.of(q.params).zero
-        self.zero_NK = self.zero[:, self.group_K].float()
+        lattice = q.grid.lattice(q.params)
+        if lattice is None or not isinstance(q.grid, RangedGrid):
+            raise LlmqError(f"signround tunes no {type(q.grid).__name__} grid; leave it out of --method")
+        self.values = _Values.of(lattice)
+        self.zero_NK = lattice.zero[:, self.group_K]
         self.scale_NG = q.params.scale.float().clone()
-        center = q.codes.float()
-        place = W_NK / self.scale_NG[:, self.group_K] + self.zero_NK
-        self.place_NK = center + (place - center).clamp_(-_EDGE, _EDGE)
+        level = W_NK / self.scale_NG[:, self.group_K] + self.zero_NK
+        center = self.values.ranks(q.codes)
+        self.place_NK = center + self.values.away(level, center).clamp_(-_EDGE, _EDGE)
         self.weight = self.decode().requires_grad_()
 
-    def codes(self) -> Tensor:
-        return self.place_NK.round().clamp_(self.low, self.high)
+    def ranks(self) -> Tensor:
+        return self.place_NK.round().clamp_(self.values.low, self.values.high)
+
+    def _levels(self) -> Tensor:
+        return self.values.levels(self.ranks()) - self.zero_NK
 
     def decode(self) -> Tensor:
         """Return the weight, with the scales as they will be stored."""
-        scale = stored(self.scale_NG, self.q.params.scale).float()
-        return (self.codes() - self.zero_NK).mul_(scale[:, self.group_K])
+        scale = rescaled(self.q.params, self.scale_NG).scale.float()
+        return self._levels().mul_(scale[:, self.group_K])
 
     def move(self, lr: float, scale_lr: float) -> None:
         """Step against the sign of the gradient, then decode again."""
         slope = self.weight.grad
         if slope is None:
             return
-        span_NK = (self.codes() - self.zero_NK) * slope
+        span_NK = self._levels() * slope
         span_NG = torch.zeros_like(self.scale_NG).index_add_(1, self.group_K, span_NK)
-        self.place_NK.sub_(slope.mul_(self.scale_NG.sign()[:, self.group_K]).sign_(), alpha=lr)
-        self.place_NK.clamp_(self.low - 0.5, self.high + 0.5)
+        self.place_NK.sub_(slope.mul_(self.scale_NG.sign()[:, self.group_K]).sign_(), alpha=lr * self.values.pace)
+        self.place_NK.clamp_(self.values.low - 0.5, self.values.high + 0.5)
         self.scale_NG.mul_(1 - scale_lr * (span_NG * self.scale_NG).sign())
         self.weight.grad = None
         self.weight.data = self.decode()
 
     def quantized(self) -> QTensor:
-        scale = stored(self.scale_NG, self.q.params.scale)
-        codes = self.codes().to(torch.uint8)
-        return QTensor(codes, Params(scale, self.zero), self.q.grid, self.q.g_idx, self.q.input)
+        params = rescaled(self.q.params, self.scale_NG)
+        return QTensor(self.values.codes(self.ranks()), params, self.q.grid, self.q.g_idx, self.q.input)
+
+
+class _Values(NamedTuple):
+    """The values of a grid by rank, from low to high.
+
+    value, code: those of a table, `[L]`, without one of two zeros; rank: of each code, `[256]`. None where evenly
+    spaced. pace: of steps: in a table the widest cells, whose turns cost most, would else turn as often as narrow ones.
+    """
+
+    low: float
+    high: float
+    value: Tensor | None = None
+    code: Tensor | None = None
+    rank: Tensor | None = None
+    pace: float = 1.0
+
+    @classmethod
+    def of(cls, lattice: Lattice) -> Self:
+        if (levels := lattice.levels) is None:
+            return cls(lattice.low, lattice.high)
+        value, at = levels.value[: len(levels.code)], lattice.scale.device
+        last = torch.cat([value.diff() > 0, torch.ones(1, dtype=torch.bool)])
+        rank = (last.cumsum(0) - last.int())[levels.rank.long()].float()
+        return cls(0.0, float(last.sum()) - 1, value[last].to(at), levels.code[last].to(at), rank.to(at), _PACE)
+
+    def ranks(self, codes: Tensor) -> Tensor:
+        return codes.float() if self.rank is None else self.rank[codes.int()]
+
+    def codes(self, ranks: Tensor) -> Tensor:
+        return ranks.to(torch.uint8) if self.code is None else self.code[ranks.int()]
+
+    def levels(self, ranks: Tensor) -> Tensor:
+        return ranks if self.value is None else self.value[ranks.int()]
+
+    def away(self, level: Tensor, ranks: Tensor) -> Tensor:
+        """Return how far levels lie from those of ranks, in steps to the next value on that side."""
+        away = level - self.levels(ranks)
+        if self.value is None:
+            return away
+        up, down = (self.levels((ranks + i).clamp(self.low, self.high)) - self.levels(ranks) for i in (1, -1))
+        return away / torch.where(away > 0, up, -down).clamp(min=1e-30)
 
 
 _Sequence = tuple[Tensor, Tensor, tuple[Any, ...], dict[str, Any]]

@@ -101,10 +101,6 @@ class FloatGrid(RangedGrid):
         bits, scale = self.quantize_activation(x, fixed)
         return (self.value.decode(bits).to(scale.dtype) * scale).to(x.dtype).flatten(-2)
 
-    def beside(self, scale: Tensor, params: FloatParams) -> FloatParams:
-        """Return `stored` scales `[N, G]` for rows that have `params`: what is stored once for a weight stays."""
-        return self.stored(scale)
-
     def refine(
         self, error_NK: Tensor, gradient_NK: Tensor, codes: Tensor, params: Parameters, H_KK: Tensor, group_K: Tensor
     ) -> Parameters:
@@ -113,7 +109,7 @@ class FloatGrid(RangedGrid):
             return params
         from llmq.grids._float_refine import refine
 
-        return refine(self, gradient_NK, codes, FloatParams.of(params), H_KK, group_K)
+        return refine(gradient_NK, self.value.decode(codes), params, H_KK, group_K)
 
     def lattice(self, params: Parameters) -> Lattice:
         """See `Grid.lattice`."""

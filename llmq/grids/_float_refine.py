@@ -7,42 +7,33 @@ a chunk at once.
 Not here: rounding the codes again (algorithms/descent.py).
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from llmq.grids._int_refine import systems
-from llmq.types import FloatParams
-
-if TYPE_CHECKING:
-    from llmq.grids._float import FloatGrid
+from llmq.minifloat import rescaled
+from llmq.types import Parameters
 
 _ROUNDS = 3
 
 
-def refine(
-    grid: FloatGrid, gradient_NK: Tensor, codes: Tensor, params: FloatParams, H_KK: Tensor, group_K: Tensor
-) -> FloatParams:
-    """Return params with better scales. gradient_NK: (W - Q) H. group_K: int64 `[K]`."""
+def refine(gradient_NK: Tensor, U_NK: Tensor, params: Parameters, H_KK: Tensor, group_K: Tensor) -> Parameters:
+    """Return params with better scales. gradient_NK: (W - Q) H. U_NK: the values of the codes. group_K: int64 `[K]`."""
     found, first = [], 0
-    for A, b in systems(gradient_NK, grid.value.decode(codes), H_KK, group_K):
+    for A, b in systems(gradient_NK, U_NK, H_KK, group_K):
         rows = slice(first, first + len(b))
-        found.append(_descended(A, b, grid, params.map(lambda p, rows=rows: p[rows])))  # type: ignore[misc]
+        found.append(_descended(A, b, params.map(lambda p, rows=rows: p[rows])))  # type: ignore[misc]
         first = rows.stop
     return type(params).cat(found)
 
 
-def _descended(A: Tensor, b: Tensor, grid: FloatGrid, params: FloatParams) -> FloatParams:
-    scale = params.scale.double()
-    for _ in range(_ROUNDS):
-        for g in range(scale.shape[1]):
-            best = scale[:, g] + b[:, g] / A[:, g, g]
-            stored = grid.beside(best[:, None].float().clamp(min=0), params).scale[:, 0].double()
-            step = stored - scale[:, g]
-            step = torch.where(step * (2 * b[:, g] - step * A[:, g, g]) > 0, step, 0)
-            scale[:, g] += step
-            b -= A[:, g] * step[:, None]
-    return grid.beside(scale.float(), params)
+def _descended(A: Tensor, b: Tensor, params: Parameters) -> Parameters:
+    columns = [params.map(lambda p, g=g: p[:, min(g, p.shape[1] - 1)]) for g in range(A.shape[1])]  # type: ignore[misc]
+    for g in [*range(len(columns))] * _ROUNDS:
+        scale = columns[g].scale.double()
+        moved = rescaled(columns[g], (scale + b[:, g] / A[:, g, g]).clamp(min=0).float())
+        step = moved.scale.double() - scale
+        better = step * (2 * b[:, g] - step * A[:, g, g]) > 0
+        columns[g] = rescaled(columns[g], torch.where(better, moved.scale, columns[g].scale).float())
+        b -= A[:, g] * torch.where(better, step, 0)[:, None]
+    return rescaled(params, torch.stack([column.scale for column in columns], 1).float())

@@ -93,10 +93,6 @@ class Nvfp4(FloatGrid, FloatBlocks):
             raise ValueError("activations in nvfp4 need the divisor that calibration chose")
         return _stored(largest / self.value.most, fixed.divisor).scale
 
-    def beside(self, scale: Tensor, params: FloatParams) -> FloatParams:
-        """See `FloatGrid.beside`."""
-        return self.stored(scale) if params.divisor is None else _stored(scale, params.divisor)
-
     def of_bits(self, bits: Tensor, divisor: Tensor) -> FloatParams:
         """Return the parameters of scales as they are stored, uint8 `[..., G]`. divisor: float32 `[1]`."""
         return FloatParams(E4M3.decode(bits) / divisor, bits, divisor.expand(*bits.shape[:-1], 1).contiguous())

@@ -1,6 +1,6 @@
 """What can be refused of a run by the headers and the recipe alone, in one line each, with the remedy.
 
-    refusals.linears(method, specs)     # LlmqError: signround tunes integer grids only; for GGUF leave it out
+    refusals.linears(method, specs)   # LlmqError: signround tunes integers and small floats only; for GGUF leave it out
 
 Not here: what a format cannot hold (`Format.check`), what only the weights can say (weights.py).
 """
@@ -15,14 +15,13 @@ from torch import nn
 from llmq import registry
 from llmq.calibration.kv_scales import owner_of_cache
 from llmq.format import packed_bytes
-from llmq.granularity import PerTensor
 from llmq.model.experts import Experts
 from llmq.model.skeleton import Skeleton
 from llmq.pipeline.inputs import unpaired
 from llmq.pipeline.method import Method
 from llmq.recipe import Recipe
 from llmq.steps import Transform
-from llmq.types import AffineGrid, LinearSpec, LlmqError
+from llmq.types import AffineGrid, LinearSpec, LlmqError, RangedGrid
 
 if TYPE_CHECKING:
     from llmq.pipeline.plan import Plan
@@ -78,11 +77,14 @@ def _transform(step: Transform, specs: Sequence[LinearSpec]) -> None:
 
 def _tuner(step: str, recipe: Recipe, specs: Sequence[LinearSpec]) -> None:
     """Refuse what a step that moves codes and scales by gradients cannot tune."""
-    if not specs or any(not isinstance(s.scheme.weight, AffineGrid) for s in specs):
-        raise LlmqError(f"{step} tunes integer grids only; for GGUF leave it out")
-    whole = next((s.name for s in specs if s.scheme.weight.granularity == PerTensor()), None)
-    if whole:
-        raise LlmqError(f"{whole}: {step} moves the scale of every row, and there is one; take --group-size channel")
+    if not specs or any(not isinstance(s.scheme.weight, RangedGrid) for s in specs):
+        raise LlmqError(f"{step} tunes integers and small floats only; for GGUF leave it out")
+    shared = next((s for s in specs if s.scheme.weight.granularity.height(2) > 1), None)
+    if shared:
+        by = shared.scheme.weight.granularity
+        raise LlmqError(
+            f"{shared.name}: {step} moves the scale of every row, which rows share {by}; take one per channel"
+        )
     if recipe.samples is not None and recipe.samples < 2:
         raise LlmqError(f"{step} judges by sequences that it does not train on; give at least 2 --samples")
 

@@ -20,12 +20,12 @@ from llmq import registry
 from llmq.calibration import free_memory
 from llmq.checkpoint import Journal, Source
 from llmq.evaluation.scores import Predictor
+from llmq.minifloat import rescaled
 from llmq.model.skeleton import Skeleton
-from llmq.params import stored
 from llmq.pipeline.plan import Plan
 from llmq.runtime.linear import QuantLinear
 from llmq.steps import Finisher, ModelView
-from llmq.types import LlmqError, QTensor
+from llmq.types import FloatParams, LlmqError, QTensor
 
 _POSITIONS = 128  # whose logits exist at a time
 _BYTES_A_WEIGHT = 6  # decoded in float32, its code, and its packed code; a block's backward pass beside that is small
@@ -43,18 +43,24 @@ class _Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.linear[0].bias
-        factor = 1 + self.change
+        factor = self._factor()
         if self.q.g_idx is None:  # groups of neighbours: the gradient is a sum, where that of an index is a scatter
             weight = (self.weight.unflatten(1, (factor.shape[1], -1)) * factor.unsqueeze(-1)).flatten(1)
         else:
             weight = self.weight * factor[:, self.q.group_K]
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
+    def _factor(self) -> Tensor:
+        """Return the factors; where files hold few scales, those of the nearest, with the gradient of what is asked."""
+        factor = 1 + self.change
+        if not isinstance(self.q.params, FloatParams) or self.q.params.stored is None:
+            return factor
+        return factor + (self.moved().params.scale / self.q.params.scale - factor.detach())
+
     def moved(self) -> QTensor:
-        """Return the linear with the scales as they are now."""
-        scale = self.q.params.scale
-        moved = stored(scale.float() * (1 + self.change.detach()), scale)
-        return dataclasses.replace(self.q, params=dataclasses.replace(self.q.params, scale=moved))
+        """Return the linear with the scales as they are now, as they are stored."""
+        scale = self.q.params.scale.float() * (1 + self.change.detach())
+        return dataclasses.replace(self.q, params=rescaled(self.q.params, scale))
 
 
 class Finished(NamedTuple):

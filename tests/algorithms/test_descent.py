@@ -15,6 +15,7 @@ from llmq.grids.int import Int
 from llmq.grids.mxfp4 import Mxfp4
 from llmq.grids.mxfp8 import Mxfp8
 from llmq.grids.nvfp4 import Nvfp4
+from llmq.minifloat import rescaled
 from llmq.stats import Hessian, Stats
 from llmq.types import QTensor
 
@@ -81,7 +82,7 @@ def test_small_floats_are_refined_in_what_they_store(grid, desc_act):
     H_KK = Descent().regularize(damped(h.mean(), Descent.damp), h.count)
     old, new, fixed = (row_loss(W_NK, x.q, H_KK) for x in (before, after, codes))
     assert (new <= old * (1 + 1e-5)).all() and new.sum() < old.sum()
-    scale, params = after.q.params.scale, grid.beside(after.q.params.scale.float(), after.q.params)
+    scale, params = after.q.params.scale, rescaled(after.q.params, after.q.params.scale.float())
     assert scale.dtype == before.q.params.scale.dtype and torch.equal(params.scale, scale)
     assert params.stored is None or torch.equal(params.stored, after.q.params.stored)
     if isinstance(grid.granularity, PerGroup) and not isinstance(grid, Mxfp4 | Mxfp8):
@@ -100,7 +101,7 @@ def test_no_other_stored_scale_of_a_group_is_better(grid):
         for factor in (0.5, 0.88, 1.13, 2):
             scale = state.params.scale.clone()
             scale[:, g] *= factor
-            tried = grid.beside(scale, state.params)
+            tried = rescaled(state.params, scale)
             E = W_NK - QTensor(state.codes, tried, grid).dequantize()
             assert (((E @ H_KK) * E).sum(1) >= state.loss_N * (1 - 1e-4)).all()
 

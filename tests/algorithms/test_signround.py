@@ -9,7 +9,11 @@ from torch import nn
 from llmq.algorithms import signround
 from llmq.algorithms.rtn import Rtn
 from llmq.algorithms.signround import SignRound
+from llmq.grids.fp8 import Fp8
 from llmq.grids.int import Int
+from llmq.grids.mxfp4 import Mxfp4
+from llmq.grids.nvfp4 import Nvfp4
+from llmq.minifloat import rescaled
 from llmq.stats import Stats
 from llmq.steps import BlockView
 from llmq.types import LlmqError
@@ -28,7 +32,7 @@ class Block(nn.Module):
         return (x + self.down(torch.relu(self.up(x + shift[0]))) * gain + handed_on["values"][0],)
 
 
-def view(sequences=16, bits=2, sym=True, seed=0, batch=4):
+def view(sequences=16, bits=2, sym=True, seed=0, batch=4, grid=None):
     block = Block()
     g = torch.Generator().manual_seed(3)
     inputs = [torch.randn(batch, 24, 32, generator=g) for _ in range(sequences // batch)]
@@ -39,7 +43,7 @@ def view(sequences=16, bits=2, sym=True, seed=0, batch=4):
     with torch.no_grad():
         outputs = [block(x, *args, **kwargs)[0] for x, (args, kwargs) in zip(inputs, calls, strict=True)]
         targets = {n: getattr(block, n).weight.detach().clone() for n in ("up", "down")}
-        solved = {n: Rtn().solve(W_NK, Int(bits, sym, 16), Stats()) for n, W_NK in targets.items()}
+        solved = {n: Rtn().solve(W_NK, grid or Int(bits, sym, 16), Stats()) for n, W_NK in targets.items()}
         for n, s in solved.items():
             getattr(block, n).weight.data = s.q.dequantize()
     return BlockView(block, solved, targets, inputs, outputs, calls, seed)
@@ -70,6 +74,28 @@ def test_lowers_the_error_of_the_output(bits, sym):
         assert s.q.codes.dtype == torch.uint8 and int(s.q.codes.max()) < 2**bits
         assert s.q.params.scale.dtype == before.params.scale.dtype
         assert torch.equal(s.q.params.zero, before.params.zero)
+
+
+@pytest.mark.parametrize("grid", [Nvfp4(), Mxfp4(), Fp8(16), Fp8()], ids=str)
+def test_lowers_the_error_of_small_floats_and_stores_what_files_hold(grid):
+    v = view(grid=grid)
+    with torch.no_grad():
+        tuned = SignRound(steps=40).tune(v)
+    assert error(v, tuned, range(4)) < 0.9 * error(v, v.solved, range(4))
+    for n, s in tuned.items():
+        before, after = v.solved[n].q, s.q
+        assert torch.equal(rescaled(after.params, after.params.scale.float()).scale, after.params.scale)
+        assert not grid.value.decode(after.codes).isnan().any()
+        moved = (grid.value.decode(after.codes) != grid.value.decode(before.codes)).float().mean()
+        assert moved < 0.5 and (moved > 0.01 or grid.bits == 8)  # of 8 bits the scales move first
+
+
+def test_zeros_of_either_sign_are_one_value_to_tune():
+    v = view(grid=Nvfp4())
+    trial = signround._Trial(v.targets["up"], v.solved["up"].q)
+    assert (v.solved["up"].q.codes == 8).any() and trial.values.high == 14
+    assert torch.equal(trial.quantized().dequantize(), v.solved["up"].q.dequantize())
+    assert (trial.place_NK - trial.ranks()).abs().max() <= 0.41
 
 
 def test_never_trains_on_the_sequences_that_it_judges_by():

@@ -106,7 +106,10 @@ def test_other_schemes_give_another_plan_and_read_nothing(tiny_checkpoint, monke
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "rtn,signround", "format": "gguf", "type": "F16"}, "signround tunes integer grids only"),
+        (
+            {"method": "rtn,signround", "format": "gguf", "type": "F16"},
+            "signround tunes integers and small floats only",
+        ),
         ({"method": "gptq:desc_act=true", "format": "awq"}, "format awq holds no g_idx"),
         ({"method": "rtn", "kv_bits": 8, "format": "gptq"}, "format gptq holds no scales of a key-value cache"),
         ({"method": "rtn", "format": "gguf:mix=Q8_0"}, "gguf has no option 'mix'"),

@@ -110,7 +110,7 @@ def test_it_goes_on_from_any_epoch_to_the_same_values():
     ("options", "message"),
     [
         ({"method": "rtn,distill", "bits": 8, "act_bits": 8}, "float activations only"),
-        ({"method": "rtn,distill", "format": "gguf"}, "integer grids only"),
+        ({"method": "rtn,distill", "format": "gguf"}, "integers and small floats only"),
         ({"method": "distill,rtn"}, "is a solver and cannot follow a finisher"),
     ],
 )
