@@ -26,10 +26,12 @@ RUNTIMES = {
 TAKES = {
     "transformers": "gptq or awq without --lm-head, and compressed-tensors",
     "vLLM": "4 bits per channel or by groups of 32, 64 or 128, symmetric in gptq, either way in awq and "
-    "compressed-tensors; 8 bits on GPUs; --bits 8 --act-bits 8",
-    "SGLang": "4 and 8 bits per channel or by groups of 32, 64 or 128, symmetric in gptq; --bits 8 --act-bits 8",
+    "compressed-tensors; 8 bits on GPUs; --bits 8 --act-bits 8; fp8, nvfp4, mxfp4 and mxfp8 in compressed-tensors, and "
+    "--format modelopt",
+    "SGLang": "4 and 8 bits per channel or by groups of 32, 64 or 128, symmetric in gptq; --bits 8 --act-bits 8; "
+    "fp8 and nvfp4 in compressed-tensors",
     "llama.cpp": "--format gguf",
-    "TensorRT-LLM": "nothing that llmq writes",
+    "TensorRT-LLM": "--format modelopt; compressed-tensors where all linears are of one scheme, of nvfp4 or fp8",
 }
 """What each is known to take, in words for a message."""
 

@@ -37,7 +37,9 @@ def quantize(
     kv_dtype: Annotated[
         str | None, typer.Option(help="Entries of the cache: 'fp8', which runtimes read, or 'int8'. [fp8]")
     ] = None,
-    format_: Annotated[str | None, typer.Option("--format", help="gptq, awq, compressed-tensors or gguf.")] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="gptq, awq, compressed-tensors, modelopt or gguf.")
+    ] = None,
     type_: Annotated[str | None, typer.Option("--type", help="GGUF: Q4_K_M, Q8_0, F16 ... [Q4_K_M]")] = None,
     override: Annotated[
         list[str] | None, typer.Option(help="'REGEX:bits=8', 'REGEX:weights=fp8,inputs=fp8'; GGUF: 'REGEX:type=Q6_K'.")

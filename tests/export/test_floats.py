@@ -20,6 +20,7 @@ from llmq.checkpoint import Source
 from llmq.checkpoint.digest import digest, holds
 from llmq.errors import LlmqError
 from llmq.export import floats
+from llmq.runtime.linear import QuantLinear
 from llmq.verify import verify
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -49,6 +50,19 @@ def test_transformers_computes_what_the_packed_weights_do(name, packed, tmp_path
     want = logits(llmq.load(src, dtype=torch.float32, device="cpu", backend="reference"))
     got = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_modelopts_files_load_packed_and_are_decoded_to_the_same_weights(tiny_checkpoint, tmp_path):
+    """Two ways to the weights: llmq/formats/modelopt.py, and checkpoint/decoding.py, which shares nothing with it."""
+    options = {"method": "rtn", "format": "modelopt", "weights": "nvfp4"}
+    llmq.quantize(tiny_checkpoint(), tmp_path / "packed", **options)
+    said = json.loads((tmp_path / "packed" / "hf_quant_config.json").read_text())["quantization"]
+    assert said["quant_algo"] == "W4A16_NVFP4" and "lm_head" in said["exclude_modules"]
+    llmq.dequantize(tmp_path / "packed", tmp_path / "floats", dtype="float32", warn=print)
+    packed = llmq.load(tmp_path / "packed", device="cpu", dtype=torch.float32, backend="reference")
+    want = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "floats", dtype=torch.float32))
+    assert any(isinstance(m, QuantLinear) for m in packed.modules())
+    torch.testing.assert_close(logits(packed), want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["fp8-block", "ct-nvfp4"])
