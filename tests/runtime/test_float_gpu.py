@@ -7,12 +7,14 @@ tests/kernels.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from ptxsim.launch import SimulatedKernel
 
+import llmq
 from llmq.gpu import refuses_fp8
 from llmq.grids.fp8 import Fp8
 from llmq.grids.int import Int
@@ -20,8 +22,10 @@ from llmq.grids.mxfp4 import Mxfp4
 from llmq.grids.mxfp8 import Mxfp8
 from llmq.grids.nvfp4 import Nvfp4
 from llmq.runtime.backends.e4m3 import E4M3
+from llmq.runtime.backends.floatloop import FloatLoop
 from llmq.runtime.backends.scaled_mm import ScaledMM
 from llmq.runtime.backends.triton_e2m1 import TritonE2M1
+from llmq.runtime.linear import QuantLinear
 from llmq.types import FloatParams, LinearSpec, LlmqError, QTensor, Scheme
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -117,6 +121,31 @@ def test_on_simulated_machine_code(name, monkeypatch, decibel):
         assert decibel(w(x), x.double() @ q.dequantize().double().T) > 48
     assert [launched.name for launched in launches] == ["e2m1_kernel", "decode_kernel"]
     assert not any(launched.run.faults for launched in launches)
+
+
+GOLDEN = {  # what the library wrote: the back-ends that take it
+    "ct_nvfp4": {"triton_e2m1"},
+    "ct_mxfp4": {"triton_e2m1"},
+    "ct_mxfp8a16": {"e4m3"},
+    "ct_fp8_block": {"e4m3"},
+    "ct_fp8_dynamic": {"scaled_mm"},
+    "ct_fp8_static": {"scaled_mm"},
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_librarys_checkpoints_load_into_it(name, monkeypatch, decibel):
+    monkeypatch.setattr(FloatLoop, "devices", frozenset())
+    monkeypatch.setattr(FloatLoop, "refuses", lambda spec, device: "not this one")
+    folder = Path(__file__).parents[1] / "golden" / name
+    want = llmq.load(folder, device="cpu", dtype=torch.float32, backend="reference")
+    model = llmq.load(folder, device="cpu", dtype=torch.float32)
+    assert {m.backend for m in model.modules() if isinstance(m, QuantLinear)} == GOLDEN[name]
+    ids = torch.arange(2, 26)[None]
+    with torch.no_grad():
+        assert decibel(model(ids).logits, want(ids).logits) > (15 if "fp4" in name else 40)  # inputs on another edge
+    theirs = want.state_dict()
+    assert all(torch.equal(t, theirs[k]) for k, t in model.state_dict().items())
 
 
 REFUSED = {
