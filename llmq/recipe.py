@@ -24,7 +24,7 @@ from llmq.granularity import granularity
 from llmq.guard.reading import yaml_object
 from llmq.options import Between
 from llmq.overrides import parse
-from llmq.schemes import SCHEMES
+from llmq.schemes import FLOAT, SCHEMES, changes_of
 from llmq.types import AffineGrid, LlmqError
 
 DEFAULT_RANGE = "minmax"
@@ -52,6 +52,9 @@ _INPUTS = When(
 _ACT = When(lambda r: r.act_bits, "it is for quantized activations; say --act-bits 8")
 _STATIC = When(lambda r: r.act_bits and r.act == "tensor", "it is for static scales; say --act-bits 8 --act tensor")
 _KV = When(lambda r: r.kv_bits, "it is for the key-value cache; say --kv-bits 8")
+_BITS = When(
+    lambda r: r.target_bpw and not r.choices, "it is for a budget of bits of integers; say --target-bpw, not --choices"
+)
 _BUDGET = When(lambda r: r.target_bpw, "it is for a budget of bits; say --target-bpw")
 
 
@@ -86,6 +89,8 @@ class Recipe:
     on_misfit: linears whose shape the format cannot hold (no group divides K) are left float by "skip", else refused.
     target_bpw: bits per quantized weight, scales counted, to spend where they help most; --bit-choices lists the bits
         that a site may get.
+    choices: schemes by name, grids or "float", as nvfp4,fp8,float: what `target_bpw` chooses from in place of bits of
+        integers. What is not measured, such as the head, becomes the first.
     lm_head: quantize the output head too.
     experts: which tokens calibrate an expert: those "routed" to it (the default), or "all", at the cost of running
         every expert on every token.
@@ -118,7 +123,8 @@ class Recipe:
     skip: tuple[str, ...] = ()
     on_misfit: Literal["refuse", "skip"] | None = option(None, _FOLDERS)
     target_bpw: Annotated[float, Between(1, 16)] | None = option(None, _INTEGERS)
-    bit_choices: str | None = option("3,4,5,6,8", _BUDGET)
+    bit_choices: str | None = option("3,4,5,6,8", _BITS)
+    choices: str | None = option(None, _BUDGET)
     lm_head: bool = option(False, _INTEGERS)
     experts: Literal["routed", "all"] | None = option()
     calib: str = option("wikitext2")
@@ -168,7 +174,7 @@ class Recipe:
             raise LlmqError("quality names a method by what it costs; give --quality or --method, not both")
         if self.act_sym is False and self.act == "tensor":
             raise LlmqError("asymmetric activations (--act-asym) are for --act-bits 8 per token")
-        if self.target_bpw is not None and self.quantizes_inputs:
+        if self.target_bpw is not None and self.quantizes_inputs and not self.choices:
             raise LlmqError("target_bpw chooses bits of weights; beside quantized inputs they have no others")
         for text in self.override if self.target_bpw is not None else ():
             if (said := parse(text)) and not {"bits", "weights", "inputs"}.isdisjoint(said.changes):
@@ -177,8 +183,7 @@ class Recipe:
             raise LlmqError(f"8-bit activations need 8-bit weights, not {self.bits or 4}; say --bits 8")
         if len(self.steps) > _STEPS:
             raise LlmqError(f"--method has {len(self.steps):,} steps; {_STEPS} are more than enough")
-        if self.bit_choices is not None:
-            self.choices()
+        self.candidates()
         if self.group_size is not None:
             granularity(self.group_size)
 
@@ -240,6 +245,8 @@ class Recipe:
         yield from ((key, text.strip()) for key in ("range", "act_range", "format") if (text := getattr(self, key)))
         for key in ("weights", "inputs"):
             yield from ((key, name) for name in _of_grid(getattr(self, key)))
+        for word in self.choices.split(",") if self.choices else ():
+            yield from (("choices", name) for name in _of_grid(word.strip()))
         for override in self.override:
             values = said.changes.items() if (said := parse(override)) else ()  # a number names nothing, dot or not
             names = (name for _, v in values if v.lstrip("[")[:1].isalpha() for name in _of_grid(v))
@@ -247,6 +254,8 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """Return the recipe with a default for every option that means something and was not given."""
+        if self.choices and not (self.weights or self.bits or self.quantizes_inputs):
+            return self._based().resolved()
         if self.method is None:
             return self._of_quality().resolved()
         recipe = self
@@ -275,12 +284,24 @@ class Recipe:
         more = self.quantizes_inputs or self.kv_bits or self.target_bpw
         return not more and (not self.weights or issubclass(_kind(self.weights), AffineGrid))
 
-    def choices(self) -> tuple[int, ...]:
-        """Return the bits that a site may get under `target_bpw`, ascending."""
-        words = [w.strip() for w in (self.bit_choices or "").split(",")]
+    def candidates(self) -> tuple[str, ...]:
+        """Return what a site may become under `target_bpw`: what an override would change, FLOAT for none of it."""
+        if self.choices:
+            return tuple(dict.fromkeys(changes_of(word.strip()) for word in self.choices.split(",")))
+        if self.bit_choices is None:
+            return ()
+        words = [w.strip() for w in self.bit_choices.split(",")]
         if not set(words) <= set("2345678"):
             raise LlmqError(f"bit_choices is a list of bits from 2 to 8, such as 3,4,8, not {self.bit_choices!r}")
-        return tuple(sorted({int(w) for w in words}))
+        return tuple(f"bits={w}" for w in sorted(set(words)))
+
+    def _based(self) -> Recipe:
+        """Return the recipe with the first of its choices for what is not chosen, such as the head."""
+        first = next((c for c in self.candidates() if c != FLOAT), None)
+        if first is None:
+            raise LlmqError(f"--choices {self.choices!r} leaves everything float; name a scheme")
+        weights, inputs = (part.partition("=")[2] for part in first.split(","))
+        return dataclasses.replace(self, weights=weights, inputs=None if inputs == "none" else inputs)
 
     def _of_quality(self) -> Recipe:
         """Return the recipe with the method that its quality stands for, in the words that repeat it."""
@@ -325,7 +346,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Return every option, null where it means nothing; a few stand there only where they were given."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        seldom = {"scheme", "weights", "inputs", "on_misfit", "experts"}
+        seldom = {"scheme", "choices", "weights", "inputs", "on_misfit", "experts"}
         return {k: v for k, v in values.items() if k not in seldom or v is not None}
 
     def to_yaml(self) -> str:

@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmq.errors import LlmqError
+
+FLOAT = "float"
+"""What choices call a linear that is not quantized."""
 MLP = r"\.(mlp|feed_forward|ffn|block_sparse_moe)\."
 
 
@@ -25,6 +29,14 @@ class Named:
     bits: str
     runs: str
     beware: str
+
+    @property
+    def changes(self) -> str:
+        """What an override says to change a linear to it."""
+        given = {"weights": f"int:bits={self.options.get('bits')}", "inputs": "none"} | dict(self.options)
+        if "act_bits" in given:
+            given |= {"weights": "int:bits=8:group=channel:restricted=true", "inputs": "int:bits=8:group=channel"}
+        return f"weights={given['weights']},inputs={given['inputs']}"
 
 
 _FP8 = "Ada, Hopper, Blackwell, AMD, CPUs: vLLM, SGLang; Ampere by the weights alone"
@@ -72,3 +84,12 @@ SCHEMES: Mapping[str, Named] = {
         "MLPs in nvfp4, attention and head in fp8, routers float; a tied head is written a second time",
     ),
 }  # fmt: skip
+
+
+def changes_of(word: str) -> str:
+    """Return what an override says for one that a budget chooses from: a scheme, a grid or FLOAT. Raises LlmqError."""
+    if word == FLOAT:
+        return FLOAT
+    if word == "mixed" or not word:
+        raise LlmqError(f"choices are schemes (`llmq list schemes`, but mixed), grids or {FLOAT}, not {word!r}")
+    return SCHEMES[word].changes if word in SCHEMES else f"weights={word},inputs=none"

@@ -343,10 +343,6 @@ class LinearSpec:
     K: int
     scheme: Scheme
 
-    def at_bits(self, bits: int) -> LinearSpec:
-        """Return the linear with so many bits a code, the rest of its grid as it is. Raises as `Grid.with_bits`."""
-        return replace(self, scheme=replace(self.scheme, weight=self.scheme.weight.with_bits(bits)))
-
 
 @dataclass(frozen=True)
 class Producer:

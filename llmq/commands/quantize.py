@@ -48,6 +48,7 @@ def quantize(
     on_misfit: Annotated[str | None, typer.Option(help="'skip' leaves linears float that no group divides.")] = None,
     target_bpw: Annotated[float | None, typer.Option(help="Bits per weight to spend where they help most.")] = None,
     bit_choices: Annotated[str | None, typer.Option(help="Bits that --target-bpw chooses from. [3,4,5,6,8]")] = None,
+    choices: Annotated[str | None, typer.Option(help="Schemes that it chooses from instead: nvfp4,fp8,float.")] = None,
     lm_head: Annotated[bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output head.")] = None,
     experts: Annotated[str | None, typer.Option(help="'all': every token calibrates every expert.")] = None,
     calib: Annotated[str | None, typer.Option(help="A text file or folder, a dataset, or 'self'. [wikitext2]")] = None,

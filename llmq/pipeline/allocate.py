@@ -1,11 +1,14 @@
-"""Bits where they matter: measure what each site costs at each number of bits, then spend a budget where it helps most.
+"""Bits where they matter: measure what each site costs as each candidate, then spend a budget where it helps most.
+
+A candidate is a number of bits of integers, a grid, a scheme with its inputs, or float.
 
 What rounding a linear W to Q costs is estimated, on the first batch of the calibration, as
 
     KL(float model, quantized model) per token  ~  1/(2T) sum_t s_t |(W - Q) x_t|^2
 
 with s_t the squared gradient of the float model's loss at token t of the linear's output (token_gradients.py): the
-second order of the divergence, its Fisher matrix cut down to one number for each token. Q is W rounded to nearest.
+second order of the divergence, its Fisher matrix cut down to one number for each token. Q is W rounded to nearest;
+where inputs are rounded too, W x_t - Q q(x_t) takes the place of (W - Q) x_t.
 Small costs add up; the least sum within the budget is approached by upgrading, time and again, the site whose cost
 falls most per byte. The linears of a site share their bits, as runtimes that fuse q, k, v and gate, up need.
 Not here: the quantization itself, which sees only the schemes of the plan.
@@ -27,26 +30,32 @@ from llmq.calibration.state import Calibration
 from llmq.calibration.token_gradients import seed_of, squared_gradients
 from llmq.checkpoint import Journal
 from llmq.format import packed_bytes
+from llmq.histogram import Histogram
 from llmq.model.lanes import Lanes
+from llmq.pipeline.activations import static_input
 from llmq.pipeline.experts import together
 from llmq.pipeline.loaded import block_sites
 from llmq.pipeline.plan import Plan
 from llmq.progress import Progress
-from llmq.stats import Hessian
-from llmq.types import Grid, LinearSpec, QTensor
+from llmq.schemes import FLOAT
+from llmq.stats import Hessian, Stats
+from llmq.types import LinearSpec, QTensor, Scheme
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one site costs at one number of bits: bytes on disk, and the divergence it adds, in nats per token."""
+    """What one site costs as one candidate: bytes on disk, and the divergence it adds, in nats per token.
 
-    bits: int
+    changes: what an override says to make it that, FLOAT where it stays float.
+    """
+
+    changes: str
     size: int
     error: float
 
     def __add__(self, other: Choice) -> Choice:
-        """Return what two linears cost together at the same number of bits."""
-        return Choice(self.bits, self.size + other.size, self.error + other.error)
+        """Return what two linears cost together as the same candidate."""
+        return Choice(self.changes, self.size + other.size, self.error + other.error)
 
 
 def allocate(plan: Plan, state: Calibration, journal: Journal, report: Progress) -> Plan:
@@ -61,22 +70,28 @@ def allocate(plan: Plan, state: Calibration, journal: Journal, report: Progress)
     chosen = plan.team.first(  # which has the first batch
         lambda: journal.once("bits", lambda: ({}, {"chosen": _chosen(plan, state, report)})).facts["chosen"]
     )
-    overrides = tuple(f"^({'|'.join(re.escape(n) for n in names)})$:bits={bits}" for names, bits in chosen)
-    settled = dataclasses.replace(recipe, override=(*recipe.override, *overrides), target_bpw=None, bit_choices=None)
-    schemes = {n: plan.linears[n].at_bits(bits).scheme for names, bits in chosen for n in names}
+    said = [(f"^({'|'.join(re.escape(n) for n in names)})$", changes) for names, changes in chosen]
+    overrides = [f"{pattern}:{changes}" for pattern, changes in said if changes != FLOAT]
+    skip = [pattern for pattern, changes in said if changes == FLOAT]
+    settled = dataclasses.replace(
+        recipe, override=(*recipe.override, *overrides), skip=(*recipe.skip, *skip), target_bpw=None, bit_choices=None,
+        choices=None,
+    )  # fmt: skip
+    specs = {n: plan.method.possible(plan.linears[n])[changes] for names, changes in chosen for n in names}
+    schemes = {n: None if spec is None else spec.scheme for n, spec in specs.items()}
     return plan.settled(schemes, settled)
 
 
-def _chosen(plan: Plan, state: Calibration, report: Progress) -> list[tuple[tuple[str, ...], int]]:
-    """Return the bits of each unit, by the full names of its linears."""
+def _chosen(plan: Plan, state: Calibration, report: Progress) -> list[tuple[tuple[str, ...], str]]:
+    """Return what each unit becomes, by the full names of its linears."""
     units = costs(plan, state, report)
     known = {n for names in units for n in names}
     others = sum(packed_bytes(plan.method.format, s) for n, s in plan.linears.items() if n not in known)
-    return [(names, choice.bits) for names, choice in spend(units, plan.budget() - others).items()]
+    return [(names, choice.changes) for names, choice in spend(units, plan.budget() - others).items()]
 
 
 def costs(plan: Plan, state: Calibration, report: Progress) -> dict[tuple[str, ...], list[Choice]]:
-    """Return what the sites cost at each of the recipe's choices of bits, by the full names of their linears."""
+    """Return what the sites cost as each of the recipe's candidates, by the full names of their linears."""
     hidden, calls, squares = state.hidden[0], state.calls[:1], state.squares
     if not squares:
         squares = squared_gradients(
@@ -98,7 +113,7 @@ def _joined(found: dict[tuple[str, ...], list[Choice]], plan: Plan) -> dict[tupl
     units: dict[str, tuple[tuple[str, ...], list[Choice]]] = {}
     for names, choices in found.items():
         key = layer.get(names[0], names[0])
-        before, costs_so_far = units.get(key, ((), [Choice(c.bits, 0, 0.0) for c in choices]))
+        before, costs_so_far = units.get(key, ((), [Choice(c.changes, 0, 0.0) for c in choices]))
         units[key] = (*before, *names), [a + b for a, b in zip(costs_so_far, choices, strict=True)]
     return dict(units.values())
 
@@ -157,9 +172,9 @@ def _measure(
                 names = {full: n for n in site.linears if (full := plan.skeleton.full_name(i, n)) in plan.linears}
                 if not names:
                     continue
-                H_KK = collect((Hessian,), [X_TK], state.dealt)[Hessian].mean() if len(X_TK) else None
+                stats = collect((Hessian, Histogram), [X_TK], state.dealt) if len(X_TK) else None
                 each = [
-                    _choices(plan, plan.linears[full], block.get_submodule(n), (X_TK, H_KK, state.squares[full][0]))
+                    _choices(plan, plan.linears[full], block.get_submodule(n), (X_TK, stats, state.squares[full][0]))
                     for full, n in names.items()
                 ]
                 found[tuple(names)] = [sum(alike[1:], alike[0]) for alike in zip(*each, strict=True)]
@@ -168,21 +183,25 @@ def _measure(
 
 
 def _choices(
-    plan: Plan, spec: LinearSpec, linear: nn.Module, sample: tuple[Tensor, Tensor | None, Tensor]
+    plan: Plan, spec: LinearSpec, linear: nn.Module, sample: tuple[Tensor, Stats | None, Tensor]
 ) -> list[Choice]:
-    """Return what one linear costs at each number of bits; sample: its input `[T, K]`, `X^T X / T`, and `s_T`.
+    """Return what one linear costs as each candidate; sample: its input `[T, K]`, what was collected of it, and `s_T`.
 
     An expert that no token reaches costs nothing.
     """
     W_NK = linear.get_parameter("weight").float()
-    each = [(bits, spec.at_bits(bits)) for bits in plan.method.recipe.choices()]
-    form = plan.method.format
-    return [Choice(bits, packed_bytes(form, s), _divergence(W_NK, s.scheme.weight, *sample)) for bits, s in each]
+    sizes = plan.sizes(spec)
+    schemes = {name: None if one is None else one.scheme for name, one in plan.method.possible(spec).items()}
+    return [Choice(name, sizes[name], _divergence(W_NK, scheme, *sample)) for name, scheme in schemes.items()]
 
 
-def _divergence(W_NK: Tensor, grid: Grid, X_TK: Tensor, H_KK: Tensor | None, s_T: Tensor) -> float:
-    """Return what rounding a weight adds to the divergence, in nats per token."""
-    if H_KK is None:
+def _divergence(W_NK: Tensor, scheme: Scheme | None, X_TK: Tensor, stats: Stats | None, s_T: Tensor) -> float:
+    """Return what rounding a weight, and its input, adds to the divergence, in nats per token."""
+    if stats is None or scheme is None:
         return 0.0
-    E_NK = QTensor.rounded(W_NK, grid, H_KK).dequantize() - W_NK
-    return (s_T @ (X_TK.float() @ E_NK.T).square().sum(-1) / (2 * len(s_T))).item()
+    Q_NK = QTensor.rounded(W_NK, scheme.weight, stats[Hessian].mean()).dequantize()
+    error_TN = X_TK.float() @ (Q_NK - W_NK).T
+    if scheme.activation is not None:
+        fixed = static_input(scheme.activation, stats[Histogram])[0] if scheme.static else None
+        error_TN += (scheme.activation.fake_quantize(X_TK, fixed) - X_TK).float() @ Q_NK.T
+    return (s_T @ error_TN.square().sum(-1) / (2 * len(s_T))).item()

@@ -18,6 +18,7 @@ from llmq.guard.patterns import Pattern
 from llmq.overrides import Override, parse
 from llmq.pipeline.inputs import input_grid, unpaired
 from llmq.recipe import UNCLIPPED, Recipe
+from llmq.schemes import FLOAT
 from llmq.stats import Stat
 from llmq.steps import (
     RUNNING_ORDER,
@@ -32,7 +33,7 @@ from llmq.steps import (
     Tuner,
     Weighting,
 )
-from llmq.types import Grid, LlmqError, Range, RangedGrid, Scheme
+from llmq.types import Grid, LinearSpec, LlmqError, Range, RangedGrid, Scheme
 
 _HELD = {
     "desc_act": "g_idx; drop desc_act (static groups) or use --format gptq",
@@ -71,6 +72,7 @@ class Method:
     format: Format
     base: Scheme | None  # None where the format's own types take its place (GGUF)
     overrides: tuple[Differing, ...]
+    candidates: Mapping[str, Differing | None]  # what a budget of bits chooses from, None where a linear stays float
     skip: tuple[Pattern, ...]
     rotations: tuple[Rotation, ...]
     weightings: tuple[Weighting, ...]
@@ -89,6 +91,13 @@ class Method:
         """Return the Stat classes that the steps of a site want for linears on these grids."""
         steps: tuple[SiteStep, ...] = (*self.corrections, self.solver, *self.refiners)
         return tuple(dict.fromkeys(stat for step in steps for stat in step.needs(grids)))
+
+    def possible(self, spec: LinearSpec) -> dict[str, LinearSpec | None]:
+        """Return what a linear may become under a budget of bits, None where it stays float."""
+        return {
+            name: None if c is None else dataclasses.replace(spec, scheme=c.of(spec.scheme))
+            for name, c in self.candidates.items()
+        }
 
     def wanted(self) -> Wanted:
         """Return what formats look at."""
@@ -127,8 +136,10 @@ def method_of(recipe: Recipe, model_dtype: torch.dtype) -> Method:
     fmt = _format(recipe, solver)
     base, overrides = _schemes(recipe, recipe.grid, fmt.scale_dtype(model_dtype)) if recipe.grid else (None, ())
     skip = tuple(Pattern(s, f"--skip {s!r}") for s in recipe.skip)
+    dtype, names = fmt.scale_dtype(model_dtype), recipe.candidates() if base else ()
+    candidates = {c: None if c == FLOAT else _candidate(c, base, dtype) for c in names if base}
     several: dict[str, Any] = {f"{kind.kind}s": tuple(found) for kind, found in steps.items() if kind is not Solver}
-    return Method(recipe, solver, fmt, base, overrides, skip, **several)
+    return Method(recipe, solver, fmt, base, overrides, candidates, skip, **several)
 
 
 def _schemes(recipe: Recipe, text: str, scale_dtype: torch.dtype) -> tuple[Scheme, tuple[Differing, ...]]:
@@ -211,6 +222,17 @@ def _override(text: str, base: Scheme, scale_dtype: torch.dtype) -> Differing:
     differing = Differing(said, weight, grid, floats, options)
     differing.of(base)
     return differing
+
+
+def _candidate(changes: str, base: Scheme, scale_dtype: torch.dtype) -> Differing:
+    """Return one of what a budget of bits chooses from. Raises LlmqError for a pair that no runtime multiplies."""
+    key, _, value = changes.partition("=")
+    if key == "bits":
+        base.weight.with_bits(int(value))  # which says what it is that has no others
+    made = _override(f".:{changes}", base, scale_dtype)
+    if why := unpaired(made.of(base)):
+        raise LlmqError(f"{changes}: {why}")
+    return made
 
 
 def _ranged(grid: Any, range_: Range | None, said: str) -> Grid:

@@ -214,9 +214,13 @@ class Plan:
         method = dataclasses.replace(self.method, recipe=dataclasses.replace(self.method.recipe, **none))
         return dataclasses.replace(self, method=method, warnings=[*self.warnings, *([say] if idle else [])])
 
-    def settled(self, schemes: Mapping[str, Scheme], recipe: Recipe) -> Plan:
-        """Return the plan with other schemes for some matrices; recipe: what asks for them, for the record."""
-        assigned = dataclasses.replace(self.assigned, schemes={**self.assigned.schemes, **schemes})
+    def settled(self, schemes: Mapping[str, Scheme | None], recipe: Recipe) -> Plan:
+        """Return the plan with other schemes for some matrices, None for float.
+
+        recipe: what asks for them, for the record.
+        """
+        every = {**self.assigned.schemes, **schemes}
+        assigned = dataclasses.replace(self.assigned, schemes={n: s for n, s in every.items() if s is not None})
         method = dataclasses.replace(self.method, recipe=recipe)
         plan = dataclasses.replace(self, method=method, assigned=assigned).told(recipe)
         before = self.method.format.check(self.possible(), self.skipped)  # of bits of which some were not chosen
@@ -231,8 +235,15 @@ class Plan:
 
     def possible(self) -> list[LinearSpec]:
         """Return every matrix as it will be, or may be under a budget of bits."""
-        specs, recipe = list(self.matrices.values()), self.method.recipe
-        return [s.at_bits(b) for s in specs for b in recipe.choices()] if recipe.target_bpw else specs
+        specs = list(self.matrices.values())
+        if not self.method.recipe.target_bpw:
+            return specs
+        return [one for s in specs for one in self.method.possible(s).values() if one is not None]
+
+    def sizes(self, spec: LinearSpec) -> dict[str, int]:
+        """Return the bytes of a linear as each of the candidates of a budget of bits."""
+        floats, form = spec.N * spec.K * self.skeleton.stored_dtype.itemsize, self.method.format
+        return {n: floats if s is None else packed_bytes(form, s) for n, s in self.method.possible(spec).items()}
 
     def paired(self) -> float:
         """Return the share of the calibration that runs through the float model too, for steps that compare the two."""

@@ -94,11 +94,12 @@ def budget(plan: Plan) -> None:
     recipe, form = plan.method.recipe, plan.method.format
     if recipe.target_bpw is None:
         return
-    fewest = [s if n == plan.head else s.at_bits(min(recipe.choices())) for n, s in plan.linears.items()]
-    least = sum(packed_bytes(form, s) for s in fewest)
+    sizes = [plan.sizes(s).values() if n != plan.head else [packed_bytes(form, s)] for n, s in plan.linears.items()]
+    least = sum(map(min, sizes))
     if least > plan.budget():
         bits = recipe.target_bpw * least / plan.budget()
+        said = "--choices" if recipe.choices else "--bit-choices"
         raise LlmqError(
-            f"--target-bpw {recipe.target_bpw:g} is too low: at the fewest of --bit-choices a weight takes {bits:.3f} "
+            f"--target-bpw {recipe.target_bpw:g} is too low: at the fewest of {said} a weight takes {bits:.3f} "
             "bits, scales and zeros counted; say more, or allow fewer bits"
         )

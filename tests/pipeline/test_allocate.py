@@ -1,25 +1,28 @@
 """Bits under a budget: the choice is near the best there is, fits, and is what gets written."""
 
-import dataclasses
 import itertools
 import json
 import random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llmq import calibration
+from llmq.calibration.collect import collect
 from llmq.calibration.dealing import Dealt
 from llmq.calibration.state import Calibration, Probe
 from llmq.checkpoint.batches import Batches
+from llmq.histogram import Histogram
 from llmq.loading import load_tokenizer
 from llmq.model.ends import embed
-from llmq.pipeline.allocate import Choice, costs, spend
+from llmq.pipeline.allocate import Choice, _divergence, costs, spend
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
-from llmq.types import LlmqError
+from llmq.stats import Hessian
+from llmq.types import LinearSpec, LlmqError
 
 
 def units(seed, count=5):
@@ -28,7 +31,7 @@ def units(seed, count=5):
     for i in range(count):
         weights, sensitivity = draw.choice([100, 200, 400]), draw.lognormvariate(0, 2)
         made[(f"site{i}",)] = [
-            Choice(b, weights * b, sensitivity * 4.0**-b * draw.uniform(0.7, 1.4)) for b in (2, 3, 4, 8)
+            Choice(f"bits={b}", weights * b, sensitivity * 4.0**-b * draw.uniform(0.7, 1.4)) for b in (2, 3, 4, 8)
         ]
     return made
 
@@ -50,9 +53,9 @@ def test_no_choice_errs_less_with_one_upgrade_less_to_spend(seed):
 
 
 def test_a_choice_that_costs_more_and_errs_more_is_never_made():
-    choices = {("a",): [Choice(2, 200, 1.0), Choice(3, 300, 1.5), Choice(4, 400, 0.5)]}
-    assert spend(choices, 350)[("a",)].bits == 2
-    assert spend(choices, 400)[("a",)].bits == 4
+    choices = {("a",): [Choice("a", 200, 1.0), Choice("b", 300, 1.5), Choice("c", 400, 0.5)]}
+    assert spend(choices, 350)[("a",)].changes == "a"
+    assert spend(choices, 400)[("a",)].changes == "c"
 
 
 def test_a_budget_below_the_fewest_bits_is_refused_before_any_work(tiny_checkpoint):
@@ -114,7 +117,7 @@ def test_costs_are_the_divergence_that_rounding_a_site_adds(tiny_checkpoint, tmp
             floats = {n: model.get_submodule(n).weight.data.clone() for n in names}
             for c in choices[:2]:  # 3 and 4 bits
                 for n, W in floats.items():
-                    grid = dataclasses.replace(plan.linears[n].scheme.weight, bits=c.bits)
+                    grid = plan.method.possible(plan.linears[n])[c.changes].scheme.weight
                     params = grid.fit(W).columns(W.shape[1])
                     model.get_submodule(n).weight.data = grid.decode(grid.nearest(W, params), params)
                 log_p = model(tokens).logits.log_softmax(-1)
@@ -132,9 +135,50 @@ def test_costs_are_the_divergence_that_rounding_a_site_adds(tiny_checkpoint, tmp
         ({"bits": 8, "act_bits": 8}, "target_bpw"),
         ({"bit_choices": "4,eight"}, "bit_choices"),
         ({"bit_choices": "4,9"}, "bit_choices"),
+        ({"choices": "nvfp4,mixed"}, "choices are schemes .* not 'mixed'"),
+        ({"choices": "float"}, "leaves everything float"),
+        ({"choices": "nvfp4,fp9"}, "'fp9' is none of llmq's grids"),
+        ({"choices": "nvfp4,fp8", "bit_choices": "4,8"}, "--bit-choices means nothing here"),
+        ({"choices": "nvfp4a16,int:bits=4:group=48"}, "group size 48 does not divide"),
     ],
     ids=str,
 )
 def test_what_cannot_be_mixed_is_refused_before_any_work(tiny_checkpoint, options, message):
     with pytest.raises(LlmqError, match=message):
-        prepare(str(tiny_checkpoint()), Recipe(**({"target_bpw": 4.5, "group_size": 32} | options)), "cpu")
+        prepare(str(tiny_checkpoint()), Recipe(**({"target_bpw": 4.5} | options)), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("target", "formats", "left"),
+    [(7.5, {"nvfp4-pack-quantized", "float-quantized"}, False), (9.5, {"float-quantized"}, True)],
+)
+def test_a_budget_chooses_among_formats_with_their_inputs(tiny_checkpoint, tmp_path, prose, target, formats, left):
+    (text := tmp_path / "calibration.txt").write_text(prose(1000))
+    options = {"method": "rtn", "samples": 4, "seq_len": 32, "calib": str(text), "dtype": "float32"}
+    folder = tiny_checkpoint(dtype=torch.bfloat16)
+    recipe = Recipe(**options, target_bpw=target, choices="nvfp4,fp8,float")
+    summary = quantize(prepare(str(folder), recipe, "cpu"), tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    groups = {g["format"]: g for g in config["config_groups"].values()}
+    assert set(groups) == formats and all(g["input_activations"] for g in groups.values())
+    tensors = {n: t for n, t in load_file(tmp_path / "out/model.safetensors").items() if "_proj." in n}
+    weights = {n: t for n, t in load_file(folder / "model.safetensors").items() if "_proj." in n}
+    assert 8 * sum(t.nbytes for t in tensors.values()) / sum(t.numel() for t in weights.values()) <= target
+    floats = [n for n in weights if tensors.get(n, torch.empty(0)).dtype == torch.bfloat16]
+    assert bool(floats) == left and all(n.removesuffix(".weight") in config["ignore"] for n in floats)
+    assert all(torch.equal(tensors[n], weights[n]) for n in floats)
+    again = quantize(prepare(str(folder), Recipe(**summary["recipe"]), "cpu"), tmp_path / "again")
+    bits = [{n: line["bits"] for n, line in record["linears"].items()} for record in (summary, again)]
+    assert bits[0] == bits[1], "the recipe repeats the run"
+
+
+def test_inputs_in_4_bits_cost_more_than_floats(tiny_checkpoint, tmp_path, prose):
+    (text := tmp_path / "calibration.txt").write_text(prose(1000))
+    plan = prepare(str(tiny_checkpoint()), Recipe(method="rtn", samples=4, seq_len=32, calib=str(text), dtype="float32",
+                   target_bpw=8.0, choices="nvfp4,nvfp4a16,float"), "cpu")  # fmt: skip
+    W_NK, X_TK, s_T = torch.randn(32, 64), torch.randn(128, 64), torch.ones(128)
+    stats = collect((Hessian, Histogram), [X_TK], Dealt.of([128]))
+    spec = LinearSpec("a", 32, 64, plan.method.base)
+    schemes = [one and one.scheme for one in plan.method.possible(spec).values()]
+    both, weights, none = (_divergence(W_NK, scheme, X_TK, stats, s_T) for scheme in schemes)
+    assert both > 1.5 * weights > 0 == none

@@ -15,7 +15,7 @@ from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
 from llmq.registry import find
-from llmq.types import LlmqError
+from llmq.types import LlmqError, Scheme
 
 NAME = "model.layers.1.mlp.up_proj"
 RTN = {"method": "rtn", "group_size": 32}
@@ -95,7 +95,8 @@ def test_a_format_sees_every_matrix_that_it_will_hold(tiny_checkpoint, monkeypat
 def test_other_schemes_give_another_plan_and_read_nothing(tiny_checkpoint, monkeypatch):
     plan = prepare(str(tiny_checkpoint()), Recipe(**RTN, format="compressed-tensors", seed=1), "cpu")
     monkeypatch.setattr(Source, "get", None)
-    other = plan.settled({NAME: plan.linears[NAME].at_bits(3).scheme}, dataclasses.replace(plan.method.recipe, bits=3))
+    three = Scheme(plan.linears[NAME].scheme.weight.with_bits(3))
+    other = plan.settled({NAME: three}, dataclasses.replace(plan.method.recipe, bits=3))
     bits = {n: s.scheme.weight.bits for n, s in other.linears.items()}
     assert bits.pop(NAME) == 3 and set(bits.values()) == {4} and plan.linears[NAME].scheme.weight.bits == 4
     assert other.method.recipe.bits == 3 and other.warnings[-1:] == plan.warnings != []
