@@ -6,7 +6,9 @@
 Whatever quantizes block by block, in order, makes of the first blocks of a model what it makes of these blocks alone:
 llmq without a head and without Fisher weights, llm-compressor, AutoRound. `score` puts the blocks of each folder (the
 first N of them) in place of MODEL's own and measures the whole against MODEL in float32. Several folders share the
-float model's states. Figures compare with those of as many blocks of the same model, and with nothing else.
+float model's states. Figures compare with those of as many blocks of the same model, and with nothing else. Where few
+blocks are quantized a few tokens hold much of the divergence: beside its mean stands that of all tokens but the worst
+hundredth.
 """
 
 from __future__ import annotations
@@ -28,12 +30,26 @@ from llmq.evaluation.windows import find_convention, load_text
 from llmq.loading import load, load_tokenizer
 
 
-class Kept(scores.Predictor):
-    """A model whose states of windows are computed once, for all that is compared with it."""
+class Watched(scores.Predictor):
+    """A model whose last log-probabilities are kept."""
 
-    def __init__(self, model: Any, name: str) -> None:
-        super().__init__(model, name)
+    def log_probs(self, states: Tensor) -> Tensor:
+        """See `Predictor.log_probs`."""
+        self.last = super().log_probs(states)
+        return self.last
+
+
+class Truth(scores.Predictor):
+    """The float model: its states of windows are computed once, for all models that are compared with it.
+
+    scored: the model beside it, which is asked for a window's log-probabilities first. kl: of its tokens, in nats.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, "the float model")
         self.kept: list[Tensor] = []
+        self.kl: list[Tensor] = []
+        self.scored: Watched
 
     def each(self, windows: Sequence[list[int]]) -> Iterator[Tensor]:
         """Yield the states of each window; they are always the same windows."""
@@ -41,6 +57,17 @@ class Kept(scores.Predictor):
             if i == len(self.kept):
                 self.kept.append(self.states(ids))
             yield self.kept[i]
+
+    def log_probs(self, states: Tensor) -> Tensor:
+        """See `Predictor.log_probs`."""
+        log_p = super().log_probs(states)
+        self.kl.append((log_p.exp() * (log_p - self.scored.last)).sum(-1))
+        return log_p
+
+    def spread(self) -> dict[str, float]:
+        """Return the median divergence of the tokens scored, and the mean without the worst hundredth of them."""
+        kl = torch.cat(self.kl).sort().values
+        return {"kl_median": float(kl[len(kl) // 2]), "kl_trimmed": float(kl[: len(kl) * 99 // 100].mean())}
 
 
 def cut(model: Path, blocks: int, out: Path) -> None:
@@ -64,16 +91,16 @@ def score(args: argparse.Namespace) -> None:
     how = find_convention(args.convention)
     text, tokenizer = load_text(args.text, None, how), load_tokenizer(str(args.model))
     model: Any = load(args.model, device="cpu", dtype=torch.float32)
-    truth, rows = Kept(load(args.model, device="cpu", dtype=torch.float32).eval(), "the float model"), {}
+    truth, rows = Truth(load(args.model, device="cpu", dtype=torch.float32).eval()), {}
     own = list(model.model.layers)
     for folder in args.folders:
         part: Any = load(folder, device="cpu", dtype=torch.float32)
         count = min(args.blocks or len(own), len(part.model.layers))
         for i in range(len(own)):
             model.model.layers[i] = part.model.layers[i] if i < count else own[i]
-        scored = scores.Predictor(model.eval(), folder.name)
-        e = scores.measure(scored, truth, tokenizer, text, how, args.windows)
-        rows[folder.name] = {"blocks": count, **e.to_json()}
+        truth.scored, truth.kl = Watched(model.eval(), folder.name), []
+        e = scores.measure(truth.scored, truth, tokenizer, text, how, args.windows)
+        rows[folder.name] = {"blocks": count, **e.to_json(), **truth.spread()}
         print(folder.name, json.dumps(rows[folder.name]), flush=True)
     if args.out:
         before = json.loads(args.out.read_text()) if args.out.exists() else {}
