@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmq import __version__
 from llmq.checkpoint import Source, resolve
-from llmq.checkpoint.decoding import narrow
+from llmq.checkpoint.decoding import decoded_on_load
 from llmq.checkpoint.digest import digest, sealed
 from llmq.checkpoint.packed import PackedCheckpoint, Packing
 from llmq.checkpoint.place import user_path
@@ -101,13 +101,17 @@ def _staged(
     for name, found in packed:
         if isinstance(found, QTensor):
             width = arch.together(name, found.codes.shape[1])
-            tensor = convert(found, name.removesuffix(".weight"), requantize, width)
+            reads = mixture.leaf(arch.tensor(name) or "") in arch.factors
+            tensor = convert(found, module := name.removesuffix(".weight"), requantize, width, factor=reads)
+            once = {f"{module}.{local}": beside for local, beside in tensor.beside.items()}
+            sink.add(once)
+            yield from ((local, Exported("F32", torch.empty(0))) for local in once)
         elif name.endswith(_CACHE) or arch.beside(name):
             continue
         else:
             tensor = _float(name, arch.tensor(name), found, embeddings)
         sink.add({name: tensor.rows})
-        yield name, replace(tensor, rows=torch.empty(0))
+        yield name, replace(tensor, rows=torch.empty(0), beside={})
 
 
 def _write(
@@ -171,7 +175,7 @@ def _source(src: str) -> Source:
     source = Source(resolve(src))
     if source.quantization is None:
         raise LlmqError(f"{src} is a float checkpoint; write it with llmq quantize {src} OUT.gguf --type Q4_K_M")
-    if narrow(source.quantization):
+    if decoded_on_load(source.quantization):
         raise LlmqError(
             f"{src} holds narrow floats ({source.quantization['quant_method']}), whose codes no ggml type keeps; "
             f"decode and round them: llmq quantize {src} OUT.gguf --type Q4_K_M"

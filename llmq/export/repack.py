@@ -5,6 +5,7 @@
     all in -8 .. 7                                  -> Q4_0   d = scale                          values exact
     4 bits, any zero                                -> Q4_1   d = scale, m = fp16(-zero*scale)   minimum off by <= 2^-11
     all in -128 .. 127                              -> Q8_0   d = scale                          values exact
+    NVFP4, MXFP4                                    -> themselves; the reciprocal of a divisor lies beside them
 
 A scale is repeated for every 32 (or 64) columns of its group. That takes groups of a multiple of 32 columns (or whole
 rows) in their natural order, and scales that float16 can hold; where it does not work out, the linear is refused, or
@@ -20,32 +21,44 @@ import torch
 from torch import Tensor
 
 from llmq.gguf import container, kinds, mixture
+from llmq.grids._ggml_floats import FloatBlocks
 from llmq.pipeline.records import Line, rounded
-from llmq.types import GgmlParams, LlmqError, Params, QTensor
+from llmq.types import FloatParams, GgmlParams, LlmqError, Params, QTensor
 
 EXACT, ROUNDED, REQUANTIZED = "values exact", "codes exact, minimum rounded", "requantized"
+FACTOR = "codes exact, factor rounded"
 _QBLOCK = 32  # columns of a qblock of Q4_0, Q4_1 and Q8_0
 _WIDE = 64  # of Q2_0
 
 
 @dataclass(frozen=True)
 class Exported:
-    """One tensor: its ggml type and stored rows; of a linear also what became of its codes, and what is recorded."""
+    """One tensor: its ggml type and stored rows; of a linear also what became of its codes, and what is recorded.
+
+    beside: what is stored once for it, by local names.
+    """
 
     kind: str
     rows: Tensor
     outcome: str = ""
     line: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def convert(q: QTensor, name: str, requantize: str | None, together: int | None = None) -> Exported:
+def convert(
+    q: QTensor, name: str, requantize: str | None, together: int | None = None, *, factor: bool = True
+) -> Exported:
     """Return the ggml rows of a solved linear, its codes kept.
 
     together: the columns that stay together in the file (`Architecture.together`); None for all.
+    factor: whether llama.cpp multiplies what the linear gives by a factor that lies beside it (`Architecture.factors`).
     Raises LlmqError, with the reason, where they cannot be kept and `requantize` names no type instead.
     """
     together = together or q.codes.shape[1]
-    why = _obstacle(q, together)
+    floats = isinstance(q.params, FloatParams)
+    why = _obstacle_of_floats(q, together, factor) if floats else _obstacle(q, together)
+    if why is None and floats:
+        return _small_floats(q)
     if why is None:
         level, scale = _levels(q)
         kept = _two_bits(q, level, scale, together) or _more_bits(q, level, scale)
@@ -57,6 +70,29 @@ def convert(q: QTensor, name: str, requantize: str | None, together: int | None 
             f"{name}: its codes cannot be kept: {why}; say --requantize TYPE (Q8_0, Q6_K ...) to round it anew"
         )
     return round_anew(q.dequantize(), name, mixture.fallback(requantize, together), REQUANTIZED)
+
+
+def _obstacle_of_floats(q: QTensor, together: int, factor: bool) -> str | None:
+    """Return why no block of ggml holds the codes of small floats, None where one does."""
+    if not isinstance(q.grid, FloatBlocks):
+        return f"no type of ggml is {type(q.grid).__name__}"
+    if together % q.grid.qblock:
+        return f"rows of {together} columns are no multiple of {q.grid.qblock}"
+    if FloatParams.of(q.params).divisor is not None and not factor:
+        return "llama.cpp passes over the factor (.scale) that would lie beside it"
+    return None
+
+
+def _small_floats(q: QTensor) -> Exported:
+    """Return the codes of NVFP4 or MXFP4 in blocks of ggml, recorded as a reader of the file computes them."""
+    grid: Any = q.grid
+    rows, once = grid.to_bytes(q.codes, q.params), grid.stored_once(q.params)
+    codes, params = grid.from_bytes(rows, once)
+    found = QTensor(codes, params, grid)
+    line = Line().add(found, found.dequantize(), q.dequantize()).to_json()
+    kept = torch.equal(found.params.scale, q.params.scale)
+    outcome = EXACT if kept else FACTOR
+    return Exported(grid.kind, rows, outcome, {"method": "export", "bits": grid.bits} | line, once)
 
 
 def _levels(q: QTensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,9 @@ from llmq.checkpoint.packed import PackedCheckpoint
 from llmq.export.gguf import export
 from llmq.export.repack import EXACT, REQUANTIZED, ROUNDED, convert
 from llmq.gguf.reader import GgufFile
+from llmq.grids.fp8 import Fp8
 from llmq.grids.int import Int
+from llmq.grids.nvfp4 import Nvfp4
 from llmq.guard.reading import Entry
 from llmq.model.pretrained import blank_model, model_config
 from llmq.pipeline.plan import prepare
@@ -149,6 +151,21 @@ def test_why_codes_cannot_be_kept_is_said(q, reason):
     assert again.outcome == REQUANTIZED and again.kind == ("F16" if q.codes.shape[1] == 48 else "Q8_0")
 
 
+@pytest.mark.parametrize(
+    ("grid", "options", "reason"),
+    [
+        (Fp8(), {}, "no type of ggml is Fp8"),
+        (Nvfp4(), {"together": 32}, "rows of 32 columns are no multiple of 64"),
+        (Nvfp4(), {"factor": False}, r"llama\.cpp passes over the factor"),
+    ],
+)
+def test_why_codes_of_small_floats_cannot_be_kept_is_said(grid, options, reason):
+    q = QTensor.rounded(torch.randn(4, 128), grid)
+    with pytest.raises(LlmqError, match=f"^w: its codes cannot be kept: {reason}"):
+        convert(q, "w", None, **options)
+    assert (convert(q, "w", "Q8_0").outcome == REQUANTIZED) == isinstance(grid, Fp8)
+
+
 def test_codes_whose_columns_move_by_less_than_a_block_are_not_kept():
     q = make(4, torch.tensor(0.125), 8)
     with pytest.raises(LlmqError, match="^w: its codes cannot be kept: pieces, .* in another order, of 16 columns"):
@@ -186,13 +203,15 @@ def test_scales_in_bfloat16_that_float16_holds_are_kept():
         {"sym": False, "format": "awq"},
         {"bits": 8, "group_size": "channel"},
         {"bits": 2, "group_size": 64},
+        {"weights": "nvfp4:range=mse"},
+        {"weights": "mxfp4"},
     ],
 )
 def test_our_checkpoint_computes_in_llama_cpp_what_it_computes_here(
     tiny_checkpoint, tmp_path, prose, llama_cpp, options
 ):
     folder, ours, out = tiny_checkpoint(), tmp_path / "ours", tmp_path / "out.gguf"
-    recipe = {"method": "rtn", "group_size": 32, "dtype": "float32"} | options
+    recipe = {"method": "rtn", "dtype": "float32"} | ({} if "weights" in options else {"group_size": 32}) | options
     quantize(prepare(str(folder), Recipe(**recipe), "cpu"), ours)
     done = export(str(ours), out)
     assert REQUANTIZED not in done["outcomes"]
@@ -307,11 +326,13 @@ def test_a_float_that_is_not_finite_is_refused_by_name(golden, tmp_path):
         {"sym": False, "format": "awq"},
         {"bits": 8, "group_size": "channel"},
         {"bits": 2, "group_size": 64},
+        {"weights": "nvfp4:range=mse"},
+        {"weights": "mxfp4"},
     ],
 )
 def test_an_exported_file_is_verified_against_what_was_solved(tiny_checkpoint, tmp_path, options):
     ours, out = tmp_path / "ours", tmp_path / "out.gguf"
-    recipe = {"method": "rtn", "group_size": 32, "dtype": "float32"} | options
+    recipe = {"method": "rtn", "dtype": "float32"} | ({} if "weights" in options else {"group_size": 32}) | options
     quantize(prepare(str(tiny_checkpoint()), Recipe(**recipe), "cpu"), ours)
     export(str(ours), out, embeddings="Q6_K")
     report = verify(out)
