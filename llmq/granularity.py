@@ -67,6 +67,11 @@ class Granularity:
         whole = W_NK if R * height == N else F.pad(W_NK, (0, 0, 0, R * height - N))
         return whole.reshape(R, height, G, K // G).transpose(1, 2).reshape(R, G, -1)
 
+    def spread(self, scales: Tensor, N: int) -> Tensor:
+        """Return scales `[rows, G]` for each of N rows, `[N, G]`."""
+        height = self.height(N)
+        return scales if height == 1 else scales.repeat_interleave(height, 0)[:N]
+
     def __str__(self) -> str:
         return self.words.format(**vars(self))
 

@@ -78,6 +78,11 @@ def power(bits: Tensor) -> Tensor:
     return torch.exp2(bits.float() - 127)
 
 
+def scales_of(bits: Tensor, divisor: Tensor | None) -> Tensor:
+    """Return the float32 scales that stored bits stand for: E4M3 over a divisor, where there is one, else E8M0."""
+    return power(bits) if divisor is None else E4M3.decode(bits) / divisor
+
+
 def rescaled(params: Parameters, scale: Tensor) -> Parameters:
     """Return params with the scales nearest to float32 `scale` that their file holds.
 
@@ -87,5 +92,4 @@ def rescaled(params: Parameters, scale: Tensor) -> Parameters:
         return replace(params, scale=stored(scale, params.scale))
     bits = exponent(scale) if params.divisor is None else E4M3.encode(scale * params.divisor)
     bits = torch.where((scale > 0) & ((bits > 0) | (params.divisor is None)), bits, params.stored)
-    values = power(bits) if params.divisor is None else E4M3.decode(bits) / params.divisor
-    return replace(params, scale=values, stored=bits)
+    return replace(params, scale=scales_of(bits, params.divisor), stored=bits)

@@ -23,6 +23,13 @@ RUNTIMES = {
     "TensorRT-LLM": "commit 008e0af",
 }
 """The runtimes that are looked at, and the version of each."""
+LLAMA_CPP = (
+    "llama.cpp",
+    False,
+    "it reads GGUF; `llmq export OUT OUT.gguf` keeps the codes where a type holds them",
+    "source",
+)
+"""The row of formats whose codes a GGUF file can hold, see `table`."""
 TAKES = {
     "transformers": "gptq or awq without --lm-head, and compressed-tensors",
     "vLLM": "4 bits per channel or by groups of 32, 64 or 128, symmetric in gptq, either way in awq and "

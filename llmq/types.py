@@ -18,7 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -158,6 +158,15 @@ class RangedGrid(Grid):
         """Whether the range weighs errors by the group's whole part of H."""
         return getattr(self.range, "wants_hessian", False)
 
+    def plain(self) -> Self:
+        """Return the grid with the min-max range."""
+        return self if self.range is None else replace(self, range=None)  # type: ignore[type-var]  # a dataclass
+
+    def stacks_with(self, other: Grid) -> bool:
+        """See `Grid.stacks_with`; two weights share no scale of several rows."""
+        alike = isinstance(other, RangedGrid) and self == other and self.range == other.range
+        return alike and isinstance(self.granularity, PerRow | PerGroup)
+
     @property
     @abstractmethod
     def reach(self) -> float:
@@ -199,8 +208,7 @@ class RangedGrid(Grid):
         """
         N, by = len(W_NK), self.granularity
         params = self.fit_values(by.gathered(W_NK), self._weight(H_KK, by, N))
-        height = by.height(N)
-        return params if height == 1 else params.map(lambda p: p.repeat_interleave(height, 0)[:N])
+        return params.map(lambda p: by.spread(p, N))
 
     def fit_values(self, w: Tensor, weight: Tensor | None) -> Parameters:
         """Choose parameters for each row of values `w[..., g]`; weight: of their errors, broadcast to `w`."""

@@ -30,8 +30,8 @@ from triton import constexpr_function
 from llmq_kernels import tune
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import OPTIONS, cdiv, no_gradient, on, operator, runs_on, uses_asm
-from llmq_kernels.layout import N_MULTIPLE, PackedWeight
-from llmq_kernels.weight_only import check_activation, power_of_two, sum_splits_kernel
+from llmq_kernels.layout import N_MULTIPLE
+from llmq_kernels.weight_only import check_activation, multiplied, sum_splits_kernel
 
 FEW = 32
 """The most tokens that meet packed codes. More meet floats decoded once: there every sum costs a multiplication by a
@@ -56,10 +56,6 @@ class E2M1Weight:
     group: int
     e8m0: bool
     factor: float = 1.0
-
-    def shape(self) -> PackedWeight:
-        """Return an integer weight of the same shape, for the checks that all weights share."""
-        return PackedWeight(self.words, self.params, None, self.N, self.K, 4, self.group, has_zero=False)
 
 
 @constexpr_function
@@ -260,28 +256,15 @@ def _op(
     x: Tensor, words: Tensor, params: Tensor, bias: Tensor | None, n: int, k: int, group: int, e8m0: bool, factor: float
 ) -> Tensor:
     w = E2M1Weight(words, params, n, k, group, e8m0, factor)
-    check_activation(x, w.shape(), bias)
+    check_activation(x, w, bias)
     if not runs_on(x) or not x.numel():
         return reference(x, w, bias)
     x_MK = x.reshape(-1, k)
-    M = x_MK.shape[0]
-    if M > FEW:
+    if x_MK.shape[0] > FEW:
         with on(x.device):
             y = F.linear(x_MK, decode(w, x.dtype), bias)
         return no_gradient(x, y.reshape(*x.shape[:-1], n))
-    unit = power_of_two(x_MK) if x.dtype == torch.float32 else None
-    if unit is not None:
-        x_MK = (x_MK / unit).half()
-
-    def run(config: tune.Config) -> Tensor:
-        return launch(x_MK, w, bias if unit is None else None, config, x.dtype)
-
-    key = (tune.bucket(M), n, k, group, e8m0, x.dtype)
-    with on(x.device):
-        y = run(tune.choose("e2m1", x.device, key, lambda: configs(M, w), run))
-    if unit is not None:
-        y = y * unit if bias is None else y * unit + bias
-    return no_gradient(x, y.reshape(*x.shape[:-1], n))
+    return multiplied(x, w, bias, ("e2m1", n, k, group, e8m0), configs, launch)
 
 
 @torch.library.register_fake("llmq::e2m1_linear")

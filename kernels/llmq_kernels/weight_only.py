@@ -21,6 +21,8 @@ Not here: the layout (layout.py), W8A8 (int8.py), which configuration is fastest
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +188,47 @@ def _op(
     check_activation(x, w, bias)
     if not runs_on(x) or not x.numel():
         return reference(x, w, bias)
-    x_MK = x.reshape(-1, k)
+    return multiplied(x, w, bias, ("weight_only", n, k, bits, group, has_zero), configs, launch)
+
+
+@torch.library.register_fake("llmq::weight_only_linear")
+def _(x, words, params, order, bias, n, k, bits, group, has_zero):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], n)
+
+
+class Packed(Protocol):
+    """A packed weight `[N, K]` of either kernel."""
+
+    @property
+    def N(self) -> int:
+        """Output features."""
+
+    @property
+    def K(self) -> int:
+        """Input features."""
+
+    @property
+    def words(self) -> Tensor:
+        """Codes."""
+
+
+Weight = TypeVar("Weight", bound=Packed)
+
+
+def multiplied(
+    x: Tensor,
+    w: Weight,
+    bias: Tensor | None,
+    key: tuple[Any, ...],
+    configs: Callable[[int, Weight], list[tune.Config]],
+    launch: Callable[..., Tensor],
+) -> Tensor:
+    """Return `x @ W^T + bias` `[..., N]` by the fastest configuration of a kernel; see `linear`.
+
+    key: the kernel's name, and all of the weight that bears on the choice.
+    """
+    name, *weight = key
+    x_MK = x.reshape(-1, w.K)
     unit = power_of_two(x_MK) if x.dtype == torch.float32 else None
     if unit is not None:
         x_MK = (x_MK / unit).half()
@@ -195,20 +237,14 @@ def _op(
         return launch(x_MK, w, bias if unit is None else None, config, x.dtype)
 
     M = x_MK.shape[0]
-    key = (tune.bucket(M), n, k, bits, group, has_zero, x.dtype)
     with on(x.device):
-        y = run(tune.choose("weight_only", x.device, key, lambda: configs(M, w), run))
+        y = run(tune.choose(name, x.device, (tune.bucket(M), *weight, x.dtype), lambda: configs(M, w), run))
     if unit is not None:
         y = y * unit if bias is None else y * unit + bias
-    return no_gradient(x, y.reshape(*x.shape[:-1], n))
+    return no_gradient(x, y.reshape(*x.shape[:-1], w.N))
 
 
-@torch.library.register_fake("llmq::weight_only_linear")
-def _(x, words, params, order, bias, n, k, bits, group, has_zero):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:-1], n)
-
-
-def check_activation(x: Tensor, w: PackedWeight, bias: Tensor | None) -> None:
+def check_activation(x: Tensor, w: Packed, bias: Tensor | None) -> None:
     """Raise KernelError for an activation, or a bias, that a packed weight cannot be multiplied with."""
     if x.shape[-1] != w.K:
         raise KernelError(f"the activation has {x.shape[-1]} features, the packed weight {w.K}")

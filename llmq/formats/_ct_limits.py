@@ -17,7 +17,7 @@ from llmq.grids.fp8 import Fp8
 from llmq.grids.mxfp4 import Mxfp4
 from llmq.grids.mxfp8 import Mxfp8
 from llmq.grids.nvfp4 import Nvfp4
-from llmq.readers import Limit, table
+from llmq.readers import LLAMA_CPP, Limit, table
 from llmq.types import AffineGrid, Grid, LinearSpec, RangedGrid
 
 _NAME = "compressed-tensors"
@@ -25,7 +25,7 @@ READERS = table(
     ("transformers", True, "with compressed-tensors 0.20", "ran"),
     ("vLLM", True, "", "ran"),
     ("SGLang", True, "on GPUs", "source"),
-    ("llama.cpp", False, "it reads GGUF; `llmq export OUT OUT.gguf` keeps the codes where a type holds them", "source"),
+    LLAMA_CPP,
     ("TensorRT-LLM", True, "one scheme for all, NVFP4 or FP8", "source"),
 )
 _TENSORRT = Limit(

@@ -13,15 +13,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmq.formats import _common
+from llmq.formats import _common, _reading
 from llmq.grids._float import FloatGrid
 from llmq.grids._microscaling import Microscaling
 from llmq.grids.fp8 import Fp8
 from llmq.grids.nvfp4 import Nvfp4
 from llmq.minifloat import E4M3
 from llmq.types import FloatParams, LinearSpec, LlmqError, QTensor
-
-_DAMAGED = "which no weight can have: the checkpoint is damaged or was cast; download or quantize it again"
 
 
 def float_grid(spec: LinearSpec, method: str) -> FloatGrid:
@@ -63,9 +61,7 @@ def restored(
         raw = torch.stack([raw & 15, raw >> 4], dim=-1).flatten(1)
     by = grid.granularity
     rows = scales.reshape(by.rows(spec.N), -1)
-    params, height = _params(rows, grid, divisor), by.height(spec.N)
-    spread = params if height == 1 else params.map(lambda p: p.repeat_interleave(height, 0)[: spec.N])
-    return QTensor(raw, spread, grid)
+    return QTensor(raw, _params(rows, grid, divisor).map(lambda p: by.spread(p, spec.N)), grid)
 
 
 def sound(q: QTensor, spec: LinearSpec, names: Mapping[str, str]) -> QTensor:
@@ -78,7 +74,7 @@ def sound(q: QTensor, spec: LinearSpec, names: Mapping[str, str]) -> QTensor:
         _refuse(params.divisor, spec, names["divisor"])
     _refuse(params.scale, spec, names["scale"])
     if q.grid.bits == E4M3.bits and bool(((q.codes & 0x7F) == 0x7F).any()):
-        raise LlmqError(f"{spec.name}.{names['codes']} holds NaN, {_DAMAGED}")
+        raise LlmqError(f"{spec.name}.{names['codes']} holds NaN, {_reading.DAMAGED}")
     if q.input is not None:
         _refuse(q.input.scale, spec, names["input"])
     return q
@@ -96,7 +92,7 @@ def _refuse(scales: Tensor, spec: LinearSpec, name: str) -> None:
     bad = ~(scales.isfinite() & (scales > 0))
     if bool(bad.any()):
         at = bad.nonzero()[0].tolist()
-        raise LlmqError(f"{spec.name}.{name}: the scale at {at} is {scales[tuple(at)].item()}, {_DAMAGED}")
+        raise LlmqError(f"{spec.name}.{name}: the scale at {at} is {scales[tuple(at)].item()}, {_reading.DAMAGED}")
 
 
 def _scale_dtype(grid: FloatGrid) -> torch.dtype:

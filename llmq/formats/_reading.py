@@ -20,6 +20,7 @@ from llmq.guard.reading import field
 from llmq.types import LinearSpec, LlmqError, Params, QTensor
 
 CONFIG = "quantization_config"
+DAMAGED = "which no weight can have: the checkpoint is damaged or was cast; download or quantize it again"
 REQUANTIZE = "quantize the float model again"
 _ALTER = ("bits", "group_size", "sym", "desc_act", "pack_dtype")  # what a rule of `dynamic` can change on disk
 T = TypeVar("T")
@@ -107,10 +108,7 @@ def sound(q: QTensor, spec: LinearSpec, scale: str, zero: str) -> QTensor:
     ):
         if not bool(good.all()):
             row, group = (~good).nonzero()[0].tolist()
-            raise LlmqError(
-                f"{spec.name}.{name}: row {row}, group {group} is {values[row, group].item()}, which no weight can "
-                "have: the checkpoint is damaged or was cast; download or quantize it again"
-            )
+            raise LlmqError(f"{spec.name}.{name}: row {row}, group {group} is {values[row, group].item()}, {DAMAGED}")
     if q.input is not None and not bool((q.input.scale.isfinite() & (q.input.scale > 0)).all()):
         raise LlmqError(
             f"{spec.name}.input_scale is {q.input.scale.tolist()}, no scale: the checkpoint is damaged or was cast; "

@@ -32,7 +32,7 @@ from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words
 from llmq.formats._folder import Folder
 from llmq.grids.int import Int
-from llmq.readers import Limit, Reader, readers, table, told
+from llmq.readers import LLAMA_CPP, Limit, Reader, readers, table, told
 from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
 
 _DEFAULTS = {"zero_point": True, "pack_dtype": "int32", "desc_act": False, "lm_head": False}
@@ -47,7 +47,7 @@ _READERS = table(
     ("transformers", True, "with gptqmodel 7.7", "ran"),
     ("vLLM", True, "", "ran"),
     ("SGLang", True, "on GPUs (Marlin)", "source"),
-    ("llama.cpp", False, "it reads GGUF; `llmq export OUT OUT.gguf` keeps the codes where a type holds them", "source"),
+    LLAMA_CPP,
     ("TensorRT-LLM", False, "it builds a float model: awq is no quant_method of its PyTorch backend", "source"),
 )
 

@@ -33,7 +33,7 @@ from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words
 from llmq.formats._folder import Folder
 from llmq.grids.int import Int
-from llmq.readers import Limit, Reader, readers, table, told
+from llmq.readers import LLAMA_CPP, Limit, Reader, readers, table, told
 from llmq.types import AffineGrid, LinearSpec, LlmqError, Params, QTensor, Scheme
 
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every field of a word
@@ -49,7 +49,7 @@ _READERS = table(
     ("transformers", True, "with gptqmodel 7.7 and optimum", "ran"),
     ("vLLM", True, "", "ran"),
     ("SGLang", True, "on GPUs (Marlin)", "source"),
-    ("llama.cpp", False, "it reads GGUF; `llmq export OUT OUT.gguf` keeps the codes where a type holds them", "source"),
+    LLAMA_CPP,
     ("TensorRT-LLM", False, "it builds a float model: gptq is no quant_method of its PyTorch backend", "source"),
 )
 

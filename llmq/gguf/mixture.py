@@ -37,12 +37,8 @@ _FALLBACK = {
     "Q2_0": "Q4_0", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL",
     "NVFP4": "IQ4_NL",
 }  # fmt: skip
-_EMBEDDING = {
-    "Q2_0": "Q4_K",
-    "NVFP4": "Q6_K",
-    "MXFP4": "Q8_0",
-    "MXFP4_MOE": "Q8_0",
-}  # of mixtures whose base is not for one that is not the head too
+_EMBEDDING = {"Q2_0": "Q4_K", "NVFP4": "Q6_K", "MXFP4": "Q8_0", "MXFP4_MOE": "Q8_0"}
+"""By mixture: what an embedding gets that is not the head too, where that is not the mixture's base."""
 FLOATS = ("F32", "F16", "BF16")
 _FLOAT = ("ssm_conv1d", "ffn_gate_inp")
 _FEW_BITS = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "IQ4_XS", "Q4_K_S", "Q4_K_M")  # of 8 experts

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmq.granularity import PerGroup, PerRow
 from llmq.minifloat import Minifloat
-from llmq.types import FloatParams, Grid, Lattice, Parameters, RangedGrid
+from llmq.types import FloatParams, Lattice, Parameters, RangedGrid
 
 
 class FloatGrid(RangedGrid):
@@ -54,22 +54,17 @@ class FloatGrid(RangedGrid):
         """Whether the range may cover more than there is."""
         return getattr(self.range, "searches", False)
 
-    def stacks_with(self, other: Grid) -> bool:
-        """See `Grid.stacks_with`; two weights share no scale of several rows."""
-        alike = isinstance(other, FloatGrid) and self == other and self.range == other.range
-        return alike and isinstance(self.granularity, PerRow | PerGroup)
-
     def factors(self, least: float, steps: int) -> list[float]:
         """See `RangedGrid.factors`; a search goes beyond the largest value too, which need not be the largest float."""
         return [1.0, *torch.logspace(log2(least), log2(self.beyond), steps - 1, 2).tolist()]
 
     @abstractmethod
-    def stored(self, scale: Tensor) -> FloatParams:
+    def nearest_scale(self, scale: Tensor) -> FloatParams:
         """Return the parameters whose scales are nearest to float32 `scale`, above 0, of those that a file holds."""
 
     def params(self, lo: Tensor, hi: Tensor) -> FloatParams:
         """See `RangedGrid.params`."""
-        return self.stored(torch.maximum(hi.abs(), lo.abs()).float() / self.value.most)
+        return self.nearest_scale(torch.maximum(hi.abs(), lo.abs()).float() / self.value.most)
 
     def nearest(self, w: Tensor, params: Parameters) -> Tensor:
         """Return the nearest codes, the bits of minifloats, as float32 integers."""

@@ -6,16 +6,15 @@ whose mantissa is 1.75 or more is rounded up to the next. A search tries the pow
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import log2
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from llmq.granularity import Granularity, PerGroup
 from llmq.grids._float import FloatGrid
-from llmq.minifloat import exponent, power
+from llmq.minifloat import exponent, scales_of
 from llmq.types import Arguments, FloatParams, Held, Parameters, Range
 
 
@@ -30,10 +29,6 @@ class Microscaling(FloatGrid):
         """32 columns."""
         return PerGroup(32)
 
-    def plain(self) -> Self:
-        """Return the grid with the min-max range."""
-        return self if self.range is None else replace(self, range=None)
-
     def factors(self, least: float, steps: int) -> list[float]:
         """Return 1 and its neighbours: no other scale is stored between."""
         return [1.0, 0.5, 2.0]
@@ -42,15 +37,15 @@ class Microscaling(FloatGrid):
         """See `RangedGrid.params`."""
         largest = torch.maximum(hi.abs(), lo.abs()).float()
         carried = (largest.contiguous().view(torch.int32) + 0x200000) & 0x7F800000  # to the power of two below
-        return self.stored(carried.view(torch.float32) / 2.0 ** int(log2(self.value.most)))
+        return self.nearest_scale(carried.view(torch.float32) / 2.0 ** int(log2(self.value.most)))
 
-    def stored(self, scale: Tensor) -> FloatParams:
-        """See `FloatGrid.stored`."""
+    def nearest_scale(self, scale: Tensor) -> FloatParams:
+        """See `FloatGrid.nearest_scale`."""
         return self.of_bits(exponent(scale))
 
     def of_bits(self, bits: Tensor) -> FloatParams:
         """Return the parameters of scales as they are stored, uint8 `[..., G]`."""
-        return FloatParams(power(bits), bits)
+        return FloatParams(scales_of(bits, None), bits)
 
     def run_time_scale(self, largest: Tensor, fixed: Parameters | None) -> Tensor:
         """See `FloatGrid.run_time_scale`."""

@@ -66,10 +66,6 @@ class Fp8(FloatGrid):
         largest = torch.full(w.shape[:-1], self.spans, device=w.device)
         return self.params(-largest, largest)
 
-    def plain(self) -> Fp8:
-        """Return the grid with the min-max range."""
-        return self if self.range is None else replace(self, range=None)
-
     def stored_in(self, dtype: torch.dtype) -> Fp8:
         """See `Grid.stored_in`."""
         return replace(self, scale_dtype=dtype)
@@ -80,7 +76,7 @@ class Fp8(FloatGrid):
         info = torch.finfo(self.scale_dtype)
         return Held(_LEAST if self.scale_dtype != torch.float16 else 2.0**-24, info.tiny, info.max)
 
-    def stored(self, scale: Tensor) -> FloatParams:
+    def nearest_scale(self, scale: Tensor) -> FloatParams:
         """Return scales rounded to `scale_dtype`; that of zeros alone is its epsilon, as compressed-tensors has it."""
         least, _, most = self.held
         kept = scale.clamp(least, most).masked_fill(scale == 0, torch.finfo(self.scale_dtype).eps)

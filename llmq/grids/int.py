@@ -61,10 +61,6 @@ class Int(AffineGrid):
         """See `Grid.granularity`."""
         return granularity(self.group)
 
-    def plain(self) -> Int:
-        """Return the grid with the min-max range."""
-        return self if self.range is None else replace(self, range=None)
-
     def stored_in(self, dtype: torch.dtype) -> Int:
         """See `Grid.stored_in`."""
         return replace(self, scale_dtype=dtype)
@@ -72,11 +68,6 @@ class Int(AffineGrid):
     def with_bits(self, bits: int) -> Grid:
         """See `Grid.with_bits`; a kind derived from this one may fix its bits."""
         return replace(self, bits=bits) if "bits" in {f.name for f in fields(self)} else super().with_bits(bits)
-
-    def stacks_with(self, other: Grid) -> bool:
-        """See `Grid.stacks_with`; two weights do not share the scale of a tensor."""
-        alike = isinstance(other, Int) and self == other and self.range == other.range
-        return alike and not isinstance(self.granularity, PerTensor)
 
     def params(self, lo: Tensor, hi: Tensor) -> Params:
         """Return the grid that covers `[lo, hi]` (lo <= 0 <= hi), scales rounded to `scale_dtype`.
@@ -117,10 +108,7 @@ class Int(AffineGrid):
 
     def covering(self, W_NK: Tensor) -> Tensor:
         """See `Grid.covering`; `[N, G]`."""
-        N, K = W_NK.shape
-        by = self.granularity
-        w = W_NK.reshape(by.rows(N), by.groups(K), -1)
-        lo, hi = (x.float() for x in w.aminmax(dim=-1))
+        lo, hi = (x.float() for x in self.granularity.gathered(W_NK).aminmax(dim=-1))
         return self._scale(lo.clamp(max=0), hi.clamp(min=0))
 
     def fake_quantize(self, x: Tensor, fixed: Parameters | None = None) -> Tensor:

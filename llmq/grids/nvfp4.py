@@ -20,7 +20,7 @@ from llmq.granularity import Granularity, PerGroup
 from llmq.grids._float import FloatGrid
 from llmq.grids._ggml import held
 from llmq.grids._ggml_floats import FloatBlocks
-from llmq.minifloat import E2M1, E4M3
+from llmq.minifloat import E2M1, E4M3, scales_of
 from llmq.types import Arguments, FloatParams, Grid, Held, Parameters, Range
 
 _OF_ZEROS = 0.125  # the stored scale of a group of zeros, as compressed-tensors has it
@@ -46,10 +46,6 @@ class Nvfp4(FloatGrid, FloatBlocks):
         """16 columns."""
         return PerGroup(16)
 
-    def plain(self) -> Nvfp4:
-        """Return the grid with the min-max range."""
-        return self if self.range is None else replace(self, range=None)
-
     def spanning(self, weights: Sequence[Tensor], grids: Sequence[Grid] = ()) -> Nvfp4:
         """See `Grid.spanning`; where any range searches beyond what there is, there is room above the largest scale.
 
@@ -68,8 +64,8 @@ class Nvfp4(FloatGrid, FloatBlocks):
             return self.spanning([W_NK]).fit(W_NK, H_KK)
         return super().fit(W_NK, H_KK)
 
-    def stored(self, scale: Tensor) -> FloatParams:
-        """See `FloatGrid.stored`."""
+    def nearest_scale(self, scale: Tensor) -> FloatParams:
+        """See `FloatGrid.nearest_scale`."""
         return _stored(scale, torch.full((*scale.shape[:-1], 1), self.divisor or 1.0, device=scale.device))
 
     @property
@@ -95,7 +91,7 @@ class Nvfp4(FloatGrid, FloatBlocks):
 
     def of_bits(self, bits: Tensor, divisor: Tensor) -> FloatParams:
         """Return the parameters of scales as they are stored, uint8 `[..., G]`. divisor: float32 `[1]`."""
-        return FloatParams(E4M3.decode(bits) / divisor, bits, divisor.expand(*bits.shape[:-1], 1).contiguous())
+        return FloatParams(scales_of(bits, divisor), bits, divisor.expand(*bits.shape[:-1], 1).contiguous())
 
     def stored_once(self, params: Parameters) -> dict[str, Tensor]:
         """Return the reciprocal of the divisor."""
@@ -122,4 +118,4 @@ def _stored(scale: Tensor, divisor: Tensor) -> FloatParams:
     """Return the scales nearest to positive `scale` that E4M3 holds over a float32 divisor, broadcast to them."""
     bits = E4M3.encode(scale * divisor)
     bits = torch.where(bits == 0, E4M3.encode(torch.full_like(divisor, _OF_ZEROS)), bits)
-    return FloatParams(E4M3.decode(bits) / divisor, bits, divisor)
+    return FloatParams(scales_of(bits, divisor), bits, divisor)

@@ -144,7 +144,7 @@ def method_of(recipe: Recipe, model_dtype: torch.dtype) -> Method:
 
 def _schemes(recipe: Recipe, text: str, scale_dtype: torch.dtype) -> tuple[Scheme, tuple[Differing, ...]]:
     """Return the scheme of most linears, whose grid a text names, and how some differ from it."""
-    grid: Grid = registry.load("grids", text, code=True).stored_in(scale_dtype)
+    grid = _grid(text, scale_dtype)
     scheme = Scheme(grid, _activation(recipe, scale_dtype))
     if why := unpaired(scheme):
         raise LlmqError(why)
@@ -158,8 +158,13 @@ def _activation(recipe: Recipe, scale_dtype: torch.dtype) -> RangedGrid | None:
     range_ = registry.load("ranges", recipe.act_range, code=True) if recipe.act_range else None
     if getattr(range_, "wants_hessian", False):
         raise LlmqError(f"--act-range {recipe.act_range} weighs errors of weights; choose another for activations")
-    grid = registry.load("grids", recipe.input_grid, code=True).stored_in(scale_dtype)
-    return input_grid(grid, f"--inputs {recipe.inputs}")
+    return input_grid(_grid(recipe.input_grid, scale_dtype), f"--inputs {recipe.inputs}")
+
+
+def _grid(text: str, scale_dtype: torch.dtype) -> Grid:
+    """Return the grid that a text names, for a format that stores scales in a dtype."""
+    grid: Grid = registry.load("grids", text, code=True)
+    return grid.stored_in(scale_dtype)
 
 
 def _steps(recipe: Recipe) -> dict[type[Step], list[Any]]:
@@ -212,13 +217,13 @@ def _override(text: str, base: Scheme, scale_dtype: torch.dtype) -> Differing:
     weights, inputs = options.pop("weights", None), options.pop("inputs", None)
     if weights and options:
         raise LlmqError(f"--override {text!r}: weights= says all of the grid; say {', '.join(options)} there")
-    weight = registry.load("grids", weights, code=True).stored_in(scale_dtype) if weights else None
+    weight = _grid(weights, scale_dtype) if weights else None
     if weight is not None and registry.lacks("grids", weights or "", "range"):
         weight = _ranged(weight, getattr(base.weight, "range", None), f"--override {text!r}")
     floats = inputs == "none"
     grid = None
     if inputs and not floats:
-        grid = input_grid(registry.load("grids", inputs, code=True).stored_in(scale_dtype), f"--override {text!r}")
+        grid = input_grid(_grid(inputs, scale_dtype), f"--override {text!r}")
     differing = Differing(said, weight, grid, floats, options)
     differing.of(base)
     return differing

@@ -103,14 +103,11 @@ def _search(w, mass, scale, zero, value, edge, chosen, first, last, low, high): 
                 for j in range(len(t)):
                     error = s * (value[rank[j]] - z) - w[r, j]
                     total += mass[m, j] * error * error
-                if total < least:
-                    least = total
-                    chosen[r] = f
-                continue
-            for j in range(w.shape[1]):
-                code = min(max(np.rint(w[r, j] * inverse) + z, low), high)
-                error = s * (code - z) - w[r, j]
-                total += mass[m, j] * error * error
+            else:
+                for j in range(w.shape[1]):
+                    code = min(max(np.rint(w[r, j] * inverse) + z, low), high)
+                    error = s * (code - z) - w[r, j]
+                    total += mass[m, j] * error * error
             if total < least:
                 least = total
                 chosen[r] = f

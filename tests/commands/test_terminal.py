@@ -20,6 +20,7 @@ def test_what_nobody_reads_goes_nowhere(monkeypatch, ends):
         with outliving_readers():
             print("heard by nobody", flush=True)
             print("this neither")
+        assert os.fstat(unread.fileno()).st_rdev == Path(os.devnull).stat().st_rdev
 
 
 def test_a_full_disk_is_no_reader_that_went_away(monkeypatch):

@@ -35,6 +35,19 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 IDS = [5, 17, 30, 41, 25, 25, 9, 12]
 
 
+EXPORTED = pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sym": False, "format": "awq"},
+        {"bits": 8, "group_size": "channel"},
+        {"bits": 2, "group_size": 64},
+        {"weights": "nvfp4:range=mse"},
+        {"weights": "mxfp4"},
+    ],
+)
+
+
 @pytest.fixture
 def golden(tmp_path):
     """`golden(name)`: a peer's checkpoint with a byte-level tokenizer that fits its 128 rows."""
@@ -60,6 +73,13 @@ def solved(folder, only=""):
     packed = PackedCheckpoint.open(source, blank_model(source, model_config(source)))
     names = [n for n in packed.linears if only in n and not n.endswith(("q_proj", "k_proj"))]
     return {name: packed.qtensor(name) for name in names}
+
+
+def rounded(folder, tmp_path, options):
+    """Return what rounding to nearest makes of a float checkpoint, in groups of 32 unless weights are named."""
+    recipe = {"method": "rtn", "dtype": "float32"} | ({} if "weights" in options else {"group_size": 32}) | options
+    quantize(prepare(str(folder), Recipe(**recipe), "cpu"), tmp_path / "ours")
+    return tmp_path / "ours"
 
 
 def ggml(name):
@@ -196,23 +216,11 @@ def test_scales_in_bfloat16_that_float16_holds_are_kept():
     assert convert(q, "w", None).outcome == EXACT
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"sym": False, "format": "awq"},
-        {"bits": 8, "group_size": "channel"},
-        {"bits": 2, "group_size": 64},
-        {"weights": "nvfp4:range=mse"},
-        {"weights": "mxfp4"},
-    ],
-)
+@EXPORTED
 def test_our_checkpoint_computes_in_llama_cpp_what_it_computes_here(
     tiny_checkpoint, tmp_path, prose, llama_cpp, options
 ):
-    folder, ours, out = tiny_checkpoint(), tmp_path / "ours", tmp_path / "out.gguf"
-    recipe = {"method": "rtn", "dtype": "float32"} | ({} if "weights" in options else {"group_size": 32}) | options
-    quantize(prepare(str(folder), Recipe(**recipe), "cpu"), ours)
+    ours, out = rounded(tiny_checkpoint(), tmp_path, options), tmp_path / "out.gguf"
     done = export(str(ours), out)
     assert REQUANTIZED not in done["outcomes"]
     with torch.no_grad():
@@ -319,21 +327,9 @@ def test_a_float_that_is_not_finite_is_refused_by_name(golden, tmp_path):
     assert convert(make(4, torch.tensor(float("inf")), 8), "w", "F32").outcome == REQUANTIZED
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"sym": False, "format": "awq"},
-        {"bits": 8, "group_size": "channel"},
-        {"bits": 2, "group_size": 64},
-        {"weights": "nvfp4:range=mse"},
-        {"weights": "mxfp4"},
-    ],
-)
+@EXPORTED
 def test_an_exported_file_is_verified_against_what_was_solved(tiny_checkpoint, tmp_path, options):
-    ours, out = tmp_path / "ours", tmp_path / "out.gguf"
-    recipe = {"method": "rtn", "dtype": "float32"} | ({} if "weights" in options else {"group_size": 32}) | options
-    quantize(prepare(str(tiny_checkpoint()), Recipe(**recipe), "cpu"), ours)
+    ours, out = rounded(tiny_checkpoint(), tmp_path, options), tmp_path / "out.gguf"
     export(str(ours), out, embeddings="Q6_K")
     report = verify(out)
     assert report.passed, report.failures

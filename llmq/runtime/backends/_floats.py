@@ -7,7 +7,7 @@ whole weight. Not here: the products (floatloop.py, ...), the bits themselves (l
 import torch
 from torch import Tensor
 
-from llmq.minifloat import E2M1, E4M3, power
+from llmq.minifloat import E2M1, E4M3, scales_of
 from llmq.runtime.backends import Prepacked
 from llmq.types import AffineGrid, FloatParams, LinearSpec, QTensor, RangedGrid
 
@@ -73,7 +73,7 @@ class FloatPrepacked(Prepacked):
 def table(params: FloatParams) -> Tensor:
     """Return what each byte stands for where scales are stored: E4M3 over the divisor, else E8M0; float32 `[256]`."""
     bits = torch.arange(256, device=params.scale.device)
-    return power(bits) if params.divisor is None else E4M3.decode(bits) / params.divisor[0]
+    return scales_of(bits, None if params.divisor is None else params.divisor[0])
 
 
 def refuses_floats(spec: LinearSpec) -> str | None:

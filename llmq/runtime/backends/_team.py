@@ -2,10 +2,12 @@
 
 A loop is a function of `data`, of the thread's number and of how many there are: `data` points at pointers, the first
 to the sizes (int64), the others to the arrays. It has two entries of the type ENTRY, `one_thread` and, made when first
-asked for because its symbols need not exist, `of_many`.
+asked for because its symbols need not exist, `of_many`. They stand in the loop's own file, line by line alike in each:
+numba tells by the file of a function whether the machine code that it kept of it is old.
 
 Threads of our own would share the cores with torch's, which spin for some milliseconds after every parallel region: a
-decode step took four times as long. Not here: the loops (_int_loops.py).
+decode step took four times as long. Not here: the loops (_int_loops.py,
+_float_loops.py).
 """
 
 import ctypes
