@@ -1,4 +1,7 @@
-"""The command line as a user meets it: each command in a process of its own, and one line for each failure."""
+"""The command line as a user meets it: each command in a process of its own, and one line for each failure.
+
+One is started as a user starts it; the others are forked from a process that has imported llmq (_forked.py).
+"""
 
 import contextlib
 import json
@@ -10,16 +13,11 @@ import sys
 import time
 
 import pytest
+from _forked import llmq as run
 
 import llmq
 from llmq import cli, launched, signals
 from llmq.commands import terminal
-
-
-def run(*args, **kwargs):
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    how = {"capture_output": True, "text": True, "env": env, "timeout": 120} | kwargs
-    return subprocess.run([sys.executable, "-m", "llmq", *map(str, args)], **how)
 
 
 @pytest.fixture
@@ -77,8 +75,9 @@ def test_help_has_an_example_for_every_command():
         assert done.returncode == 0 and f"llmq {command}" in done.stdout and "Example" in done.stdout
 
 
-def test_the_version_is_printed():
-    assert run("--version").stdout.strip() == f"llmq {llmq.__version__}"
+def test_the_version_is_printed_by_a_process_that_is_started_as_a_user_does():
+    done = subprocess.run([sys.executable, "-m", "llmq", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"llmq {llmq.__version__}"
 
 
 @pytest.fixture
@@ -92,13 +91,13 @@ def unread():
 
 def test_a_run_goes_on_when_nobody_reads_what_it_prints(tiny_checkpoint, tmp_path, text, unread):
     options = ["--group-size", 32, "--samples", 8, "--seq-len", 32, "--calib", text]
-    done = run("quantize", tiny_checkpoint(), tmp_path / "out", *options, capture_output=False, stdout=unread)
+    done = run("quantize", tiny_checkpoint(), tmp_path / "out", *options, stdout=unread)
     assert done.returncode == 0 and (tmp_path / "out" / "quantization.json").exists()
 
 
 @pytest.mark.parametrize(("args", "status"), [(["list"], 0), (["list", "--help"], 0), (["inspect", "nothing"], 1)])
 def test_a_short_command_ends_as_ever_when_nobody_reads_what_it_prints(unread, args, status):
-    done = run(*args, capture_output=False, stdout=unread, stderr=subprocess.PIPE)
+    done = run(*args, stdout=unread)
     assert (done.returncode, done.stderr.count("\n")) == (status, status)
 
 
@@ -128,8 +127,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(tiny_checkpoint, tmp_path,
     done = run(*[names.get(a, a) for a in args])
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
-    import re
-
     assert re.search(message, done.stderr), done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["empty.txt"]
 
@@ -158,7 +155,7 @@ def test_commands_that_several_processes_do_not_share_run_on_the_first(monkeypat
 
 
 def test_an_interrupt_leaves_what_was_finished_and_says_where(tiny_checkpoint, tmp_path, text):
-    command = [sys.executable, "-m", "llmq", "quantize", tiny_checkpoint(num_hidden_layers=200), tmp_path / "out"]
+    command = [sys.executable, "-m", "llmq", "quantize", tiny_checkpoint(num_hidden_layers=120), tmp_path / "out"]
     options = ["--group-size", "32", "--samples", "64", "--seq-len", "64", "--calib", text]
     process = subprocess.Popen(
         [*map(str, [*command, *options])],
@@ -174,7 +171,7 @@ def test_an_interrupt_leaves_what_was_finished_and_says_where(tiny_checkpoint, t
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and stderr.count("\n") == 1, stderr
     assert stderr.startswith(f"interrupted; what was finished stays in {stage} (") and stage.is_dir()
-    assert re.search(r"; the same command goes on from block \d+ of 200; --overwrite begins anew\n", stderr)
+    assert re.search(r"; the same command goes on from block \d+ of 120; --overwrite begins anew\n", stderr)
     assert not (tmp_path / "out").exists()
 
 

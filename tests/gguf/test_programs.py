@@ -129,7 +129,7 @@ def test_llama_cpp_computes_what_transformers_does(kind, written, llama_cpp):
 WIDER = {"intermediate_size": 128, "moe_intermediate_size": 64}  # rows that NVFP4's blocks divide
 
 
-@pytest.mark.parametrize("kind", [k for k in CASES if " " not in k])
+@pytest.mark.parametrize("kind", [k for k in CASES if " " not in k and k != "deepseek_v2"])  # v3's graph, 27 blocks
 def test_llama_cpp_multiplies_by_the_factors_of_nvfp4_that_it_reads(kind, written, tmp_path, llama_cpp):
     """Within what rounding inputs to 8 bits costs: without a factor products are 1e4 times as large."""
     more = {k: v for k, v in WIDER.items() if k in SIZES | CASES[kind]}

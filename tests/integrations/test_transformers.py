@@ -211,7 +211,8 @@ def test_no_peer_package_is_needed():
         "for path in sys.argv[1:]: llmq.load(path, device='cpu')\n"
         "print('loaded')\n"
     )
-    command = [sys.executable, "-c", code, *map(str, GOLDEN)]
+    one_of_each = {p.name.partition("_")[0]: p for p in GOLDEN}.values()
+    command = [sys.executable, "-c", code, *map(str, one_of_each)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "loaded", done.stderr
 
