@@ -7,20 +7,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmq.api import dequantize, evaluate, plan, quantize
+    from llmq.api import convert, dequantize, evaluate, plan, quantize
     from llmq.integrations.cache import QuantizedCache
     from llmq.loading import load, load_tokenizer
     from llmq.types import LlmqError
 
 __version__ = "0.1.0"
 __all__ = [
-    "LlmqError", "QuantizedCache", "__version__", "dequantize", "evaluate", "load", "load_tokenizer", "plan",
+    "LlmqError", "QuantizedCache", "__version__", "convert", "dequantize", "evaluate", "load", "load_tokenizer", "plan",
     "quantize",
 ]  # fmt: skip
 
 _HOME = {
     "LlmqError": "llmq.types",
     "QuantizedCache": "llmq.integrations.cache",
+    "convert": "llmq.api",
     "dequantize": "llmq.api",
     "evaluate": "llmq.api",
     "load": "llmq.loading",

@@ -21,7 +21,7 @@ from llmq.checkpoint.place import user_path
 from llmq.evaluation import scores
 from llmq.evaluation.streamed import Streamed
 from llmq.evaluation.windows import find_convention, load_text
-from llmq.export import floats
+from llmq.export import _run as exporting
 from llmq.loading import as_dtype, load, load_tokenizer
 from llmq.model.device import device_of
 from llmq.pipeline import machines, rates, run, weights, whole_model
@@ -199,11 +199,38 @@ def dequantize(
     warn: called with what a user should know. progress: called with tensors done, tensors in all and a name.
     Raises LlmqError where SRC is not quantized or not whole, and where OUT cannot be written.
     """
+    return convert(src, out, f"float:{dtype}", verify=verify, overwrite=overwrite, warn=warn, progress=progress)
+
+
+def convert(
+    src: str | Path,
+    out: str | Path,
+    to: str | None = None,
+    *,
+    requantize: str | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    warn: Callable[[str], Any] = warnings.warn,
+    progress: Progress | Listener | None = None,
+    **options: str | None,
+) -> dict[str, Any]:
+    """Write a quantized checkpoint in another form, with the codes that it has: `llmq export`.
+
+    src: a checkpoint of any format that llmq reads, a folder, `org/name` or `org/name@REVISION`. out: what to write.
+    to: `TARGET[:option=value...]`: gguf:Q4_0, float, ...; None goes by the suffix of OUT.
+    requantize: what a linear whose codes the target cannot keep is rounded to; None refuses it.
+    options: of the target, by name: `embeddings="Q6_K"` is `gguf:embeddings=Q6_K`.
+    verify: read again what was written before it becomes OUT. overwrite: replace OUT.
+    warn: called with what a user should know. progress: called with tensors done, tensors in all and a name.
+    Returns what the target says of it: bytes, warnings, and the number of linears by outcome.
+    Raises LlmqError where SRC is not quantized or not whole, codes cannot be kept, and where OUT cannot be written.
+    """
     work = Work.of(progress)
-    record = floats.dequantize(str(src), Path(out), dtype=dtype, overwrite=overwrite, check=verify, progress=work)
-    for warning in record["warnings"]:
+    given = {"requantize": requantize, "overwrite": overwrite, "check": verify, "progress": work}
+    done = exporting.export(str(src), Path(out), to, **given, **options)  # type: ignore[arg-type]
+    for warning in done["warnings"]:
         warn(warning)
-    return record
+    return done
 
 
 def evaluate(

@@ -3,6 +3,7 @@
     gptq:damp=0.01                           llmq/algorithms/gptq.py, the dataclass in it with damp=0.01
     int:bits=3:asym:range=[mse:norm=2.4]     llmq/grids/int.py; a bare `sym` or `asym` is sym=true or sym=false, and
                                              an option that is a range names one, in brackets if it has options too
+    gguf:Q4_0                                a first value without a name is for the option that the class calls `bare`
 
 `load("algorithms", "gptq:damp=0.01")` imports `llmq/algorithms/gptq.py`, takes the one public dataclass defined in it
 and parses the options into its fields. One grammar serves the command line, recipes and `llmq list`. A dotted name
@@ -19,7 +20,7 @@ import inspect
 import pkgutil
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -45,9 +46,32 @@ def load(folder: str, text: str, *, code: bool = False) -> Any:
     name, *given = words(text)
     cls = find(folder, name, code=code)
     kinds = _options(cls)
-    values = _values([_pair(option, kinds) for option in given], kinds, f"{text!r}: {name}", code=code)
+    values = _values(_pairs(given, cls, kinds), kinds, f"{text!r}: {name}", code=code)
     with _blaming(repr(text)):
         return cls(**values)
+
+
+def filled(obj: Any, options: Mapping[str, str], name: str) -> Any:
+    """Return an object of a text with the options that the command line has beside it.
+
+    name: what the text was, for messages. Raises LlmqError where both say one thing and disagree, and for an option
+    that the object does not have.
+    """
+    kinds, values = _options(type(obj)), {}
+    for key, text in options.items():
+        if key not in kinds:
+            raise LlmqError(f"{dashed(key)} means nothing here: {name} has no option {key!r}")
+        values[key] = _value(dashed(key), text, kinds[key], code=True)
+        said, default = getattr(obj, key), type(obj).__dataclass_fields__[key].default
+        if said not in (default, values[key]):
+            raise LlmqError(f"{dashed(key)} {text} and {name} disagree ({key}={said}); give one of them")
+    with _blaming(name):
+        return dataclasses.replace(obj, **values)
+
+
+def dashed(name: str) -> str:
+    """Return an option as the command line spells it."""
+    return "--" + name.replace("_", "-")
 
 
 def changed(obj: Any, options: Mapping[str, str], name: str) -> Any:
@@ -91,6 +115,15 @@ def _options(cls: type) -> dict[str, Any]:
     with _blaming(cls.__module__):
         hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init and f.metadata.get("option", True)}
+
+
+def _pairs(given: Sequence[str], cls: type, kinds: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """Return options as keys and values; a first one that is a bare value is for the option that `cls.bare` names."""
+    pairs = [_pair(option, kinds) for option in given]
+    bare = getattr(cls, "bare", None)
+    if bare and pairs and pairs[0][1] is None:
+        pairs[0] = (bare, given[0].strip())
+    return pairs
 
 
 def _pair(option: str, kinds: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -117,14 +117,22 @@ class PackedCheckpoint:
         tensors = {local: entry.read() for local, entry in self._stored[name].items()}
         return self.packing.format.unpack(tensors, self.linears[name])
 
+    def names(self) -> list[str]:
+        """Return the names of all that `__iter__` yields, in its order."""
+        return [name for module, names in self._modules.items() for name in self._of_module(module, names)]
+
     def __iter__(self) -> Iterator[tuple[str, QTensor | Tensor]]:
         """Yield every weight, bias and other tensor by the name that it has in a float checkpoint, block by block."""
         for module, names in self._modules.items():
-            packed = module in self.linears
-            if packed:
-                yield f"{module}.weight", self.qtensor(module)
-            floats = (name for name in names if not packed or name == f"{module}.bias")
-            yield from ((name, self._entries[name].read()) for name in floats)
+            for name in self._of_module(module, names):
+                packed = module in self.linears and name == f"{module}.weight"
+                yield name, self.qtensor(module) if packed else self._entries[name].read()
+
+    def _of_module(self, module: str, names: list[str]) -> list[str]:
+        """Return what a float checkpoint has of a module."""
+        if module not in self.linears:
+            return names
+        return [f"{module}.weight", *(name for name in names if name == f"{module}.bias")]
 
     def _linear(self, name: str, module: nn.Linear, tied: bool) -> LinearSpec | None:
         """Return what a linear of the model is in the file, None where it is float. Raises LlmqError for a tied one."""

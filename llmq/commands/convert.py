@@ -4,7 +4,7 @@ Not here: the work (export/).
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,37 +13,42 @@ from llmq.show import Rows
 
 
 def export(
-    src: Annotated[str, typer.Argument(help="GPTQ, AWQ or compressed-tensors checkpoint, by any tool.")],
-    out: Annotated[Path, typer.Argument(help="OUT.gguf to write.")],
-    requantize: Annotated[str | None, typer.Option(help="Type for linears whose codes cannot be kept.")] = None,
-    embeddings: Annotated[str | None, typer.Option(help="Type of float embedding and head, e.g. Q6_K.")] = None,
-    pre: Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, if not found.")] = None,
-    split_max_size: Annotated[str | None, typer.Option(help="Files of at most so much, e.g. 4G.")] = None,
+    src: Annotated[
+        str, typer.Argument(help="Quantized checkpoint, by any tool: a folder, org/name or (--to float) FILE.gguf.")
+    ],
+    out: Annotated[Path, typer.Argument(help="What to write: OUT.gguf, or a folder.")],
+    to: Annotated[str | None, typer.Option(help="gguf:Q4_0, float ...; without it OUT's suffix says.")] = None,
+    requantize: Annotated[str | None, typer.Option(help="What linears become whose codes cannot be kept.")] = None,
+    type_: Annotated[str | None, typer.Option("--type", help="GGUF: the type that is to hold the codes.")] = None,
+    embeddings: Annotated[str | None, typer.Option(help="GGUF: type of float embedding and head, Q6_K.")] = None,
+    pre: Annotated[str | None, typer.Option(help="GGUF: llama.cpp's name of the pre-tokenizer.")] = None,
+    split_max_size: Annotated[str | None, typer.Option(help="GGUF: files of at most so much, e.g. 4G.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float: bfloat16, float16 or float32.")] = None,
     verify: Annotated[bool, typer.Option(help="Reopen and check what was written before it becomes OUT.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when the export has succeeded.")] = False,
 ) -> None:
-    """Write a quantized checkpoint as GGUF, with the codes it has.
+    """Write a quantized checkpoint in another format, with the codes it has.
 
     Example: `llmq export ./my-llama-int4 my-llama.gguf --embeddings Q6_K`
     """
-    from llmq.export.gguf import export as run
+    given = {name.rstrip("_"): value for name, value in locals().copy().items()}
+    from llmq.api import convert as run
 
-    done = run(
-        src,
-        out,
-        requantize=requantize,
-        embeddings=embeddings,
-        pre=pre,
-        split_max_size=split_max_size,
-        overwrite=overwrite,
-        check=verify,
-    )
-    for warning in done["warnings"]:
-        warn(warning)
+    with progress() as work:
+        done = run(**given, warn=warn, progress=work)
+    _print(out, done)
+
+
+def _print(out: Path, done: dict[str, Any]) -> None:
     table = Rows(out)
-    table.add("size", f"{done['bytes'] / 1e6:,.1f} MB in {len(done['files'])} file(s)")
-    table.add("tensors", ", ".join(f"{n} {kind}" for kind, n in done["types"].items()))
-    table.add("linears", ", ".join(f"{n} {outcome}" for outcome, n in done["outcomes"].items()))
+    in_files = f" in {len(done['files'])} file(s)" if "files" in done else ""
+    table.add("size", f"{done['bytes'] / 1e6:,.1f} MB{in_files}")
+    if "types" in done:
+        table.add("tensors", ", ".join(f"{n} {kind}" for kind, n in done["types"].items()))
+    if "outcomes" in done:
+        table.add("linears", ", ".join(f"{n} {outcome}" for outcome, n in done["outcomes"].items()))
+    if "decoded" in done:
+        table.add("decoded", ", ".join(f"{n} weights, {kind}" for kind, n in done["decoded"]["weights"].items()))
     console.print(table)
 
 
@@ -56,6 +61,8 @@ def dequantize(
 ) -> None:
     """Write a quantized checkpoint (FP8, NVFP4, MXFP4, GPTQ, AWQ, compressed-tensors, GGUF) as a float one.
 
+    Short for `llmq export SRC OUT --to float:DTYPE`.
+
     Example: `llmq dequantize ./my-llama-fp8 ./my-llama --dtype bfloat16`
     """
     given = locals().copy()
@@ -63,7 +70,4 @@ def dequantize(
 
     with progress() as work:
         done = run(**given, warn=warn, progress=work)
-    table = Rows(out)
-    table.add("size", f"{done['bytes'] / 1e6:,.1f} MB in {len(done['tensors'])} tensors")
-    table.add("decoded", ", ".join(f"{n} weights, {kind}" for kind, n in done["decoded"]["weights"].items()))
-    console.print(table)
+    _print(out, done)

@@ -25,11 +25,11 @@ def inspect(
         console.print(table)
 
 
-_FOLDERS = ("algorithms", "ranges", "grids", "formats", "families")
+_FOLDERS = ("algorithms", "ranges", "grids", "formats", "export", "families")
 
 
 def list_(
-    what: Annotated[str | None, typer.Argument(help="schemes, algorithms, ranges, grids, formats or families.")] = None,
+    what: Annotated[str | None, typer.Argument(help="schemes, algorithms, ranges, grids, formats, export ...")] = None,
 ) -> None:
     """List what there is to choose from: schemes, and all that `NAME:option=value` can name, with a line on each.
 
@@ -46,7 +46,7 @@ def list_(
         table = Rows(folder, "name", "what it is", box=None)
         for name, line in registry.describe(folder):
             table.add(name, line)
-            if folder in ("algorithms", "ranges", "grids") and (known := registry.options(folder, name)):
+            if folder in ("algorithms", "ranges", "grids", "export") and (known := registry.options(folder, name)):
                 table.add_row("", plain(f":{known}", "dim"))
         if table.row_count:  # no family needs a file today
             console.print(table)

@@ -16,7 +16,7 @@ from torch import Tensor
 import llmq
 from llmq.checkpoint import Source
 from llmq.checkpoint.packed import Packing
-from llmq.export.gguf import export
+from llmq.export._run import export
 from llmq.guard.reading import tensor_entries
 from llmq.inspection import inspect
 from llmq.pipeline.plan import prepare

@@ -19,7 +19,6 @@ from transformers import (
 
 import llmq
 from llmq.errors import LlmqError
-from llmq.export import floats
 
 SIZES = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -68,16 +67,16 @@ def test_an_expert_that_is_missing_or_misshapen_is_named(packed, tmp_path):
     one = "model.layers.0.block_sparse_moe.experts.2.up_proj"
     save_file({n: t for n, t in tensors.items() if not n.startswith(one)}, file)
     with pytest.raises(LlmqError, match=re.escape(f"tensor {one}.weight is missing")):
-        floats.dequantize(str(src), tmp_path / "f")
+        llmq.dequantize(str(src), tmp_path / "f")
     save_file({n: t for n, t in tensors.items() if not n.startswith(one)} | {f"{one}.weight": torch.zeros(4, 4)}, file)
     with pytest.raises(LlmqError, match=re.escape(f"{one}.weight is F32 [4, 4], not BF16 [64, 64]")):
-        floats.dequantize(str(src), tmp_path / "f")
+        llmq.dequantize(str(src), tmp_path / "f")
 
 
 def test_experts_of_a_model_that_is_not_known_keep_their_names_with_a_word(packed, tmp_path):
     src = packed("rows one below the other")
     config = json.loads((src / "config.json").read_text())
     (src / "config.json").write_text(json.dumps(config | {"model_type": "of the future"}))
-    record = floats.dequantize(str(src), tmp_path / "f")
+    record = llmq.dequantize(str(src), tmp_path / "f")
     assert "experts are written as they are stored" in record["warnings"][-1]
     assert "model.layers.0.block_sparse_moe.experts.2.up_proj.weight" in record["tensors"]

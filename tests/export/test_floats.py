@@ -19,7 +19,7 @@ from llmq import cli
 from llmq.checkpoint import Source
 from llmq.checkpoint.digest import digest, holds
 from llmq.errors import LlmqError
-from llmq.export import floats
+from llmq.export import float as floats
 from llmq.runtime.linear import QuantLinear
 from llmq.verify import verify
 
@@ -96,7 +96,7 @@ def test_experts_and_what_no_model_is_made_of_are_written_by_their_names(tmp_pat
     save_file(fused, tmp_path / "m" / "model.safetensors")
     config = {"model_type": "of the future", "quantization_config": {"quant_method": "mxfp4"}, "torch_dtype": "float32"}
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"text_config": {"dtype": "float32"}}))
-    floats.dequantize(str(tmp_path / "m"), tmp_path / "out")
+    llmq.dequantize(str(tmp_path / "m"), tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert {n: (t.dtype, list(t.shape)) for n, t in written.items()} == {
         "model.layers.0.mlp.experts.gate_up_proj": (torch.bfloat16, [3, 64, 64]),
@@ -111,10 +111,10 @@ def test_experts_and_what_no_model_is_made_of_are_written_by_their_names(tmp_pat
 def test_many_parts_and_shards_are_one_checkpoint(tiny_checkpoint, tmp_path, monkeypatch):
     src = tiny_checkpoint(dtype=torch.bfloat16)
     _narrow.rewrite(src, "fp8-block")
-    floats.dequantize(str(src), tmp_path / "a")
+    llmq.dequantize(str(src), tmp_path / "a")
     monkeypatch.setattr(floats, "_PART", 20_000)
     monkeypatch.setattr(floats.Sink, "join", lambda sink, join=floats.Sink.join: join(sink, 50_000))
-    floats.dequantize(str(src), tmp_path / "b")
+    llmq.dequantize(str(src), tmp_path / "b")
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 2
     one, many = Source(tmp_path / "a"), Source(tmp_path / "b")
     assert set(one.names()) == set(many.names())
@@ -123,13 +123,13 @@ def test_many_parts_and_shards_are_one_checkpoint(tiny_checkpoint, tmp_path, mon
 
 def test_out_is_replaced_only_if_llmq_made_it(tiny_checkpoint, packed, tmp_path):
     src, out = packed("awq_w4g32"), tmp_path / "out"
-    floats.dequantize(str(src), out)
+    llmq.dequantize(str(src), out)
     with pytest.raises(LlmqError, match="exists"):
-        floats.dequantize(str(src), out)
-    floats.dequantize(str(src), out, overwrite=True, dtype="float16")
+        llmq.dequantize(str(src), out)
+    llmq.dequantize(str(src), out, overwrite=True, dtype="float16")
     assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
     with pytest.raises(LlmqError, match="not overwritten"):
-        floats.dequantize(str(src), tiny_checkpoint(), overwrite=True)
+        llmq.dequantize(str(src), tiny_checkpoint(), overwrite=True)
 
 
 def test_what_is_wrong_with_what_was_written_is_found(packed, tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ def test_what_is_wrong_with_what_was_written_is_found(packed, tmp_path, monkeypa
 
     monkeypatch.setattr(floats.Sink, "copy_files", damaged)
     with pytest.raises(LlmqError, match=r"not right: tensor .* differs"):
-        floats.dequantize(str(src), tmp_path / "out")
+        llmq.dequantize(str(src), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -168,8 +168,8 @@ def test_values_beyond_the_dtype_are_refused_by_name(tiny_checkpoint, tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight_scale"][:] = 1000
     save_file(tensors, src / "model.safetensors")
     with pytest.raises(LlmqError, match=r"up_proj\.weight holds NaN or Inf in float16.*--dtype bfloat16"):
-        floats.dequantize(str(src), tmp_path / "out", dtype="float16")
-    assert floats.dequantize(str(src), tmp_path / "out")["bytes"] > 0
+        llmq.dequantize(str(src), tmp_path / "out", dtype="float16")
+    assert llmq.dequantize(str(src), tmp_path / "out")["bytes"] > 0
 
 
 def test_the_command_line_says_what_it_wrote(packed, tmp_path):
@@ -182,7 +182,7 @@ def test_the_command_line_says_what_it_wrote(packed, tmp_path):
 def test_verify_finds_what_has_changed_since_and_that_it_is_the_sources(tiny_checkpoint, tmp_path):
     src, out = tiny_checkpoint(dtype=torch.bfloat16), tmp_path / "out"
     _narrow.rewrite(src, "ct-fp8-channel")
-    floats.dequantize(str(src), out, dtype="float16")
+    llmq.dequantize(str(src), out, dtype="float16")
     report = verify(out, against=src)
     assert report.passed and report.checked["tensors"] == 21, report.failures
     assert report.checked["floats compared with the source"] == 21

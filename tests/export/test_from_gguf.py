@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 import llmq
 from llmq import cli
 from llmq.errors import LlmqError
-from llmq.export import floats
 from llmq.verify.ggml import open_gguf
 from llmq.verify.report import Report
 
@@ -131,16 +130,16 @@ def test_rotations_that_transformers_cannot_say_are_refused(tmp_path):
     family(tmp_path / "m", "phi3", rope_parameters=LONG, **sizes)
     file = quantized(tmp_path / "m", tmp_path / "x.gguf", "F32")
     with pytest.raises(LlmqError, match=r"no rope_parameters of transformers turn as its keys say \(phi3\.rope\."):
-        floats.dequantize(str(file), tmp_path / "f")
+        llmq.dequantize(str(file), tmp_path / "f")
 
 
 def test_a_split_file_and_its_own_output_are_read(tiny_checkpoint, tmp_path):
     src = tiny_checkpoint()
     llmq.quantize(src, tmp_path / "s.gguf", type="F16", method="rtn", split_max_size="1M", warn=print)
     first = sorted(tmp_path.glob("s*.gguf"))[0]
-    floats.dequantize(str(first), tmp_path / "a")
+    llmq.dequantize(str(first), tmp_path / "a")
     llmq.quantize(tmp_path / "a", tmp_path / "b.gguf", type="F16", method="rtn", warn=print)
-    floats.dequantize(str(tmp_path / "b.gguf"), tmp_path / "c")
+    llmq.dequantize(str(tmp_path / "b.gguf"), tmp_path / "c")
     a, c = (load_file(tmp_path / n / "model.safetensors") for n in "ac")
     assert a.keys() == c.keys() and all(torch.equal(a[n], c[n]) for n in a)
 

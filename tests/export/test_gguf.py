@@ -17,8 +17,8 @@ from llmq import registry
 from llmq.checkpoint import Source
 from llmq.checkpoint.digest import digest, holds
 from llmq.checkpoint.packed import PackedCheckpoint
-from llmq.export.gguf import export
-from llmq.export.repack import EXACT, REQUANTIZED, ROUNDED, convert
+from llmq.export._repack import EXACT, REQUANTIZED, ROUNDED, convert
+from llmq.export._run import export
 from llmq.gguf.reader import GgufFile
 from llmq.grids.fp8 import Fp8
 from llmq.grids.int import Int
@@ -161,7 +161,6 @@ def make(bits, scale, zero, K=64, group=32, codes=None):
         (make(4, torch.tensor(0.125), 8, group=16), "groups of 16 columns"),
         (make(4, torch.tensor(0.125), 8, K=48, group=48), "rows of 48 columns"),
         (make(8, torch.tensor(0.125), 0), "8-bit asymmetric"),
-        (make(4, torch.tensor(32768.0), 3), "beyond float16"),
     ],
 )
 def test_why_codes_cannot_be_kept_is_said(q, reason):
@@ -214,6 +213,15 @@ def test_two_bits_that_q2_0_does_not_hold_are_q4_0():
 def test_scales_in_bfloat16_that_float16_holds_are_kept():
     q = make(4, torch.tensor(0.125, dtype=torch.bfloat16), 8)
     assert convert(q, "w", None).outcome == EXACT
+
+
+def test_a_type_that_holds_the_codes_takes_the_place_of_the_smallest():
+    q = make(4, torch.tensor(0.1).half(), 3)
+    assert [convert(q, "w", None, kind=kind).kind for kind in (None, "Q8_0")] == ["Q4_1", "Q8_0"]
+    assert convert(q, "w", None, kind="Q8_0").outcome == EXACT  # of 8 bits no minimum is stored
+    with pytest.raises(LlmqError, match="^w: its codes cannot be kept: Q4_0 does not hold them, Q4_1, Q8_0 does"):
+        convert(q, "w", None, kind="Q4_0")
+    assert convert(make(4, torch.tensor(32768.0), 3), "w", None).kind == "Q8_0"  # the minimum is beyond float16
 
 
 @EXPORTED

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from llmq.checkpoint import Source
-from llmq.export.gguf import export
+from llmq.export._run import export
 from llmq.gguf import imatrix
 from llmq.gguf.programs import PROGRAMS
 from llmq.gguf.reader import GgufFile

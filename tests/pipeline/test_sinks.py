@@ -7,7 +7,7 @@ import pytest
 
 from llmq.checkpoint import Sink, disk
 from llmq.cli import app
-from llmq.export.gguf import export
+from llmq.export._run import export
 from llmq.gguf.sink import GgufSink
 from llmq.pipeline import run as module
 from llmq.pipeline.plan import prepare

@@ -120,7 +120,7 @@ def test_an_adapter_is_added_again(made, tmp_path):
 
 
 def test_an_export_is_held_against_what_was_exported(made, tmp_path):
-    from llmq.export.gguf import export
+    from llmq.export._run import export
 
     packed = made(INT4 | {"method": "rtn", "format": "gptq"})
     export(str(packed), tmp_path / "out.gguf", pre="gpt-2")

@@ -3,7 +3,7 @@
 Names, the order of q and k rows, gains and the config are what verify reads in a file (verify/ggml.py): the same code
 that repeats a forward from it. Rotary embedding is said by the first form of `rope_parameters` that turns by the file's
 own numbers, the table of Llama 3 included.
-Not here: writing the checkpoint (floats.py), the tokenizer (gguf/hf_tokenizer.py).
+Not here: writing the checkpoint (float.py), the tokenizer (gguf/hf_tokenizer.py).
 """
 
 import itertools

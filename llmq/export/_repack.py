@@ -10,7 +10,7 @@
 A scale is repeated for every 32 (or 64) columns of its group. That takes groups of a multiple of 32 columns (or whole
 rows) in their natural order, and scales that float16 can hold; where it does not work out, the linear is refused, or
 rounded again if the user asks for it.
-Not here: reading the formats (formats/), the file (gguf.py).
+Not here: the file (gguf.py).
 """
 
 from collections.abc import Mapping
@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.export._target import EXACT, REQUANTIZED
 from llmq.gguf import container, kinds, mixture
 from llmq.grids._ggml_floats import FloatBlocks
 from llmq.pipeline.records import Line, rounded
 from llmq.types import FloatParams, GgmlParams, LlmqError, Params, QTensor
 
-EXACT, ROUNDED, REQUANTIZED = "values exact", "codes exact, minimum rounded", "requantized"
+ROUNDED = "codes exact, minimum rounded"
 FACTOR = "codes exact, factor rounded"
 _QBLOCK = 32  # columns of a qblock of Q4_0, Q4_1 and Q8_0
 _WIDE = 64  # of Q2_0
@@ -46,25 +47,30 @@ class Exported:
 
 
 def convert(
-    q: QTensor, name: str, requantize: str | None, together: int | None = None, *, factor: bool = True
+    q: QTensor,
+    name: str,
+    requantize: str | None,
+    together: int | None = None,
+    *,
+    factor: bool = True,
+    kind: str | None = None,
 ) -> Exported:
     """Return the ggml rows of a solved linear, its codes kept.
 
     together: the columns that stay together in the file (`Architecture.together`); None for all.
     factor: whether llama.cpp multiplies what the linear gives by a factor that lies beside it (`Architecture.factors`).
+    kind: the type that is to hold the codes; None takes the smallest that does.
     Raises LlmqError, with the reason, where they cannot be kept and `requantize` names no type instead.
     """
     together = together or q.codes.shape[1]
     floats = isinstance(q.params, FloatParams)
     why = _obstacle_of_floats(q, together, factor) if floats else _obstacle(q, together)
-    if why is None and floats:
-        return _small_floats(q)
     if why is None:
-        level, scale = _levels(q)
-        kept = _two_bits(q, level, scale, together) or _more_bits(q, level, scale)
-        if kept is not None:
-            return kept
-        why = f"{q.grid.bits}-bit asymmetric codes have no ggml type"
+        kinds_ = [str(getattr(q.grid, "kind", ""))] if floats else _holding(q, together)
+        if kind in (None, *kinds_) and kinds_:
+            return _small_floats(q) if floats else _packed_as(kind or kinds_[0], q)
+        what = f"{q.grid.bits}-bit {'symmetric' if getattr(q.grid, 'sym', False) else 'asymmetric'}"
+        why = f"{kind} does not hold them, {', '.join(kinds_)} does" if kinds_ else f"{what} codes have no ggml type"
     if requantize is None:
         raise LlmqError(
             f"{name}: its codes cannot be kept: {why}; say --requantize TYPE (Q8_0, Q6_K ...) to round it anew"
@@ -95,31 +101,39 @@ def _small_floats(q: QTensor) -> Exported:
     return Exported(grid.kind, rows, outcome, {"method": "export", "bits": grid.bits} | line, once)
 
 
-def _levels(q: QTensor) -> tuple[Tensor, Tensor]:
-    """Return `code - zero`, int16 `[N, K]`, and the scale of every block, float16 `[N, K / 32]`."""
+def _levels(q: QTensor) -> Tensor:
+    """Return `code - zero`, int16 `[N, K]`."""
+    return q.codes.to(torch.int16) - Params.of(q.params).zero[:, q.group_K].to(torch.int16)
+
+
+def _holding(q: QTensor, together: int) -> list[str]:
+    """Return the types that hold the codes, the smallest first. Levels of Q2_0 reach from -1 to 2, or back."""
+    lo, hi = (int(x) for x in _levels(q).aminmax())
+    narrow = hi - lo <= 3 and lo >= -2 and hi <= 2
+    held = {
+        "Q2_0": narrow and not together % _WIDE and _alike(q, _WIDE),
+        "Q4_0": lo >= -8 and hi <= 7,
+        "Q4_1": q.grid.bits == 4 and _minima_are_finite(q),
+        "Q8_0": lo >= -128 and hi <= 127,
+    }
+    return [kind for kind, holds in held.items() if holds]
+
+
+def _packed_as(kind: str, q: QTensor) -> Exported:
+    """Return the codes in blocks of a type that holds them; the scale of a block is that of its first column."""
+    first, level, params = q.group_K[::_QBLOCK], _levels(q), Params.of(q.params)
+    d = params.scale[:, first].half()
+    if kind == "Q2_0":
+        d = d[:, :: _WIDE // _QBLOCK]
+        return _pack(kind, level + 1, d, None, q) if int(level.min()) >= -1 else _pack(kind, 1 - level, -d, None, q)
+    if kind == "Q4_1":
+        return _pack(kind, q.codes, d, (params.zero[:, first].float() * d.float()).half(), q)
+    return _pack(kind, level + (8 if kind == "Q4_0" else 128), d, None, q)
+
+
+def _minima_are_finite(q: QTensor) -> bool:
     params = Params.of(q.params)
-    level = q.codes.to(torch.int16) - params.zero[:, q.group_K].to(torch.int16)
-    return level, params.scale[:, q.group_K[::_QBLOCK]].half()
-
-
-def _two_bits(q: QTensor, level_NK: Tensor, scale: Tensor, together: int) -> Exported | None:
-    """Return the codes as Q2_0; None where it does not hold them. Its levels reach from -1 to 2, or back."""
-    lo, hi = int(level_NK.min()), int(level_NK.max())
-    if together % _WIDE or not _alike(q, _WIDE) or hi - lo > 3 or lo < -2 or hi > 2:
-        return None
-    d = scale[:, :: _WIDE // _QBLOCK]
-    return _pack("Q2_0", level_NK + 1, d, None, q) if lo >= -1 else _pack("Q2_0", 1 - level_NK, -d, None, q)
-
-
-def _more_bits(q: QTensor, level_NK: Tensor, d: Tensor) -> Exported | None:
-    """Return the codes as the smallest of Q4_0, Q4_1 and Q8_0 that holds them; None where none does."""
-    lo, hi = int(level_NK.min()), int(level_NK.max())
-    if lo >= -8 and hi <= 7:
-        return _pack("Q4_0", level_NK + 8, d, None, q)
-    if q.grid.bits == 4:
-        zero = Params.of(q.params).zero[:, q.group_K[::_QBLOCK]]
-        return _pack("Q4_1", q.codes, d, (zero.float() * d.float()).half(), q)
-    return _pack("Q8_0", level_NK + 128, d, None, q) if lo >= -128 and hi <= 127 else None
+    return bool(torch.isfinite((params.zero.float() * params.scale.float()).half()).all())
 
 
 def _alike(q: QTensor, size: int) -> bool:
@@ -143,8 +157,6 @@ def _obstacle(q: QTensor, together: int) -> str | None:
     off = int((~torch.isfinite(exact) | (exact.float() != scale.float())).sum())
     if off:
         return f"{off} of {scale.numel()} scales are not float16 numbers"
-    if q.grid.bits == 4 and not torch.isfinite((Params.of(q.params).zero.float() * scale.float()).half()).all():
-        return "a minimum is beyond float16"
     return None
 
 

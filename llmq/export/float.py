@@ -1,4 +1,4 @@
-"""A quantized checkpoint (FP8, NVFP4, MXFP4, GPTQ, AWQ, compressed-tensors, GGUF; by any tool) as a float one.
+"""Float: every packed weight decoded (FP8, NVFP4, MXFP4, GPTQ, AWQ, compressed-tensors, GGUF; by any tool).
 
     model.safetensors        every packed weight decoded, in the dtype asked for; what was float as it was
     config.json              the source's, without its quantization_config, with that dtype
@@ -7,13 +7,13 @@
 
 A folder's own names are kept and no model is needed, so that any architecture is written; a GGUF file's are turned
 into transformers'. A tensor at a time is decoded, a part of `_PART` bytes is in memory.
-Not here: which tensors make a weight (checkpoint/decoding.py), GGUF files (from_gguf.py), how OUT is written
+Not here: which tensors make a weight (checkpoint/decoding.py), GGUF files (_from_gguf.py), how OUT is written
 (checkpoint/sink.py).
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,54 +26,59 @@ from llmq.checkpoint.decoding import DECODED, as_floats
 from llmq.checkpoint.digest import digest, file_digest, sealed
 from llmq.checkpoint.packed import natural
 from llmq.checkpoint.place import DEQUANTIZED, user_path
-from llmq.checkpoint.stage import fingerprint, look
+from llmq.checkpoint.stage import look
 from llmq.errors import LlmqError
-from llmq.export.experts import join
-from llmq.export.from_gguf import Floats
+from llmq.export._experts import join
+from llmq.export._from_gguf import Floats
+from llmq.export._target import Opened, Target, finite
 from llmq.progress import Progress
 
 _PART = 2**30
 
 
-def dequantize(
-    src: str,
-    out: Path,
-    *,
-    dtype: str = "bfloat16",
-    overwrite: bool = False,
-    check: bool = True,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write the quantized checkpoint SRC as a float one. Returns the content of its dequantization.json.
+@dataclass(frozen=True)
+class Float(Target[Opened]):
+    """A float checkpoint.
 
-    dtype: of what is decoded, one of `DECODED`. check: whether what was written is read again and compared before it
-    becomes OUT. progress: called with tensors done, tensors in all and what is going on.
-    Raises LlmqError where SRC is no quantized checkpoint, a tensor is missing, misshapen or not finite, or OUT cannot
-    be written; OUT is then untouched.
+    dtype: of what is decoded, bfloat16, float16 or float32; what is float stays as it is.
     """
-    if dtype not in DECODED:
-        raise LlmqError(f"--dtype {dtype!r} is not one of {', '.join(DECODED)}")
-    if user_path(src).exists():
-        Sink(out, overwrite=overwrite, reads={"SRC": user_path(src)})  # refuses before anything is read
-    source = _opened(src, DECODED[dtype])
-    seen = look(source.path) if source.path.is_file() else fingerprint(source.path)
-    run = {"command": "dequantize", "SRC": seen, "dtype": dtype}
-    with Sink(out, overwrite=overwrite, reads={"SRC": source.path}, run=run) as sink:
-        if sink.earlier is not None:
-            sink.commit()
-            return sink.earlier
-        sink.require(2 * source.bytes())
-        _add(sink, source, progress or (lambda done, total, what: None))
+
+    dtype: str = "bfloat16"
+
+    bare = "dtype"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DECODED:
+            raise LlmqError(f"--dtype {self.dtype!r} is not one of {', '.join(DECODED)}")
+
+    def open(self, src: str, requantize: str | None) -> Opened:
+        """Return what SRC, a folder or a GGUF file, decodes to. Raises LlmqError for a float checkpoint."""
+        if requantize is not None:
+            raise LlmqError("--requantize means nothing here: what is decoded is float, it is not rounded anew")
+        source = _opened(src, DECODED[self.dtype])
+        return Opened(source, source.warnings)
+
+    def seen(self, source: Source) -> Any:
+        """See `Target.seen`."""
+        return look(source.path) if source.path.is_file() else super().seen(source)
+
+    def check(self, opened: Opened) -> list[str]:
+        """Refuse nothing: floats hold what any format does."""
+        return []
+
+    def write(self, opened: Opened, out: Sink, step: Progress) -> dict[str, Any]:
+        """See `Target.write`. Returns the content of dequantization.json. Raises LlmqError for what is not finite."""
+        source = opened.source
+        _add(out, source, step)
         if isinstance(source, Floats):
-            source.beside(sink.stage)
+            source.beside(out.stage)
         else:
-            sink.copy_files(source.path)
-        record = _close(sink, source, _with_dtype(source.config, dtype))
-        if check:
-            _require_same(sink.whole, sink.digests)
-        sink.seal(record)
-        sink.commit()
-    return record
+            out.copy_files(source.path)
+        return _close(out, source, _with_dtype(source.config, self.dtype))
+
+    def verify(self, out: Sink) -> None:
+        """See `Target.verify`."""
+        _require_same(out.whole, out.digests)
 
 
 def _opened(src: str, dtype: torch.dtype) -> Source:
@@ -93,7 +98,7 @@ def _add(sink: Sink, source: Source, step: Progress) -> None:
     part, size = dict[str, Tensor](), 0
     for i, name in enumerate(names):
         step(i, len(names), name)
-        part[name] = _finite(name, source.get(name))
+        part[name] = finite(name, source.get(name))
         size += part[name].nbytes
         if size >= _PART:
             sink.add(part)
@@ -128,16 +133,6 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     said = {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"dtype": dtype}
     inner = {key: dtype for key in ("dtype", "torch_dtype") if isinstance(text, dict) and key in text}
     return {**config, **said} | ({"text_config": {**text, **inner}} if isinstance(text, dict) else {})
-
-
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point() and tensor.numel() and not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
-        kind = str(tensor.dtype).removeprefix("torch.")
-        raise LlmqError(
-            f"tensor {name} holds NaN or Inf in {kind}; the checkpoint is damaged, or its values are beyond {kind}: "
-            "--dtype bfloat16 and float32 reach further than float16"
-        )
-    return tensor
 
 
 def _require_same(stage: Path, digests: Mapping[str, str]) -> None:

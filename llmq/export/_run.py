@@ -1,0 +1,78 @@
+"""`llmq export`: the run around a target, from what the user wrote to OUT in its place.
+
+Not here: what a target is (_target.py), the targets.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmq import registry
+from llmq.checkpoint.place import user_path
+from llmq.errors import LlmqError
+from llmq.export._target import Target
+from llmq.progress import Progress
+
+_SUFFIXES = {".gguf": "gguf"}  # of OUT, where --to is not given
+_KEPT = "keeps the codes"
+
+
+def export(
+    src: str,
+    out: Path,
+    to: str | None = None,
+    *,
+    requantize: str | None = None,
+    overwrite: bool = False,
+    check: bool = True,
+    progress: Progress | None = None,
+    **short: str | None,
+) -> dict[str, Any]:
+    """Write the quantized checkpoint SRC as what `to` names. Returns what its target says of the run.
+
+    to: `TARGET[:option=value...]`; None goes by the suffix of OUT. requantize: what a linear is rounded to anew whose
+    codes cannot be kept; None refuses it. check: whether what was written is read again before it becomes OUT.
+    short: options of the target by their names, as `to` has them.
+    Raises LlmqError where SRC is no quantized checkpoint, its codes cannot be kept, or what was written is wrong; OUT
+    is then untouched.
+    """
+    target = _target(to, out, {name: value for name, value in short.items() if value is not None})
+    if user_path(src).exists():
+        target.sink(out, overwrite=overwrite, reads={"SRC": user_path(src)})  # refuses before anything is read
+    opened = target.open(src, requantize)
+    opened.warnings += target.check(opened)
+    run = {"command": "export", "SRC": target.seen(opened.source), "to": _said(target), "requantize": requantize}
+    with target.sink(out, overwrite=overwrite, reads={"SRC": opened.source.path}, run=run) as sink:
+        if sink.earlier is not None:
+            sink.commit()
+            return sink.earlier
+        sink.require(2 * opened.source.bytes())
+        done = target.write(opened, sink, progress or (lambda done, total, what: None))
+        sink.promise = lambda: "--overwrite begins anew"
+        if check:
+            target.verify(sink)
+        sink.seal(done)
+        sink.commit()
+    return done
+
+
+def _target(to: str | None, out: Path, short: Mapping[str, str]) -> Target[Any]:
+    """Return what a user's texts name. Raises LlmqError for two that disagree, and for a suffix that is not its own."""
+    text = to or _SUFFIXES.get(out.suffix)
+    if text is None:
+        there = ", ".join(registry.names("export"))
+        raise LlmqError(f"--to is not given and {out} has no suffix that says it; say --to TARGET ({there})")
+    target: Any = registry.load("export", text)
+    if target.suffix and out.suffix != target.suffix:
+        raise LlmqError(f"--to {text} writes a file; call it {out}{target.suffix}")
+    if not target.suffix and out.suffix in _SUFFIXES:
+        raise LlmqError(f"--to {text} writes a folder; leave {out.suffix} out of its name")
+    return registry.filled(target, short, f"--to {text}")
+
+
+def _said(target: Target[Any]) -> dict[str, Any]:
+    """Return what tells that two runs have the same target."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(target)))  # type: ignore[call-overload]
+    return {"target": type(target).__name__, **values}

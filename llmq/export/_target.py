@@ -1,0 +1,195 @@
+"""What an export is asked: a target is one file of this folder, with one public dataclass whose fields are its options.
+
+    llmq export IN OUT --to gguf:Q4_0:embeddings=Q6_K      llmq/export/gguf.py: Gguf(type="Q4_0", embeddings="Q6_K")
+
+    target.open(src, requantize)     the checkpoint, its headers read and checked
+    target.check(opened)             refuses, before any work, what the target cannot hold; returns warnings
+    target.write(opened, out, step)  stages the tensors and closes OUT around them; returns what is recorded
+    target.verify(out)               reads again what was staged, by code of its own
+
+A target of packed codes derives from `OfCodes`, which opens the checkpoint as `Packed`; there a linear is a `QTensor`
+(types.py), whatever format it lay in, and is read when it is asked for.
+Not here: the run around them (_run.py), any target.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from llmq.checkpoint import Sink, Source, resolve
+from llmq.checkpoint.decoding import decoded_on_load
+from llmq.checkpoint.packed import PackedCheckpoint, Packing
+from llmq.checkpoint.place import user_path
+from llmq.errors import LlmqError
+from llmq.gguf.reader import GgufFile
+from llmq.guard.reading import json_object
+from llmq.model.pretrained import blank_model, model_config
+from llmq.progress import Progress
+from llmq.types import LinearSpec, Params, QTensor
+
+EXACT, REQUANTIZED = "values exact", "requantized"
+"""What became of a linear, in words that a table counts; a target has more of its own."""
+
+
+@dataclass
+class Opened:
+    """A checkpoint that is open for export. warnings: what a user should know of it."""
+
+    source: Source
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Packed(Opened):
+    """A checkpoint of packed linears, all of it known from headers; weights are read when they are asked for.
+
+    config: transformers' config, which says whether the head is tied. packed: its linears as QTensors, and its floats.
+    requantize: what a linear whose codes cannot be kept is rounded to anew, as the user wrote it; None refuses it.
+    made: llmq's own record of how the codes were found (quantization.json), None of a peer's checkpoint.
+    """
+
+    config: Any = None
+    packed: PackedCheckpoint = field(kw_only=True)
+    requantize: str | None = None
+    made: dict[str, Any] | None = None
+
+    @property
+    def linears(self) -> list[LinearSpec]:
+        """The packed linears, in the order of the model: shape, grid and activation of each."""
+        return list(self.packed.linears.values())
+
+    @property
+    def method(self) -> str:
+        """The format that the checkpoint is in."""
+        return str((self.source.quantization or {})["quant_method"])
+
+    def weights(self, step: Progress) -> Iterator[tuple[str, QTensor | Tensor]]:
+        """Yield every linear (a QTensor) and every float tensor by its name in a float checkpoint, block by block."""
+        names = [*self.packed.names()]
+        for i, (name, found) in enumerate(self.packed):
+            step(i, len(names), name)
+            yield name, found
+        step(len(names), len(names), "writing")
+
+
+OpenedT = TypeVar("OpenedT", bound=Opened)
+
+
+class Target(ABC, Generic[OpenedT]):
+    """What a checkpoint is exported to.
+
+    bare: the option that a first value without a name is for: `gguf:Q4_0` is `gguf:type=Q4_0`.
+    extra: the extra of llmq-quant that has what it needs, None where llmq itself does. sink: the class of OUT while it
+    is made. suffix: that of OUT, "" where OUT is a folder.
+    """
+
+    bare: ClassVar[str | None] = None
+    extra: ClassVar[str | None] = None
+    sink: ClassVar[type[Sink]] = Sink
+    suffix: ClassVar[str] = ""
+
+    @abstractmethod
+    def open(self, src: str, requantize: str | None) -> OpenedT:
+        """Return SRC, its headers read. Raises LlmqError for what this target is not made of."""
+
+    @abstractmethod
+    def check(self, opened: OpenedT) -> list[str]:
+        """Raise LlmqError, before any work, for what the target cannot hold; return what a user should know."""
+
+    @abstractmethod
+    def write(self, opened: OpenedT, out: Sink, step: Progress) -> dict[str, Any]:
+        """Stage OUT, whole but for its place. Returns what the run says: bytes, outcomes by number, warnings, files.
+
+        Raises LlmqError for a linear whose codes cannot be kept, with the reason and the remedy.
+        """
+
+    @abstractmethod
+    def verify(self, out: Sink) -> None:
+        """Raise LlmqError unless what was staged is right."""
+
+    def seen(self, source: Source) -> Any:
+        """Return what tells that the checkpoint is the one that an unfinished run began with."""
+        from llmq.checkpoint.stage import fingerprint
+
+        return fingerprint(source.path)
+
+
+class OfCodes(Target[Packed]):
+    """A target that keeps codes.
+
+    falls: whether it holds negative scales, which half the groups of a searched symmetric grid have; one that does not,
+    or has not been seen to, refuses them by name before any work. runtime: what reads it, for that message.
+    """
+
+    falls: ClassVar[bool] = True
+    runtime: ClassVar[str] = ""
+
+    def open(self, src: str, requantize: str | None) -> Packed:
+        """Return a checkpoint of GPTQ, AWQ, compressed-tensors ..., ours or a peer's, as its linears' codes.
+
+        Raises LlmqError for a float checkpoint and for one that llmq does not read.
+        """
+        return open_packed(src, requantize)
+
+    def refuse_falling(self, opened: Packed, linears: Sequence[str] | None = None) -> None:
+        """Raise LlmqError for the first linear with negative scales, unless this target holds them.
+
+        linears: those to look at, all where None.
+        """
+        if self.falls:
+            return
+        for name in opened.packed.linears if linears is None else linears:
+            params = opened.packed.qtensor(name).params
+            if isinstance(params, Params) and (n := int((params.scale < 0).sum())):
+                raise LlmqError(
+                    f"{name}: {n:,} of {params.scale.numel():,} scales are negative, which {self.runtime} does not "
+                    "hold: quantize the float model again with --range minmax, whose scales are positive"
+                )
+
+
+def open_packed(src: str, requantize: str | None = None) -> Packed:
+    """Return a quantized checkpoint folder, `org/name` or `org/name@REVISION`, its headers read and checked."""
+    source = _packed_source(src)
+    config: Any = model_config(source)
+    model = blank_model(source, config)
+    packed = PackedCheckpoint.open(source, model)
+    config.tie_word_embeddings = model.config.tie_word_embeddings
+    made_by = source.path / "quantization.json"
+    made = json_object(made_by) if made_by.is_file() else None
+    return Packed(source, list(source.warnings), config, packed=packed, requantize=requantize, made=made)
+
+
+def _packed_source(src: str) -> Source:
+    if user_path(src).is_file():
+        GgufFile(user_path(src))  # a truncated one says so
+        raise LlmqError(
+            f"{src} is a GGUF file already; export takes the folder of a GPTQ, AWQ or compressed-tensors one, and "
+            "--to float decodes GGUF"
+        )
+    source = Source(resolve(src))
+    if source.quantization is None:
+        raise LlmqError(f"{src} is a float checkpoint; write it with llmq quantize {src} OUT --format FORMAT")
+    if decoded_on_load(source.quantization):
+        raise LlmqError(
+            f"{src} holds narrow floats ({source.quantization['quant_method']}), whose codes no target keeps; "
+            f"decode and round them: llmq quantize {src} OUT --format FORMAT, or llmq export {src} OUT --to float"
+        )
+    Packing(source.quantization)  # refuses in one line what llmq does not read
+    return source
+
+
+def finite(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor. Raises LlmqError where it is float and holds NaN or Inf."""
+    if tensor.is_floating_point() and tensor.numel() and not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise LlmqError(
+            f"tensor {name} holds NaN or Inf in {kind}; the checkpoint is damaged, or its values are beyond {kind}: "
+            "--dtype bfloat16 and float32 reach further than float16"
+        )
+    return tensor
