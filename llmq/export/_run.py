@@ -12,11 +12,10 @@ from typing import Any
 from llmq import registry
 from llmq.checkpoint.place import user_path
 from llmq.errors import LlmqError
-from llmq.export._target import Target
+from llmq.export._target import OfCodes, Target
 from llmq.progress import Progress
 
 _SUFFIXES = {".gguf": "gguf"}  # of OUT, where --to is not given
-_KEPT = "keeps the codes"
 
 
 def export(
@@ -43,6 +42,8 @@ def export(
         target.sink(out, overwrite=overwrite, reads={"SRC": user_path(src)})  # refuses before anything is read
     opened = target.open(src, requantize)
     opened.warnings += target.check(opened)
+    if isinstance(target, OfCodes):
+        target.refuse_falling(opened)
     run = {"command": "export", "SRC": target.seen(opened.source), "to": _said(target), "requantize": requantize}
     with target.sink(out, overwrite=overwrite, reads={"SRC": opened.source.path}, run=run) as sink:
         if sink.earlier is not None:

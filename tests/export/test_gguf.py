@@ -250,8 +250,9 @@ def test_what_is_no_quantized_checkpoint_is_refused_in_a_line(tiny_checkpoint, t
         short.write_bytes(out.read_bytes()[:size])
         with pytest.raises(LlmqError, match="short.gguf is (truncated|not a GGUF file)"):
             export(str(short), tmp_path / "out.gguf")
-    with pytest.raises(LlmqError, match="is a folder"):
-        export(str(folder), tmp_path)
+    for out, to, said in ((tmp_path / "x", None, "--to is not given"), (tmp_path / "x", "gguf", r"call it .*x\.gguf")):
+        with pytest.raises(LlmqError, match=said):
+            export(str(folder), out, to)
     assert not (tmp_path / "out.gguf").exists()
 
 
