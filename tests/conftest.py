@@ -6,6 +6,7 @@ so that a test is the same everywhere; scripts/check_gpu.py and bench_kernels.py
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,17 @@ from _tiny import VOCAB, make_prose, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks torch for a device
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over what was imported, which lives to the end: a fifth of the tests' time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let it go again."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
