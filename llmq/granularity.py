@@ -139,5 +139,6 @@ def granularity(said: int | str) -> Granularity:
         return words[text]
     numbers = [int(n) for n in text.split("x")] if re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})?", text) else [0]
     if 0 in numbers:
-        raise LlmqError(f"group_size is a number of columns, 'channel' or 'tensor', not {printable(repr(said), 80)}")
+        given = printable(repr(said), 80)
+        raise LlmqError(f"group_size is a number of columns, 'channel', 'tensor' or a block '128x128', not {given}")
     return PerGroup(*numbers) if len(numbers) == 1 else PerBlock(*numbers)

@@ -5,7 +5,7 @@
     readers(known, limits)      # vLLM: False, "3-bit gptq is read by ..."; llama.cpp as it is
     told(limits)                # the same line, as a warning before a run
 
-A format knows its readers and finds the limits of a plan (formats/); docs/readers.md says what ran and how.
+A format knows its readers and finds the limits of a plan (formats/); docs/runtimes.md says what ran and how.
 Not here: any fact about a format.
 """
 
@@ -15,32 +15,74 @@ from typing import Any
 
 from llmq.errors import LlmqError
 
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime that is looked at: the version, what it is known to take in words for a message, how it runs `OUT`.
+
+    instead: what to do about a format that it does not read.
+    """
+
+    version: str
+    takes: str
+    command: str
+    instead: str
+
+
 RUNTIMES = {
-    "transformers": "5.24",
-    "vLLM": "0.32",
-    "SGLang": "0.5",
-    "llama.cpp": "October 2026",
-    "TensorRT-LLM": "commit 008e0af",
+    "transformers": Runtime(
+        "5.24",
+        "gptq or awq without --lm-head, and compressed-tensors",
+        'AutoModelForCausalLM.from_pretrained("OUT")',
+        "it reads gptq, awq and compressed-tensors",
+    ),
+    "vLLM": Runtime(
+        "0.32",
+        "4 bits per channel or by groups of 32, 64 or 128, symmetric in gptq, either way in awq and "
+        "compressed-tensors; 8 bits on GPUs; --bits 8 --act-bits 8; fp8, nvfp4, mxfp4 and mxfp8 in compressed-tensors, "
+        "and --format modelopt",
+        "vllm serve OUT",
+        "it reads gptq, awq, compressed-tensors and modelopt",
+    ),
+    "SGLang": Runtime(
+        "0.5",
+        "4 and 8 bits per channel or by groups of 32, 64 or 128, symmetric in gptq; --bits 8 --act-bits 8; "
+        "fp8 and nvfp4 in compressed-tensors",
+        "python -m sglang.launch_server --model-path OUT",
+        "it reads gptq, awq, compressed-tensors and modelopt",
+    ),
+    "llama.cpp": Runtime(
+        "October 2026",
+        "--format gguf",
+        "llama-cli -m OUT.gguf",
+        "it reads GGUF; `llmq export OUT OUT.gguf` keeps the codes where a type holds them",
+    ),
+    "TensorRT-LLM": Runtime(
+        "commit 008e0af",
+        "--format modelopt; compressed-tensors where all linears are of one scheme, of nvfp4 or fp8",
+        "trtllm-serve OUT",
+        "it reads modelopt, and FP8 and NVFP4 of compressed-tensors",
+    ),
+    "MLX": Runtime(
+        "mlx-lm 0.32",
+        "--format mlx, and awq",
+        "mlx_lm.generate --model OUT --prompt ...",
+        "`llmq export OUT NEW --to mlx` keeps the codes where it can hold them",
+    ),
+    "onnxruntime-genai": Runtime(
+        "0.18",
+        "what `llmq export OUT NEW --to onnx` writes",
+        'onnxruntime_genai.Model("OUT")',
+        "`llmq export OUT NEW --to onnx` makes a folder that it reads, the codes kept",
+    ),
+    "OpenVINO": Runtime(
+        "2026.4",
+        "GGUF, best of Q4_0 and Q8_0, and what `llmq export OUT NEW --to onnx:qdq` writes",
+        'openvino_genai.LLMPipeline("OUT.gguf", "CPU")',
+        "`llmq export OUT OUT.gguf` or `--to onnx:qdq` makes a file that it reads",
+    ),
 }
-"""The runtimes that are looked at, and the version of each."""
-LLAMA_CPP = (
-    "llama.cpp",
-    False,
-    "it reads GGUF; `llmq export OUT OUT.gguf` keeps the codes where a type holds them",
-    "source",
-)
-"""The row of formats whose codes a GGUF file can hold, see `table`."""
-TAKES = {
-    "transformers": "gptq or awq without --lm-head, and compressed-tensors",
-    "vLLM": "4 bits per channel or by groups of 32, 64 or 128, symmetric in gptq, either way in awq and "
-    "compressed-tensors; 8 bits on GPUs; --bits 8 --act-bits 8; fp8, nvfp4, mxfp4 and mxfp8 in compressed-tensors, and "
-    "--format modelopt",
-    "SGLang": "4 and 8 bits per channel or by groups of 32, 64 or 128, symmetric in gptq; --bits 8 --act-bits 8; "
-    "fp8 and nvfp4 in compressed-tensors",
-    "llama.cpp": "--format gguf",
-    "TensorRT-LLM": "--format modelopt; compressed-tensors where all linears are of one scheme, of nvfp4 or fp8",
-}
-"""What each is known to take, in words for a message."""
+"""The runtimes that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +103,17 @@ class Reader:
         """Return the row."""
         return asdict(self)
 
+    def refusal(self) -> str:
+        """Return why it does not take the file, or is not known to, and what it takes."""
+        why = self.reason or "nothing is known of this format there"
+        verb = "does not take this" if self.accepts is False else "is not known to take this"
+        return f"{self.runtime} {self.version} {verb}: {why}. It takes {RUNTIMES[self.runtime].takes}"
+
+    def use(self, out: str) -> str:
+        """Return how a file that it takes is run, and to what it takes it."""
+        how = RUNTIMES[self.runtime].command.replace("OUT.gguf" if out.endswith(".gguf") else "OUT", out)
+        return f"{self.runtime} {self.version} takes it{f' ({self.reason})' if self.reason else ''}: {how}"
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -79,8 +132,9 @@ class Limit:
 
 
 def table(*rows: tuple[str, bool | None, str, str]) -> tuple[Reader, ...]:
-    """Return readers from (runtime, accepts, reason, known), each with the version that is looked at."""
-    return tuple(Reader(name, RUNTIMES[name], accepts, why, known) for name, accepts, why, known in rows)
+    """Return a reader for each runtime from (name, accepts, reason, known); those not named do not take the format."""
+    said = {name: (accepts, why, known) for name, accepts, why, known in rows}
+    return tuple(Reader(n, r.version, *said.get(n, (False, r.instead, "source"))) for n, r in RUNTIMES.items())
 
 
 def readers(known: Iterable[Reader], limits: Sequence[Limit]) -> list[Reader]:
@@ -105,19 +159,24 @@ def told(limits: Iterable[Limit]) -> list[str]:
     return [limit.text for limit in limits if limit.told]
 
 
-def runtime(name: str) -> str:
+def runtime(name: str, option: str = "--for") -> str:
     """Return the runtime that a name means, whatever its case. Raises LlmqError, with all names, for another."""
     found = next((known for known in RUNTIMES if known.lower() == name.strip().lower()), None)
     if found is None:
-        raise LlmqError(f"--for {name!r}: no such runtime is known (there are: {', '.join(map(str.lower, RUNTIMES))})")
+        raise LlmqError(
+            f"{option} {name!r}: no such runtime is known (there are: {', '.join(map(str.lower, RUNTIMES))})"
+        )
     return found
+
+
+def row(rows: Iterable[Reader], name: str, option: str = "--for") -> Reader:
+    """Return what is known of the runtime of that name. option: of the command line. Raises LlmqError as `runtime`."""
+    wanted = runtime(name, option)
+    return next((r for r in rows if r.runtime == wanted), Reader(wanted, RUNTIMES[wanted].version, None))
 
 
 def require(rows: Iterable[Reader], name: str) -> None:
     """Raise LlmqError, saying what it would take, where the runtime of that name does not take the file, or may not."""
-    wanted = runtime(name)
-    row = next((r for r in rows if r.runtime == wanted), Reader(wanted, RUNTIMES[wanted], None))
-    if not row.accepts:
-        why = row.reason or "nothing is known of this format there"
-        verb = "does not take this" if row.accepts is False else "is not known to take this"
-        raise LlmqError(f"{row.runtime} {row.version} {verb}: {why}. It takes {TAKES[wanted]}")
+    found = row(rows, name)
+    if not found.accepts:
+        raise LlmqError(found.refusal())

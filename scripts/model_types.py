@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _docs import written
 from _families import FAMILIES, SEQ_LEN, Family
 from _tiny import make_prose
 from rich.console import Console
@@ -36,7 +37,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "GGUF": {"type": "Q8_0", "method": "rtn"},
 }
 SCALING = ("AWQ", "W8A8")
-_MARKS = "<!-- scripts/model_types.py prints what follows -->", "<!-- until here -->"
 
 
 def outcomes(family: Family, folder: Path, calib: Path) -> dict[str, str]:
@@ -95,12 +95,6 @@ def _general(why: str) -> str:
     return re.sub(r"\b[A-Z]\w+(Layer|Block|Experts|Router|Config|Model|ForCausalLM)\b", r"...\1", why)
 
 
-def _write(doc: Path, printed: str) -> None:
-    """Put a table in the place of the one in a document."""
-    head, _, rest = doc.read_text().partition(_MARKS[0])
-    doc.write_text(f"{head}{_MARKS[0]}\n\n{printed}\n{_MARKS[1]}{rest.partition(_MARKS[1])[2]}")
-
-
 def main(names: Sequence[str], doc: Path | None) -> None:
     """Run all families, or those named, and print the table."""
     torch.set_num_threads(1)
@@ -114,7 +108,7 @@ def main(names: Sequence[str], doc: Path | None) -> None:
     printed = table(found)
     print(printed, end="")
     if doc is not None:
-        _write(doc, printed)
+        doc.write_text(written(doc, "model_types.py", printed))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,13 @@
-"""Which runtimes take a file: a table by format and scheme, as docs/readers.md has it, and --for."""
+"""Which runtimes take a file: a table by format and scheme, docs/runtimes.md, --for and verify --runtime."""
+
+import json
+import shutil
+from pathlib import Path
 
 import pytest
+import runtimes
+from _docs import written
+from _forked import llmq
 
 from llmq.formats.awq import AWQ
 from llmq.formats.compressed_tensors import CompressedTensors
@@ -9,9 +16,11 @@ from llmq.formats.gptq import GPTQ
 from llmq.grids.int import Int
 from llmq.grids.q4_k import Q4_K
 from llmq.grids.q5_1 import Q5_1
+from llmq.readable import readers_of
 from llmq.readers import RUNTIMES, Limit, readers, require, runtime, table, told
 from llmq.types import LinearSpec, LlmqError, Scheme
 
+GOLDEN = Path(__file__).with_name("golden")
 BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 EXPERTS = ("mlp.experts.0.gate_proj", "mlp.experts.0.up_proj", "mlp.experts.0.down_proj")
 TOKEN, STATIC = Int(8, True, "channel"), Int(8, True, "tensor")
@@ -25,9 +34,9 @@ def linears(grid, activation=None, names=BLOCK, more=()):
 def accepted(form, specs, skipped=()):
     """Return what each runtime says: yes, no, or ? where nobody knows."""
     rows = form.readers(specs, skipped)
-    assert [(r.runtime, r.version) for r in rows] == list(RUNTIMES.items())
+    assert [(r.runtime, r.version) for r in rows] == [(name, r.version) for name, r in RUNTIMES.items()]
     assert all(r.reason for r in rows if not r.accepts) and all(r.known for r in rows if r.accepts is not None)
-    return "".join({True: "y", False: "n", None: "?"}[r.accepts] for r in rows)
+    return "".join({True: "y", False: "n", None: "?"}[r.accepts] for r in rows[:5])
 
 
 @pytest.mark.parametrize(
@@ -89,9 +98,9 @@ def test_how_it_is_known_is_said_row_by_row():
 def test_what_refuses_hides_what_is_only_noted_and_silent_limits_are_no_warnings():
     known = table(("vLLM", True, "with care", "ran"), ("SGLang", False, "never", "source"))
     limits = [Limit("slowly", notes=("vLLM",)), Limit("not at all", refuses=("vLLM", "SGLang"), told=False)]
-    vllm, sglang = readers(known, limits)
+    _, vllm, sglang, *_ = readers(known, limits)
     assert (vllm.accepts, vllm.reason, sglang.reason) == (False, "not at all", "never") and told(limits) == ["slowly"]
-    (vllm, _) = readers(known, limits[:1])
+    _, vllm, *_ = readers(known, limits[:1])
     assert vllm.accepts and vllm.reason == "with care; slowly"
 
 
@@ -105,5 +114,47 @@ def test_a_runtime_that_would_not_load_it_is_refused_with_what_it_takes():
     with pytest.raises(LlmqError, match="nothing is known of this format there"):
         require([], "SGLang")
     assert runtime(" VLLM") == "vLLM" and runtime("tensorrt-llm") == "TensorRT-LLM"
-    with pytest.raises(LlmqError, match="--for 'mlx': no such runtime .*transformers, vllm, sglang, llama.cpp, tensor"):
-        runtime("mlx")
+    with pytest.raises(
+        LlmqError, match="--for 'ollama': no such .*transformers, vllm, sglang, llama.cpp, tensor"
+    ):
+        runtime("ollama")
+
+
+def test_the_table_in_the_docs_is_what_the_rules_say():
+    doc = Path(__file__).parents[1] / "docs" / "runtimes.md"
+    assert doc.read_text() == written(doc, "runtimes.py", runtimes.tables()), "run scripts/runtimes.py --doc"
+
+
+def test_weights_that_do_not_fill_the_tiles_of_a_kernel_are_named():
+    odd = [LinearSpec("model.layers.0.mlp.up_proj", 1536, 576, Scheme(Int(4, True, 64)))]
+    rows = {r.runtime: r for r in GPTQ().readers(odd)}
+    assert "not 1536 x 576 (model.layers.0.mlp.up_proj)" in rows["vLLM"].reason
+    assert rows["vLLM"].accepts and rows["vLLM"].known == "source"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),  # transformers, vLLM, SGLang, llama.cpp, TensorRT-LLM, MLX, onnxruntime-genai, OpenVINO
+    [("gptq_v1_w4g32_sym", "yyynnnnn"), ("gptq_v1_w4g32_desc_act", "ynynnnnn"), ("awq_w4g32", "yyynnynn"),
+     ("ct_pack_w3g32", "yynnnnnn"), ("ct_fp8_static", "yyynynnn")],
+)  # fmt: skip
+def test_a_checkpoint_that_is_there_is_judged_by_its_headers(name, said):
+    rows = readers_of(str(GOLDEN / name))
+    assert "".join("y" if r.accepts else "n" for r in rows) == said
+
+
+def test_scales_of_an_int8_cache_are_seen(tmp_path):
+    folder = shutil.copytree(GOLDEN / "ct_pack_w4g32_sym", tmp_path / "a")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "int", "strategy": "tensor"}
+    (folder / "config.json").write_text(json.dumps(config))
+    vllm = readers_of(str(folder))[1]
+    assert vllm.accepts is False and "static int8 scales of the key-value cache" in vllm.reason
+
+
+def test_verify_says_whether_a_runtime_loads_it_and_how_it_is_run():
+    done = llmq("verify", GOLDEN / "awq_w4g32", "--runtime", "mlx")
+    assert done.returncode == 0 and f"takes it: mlx_lm.generate --model {GOLDEN / 'awq_w4g32'}" in done.stdout
+    done = llmq("verify", GOLDEN / "gptq_v1_w4g32_desc_act", "--runtime", "vLLM")
+    assert done.returncode == 1 and "vLLM 0.32 does not take this: vLLM 0.32 refuses desc_act" in done.stderr
+    done = llmq("verify", GOLDEN / "float", "--runtime", "vllm")
+    assert done.returncode == 1 and "is a float checkpoint" in done.stderr and done.stderr.count("\n") == 1

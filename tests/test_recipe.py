@@ -292,7 +292,10 @@ def test_weights_and_the_flags_that_are_short_for_them_are_refused_together(flag
     [
         ({"weights": "int:bits=9"}, "option bits takes a whole number from 2 to 8, not '9'"),
         ({"weights": "int:group=128x64"}, "scales per group, channel or tensor, not blocks of 128 x 64"),
-        ({"weights": "int:group=0"}, "group_size is a number of columns, 'channel' or 'tensor', not 0"),
+        (
+            {"weights": "int:group=0"},
+            "a number of columns, 'channel', 'tensor' or a block '128x128', not 0",
+        ),
         ({"weights": "int:scale_dtype=float32"}, "int has no option 'scale_dtype'"),
         ({"weights": "int:bits"}, "int has no option 'bits'"),
         ({"weights": "int:asym:sym=true"}, "option sym is given twice"),

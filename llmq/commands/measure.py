@@ -85,6 +85,7 @@ def verify(
     out: Annotated[str, typer.Argument(help="A written checkpoint: a folder, Hub id or .gguf file.")],
     against: Annotated[str | None, typer.Option(help="The checkpoint it was made from, to compare weights.")] = None,
     adapter: Annotated[str | None, typer.Option(help="The LoRA adapter that was added to its weights.")] = None,
+    runtime: Annotated[str | None, typer.Option(help="Check that it loads in vllm, mlx ..., by its rules.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all that was found to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --json.")] = False,
 ) -> None:
@@ -94,13 +95,20 @@ def verify(
     """
     from llmq.checkpoint.disk import write_text
     from llmq.checkpoint.place import check_file, user_path
+    from llmq.readable import readers_of
+    from llmq.readers import row
     from llmq.verify import verify as run
 
     found = None if json_file is None else user_path(json_file)
     if found:
         check_file(found, "--json", b"{", overwrite=overwrite)
+    reader = row(readers_of(out), runtime, "--runtime") if runtime else None
     with progress() as work:
         report = run(out, against, adapter, work)
+    if reader and reader.accepts:
+        report.note(reader.use(out))
+    elif reader:
+        report.fail(reader.refusal())
     if found:
         write_text(found, json.dumps(report.to_json(), indent=2) + "\n")
     for note in report.notes:

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmq.checkpoint import Source
 from llmq.checkpoint.names import match
@@ -22,7 +22,7 @@ from llmq.checkpoint.parts import Fused
 from llmq.errors import LlmqError
 from llmq.guard.reading import BITS, Entry
 from llmq.model.experts import unfuse
-from llmq.model.pretrained import auto_class, foreign, model_config, shut
+from llmq.model.pretrained import model_config, transformers_model
 
 _OWN = re.compile(r"(.+)\.(\d+\.\w+\.(?:weight|bias))")
 
@@ -59,7 +59,7 @@ def join(source: Source) -> list[str]:
     if not any(place.endswith("experts") for place in own):
         return []
     try:
-        model = _plain(source)
+        model = transformers_model(source, model_config(source))
     except LlmqError as e:
         return [f"experts are written as they are stored, since no model is made of the config: {e}"]
     missing, made, gone = set(match(model, stored).missing), dict[str, Joined](), set[str]()
@@ -72,14 +72,6 @@ def join(source: Source) -> list[str]:
                 gone |= {f"{place}.{name}" for name, _, _ in fused.names()}
     source.become({n: e for n, e in stored.items() if n not in gone} | made, source.decoded or {})
     return []
-
-
-def _plain(source: Source) -> nn.Module:
-    """Return transformers' own model, on meta, its experts fused. Raises LlmqError where it makes none."""
-    config = model_config(source)
-    with foreign(f"{source.path}/config.json (model_type {config.model_type!r})"), shut(), torch.device("meta"):
-        model: nn.Module = auto_class(config).from_config(config, trust_remote_code=False)
-    return model
 
 
 def _place(holder: str, own: Mapping[str, Any]) -> str:

@@ -148,6 +148,21 @@ def fused_limits(linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[
     return [Limit(say, refuses=("vLLM", "SGLang"), known="source")]
 
 
+def tile_limits(linears: Sequence[LinearSpec]) -> list[Limit]:
+    """Return a limit where weights do not fill the tiles of Marlin, vLLM's kernel for packed weights on NVIDIA.
+
+    Source: vLLM's `verify_marlin_supports_shape`, vllm#9913, vllm#38222.
+    """
+    odd = next((s for s in linears if s.K % 128 or s.N % 64), None)
+    if odd is None:
+        return []
+    say = (
+        f"Marlin takes weights of a multiple of 64 rows and 128 columns, not {odd.N} x {odd.K} ({odd.name}): there a "
+        "slower kernel runs them where there is one (4 and 8 bits, symmetric, in float16)"
+    )
+    return [Limit(say, notes=("vLLM", "SGLang"), told=False, known="source")]
+
+
 def head_limits(linears: Sequence[LinearSpec], method: str) -> list[Limit]:
     """Return a limit where the output head is quantized, in a format whose config says so to few readers."""
     if all(block_path(s.name) for s in linears):

@@ -1,6 +1,6 @@
 """What runtimes take of compressed-tensors files, and what of them some do not.
 
-How each is known stands in docs/readers.md. Facts of small floats: vLLM 0.32 and 0.33
+How each is known stands in docs/runtimes.md. Facts of small floats: vLLM 0.32 and 0.33
 (`compressed_tensors.py:_get_scheme_from_parts` and the schemes beside it), SGLang 0.5, TensorRT-LLM's
 `_torch/model_config.py`.
 Not here: how a limit becomes a row or a warning (llmq/readers.py).
@@ -17,7 +17,7 @@ from llmq.grids.fp8 import Fp8
 from llmq.grids.mxfp4 import Mxfp4
 from llmq.grids.mxfp8 import Mxfp8
 from llmq.grids.nvfp4 import Nvfp4
-from llmq.readers import LLAMA_CPP, Limit, table
+from llmq.readers import Limit, table
 from llmq.types import AffineGrid, Grid, LinearSpec, RangedGrid
 
 _NAME = "compressed-tensors"
@@ -25,7 +25,6 @@ READERS = table(
     ("transformers", True, "with compressed-tensors 0.20", "ran"),
     ("vLLM", True, "", "ran"),
     ("SGLang", True, "on GPUs", "source"),
-    LLAMA_CPP,
     ("TensorRT-LLM", True, "one scheme for all, NVFP4 or FP8", "source"),
 )
 _TENSORRT = Limit(
@@ -90,7 +89,7 @@ def _of_weights(linears: Sequence[LinearSpec]) -> list[Limit]:
     if any(isinstance(grid.granularity, PerTensor) for grid in grids):
         say = "vLLM reads weight-only quantization per group or per channel, not per tensor"
         limits.append(Limit(say, refuses=("vLLM", "SGLang"), known="source"))
-    return limits
+    return limits + _common.tile_limits([s for s in linears if s.scheme.activation is None])
 
 
 def _of_activations(linears: Sequence[LinearSpec]) -> list[Limit]:

@@ -32,7 +32,7 @@ from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words
 from llmq.formats._folder import Folder
 from llmq.grids.int import Int
-from llmq.readers import LLAMA_CPP, Limit, Reader, readers, table, told
+from llmq.readers import Limit, Reader, readers, table, told
 from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
 
 _DEFAULTS = {"zero_point": True, "pack_dtype": "int32", "desc_act": False, "lm_head": False}
@@ -46,8 +46,8 @@ _GROUPS = {
 _READERS = table(
     ("transformers", True, "with gptqmodel 7.7", "ran"),
     ("vLLM", True, "", "ran"),
+    ("MLX", True, "", "ran"),
     ("SGLang", True, "on GPUs (Marlin)", "source"),
-    LLAMA_CPP,
     ("TensorRT-LLM", False, "it builds a float model: awq is no quant_method of its PyTorch backend", "source"),
 )
 
@@ -196,7 +196,9 @@ def _limits(linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[Limit
     """Return what of these linears some runtimes do not take."""
     grid = _common.uniform(linears, "awq")
     limits = _common.group_size_limits(grid, _GROUPS) + _common.fused_limits(linears, skipped)
-    return limits + _common.head_limits(linears, "awq")
+    if grid.granularity.group_size not in _GROUPS["vLLM"]:
+        limits.append(Limit("it takes groups of 32, 64 or 128 columns", refuses=("MLX",), told=False))
+    return [*limits, *_common.tile_limits(linears), *_common.head_limits(linears, "awq")]
 
 
 def _pack_columns(codes_NK: Tensor) -> Tensor:

@@ -83,7 +83,10 @@ class CompressedTensors(Folder):
         return readers(_ct_limits.READERS, self._limits(linears, skipped))
 
     def _limits(self, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[Limit]:
-        return [*_ct_limits.limits(linears, skipped), *_ct_limits.of_cache(self.kv, self.kv_dtype)]
+        read = _reading.optional(self.extra, "kv_cache_scheme", dict, {})
+        strategy = self.kv or read.get("strategy")
+        dtype = "fp8" if read.get("type") == "float" else "int8" if read else self.kv_dtype
+        return [*_ct_limits.limits(linears, skipped), *_ct_limits.of_cache(strategy, dtype)]
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the tensors of one linear, scales in the dtype they have.

@@ -35,6 +35,9 @@ _READERS = table(
     ("vLLM", False, "since 0.24 GGUF is read by a plugin, vllm-gguf-plugin (vllm#39612), not by vLLM itself", "source"),
     ("SGLang", None, "it has a reader of GGUF (quantization/gguf)", ""),
     ("llama.cpp", True, "", "ran"),
+    ("OpenVINO", True, "its GenAI pipeline reads Llama's, Qwen 2's and 3's (a preview)", "ran"),
+    ("MLX", False, "it reads folders; --format mlx", "source"),
+    ("onnxruntime-genai", False, "it reads no GGUF", "source"),
     ("TensorRT-LLM", False, "it loads folders of transformers, no GGUF", "source"),
 )
 _RAN = {"MXFP4", "NVFP4", "Q2_0", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS"}
@@ -175,8 +178,14 @@ class Gguf:
         """See `Format.readers`."""
         found = {_grid(s).kind for s in linears}
         others = ", ".join(sorted(found - _RAN))
-        limit = Limit(f"its code names {others}, of which no file ran here", notes=("llama.cpp",), known="source")
-        return readers(_READERS, [limit] if others else [])
+        limits = []
+        if others:
+            say = f"its code names {others}, of which no file ran here"
+            limits.append(Limit(say, notes=("llama.cpp",), known="source"))
+        if found - {"Q4_0"}:
+            say = "it advises Q4_0 and Q8_0, whose layout is near its own; of Q4_0 a file ran here"
+            limits.append(Limit(say, notes=("OpenVINO",), known="source"))
+        return readers(_READERS, limits)
 
     def pack(self, q: QTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Return the stored rows. The codes must lie on the natural column order (no g_idx)."""

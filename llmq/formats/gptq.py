@@ -33,7 +33,7 @@ from llmq.formats import _common, _reading
 from llmq.formats._bits import pack_words, unpack_words
 from llmq.formats._folder import Folder
 from llmq.grids.int import Int
-from llmq.readers import LLAMA_CPP, Limit, Reader, readers, table, told
+from llmq.readers import Limit, Reader, readers, table, told
 from llmq.types import AffineGrid, LinearSpec, LlmqError, Params, QTensor, Scheme
 
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every field of a word
@@ -49,7 +49,6 @@ _READERS = table(
     ("transformers", True, "with gptqmodel 7.7 and optimum", "ran"),
     ("vLLM", True, "", "ran"),
     ("SGLang", True, "on GPUs (Marlin)", "source"),
-    LLAMA_CPP,
     ("TensorRT-LLM", False, "it builds a float model: gptq is no quant_method of its PyTorch backend", "source"),
 )
 
@@ -118,7 +117,11 @@ class GPTQ(Folder):
 
     def _limits(self, grid: AffineGrid, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[Limit]:
         """Return what of these linears some runtimes do not take."""
-        limits = _common.group_size_limits(grid, _GROUPS) + _common.fused_limits(linears, skipped)
+        limits = (
+            _common.group_size_limits(grid, _GROUPS)
+            + _common.fused_limits(linears, skipped)
+            + _common.tile_limits(linears)
+        )
         if not grid.sym:
             say = (
                 "asymmetric gptq is written as gptq_v2, which GPTQModel and transformers read and vLLM does not; "

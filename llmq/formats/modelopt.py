@@ -35,7 +35,7 @@ from llmq.grids.fp8 import Fp8
 from llmq.grids.mxfp8 import Mxfp8
 from llmq.grids.nvfp4 import Nvfp4
 from llmq.minifloat import E4M3
-from llmq.readers import LLAMA_CPP, Limit, Reader, readers, table, told
+from llmq.readers import Limit, Reader, readers, table, told
 from llmq.types import FloatParams, LinearSpec, LlmqError, QTensor, Scheme
 
 _NAME = "modelopt"
@@ -52,7 +52,6 @@ _READERS = table(
     ("transformers", False, "it has no reader of modelopt; --format compressed-tensors holds the same codes", "source"),
     ("vLLM", True, "", "source"),
     ("SGLang", True, "", "source"),
-    LLAMA_CPP,
     ("TensorRT-LLM", True, "", "source"),
 )
 

@@ -24,6 +24,7 @@ class Kind(NamedTuple):
 
 _GGUF = {kind.name: Kind(kind.name, int(kind), *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
 KINDS = _GGUF | {"Q2_0": Kind("Q2_0", 42, 64, 18)}
+QUANTIZED = frozenset(name for name, kind in KINDS.items() if kind.columns > 1)
 BY_NUMBER = {kind.number: kind for kind in KINDS.values()}
 FILE_TYPES = {t.name.partition("_")[2]: int(t) for t in gguf.LlamaFileType} | {"Q2_0": 41}
 """Values of `general.file_type`, which names the mixture of a file."""

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from llmq.checkpoint.parts import Fused
 from llmq.errors import LlmqError
+from llmq.readers import RUNTIMES, Limit
 
 _GATED = ("gate_proj", "up_proj")
+_READ_APART = ("llama4", "qwen3_5_moe", "qwen3_vl_moe")  # whose experts vLLM loads as llm-compressor writes them
 
 
 class Experts(nn.Module):
@@ -293,3 +295,17 @@ def routers(block: nn.Module) -> set[str]:
                 if known and outputs and not name.startswith(f"{holder}."):
                     found.add(name)
     return found
+
+
+def apart(tensor: str, model_type: object, method: str) -> list[Limit]:
+    """Return who reads experts that are written one by one in a format, where a model's own checkpoints have `tensor`.
+
+    Of some types vLLM loads them as llm-compressor writes them.
+    """
+    if method == "compressed-tensors" and str(model_type).startswith(_READ_APART):
+        return []
+    say = (
+        f"checkpoints of {model_type} hold all experts of a layer in one tensor ({tensor}); they are written one by "
+        "one, as only llmq (llmq.load, register()) reads them for this model_type"
+    )
+    return [Limit(say, refuses=tuple(RUNTIMES))]

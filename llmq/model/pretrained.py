@@ -141,6 +141,12 @@ def blank_model(source: Source, config: PreTrainedConfig, *, buffers: bool = Fal
     return model.eval()
 
 
+def transformers_model(source: Source, config: PreTrainedConfig) -> PreTrainedModel:
+    """Return transformers' own model of a config, on meta, its experts fused. Raises LlmqError where it makes none."""
+    with foreign(f"{source.path}/config.json (model_type {config.model_type!r})"), shut(), torch.device("meta"):
+        return auto_class(config).from_config(config, trust_remote_code=False)
+
+
 def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
     """Return transformers' door to the model of a config: a causal language model, or one that reads images too.
 

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from llmq.checkpoint.parts import Part
 from llmq.checkpoint.source import Source
-from llmq.model.experts import Experts
-from llmq.readers import RUNTIMES, Limit
+from llmq.model.experts import Experts, apart
+from llmq.readers import Limit
 from llmq.stats import Hessian
 from llmq.team import Team
 from llmq.types import LinearSpec, LlmqError, Site
 
-_READ_APART = ("llama4", "qwen3_5_moe", "qwen3_vl_moe")  # whose experts vLLM loads as llm-compressor writes them
 NO_TOKEN = "no token reached this expert"  # noqa: S105
 
 
@@ -109,16 +108,9 @@ def refuse_unlike(linears: Mapping[str, LinearSpec], model: nn.Module) -> None:
 
 def reader_limits(source: Source, linears: Mapping[str, LinearSpec], method: str) -> list[Limit]:
     """Return a limit where experts that the checkpoint has in one tensor are written one by one: who reads that."""
-    apart = method == "compressed-tensors" and str(source.config.get("model_type")).startswith(_READ_APART)
     parts = {n: e.name for n, e in source.entries().items() if isinstance(e, Part) and n.endswith(".weight")}
     taken = next((tensor for n, tensor in parts.items() if n.removesuffix(".weight") in linears), None)
-    if taken is None or apart:
-        return []
-    say = (
-        f"{source.path} holds all experts of a layer in one tensor ({taken}); they are written one by one, as only "
-        "llmq (llmq.load, register()) reads them for this model_type"
-    )
-    return [Limit(say, refuses=tuple(RUNTIMES))]
+    return [] if taken is None else apart(taken, source.config.get("model_type"), method)
 
 
 def floats_apart(model: nn.Module, method: str) -> bool:

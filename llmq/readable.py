@@ -1,0 +1,68 @@
+"""Which runtimes read a checkpoint that lies there, ours or a peer's, by the rules of each: from config and headers.
+
+    for row in readers_of("./my-llama-int4"): ...       Reader("vLLM", "0.32", True, ...), ...
+
+The rules are those by which a run is planned (readers.py, formats/): bits, groups, symmetry, parts that runtimes fuse,
+what is left float, scales of activations and of the cache, experts that lie apart.
+Not here: whether the tensors are right (verify/).
+"""
+
+from pathlib import Path
+
+from torch import nn
+
+from llmq import registry
+from llmq.checkpoint import Source, resolve
+from llmq.checkpoint.decoding import decoded_on_load
+from llmq.checkpoint.names import match
+from llmq.checkpoint.packed import PackedCheckpoint
+from llmq.errors import LlmqError
+from llmq.format import Format
+from llmq.gguf import kinds
+from llmq.gguf.reader import GgufFile
+from llmq.model.experts import apart
+from llmq.model.pretrained import blank_model, model_config, transformers_model
+from llmq.readers import Limit, Reader, readers
+from llmq.types import LinearSpec, Scheme
+
+
+def readers_of(model: str) -> list[Reader]:
+    """Return a row for each runtime. model: a folder, a Hub id or a GGUF file.
+
+    Raises LlmqError for a float checkpoint, and for one that llmq does not read.
+    """
+    if model.endswith(".gguf") or Path(model).is_file():
+        return _of_gguf(GgufFile(Path(model)))
+    source = Source(resolve(model))
+    if source.quantization is None:
+        raise LlmqError(f"{model} is a float checkpoint: every runtime of its model_type reads it")
+    if decoded_on_load(source.quantization):
+        raise LlmqError(f"{model} is of a format that llmq only decodes; whom its writer names reads it")
+    blank = blank_model(source, model_config(source))
+    packed = PackedCheckpoint.open(source, blank)
+    linears = [name for name, module in blank.named_modules() if isinstance(module, nn.Linear)]
+    left = [name for name in linears if name not in packed.linears and f"{name}.weight" in source]
+    rows = packed.packing.format.readers(list(packed.linears.values()), left)
+    return readers(rows, _of_experts(source, packed))
+
+
+def _of_gguf(file: GgufFile) -> list[Reader]:
+    """Return the rows of a GGUF file, by the types of its matrices; of those that llmq does not write none ran."""
+    form: Format = registry.load("formats", "gguf")
+    written = {t.tensor_type.name: t for t in file.tensors.values() if t.tensor_type.name in kinds.QUANTIZED}
+    ours = {kind: t for kind, t in written.items() if kind.lower() in registry.names("grids")}
+    specs = [LinearSpec(t.name, t.shape[1], t.shape[0], Scheme(kinds.grid(kind))) for kind, t in ours.items()]
+    others = ", ".join(sorted(written.keys() - ours.keys()))
+    limit = Limit(f"its code names {others}, of which no file ran here", notes=("llama.cpp",), known="source")
+    return readers(form.readers(specs), [limit] if others else [])
+
+
+def _of_experts(source: Source, packed: PackedCheckpoint) -> list[Limit]:
+    """Return a limit where experts lie apart that the model's own checkpoints hold in one tensor."""
+    if not any(".experts." in name for name in packed.linears):
+        return []
+    names = [f"{name}.weight" for name in packed.linears] + [n for n in source.names() if n.endswith(".weight")]
+    missing = match(transformers_model(source, model_config(source)), names).missing
+    method = packed.packing.format.quant_method
+    together = next((n for n in missing if n.rpartition(".")[0].endswith("experts")), None)
+    return [] if together is None else apart(together, source.config.get("model_type"), method)
