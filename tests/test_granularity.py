@@ -40,7 +40,5 @@ def test_the_last_block_may_lack_rows_and_those_it_lacks_are_zeros():
 
 @pytest.mark.parametrize("said", [0, -2, "0x8", "8x", "8x8x8", "row", "", 10**12, True])
 def test_what_is_no_granularity_is_one_line(said):
-    with pytest.raises(
-        LlmqError, match="a number of columns, 'channel', 'tensor' or a block '128x128', not"
-    ):
+    with pytest.raises(LlmqError, match="a number of columns, 'channel', 'tensor' or a block '128x128', not"):
         granularity(said)

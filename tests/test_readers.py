@@ -114,9 +114,7 @@ def test_a_runtime_that_would_not_load_it_is_refused_with_what_it_takes():
     with pytest.raises(LlmqError, match="nothing is known of this format there"):
         require([], "SGLang")
     assert runtime(" VLLM") == "vLLM" and runtime("tensorrt-llm") == "TensorRT-LLM"
-    with pytest.raises(
-        LlmqError, match="--for 'ollama': no such .*transformers, vllm, sglang, llama.cpp, tensor"
-    ):
+    with pytest.raises(LlmqError, match="--for 'ollama': no such .*transformers, vllm, sglang, llama.cpp, tensor"):
         runtime("ollama")
 
 

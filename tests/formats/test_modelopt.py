@@ -137,4 +137,4 @@ def test_a_scheme_without_a_name_is_refused(scheme: Scheme) -> None:
 def test_who_reads_it() -> None:
     _, spec = solved(ALGOS["NVFP4"])
     found = {r.runtime: r.accepts for r in ModelOpt().readers([spec])}
-    assert found == {"transformers": False, "vLLM": True, "SGLang": True, "llama.cpp": False, "TensorRT-LLM": True}
+    assert {name for name, accepts in found.items() if accepts} == {"vLLM", "SGLang", "TensorRT-LLM"}
