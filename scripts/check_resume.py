@@ -4,7 +4,8 @@
 
 For each of the recipes below, on tiny random models: a run is ended by SIGKILL at an event drawn by chance (a batch
 reaches a site, a rename, a sync, a file of tensors is written and may be torn, a step of distill). Every second time
-the run that goes on is killed too, and every third time the power fails as well: what was not synced is empty then.
+the run that goes on is killed too, and every third time the power fails as well: what was not synced is empty then (of
+each recipe the turn is another one, so that one kill of each meets all of it).
 With --aside blocks are read ahead and written behind in threads, as where a GPU computes.
 Then the command runs to its end. A line a recipe says how many events there were, how often a killed run went on, and
 how many ended in the same bytes; exit status 1 where any did not.
@@ -53,8 +54,9 @@ RECIPES = {
     "experts": "qwen3_moe OUT --method gptq --group-size 32",
     "kv": "llama OUT --method gptq --group-size 32 --bits 8 --kv-bits 8 --format compressed-tensors",
     "shared kv": "gemma4_text OUT --method qep,gptq --group-size 32",
+    "self": "llama OUT --calib self --method gptq --group-size 32 --samples 8",
 }
-CALIBRATION = "--calib text.txt --seq-len 64 --device cpu --dtype float32"
+CALIBRATION = "--calib text.txt --samples 16 --seq-len 64 --device cpu --dtype float32"
 now = {"events": 0, "last": 0}  # counted so far; the one to end at, 0 for none
 
 
@@ -128,8 +130,7 @@ class Bench:
     def arguments(self, recipe: str) -> list[str]:
         """Return a recipe as arguments of the command line."""
         model, out, *more = RECIPES[recipe].replace("OUT", f"{self.work}/out").split()
-        samples = [] if "--samples" in more else ["--samples", "16"]
-        return ["quantize", model, out, *more, *CALIBRATION.split(), *samples]
+        return ["quantize", model, out, *CALIBRATION.split(), *more]
 
     def run(self, arguments: list[str], at: int = 0) -> tuple[int, str, int]:
         """Run the command line in a child that is killed at an event (0: never). Returns (status, printed, events)."""
@@ -182,13 +183,13 @@ class Bench:
 
 def check(bench: Bench, recipe: str, kills: int, draw: random.Random) -> dict[str, Any]:
     """Kill a recipe's run so many times. Returns what came of it."""
-    arguments = bench.arguments(recipe)
+    arguments, turn = bench.arguments(recipe), list(RECIPES).index(recipe)
     bench.cleared()
     status, said, events = bench.run(arguments)
     if status:
         raise SystemExit(f"{recipe}: {said}")
     want, trials = bench.held(), []
-    for trial in range(kills):
+    for trial in range(turn, turn + kills):
         bench.cleared()
         moments = [draw.randint(1, events) for _ in range(1 + trial % 2)]
         went_on = 0

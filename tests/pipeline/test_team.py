@@ -11,9 +11,18 @@ from pathlib import Path
 
 import pytest
 from _families import FAMILIES
+from _tiny import make_prose
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 2}  # gate and up are four pieces
-TEXT = {"samples": 22, "seq_len": 32, "dtype": "float32", "device": "cpu", "group_size": 32}
+TEXT = {"samples": 22, "seq_len": 32, "dtype": "float32", "device": "cpu", "group_size": "32"}
+RECIPES = {  # the model, and what is done to it
+    "awq": ("llama", {"method": "awq,rtn", "format": "awq"}),
+    "best": ("llama", {"method": "fisher,migrate,qep,gptq,descent,signround:steps=4:check=2", "kv_bits": 8,
+                       "format": "compressed-tensors"}),
+    "gptq": ("llama", {"method": "gptq"}),
+    "experts": ("mixtral", {"quality": "balanced", "format": "gptq"}),
+}  # fmt: skip
+SIZES = (1, 2, 4)
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["llmq.api", "_families"])
 
@@ -30,16 +39,16 @@ def seated(rank, size, port):
     entering.BATCH_TOKENS = 64  # 11 batches
 
 
-def quantized(seat, src, out, text, recipes):
+def quantized(seat, root, out, recipes):
     """Run every recipe as one process of a team."""
     import llmq
 
     seated(*seat)
-    for name, options in recipes.items():
-        llmq.quantize(src, out / name, calib=text, warn=str, **{**TEXT, **options})
+    for name, (model, options) in recipes.items():
+        llmq.quantize(root / model, out / name, calib=root / "text.txt", warn=str, **{**TEXT, **options})
 
 
-def commanded(seat, src, out, text, broken_at=None):
+def commanded(seat, root, out, broken_at=None):
     """Run the command line as one process of a team, of which the last may fail in some block."""
     from llmq import cli
     from llmq.errors import LlmqError
@@ -57,7 +66,7 @@ def commanded(seat, src, out, text, broken_at=None):
     run.quantize_block = failing
     os.dup2(os.open(out.with_name(f"stderr-{rank}"), os.O_CREAT | os.O_WRONLY), 2)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in TEXT.items()]
-    sys.argv = ["llmq", "quantize", str(src), str(out), "--method=gptq", f"--calib={text}", *options]
+    sys.argv = ["llmq", "quantize", f"{root}/llama", str(out), "--method=gptq", f"--calib={root}/text.txt", *options]
     cli.main()
 
 
@@ -78,39 +87,30 @@ def digests(folder: Path):
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-@pytest.fixture
-def text(tmp_path, prose):
-    (tmp_path / "text.txt").write_text(prose(4000))
-    return tmp_path / "text.txt"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_llama, tokenizer_bos):
+    """A folder with models, a text, and what teams of 1, 2 and 4 write of every recipe."""
+    root = tmp_path_factory.mktemp("team")
+    tiny_llama(**LLAMA).save_pretrained(root / "llama")
+    tokenizer_bos.save_pretrained(root / "llama")
+    FAMILIES["mixtral"].save(root / "mixtral")
+    (root / "text.txt").write_text(make_prose(4000))
+    for size in SIZES:
+        assert team(size, quantized, root, root / str(size), RECIPES) == [0] * size
+    return root
 
 
-def same(tmp_path, text, src, recipes):
-    """Say that teams of 1, 2 and 4 write the same files."""
-    for size in (1, 2, 4):
-        assert team(size, quantized, src, tmp_path / str(size), text, recipes) == [0] * size
-    for name in recipes:
-        one, two, four = (digests(tmp_path / str(size) / name) for size in (1, 2, 4))
-        assert one == two == four and len(one) > 3
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_two_and_four_processes_write_the_same_files(made, recipe):
+    one, *more = (digests(made / str(size) / recipe) for size in SIZES)
+    assert all(files == one for files in more) and len(one) > 3
 
 
-def test_one_two_and_four_processes_write_the_same_files(tiny_checkpoint, text, tmp_path):
-    best = {"method": "fisher,migrate,qep,gptq,descent,signround", "kv_bits": 8, "format": "compressed-tensors"}
-    same(tmp_path, text, tiny_checkpoint(**LLAMA), {"awq": {"method": "awq,rtn", "format": "awq"}, "best": best})
-
-
-def test_experts_are_solved_by_all(text, tmp_path):
-    FAMILIES["mixtral"].save(tmp_path / "src")
-    same(tmp_path, text, tmp_path / "src", {"balanced": {"quality": "balanced", "format": "gptq"}})
-
-
-def test_an_error_ends_all_is_told_once_and_any_number_of_processes_goes_on(tiny_checkpoint, text, tmp_path):
-    src, whole, out = tiny_checkpoint(**LLAMA), tmp_path / "1/out", tmp_path / "2/out"
-    whole.parent.mkdir()
-    out.parent.mkdir()
-    assert team(2, commanded, src, out, text, 1) == [1, 1]
-    told = "".join((out.parent / f"stderr-{rank}").read_text() for rank in range(2))
+def test_an_error_ends_all_is_told_once_and_any_number_of_processes_goes_on(made, tmp_path):
+    out = tmp_path / "gptq"
+    assert team(2, commanded, made, out, 1) == [1, 1]
+    told = "".join((tmp_path / f"stderr-{rank}").read_text() for rank in range(2))
     assert told.count("error:") == 1 and "its memory is full" in told
-    assert team(3, commanded, src, out, text) == [0, 0, 0]
-    assert "going on from block 1 of 2" in (out.parent / "stderr-0").read_text()
-    assert team(1, commanded, src, whole, text) == [0]
-    assert digests(out) == digests(whole)
+    assert team(3, commanded, made, out) == [0, 0, 0]
+    assert "going on from block 1 of 2" in (tmp_path / "stderr-0").read_text()
+    assert digests(out) == digests(made / "1/gptq")
