@@ -3,11 +3,11 @@
     python scripts/check_faults.py [--steps 20] [--only CASE ...] [--seed 0]
 
 For each of the cases below, on a tiny random model: OUT is there and a run with `--overwrite` is to replace it. It runs
-undisturbed once, its steps are counted (a write, a rename, a sync, a removal), and then anew in a forked child that ends
-at one of them: by SIGKILL, or by a full disk; at the last one, and before that at one drawn by chance out of each of
-equal stretches. After that OUT and what lies beside it are compared with what was there and with what is to come, and
-after a kill, or a disk that is full for a moment, the same command runs again, which must succeed. A line a case; exit
-status 1 where anything was not as it should be.
+undisturbed once, and its steps are counted: a write, a rename, a sync, a removal. Then it runs anew in a forked child
+that ends at one of them, by SIGKILL or by a full disk: at the last one, and before that at one drawn by chance out of
+each of equal stretches. After that OUT and what lies beside it are compared with what was there and with what is to
+come, and after a kill, or a disk that is full for a moment, the same command runs again, which must succeed. A line a
+case; exit status 1 where anything was not as it should be.
 """
 
 from __future__ import annotations
