@@ -25,4 +25,4 @@ def test_killed_or_full_at_any_step_out_is_the_old_or_the_new_one():
     full = [t for case, trials in found.items() if case.endswith("full") for t in trials]
     assert sum(t["status"] == 1 for t in full) > 2 * STEPS
     assert sum("goes on from block 1 of 2" in t["said"] for t in full) > 0
-    assert sum("going on from block 1 of 2" in t["then"] for t in full) > 0
+    assert sum("going on from" in t["then"] for t in killed + full) > 0
