@@ -22,13 +22,23 @@ _CHECKPOINT = (
     "*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "*.jinja",
     "chat_template.json", "additional_chat_templates", "quantization.json", "quant_log.csv", "recipe.yaml", "README.md",
-    "LICENSE*", "NOTICE*", "USE_POLICY.md", ".gitattributes", "dequantization.json",
+    "LICENSE*", "NOTICE*", "USE_POLICY.md", ".gitattributes", "dequantization.json", "export.json", "model.onnx",
+    "model.onnx.data",
 )  # fmt: skip
 """What a quantized checkpoint's folder holds, by this tool or another."""
 _QUANTIZED = ("quantization_config", "quantization", "compression_config")  # keys of config.json
 DEQUANTIZED = "dequantization.json"
 """The record of a float checkpoint that llmq made of a quantized one, which can be made again."""
-_RECORDS = ("quantization.json", DEQUANTIZED, "quantize_config.json", "quant_config.json")  # beside it, of any tool
+EXPORTED = "export.json"
+"""The record of a folder that `llmq export` made for another runtime."""
+_WEIGHTS = (".safetensors", ".onnx")
+_RECORDS = (
+    "quantization.json",
+    DEQUANTIZED,
+    EXPORTED,
+    "quantize_config.json",
+    "quant_config.json",
+)  # beside it, of any tool
 
 
 def user_path(text: str | Path) -> Path:
@@ -127,7 +137,7 @@ def _beginning(path: Path, n: int) -> bytes:
 
 def _quantized(out: Path, names: list[str]) -> bool:
     """Say whether a folder holds a quantized checkpoint, by what its config says and what lies there."""
-    if ".git" in names or "config.json" not in names or not any(n.endswith(".safetensors") for n in names):
+    if ".git" in names or "config.json" not in names or not any(n.endswith(_WEIGHTS) for n in names):
         return False
     try:
         config: dict[str, Any] = json_object(out / "config.json")

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from llmq.errors import LlmqError
 from llmq.gguf import delta_net, latent, mixture
-from llmq.gguf.differences import differences, gain, is_norm
+from llmq.gguf.differences import differences
 from llmq.gguf.programs import PROGRAMS, Program, period_of
 from llmq.gguf.rope import Rotary, rotary
 from llmq.model.config import head_dim, kv_heads
 from llmq.model.experts import unfuse
+from llmq.model.norms import gain, is_norm
 from llmq.model.pretrained import auto_class, foreign
 
 _DROPPED = (".rotary_emb.inv_freq",)  # buffers of old checkpoints that every runtime computes itself

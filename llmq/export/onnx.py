@@ -1,0 +1,160 @@
+"""ONNX: a folder with the graph of a language model, its codes kept; onnxruntime-genai chats with it as it is.
+
+    model.onnx, model.onnx.data    the graph, and its large tensors beside it
+    genai_config.json              how onnxruntime-genai runs it
+    config.json                    the source's, without its quantization_config
+    export.json                    what became of the linears; checksums of all tensors and files
+    and the tokenizer, chat templates and generation settings as they were
+
+Not here: the graph (llmq/onnx), which checkpoint (_target.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmq import __version__
+from llmq.checkpoint import Sink
+from llmq.checkpoint.dialects import without_quantization
+from llmq.checkpoint.digest import file_digest, sealed
+from llmq.checkpoint.place import EXPORTED
+from llmq.export._target import OfCodes, Packed, open_packed
+from llmq.guard.reading import json_object
+from llmq.model.pretrained import blank_model, tokenizer_of
+from llmq.onnx.architecture import Architecture, architecture
+from llmq.onnx.decoder import Decoder
+from llmq.onnx.dialect import Dialect
+from llmq.onnx.genai import GenAI
+from llmq.onnx.genai_config import genai_config
+from llmq.onnx.graph import Graph, checked, require_onnx, stored_tensors
+from llmq.onnx.qdq import Qdq
+from llmq.onnx.weights import CACHE, Weights
+from llmq.progress import Progress
+from llmq.types import LlmqError
+
+_DIALECTS: Mapping[str, type[Dialect]] = {"genai": GenAI, "qdq": Qdq}
+_IO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Onnx(OfCodes):
+    """An ONNX graph with its cache, and what onnxruntime-genai needs beside it.
+
+    dialect: genai, onnxruntime's own operators; or qdq, plain ONNX, for TensorRT, OpenVINO, QNN and others.
+    io: the dtype of activations, and of scales and floats with them: float32, float16 or bfloat16.
+    accuracy_level: of MatMulNBits: 0 computes with floats, 4 rounds every input to 8 bits and is about twice as fast.
+    head: float, or int8 to round the output head to 8 bits, and a tied embedding with it.
+    context: how many positions the rotary tables have; None takes all that the model has.
+    """
+
+    dialect: str = "genai"
+    io: str = "float32"
+    accuracy_level: int = 0
+    head: str = "float"
+    context: int | None = None
+
+    bare = "dialect"
+    extra = "onnx"
+
+    def __post_init__(self) -> None:
+        for name, known in (("dialect", _DIALECTS), ("io", _IO), ("head", ("float", "int8"))):
+            if getattr(self, name) not in known:
+                raise LlmqError(f"--to onnx: {name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.accuracy_level not in (0, 4) or (self.accuracy_level and self.dialect != "genai"):
+            raise LlmqError(f"--to onnx: accuracy_level {self.accuracy_level}: it is 0 or, of the dialect genai, 4")
+        if self.context is not None and self.context < 1:
+            raise LlmqError(f"--to onnx: context {self.context} holds no token")
+
+    def open(self, src: str, requantize: str | None) -> Packed:
+        """See `Target.open`."""
+        require_onnx()
+        if requantize is not None:
+            raise LlmqError("--requantize means nothing here: codes are kept, or the reason is said")
+        return open_packed(src)
+
+    def check(self, opened: Packed) -> list[str]:
+        """Refuse a model that is no graph of llmq's, and a folder without a tokenizer; say what is left out."""
+        self._architecture(opened)
+        tokenizer_of(opened.source.path)
+        if any(n.endswith(CACHE) for n in opened.source.names()):
+            return ["the scales of the key-value cache are left out: the graph keeps it in floats"]
+        return []
+
+    def write(self, opened: Packed, out: Sink, step: Progress) -> dict[str, Any]:
+        """See `Target.write`."""
+        model = self._architecture(opened)
+        with Graph(out.stage, _IO[self.io]) as graph:
+            dialect = _DIALECTS[self.dialect](graph, model, self.accuracy_level)
+            weights = Weights(opened.source, opened.packed, step)
+            tied = bool(opened.config.tie_word_embeddings)
+            Decoder(dialect, weights, tied=tied, rounded=self.head == "int8").write()
+            graph.save(dialect.opsets, dialect.ir_version)
+        out.copy_files(opened.source.path)
+        out.text("config.json", json.dumps(without_quantization(opened.source.config), indent=2) + "\n")
+        out.text("genai_config.json", self._genai(opened.source.path, dialect))
+        return self._close(opened, out, dialect)
+
+    def verify(self, out: Sink) -> None:
+        """Read every tensor again. Raises LlmqError for one that is not what was handed over."""
+        wanted = json_object(out.stage / EXPORTED)["tensors"]
+        found = {name: hashlib.sha256(raw).hexdigest() for name, _, raw in stored_tensors(out.stage)}
+        differ = [name for name in wanted if found.get(name) != wanted[name]]
+        if differ or found.keys() != wanted.keys():
+            raise LlmqError(
+                f"what was written is not right: tensor {(differ or ['?'])[0]} differs; is the disk at fault?"
+            )
+        if self.dialect == "qdq":
+            checked(out.stage)
+
+    def _architecture(self, opened: Packed) -> Architecture:
+        return architecture(opened.config, blank_model(opened.source, opened.config), self.context)
+
+    def _genai(self, folder: Path, dialect: Dialect) -> str:
+        file = folder / "generation_config.json"
+        own = json_object(file) if file.is_file() else {}
+        return genai_config(dialect.model, own, dialect.inputs, shared=self.dialect == "genai")
+
+    def _close(self, opened: Packed, out: Sink, dialect: Dialect) -> dict[str, Any]:
+        """Write the record, which seals all other files. Returns what the run says."""
+        warnings = [*opened.warnings, *self._told(dialect)]
+        outcomes = dict(dialect.outcomes)
+        files = {p.relative_to(out.stage).as_posix(): file_digest(p) for p in out.files()}
+        record = {
+            "llmq": __version__,
+            "source": asdict(opened.source.origin),
+            "target": {"onnx": asdict(self)},
+            "outcomes": outcomes,
+            "warnings": warnings,
+            "tensors": dialect.graph.digests,
+            "files": files,
+            "exported": opened.made,
+        }
+        out.text(EXPORTED, json.dumps(sealed(record), indent=2) + "\n")
+        return {
+            "outcomes": outcomes,
+            "files": [str(out.target(p.relative_to(out.stage).as_posix())) for p in out.files()],
+            "bytes": sum(p.stat().st_size for p in out.files()),
+            "warnings": warnings,
+        }
+
+    def _told(self, dialect: Dialect) -> list[str]:
+        """Return what a user of the folder should know."""
+        found = []
+        if dialect.falling and self.dialect == "qdq":
+            found.append(
+                f"{dialect.falling} linears have scales below 0: onnxruntime and OpenVINO compute with them, TensorRT "
+                "has not been seen to; --range minmax makes none"
+            )
+        if dialect.rounds:
+            found.append(
+                f"{dialect.rounds} linears round their inputs to 8 bits: on CPUs without VNNI set the session option "
+                "session.x64quantprecision to 1, or onnxruntime's sums overflow in silence"
+            )
+        return found

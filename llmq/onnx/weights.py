@@ -1,0 +1,70 @@
+"""The weights of a packed checkpoint as a graph asks for them: one at a time, and none forgotten.
+
+Not here: what a file of the checkpoint means (checkpoint/packed.py).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from llmq.checkpoint.packed import PackedCheckpoint
+from llmq.checkpoint.source import Source
+from llmq.progress import Progress
+from llmq.types import QTensor, RangedGrid
+
+CACHE = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")
+"""How the names of a quantized cache's scales end."""
+
+
+class Linear(NamedTuple):
+    """A linear of a checkpoint: float `[N, K]` or solved, its bias `[N]`, and the grid of its input if that has one."""
+
+    weight: Tensor | QTensor
+    bias: Tensor | None = None
+    activation: RangedGrid | None = None
+
+
+class Weights:
+    """A settled checkpoint; `left` says what of it nobody asked for. step: told of every linear that is read."""
+
+    def __init__(self, source: Source, packed: PackedCheckpoint, step: Progress | None = None) -> None:
+        self._source, self._packed, self._step = source, packed, step
+        self._asked = set(source.unread)
+        self._read = 0
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._source
+
+    def has(self, module: str) -> bool:
+        """Say whether the checkpoint has a linear or a norm of that name, packed or not."""
+        return module in self._packed.linears or f"{module}.weight" in self._source
+
+    def tensor(self, name: str) -> Tensor:
+        """Read a float tensor. Raises LlmqError where it is not there."""
+        self._asked.add(name)
+        return self._source.get(name)
+
+    def linear(self, module: str) -> Linear:
+        """Read a linear. Raises LlmqError where it is not there, or holds what no weight can have."""
+        bias = self.tensor(name) if (name := f"{module}.bias") in self._source else None
+        if module not in self._packed.linears:
+            return Linear(self.tensor(f"{module}.weight"), bias)
+        self._asked |= {f"{module}.{local}" for local in self._packed.stored(module)}
+        if self._step:
+            self._step(self._read, len(self._packed.linears), module)
+        self._read += 1
+        return Linear(self._packed.qtensor(module), bias, self._packed.linears[module].scheme.activation)
+
+    def left(self) -> list[str]:
+        """Return the tensors that nothing asked for, but for a cache's scales and what a format derives from others."""
+        derived = self._packed.packing.format.derived
+        modules = self._packed.linears
+        return [
+            name
+            for name in self._source.names()
+            if name not in self._asked
+            and not name.endswith(CACHE)
+            and not (name.rpartition(".")[0] in modules and name.rpartition(".")[2] in derived)
+        ]
