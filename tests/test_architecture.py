@@ -22,7 +22,8 @@ FLOORS = (  # a room, or a file of the top level, imports only from floors below
     "options signals progress aside heap team jit gpu granularity overrides readers schemes",
     "params", "minifloat", "types", "format stored",
     "registry stats", "steps histogram", "ranges grids families algorithms", "checkpoint", "model",
-    "gguf calibration runtime", "formats", "integrations", "loading verify", "evaluation recipe inspection readable",
+    "gguf onnx calibration runtime", "formats", "integrations", "loading verify",
+    "evaluation recipe inspection readable",
     "pipeline", "export", "api", "commands", "cli", "__main__",
 )  # fmt: skip
 LOW = {

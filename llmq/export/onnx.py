@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -36,6 +36,7 @@ from llmq.onnx.genai_config import genai_config
 from llmq.onnx.graph import Graph, checked, require_onnx, stored_tensors
 from llmq.onnx.qdq import Qdq
 from llmq.onnx.weights import CACHE, Weights
+from llmq.options import Between
 from llmq.progress import Progress
 from llmq.types import LlmqError
 
@@ -54,23 +55,21 @@ class Onnx(OfCodes):
     context: how many positions the rotary tables have; None takes all that the model has.
     """
 
-    dialect: str = "genai"
-    io: str = "float32"
-    accuracy_level: int = 0
-    head: str = "float"
-    context: int | None = None
+    dialect: Literal["genai", "qdq"] = "genai"
+    io: Literal["float32", "float16", "bfloat16"] = "float32"
+    accuracy_level: Literal[0, 4] = 0
+    head: Literal["float", "int8"] = "float"
+    context: Annotated[int, Between(1, 2**24)] | None = None
 
     bare = "dialect"
     extra = "onnx"
 
     def __post_init__(self) -> None:
-        for name, known in (("dialect", _DIALECTS), ("io", _IO), ("head", ("float", "int8"))):
-            if getattr(self, name) not in known:
-                raise LlmqError(f"--to onnx: {name} {getattr(self, name)!r} is not one of {', '.join(known)}")
-        if self.accuracy_level not in (0, 4) or (self.accuracy_level and self.dialect != "genai"):
-            raise LlmqError(f"--to onnx: accuracy_level {self.accuracy_level}: it is 0 or, of the dialect genai, 4")
-        if self.context is not None and self.context < 1:
-            raise LlmqError(f"--to onnx: context {self.context} holds no token")
+        if self.accuracy_level and self.dialect == "qdq":
+            raise LlmqError(
+                "--to onnx:qdq has no accuracy_level, which is MatMulNBits's; onnxruntime takes the session option "
+                "session.qdq_matmulnbits_accuracy_level"
+            )
 
     def open(self, src: str, requantize: str | None) -> Packed:
         """See `Target.open`."""
@@ -107,9 +106,7 @@ class Onnx(OfCodes):
         found = {name: hashlib.sha256(raw).hexdigest() for name, _, raw in stored_tensors(out.stage)}
         differ = [name for name in wanted if found.get(name) != wanted[name]]
         if differ or found.keys() != wanted.keys():
-            raise LlmqError(
-                f"what was written is not right: tensor {(differ or ['?'])[0]} differs; is the disk at fault?"
-            )
+            raise LlmqError(f"tensor {(differ or ['?'])[0]} is not what was written; is the disk at fault?")
         if self.dialect == "qdq":
             checked(out.stage)
 

@@ -43,9 +43,7 @@ Dim = str | int
 def require_onnx() -> None:
     """Raise LlmqError, with the command that installs it, where the package onnx is not there."""
     if find_spec("onnx") is None:
-        raise LlmqError(
-            "ONNX files are written with the package onnx: pip install 'llmq-quant[onnx]', or pip install onnx"
-        )
+        raise LlmqError("ONNX is written by the package onnx, which is not installed: pip install 'llmq-quant[onnx]'")
 
 
 def kind_of(dtype: torch.dtype | str) -> int:

@@ -127,7 +127,5 @@ def _block(K: int, G: int, name: str) -> int:
     size = K // G
     fitting = [block for block in _BLOCKS if size % block == 0]
     if not fitting and G > 1:
-        raise LlmqError(
-            f"{name}: groups of {size} columns: {_ANY}; say --to onnx:qdq, or --group-size 64 and solve anew"
-        )
+        raise LlmqError(f"{name}: groups of {size} columns, but {_ANY}; say --to onnx:qdq")
     return fitting[0] if fitting else 32
