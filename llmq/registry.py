@@ -35,6 +35,8 @@ _DUTIES: dict[str, type] = {
     "ranges": Range,
     "formats": Format,
 }  # a step shows its kind by its base class
+SHORT = {"formats": {"gptq_v2": "gptq:checkpoint_format=gptq_v2"}}
+"""Names that stand for others with an option."""
 _COLON = re.compile(r":(?![^\[\]]*\])")
 
 
@@ -43,7 +45,7 @@ def load(folder: str, text: str, *, code: bool = False) -> Any:
 
     Raises LlmqError for an unknown name, option or value, naming what is possible.
     """
-    name, *given = words(text)
+    name, *given = _words(folder, text)
     cls = find(folder, name, code=code)
     kinds = _options(cls)
     values = _values(_pairs(given, cls, kinds), kinds, f"{text!r}: {name}", code=code)
@@ -101,6 +103,12 @@ def _values(
 def words(text: str) -> list[str]:
     """Return what colons part, the name first; those in brackets part nothing."""
     return _COLON.split(text.strip())
+
+
+def _words(folder: str, text: str) -> list[str]:
+    """Return the words of a text whose name may stand for another with an option."""
+    name, *given = words(text)
+    return [*words(SHORT.get(folder, {}).get(name, name)), *given]
 
 
 def lacks(folder: str, text: str, option: str) -> bool:

@@ -9,8 +9,8 @@ import llmq
 ROOT = Path(llmq.__file__).parent
 SIBLINGS = {"algorithms", "grids", "ranges", "families", "formats"}
 VOCABULARY = (  # the grids of every format but GGUF's: formats read and write their fields
-    "llmq.grids.int", "llmq.grids._float", "llmq.grids._microscaling", "llmq.grids.fp8", "llmq.grids.nvfp4",
-    "llmq.grids.mxfp4", "llmq.grids.mxfp8",
+    "llmq.grids.int", "llmq.grids._biased", "llmq.grids._float", "llmq.grids._microscaling", "llmq.grids.fp8",
+    "llmq.grids.nvfp4", "llmq.grids.mxfp4", "llmq.grids.mxfp8",
 )  # fmt: skip
 CLOSING = {  # a format closes OUT: it knows how OUT is written, and GGUF's own files fill a room
     "formats/_reading.py": ("llmq.checkpoint.stored",),

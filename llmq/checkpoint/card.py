@@ -64,6 +64,29 @@ model = llmq.load("PATH")                       # an ordinary transformers model
 """
 
 
+def export_card(record: dict[str, Any], method: str) -> str:
+    """Return README.md of a checkpoint that was exported from a packed one. method: the `quant_method`."""
+    export, source = record["export"], record["source"]
+    about = {"base_model": source["name"], "library_name": "transformers", "tags": [method, "llmq"]}
+    became = ", ".join(f"{n} linears: {_text(outcome)}" for outcome, n in export["outcomes"].items())
+    return f"""---
+{_yaml(about)}---
+# {_text(source["name"])} as {_text(export["to"])}
+
+Exported with llmq {export["llmq"]} from {_text(export["from"])} of {_origin(source)}, its codes kept where nothing else
+is said ({became}); per-linear figures are in `quantization.json`.
+
+| bytes | bits per quantized weight, scales and zeros counted |
+|---|---|
+| {record["size"]["bytes"]:,} | {record["size"]["bits_per_weight"]} |
+
+```python
+import llmq
+model = llmq.load("PATH")                       # an ordinary transformers model
+```
+"""
+
+
 def _made(summary: dict[str, Any]) -> str:
     """Return what the checkpoint was made with, and from what."""
     held = ", ".join(_text(kind) for kind in summary.get("decoded", {}).get("weights", {}))

@@ -12,6 +12,7 @@
     M.weight I8, M.weight_scale_inv, in an `fp8` checkpoint       DeepSeek's experts of 4 bits: MXFP4
     T_blocks U8 [E, N, K/32, 16], T_scales U8 [E, N, K/32]        gpt-oss: MXFP4; T is read as [E, K, N]
     M.qweight, M.weight_packed I32, M.weight I8, their scales     GPTQ, AWQ, compressed-tensors: integers
+    M.weight U32, M.scales                                        MLX: integers, MXFP4, MXFP8, NVFP4
 
 It goes by the checkpoint's own names, before any model is made of its config. All that can be told from headers is
 checked then: parts that are missing, of another dtype or shape, or of no weight are refused by name. Scales of
@@ -68,7 +69,8 @@ class Integers:
 
     def __str__(self) -> str:
         """Return bits and format."""
-        return f"integers of {self.linear.scheme.weight.bits} bits ({self.format.quant_method})"
+        kind = "floats" if (self.linear.scheme.weight.args() or {}).get("type") == "float" else "integers"
+        return f"{kind} of {self.linear.scheme.weight.bits} bits ({self.format.quant_method})"
 
     def decode(self, parts: tuple[Entry, ...], tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
         """Return the weight. Raises LlmqError, naming the part, for values that no weight can have."""
@@ -225,7 +227,7 @@ class _Checkpoint:
             return self._fp4(f"{module}.weight", entry, f"{module}.weight_global_scale", "divides")
         if leaf == "weight" and (kind == "U8" or (kind == "I8" and self.config.get("quant_method") == "fp8")):
             return self._fp4(name, entry, f"{name}_scale_2", "multiplies")
-        if leaf in ("qweight", "weight_packed") or (leaf == "weight" and kind == "I8"):
+        if leaf in ("qweight", "weight_packed") or (leaf == "weight" and kind in ("I8", "U32")):
             return self._integers(module)
         if kind in _FP8 and not leaf.endswith(("_scale", "_scale_inv")):
             return self._fp8(name, entry)
@@ -367,6 +369,8 @@ def _measured(there: Mapping[str, Entry], scheme: Scheme, method: str) -> tuple[
     rows, columns = words.shape
     if method == "awq":
         return columns * 32 // bits, rows
+    if method == "mlx":
+        return rows, columns * 32 // bits
     if "qweight" in there:
         return columns, rows * 32 // bits
     if "weight" in there and "weight_packed" not in there:

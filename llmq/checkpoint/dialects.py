@@ -1,6 +1,7 @@
 """How a checkpoint says that its linears are packed: in which place, in whose dialect, and what llmq reads of it.
 
-    config.json              quantization_config, or compression_config (compressed-tensors before 0.6); of a wrapper
+    config.json              quantization, of mlx-lm, whose copy in quantization_config names no method
+                             quantization_config, or compression_config (compressed-tensors before 0.6); of a wrapper
                              also in its text_config
     quantize_config.json     beside it (AutoGPTQ), where there are packed tensors and config.json says nothing
     quant_config.json        the same of AutoAWQ, which spells w_bit and q_group_size
@@ -18,7 +19,7 @@ from typing import Any
 from llmq.errors import LlmqError, printable
 from llmq.guard.reading import field, json_object
 
-METHODS = ("gptq", "awq", "compressed-tensors", "modelopt", "auto-round")
+METHODS = ("gptq", "awq", "compressed-tensors", "modelopt", "auto-round", "mlx")
 """The `quant_method`s that llmq reads. A closed list: a checkpoint must not name a module to import."""
 
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # and the method of one that names none
@@ -32,6 +33,8 @@ _PACKINGS = {  # auto-round's name of a packing: the config that says the same; 
 }
 WHERE = "quantization_config"
 """The key of config.json."""
+MLX = "quantization"
+"""The key of config.json that mlx-lm reads."""
 _KEYS = (WHERE, "compression_config")
 
 
@@ -41,6 +44,8 @@ def quantization(folder: Path, config: Mapping[str, Any], names: Collection[str]
     config: its config.json. names: of its tensors.
     Raises LlmqError where it says something else than an object, or packed tensors are all that says it.
     """
+    if _of_mlx(config, names):
+        return {**config[MLX], "quant_method": "mlx"}
     text = config.get("text_config")
     for said in (config, text if isinstance(text, dict) else {}):  # of a wrapper, its text model may say it
         for key in _KEYS:
@@ -62,9 +67,21 @@ def quantization(folder: Path, config: Mapping[str, Any], names: Collection[str]
     )
 
 
+def _of_mlx(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Say whether a checkpoint is of mlx-lm: its key, whose copy names no method, and scales beside weights."""
+    said, copy = config.get(MLX), config.get(WHERE)
+    named = isinstance(copy, dict) and "quant_method" in copy
+    return isinstance(said, dict) and {"group_size", "bits"} <= said.keys() and not named and _scaled(names)
+
+
+def _scaled(names: Collection[str]) -> bool:
+    return any(n.endswith(".scales") and f"{n.removesuffix('scales')}weight" in names for n in names)
+
+
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config.json that says nothing of packed weights."""
-    kept = {key: value for key, value in config.items() if key not in _KEYS}
+    keys = (*_KEYS, MLX) if isinstance(config.get(MLX), dict) else _KEYS
+    kept = {key: value for key, value in config.items() if key not in keys}
     text = kept.get("text_config")
     return kept | {"text_config": without_quantization(text)} if isinstance(text, dict) else kept
 

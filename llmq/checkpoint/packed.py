@@ -59,7 +59,8 @@ class Packing:
         if scheme is None:
             return None
         linear = LinearSpec(name, N, K, scheme)
-        return linear if self.present(linear, stored) or f"{name}.weight" not in stored else None
+        beside = [n for n in self.present(linear, stored) if n != f"{name}.weight"]
+        return linear if beside or f"{name}.weight" not in stored else None
 
     def present(self, linear: LinearSpec, stored: Collection[str]) -> list[str]:
         """Return which of a linear's packed tensors are stored, by their full names."""
@@ -111,6 +112,10 @@ class PackedCheckpoint:
     def stored(self, name: str) -> dict[str, Tensor]:
         """Return what the format reads of a linear, and its bias, by local names, on the meta device."""
         return {local: entry.meta() for local, entry in self._stored[name].items()}
+
+    def parts(self, name: str) -> list[str]:
+        """Return the names under which the packed tensors of a linear are stored, without its bias."""
+        return [entry.name for local, entry in self._stored[name].items() if local != "bias"]
 
     def qtensor(self, name: str) -> QTensor:
         """Read a linear. Raises LlmqError that names the tensor which holds what no weight can have."""

@@ -20,14 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.export._kept import FACTOR, ROUNDED
 from llmq.export._target import EXACT, REQUANTIZED
 from llmq.gguf import container, kinds, mixture
 from llmq.grids._ggml_floats import FloatBlocks
 from llmq.pipeline.records import Line, rounded
 from llmq.types import FloatParams, GgmlParams, LlmqError, Params, QTensor
 
-ROUNDED = "codes exact, minimum rounded"
-FACTOR = "codes exact, factor rounded"
 _QBLOCK = 32  # columns of a qblock of Q4_0, Q4_1 and Q8_0
 _WIDE = 64  # of Q2_0
 

@@ -3,16 +3,16 @@
 Not here: what a target is (_target.py), the targets.
 """
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llmq import registry
 from llmq.checkpoint.place import user_path
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, printable
+from llmq.export._as_format import AsFormat
 from llmq.export._target import OfCodes, Target
+from llmq.formats._folder import Folder, FolderFormat
 from llmq.progress import Progress
 
 _SUFFIXES = {".gguf": "gguf"}  # of OUT, where --to is not given
@@ -44,7 +44,7 @@ def export(
     opened.warnings += target.check(opened)
     if isinstance(target, OfCodes):
         target.refuse_falling(opened)
-    run = {"command": "export", "SRC": target.seen(opened.source), "to": _said(target), "requantize": requantize}
+    run = {"command": "export", "SRC": target.seen(opened.source), "to": target.said(), "requantize": requantize}
     with target.sink(out, overwrite=overwrite, reads={"SRC": opened.source.path}, run=run) as sink:
         if sink.earlier is not None:
             sink.commit()
@@ -63,17 +63,29 @@ def _target(to: str | None, out: Path, short: Mapping[str, str]) -> Target[Any]:
     """Return what a user's texts name. Raises LlmqError for two that disagree, and for a suffix that is not its own."""
     text = to or _SUFFIXES.get(out.suffix)
     if text is None:
-        there = ", ".join(registry.names("export"))
-        raise LlmqError(f"--to is not given and {out} has no suffix that says it; say --to TARGET ({there})")
-    target: Any = registry.load("export", text)
+        raise LlmqError(f"--to is not given and {out} has no suffix that says it; say --to TARGET ({_names()})")
+    target = named(text)
     if target.suffix and out.suffix != target.suffix:
         raise LlmqError(f"--to {text} writes a file; call it {out}{target.suffix}")
     if not target.suffix and out.suffix in _SUFFIXES:
         raise LlmqError(f"--to {text} writes a folder; leave {out.suffix} out of its name")
-    return registry.filled(target, short, f"--to {text}")
+    return target.with_options(short, f"--to {text}")
 
 
-def _said(target: Target[Any]) -> dict[str, Any]:
-    """Return what tells that two runs have the same target."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(target)))  # type: ignore[call-overload]
-    return {"target": type(target).__name__, **values}
+def named(text: str) -> Target[Any]:
+    """Return the target that a text names: a file of this folder, or a format whose checkpoints are folders."""
+    name = registry.words(text)[0]
+    if name.replace("-", "_") in registry.names("export"):
+        target: Target[Any] = registry.load("export", text)
+        return target
+    if not registry.is_code(name) and name not in _names().split(", "):
+        raise LlmqError(f"--to {printable(repr(name), 80)} is no target (there are: {_names()})")
+    form: Any = registry.load("formats", text, code=True)
+    if not isinstance(form, Folder):
+        raise LlmqError(f"--to {name}: {type(form).__name__} is no format of a checkpoint folder")
+    return AsFormat(cast(FolderFormat, form), name)
+
+
+def _names() -> str:
+    formats = (n.replace("_", "-") for n in registry.names("formats"))
+    return ", ".join(sorted({*registry.names("export"), *formats, *registry.SHORT["formats"]}))

@@ -15,13 +15,14 @@ Not here: the run around them (_run.py), any target.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from llmq import registry
 from llmq.checkpoint import Sink, Source, resolve
 from llmq.checkpoint.decoding import decoded_on_load
 from llmq.checkpoint.packed import PackedCheckpoint, Packing
@@ -50,12 +51,14 @@ class Packed(Opened):
     """A checkpoint of packed linears, all of it known from headers; weights are read when they are asked for.
 
     config: transformers' config, which says whether the head is tied. packed: its linears as QTensors, and its floats.
+    skipped: the model's linears that are float.
     requantize: what a linear whose codes cannot be kept is rounded to anew, as the user wrote it; None refuses it.
     made: llmq's own record of how the codes were found (quantization.json), None of a peer's checkpoint.
     """
 
     config: Any = None
     packed: PackedCheckpoint = field(kw_only=True)
+    skipped: list[str] = field(default_factory=list)
     requantize: str | None = None
     made: dict[str, Any] | None = None
 
@@ -93,6 +96,14 @@ class Target(ABC, Generic[OpenedT]):
     extra: ClassVar[str | None] = None
     sink: ClassVar[type[Sink]] = Sink
     suffix: ClassVar[str] = ""
+
+    def said(self) -> str:
+        """Return the text that names this target with its options."""
+        return registry.dump(self)
+
+    def with_options(self, given: Mapping[str, str], said: str) -> Self:
+        """Return the target with the options beside it on the command line; `said` is the text that named it."""
+        return registry.filled(self, given, said)
 
     @abstractmethod
     def open(self, src: str, requantize: str | None) -> OpenedT:
@@ -162,7 +173,10 @@ def open_packed(src: str, requantize: str | None = None) -> Packed:
     config.tie_word_embeddings = model.config.tie_word_embeddings
     made_by = source.path / "quantization.json"
     made = json_object(made_by) if made_by.is_file() else None
-    return Packed(source, list(source.warnings), config, packed=packed, requantize=requantize, made=made)
+    skipped = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed.linears]
+    return Packed(
+        source, list(source.warnings), config, packed=packed, skipped=skipped, requantize=requantize, made=made
+    )
 
 
 def _packed_source(src: str) -> Source:

@@ -17,8 +17,9 @@ from torch import Tensor
 from llmq import __version__
 from llmq.checkpoint import Sink
 from llmq.checkpoint.digest import digest, sealed
+from llmq.export._kept import of_integers
 from llmq.export._repack import Exported, convert, round_anew
-from llmq.export._target import OfCodes, Packed, open_packed
+from llmq.export._target import REQUANTIZED, OfCodes, Packed, open_packed
 from llmq.gguf import container, mixture
 from llmq.gguf.architecture import Architecture, architecture
 from llmq.gguf.sink import GgufSink
@@ -109,6 +110,13 @@ class Gguf(OfCodes):
     def _linear(self, name: str, q: QTensor, opened: Packed, arch: Architecture) -> Exported:
         together, leaf = arch.together(name, q.codes.shape[1]), mixture.leaf(arch.tensor(name) or "")
         factor = leaf in arch.factors
+        try:
+            q = of_integers(q)
+        except LlmqError as e:
+            if opened.requantize is None:
+                raise LlmqError(f"{name.removesuffix('.weight')}: its codes cannot be kept: {e}") from e
+            kind = mixture.fallback(opened.requantize, together)
+            return round_anew(q.dequantize(), name, kind, REQUANTIZED)
         return convert(q, name.removesuffix(".weight"), opened.requantize, together, factor=factor, kind=self.type)
 
     def _write(

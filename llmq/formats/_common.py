@@ -6,10 +6,12 @@ Not here: a peer's config and tensors (_reading.py), bytes (_bits.py and the for
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import gcd
 from typing import Any
 
 from llmq.granularity import PerBlock, PerTensor
+from llmq.grids.int import Int
 from llmq.readers import Limit
 from llmq.stored import StoredGrid
 from llmq.types import AffineGrid, LinearSpec, LlmqError, Scheme
@@ -31,6 +33,14 @@ def int_grid(spec: LinearSpec, method: str) -> AffineGrid:
     if isinstance(grid.granularity, PerBlock):
         raise LlmqError(f"{spec.name}: {method} holds no {grid.granularity}; use scales per group or per channel")
     return grid
+
+
+def by_rows(spec: LinearSpec) -> LinearSpec:
+    """Return a linear with a scale for each row where it has one for all."""
+    grid = spec.scheme.weight
+    if not isinstance(grid, Int) or grid.granularity != PerTensor():
+        return spec
+    return replace(spec, scheme=replace(spec.scheme, weight=replace(grid, group="channel")))
 
 
 def groups(spec: LinearSpec) -> int:

@@ -11,24 +11,31 @@ Not here: the words of a linear (gptq.py, awq.py, compressed_tensors.py), how OU
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 from llmq.checkpoint import Sink
 from llmq.checkpoint.card import model_card
 from llmq.checkpoint.digest import file_digest, sealed
-from llmq.format import Assignment, FloatModel, Out, Wanted
+from llmq.format import Assignment, FloatModel, Format, Out, Wanted
 from llmq.formats import _common
+from llmq.grids._biased import Biased
+from llmq.grids.int import Int
 from llmq.readers import Reader
 from llmq.types import LinearSpec, LlmqError, Scheme
 
 
 class Folder:
-    """The base of these formats. copy: a file for the quantization_config alone, where readers look for one."""
+    """The base of these formats.
+
+    copy: a file for the quantization_config alone, where readers look for one. inputs: whether quantized inputs of
+    linears have a place in the file.
+    """
 
     quant_method: str
     sink: ClassVar[type] = Sink
     copy: ClassVar[str | None] = None
+    inputs: ClassVar[bool] = True
 
     def assign(self, model: FloatModel, wanted: Wanted) -> Assignment:
         """Return what the recipe says of the linears of the blocks, and of the head where it is asked for.
@@ -52,6 +59,20 @@ class Folder:
         """Return what the file named `copy` says; the config itself."""
         return config
 
+    def holding(self, spec: LinearSpec) -> LinearSpec:
+        """Return a linear of another format as this one holds its codes; scales may be repeated for finer groups."""
+        grid, inputs = spec.scheme.weight, spec.scheme.activation if self.inputs else None
+        grid = Int(grid.bits, False, grid.group) if isinstance(grid, Biased) else grid
+        return replace(spec, scheme=Scheme(grid, inputs))
+
+    def doubtful(self, spec: LinearSpec) -> bool:
+        """Say whether the values of a linear decide if the file holds them, not its scheme alone."""
+        return False
+
+    def config_json(self, saved: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return config.json. saved: that of the float model. config: the `quantization_config`."""
+        return {**saved, "quantization_config": config}
+
     def misfit(self, spec: LinearSpec) -> str | None:
         """Return why the file cannot hold a linear of that shape, None where it can."""
         return _common.undivided(spec)
@@ -60,6 +81,24 @@ class Folder:
         """Return the linears that the file cannot hold, and why; not a tied head, which has no tensor."""
         shapes = {n: model.shapes[w] for n in schemes if (w := f"{n}.weight") in model.shapes}
         return _common.misfits([LinearSpec(n, N, K, schemes[n]) for n, (N, K) in shapes.items()], self.misfit)
+
+
+class FolderFormat(Format, Protocol):
+    """A format that derives from `Folder`, for those who handle any."""
+
+    copy: ClassVar[str | None]
+
+    def holding(self, spec: LinearSpec) -> LinearSpec:
+        """See `Folder.holding`."""
+
+    def config_json(self, saved: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Folder.config_json`."""
+
+    def beside(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `Folder.beside`."""
+
+    def doubtful(self, spec: LinearSpec) -> bool:
+        """See `Folder.doubtful`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +114,7 @@ class _Checkpoint(Assignment):
         """Write the configs and the recipe, and join the shards. A quantized head is no longer the embedding."""
         untied = {"tie_word_embeddings": False} if self.model.head in self.schemes else {}
         out.copy_files(self.model.folder)
-        out.text("config.json", _json({**self.model.saved, "quantization_config": config, **untied}))
+        out.text("config.json", _json(self.form.config_json({**self.model.saved, **untied}, config)))
         if self.form.copy:
             out.text(self.form.copy, _json(self.form.beside(config)))
         out.text("recipe.yaml", recipe)

@@ -62,6 +62,7 @@ class AWQ(Folder):
     keys, extra: the keys of the config that was read, and what llmq does not interpret of it.
     """
 
+    inputs = False
     quant_method: str = field(default="awq", init=False)
     zero_point: bool = field(default=True, init=False, repr=False)
     modules_to_not_convert: list[str] | None = field(default_factory=list, init=False, repr=False)
@@ -96,6 +97,10 @@ class AWQ(Folder):
     def readers(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[Reader]:
         """See `Format.readers`."""
         return readers(_READERS, _limits(linears, skipped))
+
+    def holding(self, spec: LinearSpec) -> LinearSpec:
+        """See `Folder.holding`; one scale for all is repeated for every row."""
+        return _common.by_rows(super().holding(spec))
 
     def misfit(self, spec: LinearSpec) -> str | None:
         """See `Folder.misfit`."""

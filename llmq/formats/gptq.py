@@ -65,6 +65,7 @@ class GPTQ(Folder):
     """
 
     copy = "quantize_config.json"
+    inputs = False
     checkpoint_format: str = "auto"
     desc_act: bool = False
     quant_method: str = field(default="gptq", init=False)
@@ -106,6 +107,10 @@ class GPTQ(Folder):
     def readers(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[Reader]:
         """See `Format.readers`."""
         return readers(_READERS, self._limits(_common.uniform(linears, "gptq"), linears, skipped))
+
+    def holding(self, spec: LinearSpec) -> LinearSpec:
+        """See `Folder.holding`; one scale for all is repeated for every row."""
+        return _common.by_rows(super().holding(spec))
 
     def misfit(self, spec: LinearSpec) -> str | None:
         """See `Folder.misfit`."""

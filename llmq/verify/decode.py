@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from llmq.verify.bits import fields
 from llmq.verify.packing import Packing
 
 Array = NDArray
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble j of a word holds this one of its eight columns
-_CHUNK = 2**26  # bits unpacked at a time, a byte each
 
 
 @dataclass(frozen=True)
@@ -80,22 +80,6 @@ def decode(stored: Mapping[str, Array], how: Packing, N: int, K: int) -> Weight:
         zero_GN, more = fields(stored["weight_zero_point"].T, how.bits, N)
         zero, stray = zero_GN.T.astype(np.int32), stray + more
     return Weight(codes, scale, zero, None, stray)
-
-
-def fields(words: Array, bits: int, n: int) -> tuple[Array, int]:
-    """Return the first `n` fields of every row of int32 words, uint8 `[rows, n]`, and how many bits behind are set."""
-    rows = len(words)
-    out, stray = np.empty((rows, n), np.uint8), 0
-    step = max(1, _CHUNK // max(1, 32 * words.shape[1]))
-    for i in range(0, rows, step):
-        raw = np.ascontiguousarray(words[i : i + step]).astype("<i4", copy=False).view(np.uint8)
-        string = np.unpackbits(raw, axis=1, bitorder="little")
-        stray += int(np.count_nonzero(string[:, n * bits :]))
-        part = out[i : i + step]
-        part[:] = string[:, 0 : n * bits : bits]
-        for bit in range(1, bits):
-            part |= string[:, bit : n * bits : bits] << np.uint8(bit)
-    return out, stray
 
 
 def _gptq_zeros(qzeros: Array, how: Packing, N: int) -> Array:

@@ -52,7 +52,7 @@ class Floats:
     kind: "fp8", "nvfp4", "mxfp4" or "mxfp8". block: rows and columns that share a scale, 0 for all of them.
     codes: the local name of the codes. whole: of one float for all scales, "" without. times: whether the scales are
     multiplied by it, not divided, and those of rows are `[N]`, as modelopt has it. input: of what is fixed of the
-    input, "" without.
+    input, "" without. scales: of the scales. words: whether codes lie in words of 32 bits, and E4M3 scales in bytes.
     """
 
     kind: str
@@ -61,6 +61,8 @@ class Floats:
     whole: str = ""
     times: bool = False
     input: str = ""
+    scales: str = "weight_scale"
+    words: bool = False
 
     def __str__(self) -> str:
         return self.kind
@@ -71,11 +73,11 @@ class Floats:
         halves = self.kind.endswith("fp4")
         scale = (1,) if self.block == (0, 0) else (-(-N // (n or N)), -(-K // (k or K)))
         scale = (N,) if self.times and self.block == (1, 0) else scale
-        kind = {"fp8": "float", "nvfp4": "F8_E4M3"}.get(self.kind, "U8")
-        found: dict[str, tuple[str, tuple[int, ...]]] = {
-            self.codes: ("U8", (N, K // 2)) if halves else ("F8_E4M3", (N, K)),
-            "weight_scale": (kind, scale),
-        }
+        kind = "U8" if self.words else {"fp8": "float", "nvfp4": "F8_E4M3"}.get(self.kind, "U8")
+        codes = ("U8", (N, K // 2)) if halves else ("F8_E4M3", (N, K))
+        if self.words:
+            codes = ("U32", (N, K // (8 if halves else 4)))
+        found: dict[str, tuple[str, tuple[int, ...]]] = {self.codes: codes, self.scales: (kind, scale)}
         found |= {name: ("float", (1,)) for name in (self.whole, self.input) if name}
         return found
 
@@ -85,7 +87,7 @@ class Floats:
         scale = self._scale(stored)
         good = report.expect(bool(np.isfinite(codes).all()), f"{name}.{self.codes} holds NaN")
         finite = bool((np.isfinite(scale) & (scale > 0)).all())
-        if not (report.expect(finite, f"{name}.weight_scale: not all scales are finite and above 0") and good):
+        if not (report.expect(finite, f"{name}.{self.scales}: not all scales are finite and above 0") and good):
             return None
         N, K = codes.shape
         n, k = (size or whole for size, whole in zip(self.block, (N, K), strict=True))
@@ -93,7 +95,7 @@ class Floats:
 
     def solved(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what the checksums of a linear are taken of; not a divisor that is stored as its inverse."""
-        scales = stored["weight_scale"]
+        scales = stored[self.scales]
         scales = scales if self.kind == "fp8" else scales.view(torch.uint8)
         found = {"codes": torch.from_numpy(self._bits(stored)), "scale": scales}
         if self.whole and not self.times:
@@ -115,12 +117,14 @@ class Floats:
         return 1 / one if "global" in self.input else one
 
     def _scale(self, stored: Mapping[str, Tensor]) -> Array:
-        scales = stored["weight_scale"]
+        scales = stored[self.scales]
         if self.kind == "fp8":
             return scales.float().numpy().reshape(scales.shape if scales.dim() == 2 else (-1, 1))
         raw = scales.view(torch.uint8).numpy()
         if self.kind != "nvfp4":
             return _E8M0[raw]
+        if not self.whole:
+            return _E4M3[raw]
         whole = stored[self.whole].numpy().reshape(1)
         return _E4M3[raw] * whole if self.times else _E4M3[raw] / whole
 

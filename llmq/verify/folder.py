@@ -17,7 +17,8 @@ from llmq.verify import record
 from llmq.verify.floats import Floats
 from llmq.verify.forward import Decoded
 from llmq.verify.linears import check_float, check_scale, read_floats, read_linear
-from llmq.verify.packing import PACKED, How, cache_scales, packing
+from llmq.verify.mlx import Affine
+from llmq.verify.packing import PACKED, How, Packing, cache_scales, packing
 from llmq.verify.report import Report
 
 
@@ -57,7 +58,7 @@ class Folder:
         if module not in self.packed or module == name:
             return self._float(name, report)
         how, shape = self.packed[module], self._linears[module]
-        if isinstance(how, Floats):
+        if not isinstance(how, Packing):
             return self._floats(module, how, report)
         linear = read_linear(self.source, self._headers, module, how, shape, report)
         if linear is None:
@@ -65,7 +66,7 @@ class Folder:
         record.check_linear(linear, self.recorded, report)
         return torch.from_numpy(linear.weight.values())
 
-    def _floats(self, module: str, how: Floats, report: Report) -> Tensor | None:
+    def _floats(self, module: str, how: Floats | Affine, report: Report) -> Tensor | None:
         found = read_floats(self.source, self._headers, module, how, self._linears[module], report)
         if found is None:
             return None

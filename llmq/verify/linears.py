@@ -13,6 +13,7 @@ from torch import Tensor
 from llmq.checkpoint import Source
 from llmq.verify.decode import Array, Weight, decode
 from llmq.verify.floats import Floats
+from llmq.verify.mlx import Affine
 from llmq.verify.packing import OPTIONAL, How, Packing
 from llmq.verify.report import Report
 
@@ -70,7 +71,7 @@ def read_linear(
 
 
 def read_floats(
-    source: Source, headers: Headers, name: str, how: Floats, shape: tuple[int, int], report: Report
+    source: Source, headers: Headers, name: str, how: Floats | Affine, shape: tuple[int, int], report: Report
 ) -> tuple[Array, dict[str, Tensor]] | None:
     """Return the weight at `name`, of small floats, and what of it was solved; None as `read_linear`."""
     report.count("packed linears")

@@ -3,6 +3,7 @@
     gptq                `dynamic` (first rule that matches; "-:" leaves a linear float, others change its bits),
                         `modules_in_block_to_quantize` (endings of names), `lm_head`
     awq                 `modules_to_not_convert` (names or parts of paths), negative `dynamic` rules
+    mlx                 its `group_size`, `bits` and `mode`, or those of a module's own entry, false for a float one
     modelopt            `quant_algo`, or that of each in `quantized_layers`, less `ignore` or `exclude_modules`
     compressed-tensors  `config_groups` (exact name, then `re:` pattern, then the class "Linear"), less `ignore`
 
@@ -19,9 +20,10 @@ from llmq.errors import LlmqError
 from llmq.guard.patterns import Limit, Pattern
 from llmq.guard.reading import field
 from llmq.verify.floats import Floats, of_group, of_modelopt
+from llmq.verify.mlx import Affine, of_mlx
 
 WHERE = "quantization_config"
-METHODS = ("gptq", "awq", "auto-round", "compressed-tensors", "modelopt")
+METHODS = ("gptq", "awq", "auto-round", "compressed-tensors", "modelopt", "mlx")
 _IN_BLOCK = re.compile(r".*?\.\d+\.")
 _CACHE = ("k_scale", "v_scale", "k_zero_point", "v_zero_point")
 
@@ -80,13 +82,14 @@ class Packing:
         return found
 
 
-How = Packing | Floats
+How = Packing | Floats | Affine
 """How a linear is stored."""
 OPTIONAL = ("g_idx", "weight_shape", "input_zero_point", "bias")
 """Local names of what a writer may leave out: it repeats what is known, or has a default."""
 PACKED = (
     "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape",
     "weight_g_idx", "input_scale", "input_zero_point", "weight_global_scale", "input_global_scale", "weight_scale_2",
+    "biases",
 )  # fmt: skip
 """Local names by which a packed linear is known."""
 
@@ -108,6 +111,8 @@ def packing(config: Mapping[str, Any]) -> Callable[[str], How | None]:
         return _compressed_tensors(config)
     if method == "modelopt":
         return of_modelopt(config)
+    if method == "mlx":
+        return of_mlx(config)
     raise LlmqError(f"{WHERE}.quant_method is {method!r}; verify reads {', '.join(METHODS)} and GGUF")
 
 

@@ -129,6 +129,8 @@ def check_floats(name: str, solved: Mapping[str, Tensor], recorded: Mapping[str,
     digests = line.get("sha256") if isinstance(line, dict) else None
     if isinstance(digests, dict):
         report.count("solved weights compared")
+        if digests.keys() == {"values"} and "values" not in solved:  # biases that are of no integer grid
+            return
         for part in sorted({*digests, *solved} - ({"values", "divisor"} - solved.keys())):
             same = part in solved and digests.get(part) == digest(solved[part])
             report.expect(same, f"{name}: the {part} in the file is not what was solved")

@@ -17,8 +17,10 @@ from llmq import registry
 from llmq.checkpoint import Source
 from llmq.checkpoint.digest import digest, holds
 from llmq.checkpoint.packed import PackedCheckpoint
-from llmq.export._repack import EXACT, REQUANTIZED, ROUNDED, convert
+from llmq.export._kept import ROUNDED
+from llmq.export._repack import convert
 from llmq.export._run import export
+from llmq.export._target import EXACT, REQUANTIZED
 from llmq.gguf.reader import GgufFile
 from llmq.grids.fp8 import Fp8
 from llmq.grids.int import Int

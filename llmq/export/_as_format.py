@@ -1,0 +1,244 @@
+"""A checkpoint folder in any format of llmq/formats: each is a target by its own name and with its own options.
+
+    config.json, shards     the source's, with another quantization_config; what is not packed byte for byte
+    README.md               what it was made of
+    quantization.json       the source's record where llmq made it and all values are kept, else what became of linears
+    and the tokenizer, chat templates and generation settings as they were
+
+A linear is read as a QTensor, laid on the grid that the target has for its codes (`Folder.holding`), packed, and read
+back: the outcome is what that comparison says. What cannot be kept is refused, or rounded to `--requantize GRID`.
+Not here: the bytes (formats/), which grid holds which codes (formats/ too).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from llmq import __version__, registry
+from llmq.checkpoint import Sink, Source
+from llmq.checkpoint.card import export_card
+from llmq.checkpoint.dialects import without_quantization
+from llmq.checkpoint.digest import file_digest, sealed
+from llmq.checkpoint.packed import natural
+from llmq.errors import LlmqError
+from llmq.export._kept import Kept, keep
+from llmq.export._target import EXACT, OfCodes, Packed, open_packed
+from llmq.format import packed_bytes
+from llmq.formats._folder import FolderFormat
+from llmq.progress import Progress
+from llmq.types import LinearSpec, Params, Scheme
+from llmq.verify import require_right
+
+_PART = 2**28  # bytes of tensors that are staged at a time
+_ANEW = "or round it anew: --requantize GRID (int:bits=4:group=128 ...)"
+_CACHE = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")  # of a quantized key-value cache
+
+
+@dataclass(frozen=True)
+class AsFormat(OfCodes):
+    """A folder in the format `form`.
+
+    to: what the user called it. plans: what becomes of each linear, once checked; anew: those that are rounded again.
+    centred: those whose zeros are seen to be all in the middle.
+    """
+
+    form: FolderFormat
+    to: str
+    plans: dict[str, LinearSpec] = field(default_factory=dict, init=False)
+    anew: set[str] = field(default_factory=set, init=False)
+    centred: set[str] = field(default_factory=set, init=False)
+
+    def said(self) -> str:
+        """See `Target.said`."""
+        return registry.dump(self.form)
+
+    def with_options(self, given: Mapping[str, str], said: str) -> AsFormat:
+        """See `Target.with_options`."""
+        return replace(self, form=registry.filled(self.form, given, said))
+
+    def open(self, src: str, requantize: str | None) -> Packed:
+        """See `OfCodes.open`."""
+        if requantize is not None:
+            registry.load("grids", requantize, code=True)  # refuses before SRC is read
+        return open_packed(src, requantize)
+
+    def check(self, opened: Packed) -> list[str]:
+        """Refuse, by the layout of every linear, what the format cannot hold, and say what readers do not take.
+
+        Where the layout leaves it open, by values: every linear is looked at before any work.
+        """
+        ordered = bool(getattr(opened.packed.packing.format, "desc_act", False))
+        if hasattr(self.form, "desc_act"):
+            setattr(self.form, "desc_act", ordered)  # noqa: B010, an option of one format
+        for spec in opened.linears:
+            self._plan(opened, spec, self._held)
+        open_yet = any(self.form.doubtful(s) for s in opened.linears) or self._hides_symmetry(opened)
+        if opened.requantize is None:
+            self.form.check(list(self.plans.values()), opened.skipped)  # before any weight is read
+        if ordered or open_yet or self._narrows(opened):
+            for name in (n for n in opened.packed.linears if n not in self.anew):
+                self._plan(opened, self.plans[name], lambda s: self._looked_at(s, opened))
+        self._call_symmetric()
+        self._alike(opened)
+        return [*self.form.check(list(self.plans.values()), opened.skipped), *self._left_out(opened)]
+
+    def _plan(self, opened: Packed, spec: LinearSpec, held: Callable[[LinearSpec], LinearSpec]) -> None:
+        """Plan what becomes of a linear. Raises LlmqError where `held` does and the user asks for no rounding anew."""
+        try:
+            self.plans[spec.name] = held(spec)
+        except LlmqError as e:
+            if opened.requantize is None:
+                why = str(e).removeprefix(f"{spec.name}: ")
+                raise LlmqError(f"{spec.name}: its codes cannot be kept: {why}; {_ANEW}") from e
+            self.anew.add(spec.name)
+            self.plans[spec.name] = replace(spec, scheme=self._scheme(opened))
+
+    def _held(self, spec: LinearSpec) -> LinearSpec:
+        held = self.form.holding(spec)
+        self.form.check([held])
+        return held
+
+    def _looked_at(self, spec: LinearSpec, opened: Packed) -> LinearSpec:
+        laid = keep(opened.packed.qtensor(spec.name), spec, self.form).laid
+        if isinstance(laid.params, Params) and bool((laid.params.zero == 2 ** (laid.grid.bits - 1)).all()):
+            self.centred.add(spec.name)
+        return spec
+
+    def _hides_symmetry(self, opened: Packed) -> bool:
+        """Say whether the source's format does not tell that its zeros are all in the middle, and this one would."""
+        return opened.method in ("awq", "mlx") and self.form.quant_method in ("gptq", "compressed-tensors")
+
+    def _call_symmetric(self) -> None:
+        """Call integers symmetric where all zeros of all linears are in the middle: more runtimes read such files."""
+        if self.centred == self.plans.keys():
+            for name, spec in self.plans.items():
+                grid: Any = spec.scheme.weight
+                self.plans[name] = replace(spec, scheme=replace(spec.scheme, weight=replace(grid, sym=True)))
+
+    def _alike(self, opened: Packed) -> None:
+        """Plan to round anew all others too, where linears that are make a mixture which the format refuses."""
+        if opened.requantize is None:
+            return
+        try:
+            self.form.check(list(self.plans.values()))
+        except LlmqError:
+            scheme = self._scheme(opened)
+            self.anew.update(n for n, s in self.plans.items() if s.scheme != scheme)
+            self.plans.update({n: replace(self.plans[n], scheme=scheme) for n in self.anew})
+
+    def _scheme(self, opened: Packed) -> Scheme:
+        grid: Any = registry.load("grids", str(opened.requantize), code=True)
+        return Scheme(grid.stored_in(self.form.scale_dtype(opened.source.dtype)))
+
+    def _narrows(self, opened: Packed) -> bool:
+        """Say whether some scales are stored here in another dtype than there."""
+        metas = (t for n in opened.packed.linears for t in opened.packed.stored(n).values())
+        kinds = {t.dtype for t in metas if t.is_floating_point() and t.dtype.itemsize > 1}
+        return any(bool(self.form.scale_dtype(kind) != kind) for kind in kinds)
+
+    def _left_out(self, opened: Packed) -> list[str]:
+        found = []
+        if any(s.scheme.activation and not self.plans[s.name].scheme.activation for s in opened.linears):
+            found.append(f"the checkpoint quantizes activations too; {self.to} has no place for their scales")
+        if any(n.endswith(_CACHE) for n in opened.source.names()):
+            found.append("the scales of the key-value cache are left out")
+        return found
+
+    def _kept(self, name: str, opened: Packed) -> Kept:
+        q, spec = opened.packed.qtensor(name), self.plans[name]
+        return Kept.rounded(q, spec, self.form) if name in self.anew else keep(q, spec, self.form)
+
+    def write(self, opened: Packed, out: Sink, step: Progress) -> dict[str, Any]:
+        """See `Target.write`."""
+        outcomes, lines = Counter[str](), dict[str, Any]()
+        for part in _parts(self._tensors(opened, outcomes, lines, step)):
+            out.add(part)
+        out.copy_files(opened.source.path)
+        out.text("config.json", _json(self._config(opened)))
+        if self.form.copy:
+            out.text(self.form.copy, _json(self.form.beside(self._quantization(opened))))
+        total = out.join()
+        record = self._record(opened, out, outcomes, lines, total)
+        out.text("README.md", export_card(record, self.form.quant_method))
+        files = {p.relative_to(out.stage).as_posix(): file_digest(p) for p in out.files()}
+        out.text("quantization.json", _json(sealed(record | {"files": files})))
+        return {"outcomes": dict(outcomes), "bytes": total, "warnings": opened.warnings}
+
+    def _tensors(
+        self, opened: Packed, outcomes: Counter[str], lines: dict[str, Any], step: Progress
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor of OUT by its name there, and note what became of each linear."""
+        raw, linears = Source(opened.source.path), opened.packed.linears
+        parts = {n: opened.packed.parts(n) for n in linears}
+        where = {found[0].rpartition(".")[0]: n for n, found in parts.items()}
+        taken = {name for found in parts.values() for name in found}
+        names = sorted(
+            {n for n in raw.names() if n not in taken and not n.endswith(_CACHE)} | where.keys(), key=natural
+        )
+        for i, name in enumerate(names):
+            step(i, len(names), name)
+            if name not in where:
+                yield name, raw.get(name)
+                continue
+            kept = self._kept(where[name], opened)
+            outcomes[kept.outcome] += 1
+            lines[where[name]] = kept.line
+            yield from ((f"{name}.{local}", tensor) for local, tensor in kept.tensors.items())
+        step(len(names), len(names), "writing")
+
+    def _config(self, opened: Packed) -> dict[str, Any]:
+        saved = without_quantization(opened.source.config)
+        tied = {"tie_word_embeddings": bool(opened.config.tie_word_embeddings)}
+        return self.form.config_json(saved | tied, self._quantization(opened))
+
+    def _quantization(self, opened: Packed) -> dict[str, Any]:
+        """Return the `quantization_config`, which names modules as the model and as runtimes call them."""
+        other = opened.source.written
+        linears = {n: s for s in self.plans.values() for n in (s.name, other(s.name))}
+        skipped = {n: None for m in opened.skipped for n in (m, other(m))}
+        return self.form.config([replace(s, name=n) for n, s in linears.items()], list(skipped))
+
+    def _record(
+        self, opened: Packed, out: Sink, outcomes: Mapping[str, int], lines: Mapping[str, Any], total: int
+    ) -> dict[str, Any]:
+        """Return the record: llmq's own of the source where every value is kept, for it still holds, else a new one."""
+        made, own = opened.made or {}, (opened.made or {}).get("linears")
+        export = {"llmq": __version__, "from": opened.method, "to": self.to, "outcomes": dict(outcomes)}
+        now = {"size": self._size(made.get("size", {}), total), "tensors": dict(out.digests), "export": export}
+        if isinstance(own, dict) and own.keys() == lines.keys() and set(outcomes) == {EXACT}:
+            held = {n: own[n] | {"sha256": line["sha256"]} for n, line in lines.items()}
+            return {k: v for k, v in made.items() if k not in ("sha256", "files")} | {"linears": held, **now}
+        record = {"llmq": __version__, "source": asdict(opened.source.origin), "warnings": opened.warnings}
+        return record | {"linears": dict(lines), "exported": opened.made, **now}
+
+    def _size(self, before: Mapping[str, Any], total: int) -> dict[str, Any]:
+        weights = sum(s.N * s.K for s in self.plans.values())
+        packed = sum(packed_bytes(self.form, s) for s in self.plans.values())
+        size = {"bytes": total, "quantized_weights": weights, "bits_per_weight": round(8 * packed / weights, 4)}
+        return {**before, **size}
+
+    def verify(self, out: Sink) -> None:
+        """See `Target.verify`."""
+        require_right(out.whole)
+
+
+def _parts(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    part, size = dict[str, Tensor](), 0
+    for name, tensor in tensors:
+        part[name] = tensor
+        size += tensor.nbytes
+        if size >= _PART:
+            yield part
+            part, size = {}, 0
+    if part:
+        yield part
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
