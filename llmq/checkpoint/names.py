@@ -244,6 +244,11 @@ def _refuse_misshapen(source: Source, model: Any, found: Match) -> None:
         got = headers[stored][1]
         if part is not None and part.fused.fits(got) is not None:
             continue
+        if got != want.shape and headers[stored][0] == "U32":
+            raise LlmqError(
+                f"tensor {stored} of {source.path} is packed, as mlx-lm packs embeddings too; llmq keeps linears alone "
+                "packed: decode it with llmq dequantize"
+            )
         if got != want.shape:
             raise LlmqError(
                 f"tensor {stored} is {list(got)}, but {source.path}/config.json asks for {list(want.shape)}"

@@ -1,6 +1,7 @@
 """MLX: the words of every mode held against `mx.dequantize` bit for bit, and what mlx-lm computes from a folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -168,5 +169,20 @@ def test_a_folder_of_mlx_lm_is_read_verified_and_decoded(tmp_path):
     llmq.dequantize(folder, out, dtype="float32", warn=print)
     floats = load_file(out / "model.safetensors")
     assert all(torch.equal(floats[f"{n}.weight"], packed.qtensor(n).dequantize()) for n in packed.linears)
-    with pytest.raises(LlmqError, match="its minima|no code"):  # mlx's own minima are no products of their scales
-        export(str(folder), tmp_path / "gptq", "gptq_v2")
+    with pytest.raises(LlmqError, match="some of its minima are"):  # mlx's own are no products of their scales
+        export(str(folder), tmp_path / "out", "compressed-tensors")
+
+
+def test_packed_embeddings_are_refused_by_name(tmp_path):
+    shutil.copytree(GOLDEN / "gptq_v1_w4g32_sym", tmp_path / "m")
+    export(str(tmp_path / "m"), tmp_path / "mlx", "mlx", check=False)
+    file = tmp_path / "mlx" / "model.safetensors"
+    tensors, name = load_file(file), "model.embed_tokens"
+    found = mx.quantize(to_mlx(tensors[f"{name}.weight"].float()), 32, 4)
+    for local, t in zip(("weight", "scales", "biases"), found, strict=True):
+        tensors[f"{name}.{local}"] = torch.from_numpy(np.array(t))
+    save_file(tensors, file, {"format": "mlx"})
+    with pytest.raises(LlmqError, match=r"model\.embed_tokens\.weight .* is packed.*llmq dequantize"):
+        llmq.load(tmp_path / "mlx")
+    record = llmq.dequantize(tmp_path / "mlx", tmp_path / "floats", warn=print)
+    assert sum(record["decoded"]["weights"].values()) == 15
