@@ -47,11 +47,7 @@ _NAME = "mlx"
 _BITS, _SIZES = (2, 3, 4, 5, 6, 8), (128, 64, 32)
 _FLOATS: dict[str, type[FloatGrid]] = {"mxfp4": Mxfp4, "mxfp8": Mxfp8, "nvfp4": Nvfp4}
 _NAMES = {"codes": "weight", "scale": "scales", "divisor": "scales", "input": "scales"}
-_WHY = "it reads no MLX files, which mlx-lm does; llmq export writes the same codes in another format"
-_READERS = table(*((name, False, _WHY, "source") for name in ("transformers", "vLLM", "SGLang")),
-    ("llama.cpp", False, "it reads GGUF; `llmq export OUT OUT.gguf` keeps the codes where a type holds them", "source"),
-    ("TensorRT-LLM", False, _WHY, "source"),
-)  # fmt: skip
+_READERS = table(("MLX", True, "", "ran"))
 
 
 @dataclass
