@@ -32,7 +32,8 @@ class FloatModel:
 
     name: what it is called. folder: where it lies. saved: its config.json. config: transformers' config of it.
     tokenizer: loads transformers' tokenizer. shapes: of every tensor that the model reads. linears: the modules of its
-    blocks that hold a matrix. head: the output head. written: gives the name by which runtimes look for a tensor.
+    blocks that hold a matrix. head: the output head, which has no tensor of its own where it is tied to the embedding.
+    embedding: of the input tokens. written: gives the name by which runtimes look for a tensor.
     carried: tensors that the model does not read.
     """
 
@@ -44,6 +45,7 @@ class FloatModel:
     shapes: Mapping[str, Sequence[int]]
     linears: Sequence[str]
     head: str
+    embedding: str
     written: Callable[[str], str]
     carried: Sequence[str] = ()
 
@@ -57,6 +59,7 @@ class Wanted:
     override, skip: as they were written, and compiled, for a format that names tensors in another way.
     head: whether the output head is asked for. weighs: whether the method weighs errors by activations.
     leaves: whether linears whose shape the format cannot hold stay float, rather than being refused.
+    embedding: what the embedding becomes, and a head of its own that is not asked for; None leaves both to the format.
     """
 
     schemes: Callable[[Sequence[str]], dict[str, Scheme]]
@@ -65,6 +68,7 @@ class Wanted:
     head: bool
     weighs: bool
     leaves: bool = False
+    embedding: Scheme | None = None
 
 
 class Out(Protocol):
@@ -177,8 +181,14 @@ class Format(Protocol):
     def layout(self, spec: LinearSpec) -> dict[str, Tensor]:
         """Return meta tensors of the names, shapes and dtypes that `pack` gives; files may hold other float widths."""
 
+    def stacked(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the tensors of a matrix whose rows were packed in several parts, one above the other."""
+
     def config(self, linears: Sequence[LinearSpec], skipped: Sequence[str]) -> dict[str, object]:
         """Return the `quantization_config`; `skipped` are the linears of the model that stay float."""
+
+    def embedding(self, name: str) -> Scheme | None:
+        """Return what the config that was read makes of an embedding, None where it is float."""
 
     @classmethod
     def read(cls, config: Mapping[str, object]) -> tuple[Format, Callable[[str], Scheme | None]]:

@@ -24,6 +24,7 @@ from llmq.granularity import granularity
 from llmq.guard.reading import yaml_object
 from llmq.options import Between
 from llmq.overrides import parse
+from llmq.qualities import FINISHERS, OF_GGUF, OF_W8A8, QUALITIES
 from llmq.schemes import FLOAT, SCHEMES, changes_of
 from llmq.types import AffineGrid, LlmqError
 
@@ -92,6 +93,8 @@ class Recipe:
     choices: schemes by name, grids or "float", as nvfp4,fp8,float: what `target_bpw` chooses from in place of bits of
         integers. What is not measured, such as the head, becomes the first.
     lm_head: quantize the output head too.
+    embeddings: bits of the embedding, 8, or its grid, int:bits=4:group=32; for GGUF a type of ggml. A head that is tied
+        to it is it, and one of its own that lm_head does not ask for becomes the same.
     experts: which tokens calibrate an expert: those "routed" to it (the default), or "all", at the cost of running
         every expert on every token.
     type: for GGUF, which mixture of ggml's types; the head is quantized by the mixture, and overrides are
@@ -126,6 +129,7 @@ class Recipe:
     bit_choices: str | None = option("3,4,5,6,8", _BITS)
     choices: str | None = option(None, _BUDGET)
     lm_head: bool = option(False, _INTEGERS)
+    embeddings: int | str = option()
     experts: Literal["routed", "all"] | None = option()
     calib: str = option("wikitext2")
     samples: Annotated[int, Between(1, 2**20)] = option(128)
@@ -243,8 +247,8 @@ class Recipe:
         """Yield whatever the recipe names to be looked up, `NAME[:key=value...]`, with the option that names it."""
         yield from (("method", step.strip()) for step in self.steps)
         yield from ((key, text.strip()) for key in ("range", "act_range", "format") if (text := getattr(self, key)))
-        for key in ("weights", "inputs"):
-            yield from ((key, name) for name in _of_grid(getattr(self, key)))
+        for key, text in (("weights", self.weights), ("inputs", self.inputs), ("embeddings", self.embedding_grid)):
+            yield from ((key, name) for name in _of_grid(text))
         for word in self.choices.split(",") if self.choices else ():
             yield from (("choices", name) for name in _of_grid(word.strip()))
         for override in self.override:
@@ -281,7 +285,7 @@ class Recipe:
 
     def _of_integers_alone(self) -> bool:
         """Say whether nothing but weights is quantized, all of them to as many bits of integers."""
-        more = self.quantizes_inputs or self.kv_bits or self.target_bpw
+        more = self.quantizes_inputs or self.kv_bits or self.target_bpw or self.embeddings
         return not more and (not self.weights or issubclass(_kind(self.weights), AffineGrid))
 
     def candidates(self) -> tuple[str, ...]:
@@ -306,11 +310,11 @@ class Recipe:
     def _of_quality(self) -> Recipe:
         """Return the recipe with the method that its quality stands for, in the words that repeat it."""
         quality = self.quality or "balanced"
-        methods = _GGUF_QUALITY if self.gguf else _W8A8_QUALITY if self._integer_inputs else _QUALITY
+        methods = OF_GGUF if self.gguf else OF_W8A8 if self._integer_inputs else QUALITIES
         method, recipe = methods[quality], self if self.gguf else self._ranged("mse")
         if quality == "best" and not self.gguf:
             bits = registry.load("grids", self.weights, code=True).bits if self.weights else self.bits
-            method += _FINISHERS.get(bits, "")
+            method += FINISHERS.get(bits, "")
         return dataclasses.replace(recipe, quality=None, method=method)
 
     def _lacks_range(self) -> bool:
@@ -335,6 +339,14 @@ class Recipe:
         return f"int:{said}:range=[{self.range}]"
 
     @property
+    def embedding_grid(self) -> str | None:
+        """The grid of the embedding, as `NAME[:option=value...]`; None for GGUF, and where it stays float."""
+        if self.embeddings is None or self.gguf:
+            return None
+        said = str(self.embeddings)
+        return f"int:bits={said}:group=channel:range=[mse]" if said.isdecimal() else said
+
+    @property
     def input_grid(self) -> str | None:
         """The grid of the linears' inputs, as `NAME[:option=value...]`, in a resolved recipe; None for float ones."""
         if not self.act_bits:
@@ -346,7 +358,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Return every option, null where it means nothing; a few stand there only where they were given."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        seldom = {"scheme", "choices", "weights", "inputs", "on_misfit", "experts"}
+        seldom = {"scheme", "choices", "weights", "inputs", "on_misfit", "experts", "embeddings"}
         return {k: v for k, v in values.items() if k not in seldom or v is not None}
 
     def to_yaml(self) -> str:
@@ -357,21 +369,6 @@ class Recipe:
 
 KINDS = typing.get_type_hints(Recipe, include_extras=True)
 """What each option takes, as annotated."""
-_QUALITY = {
-    "fast": "gptq,descent",
-    "balanced": "qep,gptq,descent",
-    "best": "fisher,qep,gptq,descent",
-}
-_FINISHERS = {
-    2: ",distill",
-    3: ",distill:epochs=1:lr=0.0005:norm_lr=0.0005",
-}  # of "best", by bits; at 4 a prototype gained 1 %
-_GGUF_QUALITY = _QUALITY | {"fast": "rtn", "best": _QUALITY["balanced"]}  # weighing tokens gains nothing (docs/gguf.md)
-_W8A8_QUALITY = {
-    "fast": "migrate:feedback=1,rtn",
-    "balanced": "migrate,qep,gptq,descent",
-    "best": "migrate,qep,gptq,descent",
-}
 
 
 def _kind(text: str) -> type:

@@ -344,12 +344,16 @@ class Scheme:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear to quantize, before any work: full module name, shape `[N, K]` and scheme."""
+    """A linear to quantize, before any work: full module name, shape `[N, K]` and scheme.
+
+    embedding: it is a table of N tokens, whose rows are looked up; a tied head multiplies with it too.
+    """
 
     name: str
     N: int
     K: int
     scheme: Scheme
+    embedding: bool = False
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class File:
     """A kind of file. form: its format. weights, inputs: grids as `--weights` and `--inputs` have them.
 
     names: its linears in a block. other: the weights of `mlp.down_proj`, where they differ. head: quantized too.
+    table: the weights of the embedding, where it is quantized.
     """
 
     form: str
@@ -40,6 +41,7 @@ class File:
     names: Sequence[str] = DENSE
     other: str | None = None
     head: bool = False
+    table: str | None = None
 
     def readers(self) -> list[Reader]:
         """Return what each runtime makes of it."""
@@ -47,9 +49,12 @@ class File:
         return list(form.readers(self.linears()))
 
     def linears(self) -> list[LinearSpec]:
-        """Return its linears, of one block and perhaps the head."""
+        """Return its linears, of one block, perhaps the head and the embedding."""
         names = [f"model.layers.0.{n}" for n in self.names] + ["lm_head"] * self.head
-        return [LinearSpec(n, 256, 256, self._scheme(n)) for n in names]
+        found = [LinearSpec(n, 256, 256, self._scheme(n)) for n in names]
+        if self.table is None:
+            return found
+        return [*found, LinearSpec("model.embed_tokens", 256, 256, Scheme(registry.load("grids", self.table)), True)]
 
     def _scheme(self, name: str) -> Scheme:
         weights = self.other if self.other and name.endswith("down_proj") else self.weights
@@ -79,6 +84,8 @@ FILES = {
     "... 8 bits, alone or beside 4": File(CT, "int:bits=4:group=128", other="int:bits=8:group=128"),
     "... 3, 5, 6 bits, `--target-bpw`": File(CT, "int:bits=4:group=128", other="int:bits=6:group=128"),
     "... with `--lm-head` ": File(CT, "int:bits=4:group=128", head=True),
+    "... with `--embeddings 8`, a head of its own": File(CT, "int:bits=4:group=128", head=True, table="int:bits=8"),
+    "... with `--embeddings 8`, a tied head": File(CT, "int:bits=4:group=128", table="int:bits=8"),
     "W8A8, inputs per token": File(CT, "int:bits=8:group=channel", "int:bits=8:group=channel"),
     "W8A8, static inputs": File(CT, "int:bits=8:group=channel", "int:bits=8:group=tensor"),
     "W8A8, `--act-asym`": File(CT, "int:bits=8:group=channel", "int:bits=8:group=channel:asym"),

@@ -94,7 +94,8 @@ def match(model: Any, names: Iterable[str]) -> Match:
     written |= {n: s for n, s in beside.items() if n.rpartition(".")[0] not in naming.near(s.rpartition(".")[0])}
     stored |= {source: stored.pop(target) for target, source in moved.items()}
     present = stored.keys() | converted
-    missing = [n for n in naming.wanted if n not in present and tied.get(n) not in present]
+    tables = {f"{n.rpartition('.')[0]}.weight" for n in beside}  # of an embedding that is packed its head is made too
+    missing = [n for n in naming.wanted if n not in present and tied.get(n) not in present | tables]
     return Match(stored, beside, unread, carried, written, missing, converted & naming.wanted.keys(), parts)
 
 

@@ -13,6 +13,7 @@ Not here: where a config lies and its dialects (dialects.py), what a packed tens
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ from llmq.errors import LlmqError
 from llmq.format import Format
 from llmq.guard.reading import Entry
 from llmq.types import LinearSpec, QTensor, Scheme
+
+_TABLE = re.compile("emb|wte")  # what transformers' models call an embedding
 
 
 class Packing:
@@ -45,20 +48,24 @@ class Packing:
         self.format, self._scheme = found.read(config)
 
     def scheme(self, name: str) -> Scheme | None:
-        """Return what the config makes of a linear, None where it is float."""
-        return self._scheme(name)
+        """Return what the config makes of a module of which no model tells the class, None where it is float."""
+        table = _TABLE.search(name.rpartition(".")[2]) is not None
+        return self.format.embedding(name) if table else self._scheme(name)
 
-    def linear(self, name: str, N: int, K: int, stored: Collection[str], said: str = "") -> LinearSpec | None:
-        """Return what the linear `name` is in the file, None where it is float.
+    def linear(
+        self, name: str, N: int, K: int, stored: Collection[str], said: str = "", *, embedding: bool = False
+    ) -> LinearSpec | None:
+        """Return what the linear, or the embedding, `name` is in the file, None where it is float.
 
-        stored: the names of the checkpoint's tensors. said: another name that the config may have for the linear.
+        stored: the names of the checkpoint's tensors. said: another name that the config may have for it.
         A config need not list what was left float (those of GPTQ and AWQ do not): where the file has a float weight and
         nothing packed, that decides.
         """
-        scheme = self._scheme(name) or (self._scheme(said) if said else None)
+        of = self.format.embedding if embedding else self._scheme
+        scheme = of(name) or (of(said) if said else None)
         if scheme is None:
             return None
-        linear = LinearSpec(name, N, K, scheme)
+        linear = LinearSpec(name, N, K, scheme, embedding)
         beside = [n for n in self.present(linear, stored) if n != f"{name}.weight"]
         return linear if beside or f"{name}.weight" not in stored else None
 
@@ -72,7 +79,7 @@ class PackedCheckpoint:
 
     entries: the checkpoint's tensors. model: the blank one (on the meta device) that has their names, but for a
     `prefix` that they have beside it where it is a bare decoder.
-    linears: the packed ones by name, in the order of the model.
+    linears: the packed ones by name, embeddings among them, in the order of the model.
     Raises LlmqError for the first tensor that is missing, that is packed and read by nothing, or that is not of the
     shape and kind of dtype that the config promises, and where no linear is packed. Floats may have any width: scales
     keep the one they were stored in.
@@ -83,7 +90,7 @@ class PackedCheckpoint:
         self._modules: dict[str, list[str]] = {}
         for name in sorted(entries, key=natural):
             self._modules.setdefault(name.rpartition(".")[0], []).append(name)
-        modules = {prefix + n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        modules = {prefix + n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
         tied = {prefix + n.removesuffix(".weight") for n in getattr(model, "all_tied_weights_keys", {})}
         found = [self._linear(n, m, n in tied) for n, m in modules.items()]
         self.linears = {linear.name: linear for linear in found if linear}
@@ -92,7 +99,8 @@ class PackedCheckpoint:
                 f"quantization_config selects no linear of {type(model).__name__}: it is for another model, "
                 "or names modules that this one does not have"
             )
-        self._stored = {n: self._checked(s, modules[n].bias is not None) for n, s in self.linears.items()}
+        biased = {n for n, m in modules.items() if getattr(m, "bias", None) is not None}
+        self._stored = {n: self._checked(s, n in biased) for n, s in self.linears.items()}
         self._refuse_leftovers()
 
     @classmethod
@@ -139,10 +147,12 @@ class PackedCheckpoint:
             return names
         return [f"{module}.weight", *(name for name in names if name == f"{module}.bias")]
 
-    def _linear(self, name: str, module: nn.Linear, tied: bool) -> LinearSpec | None:
+    def _linear(self, name: str, module: nn.Linear | nn.Embedding, tied: bool) -> LinearSpec | None:
         """Return what a linear of the model is in the file, None where it is float. Raises LlmqError for a tied one."""
         stored = self._entries[self._modules[name][0]].name.rpartition(".")[0] if name in self._modules else name
-        linear = self.packing.linear(name, module.out_features, module.in_features, self._entries, stored)
+        table = isinstance(module, nn.Embedding)
+        N, K = module.weight.shape
+        linear = self.packing.linear(name, N, K, self._entries, stored, embedding=table)
         if linear is None or not tied:
             return linear
         if present := self.packing.present(linear, self._entries):

@@ -50,6 +50,9 @@ def quantize(
     bit_choices: Annotated[str | None, typer.Option(help="Bits that --target-bpw chooses from. [3,4,5,6,8]")] = None,
     choices: Annotated[str | None, typer.Option(help="Schemes that it chooses from instead: nvfp4,fp8,float.")] = None,
     lm_head: Annotated[bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output head.")] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="Bits of the embedding, 8, or its grid; GGUF: its type, and the head's.")
+    ] = None,
     experts: Annotated[str | None, typer.Option(help="'all': every token calibrates every expert.")] = None,
     calib: Annotated[str | None, typer.Option(help="A text file or folder, a dataset, or 'self'. [wikitext2]")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,

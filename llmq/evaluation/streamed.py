@@ -33,7 +33,9 @@ from llmq.model.forward import Files, Forward
 from llmq.model.pretrained import model_config
 from llmq.model.skeleton import Read, Skeleton
 from llmq.progress import Progress, Work
+from llmq.runtime.embedding import TiedHead
 from llmq.runtime.linear import QuantLinear
+from llmq.runtime.packed import PackedWeight
 
 
 class Loaded(Skeleton):
@@ -47,7 +49,7 @@ class Loaded(Skeleton):
         if source.quantization is not None:
             entries = {n: e for n, e in source.entries().items() if n not in source.unread}
             place_linears(self.model, PackedCheckpoint(Packing(source.quantization), entries, self.model))
-        self._packed = {n for n, m in self.model.named_modules() if isinstance(m, QuantLinear)}
+        self._packed = {n for n, m in self.model.named_modules() if isinstance(m, PackedWeight)}
         patterns = self.model._get_dtype_plan(dtype)  # what transformers keeps in float32
         self._kept = re.compile("|".join(p.replace("*", ".*") for p in patterns) or r"(?!)")
 
@@ -69,7 +71,7 @@ class Loaded(Skeleton):
 @contextmanager
 def _prepacked(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Hand the packed linears below some modules to their back-ends; empty them in the end."""
-    linears = [m for module in modules for m in module.modules() if isinstance(m, QuantLinear)]
+    linears = [m for module in modules for m in module.modules() if isinstance(m, QuantLinear | TiedHead)]
     for linear in linears:
         linear.prepack()
     try:
@@ -116,7 +118,7 @@ class Streamed:
             for i in range(len(skeleton)):
                 self._work(i, len(skeleton), f"{self.name}, block {i}")
                 forward.step(i)
-            packed = [m for _, m in skeleton.around() if isinstance(m, QuantLinear)]  # the head, if any
+            packed = [m for _, m in skeleton.around() if isinstance(m, QuantLinear | TiedHead)]  # the head, if any
             with outside_loaded(skeleton, device, head=True), _prepacked(packed):
                 yield from (self._states(h) for h in forward.hidden)
 

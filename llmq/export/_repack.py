@@ -174,5 +174,6 @@ def round_anew(W_NK: Tensor, name: str, kind: str, outcome: str) -> Exported:
     if kind in mixture.FLOATS:
         return Exported(kind, container.as_float(W_NK, kind, name), outcome)
     grid = kinds.grid(kind)
-    rows, line = rounded(W_NK, grid, lambda q: grid.to_bytes(q.codes, q.params))
-    return Exported(kind, rows, outcome, {"method": "export", "bits": grid.bits} | line)
+    rows = list[Tensor]()
+    line = rounded(W_NK, grid, lambda q: rows.append(grid.to_bytes(q.codes, q.params)))
+    return Exported(kind, torch.cat(rows), outcome, {"method": "export", "bits": grid.bits} | line)

@@ -1,9 +1,10 @@
 """compressed-tensors' `config_groups`: which scheme the modules of a checkpoint have, read and written.
 
-    {"group_0": {"targets": ["Linear", "re:.*up_proj$", "lm_head"], "format": "pack-quantized",
+    {"group_0": {"targets": ["Linear", "re:.*up_proj$", "lm_head", "Embedding"], "format": "pack-quantized",
                  "weights": {"num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 128},
                  "input_activations": null}, ...}
 
+Embeddings are targeted by their class: vLLM gives those of many models no name.
 Not here: what the arguments mean (_ct_arguments.py), the tensors, and the rest of the config (compressed_tensors.py).
 """
 
@@ -16,6 +17,9 @@ from llmq.formats import _common, _reading
 from llmq.formats._ct_arguments import args_of, format_of, read_scheme, stored_as
 from llmq.guard.reading import field
 from llmq.types import LinearSpec, LlmqError, Scheme
+
+LINEAR, EMBEDDING = "Linear", "Embedding"
+"""The classes that a target may name."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Group:
 
 
 class Lookup:
-    """The scheme of a linear by its name: ignored, exact target, `re:` target, "Linear", in this order.
+    """The scheme of a module by its name: ignored, exact target, `re:` target, its class, in this order.
 
     As compressed_tensors.utils.match.match_targets, names and patterns each in alphabetical order.
     """
@@ -53,12 +57,12 @@ class Lookup:
         self.ignored = set(ignore)
         self.ignored_patterns = _patterns(ignore)
 
-    def __call__(self, name: str) -> Scheme | None:
-        if not self.ignored.isdisjoint((name, "Linear")) or self.ignored_patterns.first(name) is not None:
+    def __call__(self, name: str, kind: str = LINEAR) -> Scheme | None:
+        if not self.ignored.isdisjoint((name, kind)) or self.ignored_patterns.first(name) is not None:
             return None
         if name in self.targets:
             return self.targets[name]
-        return self.targets.get(self.patterns.first(name) or "Linear")
+        return self.targets.get(self.patterns.first(name) or kind)
 
 
 def _patterns(targets: Sequence[str]) -> _reading.Patterns:
@@ -71,19 +75,32 @@ def _update(source: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, An
 
 
 def new_groups(linears: Sequence[LinearSpec]) -> tuple[Group, ...]:
-    """Return a group for each scheme, in the order they appear; the only one targets every Linear, and the head."""
+    """Return a group for each scheme, in the order they appear; where blocks have one alone, it targets every Linear.
+
+    What lies outside the blocks is named, but for embeddings.
+    """
     members: dict[str, list[LinearSpec]] = {}
     for spec in linears:
         members.setdefault(str(args_of(spec.scheme)), []).append(spec)
+    alone = sum(any(map(_in_block, specs)) for specs in members.values()) == 1
     groups: list[Group] = []
     for specs in members.values():
         weights, inputs = args_of(specs[0].scheme)
-        outside = [s.name for s in specs if _common.block_path(s.name) is None]
-        targets = ["Linear", *outside] if len(members) == 1 else [s.name for s in specs]
-        source = {"targets": targets, "weights": weights, "input_activations": inputs}
+        targets = dict.fromkeys(_target(s, alone=alone) for s in specs)
+        source = {"targets": list(targets), "weights": weights, "input_activations": inputs}
         source |= {"output_activations": None, "format": None}
         groups.append(Group(f"group_{len(groups)}", specs[0].scheme, source, format_of(specs[0].scheme)))
     return tuple(groups)
+
+
+def _target(spec: LinearSpec, *, alone: bool) -> str:
+    if spec.embedding:
+        return EMBEDDING
+    return LINEAR if alone and _in_block(spec) else spec.name
+
+
+def _in_block(spec: LinearSpec) -> bool:
+    return _common.block_path(spec.name) is not None
 
 
 def read_group(name: str, group: Any, config: Mapping[str, Any]) -> Group:
@@ -92,8 +109,8 @@ def read_group(name: str, group: Any, config: Mapping[str, Any]) -> Group:
     if not isinstance(group, dict) or not group.get("weights") or not group.get("targets"):
         raise LlmqError(f"quantization_config.{where} lacks targets or weight arguments; {_reading.REQUANTIZE}")
     for target in _reading.strings(group, "targets"):
-        if target[:1].isupper() and target != "Linear":
-            said = f"targets {printable(target, 80)} modules; llmq reads Linear ones"
+        if target[:1].isupper() and target not in (LINEAR, EMBEDDING):
+            said = f"targets {printable(target, 80)} modules; llmq reads Linear and Embedding ones"
             raise LlmqError(f"quantization_config.{where} {said}; {_reading.REQUANTIZE}")
     if group.get("output_activations"):
         said = "quantizes outputs, which llmq does not read"

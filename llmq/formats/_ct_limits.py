@@ -2,7 +2,8 @@
 
 How each is known stands in docs/runtimes.md. Facts of small floats: vLLM 0.32 and 0.33
 (`compressed_tensors.py:_get_scheme_from_parts` and the schemes beside it), SGLang 0.5, TensorRT-LLM's
-`_torch/model_config.py`.
+`_torch/model_config.py`. Of embeddings: vLLM's `compressed_tensors_embedding.py`, whose kernel takes words of whole
+codes and no zeros; vllm#45535, vllm#54304, sglang#36137, transformers#47920.
 Not here: how a limit becomes a row or a warning (llmq/readers.py).
 """
 
@@ -43,15 +44,40 @@ _KV_FP8 = (
 )
 
 
+_TABLE_VLLM = Limit(
+    "vLLM 0.32 looks up quantized embeddings on GPUs, of models whose code hands their embedding the quantization "
+    "(Llama's does; Qwen3.5's and GPT-NeoX's stop at weight_packed: vllm#54304)",
+    notes=("vLLM",),
+    known="source",
+)
+_TABLE_TIED = Limit(
+    "vLLM 0.32 makes no logits of a quantized embedding (vllm#45535), to which this head is tied: say --lm-head for a "
+    "head of its own",
+    refuses=("vLLM",),
+    known="source",
+)
+_TABLE_TRANSFORMERS = Limit(
+    "transformers 5.24 stops at a quantized embedding ('Embedding' object has no attribute 'weight', "
+    "transformers#47920); llmq's register() and llmq.load read it",
+    refuses=("transformers",),
+)
+_TABLE_SGLANG = Limit(
+    "SGLang 0.5 leaves a quantized embedding unread and speaks rubbish (sglang#36137)",
+    refuses=("SGLang",),
+    known="source",
+)
+
+
 def limits(linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[Limit]:
     """Return what some runtimes do not take of linears. skipped: those that stay float."""
     floats = [s for s in linears if isinstance(s.scheme.weight, FloatGrid)]
-    integers = [s for s in linears if not isinstance(s.scheme.weight, FloatGrid)]
+    integers = [s for s in linears if not isinstance(s.scheme.weight, FloatGrid) and not s.embedding]
     found = [*_common.fused_limits(linears, skipped), *_of_weights(integers), *_of_activations(integers)]
+    found += _of_embeddings(linears, skipped)
     found += [*_of_experts(_common.of_experts(integers)), *_of_floats(floats)]
     if integers:
         found.append(_TENSORRT)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def of_cache(strategy: str | None, dtype: str) -> list[Limit]:
@@ -90,6 +116,19 @@ def _of_weights(linears: Sequence[LinearSpec]) -> list[Limit]:
         say = "vLLM reads weight-only quantization per group or per channel, not per tensor"
         limits.append(Limit(say, refuses=("vLLM", "SGLang"), known="source"))
     return limits + _common.tile_limits([s for s in linears if s.scheme.activation is None])
+
+
+def _of_embeddings(linears: Sequence[LinearSpec], skipped: Sequence[str]) -> list[Limit]:
+    """Return what some runtimes do not take of embeddings; where there is no head, it is tied to one."""
+    tables = [s for s in linears if s.embedding]
+    if not tables:
+        return []
+    found = [_TABLE_TRANSFORMERS, _TABLE_SGLANG, _TABLE_VLLM, _TENSORRT]
+    if odd := sorted({s.scheme.weight.bits for s in tables} - {2, 4, 8}):
+        say = f"vLLM 0.32 looks up embeddings of 2, 4 and 8 bits, not of {', '.join(map(str, odd))}"
+        found.append(Limit(say, refuses=("vLLM",), known="source"))
+    others = [*(s.name for s in linears if not s.embedding), *skipped]
+    return found if any(_common.block_path(n) is None for n in others) else [*found, _TABLE_TIED]
 
 
 def _of_activations(linears: Sequence[LinearSpec]) -> list[Limit]:

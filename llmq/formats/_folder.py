@@ -14,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
+import torch
+from torch import Tensor
+
 from llmq.checkpoint import Sink
 from llmq.checkpoint.card import model_card
 from llmq.checkpoint.digest import file_digest, sealed
@@ -29,18 +32,19 @@ class Folder:
     """The base of these formats.
 
     copy: a file for the quantization_config alone, where readers look for one. inputs: whether quantized inputs of
-    linears have a place in the file.
+    linears have a place in the file. embeddings: whether quantized embeddings have.
     """
 
     quant_method: str
     sink: ClassVar[type] = Sink
     copy: ClassVar[str | None] = None
     inputs: ClassVar[bool] = True
+    embeddings: ClassVar[bool] = False
 
     def assign(self, model: FloatModel, wanted: Wanted) -> Assignment:
-        """Return what the recipe says of the linears of the blocks, and of the head where it is asked for.
+        """Return what the recipe says of the linears of the blocks, of the head where it is asked for, and beside them.
 
-        Raises LlmqError where none is left to quantize.
+        Raises LlmqError where no linear is left to quantize, and for an embedding that the format does not hold.
         """
         schemes = wanted.schemes([*model.linears, *([model.head] if wanted.head else [])])
         left = self._misfits(schemes, model) if wanted.leaves else {}
@@ -48,12 +52,21 @@ class Folder:
         if not schemes:
             why = _common.listed(left) or "every linear is skipped"
             raise LlmqError(f"{why}; nothing is left to quantize")
+        schemes |= self._around(model, wanted)
         warnings = [f"left float, as --on-misfit skip asks: {_common.listed(left)}"] if left else []
         return _Checkpoint(schemes=schemes, warnings=warnings, form=self, model=model)
 
     def readers(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[Reader]:
         """See `Format.readers`; a format of which nothing is known has none."""
         return []
+
+    def stacked(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """See `Format.stacked`."""
+        return {local: torch.cat([part[local] for part in parts]) for local in parts[0]}
+
+    def embedding(self, name: str) -> Scheme | None:
+        """See `Format.embedding`; most hold none."""
+        return None
 
     def beside(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what the file named `copy` says; the config itself."""
@@ -76,6 +89,18 @@ class Folder:
     def misfit(self, spec: LinearSpec) -> str | None:
         """Return why the file cannot hold a linear of that shape, None where it can."""
         return _common.undivided(spec)
+
+    def _around(self, model: FloatModel, wanted: Wanted) -> dict[str, Scheme]:
+        """Return what becomes of the embedding, and of a head of its own that no method solves, where that is asked."""
+        if wanted.embedding is None:
+            return {}
+        if not self.embeddings:
+            raise LlmqError(
+                f"format {self.quant_method} holds no quantized embeddings; leave --embeddings out, or use "
+                "--format compressed-tensors"
+            )
+        heads = [model.head] if f"{model.head}.weight" in model.shapes and not wanted.head else []
+        return dict.fromkeys((model.embedding, *heads), wanted.embedding)
 
     def _misfits(self, schemes: Mapping[str, Scheme], model: FloatModel) -> dict[str, str]:
         """Return the linears that the file cannot hold, and why; not a tied head, which has no tensor."""

@@ -4,10 +4,11 @@
     float-quantized, mxfp8-quantized                              small floats      _ct_floats.py
     nvfp4-pack-quantized, mxfp4-pack-quantized
 
-Config: `config_groups.group_N` has `targets` (module names, `re:` patterns, or the class "Linear") and a scheme;
-`ignore` takes modules out again. Where a model has several schemes all its modules are listed by name, none by class:
-vLLM looks for the class of a fused q/k/v before the names of its parts, and would take the wrong scheme. An output head
-is always listed by name: it is no "Linear" in vLLM.
+Config: `config_groups.group_N` has `targets` (module names, `re:` patterns, or a class, "Linear") and a scheme;
+`ignore` takes modules out again. Where blocks have several schemes all linears are listed by name, none by class: vLLM
+looks for the class of a fused q/k/v before the names of its parts, and would take the wrong scheme. An output head is
+always listed by name: it is no "Linear" in vLLM. Embeddings are the class "Embedding", symmetric integers alone;
+where the head is tied to one, that one's tensors are the head's too.
 
 Key-value cache, E4M3 or int8 with static scales: `kv_cache_scheme` in the config, and beside each attention's linears
     k_scale, v_scale   float [1] (strategy "tensor") or [H, 1, 1] ("attn_head"), of rotated keys and of values
@@ -20,18 +21,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from llmq.formats import _common, _ct_floats, _ct_integers, _ct_limits, _reading
-from llmq.formats._config_groups import Group, Lookup, new_groups, read_group
+from llmq.formats._config_groups import EMBEDDING, LINEAR, Group, Lookup, new_groups, read_group
 from llmq.formats._ct_arguments import same_scheme
 from llmq.formats._folder import Folder
+from llmq.granularity import PerBlock, PerTensor
 from llmq.grids._float import FloatGrid
 from llmq.readers import Limit, Reader, readers, told
-from llmq.types import LinearSpec, LlmqError, QTensor, Scheme
+from llmq.types import AffineGrid, LinearSpec, LlmqError, QTensor, Scheme
 
 _NAME = "compressed-tensors"
 _EXTRA: dict[str, Any] = {
@@ -56,6 +58,7 @@ class CompressedTensors(Folder):
     kv: str | None = None
     kv_dtype: str = "fp8"
     quant_method: str = field(default=_NAME, init=False)
+    embeddings: ClassVar[bool] = True
     groups: tuple[Group, ...] = field(default=(), init=False, repr=False)
     ignore: list[str] = field(default_factory=list, init=False, repr=False)
     extra: dict[str, Any] = field(default_factory=lambda: dict(_EXTRA), init=False, repr=False)
@@ -75,6 +78,8 @@ class CompressedTensors(Folder):
             raise LlmqError("no linear is left to quantize; skip fewer modules")
         for spec in linears:
             _storage(spec).refuse(spec)
+            if spec.embedding:
+                _refuse_table(spec.name, spec.scheme)
         _common.refuse_misfits(linears, self.misfit)
         return told(self._limits(linears, skipped))
 
@@ -116,7 +121,8 @@ class CompressedTensors(Folder):
         """
         groups, ignore = self.groups, self.ignore
         scheme_of = Lookup(groups, ignore)
-        same = all(same_scheme(scheme_of(s.name), s.scheme) for s in linears) and not any(map(scheme_of, skipped))
+        same = all(same_scheme(scheme_of(s.name, _kind(s)), s.scheme) for s in linears)
+        same = same and not any(map(scheme_of, skipped))
         if not same or not groups:
             groups, ignore = new_groups(linears), list(skipped)
         formats = {group.format for group in groups}
@@ -131,6 +137,21 @@ class CompressedTensors(Folder):
                 "ignore": ignore,
             }
         )
+
+    def stacked(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """See `Format.stacked`; one shape is that of all."""
+        found = super().stacked(parts)
+        if "weight_shape" in found:
+            N, K = found["weight_shape"].view(-1, 2).T
+            found["weight_shape"] = torch.stack([N.sum(), K[0]])
+        return found
+
+    def embedding(self, name: str) -> Scheme | None:
+        """See `Format.embedding`. Raises LlmqError for one that is no symmetric integers."""
+        scheme = Lookup(self.groups, self.ignore)(name, EMBEDDING)
+        if scheme is not None:
+            _refuse_table(name, scheme)
+        return scheme
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> tuple[CompressedTensors, Callable[[str], Scheme | None]]:
@@ -153,6 +174,20 @@ class CompressedTensors(Folder):
         form.extra = {k: v for k, v in config.items() if k not in interpreted}
         lookup = Lookup(form.groups, form.ignore)
         return form, lookup
+
+
+def _kind(spec: LinearSpec) -> str:
+    return EMBEDDING if spec.embedding else LINEAR
+
+
+def _refuse_table(name: str, scheme: Scheme) -> None:
+    """Raise LlmqError for an embedding whose rows cannot be looked up one by one: zeros are packed across them."""
+    grid, by = scheme.weight, scheme.weight.granularity
+    if not isinstance(grid, AffineGrid) or not grid.sym or scheme.activation or isinstance(by, PerTensor | PerBlock):
+        raise LlmqError(
+            f"{name}: an embedding is symmetric integers with scales per row or group, not {type(grid).__name__} "
+            f"{by}; say --embeddings 8, or int:bits=4:group=32"
+        )
 
 
 class Storage(Protocol):

@@ -105,13 +105,14 @@ class Gguf:
     """The GGUF format.
 
     pre: llama.cpp's name of the tokenizer's pre-tokenizer, where llmq cannot find it; None finds it.
-    mix, imatrix, split_max_size: as the recipe has them, the mixture as `type`.
+    mix, imatrix, split_max_size, embeddings: as the recipe has them, the mixture as `type`.
     """
 
     pre: str | None = None
     mix: str = field(default="Q4_K_M", init=False)
     imatrix: str | None = field(default=None, init=False)
     split_max_size: str | None = field(default=None, init=False)
+    embeddings: str | None = field(default=None, init=False)
     quant_method: str = field(default="gguf", init=False)
     sink: ClassVar[type] = GgufSink
 
@@ -136,7 +137,7 @@ class Gguf:
         shapes = {ggml: _shape(arch, n, model.shapes[n]) for n, ggml in names.items()}
         weighs = wanted.weighs or self.imatrix is not None
         about = mixture.Model(arch.blocks, arch.gqa, arch.tied, arch.large, weighs, arch.experts, arch.factors)
-        by_ggml = mixture.assign(shapes, mix, about, _overrides(wanted))
+        by_ggml = mixture.assign(shapes, mix, about, [*_ends(self.embeddings), *_overrides(wanted)])
         words = vocabulary(model.tokenizer(), shapes["token_embd.weight"][0], arch.config, self.pre)
         importance, missing = _importance(self.imatrix, names, model, arch)
         types = {n: by_ggml[ggml] for n, ggml in names.items()}
@@ -194,6 +195,10 @@ class Gguf:
         grid = _grid(spec)
         return {"weight": grid.to_bytes(q.codes, q.params), **grid.stored_once(q.params)}
 
+    def stacked(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """See `Format.stacked`."""
+        return {"weight": torch.cat([part["weight"] for part in parts])}
+
     def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
         """Invert `pack`. Raises LlmqError where the rows are missing or of another size."""
         for local, expected in self.layout(spec).items():
@@ -239,6 +244,15 @@ def _shape(arch: Architecture, name: str, shape: Sequence[int]) -> tuple[int, ..
     """Return the shape of a tensor in the file, of its columns those that stay together."""
     *N, K = arch.shape(name, shape)
     return (*N, arch.together(name, K))
+
+
+def _ends(kind: str | None) -> list[tuple[Pattern, str]]:
+    """Return the type that --embeddings gives embedding and head. Raises LlmqError for one that is none."""
+    if kind is None:
+        return []
+    if kind.upper() not in mixture.ALONE:
+        raise LlmqError(f"--embeddings {kind!r} is no ggml type (there are: {', '.join(mixture.ALONE)})")
+    return [(Pattern(r"^(token_embd|output)\.weight$", "--embeddings"), kind.upper())]
 
 
 def _overrides(wanted: Wanted) -> list[tuple[Pattern, str]]:

@@ -1,4 +1,4 @@
-"""transformers: let `from_pretrained` read GPTQ, AWQ and compressed-tensors checkpoints with llmq's linears.
+"""transformers: let `from_pretrained` read GPTQ, AWQ and compressed-tensors checkpoints with llmq's modules.
 
 transformers finds the reader of a quantized checkpoint by its `quant_method` in two mappings, one for the config and
 one for the quantizer. `register()` replaces their entries for the methods that llmq reads, none of whose packages is
@@ -9,7 +9,7 @@ then needed; `unregister()` puts back what was there. Nothing else in transforme
     model = AutoModelForCausalLM.from_pretrained(path)
 
 Not here: the checks of the files before any weight is read (checkpoint/packed.py), what a packed tensor means
-(formats/), the linear itself (runtime/linear.py), `llmq.load` (loading.py).
+(formats/), the modules themselves (runtime/linear.py, embedding.py), `llmq.load` (loading.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,7 +35,9 @@ from llmq.checkpoint.packed import PackedCheckpoint, Packing
 from llmq.errors import LlmqError
 from llmq.guard.reading import Entry, tensor_entries
 from llmq.model.experts import Experts, unfuse
+from llmq.runtime.embedding import QuantEmbedding, TiedHead
 from llmq.runtime.linear import QuantLinear
+from llmq.runtime.packed import PackedWeight
 
 _KV_SCALE = re.compile(r"[kv]_(scale|zero_point)")
 
@@ -104,11 +106,10 @@ class PackedQuantizer(HfQuantizer):
         if len(places) > 1 or "disk" in places:
             return
         for module in model.modules():
-            if isinstance(module, QuantLinear):
-                if self.prepack:
-                    module.prepack()
-                else:
-                    module.unpack()
+            if self.prepack and isinstance(module, QuantLinear | TiedHead):
+                module.prepack()
+            elif isinstance(module, PackedWeight):
+                module.unpack()
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Return transformers' rules for names, or what llmq found of every name where experts were taken apart.
@@ -129,14 +130,28 @@ class PackedQuantizer(HfQuantizer):
 
 
 def place_linears(model: nn.Module, packed: PackedCheckpoint, prefix: str = "") -> None:
-    """Put an empty `QuantLinear` in the place of each linear that a checkpoint holds packed.
+    """Put an empty `QuantLinear` or `QuantEmbedding` in the place of each module that a checkpoint holds packed.
 
     prefix: what the checkpoint's names have before the model's.
     """
+    form = packed.packing.format
     for name, linear in packed.linears.items():
-        own = packed.stored(name)
-        module = QuantLinear(packed.packing.format, linear, "bias" in own, stored=own)
-        model.set_submodule(name.removeprefix(prefix), module)
+        own, place = packed.stored(name), name.removeprefix(prefix)
+        module: nn.Module
+        if linear.embedding:
+            module = QuantEmbedding(form, linear, cast(nn.Embedding, model.get_submodule(place)), stored=own)
+            _tie(model, place, module)
+        else:
+            module = QuantLinear(form, linear, "bias" in own, stored=own)
+        model.set_submodule(place, module)
+
+
+def _tie(model: Any, name: str, embedding: QuantEmbedding) -> None:
+    """Put a head that multiplies with a packed embedding in the place of each one that is tied to it."""
+    for weight, source in list(getattr(model, "all_tied_weights_keys", {}).items()):
+        if source == f"{name}.weight":
+            model.set_submodule(weight.rpartition(".")[0], TiedHead(embedding))
+            del model.all_tied_weights_keys[weight]
 
 
 class ReferenceQuantizer(PackedQuantizer):

@@ -227,7 +227,7 @@ def _try(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def check_ids(ids: Tensor | Sequence[int], model: Any) -> None:
     """Raise LlmqError for token ids of which the model has no embedding; its tokenizer has had tokens added."""
-    rows = len(model.get_input_embeddings().weight)
+    rows = model.get_input_embeddings().num_embeddings
     top = int(torch.as_tensor(ids).max())
     if top >= rows:
         raise LlmqError(

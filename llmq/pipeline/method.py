@@ -71,6 +71,7 @@ class Method:
     solver: Solver
     format: Format
     base: Scheme | None  # None where the format's own types take its place (GGUF)
+    embedding: Scheme | None  # None where it stays as the format has it
     overrides: tuple[Differing, ...]
     candidates: Mapping[str, Differing | None]  # what a budget of bits chooses from, None where a linear stays float
     skip: tuple[Pattern, ...]
@@ -103,7 +104,7 @@ class Method:
         """Return what formats look at."""
         recipe = self.recipe
         leaves, weighs = recipe.on_misfit == "skip", bool(self.needs([]))
-        return Wanted(self.schemes, recipe.override, self.skip, bool(recipe.lm_head), weighs, leaves)
+        return Wanted(self.schemes, recipe.override, self.skip, bool(recipe.lm_head), weighs, leaves, self.embedding)
 
     def schemes(self, linears: Sequence[str]) -> dict[str, Scheme]:
         """Return what linears become, those that stay float left out.
@@ -137,9 +138,10 @@ def method_of(recipe: Recipe, model_dtype: torch.dtype) -> Method:
     base, overrides = _schemes(recipe, recipe.grid, fmt.scale_dtype(model_dtype)) if recipe.grid else (None, ())
     skip = tuple(Pattern(s, f"--skip {s!r}") for s in recipe.skip)
     dtype, names = fmt.scale_dtype(model_dtype), recipe.candidates() if base else ()
+    table = Scheme(_grid(recipe.embedding_grid, dtype)) if recipe.embedding_grid else None
     candidates = {c: None if c == FLOAT else _candidate(c, base, dtype) for c in names if base}
     several: dict[str, Any] = {f"{kind.kind}s": tuple(found) for kind, found in steps.items() if kind is not Solver}
-    return Method(recipe, solver, fmt, base, overrides, candidates, skip, **several)
+    return Method(recipe, solver, fmt, base, table, overrides, candidates, skip, **several)
 
 
 def _schemes(recipe: Recipe, text: str, scale_dtype: torch.dtype) -> tuple[Scheme, tuple[Differing, ...]]:
@@ -195,6 +197,7 @@ def _format(recipe: Recipe, solver: Solver) -> Format:
     asked = {"desc_act": solver.desc_act, "kv": STRATEGIES[recipe.kv] if recipe.kv_bits else None}
     asked |= {"kv_dtype": recipe.kv_dtype if recipe.kv_bits else None}
     asked |= {"mix": recipe.type, "imatrix": recipe.imatrix, "split_max_size": recipe.split_max_size}
+    asked |= {"embeddings": str(recipe.embeddings) if recipe.gguf and recipe.embeddings is not None else None}
     for name in [n for n, value in asked.items() if value]:
         if name not in {f.name for f in dataclasses.fields(fmt)}:
             raise LlmqError(f"format {recipe.format} holds no {_HELD[name]}")

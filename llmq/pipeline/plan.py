@@ -70,7 +70,8 @@ class Plan:
     def matrices(self) -> dict[str, LinearSpec]:
         """Every matrix that is quantized, by the name of its module."""
         shapes = {n: self.model.shapes[self.weight_of(n)] for n in self.assigned.schemes}
-        return {n: LinearSpec(n, N, K, self.assigned.schemes[n]) for n, (N, K) in shapes.items()}
+        table, schemes = self.model.embedding, self.assigned.schemes
+        return {n: LinearSpec(n, N, K, schemes[n], n == table) for n, (N, K) in shapes.items()}
 
     @cached_property
     def linears(self) -> dict[str, LinearSpec]:
@@ -85,8 +86,15 @@ class Plan:
 
     @property
     def skipped(self) -> list[str]:
-        """The linears that stay float."""
-        return [n for n in (*self.model.linears, self.model.head) if n not in self.matrices]
+        """The linears that stay float; a head that is tied to a quantized embedding is that."""
+        heads = [] if self._ties else [self.model.head]
+        return [n for n in (*self.model.linears, *heads) if n not in self.matrices]
+
+    @property
+    def _ties(self) -> bool:
+        """Whether the head multiplies with a quantized embedding."""
+        tied = f"{self.model.head}.weight" not in self.model.shapes
+        return tied and self.model.embedding in self.rows and self.model.head not in self.matrices
 
     @property
     def head(self) -> str | None:
@@ -102,7 +110,7 @@ class Plan:
         """Return the tensor that holds the float weight of a linear: the embedding's, where a head is tied to it."""
         if f"{linear}.weight" in self.source:
             return f"{linear}.weight"
-        return f"{self.skeleton.name_of(self.skeleton.model.get_input_embeddings())}.weight"
+        return f"{self.model.embedding}.weight"
 
     def importance(self, linear: str) -> Tensor | None:
         """Return what the squared error of each input channel of a linear counts, where the user gave it, `[K]`."""
@@ -169,9 +177,14 @@ class Plan:
     def config(self) -> dict[str, Any]:
         """Return the `quantization_config`, which names what stays float as the model and as runtimes call it."""
         other = self.source.written
-        names = {n: None for m in (*self.skipped, *self.beside) for n in (m, other(m))}
-        linears = {n: s for s in self.linears.values() for n in (s.name, other(s.name))}
+        names = {n: None for m in (*self.skipped, *self.beside, *self._tables()) for n in (m, other(m))}
+        linears = {n: s for s in self.matrices.values() for n in (s.name, other(s.name))}
         return self.method.format.config([dataclasses.replace(s, name=n) for n, s in linears.items()], list(names))
+
+    def _tables(self) -> list[str]:
+        """Return the embeddings that stay float beside one that does not, and the head that is that one's."""
+        every = self.skeleton.embeddings() if self.model.embedding in self.rows else []
+        return [*([self.model.head] if self._ties else []), *(n for n in every if n not in self.matrices)]
 
     @property
     def limits(self) -> list[Limit]:
@@ -235,10 +248,10 @@ class Plan:
 
     def possible(self) -> list[LinearSpec]:
         """Return every matrix as it will be, or may be under a budget of bits."""
-        specs = list(self.matrices.values())
         if not self.method.recipe.target_bpw:
-            return specs
-        return [one for s in specs for one in self.method.possible(s).values() if one is not None]
+            return list(self.matrices.values())
+        chosen = [one for s in self.linears.values() for one in self.method.possible(s).values() if one is not None]
+        return [*chosen, *self.rows.values()]
 
     def sizes(self, spec: LinearSpec) -> dict[str, int]:
         """Return the bytes of a linear as each of the candidates of a budget of bits."""
@@ -304,6 +317,7 @@ def _model(skeleton: Skeleton) -> FloatModel:
         shapes={n: shape for n, (_, shape) in source.headers().items() if n not in source.unread},
         linears=[n for n, _ in skeleton.linears()],
         head=skeleton.name_of(skeleton.model.get_output_embeddings()),
+        embedding=skeleton.name_of(skeleton.model.get_input_embeddings()),
         written=source.written,
         carried=sorted(source.unread),
     )

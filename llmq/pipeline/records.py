@@ -96,20 +96,20 @@ def _solved(q: QTensor, Q_NK: Tensor) -> dict[str, Tensor]:
 
 
 def rounded(
-    W_NK: Tensor, grid: Grid, pack: Callable[[QTensor], Tensor], importance: Tensor | None = None
-) -> tuple[Tensor, dict[str, Any]]:
+    W_NK: Tensor, grid: Grid, pack: Callable[[QTensor], Any], importance: Tensor | None = None
+) -> dict[str, Any]:
     """Round a matrix to nearest, some rows at a time, so that no embedding is whole in float32.
 
-    pack: returns the stored rows of some. importance: what the squared error of each input channel counts, `[K]`.
-    Returns all stored rows, and what `quantization.json` says of the matrix.
+    pack: is given one part after the other. importance: what the squared error of each input channel counts, `[K]`.
+    Returns what `quantization.json` says of the matrix.
     """
-    packed, line = [], Line()
+    line = Line()
     for rows in W_NK.split(max(1, _ROUNDED_AT_ONCE // W_NK.shape[1])):
         W_nK = rows.float()
         q = QTensor.rounded(W_nK, grid, importance)
-        packed.append(pack(q))
+        pack(q)
         line.add(q, q.dequantize(), W_nK)
-    return torch.cat(packed), line.to_json()
+    return line.to_json()
 
 
 @dataclass

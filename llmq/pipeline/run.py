@@ -11,6 +11,7 @@ Not here: what can be refused before (plan.py), what happens inside a block (blo
 (model/lanes.py), what enters the first (entering.py), the files (checkpoint/), what is said of them (report.py).
 """
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from functools import partial
@@ -202,19 +203,19 @@ def _outside(plan: Plan, sink: Sink) -> dict[str, dict[str, Any]]:
         module = name.removesuffix(".weight")
         if module in plan.rows:
             packed, lines[module] = _rounded(plan, plan.rows[module])
-            sink.add(plan.staged({name: packed}))
+            sink.add(plan.staged({f"{module}.{local}": t for local, t in packed.items()}))
         elif module != plan.head:
             sink.add(plan.staged({name: plan.source.get(name)}))
     return lines
 
 
-def _rounded(plan: Plan, linear: LinearSpec) -> tuple[Tensor, dict[str, Any]]:
-    """Round an embedding or a head to nearest; return its stored rows and its report line."""
+def _rounded(plan: Plan, linear: LinearSpec) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Round an embedding or a head to nearest; return its packed tensors by local names, and its report line."""
     weight, importance = plan.source.get(f"{linear.name}.weight"), plan.assigned.importance.get(linear.name)
+    form, parts = plan.method.format, list[dict[str, Tensor]]()
 
-    def pack(q: QTensor) -> Tensor:
-        (stored,) = plan.method.format.pack(q, linear).values()
-        return stored
+    def pack(q: QTensor) -> None:
+        parts.append(form.pack(q, dataclasses.replace(linear, N=len(q.codes))))
 
-    rows, line = rounded(weight, linear.scheme.weight, pack, importance)
-    return rows, {"method": "rtn", "bits": linear.scheme.weight.bits, **line}
+    line = rounded(weight, linear.scheme.weight, pack, importance)
+    return form.stacked(parts), {"method": "rtn", "bits": linear.scheme.weight.bits, **line}

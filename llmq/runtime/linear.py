@@ -6,29 +6,29 @@ It is made with the tensors of the file as buffers, under the names they have on
 (reference.py), decoding the weight at every forward. `prepack()`, which loading a checkpoint calls, hands the weight to
 the first back-end that can run it (backends/); the tensors of the file are dropped and come back from the back-end,
 bit for bit, whenever a `state_dict` is asked for. So a model is always its checkpoint, and never holds two copies.
-A buffer keeps the dtype it was stored in whatever happens to the model: rounding scales to the model's dtype would
-change every weight. A layer that is moved to another kind of device is prepacked anew there.
+A layer that is moved to another kind of device is prepacked anew there.
 
-Not here: bits on disk (formats/), replacing the linears of a model (integrations/).
+Not here: the tensors of the file (packed.py), replacing the linears of a model (integrations/).
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmq.format import Format
 from llmq.runtime import reference
 from llmq.runtime.backends import Prepacked, choose
+from llmq.runtime.packed import PackedWeight, leaves
 from llmq.types import LinearSpec, QTensor
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(PackedWeight):
     """A drop-in for `nn.Linear` whose weight stays packed.
 
     The buffers are those of `fmt.layout(spec)` under their local names, and `bias` where there is one. They are created
-    empty: fill them by `load_state_dict` (with `assign=True` when the module is on the meta device).
+    empty, see `PackedWeight`.
 
     fmt: the format that decodes the buffers.
     spec: name, shape `[N, K]` and scheme of the linear.
@@ -50,16 +50,12 @@ class QuantLinear(nn.Module):
         device: torch.device | str = "meta",
         stored: Mapping[str, Tensor] | None = None,
     ) -> None:
-        super().__init__()
-        self.fmt, self.spec = fmt, spec
-        self.in_features, self.out_features = spec.K, spec.N
-        self.prepacked = None
         if stored is None:
             stored = fmt.layout(spec) | {"bias": torch.empty(spec.N, dtype=torch.get_default_dtype(), device="meta")}
-        self._packed = {local: (t.dtype, t.shape) for local, t in stored.items() if local != "bias"}
+        super().__init__(fmt, spec, stored, device)
+        self.in_features, self.out_features = spec.K, spec.N
+        self.prepacked = None
         self.register_buffer("bias", torch.empty_like(stored["bias"], device=device) if bias else None)
-        for local, (dtype, shape) in self._packed.items():
-            self.register_buffer(local, torch.empty(shape, dtype=dtype, device=device))
 
     @property
     def backend(self) -> str:
@@ -71,7 +67,7 @@ class QuantLinear(nn.Module):
 
         Raises LlmqError where the buffers do not fit the spec or hold what no weight can have (see `unpack`).
         """
-        if self.prepacked is not None or self.get_buffer(next(iter(self._packed))).is_meta:
+        if self.prepacked is not None or not self.loaded:
             return
         q = self.unpack()
         backend = choose(self.spec, q)
@@ -83,8 +79,7 @@ class QuantLinear(nn.Module):
     def empty(self) -> None:
         """Forget the weight and the bias: the buffers are on the meta device, to be filled again."""
         self.prepacked = None
-        for local, (dtype, shape) in self._packed.items():
-            setattr(self, local, torch.empty(shape, dtype=dtype, device="meta"))
+        super().empty()
         if self.bias is not None:
             self.bias = torch.empty_like(self.bias, device="meta")
 
@@ -99,21 +94,11 @@ class QuantLinear(nn.Module):
         if self.prepacked is not None:
             tensors = self.fmt.pack(self.prepacked.restore(), self.spec)
             return {local: tensors[local].to(dtype).reshape(shape) for local, (dtype, shape) in self._packed.items()}
-        return {local: self.get_buffer(local) for local in self._packed}
+        return super().file_tensors()
 
     def unpack(self) -> QTensor:
-        """Return the weight's codes `[N, K]` and parameters.
-
-        Raises LlmqError, naming the tensor, where the buffers do not fit the spec, a scale is 0 or not finite, or a
-        column's group is not there.
-        """
-        if self.prepacked is not None:
-            return self.prepacked.restore()
-        return self.fmt.unpack(self.file_tensors(), self.spec)
-
-    def dequantize(self) -> Tensor:
-        """Return the weight of the checkpoint, float32 `[N, K]`."""
-        return reference.decode(self.unpack(), torch.float32)
+        """See `PackedWeight.unpack`."""
+        return super().unpack() if self.prepacked is None else self.prepacked.restore()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` `[..., K]` to `[..., N]` in the dtype of `x`."""
@@ -142,19 +127,11 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Let `.to()`, `.half()` and the like move the buffers but never change their dtype."""
-        leaves = False
-        if self.prepacked is not None:
-            device = next(self.prepacked.buffers()).device
-            leaves = fn(torch.empty(0, device=device)).device.type != device.type
-        if leaves:
+        """See `PackedWeight._apply`."""
+        away = self.prepacked is not None and leaves(self.prepacked, fn)
+        if away:
             self.undo_prepack()
-
-        def move(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        super()._apply(move, recurse)
-        if leaves:
+        super()._apply(fn, recurse)
+        if away:
             self.prepack()
         return self

@@ -5,7 +5,7 @@ nothing may lie beside a linear that its reader does not take.
 Not here: GGUF (ggml.py), the walk through the blocks (forward.py), which tensor is which (checkpoint/names.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from llmq.verify.floats import Floats
 from llmq.verify.forward import Decoded
 from llmq.verify.linears import check_float, check_scale, read_floats, read_linear
 from llmq.verify.mlx import Affine
-from llmq.verify.packing import PACKED, How, Packing, cache_scales, packing
+from llmq.verify.packing import PACKED, How, Packing, cache_scales, embeddings, packing
 from llmq.verify.report import Report
 
 
@@ -35,15 +35,15 @@ class Folder:
         model, config = self.skeleton.model, source.quantization
         self._headers = source.headers()
         self._shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
-        self._linears = {
-            n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)
-        }
+        tables = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        self._linears = {n: (m.weight.shape[0], m.weight.shape[1]) for n, m in (linears | tables).items()}
         if self.skeleton.config.tie_word_embeddings:
             head = self.skeleton.name_of(model.get_output_embeddings())
             del self._shapes[f"{head}.weight"], self._linears[head]
         self.skeleton.source = Decoded(source, self.names(), self.read)
         self._cache = cache_scales(config or {})
-        self.packed = self._find_packed(packing(config) if config else lambda name: None, report)
+        self.packed = self._find_packed(_how(config or {}, tables), report)
         self._check_leftovers(report)
         for warning in source.warnings:
             report.note(warning)
@@ -89,7 +89,7 @@ class Folder:
         tensor = self.source.get(name)
         return tensor if check_float(name, tensor, report) else None
 
-    def _find_packed(self, how: Any, report: Report) -> dict[str, How]:
+    def _find_packed(self, how: Callable[[str], How | None], report: Report) -> dict[str, How]:
         """Return how each packed linear is stored; report where config and tensors disagree on it.
 
         A peer's config need not list what was left float: there the tensors decide.
@@ -119,3 +119,11 @@ class Folder:
                 left.setdefault(module, []).append(local)
         for module, locals_ in sorted(left.items()):
             report.fail(f"nothing reads {module}: {', '.join(sorted(locals_))}")
+
+
+def _how(config: Mapping[str, Any], tables: Collection[str]) -> Callable[[str], How | None]:
+    """Return what says how a module is stored, None of those that are float. tables: the embeddings."""
+    if not config:
+        return lambda name: None
+    linear, table = packing(config), embeddings(config)
+    return lambda name: (table if name in tables else linear)(name)

@@ -5,7 +5,8 @@
     awq                 `modules_to_not_convert` (names or parts of paths), negative `dynamic` rules
     mlx                 its `group_size`, `bits` and `mode`, or those of a module's own entry, false for a float one
     modelopt            `quant_algo`, or that of each in `quantized_layers`, less `ignore` or `exclude_modules`
-    compressed-tensors  `config_groups` (exact name, then `re:` pattern, then the class "Linear"), less `ignore`
+    compressed-tensors  `config_groups` (exact name, then `re:` pattern, then the class, "Linear" or "Embedding"), less
+                        `ignore`
 
 Not here: the bits (decode.py). Nothing of llmq/formats is used, so that config and tensors are judged independently.
 """
@@ -116,6 +117,13 @@ def packing(config: Mapping[str, Any]) -> Callable[[str], How | None]:
     raise LlmqError(f"{WHERE}.quant_method is {method!r}; verify reads {', '.join(METHODS)} and GGUF")
 
 
+def embeddings(config: Mapping[str, Any]) -> Callable[[str], How | None]:
+    """Return the function that says how an embedding is stored, None for a float one: compressed-tensors has others."""
+    if config.get("quant_method") != "compressed-tensors":
+        return lambda name: None
+    return _compressed_tensors(_without_null(config), "Embedding")
+
+
 def cache_scales(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the local names that a quantized key-value cache has beside a block's attention."""
     return _CACHE if config.get("kv_cache_scheme") else ()
@@ -169,7 +177,7 @@ def _awq(config: Mapping[str, Any]) -> Callable[[str], Packing | None]:
     return of
 
 
-def _compressed_tensors(config: Mapping[str, Any]) -> Callable[[str], How | None]:
+def _compressed_tensors(config: Mapping[str, Any], kind: str = "Linear") -> Callable[[str], How | None]:
     groups = field(config, "config_groups", dict, WHERE)
     targets = {t: how for name, g in groups.items() for t, how in _group_targets(name, g, config)}
     by_pattern = [t for t in sorted(targets) if t.startswith("re:")]
@@ -178,11 +186,11 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Callable[[str], How | None
     ignored_patterns = _patterns([t[3:] for t in ignored if t.startswith("re:")])
 
     def of(name: str) -> How | None:
-        if not ignored.isdisjoint((name, "Linear")) or any(p.match(name) for p in ignored_patterns):
+        if not ignored.isdisjoint((name, kind)) or any(p.match(name) for p in ignored_patterns):
             return None
         if name in targets:
             return targets[name]
-        return next((how for p, how in patterns if p.match(name)), targets.get("Linear"))
+        return next((how for p, how in patterns if p.match(name)), targets.get(kind))
 
     return of
 
