@@ -326,7 +326,7 @@ BASE = {
         ((), {"transform_config": {"config_groups": {}}}, "transforms"),
         (("g",), {"targets": []}, "config_groups.g lacks targets"),
         (("g",), {"weights": None}, "config_groups.g lacks targets or weight arguments"),
-        (("g",), {"targets": ["Embedding"]}, "config_groups.g targets Embedding modules"),
+        (("g",), {"targets": ["Conv1d"]}, "config_groups.g targets Conv1d modules"),
         (("g",), {"targets": ["re:("]}, "not a regular expression"),
         (("g",), {"output_activations": {"num_bits": 8}}, "quantizes outputs"),
         (("g",), {"format": "marlin-24"}, "format is 'marlin-24'"),
