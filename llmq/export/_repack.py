@@ -23,9 +23,10 @@ from torch import Tensor
 from llmq.export._kept import FACTOR, ROUNDED
 from llmq.export._target import EXACT, REQUANTIZED
 from llmq.gguf import container, kinds, mixture
+from llmq.grids._float import FloatGrid
 from llmq.grids._ggml_floats import FloatBlocks
 from llmq.pipeline.records import Line, rounded
-from llmq.types import FloatParams, GgmlParams, LlmqError, Params, QTensor
+from llmq.types import FloatParams, GgmlParams, LinearSpec, LlmqError, Params, QTensor
 
 _QBLOCK = 32  # columns of a qblock of Q4_0, Q4_1 and Q8_0
 _WIDE = 64  # of Q2_0
@@ -75,6 +76,17 @@ def convert(
             f"{name}: its codes cannot be kept: {why}; say --requantize TYPE (Q8_0, Q6_K ...) to round it anew"
         )
     return round_anew(q.dequantize(), name, mixture.fallback(requantize, together), REQUANTIZED)
+
+
+def unheld(spec: LinearSpec) -> str | None:
+    """Return why no type of ggml holds codes on a planned linear's grid, None where one does as far as that tells."""
+    grid = spec.scheme.weight
+    if isinstance(grid, FloatGrid):
+        return None if isinstance(grid, FloatBlocks) else f"no type of ggml is {type(grid).__name__}"
+    columns = grid.granularity.columns(spec.K)
+    if columns % _QBLOCK:
+        return f"{grid.granularity} is no multiple of {_QBLOCK} columns"
+    return "8-bit asymmetric codes have no ggml type" if grid.bits == 8 and not getattr(grid, "sym", True) else None
 
 
 def _obstacle_of_floats(q: QTensor, together: int, factor: bool) -> str | None:

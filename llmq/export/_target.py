@@ -148,6 +148,10 @@ class OfCodes(Target[Packed]):
         """
         return open_packed(src, requantize)
 
+    def foresee(self, opened: Packed) -> list[str]:
+        """Do as `check` for linears that are planned and not solved yet: grids and groups are known, no values."""
+        return self.check(opened)
+
     def refuse_falling(self, opened: Packed, linears: Sequence[str] | None = None) -> None:
         """Raise LlmqError for the first linear with negative scales, unless this target holds them.
 
