@@ -6,6 +6,7 @@
 Every pair is run, on the peers' tiny checkpoints in tests/golden and on what is made of them; each file is verified.
 """
 
+import re
 import shutil
 import sys
 import tempfile
@@ -79,7 +80,7 @@ def with_tokenizer(folder: Path, room: Path) -> Path:
 
 def outcome(folder: Path, target: str, room: Path) -> str:
     """Return what became of the linears; of a refusal its reason."""
-    out = room / ("out.gguf" if target == "gguf" else "out")
+    out = room / f"{folder.name}-{target}-out{'.gguf' if target == 'gguf' else ''}"
     try:
         done = llmq.convert(folder, out, "gguf:pre=gpt-2" if target == "gguf" else target)
     except LlmqError as e:
@@ -103,6 +104,7 @@ def main(targets: tuple[str, ...]) -> None:
                 found = outcome(folder, target, Path(room))
                 if found.startswith("refused"):
                     why = found.removeprefix("refused: ").replace(room, "").split("; ")[0]
+                    why = re.sub(r" \(it has .*\)", "", why)
                     why = why.partition(": its codes cannot be kept: ")[2] or why.partition(": ")[2] or why
                     found = f"refused ({reasons.setdefault(why, len(reasons) + 1)})"
                 cells.append(found)

@@ -66,7 +66,7 @@ class AsFormat(OfCodes):
         """See `OfCodes.open`."""
         if requantize is not None:
             registry.load("grids", requantize, code=True)  # refuses before SRC is read
-        return open_packed(src, requantize)
+        return open_packed(src, requantize, minima=True)
 
     def check(self, opened: Packed) -> list[str]:
         """Refuse, by the layout of every linear, what the format cannot hold, and say what readers do not take.

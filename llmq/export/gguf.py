@@ -17,7 +17,7 @@ from torch import Tensor
 from llmq import __version__
 from llmq.checkpoint import Sink
 from llmq.checkpoint.digest import digest, sealed
-from llmq.export._kept import of_integers
+from llmq.export._integers import of_integers
 from llmq.export._repack import Exported, convert, round_anew, unheld
 from llmq.export._target import REQUANTIZED, OfCodes, Packed, open_packed
 from llmq.gguf import container, mixture
@@ -60,7 +60,7 @@ class Gguf(OfCodes):
     def open(self, src: str, requantize: str | None) -> Packed:
         """See `Target.open`."""
         kind = _checked(requantize, "--requantize")
-        return open_packed(src, kind)
+        return open_packed(src, kind, minima=True)
 
     def check(self, opened: Packed) -> list[str]:
         """Refuse an architecture and a tokenizer that GGUF does not hold; say what is left out."""
