@@ -104,11 +104,12 @@ def _small_floats(q: QTensor) -> Exported:
     """Return the codes of NVFP4 or MXFP4 in blocks of ggml, recorded as a reader of the file computes them."""
     grid: Any = q.grid
     rows, once = grid.to_bytes(q.codes, q.params), grid.stored_once(q.params)
-    found = QTensor(*grid.from_bytes(rows), grid)
-    values, W_NK = found.dequantize(), q.dequantize()
+    codes, params = grid.from_bytes(rows)
+    values, W_NK = QTensor(codes, params, grid).dequantize(), q.dequantize()
     for factor in once.values():  # by which a reader multiplies what the blocks give
         values *= factor
-    line = Line().add(QTensor(*grid.from_bytes(rows, once), grid), values, W_NK).to_json()
+    found = QTensor(codes, grid.from_bytes(rows, once)[1], grid)
+    line = Line().add(found, values, W_NK).to_json()
     outcome = EXACT if torch.equal(values, W_NK) else FACTOR
     return Exported(grid.kind, rows, outcome, {"method": "export", "bits": grid.bits} | line, once)
 
