@@ -160,14 +160,12 @@ class Recipe:
 
     def _take_type(self) -> None:
         """Put the type of `gguf:Q4_K_M` or `gguf:type=Q4_K_M` in its place. Raises LlmqError for two that disagree."""
-        name, *given = registry.words(self.format)
-        said = [g for i, g in enumerate(given) if g.startswith("type=") or (i == 0 and "=" not in g)]
-        types = {g.removeprefix("type=").strip() for g in said} | ({self.type} if self.type else set())
-        if len({t.upper() for t in types}) > 1:
+        types, rest = registry.taken(self.format, "type")
+        if len({t.upper() for t in (*types, self.type) if t}) > 1:
             raise LlmqError(f"--format {self.format} and --type {self.type} disagree; give one of them")
-        if said:
-            object.__setattr__(self, "type", types.pop())
-            object.__setattr__(self, "format", ":".join([name, *(g for g in given if g not in said)]))
+        if types:
+            object.__setattr__(self, "type", types[0])
+            object.__setattr__(self, "format", rest)
 
     def _expand(self, scheme: str) -> None:
         """Put what a scheme is short for in its place."""
