@@ -34,6 +34,8 @@ from llmq.onnx.dialect import Dialect
 from llmq.onnx.genai import GenAI
 from llmq.onnx.genai_config import genai_config
 from llmq.onnx.graph import Graph, checked, require_onnx, stored_tensors
+from llmq.onnx.inputs import require_rounded
+from llmq.onnx.packing import require_held
 from llmq.onnx.qdq import Qdq
 from llmq.onnx.weights import CACHE, Weights
 from llmq.options import Between
@@ -79,8 +81,12 @@ class Onnx(OfCodes):
         return open_packed(src)
 
     def check(self, opened: Packed) -> list[str]:
-        """Refuse a model that is no graph of llmq's, and a folder without a tokenizer; say what is left out."""
+        """Refuse a model that is no graph of llmq's, codes that it does not hold, and a folder without a tokenizer."""
         self._architecture(opened)
+        for linear in opened.linears:
+            require_held(linear, blocks=self.dialect == "genai")
+            if linear.scheme.activation is not None:
+                require_rounded(linear.scheme.activation, linear.name)
         tokenizer_of(opened.source.path)
         if any(n.endswith(CACHE) for n in opened.source.names()):
             return ["the scales of the key-value cache are left out: the graph keeps it in floats"]

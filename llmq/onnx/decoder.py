@@ -10,12 +10,13 @@ Not here: what a part is made of (dialect.py, genai.py, qdq.py), what the model 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from llmq.onnx.dialect import Dialect
 from llmq.onnx.weights import Weights
 from llmq.types import LlmqError, QTensor
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head"
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
 
 class Stream:
@@ -63,31 +64,29 @@ class Decoder:
             self._graph.constant(f"{name}.cos", table.cos.to(self._graph.io))
             self._graph.constant(f"{name}.sin", table.sin.to(self._graph.io))
         dialect.begin()
-        shared = self._shared()
-        if shared is None:
-            embedded = dialect.embed(ids, self._weights.tensor(_EMBEDDING))
-        else:
-            embedded = dialect.embed_rounded(ids, shared)
+        rows = self._embedding()
+        embedded = dialect.embed(ids, rows) if isinstance(rows, Tensor) else dialect.embed_rounded(ids, rows)
         stream = Stream(dialect, dialect.times(embedded, model.embedding, "embedded.scaled"))
         for i in range(model.blocks):
             self._block(stream, i)
-        self._logits(self._normed(stream, "model.norm"), shared)
+        self._logits(self._normed(stream, "model.norm"), None if isinstance(rows, Tensor) else rows)
         if left := self._weights.left():
             raise LlmqError(
                 f"tensor {left[0]} has no place in an ONNX graph of {model.config.model_type}; it would be lost"
             )
 
-    def _shared(self) -> QTensor | None:
-        """Return the embedding, rounded, where the head shares it and is to have 8 bits."""
-        if not (self._tied and self._rounded):
-            return None
-        return self._dialect.eight_bits(self._weights.tensor(_EMBEDDING), "embedding")
+    def _embedding(self) -> Tensor | QTensor:
+        """Return the embedding: as it is packed, or rounded where the head shares it and is to have 8 bits."""
+        weight = self._weights.linear(_EMBEDDING).weight
+        if isinstance(weight, QTensor):
+            return self._dialect.table(weight)
+        return self._dialect.eight_bits(weight, "embedding") if self._tied and self._rounded else weight
 
-    def _logits(self, x: str, shared: QTensor | None) -> None:
-        """Add the head, and what is done to what it gives."""
+    def _logits(self, x: str, rounded: QTensor | None) -> None:
+        """Add the head, and what is done to what it gives. rounded: the embedding, where it has 8 bits."""
         dialect, model = self._dialect, self._model
         if self._tied:
-            raw = dialect.tied(x) if shared is None else dialect.tied_rounded(x, shared)
+            raw = dialect.tied(x) if rounded is None else dialect.tied_rounded(x, rounded)
         else:
             raw = self._own_head(x)
         raw = dialect.times(raw, model.logits, "head.scaled")

@@ -21,9 +21,10 @@ from llmq.onnx.graph import Dim, Graph
 from llmq.onnx.inputs import rounded
 from llmq.onnx.packing import in_order, integers
 from llmq.onnx.weights import Linear
-from llmq.types import QTensor
+from llmq.types import Params, QTensor
 
 EXACT, SCALES, HEAD = "values exact", "codes exact, scales rounded", "rounded to 8 bits"
+DECODED = "values exact, decoded to floats"
 _GROUP = 32  # columns that share a scale in a head that is rounded here
 
 
@@ -81,14 +82,12 @@ class Dialect(ABC):
         if not value.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
             raise LlmqError(f"{name} is {kind}, neither float nor packed; the checkpoint's config is not its own")
+        if not torch.isfinite(value).all():
+            raise LlmqError(f"{name} holds NaN or Inf; the checkpoint is damaged")
         own = value.to(self.graph.io)
         if not torch.isfinite(own).all():
             raise LlmqError(f"{name} holds numbers that {self._io} does not; say --to onnx:io=float32")
         return self.graph.constant(name, own)
-
-    @property
-    def _io(self) -> str:
-        return str(self.graph.io).removeprefix("torch.")
 
     def linear(self, x: str, linear: Linear, name: str) -> str:
         """Return x times a linear, plus its bias. name: of the module, and of what it gives."""
@@ -137,15 +136,22 @@ class Dialect(ABC):
         by = {"axis": 0, "block_size": made.block} if made.block else {"axis": 1}
         return self.graph.node("DequantizeLinear", inputs, f"{name}.decoded", **by)
 
+    def table(self, q: QTensor) -> Tensor | QTensor:
+        """Return a packed embedding as `embed_rounded` takes it, else decoded, `[V, H]`."""
+        if q.grid.bits == 8 and q.g_idx is None and bool((Params.of(q.params).zero == 128).all()):
+            self._count(q)
+            return q
+        self.outcomes[DECODED] += 1
+        return q.dequantize()
+
     def embed(self, ids: str, weight: Tensor) -> str:
         """Return the rows of a float embedding `[V, H]`."""
         return self.graph.node("Gather", [self.floats("embedding", weight), ids], "embedded", axis=0)
 
     def tied(self, x: str) -> str:
         """Return x times the float embedding."""
-        return self.graph.node(
-            "MatMul", [x, self.graph.node("Transpose", ["embedding"], "head.weight", perm=[1, 0])], "head"
-        )
+        matrix = self.graph.node("Transpose", ["embedding"], "head.weight", perm=[1, 0])
+        return self.graph.node("MatMul", [x, matrix], "head")
 
     @abstractmethod
     def embed_rounded(self, ids: str, q: QTensor) -> str:
@@ -159,19 +165,15 @@ class Dialect(ABC):
         """Round the embedding or head to 8 bits, symmetric. Raises LlmqError where no group divides its rows."""
         H = weight.shape[1]
         if H % _GROUP:
-            raise LlmqError(
-                f"{name}: rows of {H} columns are no multiple of {_GROUP}; leave it float: --to onnx:head=float"
-            )
+            raise LlmqError(f"{name}: rows of {H} columns are no multiple of {_GROUP}; say --to onnx:head=float")
         grid = Int(bits=8, group=_GROUP, restricted=True, scale_dtype=self.graph.io)
         self.outcomes[HEAD] += 1
         return QTensor.rounded(weight.float(), grid)
 
     def heads_norm(self, x: str, gain: str, heads: int, name: str) -> str:
         """Return an RMSNorm over each head."""
-        d = self.model.head_dim
-        apart = self.graph.node(
-            "Reshape", [x, self.graph.numbers(f"by_{heads}_heads", 0, 0, heads, d)], f"{name}.heads"
-        )
+        shape = self.graph.numbers(f"by_{heads}_heads", 0, 0, heads, self.model.head_dim)
+        apart = self.graph.node("Reshape", [x, shape], f"{name}.heads")
         normed = self.norm(apart, gain, f"{name}.normed")
         return self.graph.node("Reshape", [normed, self.graph.numbers("flat_heads", 0, 0, -1)], name)
 
@@ -191,6 +193,10 @@ class Dialect(ABC):
     def times(self, x: str, factor: float, name: str) -> str:
         """Return x times a number."""
         return x if factor == 1 else self.graph.node("Mul", [x, self.graph.scalar(f"{name}.factor", factor)], name)
+
+    @property
+    def _io(self) -> str:
+        return str(self.graph.io).removeprefix("torch.")
 
     def _count(self, q: QTensor) -> None:
         scale = q.params.scale

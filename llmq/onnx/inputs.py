@@ -19,16 +19,21 @@ from llmq.types import AffineGrid, LlmqError, Parameters, Params, RangedGrid
 _WIDE = 255.0  # steps of 8 bits
 
 
-def rounded(graph: Graph, x: str, grid: RangedGrid, fixed: Parameters | None, K: int, name: str) -> str:
-    """Return x `[batch, seq, K]` as a runtime with 8-bit inputs sees it.
-
-    fixed: what calibration fixed. Raises LlmqError for a grid of other than 8 bits, or that is no integer one.
-    """
+def require_rounded(grid: RangedGrid, name: str) -> None:
+    """Raise LlmqError for a grid of other than 8 bits, per tensor or per token, or that is no integer one."""
     if not isinstance(grid, AffineGrid) or grid.bits != 8 or not isinstance(grid.granularity, PerRow | PerTensor):
         raise LlmqError(
             f"{name}: its input is {type(grid).__name__} of {grid.bits} bits, {grid.granularity}; QuantizeLinear is "
             "written for integers of 8 bits, per tensor or per token"
         )
+
+
+def rounded(graph: Graph, x: str, grid: RangedGrid, fixed: Parameters | None, K: int, name: str) -> str:
+    """Return x `[batch, seq, K]` as a runtime with 8-bit inputs sees it.
+
+    fixed: what calibration fixed. Raises LlmqError as `require_rounded`, and for a static grid without its scale.
+    """
+    require_rounded(grid, name)
     if grid.static:
         by = [_fixed(graph, fixed, name), graph.constant(f"{name}.input_zero", torch.tensor(0, dtype=torch.int8))]
         return _pair(graph, x, by, name)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmq.types import AffineGrid, LlmqError, Params, QTensor
+from llmq.types import AffineGrid, LinearSpec, LlmqError, Params, QTensor
 
 _BLOCKS = (128, 64, 32, 16)
 _ANY = "MatMulNBits has blocks of 16, 32, 64 or 128 columns"
@@ -53,16 +53,23 @@ class Integers(NamedTuple):
     block: int
 
 
+def require_held(linear: LinearSpec, *, blocks: bool) -> None:
+    """Raise LlmqError for a linear that no operator holds. blocks: whether it is to be one of MatMulNBits."""
+    grid = linear.scheme.weight
+    if not isinstance(grid, AffineGrid):
+        raise LlmqError(
+            f"{linear.name}: ONNX's MatMulNBits and DequantizeLinear hold integer codes, not {type(grid).__name__}; "
+            "decode it (llmq dequantize), quantize it to integers, and export that"
+        )
+    if blocks and linear.scheme.activation is None:
+        _block(linear.K, grid.granularity.groups(linear.K), linear.name)
+
+
 def in_order(q: QTensor, name: str) -> tuple[QTensor, Tensor | None]:
     """Return a linear with its groups in the order of its columns, and the order of the input that goes with it.
 
-    Raises LlmqError for what has no integer codes, and for groups of unequal size.
+    Raises LlmqError for groups of unequal size.
     """
-    if not isinstance(q.grid, AffineGrid):
-        raise LlmqError(
-            f"{name}: ONNX's MatMulNBits and DequantizeLinear hold integer codes, not {type(q.grid).__name__}; decode "
-            "it (llmq dequantize), quantize it to integers, and export that"
-        )
     K, G = q.codes.shape[1], q.params.scale.shape[1]
     natural = torch.arange(K) // (K // G)
     if q.g_idx is None or torch.equal(q.g_idx.long(), natural):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the environment of a rival from its pinned list, or leave it as it is where it is whole.
 #
-#   scripts/peers/env.sh NAME DIR     NAME is gptqmodel, autoround or llmcompressor: peers/NAME.txt lists every package
+#   scripts/peers/env.sh NAME DIR     NAME is gptqmodel, autoround, llmcompressor or openvino: peers/NAME.txt lists every package
 #   PYTHON=...                        the python that makes DIR (default: python3)
 #
 # The rivals cannot share one environment: they ask for transformers 5.23, any, and at most 5.17. pip's own settings

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from llmq.grids.int import Int
 from llmq.grids.nvfp4 import Nvfp4
-from llmq.onnx.packing import in_order, integers, n_bits, pack
-from llmq.types import LlmqError, Params, QTensor
+from llmq.onnx.packing import in_order, integers, n_bits, pack, require_held
+from llmq.types import LinearSpec, LlmqError, Params, QTensor, Scheme
 
 
 def solved(bits, K, G, *, sym=True, N=6, g_idx=None):
@@ -84,4 +84,8 @@ def test_what_no_operator_holds_is_refused_by_name():
     with pytest.raises(LlmqError, match="w: groups of 24 columns, but MatMulNBits has blocks of 16, .*--to onnx:qdq"):
         n_bits(solved(4, 96, 4), "w")
     with pytest.raises(LlmqError, match="w: ONNX's .* hold integer codes, not Nvfp4; decode it"):
-        in_order(QTensor.rounded(torch.randn(4, 32), Nvfp4()), "w")
+        require_held(LinearSpec("w", 4, 32, Scheme(Nvfp4())), blocks=False)
+    odd = LinearSpec("w", 4, 96, Scheme(Int(group=24)))
+    with pytest.raises(LlmqError, match="w: groups of 24 columns"):
+        require_held(odd, blocks=True)
+    require_held(odd, blocks=False)
