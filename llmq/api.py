@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
+from llmq import launched
 from llmq.checkpoint import place
 from llmq.checkpoint.place import user_path
 from llmq.evaluation import scores
 from llmq.evaluation.streamed import Streamed
 from llmq.evaluation.windows import find_convention, load_text
 from llmq.export import _run as exporting
+from llmq.export import _several as several
 from llmq.loading import as_dtype, load, load_tokenizer
 from llmq.model.device import device_of
 from llmq.pipeline import machines, rates, run, weights, whole_model
@@ -62,6 +64,8 @@ def quantize(
     """Quantize a checkpoint and write OUT. Returns the record of the run, the content of its quantization.json.
 
     src: the float checkpoint, a folder, `org/name` or `org/name@REVISION`. out: the folder to write, or OUT.gguf.
+        Where `format` names several, "gptq,gguf:Q4_0,onnx", it is a folder with one place for each: the solve is
+        written in the first, and exported to the others (export/_several.py).
     options: those of `Recipe`, laid over the file `recipe`, which names code outside llmq only with `allow_code`. None
         means that an option is not given.
     adapter: a LoRA adapter to add. runtime: refuse what it would not load, "vllm". verify: check what was written
@@ -73,6 +77,9 @@ def quantize(
         and first of the plan.
     Raises LlmqError for an option that does not exist, and as `Recipe`, `prepare` and the run do.
     """
+    if len(forms := several.parted(options.get("format"))) > 1:
+        given = {k: v for k, v in locals().items() if k not in ("src", "out", "options", "forms")} | options
+        return _several(src, Path(out), forms, given)
     team = join(device_of(placed(device)))
     planned = _outlined(
         src, out, recipe, options, max_memory, device_memory,
@@ -94,6 +101,22 @@ def quantize(
         if warning not in said:  # what calibration left out
             _tell(warning, warn, work)
     return record
+
+
+def _several(src: str | Path, out: Path, forms: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Quantize in the first format, then export to the others, OUT being a folder with a place for each."""
+    where, given = several.places(out, forms), given | {"format": forms[0]}
+    first, *others = where.values()
+    more = {n: given[n] for n in ("max_memory", "device_memory", "adapter", "runtime", "allow_code", "overwrite")}
+    recipe = {n: v for n, v in given.items() if n in KINDS}
+    planned = _outlined(src, first, given["recipe"], recipe, device=given["device"], **more)
+    said = [warning for text in forms[1:] for warning in several.foresee(planned, text)]
+    record = quantize(src, first, **given)
+    after = {n: given[n] for n in ("verify", "overwrite", "warn", "progress")}
+    for text, target in zip(forms[1:], others, strict=True):
+        if launched.leads():
+            convert(first, target, text, **after)
+    return record | {"warnings": [*record["warnings"], *said], "also": [str(p) for p in others]}
 
 
 def _nothing(_warning: str) -> None:

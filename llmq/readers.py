@@ -81,6 +81,12 @@ RUNTIMES = {
         'openvino_genai.LLMPipeline("OUT.gguf", "CPU")',
         "`llmq export OUT OUT.gguf` or `--to onnx:qdq` makes a file that it reads",
     ),
+    "ExecuTorch": Runtime(
+        "1.5",
+        "what `llmq export OUT NEW --to executorch` writes, of symmetric 4 bits in groups of 32",
+        'Runtime.get().load_program("OUT/model.pte")',
+        "`llmq export OUT NEW --to executorch` makes a program of symmetric 4 bits, scales above 0 in bfloat16",
+    ),
 }
 """The runtimes that are looked at."""
 

@@ -146,6 +146,8 @@ class Recipe:
             options.check(_dashed(name), value, KINDS[name])
         if self.scheme is not None:
             self._expand(self.scheme)
+        if self.gguf:
+            self._take_type()
         for name in ("override", "skip"):
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         if self.kv_bits and self.gguf:
@@ -155,6 +157,15 @@ class Recipe:
                 if getattr(self, f.name) is not None and not when.true(self):
                     raise LlmqError(f"{_dashed(f.name)} means nothing here: {when.remedy}")
         self._check_pairs()
+
+    def _take_type(self) -> None:
+        """Put the type of `gguf:Q4_K_M` or `gguf:type=Q4_K_M` in its place. Raises LlmqError for two that disagree."""
+        types, rest = registry.taken(self.format, "type")
+        if len({t.upper() for t in (*types, self.type) if t}) > 1:
+            raise LlmqError(f"--format {self.format} and --type {self.type} disagree; give one of them")
+        if types:
+            object.__setattr__(self, "type", types[0])
+            object.__setattr__(self, "format", rest)
 
     def _expand(self, scheme: str) -> None:
         """Put what a scheme is short for in its place."""

@@ -105,6 +105,13 @@ def words(text: str) -> list[str]:
     return _COLON.split(text.strip())
 
 
+def taken(text: str, option: str) -> tuple[list[str], str]:
+    """Return what a text gives an option, a first value without a name among it, and the text without that."""
+    name, *given = words(text)
+    said = [g for i, g in enumerate(given) if g.startswith(f"{option}=") or (i == 0 and "=" not in g)]
+    return [g.removeprefix(f"{option}=").strip() for g in said], ":".join([name, *(g for g in given if g not in said)])
+
+
 def _words(folder: str, text: str) -> list[str]:
     """Return the words of a text whose name may stand for another with an option."""
     name, *given = words(text)

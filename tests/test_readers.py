@@ -131,9 +131,9 @@ def test_weights_that_do_not_fill_the_tiles_of_a_kernel_are_named():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),  # transformers, vLLM, SGLang, llama.cpp, TensorRT-LLM, MLX, onnxruntime-genai, OpenVINO
-    [("gptq_v1_w4g32_sym", "yyynnnnn"), ("gptq_v1_w4g32_desc_act", "ynynnnnn"), ("awq_w4g32", "yyynnynn"),
-     ("ct_pack_w3g32", "yynnnnnn"), ("ct_fp8_static", "yyynynnn")],
+    ("name", "said"),  # transformers, vLLM, SGLang, llama.cpp, TensorRT-LLM, MLX, onnxruntime-genai, OpenVINO, ...
+    [("gptq_v1_w4g32_sym", "yyynnnnnn"), ("gptq_v1_w4g32_desc_act", "ynynnnnnn"), ("awq_w4g32", "yyynnynnn"),
+     ("ct_pack_w3g32", "yynnnnnnn"), ("ct_fp8_static", "yyynynnnn")],
 )  # fmt: skip
 def test_a_checkpoint_that_is_there_is_judged_by_its_headers(name, said):
     rows = readers_of(str(GOLDEN / name))

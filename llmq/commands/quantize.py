@@ -38,7 +38,8 @@ def quantize(
         str | None, typer.Option(help="Entries of the cache: 'fp8', which runtimes read, or 'int8'. [fp8]")
     ] = None,
     format_: Annotated[
-        str | None, typer.Option("--format", help="gptq, awq, compressed-tensors, modelopt or gguf.")
+        str | None,
+        typer.Option("--format", help="gptq, awq, compressed-tensors, modelopt, mlx, gguf:Q8_0; or several: gptq,mlx."),
     ] = None,
     type_: Annotated[str | None, typer.Option("--type", help="GGUF: Q4_K_M, Q8_0, F16 ... [Q4_K_M]")] = None,
     override: Annotated[
@@ -111,6 +112,8 @@ def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:
         table.add("tokens an expert", f"{told['least']:,} to {told['most']:,}, median {told['quartiles'][1]:,}{few}")
     for kind, of in summary.get("trouble", {}).items():
         table.add(kind, f"{of['linears']} linears, the first {of['first']}: {of['says']} (see quantization.json)")
+    for path in summary.get("also", ()):
+        table.add("and", path)
     table.add("seconds", f"{seconds:.1f}")
     table.add("peak memory", f"{Memory.held().most / 1e9:.2f} GB")
     console.print(table)

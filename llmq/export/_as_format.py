@@ -66,7 +66,7 @@ class AsFormat(OfCodes):
         """See `OfCodes.open`."""
         if requantize is not None:
             registry.load("grids", requantize, code=True)  # refuses before SRC is read
-        return open_packed(src, requantize)
+        return open_packed(src, requantize, minima=True)
 
     def check(self, opened: Packed) -> list[str]:
         """Refuse, by the layout of every linear, what the format cannot hold, and say what readers do not take.
@@ -88,6 +88,10 @@ class AsFormat(OfCodes):
         self._alike(opened)
         return [*self.form.check(list(self.plans.values()), opened.skipped), *self._left_out(opened)]
 
+    def foresee(self, opened: Packed) -> list[str]:
+        """See `OfCodes.foresee`."""
+        return self.form.check([self.form.holding(s) for s in opened.linears], opened.skipped)
+
     def _plan(self, opened: Packed, spec: LinearSpec, held: Callable[[LinearSpec], LinearSpec]) -> None:
         """Plan what becomes of a linear. Raises LlmqError where `held` does and the user asks for no rounding anew."""
         try:
@@ -97,7 +101,7 @@ class AsFormat(OfCodes):
                 why = str(e).removeprefix(f"{spec.name}: ")
                 raise LlmqError(f"{spec.name}: its codes cannot be kept: {why}; {_ANEW}") from e
             self.anew.add(spec.name)
-            self.plans[spec.name] = replace(spec, scheme=self._scheme(opened))
+            self.plans[spec.name] = self._anew(opened, spec)
 
     def _held(self, spec: LinearSpec) -> LinearSpec:
         held = self.form.holding(spec)
@@ -128,13 +132,15 @@ class AsFormat(OfCodes):
         try:
             self.form.check(list(self.plans.values()))
         except LlmqError:
-            scheme = self._scheme(opened)
-            self.anew.update(n for n, s in self.plans.items() if s.scheme != scheme)
-            self.plans.update({n: replace(self.plans[n], scheme=scheme) for n in self.anew})
+            anew = {n: self._anew(opened, s) for n, s in self.plans.items()}
+            self.anew.update(n for n, s in self.plans.items() if s.scheme != anew[n].scheme)
+            self.plans.update({n: anew[n] for n in self.anew})
 
-    def _scheme(self, opened: Packed) -> Scheme:
+    def _anew(self, opened: Packed, spec: LinearSpec) -> LinearSpec:
+        """Return a linear on the grid that the user asks for. Raises LlmqError where the format does not hold that."""
         grid: Any = registry.load("grids", str(opened.requantize), code=True)
-        return Scheme(grid.stored_in(self.form.scale_dtype(opened.source.dtype)))
+        scheme = Scheme(grid.stored_in(self.form.scale_dtype(opened.source.dtype)))
+        return self.form.holding(replace(spec, scheme=scheme))
 
     def _narrows(self, opened: Packed) -> bool:
         """Say whether some scales are stored here in another dtype than there."""

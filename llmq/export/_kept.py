@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.export._integers import of_integers
 from llmq.export._target import EXACT, REQUANTIZED
 from llmq.formats._folder import FolderFormat
-from llmq.grids._biased import Biased, as_integers
-from llmq.grids.int import Int
+from llmq.grids._biased import Biased
 from llmq.params import Parameters
 from llmq.pipeline.records import Line
-from llmq.types import FloatParams, GgmlParams, LinearSpec, Params, QTensor
+from llmq.types import FloatParams, LinearSpec, Params, QTensor
 
 SCALED, FACTOR, ROUNDED = "codes exact, scales rounded", "codes exact, factor rounded", "codes exact, minimum rounded"
 """Outcomes: by at most 2^-11 of each scale; by one rounding of NVFP4's divisor; by one of zero times scale."""
@@ -70,16 +70,6 @@ def _laid(q: QTensor, spec: LinearSpec, form: FolderFormat) -> QTensor:
     if isinstance(params, Params):
         params = replace(params, scale=_scale(params.scale, form))
     return QTensor(q.codes, params, grid, q.g_idx, q.input if spec.scheme.activation is not None else None)
-
-
-def of_integers(q: QTensor) -> QTensor:
-    """Return codes with biases of their own (MLX) as integers with zeros. Raises LlmqError where they are none."""
-    if not isinstance(q.grid, Biased):
-        return q
-    params = as_integers(GgmlParams.of(q.params), q.grid.bits)
-    if params is None:
-        raise LlmqError("some of its minima are no multiple of their scale that a code could be the zero of")
-    return replace(q, params=params, grid=Int(q.grid.bits, False, q.grid.group))
 
 
 def _scale(scale: Tensor, form: FolderFormat) -> Tensor:

@@ -23,9 +23,10 @@ from torch import Tensor
 from llmq.export._kept import FACTOR, ROUNDED
 from llmq.export._target import EXACT, REQUANTIZED
 from llmq.gguf import container, kinds, mixture
+from llmq.grids._float import FloatGrid
 from llmq.grids._ggml_floats import FloatBlocks
 from llmq.pipeline.records import Line, rounded
-from llmq.types import FloatParams, GgmlParams, LlmqError, Params, QTensor
+from llmq.types import FloatParams, GgmlParams, LinearSpec, LlmqError, Params, QTensor
 
 _QBLOCK = 32  # columns of a qblock of Q4_0, Q4_1 and Q8_0
 _WIDE = 64  # of Q2_0
@@ -77,6 +78,17 @@ def convert(
     return round_anew(q.dequantize(), name, mixture.fallback(requantize, together), REQUANTIZED)
 
 
+def unheld(spec: LinearSpec) -> str | None:
+    """Return why no type of ggml holds codes on a planned linear's grid, None where one does as far as that tells."""
+    grid = spec.scheme.weight
+    if isinstance(grid, FloatGrid):
+        return None if isinstance(grid, FloatBlocks) else f"no type of ggml is {type(grid).__name__}"
+    columns = grid.granularity.columns(spec.K)
+    if columns % _QBLOCK:
+        return f"{grid.granularity} is no multiple of {_QBLOCK} columns"
+    return "8-bit asymmetric codes have no ggml type" if grid.bits == 8 and not getattr(grid, "sym", True) else None
+
+
 def _obstacle_of_floats(q: QTensor, together: int, factor: bool) -> str | None:
     """Return why no block of ggml holds the codes of small floats, None where one does."""
     if not isinstance(q.grid, FloatBlocks):
@@ -92,11 +104,13 @@ def _small_floats(q: QTensor) -> Exported:
     """Return the codes of NVFP4 or MXFP4 in blocks of ggml, recorded as a reader of the file computes them."""
     grid: Any = q.grid
     rows, once = grid.to_bytes(q.codes, q.params), grid.stored_once(q.params)
-    codes, params = grid.from_bytes(rows, once)
-    found = QTensor(codes, params, grid)
-    line = Line().add(found, found.dequantize(), q.dequantize()).to_json()
-    kept = torch.equal(found.params.scale, q.params.scale)
-    outcome = EXACT if kept else FACTOR
+    codes, params = grid.from_bytes(rows)
+    values, W_NK = QTensor(codes, params, grid).dequantize(), q.dequantize()
+    for factor in once.values():  # by which a reader multiplies what the blocks give
+        values *= factor
+    found = QTensor(codes, grid.from_bytes(rows, once)[1], grid)
+    line = Line().add(found, values, W_NK).to_json()
+    outcome = EXACT if torch.equal(values, W_NK) else FACTOR
     return Exported(grid.kind, rows, outcome, {"method": "export", "bits": grid.bits} | line, once)
 
 

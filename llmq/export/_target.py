@@ -28,6 +28,7 @@ from llmq.checkpoint.decoding import decoded_on_load
 from llmq.checkpoint.packed import PackedCheckpoint, Packing
 from llmq.checkpoint.place import user_path
 from llmq.errors import LlmqError
+from llmq.export._integers import OfIntegers
 from llmq.gguf.reader import GgufFile
 from llmq.guard.reading import json_object
 from llmq.model.pretrained import blank_model, model_config
@@ -148,6 +149,10 @@ class OfCodes(Target[Packed]):
         """
         return open_packed(src, requantize)
 
+    def foresee(self, opened: Packed) -> list[str]:
+        """Do as `check` for linears that are planned and not solved yet: grids and groups are known, no values."""
+        return self.check(opened)
+
     def refuse_falling(self, opened: Packed, linears: Sequence[str] | None = None) -> None:
         """Raise LlmqError for the first linear with negative scales, unless this target holds them.
 
@@ -164,12 +169,15 @@ class OfCodes(Target[Packed]):
                 )
 
 
-def open_packed(src: str, requantize: str | None = None) -> Packed:
-    """Return a quantized checkpoint folder, `org/name` or `org/name@REVISION`, its headers read and checked."""
+def open_packed(src: str, requantize: str | None = None, *, minima: bool = False) -> Packed:
+    """Return a quantized checkpoint folder, `org/name` or `org/name@REVISION`, its headers read and checked.
+
+    minima: whether the target takes MLX's minima as they are; else they are zeros, or refused where they are none.
+    """
     source = _packed_source(src)
     config: Any = model_config(source)
     model = blank_model(source, config)
-    packed = PackedCheckpoint.open(source, model)
+    packed = (PackedCheckpoint if minima else OfIntegers).open(source, model)
     config.tie_word_embeddings = model.config.tie_word_embeddings
     made_by = source.path / "quantization.json"
     made = json_object(made_by) if made_by.is_file() else None

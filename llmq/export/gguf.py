@@ -17,8 +17,8 @@ from torch import Tensor
 from llmq import __version__
 from llmq.checkpoint import Sink
 from llmq.checkpoint.digest import digest, sealed
-from llmq.export._kept import of_integers
-from llmq.export._repack import Exported, convert, round_anew
+from llmq.export._integers import of_integers
+from llmq.export._repack import Exported, convert, round_anew, unheld
 from llmq.export._target import REQUANTIZED, OfCodes, Packed, open_packed
 from llmq.gguf import container, mixture
 from llmq.gguf.architecture import Architecture, architecture
@@ -60,12 +60,19 @@ class Gguf(OfCodes):
     def open(self, src: str, requantize: str | None) -> Packed:
         """See `Target.open`."""
         kind = _checked(requantize, "--requantize")
-        return open_packed(src, kind)
+        return open_packed(src, kind, minima=True)
 
     def check(self, opened: Packed) -> list[str]:
         """Refuse an architecture and a tokenizer that GGUF does not hold; say what is left out."""
         arch = architecture(opened.config)
         return [*arch.warnings(), *_left_out(opened), *self._words(opened, arch).warnings]
+
+    def foresee(self, opened: Packed) -> list[str]:
+        """See `OfCodes.foresee`."""
+        for spec in opened.linears:
+            if why := unheld(spec):
+                raise LlmqError(f"{spec.name}: its codes cannot be kept in GGUF: {why}")
+        return self.check(opened)
 
     def write(self, opened: Packed, out: Sink, step: Progress) -> dict[str, Any]:
         """See `Target.write`; also the number of tensors of each type."""

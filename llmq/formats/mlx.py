@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import printable
+from llmq.format import Assignment, FloatModel, Wanted
 from llmq.formats import _common, _minifloats, _reading
 from llmq.formats._bits import pack_words, unpack_words
 from llmq.formats._folder import Folder
@@ -76,10 +77,18 @@ class MLX(Folder):
             raise LlmqError("no linear is left to quantize; skip fewer modules")
         for spec in linears:
             _mode(spec)
+            grid = spec.scheme.weight
+            if isinstance(grid, Int) and not (grid.sym or grid.minima):
+                raise LlmqError(f"{spec.name}: --choices of asymmetric integers go not with mlx; leave asym out")
             if spec.scheme.activation is not None:
                 raise LlmqError(f"{spec.name}: mlx holds no quantized activations; use --format compressed-tensors")
         _common.refuse_misfits(linears, self.misfit)
         return []
+
+    def assign(self, model: FloatModel, wanted: Wanted) -> Assignment:
+        """See `Folder.assign`; integers are solved for with the minima that the file will hold."""
+        assigned = super().assign(model, wanted)
+        return replace(assigned, schemes={n: _stored(s) for n, s in assigned.schemes.items()})
 
     def readers(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[Reader]:
         """See `Format.readers`."""
@@ -96,7 +105,7 @@ class MLX(Folder):
         size = next((s for s in _SIZES if columns % s == 0), None)
         if size is None:
             raise LlmqError(f"{spec.name}: {grid.granularity} is no multiple of 32, 64 or 128 columns, as mlx has them")
-        return replace(spec, scheme=Scheme(replace(grid, group=size)))
+        return replace(spec, scheme=_stored(Scheme(replace(grid, group=size))))
 
     def doubtful(self, spec: LinearSpec) -> bool:
         """See `Folder.doubtful`: NVFP4 may have a divisor."""
@@ -199,6 +208,11 @@ def _mode(spec: LinearSpec) -> dict[str, Any]:
             f"{grid.granularity}; say --group-size 64, or use --format compressed-tensors"
         )
     return {"group_size": size, "bits": grid.bits, "mode": "affine"}
+
+
+def _stored(scheme: Scheme) -> Scheme:
+    grid = scheme.weight
+    return replace(scheme, weight=replace(grid, minima=True)) if isinstance(grid, Int) else scheme
 
 
 def _own(name: str, value: Any) -> Scheme | None:

@@ -39,6 +39,7 @@ class Int(AffineGrid):
     restricted: codes reach as far below zero as above.
     range: how `fit` chooses intervals; None (a grid read from a checkpoint) is min-max.
     scale_dtype: the dtype scales are stored in.
+    minima: whether the file holds `zero * scale`, rounded to that dtype, in place of the zero (MLX).
     """
 
     bits: Annotated[int, Between(2, 8)] = 4
@@ -47,6 +48,7 @@ class Int(AffineGrid):
     restricted: bool = False
     range: Range | None = field(default=None, compare=False)
     scale_dtype: torch.dtype = field(default=torch.float16, compare=False, metadata={"option": False})
+    minima: bool = field(default=False, compare=False, metadata={"option": False})
 
     def __post_init__(self) -> None:
         if self.bits not in range(2, 9):
@@ -129,20 +131,29 @@ class Int(AffineGrid):
 
     def nearest(self, w: Tensor, params: Parameters) -> Tensor:
         """Return the nearest codes as float32 integers."""
-        params = Params.of(params)
-        code = (w / params.scale.float()).add_(_ROUND).sub_(_ROUND)
+        params, offset = Params.of(params), self._offset(params)
+        code = ((w if offset is None else w - offset) / params.scale.float()).add_(_ROUND).sub_(_ROUND)
         return code.add_(params.zero).clamp_(*self.bounds())
 
     def decode(self, codes: Tensor, params: Parameters) -> Tensor:
         """Return `scale * (code - zero)` in float32."""
-        params = Params.of(params)
-        return (codes - params.zero).float().mul_(params.scale.float())
+        params, offset = Params.of(params), self._offset(params)
+        values = (codes - params.zero).float().mul_(params.scale.float())
+        return values if offset is None else values.add_(offset)
+
+    def _offset(self, params: Parameters) -> Tensor | None:
+        """Return what rounding a minimum adds to all values of its group; None where none is stored."""
+        if not self.minima or self.sym:  # a zero in the middle is a power of two: nothing is rounded
+            return None
+        exact = Params.of(params).zero.float() * params.scale.float()
+        return exact - exact.to(self.scale_dtype).float()
 
     def lattice(self, params: Parameters) -> Lattice:
         """See `Grid.lattice`."""
-        params = Params.of(params)
+        params, offset = Params.of(params), self._offset(params)
         scale = params.scale.float()
-        return Lattice(scale, params.zero.float(), torch.zeros_like(scale), *self.bounds())
+        offset = torch.zeros_like(scale) if offset is None else offset
+        return Lattice(scale, params.zero.float(), offset, *self.bounds())
 
     def refine(
         self, error_NK: Tensor, gradient_NK: Tensor, codes: Tensor, params: Parameters, H_KK: Tensor, group_K: Tensor

@@ -17,7 +17,7 @@ from llmq import registry
 from llmq.checkpoint import Source
 from llmq.checkpoint.digest import digest, holds
 from llmq.checkpoint.packed import PackedCheckpoint
-from llmq.export._kept import ROUNDED
+from llmq.export._kept import FACTOR, ROUNDED
 from llmq.export._repack import convert
 from llmq.export._run import export
 from llmq.export._target import EXACT, REQUANTIZED
@@ -215,6 +215,12 @@ def test_two_bits_that_q2_0_does_not_hold_are_q4_0():
 def test_scales_in_bfloat16_that_float16_holds_are_kept():
     q = make(4, torch.tensor(0.125, dtype=torch.bfloat16), 8)
     assert convert(q, "w", None).outcome == EXACT
+
+
+def test_the_divisor_of_a_peers_nvfp4_is_a_factor_as_llama_cpp_multiplies_by_it(golden, tmp_path):
+    done = export(str(golden("ct_nvfp4")), tmp_path / "out.gguf")  # and verified: values of the file are as recorded
+    assert done["types"]["NVFP4"] == 14 and set(done["outcomes"]) == {FACTOR}
+    assert all(0 < line["weight_error"] < 1e-13 for line in record_of(tmp_path / "out.gguf")["linears"].values())
 
 
 def test_a_type_that_holds_the_codes_takes_the_place_of_the_smallest():

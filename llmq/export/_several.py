@@ -1,0 +1,72 @@
+"""Several outputs of one solve: `llmq quantize SRC OUT --format gptq,gguf:Q4_0,onnx`.
+
+    OUT/gptq/          the first format, in which the solve is written
+    OUT/OUT.gguf       each other exported from it, its codes kept: `llmq export OUT/gptq OUT/OUT.gguf --to gguf:Q4_0`
+    OUT/onnx/
+
+What a target cannot share is refused before any work, as far as the plan tells: grids, groups, activation order.
+Not here: the solve (pipeline/), the export (_run.py).
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from llmq import registry
+from llmq.errors import LlmqError
+from llmq.export._as_format import AsFormat
+from llmq.export._run import named
+from llmq.export._target import OfCodes, Packed
+from llmq.pipeline.plan import Plan
+from llmq.types import RangedGrid
+
+
+def parted(text: str | None) -> list[str]:
+    """Return the formats that commas part, brackets aside; one where there is no comma."""
+    found, depth = [""], 0
+    for c in text or "":
+        depth += (c == "[") - (c == "]")
+        if c == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += c
+    return [f.strip() for f in found]
+
+
+def places(out: Path, texts: list[str]) -> dict[str, Path]:
+    """Return where each output lies. Raises LlmqError for one that is named twice, and for a first without a folder."""
+    first = named(texts[0])
+    if not isinstance(first, AsFormat):
+        raise LlmqError(
+            f"--format {','.join(texts)}: the solve is written in the first, which is to be a folder: name gptq, awq, "
+            "compressed-tensors, modelopt or mlx there"
+        )
+    found = {text: _place(out, text) for text in texts}
+    if len(set(found.values())) < len(texts):
+        raise LlmqError(f"--format {','.join(texts)} names one format twice; each has one place in OUT")
+    return found
+
+
+def _place(out: Path, text: str) -> Path:
+    name, suffix = registry.words(text)[0], named(text).suffix
+    return out / f"{out.name}{suffix}" if suffix else out / name
+
+
+def foresee(plan: Plan, text: str) -> list[str]:
+    """Raise LlmqError where a target cannot hold the codes of a planned solve, with the reason; return its warnings."""
+    target = named(text)
+    if not isinstance(target, OfCodes):
+        raise LlmqError(f"--format {text}: it holds no codes; llmq export makes it of what was written")
+    linears = SimpleNamespace(linears=plan.linears)
+    skipped = [n for n in plan.skipped if n != plan.model.head or not plan.skeleton.config.tie_word_embeddings]
+    opened = Packed(plan.source, [], plan.skeleton.config, packed=cast(Any, linears), skipped=skipped)
+    if getattr(plan.method.format, "desc_act", False) and registry.words(text)[0] not in ("gptq", "gptq_v2"):
+        raise LlmqError(f"--format {text} holds no weights in activation order; leave desc_act out")
+    for spec in opened.linears:
+        grid = spec.scheme.weight
+        searched = isinstance(grid, RangedGrid) and grid.falls and grid.range is not None
+        if searched and not target.falls:
+            raise LlmqError(
+                f"{spec.name}: {target.runtime} holds no negative scales, as searched ranges have: say --range minmax"
+            )
+    return target.foresee(opened)

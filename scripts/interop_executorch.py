@@ -1,0 +1,78 @@
+"""Export a checkpoint as an ExecuTorch program, run it, and compare it with the checkpoint: KL, text, tokens a second.
+
+    python scripts/interop_executorch.py CHECKPOINT [--context 512] [--text FILE]
+
+In an environment of its own, since executorch 1.5 wants torch 2.13 and takes half a gigabyte:
+
+    python -m venv ENV && ENV/bin/pip install torch==2.13.0
+    ENV/bin/pip install -c scripts/constraints.txt -e '.[executorch]'
+
+The logits differ from those of `llmq.load` by what XNNPACK's 8-bit inputs cost. That the program computes what torch
+does with the same inputs, `llmq export` compares itself before OUT exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import llmq
+from llmq.export._run import export
+from llmq.export.executorch import Program
+
+PROMPT = "The capital of France is"
+
+
+def main() -> None:
+    """Print one line for each thing that was compared."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--text", type=Path, help="whose first tokens are scored")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tokenizer = llmq.load_tokenizer(args.checkpoint)
+    text = args.text.read_text()[:4000] if args.text else PROMPT
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:128])[None]
+    with tempfile.TemporaryDirectory() as room:
+        export(args.checkpoint, Path(room, "out"), to=f"executorch:{args.context}")
+        program = Program(Path(room, "out", "model.pte"))
+        found = program(ids, torch.arange(ids.shape[1]))
+        with torch.no_grad():
+            wanted = llmq.load(args.checkpoint, dtype=torch.float32, backend="reference")(ids).logits
+        print(f"{ids.shape[1]} tokens: {decibel(found, wanted):.1f} dB, mean KL {divergence(found, wanted):.2e}")
+        prompt = tokenizer(PROMPT)["input_ids"]
+        made, seconds = generate(program, prompt, 24)
+    print(f"{PROMPT}{tokenizer.decode(made)}".replace("\n", " "))
+    print(f"{len(made) / seconds:.1f} tokens a CPU second")
+
+
+def generate(program: Program, prompt: list[int], count: int) -> tuple[list[int], float]:
+    """Return the likeliest tokens behind a prompt, and the CPU seconds of making them one by one."""
+    logits = program(torch.tensor([prompt]), torch.arange(len(prompt)))
+    made = [int(logits[0, -1].argmax())]
+    began = time.process_time()
+    for i in range(len(prompt), len(prompt) + count):
+        logits = program(torch.tensor([[made[-1]]]), torch.tensor([i]))
+        made.append(int(logits[0, -1].argmax()))
+    return made, time.process_time() - began
+
+
+def decibel(found: Tensor, wanted: Tensor) -> float:
+    """Return the energy of `wanted` over that of the difference, in dB."""
+    return float(10 * torch.log10(wanted.double().square().sum() / (found.double() - wanted).square().sum()))
+
+
+def divergence(found: Tensor, wanted: Tensor) -> float:
+    """Return the mean KL divergence over tokens, in nats."""
+    p, q = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+if __name__ == "__main__":
+    main()

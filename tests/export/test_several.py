@@ -1,0 +1,88 @@
+"""`llmq quantize --format gptq,mlx,gguf:Q4_0`: one solve in several forms, with identical codes."""
+
+import json
+
+import pytest
+import torch
+
+import llmq
+from llmq.export import _several as several
+from llmq.formats.mlx import MLX
+from llmq.gguf.reader import GgufFile
+from llmq.grids._biased import as_integers
+from llmq.recipe import Recipe
+from llmq.types import LlmqError
+from llmq.verify import verify
+from llmq.verify.ggml import open_gguf
+from llmq.verify.report import Report
+
+QUICK = {"method": "rtn", "group_size": 32, "device": "cpu", "dtype": "float32"}
+
+
+def test_one_solve_is_written_in_each_with_the_same_codes(tiny_checkpoint, tmp_path):
+    src, out = tiny_checkpoint(), tmp_path / "out"
+    record = llmq.quantize(src, out, format="gptq,mlx,gguf:Q4_0", range="mse", warn=print, **QUICK)
+    assert {p.name for p in out.iterdir()} == {"gptq", "mlx", "out.gguf"}
+    assert record["also"] == [str(out / "mlx"), str(out / "out.gguf")] and record["recipe"]["format"] == "gptq"
+    packed = llmq.load(out / "gptq", device="cpu", backend="reference")
+    again = llmq.load(out / "mlx", device="cpu", backend="reference")
+    seen, report = 0, Report()
+    file, _ = open_gguf(out / "out.gguf", report)
+    for name, module in packed.named_modules():
+        if hasattr(module, "unpack"):
+            q, other = module.unpack(), again.get_submodule(name).unpack()
+            zero = as_integers(other.params, 4).zero
+            assert torch.equal(q.codes, other.codes) and torch.equal(q.params.zero, zero)
+            assert torch.equal(q.dequantize(), torch.as_tensor(file.read(f"{name}.weight", report)))
+            seen += 1
+    assert seen == 14 and not report.failures
+    assert verify(out / "mlx", src).passed  # whose record is that of the solve
+    assert json.loads((out / "mlx" / "quantization.json").read_text())["recipe"] == record["recipe"]
+    assert "Q4_0" in {t.tensor_type.name for t in GgufFile(out / "out.gguf").tensors.values()}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"format": "gguf:Q4_0,mlx"}, "the solve is written in the first, which is to be a folder"),
+        ({"format": "gptq,gptq_v2:desc_act=true,gptq"}, "names one format twice"),
+        ({"format": "gptq,modelopt"}, "modelopt has no name for"),
+        ({"format": "gptq,awq", "bits": 8}, "awq holds 4 bits, not 8"),
+        ({"format": "compressed-tensors,mlx", "bits": 7}, "mlx holds 2, 3, 4, 5, 6 and 8 bits"),
+        ({"format": "gptq,gguf:Q4_0", "group_size": 16}, "cannot be kept in GGUF: group size 16"),
+        ({"format": "gptq,float"}, "it holds no codes"),
+        ({"format": "gptq,onyx"}, "'onyx' is no target"),
+        ({"format": "gptq,mlx", "method": "gptq:desc_act=true"}, "no weights in activation order"),
+    ],
+)
+def test_what_cannot_share_codes_is_refused_when_it_is_planned(tiny_checkpoint, tmp_path, options, said):
+    with pytest.raises(LlmqError, match=said):
+        llmq.quantize(tiny_checkpoint(), tmp_path / "out", **(QUICK | options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_commas_in_brackets_part_nothing():
+    assert several.parted("gptq, gguf:Q4_0,onnx") == ["gptq", "gguf:Q4_0", "onnx"]
+    assert several.parted("a:x=[b,c],d") == ["a:x=[b,c]", "d"] and several.parted(None) == [""]
+
+
+def test_the_type_of_gguf_stands_in_its_format():
+    recipe = Recipe(format="gguf:Q8_0:pre=llama-bpe")
+    assert recipe.type == "Q8_0" and recipe.format == "gguf:pre=llama-bpe" and recipe.gguf
+    assert Recipe(format="gguf:type=q4_0", type="Q4_0").type.upper() == "Q4_0"
+    with pytest.raises(LlmqError, match="--format gguf:Q8_0 and --type Q4_0 disagree"):
+        Recipe(format="gguf:Q8_0", type="Q4_0")
+
+
+@pytest.mark.parametrize("options", [{"bits": 4, "sym": False}, {"weights": "mxfp4"}, {"bits": 6, "group_size": 64}])
+def test_a_solve_is_written_as_mlx_at_once(tiny_checkpoint, tmp_path, options):
+    src, out = tiny_checkpoint(dtype=torch.bfloat16), tmp_path / "out"
+    given = QUICK | options
+    if "weights" in options:
+        del given["group_size"]
+    llmq.quantize(src, out, format="mlx", **given)
+    report = verify(out, src)
+    assert report.passed and report.checked["solved weights compared"] == 14, report.failures
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"] and "quant_method" not in config["quantization"]
+    assert config["rope_theta"] == 10000.0 and MLX.read(config["quantization"])
