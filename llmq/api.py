@@ -105,7 +105,7 @@ def quantize(
 
 def _several(src: str | Path, out: Path, forms: list[str], given: dict[str, Any]) -> dict[str, Any]:
     """Quantize in the first format, then export to the others, OUT being a folder with a place for each."""
-    where, given = several.places(out, forms), given | {"format": forms[0]}
+    where, given = several.places(out, forms), several.risen(given, forms) | {"format": forms[0]}
     first, *others = where.values()
     more = {n: given[n] for n in ("max_memory", "device_memory", "adapter", "runtime", "allow_code", "overwrite")}
     recipe = {n: v for n, v in given.items() if n in KINDS}

@@ -8,6 +8,7 @@ What a target cannot share is refused before any work, as far as the plan tells:
 Not here: the solve (pipeline/), the export (_run.py).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -52,6 +53,18 @@ def _place(out: Path, text: str) -> Path:
     return out / f"{out.name}{suffix}" if suffix else out / name
 
 
+def risen(options: Mapping[str, Any], texts: list[str]) -> dict[str, Any]:
+    """Return a recipe's options with a range whose scales are positive, where some target holds no others.
+
+    A range that says how it searches, and weights that are named as a whole, stay as the user has them.
+    """
+    named_ = [named(text) for text in texts]
+    range_ = options.get("range") or "mse"
+    if all(getattr(t, "falls", True) for t in named_) or options.get("weights") or range_.partition(":")[0] != "mse":
+        return dict(options)
+    return {**options, "range": range_ if "shift" in range_ else f"{range_}:shift=false"}
+
+
 def foresee(plan: Plan, text: str) -> list[str]:
     """Raise LlmqError where a target cannot hold the codes of a planned solve, with the reason; return its warnings."""
     target = named(text)
@@ -64,9 +77,8 @@ def foresee(plan: Plan, text: str) -> list[str]:
         raise LlmqError(f"--format {text} holds no weights in activation order; leave desc_act out")
     for spec in opened.linears:
         grid = spec.scheme.weight
-        searched = isinstance(grid, RangedGrid) and grid.falls and grid.range is not None
+        searched = isinstance(grid, RangedGrid) and grid.falls and getattr(grid.range, "shift", False)
         if searched and not target.falls:
-            raise LlmqError(
-                f"{spec.name}: {target.runtime} holds no negative scales, as searched ranges have: say --range minmax"
-            )
+            why = f"{target.runtime} holds no negative scales, as searched ranges have"
+            raise LlmqError(f"{spec.name}: {why}: say --range mse:shift=false")
     return target.foresee(opened)

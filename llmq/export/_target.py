@@ -165,7 +165,7 @@ class OfCodes(Target[Packed]):
             if isinstance(params, Params) and (n := int((params.scale < 0).sum())):
                 raise LlmqError(
                     f"{name}: {n:,} of {params.scale.numel():,} scales are negative, which {self.runtime} does not "
-                    "hold: quantize the float model again with --range minmax, whose scales are positive"
+                    "hold: quantize the float model again with --range mse:shift=false, whose scales are positive"
                 )
 
 

@@ -10,6 +10,7 @@ from llmq.export import _several as several
 from llmq.formats.mlx import MLX
 from llmq.gguf.reader import GgufFile
 from llmq.grids._biased import as_integers
+from llmq.pipeline.plan import prepare
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 from llmq.verify import verify
@@ -59,6 +60,29 @@ def test_what_cannot_share_codes_is_refused_when_it_is_planned(tiny_checkpoint, 
     with pytest.raises(LlmqError, match=said):
         llmq.quantize(tiny_checkpoint(), tmp_path / "out", **(QUICK | options))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_without_negative_scales_has_the_grid_fitted_without(tiny_checkpoint, tmp_path):
+    """As ExecuTorch's XNNPACK; a range that the user names in full stays, and is refused where it falls."""
+    forms = ["compressed-tensors", "executorch"]
+    assert several.risen({"bits": 4}, forms) == {"bits": 4, "range": "mse:shift=false"}
+    assert several.risen({"range": "mse:norm=2"}, forms)["range"] == "mse:norm=2:shift=false"
+    assert several.risen({"range": "minmax"}, forms) == {"range": "minmax"}
+    assert several.risen({"range": "mse"}, ["gptq", "mlx"]) == {"range": "mse"}
+    src = tiny_checkpoint(dtype=torch.bfloat16)
+    options = QUICK | {"format": "compressed-tensors"}
+    for range_, negative in (("mse", True), ("mse:shift=false", False)):
+        llmq.quantize(src, out := tmp_path / f"out{negative}", range=range_, **options)
+        model = llmq.load(out, device="cpu", backend="reference")
+        scales = [m.unpack().params.scale for m in model.modules() if hasattr(m, "unpack")]
+        assert any(bool((s < 0).any()) for s in scales) == negative
+        recipe = Recipe(range=range_, **{k: v for k, v in options.items() if k != "device"})
+        planned = prepare(str(src), recipe, "cpu")
+        if negative:
+            with pytest.raises(LlmqError, match="XNNPACK holds no negative scales.*shift=false"):
+                several.foresee(planned, "executorch")
+        else:
+            assert "W4A8" in several.foresee(planned, "executorch")[0]
 
 
 def test_commas_in_brackets_part_nothing():
