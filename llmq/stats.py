@@ -88,9 +88,12 @@ class Stat(ABC):
         mine = self.part.get(name)
         self.part[name] = tensor if mine is None else self.reduction(name)(mine, tensor)
 
-    def close_part(self, team: Team = ALONE) -> None:
-        """Add the part that was seen to the totals, and those that other processes of the team saw, in their order."""
-        self.totals = team.joined(self.totals, self.part, self.reduction)
+    def close_part(self, team: Team = ALONE, owner: int | None = None) -> None:
+        """Add the part that was seen to the totals, and those that other processes of the team saw, in their order.
+
+        owner: the one process that has totals then; None for all of them.
+        """
+        self.totals = team.joined(self.totals, self.part, self.reduction, owner)
         self.part = {}
 
     def add(self, name: str, count: int) -> None:

@@ -14,6 +14,7 @@ Not here: what is dealt (calibration/dealing.py, pipeline/site.py), which proces
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,10 +76,12 @@ class Team:
         """Return what the first process makes; the others wait for it."""
         return make()
 
-    def joined(self, totals: Tensors, part: Tensors, reduction: Callable[[str], Reduction]) -> Tensors:
+    def joined(
+        self, totals: Tensors, part: Tensors, reduction: Callable[[str], Reduction], owner: int | None = None
+    ) -> Tensors:
         """Return totals with a part of each process reduced into them, in their order; a part may lack tensors.
 
-        All have the same totals, before and afterwards.
+        All have the same totals, before and afterwards; where they have an owner, that process alone has any.
         """
         for name, tensor in part.items():
             totals[name] = reduction(name)(totals[name], tensor) if name in totals else tensor
@@ -130,22 +133,41 @@ class Group(Team):
             self._dist.broadcast_object_list(made, 0)
         return made[0]  # type: ignore[no-any-return]
 
-    def joined(self, totals: Tensors, part: Tensors, reduction: Callable[[str], Reduction]) -> Tensors:
+    def joined(
+        self, totals: Tensors, part: Tensors, reduction: Callable[[str], Reduction], owner: int | None = None
+    ) -> Tensors:
         """See `Team.joined`."""
         shapes = {name: shape for each in self.gather(_shapes(part)) for name, shape in each.items()}
         for name, shape in shapes.items():
             mine = part[name] if name in part else self._zeros(shape)
+            pieces = mine.reshape(-1).split(_AT_ONCE)
+            if owner is not None and owner != self.rank:
+                for piece in pieces:
+                    self._given(piece, owner)
+                continue
             total = totals.setdefault(name, torch.zeros_like(mine))
-            for whole, piece in zip(total.view(-1).split(_AT_ONCE), mine.reshape(-1).split(_AT_ONCE), strict=True):
-                whole.copy_(self._reduced(whole, piece, reduction(name)))
+            for whole, piece in zip(total.view(-1).split(_AT_ONCE), pieces, strict=True):
+                whole.copy_(self._reduced(whole, piece, reduction(name), owner))
         return totals
 
     def _zeros(self, like: tuple[Any, ...]) -> Tensor:
         shape, dtype, kind = like
         return torch.zeros(shape, dtype=dtype, device=None if kind == "cpu" else self.device)
 
-    def _reduced(self, total: Tensor, mine: Tensor, reduction: Reduction) -> Tensor:
-        """Return the total with the same stretch of every process reduced into it: each does a part for all."""
+    def _given(self, mine: Tensor, owner: int) -> list[Tensor]:
+        """Give the owner a stretch of a part; return those of all processes there, nothing elsewhere."""
+        every = [torch.empty_like(mine) for _ in range(self.size)] if owner == self.rank else []
+        with _together():
+            self._dist.gather(_bytes(mine.contiguous()), [_bytes(t) for t in every] or None, owner)
+        return every
+
+    def _reduced(self, total: Tensor, mine: Tensor, reduction: Reduction, owner: int | None = None) -> Tensor:
+        """Return the total with the same stretch of every process reduced into it: each does a part for all.
+
+        owner: this process, where it alone wants it.
+        """
+        if owner is not None:
+            return functools.reduce(reduction, self._given(mine, owner), total)
         count, width = len(mine), -(-len(mine) // self.size)
         padded = [torch.cat([t, t.new_zeros(self.size * width - count)]) for t in (total, mine)]
         theirs = torch.empty_like(padded[1])

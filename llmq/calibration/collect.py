@@ -18,6 +18,7 @@ def collect(
     floats: Iterator[Tensor] | None = None,
     roots: Iterator[Tensor] | None = None,
     also: Stat | None = None,
+    owner: int | None = None,
 ) -> Stats:
     """Return statistics of these kinds over activations `[T, K]`, batch by batch, in the calibration's parts.
 
@@ -26,13 +27,15 @@ def collect(
         them. A batch may have no token, as an expert's has.
     roots: what the activations of a token are multiplied by in sums of products, `[T, 1]` a batch.
     also: a statistic that fills while the batches come, by other means, and whose parts end where theirs do.
+    owner: the process that alone is to have sums of products, which are large; None where all are.
     """
     stats = started(kinds, dealt)
     coming, leading, rooted = iter(batches), floats or iter(()), roots or iter(())
     for part in dealt.parts:
         for number in part:  # no name holds an activation while the next one is made
             see(stats, dealt.starts[number], next(coming), next(leading, None), next(rooted, None))
-        close([*stats.values(), *([also] if also else [])], dealt)
+        close(stats.values(), dealt, owner)
+        close([also] if also else [], dealt)
     stats.tokens = sum(dealt.team.gather(stats.tokens))
     return stats
 
@@ -42,10 +45,10 @@ def started(kinds: Iterable[type[Stat]], dealt: Dealt) -> Stats:
     return Stats({kind: kind(dealt.tokens) for kind in sorted(set(kinds), key=lambda kind: kind.__name__)})
 
 
-def close(stats: Iterable[Stat], dealt: Dealt) -> None:
-    """Add the part that was seen to the totals, and those that the other processes saw."""
+def close(stats: Iterable[Stat], dealt: Dealt, owner: int | None = None) -> None:
+    """Add the part that was seen to the totals, and those that the other processes saw. owner: as for `collect`."""
     for stat in stats:
-        stat.close_part(dealt.team)
+        stat.close_part(dealt.team, owner if stat.matrices else None)
 
 
 def see(stats: Stats, at: int, X_TK: Tensor, F_TK: Tensor | None = None, root: Tensor | None = None) -> None:

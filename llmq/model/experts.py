@@ -7,6 +7,9 @@ and are quantized, stored, and run packed like any other. What is computed is wh
 
     y_t = sum over the experts e of token t:  w_te down_e(gate(gate_e x_t, up_e x_t))
 
+They run in rounds of `ROUND`: what enters the gates of all of a round is announced, gates and ups run, what enters
+their down projections is announced, those run.
+
 Source: transformers 5.23, `integrations/moe.py` (`use_experts_implementation`, of which most families' experts are) and
 `Llama4TextExperts`, which takes the tokens of all experts as one batch, zeros where a token is not an expert's.
 Not here: which stored tensor is which (checkpoint/names.py).
@@ -17,6 +20,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -26,8 +30,20 @@ from llmq.checkpoint.parts import Fused
 from llmq.errors import LlmqError
 from llmq.readers import RUNTIMES, Limit
 
+_Index = Tensor | slice
 _GATED = ("gate_proj", "up_proj")
+ROUND = 8
+"""Experts that run together: what enters each is announced before any of them does, so that as many processes can each
+solve one of them while no batch needs its weights."""
 _READ_APART = ("llama4", "qwen3_5_moe", "qwen3_vl_moe")  # whose experts vLLM loads as llm-compressor writes them
+
+
+class Arrival(nn.Module):
+    """Where it is announced what will enter a linear of an expert, before any of its kind in the round has run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what will enter."""
+        return x
 
 
 class Experts(nn.Module):
@@ -54,6 +70,8 @@ class Experts(nn.Module):
         for name, child in module.named_children():
             if any(True for _ in child.parameters()):
                 self.add_module(name, child)
+        leaves = [f.projections[0] for f in self.fused.values() if f.leaf == "weight"]
+        self.arrivals = {f"{e}.{leaf}": Arrival() for e in range(self.num_experts) for leaf in leaves}
 
     def _add(self, fused: Fused, *, bias: bool) -> None:
         """Make the linears of one fused parameter, on meta."""
@@ -69,6 +87,10 @@ class Experts(nn.Module):
         """Yield the experts in their order."""
         for e in range(self.num_experts):
             yield getattr(self, str(e))
+
+    def rounds(self) -> list[range]:
+        """Return the numbers of the experts that run together."""
+        return [range(e, min(e + ROUND, self.num_experts)) for e in range(0, self.num_experts, ROUND)]
 
     def follow(self, other: Experts | None) -> None:
         """Call each expert first on the tokens that another model's same experts were called on, then on its own.
@@ -89,9 +111,10 @@ class Experts(nn.Module):
         if self._trail is not None:
             self._trail.append([token for _, token in routed])
         out = torch.zeros_like(hidden)
-        for expert, (place, token), first in zip(self.experts(), routed, led, strict=True):
-            y = self._answer(expert, hidden, token, first) * weight_Tk[token, place, None]
-            out.index_add_(0, token, y.to(out.dtype))
+        called = [self._called(hidden, token, first) for (_, token), first in zip(routed, led, strict=True)]
+        answers = self._answers([partial(hidden.__getitem__, tokens) for tokens, _ in called])
+        for (place, token), (_, at), y in zip(routed, called, answers, strict=True):
+            out.index_add_(0, token, (y[at] * weight_Tk[token, place, None]).to(out.dtype))
         return out
 
     def _places(self, index_Tk: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -113,16 +136,19 @@ class Experts(nn.Module):
         """Return what enters any expert, `[T, H]`: without the zeros that stand for tokens of another one."""
         return hidden[hidden.any(-1)] if self.batched else hidden
 
-    def _answer(self, expert: Any, hidden: Tensor, token: Tensor, first: Tensor | None) -> Tensor:
-        """Return what an expert makes of its tokens, called on those, on all, or first on those of another model."""
+    def _called(self, hidden: Tensor, token: Tensor, first: Tensor | None) -> tuple[_Index, _Index]:
+        """Return on which tokens an expert is called, and where its own are among them.
+
+        Those are its own, all, or first those of another model.
+        """
         if self.every:
-            return self._one(expert, hidden)[token]
+            return slice(None), token
         if first is None:
-            return self._one(expert, hidden[token])
+            return token, slice(None)
         called = torch.cat([first, token[~torch.isin(token, first)]])
         at = called.new_empty(len(hidden))
         at[called] = torch.arange(len(called), device=called.device)
-        return self._one(expert, hidden[called])[at[token]]
+        return called, at[token]
 
     def _batched(self, hidden: Tensor) -> Tensor:
         """Return the experts' outputs one below the other, as the hidden states `[E T, H]` are, each times its weight.
@@ -131,21 +157,41 @@ class Experts(nn.Module):
         """
         out = torch.zeros_like(hidden)
         rows, to = (x.view(self.num_experts, -1, hidden.shape[-1]) for x in (hidden, out))
-        for e, expert in enumerate(self.experts()):
-            token = rows[e].any(-1).nonzero()[:, 0]
-            to[e, token] = self._one(expert, rows[e, token])
+        tokens = [of_one.any(-1).nonzero()[:, 0] for of_one in rows]
+        answers = self._answers([partial(of_one.__getitem__, t) for of_one, t in zip(rows, tokens, strict=True)])
+        for e, y in enumerate(answers):
+            to[e, tokens[e]] = y
         return out
 
-    def _one(self, expert: Any, x: Tensor) -> Tensor:
-        """Return what one expert makes of its tokens, `[T, H]`."""
+    def _answers(self, takes: Sequence[Callable[[], Tensor]]) -> Iterator[Tensor]:
+        """Yield what each expert makes of its tokens. takes: returns those of each one, as often as it is asked."""
+        entry, leave = dict.fromkeys(name.partition(".")[2] for name in self.arrivals)
+        for some in self.rounds():
+            for e in some:
+                self._announce(f"{e}.{entry}", takes[e])
+            inner = {e: self._inner(getattr(self, str(e)), takes[e]()) for e in some}
+            for e in some:
+                self._announce(f"{e}.{leave}", partial(inner.__getitem__, e))
+            for e in some:
+                yield self._outer(getattr(self, str(e)), inner.pop(e))
+
+    def _announce(self, name: str, take: Callable[[], Tensor]) -> None:
+        """Say what will enter a linear, where anyone listens."""
+        if self.arrivals[name]._forward_pre_hooks:
+            self.arrivals[name](take())
+
+    def _inner(self, expert: Any, x: Tensor) -> Tensor:
+        """Return what enters an expert's down projection, `[T, I]`."""
         module: Any = self._module[0]
         if "gate_up_proj" not in self.fused:
-            inner = module.act_fn(expert.up_proj(x))
-        else:
-            both = torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)
-            if self.fused["gate_up_proj"].interleaved:
-                both = both.unflatten(-1, (2, -1)).mT.flatten(-2)
-            inner = module._apply_gate(both) if hasattr(module, "_apply_gate") else _gate(module, both)
+            return module.act_fn(expert.up_proj(x))  # type: ignore[no-any-return]
+        both = torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)
+        if self.fused["gate_up_proj"].interleaved:
+            both = both.unflatten(-1, (2, -1)).mT.flatten(-2)
+        return module._apply_gate(both) if hasattr(module, "_apply_gate") else _gate(module, both)  # type: ignore[no-any-return]
+
+    def _outer(self, expert: Any, inner: Tensor) -> Tensor:
+        """Return what an expert makes of its tokens, `[T, H]`."""
         y = expert.down_proj(inner)
         return self._modules["post_expert_norm"](y) if "post_expert_norm" in self._modules else y  # type: ignore[misc]
 
@@ -200,6 +246,13 @@ def unfuse(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in found.items():
         model.set_submodule(name, Experts(module))
     return found
+
+
+def entrance(block: nn.Module, linear: str) -> nn.Module:
+    """Return the module whose call tells what enters a linear: itself, or where that is announced before."""
+    holder = block.get_submodule(linear.rpartition(".")[0].rpartition(".")[0])
+    arrivals = holder.arrivals if isinstance(holder, Experts) else {}
+    return arrivals.get(".".join(linear.split(".")[-2:]), block.get_submodule(linear))
 
 
 def in_experts(block: nn.Module) -> dict[str, nn.Linear]:

@@ -186,13 +186,21 @@ def _even_experts(block: nn.Module) -> Iterator[None]:
 
 
 def _even(layer: Experts, hidden: Tensor, index_Tk: Tensor | None = None, *_weights: Tensor) -> Tensor:
-    """Hold what `Experts.forward` does: where the tokens of all experts lie, the sum of outputs, one expert at work."""
+    """Hold what `Experts.forward` does: where the tokens of all experts lie, the sum of outputs, one expert at work.
+
+    And what enters the down projections of a round of experts.
+    """
     rows = len(hidden) if index_Tk is None else index_Tk.numel()
     routed = hidden.new_empty(2, rows, dtype=torch.int64)
-    share = len(hidden) if layer.every else min(len(hidden), _UNEVEN * -(-rows // layer.num_experts))
-    out = torch.zeros_like(hidden)
-    for expert in layer.experts():
-        layer._one(expert, hidden.new_empty(share, hidden.shape[-1]))
+    even = len(hidden) if layer.every else -(-rows // layer.num_experts)
+    share = min(len(hidden), _UNEVEN * even)
+    out, experts = torch.zeros_like(hidden), list(layer.experts())
+    for some in layer.rounds():
+        inner = [layer._inner(experts[e], hidden.new_empty(share, hidden.shape[-1])).shape[-1] for e in some]
+        entering = hidden.new_empty(even * len(some), inner[0])
+        for e in some:
+            layer._outer(experts[e], hidden.new_empty(share, inner[0]))
+        del entering
     del routed
     return out
 

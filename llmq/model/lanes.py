@@ -26,6 +26,7 @@ from typing import Any
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from llmq.model.experts import entrance
 from llmq.types import LlmqError, Site
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -73,7 +74,7 @@ class Lanes:
             return hook
 
         for i, site in enumerate(self.sites):
-            self._hooks.append(self.block.get_submodule(site.linears[0]).register_forward_pre_hook(suspend(i)))
+            self._hooks.append(entrance(self.block, site.linears[0]).register_forward_pre_hook(suspend(i)))
         return self
 
     def __exit__(self, *_: Any) -> None:

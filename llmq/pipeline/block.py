@@ -15,48 +15,27 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmq import registry
-from llmq.calibration.collect import collect
 from llmq.calibration.kv_scales import KvMaxima
 from llmq.calibration.state import Calibration
 from llmq.checkpoint.batches import Batches
-from llmq.histogram import Histogram
 from llmq.model.experts import Passing, in_experts
 from llmq.model.lanes import Lanes, run
 from llmq.model.skeleton import Read
-from llmq.pipeline.activations import no_static_scale, static_input, unusable
-from llmq.pipeline.experts import Layer, Layers
+from llmq.pipeline.experts import Layers, in_order, stages
 from llmq.pipeline.loaded import Block, Report, block_sites
-from llmq.pipeline.method import Method
 from llmq.pipeline.plan import Plan
-from llmq.pipeline.records import Line
-from llmq.pipeline.site import Answer, Target, gave, round_unseen, solve
+from llmq.pipeline.site import gave
+from llmq.pipeline.solving import Found, Runs, lined, place, solve_stage
 from llmq.pipeline.transforming import transform
-from llmq.pipeline.trouble import strain, told
+from llmq.pipeline.trouble import told
 from llmq.progress import Work
-from llmq.stats import Hessian, MeanSquare, Stat, Stats
+from llmq.stats import Hessian
 from llmq.steps import BlockView, Solved
-from llmq.types import Scheme, Site
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What was found for one linear of the block, by its name there, and what its errors are measured against.
-
-    W_NK: the float weight before any correction. H_KK: the mean `X^T X` of its site, where it was accumulated.
-    """
-
-    name: str
-    answer: Answer
-    W_NK: Tensor
-    H_KK: Tensor | None
 
 
 def reads(plan: Plan, first: int = 0) -> Iterator[Read | None]:
@@ -122,13 +101,12 @@ def _opened(block: Block) -> tuple[dict[str, Tensor], KvMaxima | None]:
 def _solve(block: Block, maxima: KvMaxima | None) -> tuple[dict[str, Tensor], Calibration]:
     """Solve every site in the order they run, then tune the block; return what is packed, and the state behind it.
 
-    No codes outlive their site but for a tuner.
+    No codes outlive their stage but for a tuner.
     """
     plan, module, state, tuners = block.plan, block.module, block.state, block.tuners
     calls = maxima.into(block.calls) if maxima is not None else block.calls
     words: dict[str, Tensor] = {}
-    solved: dict[str, Solved] = {}
-    for_tuners: list[_Found] = []
+    for_tuners: list[Found] = []
     hidden = outputs = Batches()
     with ExitStack() as stack:
         lanes = reference = None
@@ -143,137 +121,55 @@ def _solve(block: Block, maxima: KvMaxima | None) -> tuple[dict[str, Tensor], Ca
             reference = stack.enter_context(Lanes(original, block.sites, state.floats, floats, alive))
         if state.dealt.parts:  # though no batch of them may be this process' own
             lanes = stack.enter_context(Lanes(module, block.sites, state.hidden, calls, alive))
-        for site in block.sites:
-            solved |= _solve_site(block, site, lanes, reference, layers.of(site), for_tuners)
-            if solved and not tuners:
-                words |= _packed(block, solved)
-                solved.clear()
+        runs = Runs(lanes, reference, layers)
+        for stage in stages(module, block.sites):
+            found = list(solve_stage(block, stage, runs))
+            if tuners:
+                for_tuners += found
+            else:
+                words |= _packed(block, {f.name: f.solved for f in found})
         if lanes:
             block.report.record.experts |= layers.counts(block.full, plan.team)
         if tuners or (reference and block.moves_on):
             outputs = state.floats.moved(reference.finish() if reference else ())
         if lanes and block.moves_on and not tuners:
             hidden = state.hidden.moved(lanes.finish())
-    for tuner in tuners:
-        block.work.step(registry.dump(tuner))
-        tuned = gave(tuner, tuner.tune(_view(block, solved, for_tuners, outputs)), dict)
-        solved = {f.name: _placed(block, f, tuned[f.name]) for f in for_tuners}
     if tuners:
-        words = _packed(block, solved)
+        words = _packed(block, _tuned(block, for_tuners, outputs))
     if tuners and (block.moves_on or maxima is not None):
         hidden = state.hidden.moved(run(module, h, c) for h, c in zip(state.hidden, calls, strict=True))
     squares = {n: s for n, s in state.squares.items() if not n.startswith(block.full(""))}
-    return words, dataclasses.replace(state, hidden=hidden, floats=outputs, squares=squares)
+    block.report.record.linears = in_order(block.report.record.linears)
+    return in_order(words), dataclasses.replace(state, hidden=hidden, floats=outputs, squares=squares)
 
 
-def _view(block: Block, solved: Mapping[str, Solved], found: Sequence[_Found], outputs: Batches) -> BlockView:
+def _tuned(block: Block, found: Sequence[Found], outputs: Batches) -> dict[str, Solved]:
+    """Tune all linears of the block together; return them with their lines, their weights in place."""
+    solved = in_order({f.name: f.solved for f in found})
+    for tuner in block.tuners:
+        block.work.step(registry.dump(tuner))
+        tuned = gave(tuner, tuner.tune(_view(block, solved, found, outputs)), dict)
+        solved = in_order({f.name: _again(block, f, tuned[f.name]) for f in found})
+    return solved
+
+
+def _again(block: Block, found: Found, solved: Solved) -> Solved:
+    """Put what a tuner made of a linear in place; return it with its line."""
+    if found.W_NK is None:
+        raise ValueError("a linear is tuned with its float weight at hand")
+    return lined(block, solved, place(block, found.name, solved), found.W_NK, found.H_KK, block.plan.team)
+
+
+def _view(block: Block, solved: Mapping[str, Solved], found: Sequence[Found], outputs: Batches) -> BlockView:
     """Return what a tuner sees: all batches, whichever process made them, so that all do the same."""
     plan, state = block.plan, block.state
     plan.team.meet()
     numbers = range(len(state.dealt.starts))
-    calls, targets = block.calls_of(state.calls, numbers), {f.name: f.answer.W_NK for f in found}
+    calls = block.calls_of(state.calls, numbers)
+    targets = {f.name: f.corrected for f in found if f.corrected is not None}
     return BlockView(
         block.module, solved, targets, state.hidden.of(numbers), outputs.of(numbers), calls, plan.method.recipe.seed
     )
-
-
-def _solve_site(
-    block: Block,
-    site: Site,
-    lanes: Lanes | None,
-    reference: Lanes | None,
-    layer: Layer | None,
-    for_tuners: list[_Found],
-) -> dict[str, Solved]:
-    """Collect what the steps need, solve, and put the quantized weights in place.
-
-    layer: the experts that the linears belong to. for_tuners: gets what was found, where the block is tuned afterwards;
-    else no weight and no H outlives its site.
-    """
-    plan, report = block.plan, block.report
-    method, line = _method(plan.method, layer)
-    specs = block.specs(site)
-    static = any(s.scheme.static for s in specs.values())
-    needs = {*method.needs([s.scheme.weight for s in specs.values()]), *((Histogram,) if static else ())}
-    measured: set[type[Stat]] = {MeanSquare} if plan.method.recipe.imatrix_out else set()
-    stats = Stats()
-    if lanes:
-        kinds = (needs if specs else set()) | measured
-        block.work.step("forward", site.linears)
-        floats = reference.advance() if reference else None
-        moments = layer.moments if layer is not None else None
-        stats = collect(kinds, lanes.advance(), block.state.dealt, floats, _roots(block, site, method), moments)
-        block.passing.only(site.linears)  # all batches have left those before
-    if measured:
-        report.importance |= {block.full(n): stats[MeanSquare] for n in site.linears}
-    if not specs:
-        return {}
-    block.work.step("solve", list(specs))
-    weights = {n: block.exact(f"{n}.weight", block.module.get_parameter(f"{n}.weight")).float() for n in specs}
-    targets = {n: Target(W, specs[n].scheme.weight, plan.importance(block.full(n))) for n, W in weights.items()}
-    if layer is not None and lanes:
-        line = line | {"tokens": stats.tokens}
-        stats.layer = layer.mean(site)
-    bad = unusable(stats) if lanes else ""
-    if bad and static:
-        raise no_static_scale(block.full(site.linears[0]), layer, bad)
-    answers = round_unseen(targets, {"fallback": f"rtn: {bad}"}) if bad else solve(method, targets, stats, plan.team)
-    answers = {n: a.noted(line | strain(a.W_NK, a.solved.q)) for n, a in answers.items()}
-    if static:
-        answers = {n: _with_input(a, specs[n].scheme, stats[Histogram]) for n, a in answers.items()}
-    H_KK = stats[Hessian].mean() if Hessian in stats and not bad else None
-    if plan.method.finishers and H_KK is not None:
-        report.hessians[tuple(block.full(n) for n in specs)] = H_KK
-    found = [_Found(n, a, weights[n], H_KK) for n, a in answers.items()]
-    for_tuners += found if block.tuners else []
-    return {f.name: _placed(block, f, f.answer.solved) for f in found}
-
-
-def _method(method: Method, layer: Layer | None) -> tuple[Method, dict[str, Any]]:
-    """Return what of a method means something for experts, and what is recorded of the rest.
-
-    Weights of tokens are the float model's, which routes other tokens to an expert; of experts that are called with
-    weighted inputs of all tokens at once, the float model's do not pair with those either.
-    """
-    line: dict[str, Any] = {}
-    if layer is not None and method.weightings:
-        method, line = dataclasses.replace(method, weightings=()), {"weighting": "none: the model routes other tokens"}
-    if layer is not None and layer.experts.batched and method.corrections:
-        method = dataclasses.replace(method, corrections=())
-        line["correction"] = "none: the float model routes other tokens"
-    return method, line
-
-
-def _with_input(answer: Answer, scheme: Scheme, histogram: Histogram) -> Answer:
-    """Return what was found for a linear with what calibration fixes of its input's grid, where that is anything."""
-    if scheme.activation is None or not scheme.static:
-        return answer
-    inputs, clipped = static_input(scheme.activation, histogram)
-    solved = answer.solved
-    q = dataclasses.replace(solved.q, input=inputs)
-    return answer._replace(solved=Solved(q, solved.report)).noted(clipped)
-
-
-def _placed(block: Block, found: _Found, solved: Solved) -> Solved:
-    """Put the weight that a runtime will multiply with into the block; return the linear with its line."""
-    Q_NK = solved.q.dequantize()
-    module: Any = block.module.get_submodule(found.name)
-    weight = Q_NK.to(block.plan.skeleton.dtype)
-    if not module.weight.is_meta:  # nothing runs through the head
-        module.weight.data = weight
-    elif block.state.tokens:
-        block.passing.put(found.name, weight)
-    line = {"method": block.plan.method.recipe.method, "bits": solved.q.grid.bits, **solved.report}
-    return Solved(solved.q, line | Line().add(solved.q, Q_NK, found.W_NK, found.H_KK, block.plan.team).to_json())
-
-
-def _roots(block: Block, site: Site, method: Method) -> Iterator[Tensor]:
-    """Yield the square roots of the tokens' weights `[T, 1]` of own batches; nothing where no step weighs tokens."""
-    squares = [s for n in site.linears if (s := block.state.squares.get(block.full(n)))]
-    for weighting in method.weightings if squares else ():
-        weight_T = weighting.weigh([torch.cat(list(s)) for s in squares])
-        roots = weight_T.sqrt()[:, None].split([len(s) for s in squares[0]])
-        yield from (roots[number] for number in block.state.hidden.numbers)
 
 
 def _settle(block: Block) -> dict[str, Tensor]:

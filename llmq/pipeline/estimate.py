@@ -4,8 +4,8 @@
     found.bytes, found.bits_per_weight, found.memory["host"]["bytes"], found.total
     found.to_json()
 
-Several processes share the batches of the calibration, in eight parts at most, and the rows of a site, in its pieces.
-What each does alone, or the first for all, does not shrink.
+Several processes share the batches of the calibration, in eight parts at most, and the rows of a site, in its pieces,
+or the experts of a round. What each does alone, or the first for all, does not shrink.
 Not here: what is counted (operations.py, memory.py), rates (rates.py, machines.py), who reads it (readers.py).
 """
 
@@ -148,12 +148,13 @@ def estimate(plan: Plan, rates: Rates, *, like: tuple[str, Machine] | None = Non
 
 def dealt(work: Amounts, devices: int, batches: int) -> dict[str, float]:
     """Return the amounts, by kind, of the process that does most, of so many that share the work."""
-    others = (devices - 1) / devices
+    others, rounds = (devices - 1) / devices, ceil(min(PARTS, batches) / devices)
     shares = {
         "batches": most(batches, devices) / max(1, batches),
         "each": 1.0,
         "first": 1.0,
-        "sums": 2 * ceil(min(PARTS, batches) / devices) * others,  # in each round a slice of all parts, then all slices
+        "sums": 2 * rounds * others,  # in each round a slice of all parts, then all slices
+        "owner": rounds * others,  # in each round all parts of the experts that are its own
         "sent": others,
     }
     found: dict[str, float] = defaultdict(float)

@@ -8,22 +8,24 @@ Not here: the module (model/experts.py), solving a site (block.py).
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import quantiles
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.parts import Part
 from llmq.checkpoint.source import Source
-from llmq.model.experts import Experts, apart
+from llmq.model.experts import ROUND, Experts, apart, in_experts
 from llmq.readers import Limit
 from llmq.stats import Hessian
 from llmq.team import Team
 from llmq.types import LinearSpec, LlmqError, Site
 
+Found = TypeVar("Found")
 NO_TOKEN = "no token reached this expert"  # noqa: S105
 
 
@@ -121,6 +123,31 @@ def floats_apart(model: nn.Module, method: str) -> bool:
     """
     batched = any(isinstance(m, Experts) and m.batched for m in model.modules())
     return method == "gguf" or (method == "compressed-tensors" and batched)
+
+
+def stages(block: nn.Module, sites: Sequence[Site]) -> list[list[Site]]:
+    """Return the sites of a block as they are ready together: experts' of one round, all others one by one."""
+    experts = in_experts(block)
+    return [list(some) for _, some in itertools.groupby(sites, lambda site: _stage(site, experts))]
+
+
+def _stage(site: Site, experts: Collection[str]) -> tuple[str, int, str]:
+    name = site.linears[0]
+    if name not in experts:
+        return name, 0, ""
+    layer, e, leaf = name.rsplit(".", 2)
+    return layer, int(e) // ROUND, leaf
+
+
+def in_order(named: Mapping[str, Found]) -> dict[str, Found]:
+    """Return what is known of linears or tensors with those of one expert side by side, in the order of the experts."""
+    places: dict[str, int] = {}
+
+    def place(name: str) -> tuple[int, int]:
+        layer = any_expert(name).partition("experts.*.")
+        return places.setdefault(layer[0] if layer[1] else name, len(places)), number(name)
+
+    return {name: named[name] for name in sorted(named, key=place)}
 
 
 def number(linear: str) -> int:

@@ -5,9 +5,10 @@
 The terms, D bytes of the compute dtype, P weights of a block:
 
     libraries            the interpreter, torch, transformers, compiled loops, their buffers
-    block                P D; of experts only the linears that are being solved, unless a step wants all
+    block                P D; of experts only the linears of the eight that are at work, unless a step wants all
     float block          its copy, where a step compares with the float model
-    codes                what is solved of the block so far and waits for a tuner: a byte a weight, and the scales
+    codes                what is solved so far and waits for a tuner, or for the experts that are at work with it: a
+                         byte a weight, and the scales
     packing              words of one linear on the way from codes
     packed               the packed words of the block so far
     suspended            what the batches that stay suspended hold at a site (model/footprint.py), in each stream
@@ -30,7 +31,7 @@ Not here: the peak, the cap (memory.py), whose numbers of copies the steps and s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -45,13 +46,14 @@ from llmq.calibration.token_gradients import POSITIONS, held_at_once
 from llmq.calibration.writing import writing_bytes
 from llmq.model.experts import in_experts, linears_of
 from llmq.model.footprint import Entered, Footprint, footprints
+from llmq.pipeline.experts import stages
 from llmq.pipeline.plan import Plan, packed_bytes
 from llmq.pipeline.site import pieces
 from llmq.pipeline.whole_model import finisher_bytes
 from llmq.progress import Memory
 from llmq.stats import Hessian, Stat
 from llmq.steps import Held, SiteStep
-from llmq.types import LinearSpec
+from llmq.types import LinearSpec, Site
 
 LIBRARIES = 460 * 10**6
 _LOOPS = 150 * 10**6  # the compiler of loops and what it made; rounding to nearest alone needs none
@@ -233,13 +235,15 @@ class Holdings:
             yield self._folding(i, at, named)
         codes = kept = before = words = 0
         tuned = bool(self.method.tuners)
+        beside = _beside_experts(skeleton.blocks[i], at, named)
         for names, held in at.items():
             specs = [s for n in names if (s := named[n])]
-            weights = self.size * (own + (sum(s.N * s.K for s in specs) if in_all and names[0] in experts else 0))
+            others, waiting = beside.get(names, (0, 0))
+            weights = self.size * (own + (others if in_all else 0))
             fixed = self._beside(i) | {
                 "block": weights,
                 "float block": weights * bool(self.share),
-                "codes": codes,
+                "codes": codes if tuned else waiting,
                 "packed": words,
                 "for the tuner": kept,
                 "suspended": (1 + self.share) * stay * self.side_by_side * max(before, held),
@@ -366,6 +370,24 @@ def _parameters(block: nn.Module) -> tuple[int, int]:
     """Return how many parameters a block has beside its experts, and in them."""
     experts = sum(p.numel() for m in in_experts(block).values() for p in m.parameters())
     return sum(p.numel() for p in block.parameters()) - experts, experts
+
+
+def _beside_experts(
+    block: nn.Module, at: Iterable[tuple[str, ...]], named: Mapping[str, LinearSpec | None]
+) -> dict[tuple[str, ...], tuple[int, int]]:
+    """Return for each site of experts how many weights of such are in place at most, and the bytes of codes that wait.
+
+    Those of one stage are in place together, and those of the stage before until all batches have left it.
+    """
+    found, experts, before = {}, in_experts(block), 0
+    for stage in stages(block, [Site(names) for names in at if names[0] in experts]):
+        weights = [sum(experts[n].weight.numel() for n in site.linears) for site in stage]
+        waiting = 0
+        for site, own in zip(stage, weights, strict=True):
+            found[site.linears] = max(before + own, sum(weights)), waiting
+            waiting += sum(_codes(s) for n in site.linears if (s := named[n]))
+        before = sum(weights)
+    return found
 
 
 def _codes(spec: LinearSpec) -> int:

@@ -30,16 +30,18 @@ from torch import nn
 from llmq.calibration.text import READ_FACTOR
 from llmq.calibration.writing import TRIED_STEPS
 from llmq.model.experts import Experts, in_experts, linears_of
+from llmq.pipeline.experts import stages
 from llmq.pipeline.holdings import Holdings
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.site import pieces
 from llmq.stats import TRIANGLE, Drift, Hessian
 from llmq.steps import Step
-from llmq.types import LinearSpec
+from llmq.types import LinearSpec, Site
 
 Amounts = dict[tuple[str, str | int], float]
-"""Amounts by kind, and by how processes share them: by "batches", or in so many pieces of rows, a number; "each" does
-all, or the "first"; of bytes on the link, they are of "sums" that all get, or "sent" by one to all.
+"""Amounts by kind, and by how processes share them: by "batches", or in so many pieces of rows, or experts, a number;
+"each" does all, or the "first"; of bytes on the link, they are of "sums" that all get, of those that the "owner" of an
+expert gets, or "sent" by one to all.
 """
 AGAIN = 2.3
 """Forwards that a batch takes which stays suspended nowhere, in place of one: measured 2.15 to 2.5."""
@@ -83,13 +85,14 @@ class _Counting:
         found = self.holdings.traced[1][i].at or {(n,): 0 for n in linears}
         heads = getattr(self.plan.skeleton.text, "num_attention_heads", 0) * self.plan.skeleton.head_dim_of(i)
         flops, outputs = 2.0 * self.holdings.length * heads, 0.0
+        together = {s.linears: len(some) for some in stages(block, [Site(names) for names in found]) for s in some}
         for names in found:
             reach = share if names[0] in experts else 1.0
             flops += 2 * reach * sum(linears[n].weight.numel() for n in names)
             outputs += reach * sum(linears[n].out_features for n in names)
             self.squares += reach * linears[names[0]].in_features ** 2
             specs = [s for n in names if (s := self.plan.linears.get(full(i, n)))]
-            self._site(specs, self.tokens * reach)
+            self._site(specs, self.tokens * reach, together[names])
         self.matmuls += flops
         for dealt, forwards in self._forwards(experts=bool(experts)).items():
             self.work["forward", dealt] += forwards * self.tokens * flops
@@ -117,30 +120,34 @@ class _Counting:
             "each": sum(step.forwards(samples, length) for step in self.method.tuners),
         }
 
-    def _site(self, specs: Sequence[LinearSpec], reach: float) -> None:
-        """Count the statistics and the solve of linears that share an input; reach: the tokens that reach it."""
+    def _site(self, specs: Sequence[LinearSpec], reach: float, together: int = 1) -> None:
+        """Count the statistics and the solve of linears that share an input; reach: the tokens that reach it.
+
+        together: the experts that are dealt with it, each solved by one process.
+        """
         if not specs:
             return
         method, K, N = self.method, specs[0].K, sum(s.N for s in specs)
         stats = method.needs([s.scheme.weight for s in specs])
-        rows = min(pieces(N), *(s.scheme.weight.granularity.rows(s.N) for s in specs))
+        rows = min(pieces(N), *(s.scheme.weight.granularity.rows(s.N) for s in specs)) if together == 1 else together
         sums = K**2 * (TRIANGLE * (Hessian in stats) + (2 + TRIANGLE) * (Drift in stats))
-        self.work["link", "sums"] += 4 * sums
+        self.work["link", "sums" if together == 1 else "owner"] += 4 * sums
         self.work["link", "sent"] += N * K
         self.work["statistics", "batches"] += K**2 * reach * (1.1 * (Hessian in stats) + 2.25 * (Drift in stats))
-        self._steps(method.transforms, N, K, "first")
-        self._steps((*method.corrections, method.solver, *method.refiners), N, K, rows)
-        self._steps(method.tuners, N, K, "each")
+        factors: str | int = "each" if together == 1 else together
+        self._steps(method.transforms, N, K, "first", "each")
+        self._steps((*method.corrections, method.solver, *method.refiners), N, K, rows, factors)
+        self._steps(method.tuners, N, K, "each", "each")
         self.work["products", rows] += 4 * N * K**2 * (Hessian in stats)
         self.work["passes", rows] += 40 * N * K  # rounded, decoded, compared, in part as integers
         self.work["packing", "first"] += N * K
         self.work["linears", "each"] += len(specs)
 
-    def _steps(self, steps: Sequence[Step], N: int, K: int, dealt: str | int) -> None:
-        """Count what steps do for N rows; what they factor, every process that takes part does."""
+    def _steps(self, steps: Sequence[Step], N: int, K: int, dealt: str | int, factors: str | int) -> None:
+        """Count what steps do for N rows, by how it is dealt, and likewise what they factor."""
         for step in steps:
             for kind, amount in step.operations(N, K)._asdict().items():
-                self.work[kind, "each" if kind == "factor" else dealt] += amount
+                self.work[kind, factors if kind == "factor" else dealt] += amount
 
     def _gradients(self) -> None:
         """Count the gradients that weigh tokens, and those of one batch and the trials by which bits are chosen."""

@@ -24,7 +24,7 @@ from llmq.pipeline.method import Method
 from llmq.stats import Hessian, Stats
 from llmq.steps import Correction, Refiner, Solved, Step
 from llmq.team import ALONE, Team
-from llmq.types import Grid, QTensor
+from llmq.types import Grid, Parameters, QTensor
 
 Found = TypeVar("Found")
 _LEAST_ROWS = 512  # of a piece: fewer make products slow
@@ -158,15 +158,35 @@ def _corrected(
 def _gathered(mine: Sequence[_Piece], team: Team, *, moved: bool) -> Iterator[tuple[Solved, Tensor | None]]:
     """Yield what all processes found for their pieces, in order, and the rows that each was solved for, if `moved`."""
     own = [(p.solved, p.W_NK) for p in mine if p.solved]
-    about = team.dealt([(type(s.q.params), s.q.grid, s.report, s.ratios) for s, _ in own])
-    tensors = team.tensors([_tensors(s.q) | ({"W_NK": W_NK} if moved else {}) for s, W_NK in own])
-    for (kind, grid, report, ratios), each in zip(about, tensors, strict=True):
-        codes, g_idx, W_NK = each.pop("codes"), each.pop("g_idx", None), each.pop("W_NK", None)
-        yield Solved(QTensor(codes, kind(**each), grid, g_idx), report, ratios), W_NK
+    about = team.dealt([(taken_apart(s.q)[0], s.report, s.ratios) for s, _ in own])
+    tensors = team.tensors([taken_apart(s.q)[1] | ({"W_NK": W_NK} if moved else {}) for s, W_NK in own])
+    for (kinds, report, ratios), each in zip(about, tensors, strict=True):
+        W_NK = each.pop("W_NK", None)
+        yield Solved(restored(kinds, each), report, ratios), W_NK
 
 
-def _tensors(q: QTensor) -> dict[str, Tensor]:
-    return {"codes": q.codes, **q.params.tensors(), **({} if q.g_idx is None else {"g_idx": q.g_idx})}
+class Kinds(NamedTuple):
+    """What a quantized weight is beside its tensors: the classes of its parameters, its input's, and its grid."""
+
+    params: type[Parameters]
+    input: type[Parameters] | None
+    grid: Grid
+
+
+def taken_apart(q: QTensor) -> tuple[Kinds, dict[str, Tensor]]:
+    """Return what a quantized weight is, and its tensors by name, as one process sends it to others."""
+    tensors = {"codes": q.codes, **q.params.tensors(), **({} if q.g_idx is None else {"g_idx": q.g_idx})}
+    kinds = Kinds(type(q.params), None if q.input is None else type(q.input), q.grid)
+    return kinds, tensors if q.input is None else tensors | {f"input {n}": t for n, t in q.input.tensors().items()}
+
+
+def restored(kinds: Kinds, tensors: Mapping[str, Tensor]) -> QTensor:
+    """Invert `taken_apart`."""
+    leaves = dict(tensors)
+    codes, g_idx = leaves.pop("codes"), leaves.pop("g_idx", None)
+    inputs = {n.removeprefix("input "): leaves.pop(n) for n in list(leaves) if n.startswith("input ")}
+    params = kinds.params(**leaves)
+    return QTensor(codes, params, kinds.grid, g_idx, kinds.input(**inputs) if kinds.input else None)
 
 
 def _drop_spent(method: Method, grids: Sequence[Grid], held: Sequence[Stats]) -> None:

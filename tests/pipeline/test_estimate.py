@@ -85,12 +85,26 @@ def test_other_rates_are_other_seconds_of_the_same_work(tiny_checkpoint):
 def test_work_is_dealt_by_parts_of_batches_and_pieces_of_rows():
     work = {
         ("a", "batches"): 64.0, ("a", "first"): 1.0, ("b", 8): 64.0, ("c", 6): 6.0, ("d", "each"): 5.0,
-        ("link", "sums"): 8.0, ("link", "sent"): 16.0,
+        ("link", "sums"): 8.0, ("link", "sent"): 16.0, ("way", "owner"): 8.0,
     }  # fmt: skip
-    assert dealt(work, 1, 64) == {"a": 65, "b": 64, "c": 6, "d": 5, "link": 0}
-    assert dealt(work, 4, 64) == {"a": 17, "b": 16, "c": 2, "d": 5, "link": 2 * 2 * 6 + 12}  # two rounds of sums
-    assert dealt(work, 8, 64) == {"a": 9, "b": 8, "c": 1, "d": 5, "link": 2 * 7 + 14}
-    assert dealt(work, 64, 64) == {"a": 9, "b": 8, "c": 1, "d": 5, "link": 2 * 7.875 + 15.75}  # 8 work in the blocks
+    assert dealt(work, 1, 64) == {"a": 65, "b": 64, "c": 6, "d": 5, "link": 0, "way": 0}
+    assert dealt(work, 4, 64) == {
+        "a": 17,
+        "b": 16,
+        "c": 2,
+        "d": 5,
+        "link": 2 * 2 * 6 + 12,
+        "way": 2 * 6,
+    }  # two rounds of sums
+    assert dealt(work, 8, 64) == {"a": 9, "b": 8, "c": 1, "d": 5, "link": 2 * 7 + 14, "way": 7}
+    assert dealt(work, 64, 64) == {
+        "a": 9,
+        "b": 8,
+        "c": 1,
+        "d": 5,
+        "link": 2 * 7.875 + 15.75,
+        "way": 7.875,
+    }  # 8 work in the blocks
     assert dealt(work, 8, 20)["a"] == 64 * 3 / 20 + 1  # parts of three and of two batches
 
 

@@ -90,7 +90,10 @@ def test_an_expert_gets_its_share_of_the_tokens(tmp_path):
     seen = sum(K**2 * (share if ".experts." in n else 1) for n, K in first)
     assert 0 < share < 1 and any(".experts." in n for n, _ in first)
     assert work["statistics", "batches"] == pytest.approx(1.1 * TOKENS * seen)
-    assert work["factor", "each"] == pytest.approx(sum(K**3 / 3 for _, K in first))  # an expert's too, on every process
+    assert work["factor", "each"] == pytest.approx(sum(K**3 / 3 for n, K in first if ".experts." not in n))
+    own = [K for n, K in first if ".experts." in n]  # of an expert, where it is solved: four are dealt together
+    assert work["factor", 4] == pytest.approx(sum(K**3 / 3 for K in own))
+    assert work["link", "owner"] == 4 * 9 / 16 * sum(K * K for K in own)
 
 
 def test_rows_are_dealt_in_the_pieces_that_they_are_solved_in(tiny_checkpoint):
