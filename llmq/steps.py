@@ -31,6 +31,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from llmq.stats import Stat, Stats
+from llmq.team import ALONE, Team
 from llmq.types import Grid, QTensor, Scheme, Site
 
 
@@ -123,6 +124,7 @@ class SiteView:
     stats: the accumulators of the site's activation.
     calls: recorded `(args, kwargs)` of the parent module, where the transform asked for them.
     schemes: what each linear of the site becomes, None where it stays float.
+    team: processes that all see the same and search together; each may try some of the candidates.
     """
 
     site: Site
@@ -130,6 +132,7 @@ class SiteView:
     stats: Stats
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
     schemes: Sequence[Scheme | None]
+    team: Team = ALONE
 
     @property
     def grids(self) -> list[Grid | None]:
@@ -160,6 +163,11 @@ class Transform(Step):
     of_integers: ClassVar[bool] = False
     preferred_range: ClassVar[str | None] = None
     call_tokens: int = 0
+
+    @property
+    def candidates(self) -> int:
+        """How many candidates several processes deal; 1 where each searches for itself."""
+        return 1
 
     @abstractmethod
     def needs(self, site: Site) -> tuple[type[Stat], ...]:

@@ -3,8 +3,8 @@
     python scripts/bench_team.py MODEL --calib FILE [--blocks 6] [--sizes 1 2 4] [--only gptq balanced] [--threads]
 
 MODEL is cut to its first blocks. Each recipe is run by teams of processes on this machine (gloo), of one thread each;
-the table shows the sha256 of what they wrote, the CPU seconds of each process in its blocks (not those of starting,
-reading and writing), and the bytes that each received in a block beside those that docs/scale.md tells. With --threads
+the table shows the sha256 of what they wrote, the CPU seconds of each process in its blocks behind the first one (not
+those of starting, reading and writing, nor of loading compiled loops), and the bytes that each received in a block beside those that docs/scale.md tells. With --threads
 one process of as many threads stands beside each team.
 """
 
@@ -70,13 +70,14 @@ def child(job: dict[str, object]) -> None:
         nonlocal seconds
         began = time.process_time()
         found = solve(*args)
-        seconds += time.process_time() - began
+        seconds += time.process_time() - began if args[1] else 0.0
         return found
 
-    def summed(self: team.Group, total: torch.Tensor, mine: torch.Tensor, how: object) -> torch.Tensor:
+    def summed(self: team.Group, total: torch.Tensor, mine: torch.Tensor, *how: object) -> torch.Tensor:
         nonlocal came
-        came += 2 * (self.size - 1) * mine.nbytes // self.size
-        return reduced(self, total, mine, how)
+        owned = how[1] is not None
+        came += (self.size - 1) * (mine.nbytes if owned else 2 * mine.nbytes // self.size)
+        return reduced(self, total, mine, *how)
 
     def dealt(self: team.Group, i: int, *args: object) -> dict[str, torch.Tensor]:
         nonlocal came
@@ -133,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--calib", type=Path)
-    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--blocks", type=int, default=6, help="2 at least")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4])
@@ -147,7 +148,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         src = cut(args.model, args.blocks, root / "src")
-        print("| recipe | processes x threads | sha256 | CPU s in blocks, each | MB received a block | by formula |")
+        print("| recipe | processes x threads | sha256 | CPU s a block, each | MB received a block | by formula |")
         print("|---|---|---|---|---|---|")
         for name in args.only:
             options = {"samples": args.samples, "seq_len": args.seq_len, "dtype": "float32", "device": "cpu"}
@@ -167,7 +168,7 @@ def main() -> None:
             for size, threads in teams:
                 job = {"src": str(source), "out": str(out), "calib": str(args.calib), "options": options}
                 said = team_of(size, threads, job)
-                cpu = ", ".join(f"{s['cpu']:.1f}" for s in said)
+                cpu = ", ".join(f"{s['cpu'] / (blocks - 1):.2f}" for s in said)
                 came = sum(s["came"] for s in said) / size / blocks / 1e6
                 batches = math.ceil(args.samples / (4096 // args.seq_len))
                 told = expected(source, size, batches, paired="balanced" in name or name == "best") / 1e6

@@ -4,7 +4,8 @@ s_j = mean|x_j|^r / sqrt(max s * min s), r searched on a grid of 20; the loss is
 module's output with the site's linears rounded to nearest (for a lone linear, whose output that is, it equals
 tr(E H E^T) over all calibration tokens; for attention and MLP the parent runs on a sample of tokens).
 Lin et al. 2024, arXiv:2306.00978, section 3.2. The paper's clip search is the range `output`, which a recipe with awq
-uses unless it names another, on all linears but q and k. A transform: rtn or gptq rounds afterwards.
+uses unless it names another, on all linears but q and k. A transform: rtn or gptq rounds afterwards. Several processes
+deal the exponents.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,11 @@ class Awq(Transform):
     call_tokens: int = 4096
 
     preferred_range: ClassVar[str | None] = "output"
+
+    @property
+    def candidates(self) -> int:
+        """See `Transform`: the exponents."""
+        return self.steps
 
     held: ClassVar[Held] = Held(1, 5)
 
@@ -59,18 +65,18 @@ class Awq(Transform):
             return None
         mean_K = shared(view.stats[AbsMean].mean(), producer).clamp(min=1e-4)
         loss = self._lone_loss(view) if Hessian in view.stats else self._parent_loss(view)
-        best_scale, best_ratio, best, first = None, 0.0, float("inf"), float("inf")
-        for i in range(self.steps):
-            ratio = i / self.steps
-            scale_K = mean_K**ratio
-            scale_K = scale_K / (scale_K.max() * scale_K.min()).sqrt()
-            value = loss(scale_K)
-            first = value if i == 0 else first
-            if value < best:
-                best_scale, best_ratio, best = scale_K, ratio, value
-        if best_scale is None or best_ratio == 0:
+        tried = range(self.steps)
+        losses = view.team.dealt([loss(self._scale(mean_K, i)) for i in view.team.own(tried)])
+        best = min((i for i in tried if losses[i] < float("inf")), key=losses.__getitem__, default=0)
+        if best == 0:
             return None
-        return Scaling(best_scale, {"awq": {"ratio": best_ratio, "loss_over_unscaled": best / first if first else 1.0}})
+        line = {"ratio": best / self.steps, "loss_over_unscaled": losses[best] / losses[0] if losses[0] else 1.0}
+        return Scaling(self._scale(mean_K, best), {"awq": line})
+
+    def _scale(self, mean_K: Tensor, i: int) -> Tensor:
+        """Return the scales of the exponent of that number."""
+        scale_K = mean_K ** (i / self.steps)
+        return scale_K / (scale_K.max() * scale_K.min()).sqrt()
 
     def _lone_loss(self, view: SiteView) -> Callable[[Tensor], float]:
         W_NK = view.modules[view.site.linears[0]].weight.detach().clone()

@@ -35,7 +35,7 @@ from llmq.pipeline.holdings import Holdings
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.site import pieces
 from llmq.stats import TRIANGLE, Drift, Hessian
-from llmq.steps import Step
+from llmq.steps import Step, Transform
 from llmq.types import LinearSpec, Site
 
 Amounts = dict[tuple[str, str | int], float]
@@ -102,10 +102,10 @@ class _Counting:
             4 * (1 + self.holdings.share) * self.tokens * width
         )  # states, written and read
 
-    def _forwards(self, *, experts: bool) -> dict[str, float]:
+    def _forwards(self, *, experts: bool) -> Mapping[str | int, float]:
         """Return how many forwards over the calibration a block takes, by how they are shared.
 
-        Blocks of experts keep all batches suspended. A transform observes one forward, and searches on the first.
+        Blocks of experts keep all batches suspended. A transform observes one forward, and searches with the rest.
         """
         samples, length = self.holdings.samples, self.holdings.length
         if not samples:
@@ -114,11 +114,12 @@ class _Counting:
         streams = (1 + self.holdings.share) * (1 + left * (AGAIN - 1))
         observed = [step.forwards(samples, length) for step in self.method.transforms]
         again = 1.0 if self.method.tuners else 0.0  # what tuners have moved is put out by a forward of its own
-        return {
-            "batches": streams + again + sum(min(1.0, n) for n in observed),
-            "first": sum(max(0.0, n - 1) for n in observed),
-            "each": sum(step.forwards(samples, length) for step in self.method.tuners),
-        }
+        found: dict[str | int, float] = defaultdict(float)
+        found["batches"] = streams + again + sum(min(1.0, n) for n in observed)
+        found["each"] = sum(step.forwards(samples, length) for step in self.method.tuners)
+        for step, forwards in zip(self.method.transforms, observed, strict=True):
+            found[_searchers(step)] += max(0.0, forwards - 1)
+        return found
 
     def _site(self, specs: Sequence[LinearSpec], reach: float, together: int = 1) -> None:
         """Count the statistics and the solve of linears that share an input; reach: the tokens that reach it.
@@ -135,7 +136,8 @@ class _Counting:
         self.work["link", "sent"] += N * K
         self.work["statistics", "batches"] += K**2 * reach * (1.1 * (Hessian in stats) + 2.25 * (Drift in stats))
         factors: str | int = "each" if together == 1 else together
-        self._steps(method.transforms, N, K, "first", "each")
+        for step in method.transforms:
+            self._steps([step], N, K, _searchers(step), "each")
         self._steps((*method.corrections, method.solver, *method.refiners), N, K, rows, factors)
         self._steps(method.tuners, N, K, "each", "each")
         self.work["products", rows] += 4 * N * K**2 * (Hessian in stats)
@@ -204,6 +206,11 @@ class _Counting:
         self.work["passes", "first"] += 20 * weights
         self.work["forward", "first"] += _VERIFIED * self.matmuls
         self.work["starts", "each"] += 1
+
+
+def _searchers(step: Transform) -> str | int:
+    """Return how processes share the search of a transform."""
+    return step.candidates if step.candidates > 1 else "each"
 
 
 def _share(block: nn.Module) -> float:

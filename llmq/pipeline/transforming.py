@@ -7,10 +7,10 @@ Not here: which scales (algorithms/), making a fold (model/folding.py), what is 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from llmq import registry
 from llmq.calibration.collect import close, see, started
@@ -21,6 +21,7 @@ from llmq.pipeline.loaded import Block
 from llmq.pipeline.site import gave
 from llmq.stats import Stats
 from llmq.steps import Scaling, SiteView, Transform
+from llmq.team import Team
 from llmq.types import Producer, Site
 
 
@@ -29,16 +30,17 @@ def transform(block: Block, step: Transform) -> None:
     plan, record = block.plan, block.report.record
     modules = dict(block.module.named_modules())
     stats, calls = _observe(block, step)
+    calls = _of_the_first(calls, plan.team)
     found: list[tuple[Site, Producer, Scaling]] = []
     for site, seen in zip(block.sites, stats, strict=True):
         specs = block.specs(site)
         schemes = [specs[n].scheme if n in specs else None for n in site.linears]
-        view = SiteView(site, modules, seen, calls.get(site.parent, []), schemes)
+        view = SiteView(site, modules, seen, calls.get(site.parent, []), schemes, plan.team)
         bad = unusable(seen)
         if bad == NOT_FINITE:
             for full in (block.full(n) for n in specs):
                 record.note(full, {"not_scaled": bad})
-        scaling = plan.team.first(partial(step.search, view)) if site.producer and not bad else None
+        scaling = _searched(step, view) if site.producer and not bad else None
         if scaling is not None and site.producer:
             found.append((site, site.producer, gave(step, scaling, Scaling)))
     weights = {block.full(n): p.data for n, p in block.module.named_parameters()}
@@ -51,6 +53,22 @@ def transform(block: Block, step: Transform) -> None:
         for name in linears:
             if name in plan.linears:
                 record.note(name, report)
+
+
+def _searched(step: Transform, view: SiteView) -> Scaling | None:
+    """Return what all processes found together, as the first one has it."""
+    mine = step.search(view)
+    return view.team.first(lambda: mine)
+
+
+def _of_the_first(calls: dict[str, list[Call]], team: Team) -> dict[str, list[Call]]:
+    """Return the calls that the first process recorded, on every process; all have the same memory format."""
+    leaves, spec = tree_flatten(calls)
+    mine = {str(i): x.contiguous() for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+    rest, spec = team.first(lambda: ([None if isinstance(x, Tensor) else x for x in leaves], spec))
+    (sent,) = team.tensors([mine] if team.leads else [])
+    found: dict[str, list[Call]] = tree_unflatten([sent.get(str(i), x) for i, x in enumerate(rest)], spec)
+    return found
 
 
 def _observe(block: Block, step: Transform) -> tuple[list[Stats], dict[str, list[Call]]]:
