@@ -3,9 +3,9 @@
     python scripts/bench_team.py MODEL --calib FILE [--blocks 6] [--sizes 1 2 4] [--only gptq balanced] [--threads]
 
 MODEL is cut to its first blocks. Each recipe is run by teams of processes on this machine (gloo), of one thread each;
-the table shows the sha256 of what they wrote, the CPU seconds of each process in its blocks behind the first one (not
-those of starting, reading and writing, nor of loading compiled loops), and the bytes that each received in a block beside those that docs/scale.md tells. With --threads
-one process of as many threads stands beside each team.
+the table shows the sha256 of what they wrote, the CPU seconds of each process in a block, and the bytes that each
+received in a block beside those that docs/scale.md tells. The first block is not timed, as compiled loops are loaded in
+it. With --threads one process of as many threads stands beside each team.
 """
 
 from __future__ import annotations

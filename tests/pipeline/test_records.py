@@ -21,7 +21,7 @@ from llmq.gguf.reader import GgufFile
 from llmq.granularity import PerTensor
 from llmq.model.folding import Fold, floats_of
 from llmq.model.pretrained import blank_model, model_config
-from llmq.pipeline import block
+from llmq.pipeline import block, solving
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
@@ -43,7 +43,7 @@ def text(tmp_path, prose):
 def hessians(monkeypatch):
     """H of every linear as it was solved, by full name, caught on its way."""
     caught, number = {}, [str]
-    original = block.solve
+    original = solving.solve
 
     def solve(method, targets, stats, team):
         if Hessian in stats:
@@ -55,7 +55,7 @@ def hessians(monkeypatch):
         number[0] = partial(plan.skeleton.full_name, i)
         return block.quantize_block(plan, i, *rest)
 
-    monkeypatch.setattr("llmq.pipeline.block.solve", solve)
+    monkeypatch.setattr("llmq.pipeline.solving.solve", solve)
     monkeypatch.setattr("llmq.pipeline.run.quantize_block", quantize_block)
     return caught
 
@@ -300,20 +300,19 @@ def test_a_fold_of_another_model_is_refused(tiny_checkpoint, change):
 
 @pytest.mark.parametrize("method", ["gptq,descent", "qep,gptq,signround:steps=1"])
 def test_no_float_weight_outlives_its_site_but_for_tuners(tiny_checkpoint, tmp_path, text, monkeypatch, method):
-    alive, seen, original = [], [], block._placed
+    alive, seen, original, solved = [], [], solving._placed, block.solve_stage
 
-    def placed(at, found, solved):
-        alive.append((at.number, weakref.ref(found.W_NK)))
-        return original(at, found, solved)
+    def placed(at, name, answer, W_NK, *more):
+        alive.append((at.number, weakref.ref(W_NK)))
+        return original(at, name, answer, W_NK, *more)
 
-    def solve_site(at, *args):
+    def solve_stage(at, *args):
         gc.collect()
         seen.append(sum(ref() is not None for number, ref in alive if number == at.number))
         return solved(at, *args)
 
-    solved = block._solve_site
-    monkeypatch.setattr(block, "_placed", placed)
-    monkeypatch.setattr(block, "_solve_site", solve_site)
+    monkeypatch.setattr(solving, "_placed", placed)
+    monkeypatch.setattr(block, "solve_stage", solve_stage)
     made(tiny_checkpoint(), tmp_path / "out", method=method, calib=text)
     assert len(seen) == 8  # q, k and v; o; gate and up; down: of two blocks
     assert seen == ([0, 3, 4, 6] * 2 if "signround" in method else [0] * 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -48,8 +49,8 @@ def quantized(seat, root, out, recipes):
         llmq.quantize(root / model, out / name, calib=root / "text.txt", warn=str, **{**TEXT, **options})
 
 
-def commanded(seat, root, out, broken_at=None):
-    """Run the command line as one process of a team, of which the last may fail in some block."""
+def commanded(seat, root, out, broken_at=None, killed=False):
+    """Run the command line as one process of a team, of which the last may fail in some block, or be killed."""
     from llmq import cli
     from llmq.errors import LlmqError
     from llmq.pipeline import run
@@ -60,11 +61,13 @@ def commanded(seat, root, out, broken_at=None):
 
     def failing(plan, i, *more):
         if (i, rank) == (broken_at, size - 1):
+            if killed:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise LlmqError("its memory is full")
         return quantize_block(plan, i, *more)
 
     run.quantize_block = failing
-    os.dup2(os.open(out.with_name(f"stderr-{rank}"), os.O_CREAT | os.O_WRONLY), 2)
+    os.dup2(os.open(out.with_name(f"stderr-{rank}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in TEXT.items()]
     sys.argv = ["llmq", "quantize", f"{root}/llama", str(out), "--method=gptq", f"--calib={root}/text.txt", *options]
     cli.main()
@@ -106,11 +109,12 @@ def test_one_two_and_four_processes_write_the_same_files(made, recipe):
     assert all(files == one for files in more) and len(one) > 3
 
 
-def test_an_error_ends_all_is_told_once_and_any_number_of_processes_goes_on(made, tmp_path):
+def test_an_error_or_a_kill_ends_all_is_told_once_and_any_number_of_processes_goes_on(made, tmp_path):
     out = tmp_path / "gptq"
-    assert team(2, commanded, made, out, 1) == [1, 1]
-    told = "".join((tmp_path / f"stderr-{rank}").read_text() for rank in range(2))
-    assert told.count("error:") == 1 and "its memory is full" in told
+    for killed, said in ((True, "another process of this run has ended"), (False, "its memory is full")):
+        assert team(2, commanded, made, out, 1, killed) == [1, -signal.SIGKILL if killed else 1]
+        told = "".join((tmp_path / f"stderr-{rank}").read_text() for rank in range(2))
+        assert told.count("error:") == 1 and said in told
     assert team(3, commanded, made, out) == [0, 0, 0]
     assert "going on from block 1 of 2" in (tmp_path / "stderr-0").read_text()
     assert digests(out) == digests(made / "1/gptq")
