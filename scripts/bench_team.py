@@ -118,15 +118,17 @@ def sha256(out: Path) -> str:
 
 
 def expected(src: Path, size: int, batches: int, *, paired: bool) -> float:
-    """Return the bytes that docs/scale.md says each process receives in a block of a Llama."""
+    """Return the bytes that docs/scale.md says each process receives in a block of a Llama or a Mixtral."""
     config = json.loads((src / "config.json").read_text())
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    kv = hidden * config.get("num_key_value_heads", heads) // heads
-    sites = [(hidden, hidden + 2 * kv), (hidden, hidden), (hidden, 2 * inner), (inner, hidden)]
-    sums = sum(4 * K * K * (9 / 16 + (2 + 9 / 16) * paired) for K, _ in sites)
-    codes = sum(N * K for K, N in sites)
-    rounds = math.ceil(min(8, batches) / size)
-    return 2 * rounds * (size - 1) / size * sums + (size - 1) / size * codes
+    kv, experts = hidden * config.get("num_key_value_heads", heads) // heads, config.get("num_local_experts", 0)
+    attention, mlp = [(hidden, hidden + 2 * kv), (hidden, hidden)], [(hidden, 2 * inner), (inner, hidden)]
+    shared, owned = attention + (mlp if not experts else []), mlp * experts
+    each = 4 * (9 / 16 + (2 + 9 / 16) * paired)
+    layer = 4 * 9 / 16 * hidden**2 if experts else 0.0  # H of all that enters it, which stands in where tokens are few
+    sums = 2 * (sum(each * K * K for K, _ in shared) + layer) + sum(each * K * K for K, _ in owned)
+    codes = sum(N * K for K, N in shared + owned)
+    return (size - 1) / size * (math.ceil(min(8, batches) / size) * sums + codes)
 
 
 def main() -> None:
@@ -172,8 +174,7 @@ def main() -> None:
                 came = sum(s["came"] for s in said) / size / blocks / 1e6
                 batches = math.ceil(args.samples / (4096 // args.seq_len))
                 told = expected(source, size, batches, paired="balanced" in name or name == "best") / 1e6
-                shown = f"{came:.1f} | {told:.1f}" if "experts" not in name else f"{came:.1f} |"
-                print(f"| {name} | {size} x {threads} | {sha256(out)} | {cpu} | {shown} |", flush=True)
+                print(f"| {name} | {size} x {threads} | {sha256(out)} | {cpu} | {came:.2f} | {told:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
