@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from statistics import quantiles
 from typing import Any, Self, TypeVar
 
@@ -137,6 +137,22 @@ def _stage(site: Site, experts: Collection[str]) -> tuple[str, int, str]:
         return name, 0, ""
     layer, e, leaf = name.rsplit(".", 2)
     return layer, int(e) // ROUND, leaf
+
+
+def beside_experts(block: nn.Module, sites: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], tuple[int, list[str]]]:
+    """Return for each site of experts how many weights of such are in place at most, and the linears solved with it.
+
+    Those of one stage are in place together, and those of the stage before until all batches have left it.
+    """
+    found, experts, before = {}, in_experts(block), 0
+    for stage in stages(block, [Site(names) for names in sites if names[0] in experts]):
+        weights = [sum(experts[n].weight.numel() for n in site.linears) for site in stage]
+        solved: list[str] = []
+        for site, own in zip(stage, weights, strict=True):
+            found[site.linears] = max(before + own, sum(weights)), list(solved)
+            solved += site.linears
+        before = sum(weights)
+    return found
 
 
 def in_order(named: Mapping[str, Found]) -> dict[str, Found]:

@@ -31,7 +31,7 @@ Not here: the peak, the cap (memory.py), whose numbers of copies the steps and s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -46,14 +46,14 @@ from llmq.calibration.token_gradients import POSITIONS, held_at_once
 from llmq.calibration.writing import writing_bytes
 from llmq.model.experts import in_experts, linears_of
 from llmq.model.footprint import Entered, Footprint, footprints
-from llmq.pipeline.experts import stages
+from llmq.pipeline.experts import beside_experts
 from llmq.pipeline.plan import Plan, packed_bytes
 from llmq.pipeline.site import pieces
 from llmq.pipeline.whole_model import finisher_bytes
 from llmq.progress import Memory
 from llmq.stats import Hessian, Stat
 from llmq.steps import Held, SiteStep
-from llmq.types import LinearSpec, Site
+from llmq.types import LinearSpec
 
 LIBRARIES = 460 * 10**6
 _LOOPS = 150 * 10**6  # the compiler of loops and what it made; rounding to nearest alone needs none
@@ -235,15 +235,15 @@ class Holdings:
             yield self._folding(i, at, named)
         codes = kept = before = words = 0
         tuned = bool(self.method.tuners)
-        beside = _beside_experts(skeleton.blocks[i], at, named)
+        beside = beside_experts(skeleton.blocks[i], at)
         for names, held in at.items():
             specs = [s for n in names if (s := named[n])]
-            others, waiting = beside.get(names, (0, 0))
+            others, solved = beside.get(names, (0, []))
             weights = self.size * (own + (others if in_all else 0))
             fixed = self._beside(i) | {
                 "block": weights,
                 "float block": weights * bool(self.share),
-                "codes": codes if tuned else waiting,
+                "codes": codes if tuned else sum(_codes(s) for n in solved if (s := named[n])),
                 "packed": words,
                 "for the tuner": kept,
                 "suspended": (1 + self.share) * stay * self.side_by_side * max(before, held),
@@ -370,24 +370,6 @@ def _parameters(block: nn.Module) -> tuple[int, int]:
     """Return how many parameters a block has beside its experts, and in them."""
     experts = sum(p.numel() for m in in_experts(block).values() for p in m.parameters())
     return sum(p.numel() for p in block.parameters()) - experts, experts
-
-
-def _beside_experts(
-    block: nn.Module, at: Iterable[tuple[str, ...]], named: Mapping[str, LinearSpec | None]
-) -> dict[tuple[str, ...], tuple[int, int]]:
-    """Return for each site of experts how many weights of such are in place at most, and the bytes of codes that wait.
-
-    Those of one stage are in place together, and those of the stage before until all batches have left it.
-    """
-    found, experts, before = {}, in_experts(block), 0
-    for stage in stages(block, [Site(names) for names in at if names[0] in experts]):
-        weights = [sum(experts[n].weight.numel() for n in site.linears) for site in stage]
-        waiting = 0
-        for site, own in zip(stage, weights, strict=True):
-            found[site.linears] = max(before + own, sum(weights)), waiting
-            waiting += sum(_codes(s) for n in site.linears if (s := named[n]))
-        before = sum(weights)
-    return found
 
 
 def _codes(spec: LinearSpec) -> int:
