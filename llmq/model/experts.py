@@ -112,7 +112,7 @@ class Experts(nn.Module):
             self._trail.append([token for _, token in routed])
         out = torch.zeros_like(hidden)
         called = [self._called(hidden, token, first) for (_, token), first in zip(routed, led, strict=True)]
-        answers = self._answers([partial(hidden.__getitem__, tokens) for tokens, _ in called])
+        answers = self._answers([partial(_rows, hidden, tokens) for tokens, _ in called])
         for (place, token), (_, at), y in zip(routed, called, answers, strict=True):
             out.index_add_(0, token, (y[at] * weight_Tk[token, place, None]).to(out.dtype))
         return out
@@ -158,7 +158,7 @@ class Experts(nn.Module):
         out = torch.zeros_like(hidden)
         rows, to = (x.view(self.num_experts, -1, hidden.shape[-1]) for x in (hidden, out))
         tokens = [of_one.any(-1).nonzero()[:, 0] for of_one in rows]
-        answers = self._answers([partial(of_one.__getitem__, t) for of_one, t in zip(rows, tokens, strict=True)])
+        answers = self._answers([partial(_rows, of_one, t) for of_one, t in zip(rows, tokens, strict=True)])
         for e, y in enumerate(answers):
             to[e, tokens[e]] = y
         return out
@@ -194,6 +194,11 @@ class Experts(nn.Module):
         """Return what an expert makes of its tokens, `[T, H]`."""
         y = expert.down_proj(inner)
         return self._modules["post_expert_norm"](y) if "post_expert_norm" in self._modules else y  # type: ignore[misc]
+
+
+def _rows(x: Tensor, index: _Index) -> Tensor:
+    """Return some rows of a tensor, or that very tensor, by which it is known who reads the same."""
+    return x[index] if isinstance(index, Tensor) else x
 
 
 def _blank(K: int, N: int, *, bias: bool) -> nn.Linear:
