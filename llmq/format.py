@@ -130,6 +130,17 @@ class Assignment(ABC):
         """Return a value for each input channel of a linear, `[K]`, in the order that OUT has them in."""
         return vector
 
+    def tensor(self, name: str) -> str | None:
+        """Return the tensor of OUT that a linear lies in, where all that lie in one are alike and overrides name it."""
+        return None
+
+    def possible(self, linear: LinearSpec) -> dict[str, LinearSpec | None]:
+        """Return what a linear may become under a budget of bits, by what an override says, None for float.
+
+        Nothing where that is what the recipe says of any linear.
+        """
+        return {}
+
     @abstractmethod
     def join(self, out: Out, config: Mapping[str, object], recipe: str) -> int:
         """Write what makes of the staged tensors a model that loads. Returns the bytes of all tensors.

@@ -25,7 +25,7 @@ from llmq.guard.reading import yaml_object
 from llmq.options import Between
 from llmq.overrides import parse
 from llmq.qualities import FINISHERS, OF_GGUF, OF_W8A8, QUALITIES
-from llmq.schemes import FLOAT, SCHEMES, changes_of
+from llmq.schemes import FLOAT, GGML, SCHEMES, changes_of, type_of
 from llmq.types import AffineGrid, LlmqError
 
 DEFAULT_RANGE = "minmax"
@@ -54,7 +54,8 @@ _ACT = When(lambda r: r.act_bits, "it is for quantized activations; say --act-bi
 _STATIC = When(lambda r: r.act_bits and r.act == "tensor", "it is for static scales; say --act-bits 8 --act tensor")
 _KV = When(lambda r: r.kv_bits, "it is for the key-value cache; say --kv-bits 8")
 _BITS = When(
-    lambda r: r.target_bpw and not r.choices, "it is for a budget of bits of integers; say --target-bpw, not --choices"
+    lambda r: r.target_bpw and not r.choices and not r.gguf,
+    "it is for a budget of bits of integers; say --target-bpw, not --choices",
 )
 _BUDGET = When(lambda r: r.target_bpw, "it is for a budget of bits; say --target-bpw")
 
@@ -91,7 +92,8 @@ class Recipe:
     target_bpw: bits per quantized weight, scales counted, to spend where they help most; --bit-choices lists the bits
         that a site may get.
     choices: schemes by name, grids or "float", as nvfp4,fp8,float: what `target_bpw` chooses from in place of bits of
-        integers. What is not measured, such as the head, becomes the first.
+        integers. What is not measured, such as the head, becomes the first. Of GGUF: types of ggml, as Q3_K,Q4_K,Q6_K;
+        what is not measured is as `type` has it.
     lm_head: quantize the output head too.
     embeddings: bits of the embedding, 8, or its grid, int:bits=4:group=32; for GGUF a type of ggml. A head that is tied
         to it is it, and one of its own that lm_head does not ask for becomes the same.
@@ -125,7 +127,7 @@ class Recipe:
     override: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     on_misfit: Literal["refuse", "skip"] | None = option(None, _FOLDERS)
-    target_bpw: Annotated[float, Between(1, 16)] | None = option(None, _INTEGERS)
+    target_bpw: Annotated[float, Between(1, 16)] | None = option()
     bit_choices: str | None = option("3,4,5,6,8", _BITS)
     choices: str | None = option(None, _BUDGET)
     lm_head: bool = option(False, _INTEGERS)
@@ -192,7 +194,7 @@ class Recipe:
         if self.target_bpw is not None and self.quantizes_inputs and not self.choices:
             raise LlmqError("target_bpw chooses bits of weights; beside quantized inputs they have no others")
         for text in self.override if self.target_bpw is not None else ():
-            if (said := parse(text)) and not {"bits", "weights", "inputs"}.isdisjoint(said.changes):
+            if (said := parse(text)) and not {"bits", "weights", "inputs", "type"}.isdisjoint(said.changes):
                 raise LlmqError(f"--override {text!r}: --target-bpw chooses the bits of every linear; --skip it there")
         if self._integer_inputs and self.bits != 8 and not self.weights:
             raise LlmqError(f"8-bit activations need 8-bit weights, not {self.bits or 4}; say --bits 8")
@@ -269,7 +271,9 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """Return the recipe with a default for every option that means something and was not given."""
-        if self.choices and not (self.weights or self.bits or self.quantizes_inputs):
+        if self.gguf and self.target_bpw and not self.choices:
+            return dataclasses.replace(self, choices=GGML).resolved()
+        if self.choices and not (self.gguf or self.weights or self.bits or self.quantizes_inputs):
             return self._based().resolved()
         if self.method is None:
             return self._of_quality().resolved()
@@ -302,7 +306,8 @@ class Recipe:
     def candidates(self) -> tuple[str, ...]:
         """Return what a site may become under `target_bpw`: what an override would change, FLOAT for none of it."""
         if self.choices:
-            return tuple(dict.fromkeys(changes_of(word.strip()) for word in self.choices.split(",")))
+            of = type_of if self.gguf else changes_of
+            return tuple(dict.fromkeys(of(word.strip()) for word in self.choices.split(",")))
         if self.bit_choices is None:
             return ()
         words = [w.strip() for w in self.bit_choices.split(",")]

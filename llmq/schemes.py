@@ -86,6 +86,15 @@ SCHEMES: Mapping[str, Named] = {
 }  # fmt: skip
 
 
+GGML = "Q3_K,Q4_K,Q5_K,Q6_K,Q8_0"
+"""The types of ggml that a budget chooses from where nothing is said."""
+
+
+def type_of(word: str) -> str:
+    """Return what an override says for a type of ggml that a budget chooses from."""
+    return f"type={word.upper()}"
+
+
 def changes_of(word: str) -> str:
     """Return what an override says for one that a budget chooses from: a scheme, a grid or FLOAT. Raises LlmqError."""
     if word == FLOAT:

@@ -61,6 +61,12 @@ def scores(model: Path, baseline: Path, text: Path, windows: int, *options: obje
         return figures
 
 
+def decoded(file: Path) -> Path:
+    """Write the floats that a GGUF file decodes to beside it; return their folder."""
+    llmq("dequantize", file, folder := file.with_suffix(".floats"), "--dtype", "float32", "--overwrite")
+    return folder
+
+
 def write_tokens(file: Path, model: Path, calib: Path, samples: int, seq_len: int) -> Path:
     """Write the rows of token ids that `llmq quantize --calib CALIB --seed 0` takes from a text, for the rivals."""
     from llmq.calibration import tokens

@@ -20,6 +20,8 @@ import _measure as measure
 import torch
 from _rows import Row, Rows, show, show_markdown
 
+from llmq.gguf.reader import GgufFile
+
 W8A8 = ("--bits", 8, "--act-bits", 8, "--group-size", "channel", "--format", "compressed-tensors")
 MSE = ("--range", "mse")
 LADDER: dict[str, tuple[object, ...]] = {
@@ -83,6 +85,13 @@ FLOATS: dict[str, tuple[object, ...]] = {
     "fp8 static": ("--weights", "fp8", "--inputs", "fp8:group=tensor"),
     "fp8 dynamic": ("--weights", "fp8", "--inputs", "fp8"),
 }
+GGUF: dict[str, tuple[object, ...]] = {
+    "gguf Q4_K_M": ("--type", "Q4_K_M"),
+    "gguf target-bpw 5.53": ("--type", "Q4_K_M", "--target-bpw", 5.534),  # the bits of SmolLM2's blocks as Q4_K_M
+    "gguf target-bpw 5.53 with IQ4_NL": (
+        "--type", "Q4_K_M", "--target-bpw", 5.534, "--choices", "Q3_K,IQ4_XS,Q4_K,Q5_K,Q6_K,Q8_0"
+    ),
+}  # fmt: skip
 ROWS = {
     **{f"{bits}-bit {n}": (*o, "--bits", bits, "--group-size", 64) for bits in (4, 3, 2) for n, o in LADDER.items()},
     **{f"{bits}-bit {n}": (*o, "--bits", bits, "--group-size", 64) for bits in (4, 3, 2) for n, o in PRESETS.items()},
@@ -92,19 +101,24 @@ ROWS = {
     **{n: (*o, *W8A8) for n, o in EIGHT.items()},
     **{f"{n} {m}": ("--method", m, *o) for n, o in FLOATS.items() for m in ("rtn", "gptq")},
     **{f"{n} {q}": (*by, *o) for n, o in FLOATS.items() for q, by in PRESETS.items()},
+    **{f"{n} {q}": (*by, *o, "--format", "gguf") for n, o in GGUF.items() for q, by in PRESETS.items()},
 }
 
 
 def measure_row(name: str, args: argparse.Namespace) -> Row:
     """Quantize, score, and drop the checkpoint."""
     row, _, seed = name.partition(", seed ")
-    out = args.out / f"checkpoint-{os.getpid()}"  # several may run at a time
+    gguf = "gguf" in ROWS[row]
+    out = args.out / f"checkpoint-{os.getpid()}{'.gguf' if gguf else ''}"  # several may run at a time
     common = ("--samples", args.samples, "--seq-len", args.seq_len, "--seed", seed or 0, "--dtype", args.dtype)
     options = ROWS[row] if "--calib" in ROWS[row] else (*ROWS[row], "--calib", args.calib)
     taken = measure.llmq("quantize", args.model, out, *options, *common, "--overwrite")
-    record = json.loads((out / "quantization.json").read_text())
-    figures = measure.scores(out, args.model, args.text, args.windows, "--convention", args.convention)
-    shutil.rmtree(out)
+    record = GgufFile(out).report() if gguf else json.loads((out / "quantization.json").read_text())
+    scored = measure.decoded(out) if gguf else out
+    figures = measure.scores(scored, args.model, args.text, args.windows, "--convention", args.convention)
+    shutil.rmtree(scored)
+    if gguf:
+        out.unlink()
     return {
         "command": " ".join(str(o) for o in (*ROWS[row], *common)),
         "bits_per_weight": record["size"]["bits_per_weight"],

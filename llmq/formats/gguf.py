@@ -10,7 +10,7 @@ Not here: any of the bytes, and the file around the tensors (llmq/gguf/).
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, ClassVar
 
@@ -47,8 +47,8 @@ _RAN = {"MXFP4", "NVFP4", "Q2_0", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS"}
 class _File(Assignment):
     """A GGUF file before its weights.
 
-    floats: the ggml type of every tensor that stays float, by the model's names. split: bytes of one file at most.
-    imatrix: the importance matrix that was used. names: ggml's.
+    floats: the ggml type of every tensor that stays float, by the model's names. choices: the types that a budget
+    chooses from. split: bytes of one file at most. imatrix: the importance matrix that was used. names: ggml's.
     """
 
     name: str
@@ -56,6 +56,7 @@ class _File(Assignment):
     vocabulary: Vocabulary
     mix: str
     floats: Mapping[str, str]
+    choices: Sequence[str]
     split: int
     imatrix: str | None
 
@@ -72,6 +73,16 @@ class _File(Assignment):
         """See `Assignment.channels`."""
         columns = self.architecture.columns(f"{name}.weight")
         return vector if columns is None else vector[columns]
+
+    def tensor(self, name: str) -> str:
+        """See `Assignment.tensor`; experts of a layer lie in one."""
+        return self.names[f"{name}.weight"]
+
+    def possible(self, linear: LinearSpec) -> dict[str, LinearSpec | None]:
+        """See `Assignment.possible`: the types to choose from, or what stands in for them in rows of that width."""
+        K, ggml = self.architecture.together(f"{linear.name}.weight", linear.K), self.tensor(linear.name)
+        fitting = dict.fromkeys(mixture.fitting(k, ggml, K, self.architecture.factors) for k in self.choices)
+        return {f"type={k}": replace(linear, scheme=Scheme(kinds.grid(k))) for k in fitting if k not in mixture.FLOATS}
 
     def join(self, out: Out, config: Mapping[str, Any], recipe: str) -> int:
         """Take the checksums of the tensors as the file will have them; it is written when the record is known."""
@@ -105,7 +116,8 @@ class Gguf:
     """The GGUF format.
 
     pre: llama.cpp's name of the tokenizer's pre-tokenizer, where llmq cannot find it; None finds it.
-    mix, imatrix, split_max_size, embeddings: as the recipe has them, the mixture as `type`.
+    mix, imatrix, split_max_size, embeddings: as the recipe has them, the mixture as `type`. choices: what a budget
+    chooses from, as overrides say it.
     """
 
     pre: str | None = None
@@ -113,6 +125,7 @@ class Gguf:
     imatrix: str | None = field(default=None, init=False)
     split_max_size: str | None = field(default=None, init=False)
     embeddings: str | None = field(default=None, init=False)
+    choices: Sequence[str] = field(default=(), init=False)
     quant_method: str = field(default="gguf", init=False)
     sink: ClassVar[type] = GgufSink
 
@@ -137,6 +150,8 @@ class Gguf:
         shapes = {ggml: _shape(arch, n, model.shapes[n]) for n, ggml in names.items()}
         weighs = wanted.weighs or self.imatrix is not None
         about = mixture.Model(arch.blocks, arch.gqa, arch.tied, arch.large, weighs, arch.experts, arch.factors)
+        chosen = [_type(said.removeprefix("type="), "--choices") for said in self.choices]
+        inside = {names[f"{n}.weight"] for n in model.linears if f"{n}.weight" in names} if chosen else set()
         by_ggml = mixture.assign(shapes, mix, about, [*_ends(self.embeddings), *_overrides(wanted)])
         words = vocabulary(model.tokenizer(), shapes["token_embd.weight"][0], arch.config, self.pre)
         importance, missing = _importance(self.imatrix, names, model, arch)
@@ -149,7 +164,7 @@ class Gguf:
                 *arch.warnings(),
                 *_left_out(model, arch),
                 *words.warnings,
-                *mixture.fallen_back(shapes, by_ggml, mix, about),
+                *mixture.fallen_back({n: s for n, s in shapes.items() if n not in inside}, by_ggml, mix, about),
                 *mixture.without_factor(shapes, by_ggml, mix, about),
                 *missing,
             ],
@@ -159,6 +174,7 @@ class Gguf:
             vocabulary=words,
             mix=mix,
             floats={n: kind for n, kind in types.items() if n not in quantized},
+            choices=chosen,
             split=container.parse_size(self.split_max_size),
             imatrix=self.imatrix,
         )
@@ -250,9 +266,14 @@ def _ends(kind: str | None) -> list[tuple[Pattern, str]]:
     """Return the type that --embeddings gives embedding and head. Raises LlmqError for one that is none."""
     if kind is None:
         return []
-    if kind.upper() not in mixture.ALONE:
-        raise LlmqError(f"--embeddings {kind!r} is no ggml type (there are: {', '.join(mixture.ALONE)})")
-    return [(Pattern(r"^(token_embd|output)\.weight$", "--embeddings"), kind.upper())]
+    return [(Pattern(r"^(token_embd|output)\.weight$", "--embeddings"), _type(kind, "--embeddings", mixture.ALONE))]
+
+
+def _type(kind: str, option: str, known: Sequence[str] = mixture.ROUNDED) -> str:
+    """Return a type of ggml that an option names. Raises LlmqError for one that is none of those it takes."""
+    if kind.upper() not in known:
+        raise LlmqError(f"{option} {kind!r} is no ggml type (there are: {', '.join(known)})")
+    return kind.upper()
 
 
 def _overrides(wanted: Wanted) -> list[tuple[Pattern, str]]:

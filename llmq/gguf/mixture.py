@@ -45,6 +45,8 @@ _FEW_BITS = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "IQ4_XS", "Q4_K_S", "Q4_K_M")
 TYPES = tuple(dict.fromkeys(_BASE.values()))
 ALONE = tuple(kind for kind in TYPES if kind != "NVFP4")
 """Types of which a tensor is all in its rows."""
+ROUNDED = tuple(kind for kind in TYPES if kind not in FLOATS)
+"""Types that are not float."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ def fallback(kind: str, K: int) -> str:
         return kind
     kind = _FALLBACK.get(kind, kind)
     return kind if K % qblock(kind) == 0 else "F16"
+
+
+def fitting(kind: str, name: str, K: int, factors: frozenset[str]) -> str:
+    """Return `kind`, or what takes its place in a matrix of ggml's name and rows of K columns. factors: see `Model`."""
+    return fallback(_FALLBACK[kind] if kind == "NVFP4" and leaf(name) not in factors else kind, K)
 
 
 def assign(
@@ -183,7 +190,7 @@ def _rule(name: str, K: int, mix: str, model: Model) -> str:
     found = re.match(r"blk\.(\d+)\.(\w+)\.", name)
     rule = _RULES.get(found[2]) if found else None
     kind = base if found is None or rule is None else rule(int(found[1]), model.blocks, mix, model)
-    return _FALLBACK[kind] if kind == "NVFP4" and leaf(name) not in model.factors else kind
+    return fitting(kind, name, 0, model.factors)  # every block divides 0 columns
 
 
 def leaf(name: str) -> str:

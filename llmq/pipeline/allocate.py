@@ -1,6 +1,6 @@
-"""Bits where they matter: measure what each site costs as each candidate, then spend a budget where it helps most.
+"""Bits where they matter: measure what each linear costs as each candidate, then spend a budget where it helps most.
 
-A candidate is a number of bits of integers, a grid, a scheme with its inputs, or float.
+A candidate is a number of bits of integers, a grid, a scheme with its inputs, a type of ggml, or float.
 
 What rounding a linear W to Q costs is estimated, on the first batch of the calibration, as
 
@@ -9,8 +9,9 @@ What rounding a linear W to Q costs is estimated, on the first batch of the cali
 with s_t the squared gradient of the float model's loss at token t of the linear's output (token_gradients.py): the
 second order of the divergence, its Fisher matrix cut down to one number for each token. Q is W rounded to nearest;
 where inputs are rounded too, W x_t - Q q(x_t) takes the place of (W - Q) x_t.
-Small costs add up; the least sum within the budget is approached by upgrading, time and again, the site whose cost
-falls most per byte. The linears of a site share their bits, as runtimes that fuse q, k, v and gate, up need.
+Small costs add up; the least sum within the budget is approached by upgrading, time and again, the unit whose cost
+falls most per byte. A unit is a site, whose linears share their bits as runtimes that fuse q, k, v and gate, up need,
+or the experts of a layer; in GGUF it is a tensor, which llama.cpp reads apart from all others.
 Not here: the quantization itself, which sees only the schemes of the plan.
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ from llmq.types import LinearSpec, QTensor, Scheme
 
 @dataclass(frozen=True)
 class Choice:
-    """What one site costs as one candidate: bytes on disk, and the divergence it adds, in nats per token.
+    """What one linear or unit costs as one candidate: bytes on disk, and the divergence it adds, in nats per token.
 
     changes: what an override says to make it that, FLOAT where it stays float.
     """
@@ -56,6 +57,10 @@ class Choice:
     def __add__(self, other: Choice) -> Choice:
         """Return what two linears cost together as the same candidate."""
         return Choice(self.changes, self.size + other.size, self.error + other.error)
+
+
+Cost = tuple[str, list[Choice]]
+"""The first linear of the site that a linear is of, and what the linear costs as each candidate."""
 
 
 def allocate(plan: Plan, state: Calibration, journal: Journal, report: Progress) -> Plan:
@@ -70,16 +75,25 @@ def allocate(plan: Plan, state: Calibration, journal: Journal, report: Progress)
     chosen = plan.team.first(  # which has the first batch
         lambda: journal.once("bits", lambda: ({}, {"chosen": _chosen(plan, state, report)})).facts["chosen"]
     )
-    said = [(f"^({'|'.join(re.escape(n) for n in names)})$", changes) for names, changes in chosen]
+    said = [(f"^({'|'.join(map(re.escape, names))})$", changes) for names, changes in _named(plan, chosen)]
     overrides = [f"{pattern}:{changes}" for pattern, changes in said if changes != FLOAT]
     skip = [pattern for pattern, changes in said if changes == FLOAT]
     settled = dataclasses.replace(
         recipe, override=(*recipe.override, *overrides), skip=(*recipe.skip, *skip), target_bpw=None, bit_choices=None,
         choices=None,
     )  # fmt: skip
-    specs = {n: plan.method.possible(plan.linears[n])[changes] for names, changes in chosen for n in names}
+    specs = {n: plan.candidates(plan.linears[n])[changes] for names, changes in chosen for n in names}
     schemes = {n: None if spec is None else spec.scheme for n, spec in specs.items()}
     return plan.settled(schemes, settled)
+
+
+def _named(plan: Plan, chosen: list[tuple[tuple[str, ...], str]]) -> list[tuple[Iterable[str], str]]:
+    """Return what was chosen by the names that overrides have; of tensors of OUT all that became one type together."""
+    by_type: dict[str, dict[str, None]] = {}
+    for names, changes in chosen:
+        for tensor in filter(None, map(plan.assigned.tensor, names)):
+            by_type.setdefault(changes, {})[tensor] = None
+    return [(of, changes) for changes, of in by_type.items()] or list(chosen)
 
 
 def _chosen(plan: Plan, state: Calibration, report: Progress) -> list[tuple[tuple[str, ...], str]]:
@@ -91,7 +105,7 @@ def _chosen(plan: Plan, state: Calibration, report: Progress) -> list[tuple[tupl
 
 
 def costs(plan: Plan, state: Calibration, report: Progress) -> dict[tuple[str, ...], list[Choice]]:
-    """Return what the sites cost as each of the recipe's candidates, by the full names of their linears."""
+    """Return what the units cost as each of the recipe's candidates, by the full names of their linears."""
     hidden, calls, squares = state.hidden[0], state.calls[:1], state.squares
     if not squares:
         squares = squared_gradients(
@@ -99,7 +113,7 @@ def costs(plan: Plan, state: Calibration, report: Progress) -> dict[tuple[str, .
         )
     ids = state.ids[: len(hidden)]
     state = Calibration(calls=calls, squares=squares, ids=ids, probe=state.probe, dealt=Dealt.of([ids.numel()]))
-    found: dict[tuple[str, ...], list[Choice]] = {}
+    found: dict[str, Cost] = {}
     for i in range(len(plan.skeleton)):
         report(i, len(plan.skeleton), f"sensitivity of block {i}")
         of_block, hidden = _measure(plan, i, state, hidden)
@@ -107,14 +121,14 @@ def costs(plan: Plan, state: Calibration, report: Progress) -> dict[tuple[str, .
     return _joined(found, plan)
 
 
-def _joined(found: dict[tuple[str, ...], list[Choice]], plan: Plan) -> dict[tuple[str, ...], list[Choice]]:
-    """Return the units with the sites of one layer's experts as one: runtimes run them as one."""
+def _joined(found: Mapping[str, Cost], plan: Plan) -> dict[tuple[str, ...], list[Choice]]:
+    """Return the units: the linears of a site, those of one layer's experts, or those of one tensor of OUT."""
     layer = {n: holder for holder, names in together(plan.linears, plan.skeleton.model).items() for n in names}
     units: dict[str, tuple[tuple[str, ...], list[Choice]]] = {}
-    for names, choices in found.items():
-        key = layer.get(names[0], names[0])
+    for name, (site, choices) in found.items():
+        key = plan.assigned.tensor(name) or layer.get(site, site)
         before, costs_so_far = units.get(key, ((), [Choice(c.changes, 0, 0.0) for c in choices]))
-        units[key] = (*before, *names), [a + b for a, b in zip(costs_so_far, choices, strict=True)]
+        units[key] = (*before, name), [a + b for a, b in zip(costs_so_far, choices, strict=True)]
     return dict(units.values())
 
 
@@ -156,14 +170,12 @@ def _slope(a: Choice, b: Choice) -> float:
     return (a.error - b.error) / (b.size - a.size)
 
 
-def _measure(
-    plan: Plan, i: int, state: Calibration, hidden: Tensor
-) -> tuple[dict[tuple[str, ...], list[Choice]], Tensor]:
-    """Return what the sites of float block `i` cost, by their linears' names, and the hidden states behind it.
+def _measure(plan: Plan, i: int, state: Calibration, hidden: Tensor) -> tuple[dict[str, Cost], Tensor]:
+    """Return what the linears of float block `i` cost, by name, and the hidden states behind it.
 
     hidden: of the first batch, which the state is of.
     """
-    found: dict[tuple[str, ...], list[Choice]] = {}
+    found: dict[str, Cost] = {}
     with plan.skeleton.loaded(i, plan.device) as block:
         sites = block_sites(plan, i, block, state)
         with Lanes(block, sites, [hidden], [state.calls[0][i]]) as lanes:
@@ -173,11 +185,10 @@ def _measure(
                 if not names:
                     continue
                 stats = collect((Hessian, Histogram), [X_TK], state.dealt) if len(X_TK) else None
-                each = [
-                    _choices(plan, plan.linears[full], block.get_submodule(n), (X_TK, stats, state.squares[full][0]))
-                    for full, n in names.items()
-                ]
-                found[tuple(names)] = [sum(alike[1:], alike[0]) for alike in zip(*each, strict=True)]
+                first = next(iter(names))
+                for full, n in names.items():
+                    sample = (X_TK, stats, state.squares[full][0])
+                    found[full] = first, _choices(plan, plan.linears[full], block.get_submodule(n), sample)
             (out,) = lanes.finish()
             return found, out
 
@@ -191,7 +202,7 @@ def _choices(
     """
     W_NK = linear.get_parameter("weight").float()
     sizes = plan.sizes(spec)
-    schemes = {name: None if one is None else one.scheme for name, one in plan.method.possible(spec).items()}
+    schemes = {name: None if one is None else one.scheme for name, one in plan.candidates(spec).items()}
     return [Choice(name, sizes[name], _divergence(W_NK, scheme, *sample)) for name, scheme in schemes.items()]
 
 

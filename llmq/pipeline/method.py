@@ -194,9 +194,10 @@ def _steps(recipe: Recipe) -> dict[type[Step], list[Any]]:
 def _format(recipe: Recipe, solver: Solver) -> Format:
     """Return the format with what the recipe asks of it: its options, declared as fields."""
     fmt: Any = registry.load("formats", recipe.format, code=True)
-    asked = {"desc_act": solver.desc_act, "kv": STRATEGIES[recipe.kv] if recipe.kv_bits else None}
+    asked: dict[str, Any] = {"desc_act": solver.desc_act, "kv": STRATEGIES[recipe.kv] if recipe.kv_bits else None}
     asked |= {"kv_dtype": recipe.kv_dtype if recipe.kv_bits else None}
     asked |= {"mix": recipe.type, "imatrix": recipe.imatrix, "split_max_size": recipe.split_max_size}
+    asked |= {"choices": recipe.candidates() if recipe.gguf and recipe.target_bpw else None}
     asked |= {"embeddings": str(recipe.embeddings) if recipe.gguf and recipe.embeddings is not None else None}
     for name in [n for n, value in asked.items() if value]:
         if name not in {f.name for f in dataclasses.fields(fmt)}:

@@ -160,7 +160,7 @@ class _Counting:
         if self.method.recipe.target_bpw is None:
             return
         batch = self.holdings.side_by_side * self.holdings.length
-        choices = len(self.method.candidates)
+        choices = len(self.method.recipe.candidates())
         weights = sum(s.N * s.K for s in self.plan.linears.values())
         self.work["forward", "first"] += batch * (self.matmuls + (0 if self.method.weightings else each))
         self.work["statistics", "first"] += 1.1 * batch * self.squares

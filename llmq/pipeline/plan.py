@@ -250,13 +250,17 @@ class Plan:
         """Return every matrix as it will be, or may be under a budget of bits."""
         if not self.method.recipe.target_bpw:
             return list(self.matrices.values())
-        chosen = [one for s in self.linears.values() for one in self.method.possible(s).values() if one is not None]
+        chosen = [one for s in self.linears.values() for one in self.candidates(s).values() if one is not None]
         return [*chosen, *self.rows.values()]
+
+    def candidates(self, spec: LinearSpec) -> dict[str, LinearSpec | None]:
+        """Return what a linear may become under a budget of bits, by what an override says, None for float."""
+        return self.assigned.possible(spec) or self.method.possible(spec)
 
     def sizes(self, spec: LinearSpec) -> dict[str, int]:
         """Return the bytes of a linear as each of the candidates of a budget of bits."""
         floats, form = spec.N * spec.K * self.skeleton.stored_dtype.itemsize, self.method.format
-        return {n: floats if s is None else packed_bytes(form, s) for n, s in self.method.possible(spec).items()}
+        return {n: floats if s is None else packed_bytes(form, s) for n, s in self.candidates(spec).items()}
 
     def paired(self) -> float:
         """Return the share of the calibration that runs through the float model too, for steps that compare the two."""
