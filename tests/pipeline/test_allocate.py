@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from _families import FAMILIES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -14,11 +15,12 @@ from llmq.calibration.collect import collect
 from llmq.calibration.dealing import Dealt
 from llmq.calibration.state import Calibration, Probe
 from llmq.checkpoint.batches import Batches
+from llmq.gguf.reader import GgufFile
 from llmq.histogram import Histogram
 from llmq.loading import load_tokenizer
 from llmq.model.ends import embed
-from llmq.pipeline.allocate import Choice, _divergence, costs, spend
-from llmq.pipeline.plan import prepare
+from llmq.pipeline.allocate import Choice, _divergence, _joined, costs, spend
+from llmq.pipeline.plan import outline, prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
 from llmq.stats import Hessian
@@ -170,6 +172,53 @@ def test_a_budget_chooses_among_formats_with_their_inputs(tiny_checkpoint, tmp_p
     again = quantize(prepare(str(folder), Recipe(**summary["recipe"]), "cpu"), tmp_path / "again")
     bits = [{n: line["bits"] for n, line in record["linears"].items()} for record in (summary, again)]
     assert bits[0] == bits[1], "the recipe repeats the run"
+
+
+def test_a_budget_chooses_types_of_ggml_tensor_by_tensor(tiny_checkpoint, tmp_path, prose):
+    (text := tmp_path / "calibration.txt").write_text(prose(1000))
+    options = {"format": "gguf", "method": "rtn", "samples": 4, "seq_len": 32, "calib": str(text), "dtype": "float32"}
+    folder, out = tiny_checkpoint(), tmp_path / "out.gguf"
+    plan = prepare(str(folder), Recipe(**options, type="Q4_0", target_bpw=6.0), "cpu")
+    names = [n for n in plan.linears if n.endswith("up_proj")]
+    assert list(plan.candidates(plan.linears[names[0]])) == ["type=Q4_0", "type=Q5_0", "type=Q5_1", "type=Q8_0"]
+    assert all("_proj" not in w and "blk." not in w for w in plan.warnings), "of the mixture nothing is told"
+    summary = quantize(plan, out)
+    tensors = {n: t for n, t in GgufFile(out).tensors.items() if n.startswith("blk.") and "_norm" not in n}
+    kinds = {n: t.tensor_type.name for n, t in tensors.items()}
+    size = sum(t.n_bytes for t in tensors.values())
+    assert 5.5 < 8 * size / sum(s.N * s.K for s in plan.linears.values()) <= 6.0
+    assert any(len({kinds[f"blk.{i}.attn_{p}.weight"] for p in "qkv"}) > 1 for i in (0, 1)), "apart in the file"
+    said = summary["recipe"]["override"]
+    assert len(said) == len(set(kinds.values())) and "choices" not in summary["recipe"]
+    quantize(prepare(str(folder), Recipe(**summary["recipe"]), "cpu"), tmp_path / "again.gguf")
+    again = GgufFile(tmp_path / "again.gguf").tensors
+    assert all(again[n].tensor_type.name == kind for n, kind in kinds.items()), "the recipe repeats the run"
+
+
+def test_experts_that_lie_in_one_tensor_become_one_type(tokenizer_bos, tmp_path):
+    FAMILIES["mixtral"].save(tmp_path / "moe")
+    tokenizer_bos.save_pretrained(tmp_path / "moe")
+    plan = outline(str(tmp_path / "moe"), Recipe(format="gguf", method="rtn", type="Q4_0", target_bpw=6.0), "cpu")
+    found = {n: (n, [Choice(c, s, 1.0) for c, s in plan.sizes(spec).items()]) for n, spec in plan.linears.items()}
+    units = _joined(found, plan)
+    assert {n for names in units for n in names} == set(plan.linears)
+    together = [names for names in units if len(names) > 1]
+    assert together and all(len(names) == 4 and ".experts." in names[0] for names in together)
+    assert all(len({n.rpartition(".")[2] for n in names}) == 1 for names in together), "gate, up and down apart"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"choices": "Q4_0,fp8"}, "--choices 'FP8' is no ggml type"),
+        ({"target_bpw": 4.0}, "--target-bpw 4 is too low: at the fewest of --choices a weight takes 4.500"),
+        ({"bit_choices": "3,4"}, "--bit-choices means nothing here"),
+        ({"override": ("ffn_down:type=Q6_K",)}, "--target-bpw chooses the bits of every linear"),
+    ],
+)
+def test_what_a_budget_of_gguf_refuses(tiny_checkpoint, options, said):
+    with pytest.raises(LlmqError, match=said):
+        outline(str(tiny_checkpoint()), Recipe(**({"format": "gguf", "target_bpw": 6.0} | options)), "cpu")
 
 
 def test_inputs_in_4_bits_cost_more_than_floats(tiny_checkpoint, tmp_path, prose):
