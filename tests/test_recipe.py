@@ -162,7 +162,7 @@ MEANINGLESS = [
     *(
         ({"format": "gguf"} | option, "choose by --type alone")
         for option in ({"bits": 4}, {"bits": 3}, {"sym": True}, {"sym": False}, {"lm_head": False}, {"lm_head": True},
-                       {"group_size": 128}, {"range": "minmax"}, {"act_bits": 8}, {"target_bpw": 4.5})
+                       {"group_size": 128}, {"range": "minmax"}, {"act_bits": 8})
     ),
     *(({"format": "gguf"} | {name: value}, f"--{name.replace('_', '-')} means nothing here")
       for name, value in (("act", "token"), ("act_sym", True), ("act_range", "minmax"), ("kv", "tensor"),
