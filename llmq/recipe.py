@@ -25,7 +25,7 @@ from llmq.guard.reading import yaml_object
 from llmq.options import Between
 from llmq.overrides import parse
 from llmq.qualities import FINISHERS, OF_GGUF, OF_W8A8, QUALITIES
-from llmq.schemes import FLOAT, GGML, SCHEMES, changes_of, type_of
+from llmq.schemes import FLOAT, GGML, SCHEMES, bits_of, changes_of, type_of
 from llmq.types import AffineGrid, LlmqError
 
 DEFAULT_RANGE = "minmax"
@@ -308,12 +308,7 @@ class Recipe:
         if self.choices:
             of = type_of if self.gguf else changes_of
             return tuple(dict.fromkeys(of(word.strip()) for word in self.choices.split(",")))
-        if self.bit_choices is None:
-            return ()
-        words = [w.strip() for w in self.bit_choices.split(",")]
-        if not set(words) <= set("2345678"):
-            raise LlmqError(f"bit_choices is a list of bits from 2 to 8, such as 3,4,8, not {self.bit_choices!r}")
-        return tuple(f"bits={w}" for w in sorted(set(words)))
+        return () if self.bit_choices is None else bits_of(self.bit_choices)
 
     def _based(self) -> Recipe:
         """Return the recipe with the first of its choices for what is not chosen, such as the head."""

@@ -90,6 +90,14 @@ GGML = "Q3_K,Q4_K,Q5_K,Q6_K,Q8_0"
 """The types of ggml that a budget chooses from where nothing is said."""
 
 
+def bits_of(words: str) -> tuple[str, ...]:
+    """Return what overrides say for the bits that a budget chooses from, such as 3,4,8. Raises LlmqError for others."""
+    bits = {w.strip() for w in words.split(",")}
+    if not bits <= set("2345678"):
+        raise LlmqError(f"bit_choices is a list of bits from 2 to 8, such as 3,4,8, not {words!r}")
+    return tuple(f"bits={w}" for w in sorted(bits))
+
+
 def type_of(word: str) -> str:
     """Return what an override says for a type of ggml that a budget chooses from."""
     return f"type={word.upper()}"
