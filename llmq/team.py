@@ -8,7 +8,8 @@
 All processes run the same lines; where one calls the team, all do. Sums are added up in the order of the processes, so
 that they have the same bits as in one process that adds part after part. torch.distributed is the engine: gloo between
 CPUs, nccl between GPUs.
-Not here: what is dealt (calibration/dealing.py, pipeline/site.py), which process this is (launched.py).
+Not here: what is dealt (calibration/dealing.py, pipeline/solving.py, pipeline/site.py), which process this is
+(launched.py).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ sequential order, with no model code of our own:
 Where memory is short, only the first batches wait. Every other one runs anew to each site, from its hidden states and
 through the quantized weights that are in place by then, so it arrives with the same bits; it takes some 2.5 times the
 forwards.
-Not here: what is done at a site (pipeline/block.py), which linears make one (sites.py).
+Not here: what is done at a site (pipeline/solving.py), which linears make one (sites.py).
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ what runs is what is written. A site's linears are corrected, solved and refined
 they read; their dequantized weights take their place, and the suspended batches run on to the next site with them.
 Where a step wants the float model's activations too, a copy of the float block runs beside, suspended at the same
 points. What follows the last block, the final norm and the output head, is one more block, with one site.
-Not here: the suspended forwards (model/lanes.py), solving a site (site.py), any method (algorithms/), making a fold
-(model/folding.py), running a transform (transforming.py), measuring an error (records.py).
+Not here: the suspended forwards (model/lanes.py), solving a site (solving.py, site.py), any method (algorithms/),
+making a fold (model/folding.py), running a transform (transforming.py), measuring an error (records.py).
 """
 
 import copy

@@ -3,7 +3,7 @@
 An expert sees the tokens that are routed to it. The input of its gate and up is a part of what enters its layer, so the
 layer's second moments stand in for tokens that it did not see (algorithms/_hessian.py); an expert without any token is
 rounded to nearest. Both are recorded.
-Not here: the module (model/experts.py), solving a site (block.py).
+Not here: the module (model/experts.py), solving a site (solving.py).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 The linears of a site share their statistics, so those on equal grids are one matrix to a solver: one factor of H. Steps
 work row by row, so a stack is cut into pieces, which take less memory and can be dealt over processes. A product of
 other shapes is rounded otherwise, so the cuts depend on the stack alone, and lie between rows that share no scale.
-Not here: where the statistics come from (block.py), any method (algorithms/).
+Not here: where the statistics come from (solving.py), any method (algorithms/).
 """
 
 from __future__ import annotations

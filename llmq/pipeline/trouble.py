@@ -5,7 +5,7 @@
             "dead columns": "3 of 64 get no signal",
             "few tokens": "40 for 64 columns"}
 
-Steps record what they meet (algorithms/), block.py what it sees of scales and activations; what of that is trouble is
+Steps record what they meet (algorithms/), solving.py what it sees of scales and activations; what of that is trouble is
 decided here alone. A kind is a function of the line and the number of columns that returns the words, or "".
 Not here: what is done about it, which whoever meets it decides.
 """
