@@ -41,7 +41,10 @@ def _main() -> None:
     error = Console(stderr=True, soft_wrap=True, highlight=False)
     signals.watch()
     try:
-        sys.exit(app(standalone_mode=launched.leads()))  # which prints what is wrong with the command line
+        try:
+            sys.exit(app(standalone_mode=launched.leads()))  # which prints what is wrong with the command line
+        finally:
+            sys.stdout.flush()  # whose device may be full
     except BaseException as e:  # an interrupt comes in any guise
         signals.hold()
         done = isinstance(e, SystemExit) and not e.code

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from rich.console import Console
 
 from llmq import launched
+from llmq.errors import LlmqError, one_line
 from llmq.show import labelled
 
 if TYPE_CHECKING:
@@ -49,14 +50,18 @@ class _Outliving:
 
     @contextmanager
     def _nowhere(self) -> Iterator[None]:
-        """Where nobody reads any more, have the descriptor lead nowhere: what is buffered is written there too."""
+        """Where nothing can be written any more, have the descriptor lead nowhere: what is buffered goes there too.
+
+        Raises LlmqError unless it was a reader who went away.
+        """
         try:
             yield
         except OSError as e:
-            if e.errno not in _UNREAD:
-                raise
             with Path(os.devnull).open("w") as null:
                 os.dup2(null.fileno(), self._stream.fileno())
+            if e.errno not in _UNREAD:
+                said = f"what llmq prints cannot be written: {one_line(e)}"
+                raise LlmqError(f"{said}; make room where it goes, or send it elsewhere") from e
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from typing import Any, Self
 
 from llmq import registry
 from llmq.calibration.dealing import PARTS, most
-from llmq.format import packed_bytes
 from llmq.model.footprint import footprints
 from llmq.pipeline.holdings import Holdings, Phase
 from llmq.pipeline.machines import HOST, NETWORK, Machine
@@ -34,7 +33,10 @@ _TOKENS = 8  # of a sequence that tells the sites of a model that is not calibra
 
 @dataclass(frozen=True)
 class Row:
-    """A linear: its full name, shape `[N, K]`, site (the first linear that reads its input), grid and bytes in OUT."""
+    """A linear: its full name, shape `[N, K]`, site (the first linear that reads its input), grid and bytes in OUT.
+
+    Under a budget of bits the grid says what that chooses from, the bytes are the linear's share of it.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -166,17 +168,26 @@ def dealt(work: Amounts, devices: int, batches: int) -> dict[str, float]:
 def _rows(plan: Plan, holdings: Holdings) -> list[Row]:
     found = holdings.traced[1] if holdings.sequences else footprints(plan.skeleton, _TOKENS)[1]
     known = sites(plan, [f.at for f in found])
-    form, grids = plan.method.format, {g: registry.dump(g) for g in {s.scheme.weight for s in plan.matrices.values()}}
+    grids = {g: registry.dump(g) for g in {s.scheme.weight for s in plan.matrices.values()}}
+    chosen, sizes = _chosen(plan), plan.packed_sizes
     return [
-        Row(n, (s.N, s.K), known.get(n, n), grids[s.scheme.weight], packed_bytes(form, s))
+        Row(n, (s.N, s.K), known.get(n, n), chosen.get(n, grids[s.scheme.weight]), sizes[n])
         for n, s in plan.matrices.items()
     ]
 
 
+def _chosen(plan: Plan) -> dict[str, str]:
+    """Return what a budget of bits chooses from, in words, for each linear that it chooses for."""
+    recipe = plan.method.recipe
+    if recipe.target_bpw is None:
+        return {}
+    of = recipe.choices or f"{recipe.bit_choices} bits"
+    return {n: f"within the budget, one of {of}" for n in plan.linears if n != plan.head}
+
+
 def _bits(plan: Plan) -> float | None:
-    specs = plan.matrices.values()
-    weights = sum(s.N * s.K for s in specs)
-    return 8 * sum(packed_bytes(plan.method.format, s) for s in specs) / weights if weights else None
+    weights = sum(s.N * s.K for s in plan.matrices.values())
+    return 8 * sum(plan.packed_sizes.values()) / weights if weights else None
 
 
 def _point(phase: Phase, *, device: bool = False) -> dict[str, Any]:

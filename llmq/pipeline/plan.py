@@ -118,9 +118,23 @@ class Plan:
         return None if given is None else given.to(self.device)
 
     def bytes(self) -> int:
-        """Return the bytes of all tensors that will be written: packed, float, and what no checkpoint holds."""
-        packed = sum(packed_bytes(self.method.format, s) for s in self.matrices.values())
-        return packed + sum(self.float_bytes.values()) + self.assigned.more_bytes() + self._cache_bytes()
+        """Return the bytes of all tensors that will be written: packed, float, and what no checkpoint holds.
+
+        Under a budget of bits it is the most that this allows.
+        """
+        matrices, floats = self.packed_sizes.values(), self.float_bytes.values()
+        return sum(matrices) + sum(floats) + self.assigned.more_bytes() + self._cache_bytes()
+
+    @cached_property
+    def packed_sizes(self) -> dict[str, int]:
+        """The bytes of each matrix that is quantized, by name; of those that share a budget of bits what is its own."""
+        sizes = {n: packed_bytes(self.method.format, s) for n, s in self.matrices.items()}
+        if self.method.recipe.target_bpw is None:
+            return sizes
+        shared = {n: s for n, s in self.linears.items() if n != self.head}
+        rest = self.budget() - (sizes[self.head] if self.head else 0)
+        each = rest / sum(s.N * s.K for s in shared.values()) if shared else 0
+        return sizes | {n: round(each * s.N * s.K) for n, s in shared.items()}
 
     @cached_property
     def float_bytes(self) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """Readers of what is printed that go away."""
 
-import errno
 import os
 import pty
 import sys
@@ -8,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from llmq import cli
 from llmq.commands.terminal import outliving_readers
+from llmq.errors import LlmqError
 
 
 @pytest.mark.parametrize("ends", [os.pipe, pty.openpty])
@@ -26,9 +27,18 @@ def test_what_nobody_reads_goes_nowhere(monkeypatch, ends):
 def test_a_full_disk_is_no_reader_that_went_away(monkeypatch):
     with Path("/dev/full").open("wb", buffering=0) as full:
         monkeypatch.setattr(sys, "stdout", os.fdopen(full.fileno(), "w", closefd=False))
-        with pytest.raises(OSError) as e, outliving_readers():
+        with pytest.raises(LlmqError, match="cannot be written: No space left on device"), outliving_readers():
             print("lost")
-    assert e.value.errno == errno.ENOSPC
+
+
+def test_the_command_line_says_so_in_one_line(monkeypatch, capsys):
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", os.fdopen(full.fileno(), "w", closefd=False))
+        monkeypatch.setattr(sys, "argv", ["llmq", "--version"])
+        with pytest.raises(SystemExit) as e:
+            cli.main()
+    said = capsys.readouterr().err
+    assert e.value.code == 1 and said.count("\n") == 1 and "make room where it goes" in said
 
 
 def test_streams_that_are_closed_stay_so(monkeypatch):

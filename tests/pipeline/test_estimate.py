@@ -51,6 +51,17 @@ def test_rows_and_sizes_are_those_of_the_format_by_hand(tiny_checkpoint):
     assert found.bits_per_weight == pytest.approx(8 * packed / (2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 128 * 64)))
 
 
+def test_under_a_budget_sizes_are_its_own(tiny_checkpoint):
+    plan = planned(tiny_checkpoint(tie_word_embeddings=True), method="rtn", target_bpw=4.5, lm_head=True)
+    found, beside = estimate(plan, NOMINAL), sum(plan.float_bytes.values())
+    assert found.bits_per_weight == pytest.approx(4.5, abs=1e-3)
+    assert found.bytes == beside + sum(r.bytes for r in found.linears)
+    kinds = {r.grid for r in found.linears if r.name != "lm_head"}
+    assert kinds == {"within the budget, one of 3,4,5,6,8 bits"}
+    head = next(r for r in found.linears if r.name == "lm_head")
+    assert head.grid.startswith("int:") and head.bytes == plan.packed_sizes["lm_head"]
+
+
 def test_the_value_is_json_with_these_keys(tiny_checkpoint):
     said = json.loads(json.dumps(estimate(planned(tiny_checkpoint(), method="gptq"), NOMINAL).to_json()))
     assert said.keys() == {
