@@ -77,6 +77,9 @@ class AsFormat(OfCodes):
         if hasattr(self.form, "desc_act"):
             setattr(self.form, "desc_act", ordered)  # noqa: B010, an option of one format
         for spec in opened.linears:
+            if spec.embedding and not self.form.embeddings:
+                why = f"{self.to} holds no packed embeddings; --to compressed-tensors and GGUF do"
+                raise LlmqError(f"{spec.name}: its codes cannot be kept: {why}")
             self._plan(opened, spec, self._held)
         open_yet = any(self.form.doubtful(s) for s in opened.linears) or self._hides_symmetry(opened)
         if opened.requantize is None:

@@ -112,6 +112,7 @@ class FolderFormat(Format, Protocol):
     """A format that derives from `Folder`, for those who handle any."""
 
     copy: ClassVar[str | None]
+    embeddings: ClassVar[bool]
 
     def holding(self, spec: LinearSpec) -> LinearSpec:
         """See `Folder.holding`."""

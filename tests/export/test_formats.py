@@ -161,6 +161,14 @@ def test_what_the_layout_says_is_refused_before_a_tensor_is_read(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_packed_embeddings_go_only_where_they_have_a_place(ours, tmp_path):
+    recipe = Recipe(method="rtn", group_size=32, range="minmax", format="compressed-tensors", embeddings="8")
+    quantize(prepare(str(ours / "floats"), recipe, "cpu"), tmp_path / "packed")
+    with pytest.raises(LlmqError, match=r"embed_tokens: its codes cannot be kept: mlx holds no packed embeddings"):
+        export(str(tmp_path / "packed"), tmp_path / "out", "mlx")
+    assert set(export(str(tmp_path / "packed"), tmp_path / "out", "compressed-tensors")["outcomes"]) == {EXACT}
+
+
 @pytest.mark.parametrize(
     ("name", "to", "said"),
     [

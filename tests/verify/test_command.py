@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def test_a_right_checkpoint_passes(capsys, tmp_path):
-    cli.verify(str(GOLDEN / "awq_w4g32"), str(GOLDEN / "float"), None, tmp_path / "report.json")
+    cli.verify(str(GOLDEN / "awq_w4g32"), str(GOLDEN / "float"), json_file=tmp_path / "report.json")
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("PASS: 1 weight files") and "14 packed linears" in last
     written = json.loads((tmp_path / "report.json").read_text())
