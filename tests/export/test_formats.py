@@ -207,7 +207,7 @@ def test_formats_that_hide_it_are_seen_to_be_symmetric(tmp_path):
         (["out"], "--to is not given and out has no suffix"),
         (
             ["out", "--to", "onyx"],
-            "'onyx' is no target \\(there are: awq, compressed-tensors, float, gguf, gptq, ",
+            "'onyx' is no target \\(there are: awq, compressed-tensors, ",
         ),
         (["out.gguf", "--to", "awq"], "--to awq writes a folder; leave .gguf out of its name"),
         (["out.gguf", "--to", "gguf:Q4_0", "--type", "Q8_0"], "--type Q8_0 and --to gguf:Q4_0 disagree"),
