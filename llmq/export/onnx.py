@@ -25,6 +25,7 @@ from llmq.checkpoint import Sink
 from llmq.checkpoint.dialects import without_quantization
 from llmq.checkpoint.digest import file_digest, sealed
 from llmq.checkpoint.place import EXPORTED
+from llmq.export._kept import of_integers
 from llmq.export._target import OfCodes, Packed, open_packed
 from llmq.guard.reading import json_object
 from llmq.model.pretrained import blank_model, tokenizer_of
@@ -40,7 +41,7 @@ from llmq.onnx.qdq import Qdq
 from llmq.onnx.weights import CACHE, Weights
 from llmq.options import Between
 from llmq.progress import Progress
-from llmq.types import LlmqError
+from llmq.types import LlmqError, QTensor
 
 _DIALECTS: Mapping[str, type[Dialect]] = {"genai": GenAI, "qdq": Qdq}
 _IO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -97,7 +98,7 @@ class Onnx(OfCodes):
         model = self._architecture(opened)
         with Graph(out.stage, _IO[self.io]) as graph:
             dialect = _DIALECTS[self.dialect](graph, model, self.accuracy_level)
-            weights = Weights(opened.source, opened.packed, step)
+            weights = Weights(opened.source, opened.packed, _integers, step)
             tied = bool(opened.config.tie_word_embeddings)
             Decoder(dialect, weights, tied=tied, rounded=self.head == "int8").write()
             graph.save(dialect.opsets, dialect.ir_version)
@@ -161,3 +162,10 @@ class Onnx(OfCodes):
                 "session.x64quantprecision to 1, or onnxruntime's sums overflow in silence"
             )
         return found
+
+
+def _integers(q: QTensor, name: str) -> QTensor:
+    try:
+        return of_integers(q)
+    except LlmqError as e:
+        raise LlmqError(f"{name}: {e}; decode it (llmq dequantize), quantize it to integers, and export that") from e

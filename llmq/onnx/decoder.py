@@ -77,7 +77,7 @@ class Decoder:
 
     def _embedding(self) -> Tensor | QTensor:
         """Return the embedding: as it is packed, or rounded where the head shares it and is to have 8 bits."""
-        weight = self._weights.linear(_EMBEDDING).weight
+        weight = self._weights.table(_EMBEDDING)
         if isinstance(weight, QTensor):
             return self._dialect.table(weight)
         return self._dialect.eight_bits(weight, "embedding") if self._tied and self._rounded else weight

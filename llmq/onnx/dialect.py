@@ -24,7 +24,7 @@ from llmq.onnx.weights import Linear
 from llmq.types import Params, QTensor
 
 EXACT, SCALES, HEAD = "values exact", "codes exact, scales rounded", "rounded to 8 bits"
-DECODED = "values exact, decoded to floats"
+DECODED, MINIMUM = "values exact, decoded to floats", "codes exact, minimum rounded"
 _GROUP = 32  # columns that share a scale in a head that is rounded here
 
 
@@ -92,7 +92,7 @@ class Dialect(ABC):
     def linear(self, x: str, linear: Linear, name: str) -> str:
         """Return x times a linear, plus its bias. name: of the module, and of what it gives."""
         if isinstance(linear.weight, QTensor):
-            self._count(linear.weight)
+            self._count(linear.weight, exact=linear.exact)
             return self.solved(x, linear.weight, linear, name)
         return self.product(x, self.floats(f"{name}.weight", linear.weight.T), self._bias(linear, name), name)
 
@@ -138,7 +138,8 @@ class Dialect(ABC):
 
     def table(self, q: QTensor) -> Tensor | QTensor:
         """Return a packed embedding as `embed_rounded` takes it, else decoded, `[V, H]`."""
-        if q.grid.bits == 8 and q.g_idx is None and bool((Params.of(q.params).zero == 128).all()):
+        plain = isinstance(q.params, Params) and q.grid.bits == 8 and q.g_idx is None
+        if plain and bool((Params.of(q.params).zero == 128).all()):
             self._count(q)
             return q
         self.outcomes[DECODED] += 1
@@ -198,8 +199,8 @@ class Dialect(ABC):
     def _io(self) -> str:
         return str(self.graph.io).removeprefix("torch.")
 
-    def _count(self, q: QTensor) -> None:
+    def _count(self, q: QTensor, *, exact: bool = True) -> None:
         scale = q.params.scale
         kept = torch.equal(scale.to(self.graph.io).double(), scale.double())
-        self.outcomes[EXACT if kept else SCALES] += 1
+        self.outcomes[SCALES if not kept else EXACT if exact else MINIMUM] += 1
         self.falling += bool((scale < 0).any())

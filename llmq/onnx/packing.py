@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmq.grids._biased import Biased
 from llmq.types import AffineGrid, LinearSpec, LlmqError, Params, QTensor
 
 _BLOCKS = (128, 64, 32, 16)
@@ -56,7 +57,7 @@ class Integers(NamedTuple):
 def require_held(linear: LinearSpec, *, blocks: bool) -> None:
     """Raise LlmqError for a linear that no operator holds. blocks: whether it is to be one of MatMulNBits."""
     grid = linear.scheme.weight
-    if not isinstance(grid, AffineGrid):
+    if not isinstance(grid, AffineGrid | Biased):
         raise LlmqError(
             f"{linear.name}: ONNX's MatMulNBits and DequantizeLinear hold integer codes, not {type(grid).__name__}; "
             "decode it (llmq dequantize), quantize it to integers, and export that"

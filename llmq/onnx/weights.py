@@ -5,8 +5,10 @@ Not here: what a file of the checkpoint means (checkpoint/packed.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from llmq.checkpoint.packed import PackedCheckpoint
@@ -19,18 +21,27 @@ CACHE = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")
 
 
 class Linear(NamedTuple):
-    """A linear of a checkpoint: float `[N, K]` or solved, its bias `[N]`, and the grid of its input if that has one."""
+    """A linear of a checkpoint: float `[N, K]` or solved, its bias `[N]`, and the grid of its input if that has one.
+
+    exact: whether its values are those of the checkpoint to the last bit.
+    """
 
     weight: Tensor | QTensor
     bias: Tensor | None = None
     activation: RangedGrid | None = None
+    exact: bool = True
 
 
 class Weights:
-    """A settled checkpoint; `left` says what of it nobody asked for. step: told of every linear that is read."""
+    """A settled checkpoint; `left` says what of it nobody asked for.
 
-    def __init__(self, source: Source, packed: PackedCheckpoint, step: Progress | None = None) -> None:
-        self._source, self._packed, self._step = source, packed, step
+    laid: makes integers with zeros of a linear's codes (MLX has biases), by its name. step: told of each that is read.
+    """
+
+    def __init__(
+        self, source: Source, packed: PackedCheckpoint, laid: Callable[[QTensor, str], QTensor], step: Progress
+    ) -> None:
+        self._source, self._packed, self._laid, self._step = source, packed, laid, step
         self._asked = set(source.unread)
         self._read = 0
 
@@ -51,11 +62,21 @@ class Weights:
         bias = self.tensor(name) if (name := f"{module}.bias") in self._source else None
         if module not in self._packed.linears:
             return Linear(self.tensor(f"{module}.weight"), bias)
+        stored = self._packed_weight(module)
+        q = self._laid(stored, module)
+        exact = q is stored or torch.equal(q.dequantize(), stored.dequantize())
+        return Linear(q, bias, self._packed.linears[module].scheme.activation, exact)
+
+    def table(self, module: str) -> Tensor | QTensor:
+        """Read an embedding, float `[V, H]` or as it is packed."""
+        packed = module in self._packed.linears
+        return self._packed_weight(module) if packed else self.tensor(f"{module}.weight")
+
+    def _packed_weight(self, module: str) -> QTensor:
         self._asked |= {f"{module}.{local}" for local in self._packed.stored(module)}
-        if self._step:
-            self._step(self._read, len(self._packed.linears), module)
+        self._step(self._read, len(self._packed.linears), module)
         self._read += 1
-        return Linear(self._packed.qtensor(module), bias, self._packed.linears[module].scheme.activation)
+        return self._packed.qtensor(module)
 
     def left(self) -> list[str]:
         """Return the tensors that nothing asked for, but for a cache's scales and what a format derives from others."""

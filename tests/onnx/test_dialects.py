@@ -113,6 +113,14 @@ def test_narrow_floats_keep_codes_and_say_that_scales_are_rounded(io, to, golden
         assert decibels(OnnxModel(tmp_path / "kept")(ids)[0], reference(folder)(ids)) > 45
 
 
+def test_codes_of_mlx_are_integers_with_zeros(family, exported, reference, ids):
+    folder = family("llama", {"format": "mlx", "sym": False})
+    made = exported(folder, "onnx:qdq")
+    outcomes = made.done["outcomes"]
+    assert sum(outcomes.values()) == 14 and outcomes.keys() <= {"values exact", "codes exact, minimum rounded"}
+    assert decibels(made.model(ids)[0], reference(folder)(ids)) > SAME
+
+
 def test_accuracy_level_4_rounds_inputs_and_is_only_made_where_it_is_asked_for(golden, exported, reference, ids):
     folder = golden("gptq_v1_w4g32_asym")
     want = reference(folder)(ids)
