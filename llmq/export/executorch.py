@@ -40,7 +40,7 @@ from llmq.types import AffineGrid, LinearSpec, LlmqError, Params, QTensor
 _PROGRAM = "model.pte"
 _TOKENS = 8  # whose logits are recorded, and found again by the runtime
 _CLOSE = 0.02  # of the largest logit: XNNPACK's sums against torch's, inputs rounded alike but at ties
-_REMEDY = "quantize a bfloat16 model with --format compressed-tensors --group-size 32 --range minmax"
+_REMEDY = "quantize a bfloat16 model with --format compressed-tensors --group-size 32 --range mse:shift=false"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def test_without_the_packages_the_way_to_them_is_said(monkeypatch, tmp_path):
      ("ct_int_w8a8_static", "symmetric integers of 4 bits")],
 )  # fmt: skip
 def test_other_grids_are_refused_with_what_to_do(name, said):
-    with pytest.raises(LlmqError, match=f"model.layers.0.* XNNPACK computes with {said}.*--range minmax"):
+    with pytest.raises(LlmqError, match=f"model.layers.0.* XNNPACK computes with {said}.*--range mse:shift=false"):
         executorch.ExecuTorch().check(open_packed(str(GOLDEN / name)))
 
 
@@ -56,5 +56,5 @@ def test_negative_scales_are_refused_by_name(monkeypatch):
     falling = opened.packed.qtensor(name)
     falling = replace(falling, params=replace(falling.params, scale=-falling.params.scale))
     monkeypatch.setattr(opened.packed, "qtensor", lambda _: falling)
-    with pytest.raises(LlmqError, match=f"{name}: .* scales are negative, which XNNPACK does not hold.*minmax"):
+    with pytest.raises(LlmqError, match=f"{name}: .* scales are negative, which XNNPACK does not hold.*shift=false"):
         executorch.ExecuTorch().refuse_falling(opened)
