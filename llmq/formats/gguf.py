@@ -29,6 +29,7 @@ from llmq.readers import Limit, Reader, readers, table
 from llmq.stored import StoredGrid
 from llmq.types import LinearSpec, LlmqError, QTensor, Scheme
 
+_ENDS = r"^((per_layer_)?token_embd|output)\.weight$"  # what --embeddings means
 _SKIPPED = "F16"  # what --skip leaves float
 _READERS = table(
     ("transformers", None, "it decodes GGUF of some architectures to floats (gguf_file=)", ""),
@@ -266,7 +267,7 @@ def _ends(kind: str | None) -> list[tuple[Pattern, str]]:
     """Return the type that --embeddings gives embedding and head. Raises LlmqError for one that is none."""
     if kind is None:
         return []
-    return [(Pattern(r"^(token_embd|output)\.weight$", "--embeddings"), _type(kind, "--embeddings", mixture.ALONE))]
+    return [(Pattern(_ENDS, "--embeddings"), _type(kind, "--embeddings", mixture.ALONE))]
 
 
 def _type(kind: str, option: str, known: Sequence[str] = mixture.ROUNDED) -> str:

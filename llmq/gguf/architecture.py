@@ -13,7 +13,7 @@ Not here: rotary embedding (rope.py), the tokenizer (tokenizer.py), types of ten
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +25,8 @@ from llmq.errors import LlmqError
 from llmq.gguf import delta_net, latent, mixture
 from llmq.gguf.differences import differences
 from llmq.gguf.programs import PROGRAMS, Program, period_of
-from llmq.gguf.rope import Rotary, rotary
+from llmq.gguf.rope import Reads, Rotary, rotary
+from llmq.gguf.varied import Varied, add_names, varied
 from llmq.model.config import head_dim, kv_heads
 from llmq.model.experts import unfuse
 from llmq.model.norms import gain, is_norm
@@ -37,6 +38,9 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.(?:weight|bias|scale|input_sc
 _ALIASES = {  # parameters that are no module's weight or bias; a router that was renamed; experts that are fused there
     r"\.dt_bias$": ".dt_proj.bias",
     r"\.sinks$": ".sinks.weight",
+    r"\.layer_scalar$": ".layer_scalar.weight",
+    r"\.router\.scale$": ".router.proj.scale",
+    r"\.router\.per_expert_scale$": ".experts.down_proj.scale",
     r"\.e_score_correction_bias$": ".e_score_correction.bias",
     r"\.block_sparse_moe\.router\.weight$": ".block_sparse_moe.router.layer.weight",
     r"\.block_sparse_moe\.experts\.(?=\w+\.weight$)": ".mlp.experts.",
@@ -54,6 +58,7 @@ class Architecture:
     rope: the rotary embedding.
     local: that of blocks with a window, where they have their own.
     windows: how far back attention sees in every block, 0 for all the way.
+    varied: what differs between blocks, where the file says it of each.
     shifted: the norms that multiply by 1 + weight.
     parameters: the names of the tensors that transformers' language model has.
     tied: whether the head is the embedding, which the file then holds alone.
@@ -65,6 +70,7 @@ class Architecture:
     rope: Rotary
     local: Rotary | None
     windows: tuple[int, ...]
+    varied: Varied | None
     shifted: frozenset[str]
     parameters: frozenset[str]
     tied: bool
@@ -103,7 +109,10 @@ class Architecture:
 
     @cached_property
     def _names(self) -> gguf.TensorNameMap:
-        return gguf.get_tensor_name_map(self.program.arch, self.blocks)
+        names = gguf.get_tensor_name_map(self.program.arch, self.blocks)
+        if self.varied is not None:
+            add_names(names, self.blocks)
+        return names
 
     def tensor(self, name: str) -> str | None:
         """Return ggml's name of a checkpoint tensor, None for one that is not written.
@@ -112,7 +121,7 @@ class Architecture:
         """
         if self.beside(name):
             return None
-        if name.endswith(_BESIDE):
+        if self._is_factor(name):
             module, _, leaf = name.rpartition(".")
             of = self.tensor(f"{module}.weight")
             return None if of is None else f"{of.removesuffix('weight')}{leaf}"
@@ -123,7 +132,7 @@ class Architecture:
         merged = f"{one[1]}.{one[3]}" if one else name
         for pattern, known in _ALIASES.items():
             merged = re.sub(pattern, known, merged)
-        found = self._names.get_name(merged, try_suffixes=(".weight", ".bias"))
+        found = self._names.get_name(merged, try_suffixes=(".weight", ".bias", ".scale"))
         if name not in self.parameters:
             raise LlmqError(
                 f"tensor {name} has no place in the model that config.json describes; correct config.json, or leave "
@@ -157,6 +166,10 @@ class Architecture:
         """Say whether a checkpoint tensor is of another part than the language model, such as one that reads images."""
         return self.decoder != "model" and not name.startswith((f"{self.decoder}.", "lm_head."))
 
+    def _is_factor(self, name: str) -> bool:
+        """Say whether a tensor lies beside a weight that was quantized, and is none of the model's own."""
+        return name.endswith(_BESIDE) and self._plain(name) not in self.parameters
+
     def _plain(self, name: str) -> str:
         """Return the name that a tensor has where the language model stands alone."""
         return f"model{name.removeprefix(self.decoder)}" if name.startswith(f"{self.decoder}.") else name
@@ -167,7 +180,7 @@ class Architecture:
 
     def stored(self, name: str, tensor: Tensor, kind: str) -> Tensor:
         """Return a tensor of the checkpoint, floats or packed rows of a ggml type, as the file holds it."""
-        if name.endswith(_BESIDE):
+        if self._is_factor(name):
             return tensor if self.expert(name) is None else tensor.reshape(())
         if self._plain(name) in self.shifted:
             tensor = 1 + tensor.float()
@@ -218,7 +231,8 @@ class Architecture:
                 f"llama.cpp's {self.name} has no sliding window, this model's is {max(self.windows)} tokens: the file "
                 f"says that its context is {self.context} tokens, up to which both compute the same"
             )
-        if self.rope.divisors is not None and self.config.rope_parameters["rope_type"] != "llama3":
+        own = self.program.reads.table  # which every reader of the architecture must know
+        if self.rope.divisors is not None and not own and self.config.rope_parameters["rope_type"] != "llama3":
             found.append(
                 "llama.cpp's keys alone cannot say this rotary scaling, so that a table of frequencies "
                 "(rope_freqs.weight) is in the file; readers other than llama.cpp may pass over it"
@@ -248,22 +262,14 @@ class Architecture:
         writer.add_context_length(self.context)
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(self.blocks)
-        if getattr(config, "intermediate_size", None):
-            writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(self.kv_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        if self.program.latent:
-            latent.keys(config, writer)
+        if self.varied is None:
+            self._describe_blocks(writer)
         else:
-            writer.add_key_length(self.head_dim)
-            writer.add_value_length(self.head_dim)
+            self.varied.describe(writer)
         self.rope.describe(writer)
-        if self.program.period:
-            writer.add_sliding_window(max(self.windows) or self.context)
-            writer.add_sliding_window_pattern(period_of([not w for w in self.windows], self.program.period))
-        if self.local is not None:
-            writer.add_rope_freq_base_swa(self.local.base)
+        self._describe_windows(writer)
         for key in self.program.caps:
             if getattr(config, key):
                 getattr(writer, f"add_{key}")(getattr(config, key))
@@ -273,6 +279,30 @@ class Architecture:
             writer.add_expert_gating_func(self.program.gating)
         for key, method in (*self.program.multipliers.items(), *self.program.counts.items()):
             getattr(writer, f"add_{method}")(getattr(config, key))
+
+    def _describe_blocks(self, writer: gguf.GGUFWriter) -> None:
+        """Add the sizes of blocks that are all alike."""
+        if getattr(self.config, "intermediate_size", None):
+            writer.add_feed_forward_length(self.config.intermediate_size)
+        writer.add_head_count_kv(self.kv_heads)
+        if self.program.latent:
+            latent.keys(self.config, writer)
+        else:
+            writer.add_key_length(self.head_dim)
+            writer.add_value_length(self.head_dim)
+
+    def _describe_windows(self, writer: gguf.GGUFWriter) -> None:
+        """Add how far blocks see, and the rotary embedding of those that do not see all the way."""
+        if self.program.period:
+            full = [not w for w in self.windows]
+            writer.add_sliding_window(max(self.windows) or self.context)
+            writer.add_sliding_window_pattern(
+                period_of(full, self.program.period) if self.varied is None else self.varied.windowed
+            )
+        if self.local is not None:
+            writer.add_rope_freq_base_swa(self.local.base)
+        if self.local is not None and self.varied is not None:
+            writer.add_rope_dimension_count_swa(self.local.d)
 
 
 def architecture(config: Any) -> Architecture:
@@ -287,7 +317,7 @@ def architecture(config: Any) -> Architecture:
             f"model_type {text.model_type!r} is not among those written as GGUF ({', '.join(PROGRAMS)}); use --format "
             "gptq, awq or compressed-tensors"
         )
-    program, model = PROGRAMS[text.model_type], _model(text)
+    program, model = _program(text), _model(text)
     windows = tuple(_window(text, block) for block in model.model.layers)
     for reason in differences(config, model, program, windows):
         raise LlmqError(f"{reason}, which llama.cpp's {program.name} does not compute; write another format")
@@ -295,7 +325,15 @@ def architecture(config: Any) -> Architecture:
     shifted = frozenset(f"{n}.weight" for n, m in model.named_modules() if is_norm(m) and gain(m, text.rms_norm_eps))
     unfuse(model)
     names, tied = frozenset(model.state_dict()), bool(config.tie_word_embeddings)
-    return Architecture(text, program, rope, local, windows, shifted, names, tied, _decoder(config))
+    differing = varied(text, model, windows) if program.varied else None
+    return Architecture(text, program, rope, local, windows, differing, shifted, names, tied, _decoder(config))
+
+
+def _program(config: Any) -> Program:
+    """Return the program of a config, without experts where it is one that has none."""
+    program = PROGRAMS[config.model_type]
+    without = program.optional and not getattr(config, program.optional)
+    return replace(program, counts={}) if without else program
 
 
 def _model(config: Any) -> Any:
@@ -320,7 +358,7 @@ def _rotary(config: Any, model: Any, program: Program) -> tuple[Rotary, Rotary |
             found = rotary(embedding, config, head_dim(config), program.reads)
             return (latent.turned(found, config, model) if program.latent else found), None
         kinds = [kind for kind in (_FULL, _SLIDING) if kind in config.layer_types]
-        first, *more = [rotary(embedding, config, head_dim(config), program.reads, kind) for kind in kinds]
+        first, *more = [_of_kind(embedding, config, program, kind) for kind in kinds]
     local = more[0] if more else first
     if local.kind != "none" or "yarn" in (first.kind, local.kind) or {first.attn_factor, local.attn_factor} != {1}:
         raise LlmqError(
@@ -328,6 +366,12 @@ def _rotary(config: Any, model: Any, program: Program) -> tuple[Rotary, Rotary |
             "most; write another format, or take the scaling out of config.json"
         )
     return first, local
+
+
+def _of_kind(embedding: Any, config: Any, program: Program, kind: str) -> Rotary:
+    """Return the rotary embedding of the blocks of one layer type; a table is read for those without a window."""
+    d = head_dim(config, config.layer_types.index(kind))
+    return rotary(embedding, config, d, Reads() if kind == _SLIDING else program.reads, kind)
 
 
 def _window(config: Any, block: nn.Module) -> int:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmq.gguf import delta_net, latent
+from llmq.gguf import delta_net, latent, varied
 from llmq.gguf.programs import Program, period_of
 from llmq.model.config import head_dim, kv_heads
 from llmq.model.norms import gain, is_norm
 
 _CLAMPED = (1.702, 7.0)  # gpt-oss's gate: x sigmoid(1.702 x) of x of at most 7
+_CAUSAL = (None, False, "vision")  # the last: but between tokens of one image, of which the language model has none
 
 
 def differences(whole: Any, model: Any, program: Program, windows: Sequence[int]) -> Iterator[str]:
@@ -32,7 +33,7 @@ def differences(whole: Any, model: Any, program: Program, windows: Sequence[int]
         yield f"config.json asks for {config.max_position_embeddings:,} positions"
     if not 0 <= config.rms_norm_eps < 1e30:
         yield f"norms add {config.rms_norm_eps}"
-    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None) not in _CAUSAL:
         yield "config.json asks for attention both ways (is_causal, use_bidirectional_attention)"
     if d % 2 or (program.square and d * heads != config.hidden_size):
         yield f"{heads} heads of {d} channels for a residual stream of {config.hidden_size}"
@@ -46,9 +47,13 @@ def differences(whole: Any, model: Any, program: Program, windows: Sequence[int]
     yield from latent.differences(config) if program.latent else ()
     yield from _numbers(config, program)
     yield from _blocks(config, model, program)
-    if program.period and (len({*windows} - {0}) > 1 or period_of([not w for w in windows], program.period) == 0):
+    yield from varied.differences(config, varied.varied(config, model, windows)) if program.varied else ()
+    told = program.varied or not program.period or period_of([not w for w in windows], program.period) > 0
+    if program.period and (len({*windows} - {0}) > 1 or not told):
         yield f"config.json asks for windows of {', '.join(map(str, windows))} tokens in its blocks"
-    for key in program.caps if config is not whole else ():  # which transformers applies to a language model alone
+    for key in (
+        program.caps if config is not whole and not program.within else ()
+    ):  # which transformers applies to a language model alone
         if getattr(config, key):
             yield f"config.json, {key}: {getattr(config, key)}, passed over within a {whole.model_type}"
 
@@ -89,7 +94,8 @@ def _attention(config: Any, block: Any, i: int, program: Program) -> Iterator[st
 
 
 def _mlp(config: Any, block: Any, i: int, program: Program) -> Iterator[str]:
-    mlp = block.block_sparse_moe if hasattr(block, "block_sparse_moe") else block.mlp
+    mlp = next(getattr(block, n) for n in ("block_sparse_moe", "mlp") if hasattr(block, n))
+    mlp = block if hasattr(block, "experts") else mlp  # Gemma 4 has them beside its MLP
     dense = config.first_k_dense_replace if "first_k_dense_replace" in program.counts else 0
     if program.counts and hasattr(mlp, "experts") != (i >= dense):
         yield f"block {i} {'with' if i < dense else 'without'} experts"

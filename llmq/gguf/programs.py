@@ -6,6 +6,7 @@
     qwen3             qwen3          norms of every head of q and k
     gemma2            gemma2         windows in every other block, tanh caps on attention and logits, four norms
     gemma3_text       gemma3         windows in five blocks of six, turned by a base of their own
+    gemma4_text       gemma4         heads of two widths, values normed, an embedding for each block (varied.py)
     phi3              phi3           q, k, v in one linear, gate and up in one; part of a head may be turned
     olmo2             olmo2          norms behind attention and MLP only, over all heads of q and k together
     granite           granite        as llama, with four multipliers
@@ -50,6 +51,10 @@ def _by_head(config: Any) -> float:
     return head_dim(config) ** -0.5
 
 
+def _not_at_all(_config: Any) -> float:
+    return 1.0
+
+
 def _by_stream(blocks: int) -> Callable[[Any], float]:
     """Return Gemma's scale: of the 27B model, told by its number of blocks, the residual stream's share of a head."""
 
@@ -80,13 +85,16 @@ class Program:
     period: of every so many blocks the last sees all tokens, the others a window; 0 where it knows no windows.
     local: whether blocks with a window have a rotary base of their own.
     nope: of every so many blocks the last has no rotary embedding; 0 where all have one.
+    varied: whether blocks may differ in their heads, MLPs, keys and values (varied.py); windows are then said of each.
     caps: keys of the config for tanh caps, which methods of the writer of the same names add.
     capped: whether it caps whatever the keys say.
+    within: whether transformers applies caps to a language model within a larger model too.
     multipliers: methods of the writer by keys of the config, whose values are numbers other than 0.
     delta: whether there are blocks of linear attention (delta_net.py).
     latent: whether keys and values are made of a latent (latent.py).
     counts: methods of the writer by keys of the config that are whole numbers about experts; every block then has some,
         but for as many of the first as `first_k_dense_replace` says where that is among them.
+    optional: the key of the config without which no block has experts; empty where all have.
     normed: whether the weights of a token's experts are made to add up to 1, None where a key says it.
     gating: what makes weights of a router's outputs, where a key says it.
     factors: the linears beside those of attention whose product it multiplies by a factor of the file (`NAME.scale`);
@@ -106,12 +114,15 @@ class Program:
     period: int = 0
     local: bool = False
     nope: int = 0
+    varied: bool = False
     caps: tuple[str, ...] = ()
     capped: bool = False
+    within: bool = False
     multipliers: Mapping[str, str] = field(default_factory=dict)
     delta: bool = False
     latent: bool = False
     counts: Mapping[str, str] = field(default_factory=dict)
+    optional: str = ""
     normed: bool | None = True
     gating: gguf.ExpertGatingFuncType | None = None
     factors: tuple[str, ...] = ()
@@ -139,6 +150,8 @@ _ROUTED = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_co
            "moe_intermediate_size": "expert_feed_forward_length"}  # fmt: skip
 _SHARED = {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
 _LOCAL = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+_BESIDE = {"num_experts": "expert_count", "top_k_experts": "expert_used_count",
+           "moe_intermediate_size": "expert_feed_forward_length"}  # fmt: skip
 _FINAL = "final_logit_softcapping"
 _MULTIPLIERS = {"attention_multiplier": "attention_scale", "embedding_multiplier": "embedding_scale",
                 "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}  # fmt: skip
@@ -157,6 +170,11 @@ PROGRAMS: Mapping[str, Program] = {
     ),
     "gemma3_text": Program(
         _ARCH.GEMMA3, (), activation=_gelu, scaled=True, scale=_by_stream(62), period=6, local=True, caps=(_FINAL,),
+    ),
+    "gemma4_text": Program(
+        _ARCH.GEMMA4, (), reads=Reads(table=True), activation=_gelu, scaled=True, scale=_not_at_all, period=6,
+        local=True, varied=True, caps=(_FINAL,), within=True, optional="enable_moe_block",
+        counts=_BESIDE, factors=(*_GATED, *_ROUTED_TO[:2]),
     ),
     "phi3": Program(_ARCH.PHI3, (), reads=Reads(factors=True, partial=True), square=True),
     "olmo2": Program(_ARCH.OLMO2, (), square=True, untied=True),

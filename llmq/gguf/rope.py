@@ -42,11 +42,12 @@ _REMEDY = "write another format, or take the scaling out of config.json and stay
 class Reads:
     """What an architecture reads of a rotary embedding, beside the base, the type and its numbers.
 
-    divisors: `rope_freqs.weight`. partial: how many channels of a head are turned, the first ones. factors: two tables,
+    divisors: `rope_freqs.weight`. table: that alone, which must be there, and no scaling by keys. partial: how many channels of a head are turned, the first ones. factors: two tables,
     for short and long contexts. blunt: whether yarn's ramp may have its ends rounded, as llama.cpp always does.
     """
 
     divisors: bool = False
+    table: bool = False
     partial: bool = False
     factors: bool = False
     blunt: bool = False
@@ -134,11 +135,13 @@ def rotary(embedding: Any, config: Any, d: int, reads: Reads, layer_type: str | 
         raise LlmqError(f"{said} do not rotate the {d} channels of a head; {_REMEDY}")
     if any(not torch.equal(wanted, w) or m != magnitude for w, m in others):
         return _two(seen, original, _base(given, said), said)
-    proposals = list(_proposals(given, limit, d, said))
+    proposals = list(_proposals(given, limit, d, said))[: 1 if reads.table else None]
     for found in proposals:
-        if _equal(found.frequencies(), wanted):
+        if _equal(found.frequencies(), wanted) and not reads.table:
             return _scaled(found, magnitude)
-    if reads.divisors:  # over the kind that the config names, so that a reader without the table is not far off
+    if (
+        reads.divisors or reads.table
+    ):  # over the kind that the config names, so that a reader without the table is not far off
         found = next((p for p in proposals if p.kind == given["rope_type"]), proposals[0])
         found = replace(found, divisors=(found.frequencies() / wanted).clamp(max=_STILL).float())
         if _equal(found.frequencies(), wanted):

@@ -25,6 +25,7 @@ from llmq.gguf.kinds import Kind
 from llmq.gguf.reader import GgufFile, Stored
 from llmq.gguf.rope import Rotary
 from llmq.guard.reading import Entry
+from llmq.model.config import head_dim
 from llmq.model.skeleton import Skeleton
 from llmq.verify import record
 from llmq.verify.decode import Array
@@ -110,7 +111,7 @@ class Gguf:
                 report.expect(ggml not in self._stored, f"tensor {ggml} is in two shards")
                 self._stored[ggml] = tensor
         self._factors = self._factors_of(report)
-        named = [t for n, t in self._stored.items() if n not in _ROTARY and not n.endswith(_BESIDE)]
+        named = [t for n, t in self._stored.items() if n not in _ROTARY and not self._is_factor(n)]
         self.tensors = dict(pair for t in named for pair in self._reading.tensors(t))
         shapes = {n: self._reading.shape(n, t) for n, t in self.tensors.items()}
         self.skeleton = Skeleton(_Keyed(path, self._config(), shapes), torch.float32)
@@ -149,11 +150,14 @@ class Gguf:
         record.check_decoded(name.removesuffix(".weight"), values, self.recorded, report)
         return tensor.to(FLOATS.get(kind, torch.float32))
 
+    def _is_factor(self, ggml: str) -> bool:
+        return ggml.endswith(_BESIDE) and not self._reading.is_own(ggml)
+
     def _factors_of(self, report: Report) -> dict[str, np.float32]:
         """Return the factors that lie beside weights, `NAME.scale`, by transformers' names of these."""
         found: dict[str, np.float32] = {}
         for ggml, stored in self._stored.items():
-            if not ggml.endswith(_BESIDE):
+            if not self._is_factor(ggml):
                 continue
             of = self._stored.get(f"{ggml.rpartition('.')[0]}.weight")
             names = [] if of is None else [name for name, _ in self._reading.tensors(of)]
@@ -201,7 +205,7 @@ class Gguf:
         table = self._stored.get(_DIVISORS, self._stored.get(_SHORT))  # the forward is short
         full = Rotary(
             float(self._key("rope.freq_base", 10000.0)),
-            int(self._key("rope.dimension_count", self.skeleton.head_dim)),
+            int(self._key("rope.dimension_count", head_dim(self.skeleton.config))),
             self._key("rope.scaling.type", "none"),
             float(self._key("rope.scaling.factor", 1.0)),
             int(self._key("rope.scaling.original_context_length", self._key("context_length"))),
@@ -209,7 +213,9 @@ class Gguf:
             None if table is None else torch.from_numpy(np.array(table.data, np.float32)),
             log_multiplier=self._key("rope.scaling.yarn_log_multiplier", None),
         )
-        local = Rotary(float(self._key("rope.freq_base_swa", 10000.0)), full.d)
+        local = Rotary(
+            float(self._key("rope.freq_base_swa", 10000.0)), int(self._key("rope.dimension_count_swa", full.d))
+        )
         for module in self.skeleton.model.modules():
             for kind, found in (("", full), ("full_attention_", full), ("sliding_attention_", local)):
                 if isinstance(getattr(module, f"{kind}inv_freq", None), Tensor):

@@ -16,11 +16,11 @@ import numpy as np
 
 from llmq.errors import LlmqError
 from llmq.gguf.reader import GgufFile, Stored
-from llmq.verify import delta_net
+from llmq.verify import delta_net, gemma4
 from llmq.verify.decode import Array
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
-_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"} | gemma4.OUTSIDE
 _IN_BLOCK = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
@@ -196,6 +196,11 @@ class Reading:
             return f"model.layers.{block[1]}.{known.get(module, module)}.{kind}"
         return f"{_OUTSIDE.get(module, module)}.{kind}"
 
+    def is_own(self, ggml: str) -> bool:
+        """Say whether a tensor is a parameter of the model, which may be named as what lies beside a weight is."""
+        block = _BLOCK.fullmatch(ggml)
+        return block is not None and block[2] in self.names
+
     def tensors(self, stored: Stored) -> Iterator[tuple[str, Stored]]:
         """Yield what transformers has of a stored tensor, by its names: the tensor itself, or those of its experts."""
         name = self.name(stored.name)
@@ -254,6 +259,7 @@ READINGS: Mapping[str, Reading] = {
     "qwen3": Reading("qwen3"),
     "gemma2": Reading("gemma2", _FOUR_NORMS, shifted=True, config=_gemma(46, 2)),
     "gemma3": Reading("gemma3_text", _FOUR_NORMS, shifted=True, config=_gemma(62, 6)),
+    "gemma4": Reading("gemma4_text", gemma4.NAMES, config=gemma4.config),
     "phi3": Reading("phi3", {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}, config=_partial),
     "olmo2": Reading("olmo2", _BEHIND),
     "granite": Reading("granite", interleaved=True, config=_granite),

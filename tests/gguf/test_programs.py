@@ -37,6 +37,11 @@ LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope
           "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
           "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "rope_parameters": PLAIN,
           "norm_topk_prob": False, "routed_scaling_factor": 1.7, "max_position_embeddings": 512}  # fmt: skip
+BLOCKS = {"head_dim": 32, "global_head_dim": 64, "sliding_window": 6, "num_hidden_layers": 5,
+          "layer_types": ["sliding_attention"] * 2 + ["full_attention"] + ["sliding_attention", "full_attention"],
+          "rope_parameters": {"full_attention": {"rope_type": "proportional", "rope_theta": 1e5,
+                                                 "partial_rotary_factor": 0.25}, "sliding_attention": PLAIN},
+          "final_logit_softcapping": 5.0, "vocab_size_per_layer_input": 328}  # fmt: skip
 VISION = {"hidden_size": 32, "intermediate_size": 32}
 WRAPPED = {  # a model that reads images, and of what its language model is
     "gemma3": {"vision_config": VISION | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
@@ -44,12 +49,19 @@ WRAPPED = {  # a model that reads images, and of what its language model is
     "qwen3_5": {"vision_config": VISION | {"depth": 1, "num_heads": 2, "out_hidden_size": 64,
                                            "num_position_embeddings": 16}},
 }  # fmt: skip
+WRAPPED["gemma4"] = {"vision_config": VISION | {"num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
+                                               "num_key_value_heads": 2, "position_embedding_size": 64}}  # fmt: skip
 WRAPPED["qwen3_5_moe"] = WRAPPED["qwen3_5"]
+WITHIN = {"gemma4": {"pad_token_id": 0}}  # which caps logits there too, and wants a token for images to stand for
 CASES = {  # options that only a file that says them computes rightly
     "gemma2": {"head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 32, "final_logit_softcapping": 4.0},
     "gemma3_text": {"head_dim": 32, "sliding_window": 6, "num_hidden_layers": 7, "query_pre_attn_scalar": 32,
                     "rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN},
                     "final_logit_softcapping": 5.0},
+    "gemma4_text": BLOCKS | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32},
+    "gemma4_text experts": BLOCKS | {"attention_k_eq_v": True, "num_global_key_value_heads": 1,
+                                     "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4,
+                                     "top_k_experts": 2, "moe_intermediate_size": 32, "tie_word_embeddings": False},
     "phi3": {"rope_parameters": HALF},
     "phi3 of two lengths": {"rope_parameters": LONG, "max_position_embeddings": 1024,
                             "original_max_position_embeddings": 256},
@@ -89,8 +101,8 @@ def written(tmp_path_factory, tokenizer_plain):
             if p.dim() == 1:
                 torch.nn.init.normal_(p, 0.5 if "norm" in name else 0, 0.3)
         for name, b in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                torch.nn.init.normal_(b, 0, 0.3)
+            if name.endswith(("e_score_correction_bias", "layer_scalar")):
+                torch.nn.init.normal_(b, 1 if name.endswith("layer_scalar") else 0, 0.3)
         folder = tmp_path_factory.mktemp(kind.split()[0])
         model.save_pretrained(folder / "model")
         tokenizer_plain.save_pretrained(folder / "model")
@@ -104,7 +116,7 @@ def written(tmp_path_factory, tokenizer_plain):
 def wrapped(kind):
     """Return a model that reads images around a language model of CASES, in float32."""
     torch.manual_seed(0)
-    text = SIZES | CASES[f"{kind}_text"] | {"final_logit_softcapping": None}
+    text = SIZES | CASES[f"{kind}_text"] | WITHIN.get(kind, {"final_logit_softcapping": None})
     config = AutoConfig.for_model(kind, text_config=text, **WRAPPED[kind])
     return AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
 
@@ -224,6 +236,10 @@ def test_experts_lie_in_one_tensor_and_have_a_row_of_importance_each(kind, writt
         ("gemma2", {"sliding_window": 20}),
         ("gemma3_text", {"final_logit_softcapping": 9.0}),
         ("gemma3_text", {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN | LINEAR}}),
+        ("gemma4_text", {"sliding_window": 20}),
+        ("gemma4_text", {"final_logit_softcapping": 9.0}),
+        ("gemma4_text", {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}}),
+        ("gemma4_text experts", {"top_k_experts": 1}),
         ("phi3", {"rope_parameters": HALF | {"partial_rotary_factor": 1.0}}),
         ("granite", {"residual_multiplier": 0.9}),
         ("qwen3_moe", {"num_experts_per_tok": 1}),

@@ -1,0 +1,69 @@
+"""Gemma 4's names and keys in a GGUF file, as transformers has them: blocks that differ.
+
+Source: llama.cpp `src/models/gemma4.cpp`; transformers' `configuration_gemma4.py`.
+Not here: what reads a file (ggml.py), the other architectures (keys.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmq.errors import LlmqError
+
+if TYPE_CHECKING:
+    from llmq.verify.keys import Keys
+
+NAMES = {
+    "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm", "layer_output_scale.weight": "layer_scalar",
+    "inp_gate": "per_layer_input_gate", "proj": "per_layer_projection", "post_norm": "post_per_layer_input_norm",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2", "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2", "ffn_gate_inp": "router.proj",
+    "ffn_gate_inp.scale": "router.scale", "ffn_down_exps.scale": "router.per_expert_scale",
+}  # fmt: skip
+NAMES |= {f"ffn_{part}_exps": f"experts.*.{part}_proj" for part in ("gate", "up", "down")}
+"""Of a block's modules, by ggml's; a star stands for the number of an expert."""
+OUTSIDE = {
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
+
+
+def config(keys: Keys) -> dict[str, Any]:
+    """Return what of a config the keys say."""
+    windowed, heads = _each(keys, "attention.sliding_window_pattern"), _each(keys, "attention.head_count_kv")
+    widths, plain = _each(keys, "feed_forward_length"), {"rope_type": "default", "rope_theta": 10000.0}
+    full = [i for i, w in enumerate(windowed) if not w]
+    experts = keys("expert_count", 0)
+    return {
+        "layer_types": ["sliding_attention" if w else "full_attention" for w in windowed],
+        "sliding_window": keys("attention.sliding_window"),
+        "head_dim": keys.number("attention.key_length_swa"),
+        "global_head_dim": keys.number("attention.key_length"),
+        "num_key_value_heads": next((h for h, w in zip(heads, windowed, strict=True) if w), heads[0]),
+        "num_global_key_value_heads": heads[full[0]] if full else None,
+        "attention_k_eq_v": any(f"blk.{i}.attn_k.weight" in keys.file.tensors for i in full)
+        and not any(f"blk.{i}.attn_v.weight" in keys.file.tensors for i in full),
+        "num_kv_shared_layers": keys("attention.shared_kv_layers", 0),
+        "intermediate_size": widths[0],
+        "use_double_wide_mlp": widths[-1] != widths[0],
+        "hidden_size_per_layer_input": keys("embedding_length_per_layer_input"),
+        "vocab_size_per_layer_input": keys.file.tensors["token_embd.weight"].shape[1],
+        "final_logit_softcapping": keys("final_logit_softcapping", None),
+        "rope_parameters": {"full_attention": plain, "sliding_attention": plain},
+        "enable_moe_block": experts > 0,
+        "num_experts": experts or None,
+        "top_k_experts": keys("expert_used_count", None),
+        "moe_intermediate_size": keys("expert_feed_forward_length", None),
+    }
+
+
+def _each(keys: Keys, key: str) -> list[int]:
+    """Return what a key says of each block. Raises LlmqError where it has values for another number of them."""
+    said, blocks = np.array(keys(key)), keys.number("block_count")
+    if said.ndim == 1 and len(said) != blocks:
+        raise LlmqError(f"{keys.file.path}: key {keys.arch}.{key} has {len(said)} values for {blocks} blocks")
+    return [int(n) for n in said] if said.ndim else [int(said)] * blocks
