@@ -51,9 +51,8 @@ def differences(whole: Any, model: Any, program: Program, windows: Sequence[int]
     told = program.varied or not program.period or period_of([not w for w in windows], program.period) > 0
     if program.period and (len({*windows} - {0}) > 1 or not told):
         yield f"config.json asks for windows of {', '.join(map(str, windows))} tokens in its blocks"
-    for key in (
-        program.caps if config is not whole and not program.within else ()
-    ):  # which transformers applies to a language model alone
+    alone = config is whole or program.within  # most language models are capped by transformers where they stand alone
+    for key in () if alone else program.caps:
         if getattr(config, key):
             yield f"config.json, {key}: {getattr(config, key)}, passed over within a {whole.model_type}"
 

@@ -42,8 +42,9 @@ _REMEDY = "write another format, or take the scaling out of config.json and stay
 class Reads:
     """What an architecture reads of a rotary embedding, beside the base, the type and its numbers.
 
-    divisors: `rope_freqs.weight`. table: that alone, which must be there, and no scaling by keys. partial: how many channels of a head are turned, the first ones. factors: two tables,
-    for short and long contexts. blunt: whether yarn's ramp may have its ends rounded, as llama.cpp always does.
+    divisors: `rope_freqs.weight`. table: that alone, which must be there, and no scaling by keys. partial: how many
+    channels of a head are turned, the first ones. factors: two tables, for short and long contexts. blunt: whether
+    yarn's ramp may have its ends rounded, as llama.cpp always does.
     """
 
     divisors: bool = False

@@ -72,7 +72,7 @@ def differences(config: Any, found: Varied) -> Iterator[str]:
         if len(several) > 1:
             yield f"heads of {sorted(several)} channels in blocks {'with' if windowed else 'without'} a window"
     if found.beside and config.vocab_size_per_layer_input != config.vocab_size:
-        yield f"embeddings of {config.vocab_size_per_layer_input} tokens in each block beside one of {config.vocab_size}"
+        yield f"an embedding of {config.vocab_size_per_layer_input} tokens for blocks, one of {config.vocab_size} for all"
     own = found.windowed[: len(found.windowed) - found.shared]
     for windowed in sorted({*found.windowed[len(own) :]}):
         made = len(own) - 1 - own[::-1].index(windowed)
