@@ -178,7 +178,7 @@ _GEMMA4: dict[str, Any] = {
     "sliding_window": WINDOW,
     "global_head_dim": 32,
     "hidden_size_per_layer_input": 32,
-    "vocab_size_per_layer_input": VOCAB,
+    "vocab_size_per_layer_input": VOCAB + 8,
 }
 _PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0]}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}

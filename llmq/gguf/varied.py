@@ -23,8 +23,8 @@ _EXPERTS = {"gate_proj": gguf.MODEL_TENSOR.FFN_GATE_EXP, "up_proj": gguf.MODEL_T
 class Varied:
     """What differs, by block, in the order of blocks.
 
-    windowed: whether it has a window. widths: of its MLP. heads: of its keys and values. channels: of one head.
-    shared: how many of the last blocks take keys and values of another. beside: the channels of the embedding that
+    windowed: whether it has a window. widths: of its MLP. heads: of its keys and values. channels: of one head, by
+    which transformers lets blocks differ with their windows alone. shared: how many of the last blocks take keys and values of another. beside: the channels of the embedding that
     every block adds of its own, 0 for none.
     """
 
@@ -67,12 +67,8 @@ def varied(config: Any, model: Any, windows: Sequence[int]) -> Varied:
 
 def differences(config: Any, found: Varied) -> Iterator[str]:
     """Yield what a model computes that llama.cpp does not, as the subject of a sentence."""
-    for windowed in (False, True):
-        several = {c for c, w in zip(found.channels, found.windowed, strict=True) if w == windowed}
-        if len(several) > 1:
-            yield f"heads of {sorted(several)} channels in blocks {'with' if windowed else 'without'} a window"
     if found.beside and config.vocab_size_per_layer_input != config.vocab_size:
-        yield f"an embedding of {config.vocab_size_per_layer_input} tokens for blocks, one of {config.vocab_size} for all"
+        yield f"{config.vocab_size_per_layer_input} tokens with an embedding for single blocks of {config.vocab_size}"
     own = found.windowed[: len(found.windowed) - found.shared]
     for windowed in sorted({*found.windowed[len(own) :]}):
         made = len(own) - 1 - own[::-1].index(windowed)

@@ -58,9 +58,8 @@ LAYERS = ["sliding_attention", "full_attention", "full_attention", "sliding_atte
         (Gemma3TextConfig(rope_parameters={"full_attention": YARN}), "scales others linearly at most"),
         (Gemma3Config(text_config={"final_logit_softcapping": 5.0}), "5.0, passed over within a gemma3, which llama"),
         (Gemma4TextConfig(use_bidirectional_attention="all"), "attention both ways"),
-        (Gemma4TextConfig(num_kv_shared_layers=2), "block 27 makes the keys and values of the last 2"),
-        (Gemma4TextConfig(vocab_size_per_layer_input=9), "an embedding of 9 tokens for blocks"),
-        (Gemma4TextConfig(per_layer_config={0: {"head_dim": 64}}), r"heads of \[64, 256\] channels"),
+        (Gemma4TextConfig(num_kv_shared_layers=2), "block 23 makes the keys and values of the last 2"),
+        (Gemma4TextConfig(vocab_size_per_layer_input=9), "9 tokens with an embedding for single blocks"),
         (Qwen3MoeConfig(norm_topk_prob=False), r"do not add up to 1 \(norm_topk_prob false\)"),
         (Qwen3MoeConfig(norm_topk_prob=True, mlp_only_layers=[3]), "block 3 without experts"),
         (
