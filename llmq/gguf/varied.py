@@ -24,8 +24,8 @@ class Varied:
     """What differs, by block, in the order of blocks.
 
     windowed: whether it has a window. widths: of its MLP. heads: of its keys and values. channels: of one head, by
-    which transformers lets blocks differ with their windows alone. shared: how many of the last blocks take keys and values of another. beside: the channels of the embedding that
-    every block adds of its own, 0 for none.
+    which transformers lets blocks differ with their windows alone. shared: how many of the last blocks take keys and
+    values of another. beside: the channels of the embedding that every block adds of its own, 0 for none.
     """
 
     windowed: tuple[bool, ...]
