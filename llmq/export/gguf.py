@@ -164,7 +164,7 @@ def _float(name: str, ggml: str | None, tensor: Tensor, embeddings: str | None) 
         raise LlmqError(f"tensor {name} holds NaN or Inf; the checkpoint is damaged")
     if tensor.dim() < 2 or ggml is None or mixture.always_float(ggml):
         return Exported("F32", tensor.float())
-    if embeddings is None or ggml not in ("token_embd.weight", "output.weight"):
+    if embeddings is None or ggml not in (*mixture.EMBEDDINGS, "output.weight"):
         return Exported(_KEPT[tensor.dtype], tensor)
     return round_anew(tensor, name, mixture.fallback(embeddings, tensor.shape[1]), "")
 

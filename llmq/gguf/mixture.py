@@ -42,7 +42,7 @@ _EMBEDDING = {"Q2_0": "Q4_K", "NVFP4": "Q6_K", "MXFP4": "Q8_0", "MXFP4_MOE": "Q8
 FLOATS = ("F32", "F16", "BF16")
 _FLOAT = ("ssm_conv1d", "ffn_gate_inp")
 _KEPT = "per_layer_model_proj.weight"  # in 16 bits, whatever the mixture
-_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _FEW_BITS = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "IQ4_XS", "Q4_K_S", "Q4_K_M")  # of 8 experts
 TYPES = tuple(dict.fromkeys(_BASE.values()))
 ALONE = tuple(kind for kind in TYPES if kind != "NVFP4")
@@ -185,9 +185,9 @@ def _rule(name: str, K: int, mix: str, model: Model) -> str:
     base = _BASE[mix]
     if name == _KEPT:
         return "F16"
-    if name == "output.weight" or (model.tied and name in _EMBEDDINGS):
+    if name == "output.weight" or (model.tied and name in EMBEDDINGS):
         return "Q8_0" if K % qblock(base) or base in ("Q8_0", "MXFP4") else "Q6_K"
-    if name in _EMBEDDINGS:
+    if name in EMBEDDINGS:
         return _EMBEDDING.get(mix, base)
     if mix == "MXFP4_MOE":
         return base if leaf(name).endswith("_exps") else "Q8_0"

@@ -37,7 +37,7 @@ def config(keys: Keys) -> dict[str, Any]:
     windowed, heads = _each(keys, "attention.sliding_window_pattern"), _each(keys, "attention.head_count_kv")
     widths, plain = _each(keys, "feed_forward_length"), {"rope_type": "default", "rope_theta": 10000.0}
     full = [i for i, w in enumerate(windowed) if not w]
-    experts = keys("expert_count", 0)
+    experts = keys.number("expert_count") if keys("expert_count", 0) else None
     return {
         "layer_types": ["sliding_attention" if w else "full_attention" for w in windowed],
         "sliding_window": keys("attention.sliding_window"),
@@ -54,16 +54,16 @@ def config(keys: Keys) -> dict[str, Any]:
         "vocab_size_per_layer_input": keys.file.tensors["token_embd.weight"].shape[1],
         "final_logit_softcapping": keys("final_logit_softcapping", None),
         "rope_parameters": {"full_attention": plain, "sliding_attention": plain},
-        "enable_moe_block": experts > 0,
-        "num_experts": experts or None,
+        "enable_moe_block": experts is not None,
+        "num_experts": experts,
         "top_k_experts": keys("expert_used_count", None),
         "moe_intermediate_size": keys("expert_feed_forward_length", None),
     }
 
 
 def _each(keys: Keys, key: str) -> list[int]:
-    """Return what a key says of each block. Raises LlmqError where it has values for another number of them."""
+    """Return what a key says of each block. Raises LlmqError where that is no whole number for each."""
     said, blocks = np.array(keys(key)), keys.number("block_count")
-    if said.ndim == 1 and len(said) != blocks:
-        raise LlmqError(f"{keys.file.path}: key {keys.arch}.{key} has {len(said)} values for {blocks} blocks")
+    if said.dtype.kind not in "iub" or said.shape not in ((), (blocks,)):
+        raise LlmqError(f"{keys.file.path}: key {keys.arch}.{key} is no whole number for each of {blocks} blocks")
     return [int(n) for n in said] if said.ndim else [int(said)] * blocks

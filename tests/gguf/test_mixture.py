@@ -47,6 +47,13 @@ def test_names_are_llama_cpps_own():
         mixture.mixture("Q7")
 
 
+def test_embeddings_of_single_blocks_are_as_the_embedding_and_their_projection_stays_float():
+    shapes = {"per_layer_token_embd.weight": (8, 512), "per_layer_model_proj.weight": (512, 256)}
+    for tied, kind in ((True, "Q6_K"), (False, "Q4_K")):
+        found = mixture.assign(shapes, "Q4_K_M", mixture.Model(1, 1, tied, False, False))
+        assert found == {"per_layer_token_embd.weight": kind, "per_layer_model_proj.weight": "F16"}
+
+
 def test_the_last_override_wins_and_vectors_stay_float():
     shapes = {"blk.0.ffn_down.weight": (4, 256), "blk.0.ffn_norm.weight": (256,)}
     model = mixture.Model(1, 1, True, False, False)

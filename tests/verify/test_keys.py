@@ -15,7 +15,8 @@ def keys(tmp_path):
     def make(arch, **values):
         writer = gguf.GGUFWriter(tmp_path / "keys.gguf", arch)
         for key, value in values.items():
-            (writer.add_uint32 if isinstance(value, int) else writer.add_string)(f"{arch}.{key}", value)
+            add = {int: writer.add_uint32, list: writer.add_array, str: writer.add_string}[type(value)]
+            add(f"{arch}.{key}", value)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
@@ -46,6 +47,9 @@ def test_a_key_that_is_missing_or_no_number_is_named(keys):
     odd = {"ssm.time_step_rank": 3, "ssm.group_count": 2, "rope.dimension_count": 4, "attention.key_length": 8}
     with pytest.raises(LlmqError, match="the heads of linear attention do not read"):
         READINGS["qwen35"].config(keys("qwen35", **odd, **{"rope.dimension_sections": "many"}))
+    few = {"block_count": 2, "attention.sliding_window_pattern": [1, 0], "attention.head_count_kv": [1, 1, 1]}
+    with pytest.raises(LlmqError, match=r"gemma4\.attention\.head_count_kv is no whole number for each of 2 blocks"):
+        READINGS["gemma4"].config(keys("gemma4", **few))
     with pytest.raises(LlmqError, match="verify knows the keys of llama, .* not of 'mpt'"):
         reading(keys("mpt"))
 
