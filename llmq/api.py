@@ -110,6 +110,8 @@ def _several(src: str | Path, out: Path, forms: list[str], given: dict[str, Any]
     more = {n: given[n] for n in ("max_memory", "device_memory", "adapter", "runtime", "allow_code", "overwrite")}
     recipe = {n: v for n, v in given.items() if n in KINDS}
     planned = _outlined(src, first, given["recipe"], recipe, device=given["device"], **more)
+    for text, target in zip(forms[1:], others, strict=True):
+        several.require(target, text, overwrite=bool(given["overwrite"]))
     said = [warning for text in forms[1:] for warning in several.foresee(planned, text)]
     record = quantize(src, first, **given)
     after = {n: given[n] for n in ("verify", "overwrite", "warn", "progress")}

@@ -156,3 +156,5 @@ def test_verify_says_whether_a_runtime_loads_it_and_how_it_is_run():
     assert done.returncode == 1 and "vLLM 0.32 does not take this: vLLM 0.32 refuses desc_act" in done.stderr
     done = llmq("verify", GOLDEN / "float", "--runtime", "vllm")
     assert done.returncode == 1 and "is a float checkpoint" in done.stderr and done.stderr.count("\n") == 1
+    done = llmq("verify", GOLDEN / "awq_w4g32", "--runtime", "")  # as an unset variable of a script
+    assert done.returncode == 1 and "--runtime '': no such runtime is known" in done.stderr

@@ -20,6 +20,7 @@ from torch import Tensor
 from llmq.checkpoint.dialects import quantization, without_quantization
 from llmq.checkpoint.hub import COPIED, origin
 from llmq.checkpoint.parts import Place, part_of, rejoined
+from llmq.checkpoint.place import EXPORTED
 from llmq.errors import LlmqError, one_line
 from llmq.guard.reading import DTYPES, Entry, field, is_file, json_object, tensor_entries
 
@@ -144,6 +145,11 @@ class Source:
             return (
                 f"{self.path} holds pickle files only (.bin, .pt), which can run code when read; convert them where "
                 "you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            )
+        if (self.path / EXPORTED).is_file():
+            return (
+                f"{self.path} is a model for another runtime that llmq export made: it was checked when it was written "
+                "and is not read by llmq again; give the checkpoint that it was made of"
             )
         return f"{self.path} holds no .safetensors file"
 

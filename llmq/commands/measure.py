@@ -102,7 +102,7 @@ def verify(
     found = None if json_file is None else user_path(json_file)
     if found:
         check_file(found, "--json", b"{", overwrite=overwrite)
-    reader = row(readers_of(out), runtime, "--runtime") if runtime else None
+    reader = row(readers_of(out), runtime, "--runtime") if runtime is not None else None
     with progress() as work:
         report = run(out, against, adapter, work)
     if reader and reader.accepts:

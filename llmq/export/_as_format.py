@@ -13,6 +13,7 @@ Not here: the bytes (formats/), which grid holds which codes (formats/ too).
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -37,6 +38,13 @@ from llmq.verify import require_right
 
 _PART = 2**28  # bytes of tensors that are staged at a time
 _ANEW = "or round it anew: --requantize GRID (int:bits=4:group=128 ...)"
+_OURS = (  # what formats advise of `llmq quantize`, as `llmq export` calls it
+    (r", or leave [^;]*? float: --[a-z-]+ [a-z]+", ""),
+    (r"--format (?=[a-z])", "--to "),
+    (r"--weights (?=[a-z])", "--requantize "),
+    (r"--group-size takes ", "--requantize int:group= takes "),
+    (r"--group-size (?=\w)", "--requantize int:group="),
+)
 _CACHE = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")  # of a quantized key-value cache
 
 
@@ -73,6 +81,12 @@ class AsFormat(OfCodes):
 
         Where the layout leaves it open, by values: every linear is looked at before any work.
         """
+        try:
+            return self._checked(opened)
+        except LlmqError as e:
+            raise LlmqError(_as_ours(str(e))) from e
+
+    def _checked(self, opened: Packed) -> list[str]:
         ordered = bool(getattr(opened.packed.packing.format, "desc_act", False))
         if hasattr(self.form, "desc_act"):
             setattr(self.form, "desc_act", ordered)  # noqa: B010, an option of one format
@@ -235,6 +249,13 @@ class AsFormat(OfCodes):
     def verify(self, out: Sink) -> None:
         """See `Target.verify`."""
         require_right(out.whole)
+
+
+def _as_ours(said: str) -> str:
+    """Return a refusal with the options of `llmq export` for those of `llmq quantize`."""
+    for pattern, ours in _OURS:
+        said = re.sub(pattern, ours, said)
+    return said
 
 
 def _parts(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

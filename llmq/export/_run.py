@@ -40,6 +40,7 @@ def export(
     target = _target(to, out, {name: value for name, value in short.items() if value is not None})
     if user_path(src).exists():
         target.sink(out, overwrite=overwrite, reads={"SRC": user_path(src)})  # refuses before anything is read
+    target.require()
     opened = target.open(src, requantize)
     opened.warnings += target.check(opened)
     if isinstance(target, OfCodes):
@@ -72,17 +73,20 @@ def _target(to: str | None, out: Path, short: Mapping[str, str]) -> Target[Any]:
     return target.with_options(short, f"--to {text}")
 
 
-def named(text: str) -> Target[Any]:
-    """Return the target that a text names: a file of this folder, or a format whose checkpoints are folders."""
+def named(text: str, option: str = "--to") -> Target[Any]:
+    """Return the target that a text names: a file of this folder, or a format whose checkpoints are folders.
+
+    option: of the command line, for the message of a text that names none.
+    """
     name = registry.words(text)[0]
     if name.replace("-", "_") in registry.names("export"):
         target: Target[Any] = registry.load("export", text)
         return target
     if not registry.is_code(name) and name not in _names().split(", "):
-        raise LlmqError(f"--to {printable(repr(name), 80)} is no target (there are: {_names()})")
+        raise LlmqError(f"{option} {printable(repr(name), 80)} is no target (there are: {_names()})")
     form: Any = registry.load("formats", text, code=True)
     if not isinstance(form, Folder):
-        raise LlmqError(f"--to {name}: {type(form).__name__} is no format of a checkpoint folder")
+        raise LlmqError(f"{option} {name}: {type(form).__name__} is no format of a checkpoint folder")
     return AsFormat(cast(FolderFormat, form), name)
 
 

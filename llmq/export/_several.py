@@ -36,12 +36,14 @@ def parted(text: str | None) -> list[str]:
 
 def places(out: Path, texts: list[str]) -> dict[str, Path]:
     """Return where each output lies. Raises LlmqError for one that is named twice, and for a first without a folder."""
-    first = named(texts[0])
+    first = named(texts[0], "--format")
     if not isinstance(first, AsFormat):
         raise LlmqError(
             f"--format {','.join(texts)}: the solve is written in the first, which is to be a folder: name gptq, awq, "
             "compressed-tensors, modelopt or mlx there"
         )
+    if out.suffix == ".gguf":
+        raise LlmqError(f"--format {','.join(texts)} makes a folder of all of them; leave .gguf out of its name")
     found = {text: _place(out, text) for text in texts}
     if len(set(found.values())) < len(texts):
         raise LlmqError(f"--format {','.join(texts)} names one format twice; each has one place in OUT")
@@ -49,7 +51,7 @@ def places(out: Path, texts: list[str]) -> dict[str, Path]:
 
 
 def _place(out: Path, text: str) -> Path:
-    name, suffix = registry.words(text)[0], named(text).suffix
+    name, suffix = registry.words(text)[0], named(text, "--format").suffix
     return out / f"{out.name}{suffix}" if suffix else out / name
 
 
@@ -63,6 +65,13 @@ def risen(options: Mapping[str, Any], texts: list[str]) -> dict[str, Any]:
     if all(getattr(t, "falls", True) for t in named_) or options.get("weights") or range_.partition(":")[0] != "mse":
         return dict(options)
     return {**options, "range": range_ if "shift" in range_ else f"{range_}:shift=false"}
+
+
+def require(out: Path, text: str, *, overwrite: bool) -> None:
+    """Raise LlmqError for what an export would refuse after the solve: a missing package, a place that is taken."""
+    target = named(text)
+    target.require()
+    target.sink(out, overwrite=overwrite)
 
 
 def foresee(plan: Plan, text: str) -> list[str]:

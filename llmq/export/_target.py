@@ -106,6 +106,9 @@ class Target(ABC, Generic[OpenedT]):
         """Return the target with the options beside it on the command line; `said` is the text that named it."""
         return registry.filled(self, given, said)
 
+    def require(self) -> None:
+        """Raise LlmqError, with the command that installs it, where a package that the target needs is missing."""
+
     @abstractmethod
     def open(self, src: str, requantize: str | None) -> OpenedT:
         """Return SRC, its headers read. Raises LlmqError for what this target is not made of."""

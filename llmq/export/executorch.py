@@ -57,13 +57,16 @@ class ExecuTorch(OfCodes):
     falls: ClassVar[bool] = False
     runtime: ClassVar[str] = "XNNPACK"
 
-    def open(self, src: str, requantize: str | None) -> Packed:
-        """See `Target.open`."""
+    def require(self) -> None:
+        """See `Target.require`."""
         if find_spec("executorch") is None or find_spec("torchao") is None:
             raise LlmqError(
                 "a .pte is written by executorch and torchao, which are not installed: "
                 "pip install 'llmq-quant[executorch]'"
             )
+
+    def open(self, src: str, requantize: str | None) -> Packed:
+        """See `Target.open`."""
         if requantize is not None:
             raise LlmqError("--requantize means nothing here: codes are kept, or the reason is said")
         return open_packed(src)

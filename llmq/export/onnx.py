@@ -74,9 +74,12 @@ class Onnx(OfCodes):
                 "session.qdq_matmulnbits_accuracy_level"
             )
 
+    def require(self) -> None:
+        """See `Target.require`."""
+        require_onnx()
+
     def open(self, src: str, requantize: str | None) -> Packed:
         """See `Target.open`."""
-        require_onnx()
         if requantize is not None:
             raise LlmqError("--requantize means nothing here: codes are kept, or the reason is said")
         return open_packed(src)

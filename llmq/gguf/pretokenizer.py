@@ -110,7 +110,7 @@ def byte_level_name(backend: Tokenizer, ignore_merges: bool) -> str:
         )
     raise LlmqError(
         f"the tokenizer cuts text in a way that llmq does not know from llama.cpp (it knows {known}); if llama.cpp has "
-        "a name for it, say --format gguf:pre=NAME, else write another format"
+        "a name for it, say --format gguf:pre=NAME (of llmq export --pre NAME), else write another format"
     )
 
 

@@ -202,6 +202,20 @@ def test_formats_that_hide_it_are_seen_to_be_symmetric(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "requantize", "said"),
+    [
+        ("gptq_v1_w4g32_desc_act", None, "use --to gptq:desc_act=true; or round it anew: --requantize GRID"),
+        ("ct_nvfp4", "fp8", "awq holds integer grids, not Fp8; use --requantize int$"),
+        ("ct_nvfp4", "int:group=128", "--requantize int:group= takes 32, 64 there$"),
+    ],
+)
+def test_remedies_name_the_options_of_export_not_those_of_quantize(name, requantize, said, tmp_path):
+    with pytest.raises(LlmqError, match=said):
+        export(str(GOLDEN / name), tmp_path / "out", "awq", requantize=requantize)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["out"], "--to is not given and out has no suffix"),

@@ -78,6 +78,8 @@ def test_the_folder_is_recorded_replaced_and_replaced_only_if_it_is_one(tmp_path
         "onnx": {"accuracy_level": 0, "context": None, "dialect": "genai", "head": "float", "io": "float32"}
     }
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    with pytest.raises(LlmqError, match="a model for another runtime that llmq export made"):
+        Source(out).names()
     before = (out / "model.onnx.data").read_bytes()
     with pytest.raises(LlmqError, match="exists"):
         export(str(golden), out, "onnx")

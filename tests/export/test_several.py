@@ -52,7 +52,8 @@ def test_one_solve_is_written_in_each_with_the_same_codes(tiny_checkpoint, tmp_p
         ({"format": "compressed-tensors,mlx", "bits": 7}, "mlx holds 2, 3, 4, 5, 6 and 8 bits"),
         ({"format": "gptq,gguf:Q4_0", "group_size": 16}, "cannot be kept in GGUF: group size 16"),
         ({"format": "gptq,float"}, "it holds no codes"),
-        ({"format": "gptq,onyx"}, "'onyx' is no target"),
+        ({"format": "gptq,"}, "--format '' is no target"),
+        ({"format": "gptq,onyx"}, "--format 'onyx' is no target"),
         ({"format": "gptq,mlx", "method": "gptq:desc_act=true"}, "no weights in activation order"),
     ],
 )
@@ -60,6 +61,22 @@ def test_what_cannot_share_codes_is_refused_when_it_is_planned(tiny_checkpoint, 
     with pytest.raises(LlmqError, match=said):
         llmq.quantize(tiny_checkpoint(), tmp_path / "out", **(QUICK | options))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_an_export_would_refuse_after_the_solve_is_refused_before(tiny_checkpoint, tmp_path, monkeypatch):
+    src, out = tiny_checkpoint(), tmp_path / "out"
+    monkeypatch.setattr("llmq.export.executorch.find_spec", lambda _name: None)
+    with pytest.raises(LlmqError, match=r"not installed: pip install 'llmq-quant\[executorch\]'"):
+        llmq.quantize(src, out, format="compressed-tensors,executorch", **QUICK)
+    assert not out.exists()
+    (out / "mlx").mkdir(parents=True)
+    (out / "mlx" / "notes.txt").write_text("mine")
+    for overwrite, said in ((False, "mlx exists"), (True, "mlx is not a quantized checkpoint folder")):
+        with pytest.raises(LlmqError, match=said):
+            llmq.quantize(src, out, format="gptq,mlx", overwrite=overwrite, **QUICK)
+    assert not (out / "gptq").exists()
+    with pytest.raises(LlmqError, match=r"leave \.gguf out of its name"):
+        llmq.quantize(src, tmp_path / "out.gguf", format="gptq,mlx", **QUICK)
 
 
 def test_a_target_without_negative_scales_has_the_grid_fitted_without(tiny_checkpoint, tmp_path):
