@@ -164,6 +164,10 @@ class MLX(Folder):
         old = _old_rope(rope) if isinstance(rope, dict) else {}
         return {**old, **saved, "quantization": config, "quantization_config": config}
 
+    def embedding(self, name: str) -> Scheme | None:
+        """See `Format.embedding`: mlx packs embeddings like linears."""
+        return None if self.source is None else self.read(self.source)[1](name)
+
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> tuple[MLX, Callable[[str], Scheme | None]]:
         """Return the format of a `quantization` and the scheme of each linear by its name.

@@ -182,6 +182,10 @@ def test_packed_embeddings_are_refused_by_name(tmp_path):
     for local, t in zip(("weight", "scales", "biases"), found, strict=True):
         tensors[f"{name}.{local}"] = torch.from_numpy(np.array(t))
     save_file(tensors, file, {"format": "mlx"})
+    config = json.loads((tmp_path / "mlx" / "config.json").read_text())
+    for key in ("quantization", "quantization_config"):
+        config[key].pop(name, None)
+    (tmp_path / "mlx" / "config.json").write_text(json.dumps(config))
     with pytest.raises(LlmqError, match=r"model\.embed_tokens\.weight .* is packed.*llmq dequantize"):
         llmq.load(tmp_path / "mlx")
     record = llmq.dequantize(tmp_path / "mlx", tmp_path / "floats", warn=print)

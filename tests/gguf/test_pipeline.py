@@ -320,7 +320,6 @@ def test_the_recipe_and_the_report_are_in_the_file(tiny_checkpoint, tmp_path):
         ({"type": "Q8_0", "group_size": 32}, "choose by --type alone"),
         ({"type": "Q8_0", "imatrix_out": "no/such/folder/i.gguf"}, "no folder that exists"),
         ({"type": "Q8_0", "imatrix": "no-such.gguf"}, "is not a file"),
-        ({"type": "Q8_0", "target_bpw": 4.5}, "choose by --type alone"),
         ({"type": "Q8_0", "method": "gptq,signround"}, "integers and small floats only"),
         ({"format": "gptq", "type": "Q8_0"}, "is for GGUF"),
     ],

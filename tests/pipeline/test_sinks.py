@@ -53,7 +53,7 @@ def test_an_export_that_could_not_be_put_in_place_is_not_made_again(tiny_checkpo
         patch.setattr(GgufSink, "put", fails)
         with pytest.raises(LlmqError, match="Input/output error.*the finished result stays in"):
             export(str(tmp_path / "int4"), tmp_path / "out.gguf")
-    with pytest.raises(LlmqError, match=r"whole, of another command \(embeddings None, not 'Q8_0'\)"):
+    with pytest.raises(LlmqError, match=r"whole, of another command \(to 'gguf', not 'gguf:embeddings=Q8_0'\)"):
         export(str(tmp_path / "int4"), tmp_path / "out.gguf", embeddings="Q8_0")
     done = export(str(tmp_path / "int4"), tmp_path / "out.gguf")
     assert done["files"] == [str(tmp_path / "out.gguf")] and done["bytes"] == (tmp_path / "out.gguf").stat().st_size
