@@ -35,7 +35,10 @@ def readers_of(model: str) -> list[Reader]:
         return _of_gguf(GgufFile(Path(model)))
     source = Source(resolve(model))
     if source.quantization is None:
-        raise LlmqError(f"{model} is a float checkpoint: every runtime of its model_type reads it")
+        raise LlmqError(
+            f"{model} is a float checkpoint: what runs it is told by its model_type, not by llmq; quantize it first, or "
+            "leave --runtime out"
+        )
     if decoded_on_load(source.quantization):
         raise LlmqError(f"{model} is of a format that llmq only decodes; whom its writer names reads it")
     blank = blank_model(source, model_config(source))

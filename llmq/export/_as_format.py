@@ -42,6 +42,7 @@ _OURS = (  # what formats advise of `llmq quantize`, as `llmq export` calls it
     (r", or leave [^;]*? float: --[a-z-]+ [a-z]+", ""),
     (r"--format (?=[a-z])", "--to "),
     (r"--weights (?=[a-z])", "--requantize "),
+    (r"--bits (?=\d)", "--requantize int:bits="),
     (r"--group-size takes ", "--requantize int:group= takes "),
     (r"--group-size (?=\w)", "--requantize int:group="),
 )

@@ -207,9 +207,10 @@ def _mode(spec: LinearSpec) -> dict[str, Any]:
         )
     size = grid.granularity.group_size
     if grid.bits not in _BITS or size not in _SIZES:
+        remedy = "say --bits 8" if grid.bits not in _BITS else "say --group-size 64"
         raise LlmqError(
             f"{spec.name}: mlx holds 2, 3, 4, 5, 6 and 8 bits in groups of 32, 64 and 128, not {grid.bits} bits "
-            f"{grid.granularity}; say --group-size 64, or use --format compressed-tensors"
+            f"{grid.granularity}; {remedy}, or use --format compressed-tensors"
         )
     return {"group_size": size, "bits": grid.bits, "mode": "affine"}
 

@@ -43,6 +43,7 @@ class Folder:
             del self._shapes[f"{head}.weight"], self._linears[head]
         self.skeleton.source = Decoded(source, self.names(), self.read)
         self._cache = cache_scales(config or {})
+        self._by_tensors = (config or {}).get("quant_method") == "mlx"  # whose readers pack what has scales
         self.packed = self._find_packed(_how(config or {}, tables), report)
         self._check_leftovers(report)
         for warning in source.warnings:
@@ -104,7 +105,7 @@ class Folder:
                 report.fail(f"{name}: the file holds it packed, but the config leaves it float")
             elif name in self.recorded or (said and f"{name}.weight" not in self._headers):
                 report.fail(f"{name} was quantized, but the file holds no packed tensors of it")
-            elif said:
+            elif said and not self._by_tensors:
                 report.note(f"{name}: the config says {said}, but the file holds it float; not all readers take that")
         return found
 
