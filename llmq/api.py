@@ -117,7 +117,8 @@ def _several(src: str | Path, out: Path, forms: list[str], given: dict[str, Any]
     after = {n: given[n] for n in ("verify", "overwrite", "warn", "progress")}
     for text, target in zip(forms[1:], others, strict=True):
         if launched.leads():
-            convert(first, target, text, **after)
+            with several.told_how_to_go_on(first, target, text):
+                convert(first, target, text, **after)
     return record | {"warnings": [*record["warnings"], *said], "also": [str(p) for p in others]}
 
 

@@ -36,7 +36,7 @@ def readers_of(model: str) -> list[Reader]:
     source = Source(resolve(model))
     if source.quantization is None:
         raise LlmqError(
-            f"{model} is a float checkpoint: what runs it is told by its model_type, not by llmq; quantize it first, or "
+            f"{model} is a float checkpoint: its model_type tells what runs it, not llmq; quantize it first, or "
             "leave --runtime out"
         )
     if decoded_on_load(source.quantization):

@@ -8,7 +8,9 @@ What a target cannot share is refused before any work, as far as the plan tells:
 Not here: the solve (pipeline/), the export (_run.py).
 """
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -72,6 +74,16 @@ def require(out: Path, text: str, *, overwrite: bool) -> None:
     target = named(text)
     target.require()
     target.sink(out, overwrite=overwrite)
+
+
+@contextmanager
+def told_how_to_go_on(first: Path, out: Path, text: str) -> Iterator[None]:
+    """Note, of what ends the export of one output, the command that goes on there: the solve's own is refused then."""
+    try:
+        yield
+    except BaseException as e:
+        e.add_note(f"{first} is whole: `{shlex.join(['llmq', 'export', str(first), str(out), '--to', text])}` goes on")
+        raise
 
 
 def foresee(plan: Plan, text: str) -> list[str]:

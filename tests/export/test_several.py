@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import llmq
+from llmq import api
+from llmq.errors import notes
 from llmq.export import _several as several
 from llmq.formats.mlx import MLX
 from llmq.gguf.reader import GgufFile
@@ -77,6 +79,21 @@ def test_what_an_export_would_refuse_after_the_solve_is_refused_before(tiny_chec
     assert not (out / "gptq").exists()
     with pytest.raises(LlmqError, match=r"leave \.gguf out of its name"):
         llmq.quantize(src, tmp_path / "out.gguf", format="gptq,mlx", **QUICK)
+
+
+def test_what_ends_an_export_is_told_with_the_command_that_goes_on(tiny_checkpoint, tmp_path, monkeypatch):
+    out, convert = tmp_path / "out", api.convert
+
+    def killed(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "convert", killed)
+    with pytest.raises(KeyboardInterrupt) as found:
+        llmq.quantize(tiny_checkpoint(), out, format="gptq,mlx", **QUICK)
+    said = f"{out}/gptq is whole: `llmq export {out}/gptq {out}/mlx --to mlx` goes on"
+    assert notes(found.value) == [said]
+    convert(out / "gptq", out / "mlx", "mlx")
+    assert verify(out / "mlx").passed
 
 
 def test_a_target_without_negative_scales_has_the_grid_fitted_without(tiny_checkpoint, tmp_path):
