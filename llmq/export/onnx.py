@@ -20,12 +20,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from llmq import __version__
 from llmq.checkpoint import Sink
 from llmq.checkpoint.dialects import without_quantization
-from llmq.checkpoint.digest import file_digest, sealed
 from llmq.checkpoint.place import EXPORTED
 from llmq.export._kept import of_integers
+from llmq.export._record import close
 from llmq.export._target import OfCodes, Packed, open_packed
 from llmq.guard.reading import json_object
 from llmq.model.pretrained import blank_model, tokenizer_of
@@ -131,25 +130,8 @@ class Onnx(OfCodes):
     def _close(self, opened: Packed, out: Sink, dialect: Dialect) -> dict[str, Any]:
         """Write the record, which seals all other files. Returns what the run says."""
         warnings = [*opened.warnings, *self._told(dialect)]
-        outcomes = dict(dialect.outcomes)
-        files = {p.relative_to(out.stage).as_posix(): file_digest(p) for p in out.files()}
-        record = {
-            "llmq": __version__,
-            "source": asdict(opened.source.origin),
-            "target": {"onnx": asdict(self)},
-            "outcomes": outcomes,
-            "warnings": warnings,
-            "tensors": dialect.graph.digests,
-            "files": files,
-            "exported": opened.made,
-        }
-        out.text(EXPORTED, json.dumps(sealed(record), indent=2) + "\n")
-        return {
-            "outcomes": outcomes,
-            "files": [str(out.target(p.relative_to(out.stage).as_posix())) for p in out.files()],
-            "bytes": sum(p.stat().st_size for p in out.files()),
-            "warnings": warnings,
-        }
+        target, tensors = {"onnx": asdict(self)}, dialect.graph.digests
+        return close(out, opened, target, dict(dialect.outcomes), warnings, tensors=tensors)
 
     def _told(self, dialect: Dialect) -> list[str]:
         """Return what a user of the folder should know."""
