@@ -49,8 +49,8 @@ class Packing:
 
     def scheme(self, name: str) -> Scheme | None:
         """Return what the config makes of a module of which no model tells the class, None where it is float."""
-        table = getattr(self.format, "embeddings", False) and _TABLE.search(name.rpartition(".")[2]) is not None
-        return self.format.embedding(name) if table else self._scheme(name)  # mlx has one scheme for both
+        table = _TABLE.search(name.rpartition(".")[2]) is not None
+        return self.format.embedding(name) if table else self._scheme(name)
 
     def linear(
         self, name: str, N: int, K: int, stored: Collection[str], said: str = "", *, embedding: bool = False
