@@ -37,7 +37,10 @@ def parted(text: str | None) -> list[str]:
 
 
 def places(out: Path, texts: list[str]) -> dict[str, Path]:
-    """Return where each output lies. Raises LlmqError for one that is named twice, and for a first without a folder."""
+    """Return where each output lies.
+
+    Raises LlmqError for one that is named twice, for a first without a folder, and for an OUT that is a checkpoint.
+    """
     first = named(texts[0], "--format")
     if not isinstance(first, AsFormat):
         raise LlmqError(
@@ -46,6 +49,8 @@ def places(out: Path, texts: list[str]) -> dict[str, Path]:
         )
     if out.suffix == ".gguf":
         raise LlmqError(f"--format {','.join(texts)} makes a folder of all of them; leave .gguf out of its name")
+    if (out / "config.json").exists():
+        raise LlmqError(f"{out} is a checkpoint itself; name another folder, in which the outputs will lie")
     found = {text: _place(out, text) for text in texts}
     if len(set(found.values())) < len(texts):
         raise LlmqError(f"--format {','.join(texts)} names one format twice; each has one place in OUT")

@@ -79,6 +79,10 @@ def test_what_an_export_would_refuse_after_the_solve_is_refused_before(tiny_chec
     assert not (out / "gptq").exists()
     with pytest.raises(LlmqError, match=r"leave \.gguf out of its name"):
         llmq.quantize(src, tmp_path / "out.gguf", format="gptq,mlx", **QUICK)
+    before = sorted(src.iterdir())
+    with pytest.raises(LlmqError, match="is a checkpoint itself; name another folder"):
+        llmq.quantize(tiny_checkpoint(), src, format="gptq,mlx", overwrite=True, **QUICK)
+    assert sorted(src.iterdir()) == before
 
 
 def test_what_ends_an_export_is_told_with_the_command_that_goes_on(tiny_checkpoint, tmp_path, monkeypatch):
