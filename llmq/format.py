@@ -84,6 +84,9 @@ class Out(Protocol):
     def text(self, name: str, content: str) -> None:
         """Write a text file."""
 
+    def json(self, name: str, values: Mapping[str, object]) -> None:
+        """Write a JSON file."""
+
     def copy_files(self, source: Path) -> None:
         """Copy what lies beside the weights of a checkpoint."""
 

@@ -14,7 +14,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,12 @@ def write_tokens(file: Path, model: Path, calib: Path, samples: int, seq_len: in
 
     file.write_text(json.dumps(tokens(str(calib), load_tokenizer(str(model)), samples, seq_len, 0).tolist()))
     return file
+
+
+def decibels(found: Tensor, wanted: Tensor) -> float:
+    """Return by how much `wanted` is above what `found` is off, in dB of power."""
+    error, signal = (found.double() - wanted.double()).square().sum(), wanted.double().square().sum()
+    return float(10 * (signal / error.clamp(min=1e-300)).log10())
 
 
 def machine() -> str:

@@ -61,9 +61,3 @@ class OnnxModel:
             return past[wanted.name]
         _, heads, _, d = wanted.shape
         return np.zeros((batch, heads, 0, d), _DTYPES[wanted.type])
-
-
-def decibels(found: Tensor, wanted: Tensor) -> float:
-    """Return by how much `wanted` is above what `found` is off, in dB of power."""
-    error, signal = (found.double() - wanted.double()).square().sum(), wanted.double().square().sum()
-    return float(10 * torch.log10(signal / error.clamp(min=1e-300)))

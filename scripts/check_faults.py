@@ -1,6 +1,6 @@
 """Kill a run or fill its disk at any step on the file system: OUT stays the old one or is the new one, whole.
 
-    python scripts/check_faults.py [--steps 20] [--only CASE ...] [--seed 0]
+    python scripts/check_faults.py [--steps 20] [--only NAME ...] [--seed 0]
 
 For each of the cases below, on a tiny random model: OUT is there and a run with `--overwrite` is to replace it. It runs
 undisturbed once, and its steps are counted: a write, a rename, a sync, a removal. Then it runs anew in a forked child
@@ -12,10 +12,8 @@ case; exit status 1 where anything was not as it should be.
 
 from __future__ import annotations
 
-import argparse
 import builtins
 import contextlib
-import hashlib
 import io
 import itertools
 import json
@@ -29,19 +27,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-os.environ |= {"TOKENIZERS_PARALLELISM": "false"}
-
-import torch
-from _tiny import VOCAB, make_prose, make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from _children import Files, forked, held, parser, save_llama
+from _tiny import make_prose
 from transformers.utils.logging import disable_progress_bar
 
 from llmq import cli
 from llmq.checkpoint import disk
-
-Files = dict[str, str]
-"""What a folder holds: the digest of each file by its path."""
 
 
 class Case(NamedTuple):
@@ -146,11 +137,8 @@ class Bench:
     def __init__(self, root: Path) -> None:
         self.root, self.folder, self.saved = root, root / "work", root / "as-it-was"
         disable_progress_bar()
-        torch.manual_seed(0)
         sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8}
-        config = LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, head_dim=32, initializer_range=0.1, **sizes)
-        LlamaForCausalLM(config).save_pretrained(root / "src")
-        make_tokenizer(bos=True).save_pretrained(root / "src")
+        save_llama(root / "src", head_dim=32, **sizes)
         (root / "text.txt").write_text(make_prose(500))
         self.folder.mkdir()
         self._once(CASES["calibrated, disk full"], _CALIBRATED)  # so that no child has to import and compile
@@ -178,40 +166,22 @@ class Bench:
 
     def run(self, case: Case, at: int = 0) -> End:
         """Run the new command in a child that ends at step `at` (0: never)."""
-        said, count = self.root / "stderr", self.root / "steps"
-        count.unlink(missing_ok=True)
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                os.chdir(self.folder)
-                sys.argv = _command(case, case.new)
-                now.update(steps=0, last=at, kill=case.kill)
-                watch(exchanges=case.exchanges)
-                cli.main()
-            except SystemExit as e:
-                code = int(e.code or 0)
-            finally:
-                now["last"] = 0
-                count.write_text(str(now["steps"]))
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        steps = int(count.read_text()) if count.exists() else 0
-        return End(os.waitstatus_to_exitcode(status), said.read_text(), steps, held(self.folder))
+
+        def begin() -> None:
+            now.update(steps=0, last=at, kill=case.kill)
+            watch(exchanges=case.exchanges)
+
+        def end() -> int:
+            now["last"] = 0
+            return now["steps"]
+
+        command = _command(case, case.new)[1:]
+        return End(*forked(self.root, self.folder, command, begin, end), held(self.folder))
 
 
 def _command(case: Case, options: str) -> list[str]:
     method = [] if "--method" in options else ["--method", "rtn"]
     return ["llmq", "quantize", "../src", case.out, *method, *options.split(), "--overwrite"]
-
-
-def held(folder: Path) -> Files:
-    """Return what a folder holds."""
-    files = (p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files}
 
 
 def within(some: Files, files: Files) -> bool:
@@ -291,12 +261,9 @@ def line(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Check, and end with status 1 where anything was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="at which each case meets its fault, 2 at least")
-    parser.add_argument("--only", nargs="+", metavar="CASE", choices=CASES, default=list(CASES))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print what came of every trial")
-    args = parser.parse_args()
+    options = parser(__doc__, CASES)
+    options.add_argument("--steps", type=int, default=20, help="at which each case meets its fault, 2 at least")
+    args = options.parse_args()
     all_well = True
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))

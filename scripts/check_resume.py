@@ -13,9 +13,7 @@ how many ended in the same bytes; exit status 1 where any did not.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -28,13 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-os.environ |= {"TOKENIZERS_PARALLELISM": "false"}
-
-import torch
+from _children import Files, forked, held, parser, save_llama
 from _families import FAMILIES
-from _tiny import VOCAB, make_prose, make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from _tiny import make_prose
 from transformers.utils.logging import disable_progress_bar
 
 from llmq import aside, cli
@@ -119,11 +113,8 @@ class Bench:
         self.work.mkdir()
         disable_progress_bar()
         (folder / "text.txt").write_text(make_prose(3000))
-        torch.manual_seed(0)
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-        config = LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, head_dim=16, initializer_range=0.1, **sizes)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "llama")
-        make_tokenizer(bos=True).save_pretrained(folder / "llama")
+        save_llama(folder / "llama", "bfloat16", head_dim=16, **sizes)
         for family in ("qwen3_moe", "gemma4_text"):
             FAMILIES[family].save(folder / family)
 
@@ -134,28 +125,16 @@ class Bench:
 
     def run(self, arguments: list[str], at: int = 0) -> tuple[int, str, int]:
         """Run the command line in a child that is killed at an event (0: never). Returns (status, printed, events)."""
-        said, count = self.folder / "stderr", self.folder / "events"
-        count.unlink(missing_ok=True)
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                os.chdir(self.folder)
-                sys.argv = ["llmq", *arguments]
-                now.update(events=0, last=at)
-                watch(self.folder / "synced", str(self.boots))
-                cli.main()
-            except SystemExit as e:
-                code = int(e.code or 0)
-            finally:
-                now["last"] = 0
-                count.write_text(str(now["events"]))
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        return os.waitstatus_to_exitcode(status), said.read_text(), int(count.read_text()) if count.exists() else 0
+
+        def begin() -> None:
+            now.update(events=0, last=at)
+            watch(self.folder / "synced", str(self.boots))
+
+        def end() -> int:
+            now["last"] = 0
+            return now["events"]
+
+        return forked(self.folder, self.folder, arguments, begin, end)
 
     def power_fails(self) -> None:
         """Empty every file that was not synced as it is, and have the system started anew."""
@@ -165,12 +144,11 @@ class Bench:
             if file.is_file() and _seen(file.stat()) not in kept:
                 os.truncate(file, 0)
 
-    def held(self) -> dict[str, str]:
-        """Return every file that a run has written with its digest."""
-        files = (p for p in self.work.rglob("*") if p.is_file())
-        return {str(p.relative_to(self.work)): hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files}
+    def held(self) -> Files:
+        """Return what a run has written."""
+        return held(self.work)
 
-    def done(self, want: dict[str, str]) -> bool:
+    def done(self, want: Files) -> bool:
         """Say whether what a run is to write is in place: it was killed while it cleaned up, if at all."""
         return want.items() <= self.held().items()
 
@@ -219,13 +197,10 @@ def line(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Check, and end with status 1 where any run ended in other bytes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="runs that are killed, of each recipe")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--aside", action="store_true", help="read ahead and write behind, as beside a GPU")
-    parser.add_argument("--json", action="store_true", help="print what came of every trial")
-    args = parser.parse_args()
+    options = parser(__doc__, RECIPES)
+    options.add_argument("--kills", type=int, default=20, help="runs that are killed, of each recipe")
+    options.add_argument("--aside", action="store_true", help="read ahead and write behind, as beside a GPU")
+    args = options.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if args.aside:
         aside.pays = lambda device: True

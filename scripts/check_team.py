@@ -12,7 +12,6 @@ by hand, with another number of processes, ends in the same bytes too. Exit stat
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import random
 import signal
@@ -20,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from _children import Files, held, save_llama
 
 RECIPES = {
     "gptq": "llama --method gptq --group-size 32",
@@ -50,17 +51,12 @@ def child(marker: Path, rank: int, block: int, arguments: list[str]) -> None:
 
 def make(folder: Path) -> None:
     """Write two models and a text."""
-    import torch
     from _families import FAMILIES
-    from _tiny import VOCAB, make_prose, make_tokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from _tiny import make_prose
 
     (folder / "text.txt").write_text(make_prose(3000))
-    torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, head_dim=16, initializer_range=0.1, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder / "llama")
-    make_tokenizer(bos=True).save_pretrained(folder / "llama")
+    save_llama(folder / "llama", head_dim=16, **sizes)
     FAMILIES["qwen3_moe"].save(folder / "qwen3_moe")
 
 
@@ -78,17 +74,15 @@ class Bench:
         how += ["--max-restarts", str(restarts), __file__] if processes > 1 else []
         if processes == 1:
             how = [__file__]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(  # noqa: S603
             [sys.executable, *how, "--child", str(self.marker), *map(str, kill), *command],
-            cwd=self.folder, env=env, capture_output=True, text=True, check=False,
+            cwd=self.folder, capture_output=True, text=True, check=False,
         )  # fmt: skip
         return done.returncode, done.stderr
 
-    def held(self, out: str) -> dict[str, str]:
-        """Return every file of OUT with its digest."""
-        files = sorted((self.folder / out).iterdir())
-        return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
+    def held(self, out: str) -> Files:
+        """Return what OUT holds."""
+        return held(self.folder / out)
 
     def wrong(self, processes: int, kill: tuple[int, int], *, restarts: int) -> str:
         """Return what is not as it should be where a process is killed; nothing where all is well."""

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from _measure import decibels
 from torch import Tensor
 
 import llmq
@@ -45,7 +46,7 @@ def main() -> None:
         found = program(ids, torch.arange(ids.shape[1]))
         with torch.no_grad():
             wanted = llmq.load(args.checkpoint, dtype=torch.float32, backend="reference")(ids).logits
-        print(f"{ids.shape[1]} tokens: {decibel(found, wanted):.1f} dB, mean KL {divergence(found, wanted):.2e}")
+        print(f"{ids.shape[1]} tokens: {decibels(found, wanted):.1f} dB, mean KL {divergence(found, wanted):.2e}")
         prompt = tokenizer(PROMPT)["input_ids"]
         made, seconds = generate(program, prompt, 24)
     print(f"{PROMPT}{tokenizer.decode(made)}".replace("\n", " "))
@@ -61,11 +62,6 @@ def generate(program: Program, prompt: list[int], count: int) -> tuple[list[int]
         logits = program(torch.tensor([[made[-1]]]), torch.tensor([i]))
         made.append(int(logits[0, -1].argmax()))
     return made, time.process_time() - began
-
-
-def decibel(found: Tensor, wanted: Tensor) -> float:
-    """Return the energy of `wanted` over that of the difference, in dB."""
-    return float(10 * torch.log10(wanted.double().square().sum() / (found.double() - wanted).square().sum()))
 
 
 def divergence(found: Tensor, wanted: Tensor) -> float:

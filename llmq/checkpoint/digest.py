@@ -6,7 +6,7 @@ canonical JSON: keys sorted, no spaces, UTF-8.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ def file_digest(path: Path) -> str:
     """Return the sha256 of a file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def file_digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Return the sha256 of files by their path in a folder."""
+    return {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:

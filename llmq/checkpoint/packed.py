@@ -30,6 +30,8 @@ from llmq.format import Format
 from llmq.guard.reading import Entry
 from llmq.types import LinearSpec, QTensor, Scheme
 
+CACHE = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")
+"""How the names of a quantized key-value cache's scales end."""
 _TABLE = re.compile("emb|wte")  # what transformers' models call an embedding
 
 

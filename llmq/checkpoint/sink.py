@@ -188,6 +188,10 @@ class Sink:
         with writing(self.stage / name):
             (self.stage / name).write_text(content, encoding="utf-8")
 
+    def json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write a JSON file."""
+        self.text(name, json.dumps(values, indent=2) + "\n")
+
     def copy_files(self, source: Path) -> None:
         """Copy tokenizer, chat template, generation and preprocessor files: all that is not weights or config."""
         for file in side_files(source):
@@ -219,7 +223,7 @@ class Sink:
         total = sum(t.nbytes for t in tensors)
         if width > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            self.text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+            self.json("model.safetensors.index.json", index)
         return total
 
     def staged_beside(self, name: str) -> Path:

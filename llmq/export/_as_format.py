@@ -12,7 +12,6 @@ Not here: the bytes (formats/), which grid holds which codes (formats/ too).
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -25,11 +24,11 @@ from llmq import __version__, registry
 from llmq.checkpoint import Sink, Source
 from llmq.checkpoint.card import export_card
 from llmq.checkpoint.dialects import without_quantization
-from llmq.checkpoint.digest import file_digest, sealed
-from llmq.checkpoint.packed import natural
+from llmq.checkpoint.digest import file_digests, sealed
+from llmq.checkpoint.packed import CACHE, natural
 from llmq.errors import LlmqError
 from llmq.export._kept import Kept, keep
-from llmq.export._target import EXACT, OfCodes, Packed, open_packed
+from llmq.export._target import EXACT, OfCodes, Packed, open_packed, stage
 from llmq.format import packed_bytes
 from llmq.formats._folder import FolderFormat
 from llmq.progress import Progress
@@ -46,7 +45,6 @@ _OURS = (  # what formats advise of `llmq quantize`, as `llmq export` calls it
     (r"--group-size takes ", "--requantize int:group= takes "),
     (r"--group-size (?=\w)", "--requantize int:group="),
 )
-_CACHE = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")  # of a quantized key-value cache
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ class AsFormat(OfCodes):
         found = []
         if any(s.scheme.activation and not self.plans[s.name].scheme.activation for s in opened.linears):
             found.append(f"the checkpoint quantizes activations too; {self.to} has no place for their scales")
-        if any(n.endswith(_CACHE) for n in opened.source.names()):
+        if any(n.endswith(CACHE) for n in opened.source.names()):
             found.append("the scales of the key-value cache are left out")
         return found
 
@@ -181,17 +179,16 @@ class AsFormat(OfCodes):
     def write(self, opened: Packed, out: Sink, step: Progress) -> dict[str, Any]:
         """See `Target.write`."""
         outcomes, lines = Counter[str](), dict[str, Any]()
-        for part in _parts(self._tensors(opened, outcomes, lines, step)):
-            out.add(part)
+        stage(out, self._tensors(opened, outcomes, lines, step), _PART)
         out.copy_files(opened.source.path)
-        out.text("config.json", _json(self._config(opened)))
+        out.json("config.json", self._config(opened))
         if self.form.copy:
-            out.text(self.form.copy, _json(self.form.beside(self._quantization(opened))))
+            out.json(self.form.copy, self.form.beside(self._quantization(opened)))
         total = out.join()
         record = self._record(opened, out, outcomes, lines, total)
         out.text("README.md", export_card(record, self.form.quant_method))
-        files = {p.relative_to(out.stage).as_posix(): file_digest(p) for p in out.files()}
-        out.text("quantization.json", _json(sealed(record | {"files": files})))
+        files = file_digests(out.stage, out.files())
+        out.json("quantization.json", sealed(record | {"files": files}))
         return {"outcomes": dict(outcomes), "bytes": total, "warnings": opened.warnings}
 
     def _tensors(
@@ -202,9 +199,7 @@ class AsFormat(OfCodes):
         parts = {n: opened.packed.parts(n) for n in linears}
         where = {found[0].rpartition(".")[0]: n for n, found in parts.items()}
         taken = {name for found in parts.values() for name in found}
-        names = sorted(
-            {n for n in raw.names() if n not in taken and not n.endswith(_CACHE)} | where.keys(), key=natural
-        )
+        names = sorted({n for n in raw.names() if n not in taken and not n.endswith(CACHE)} | where.keys(), key=natural)
         for i, name in enumerate(names):
             step(i, len(names), name)
             if name not in where:
@@ -257,19 +252,3 @@ def _as_ours(said: str) -> str:
     for pattern, ours in _OURS:
         said = re.sub(pattern, ours, said)
     return said
-
-
-def _parts(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    part, size = dict[str, Tensor](), 0
-    for name, tensor in tensors:
-        part[name] = tensor
-        size += tensor.nbytes
-        if size >= _PART:
-            yield part
-            part, size = {}, 0
-    if part:
-        yield part
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"

@@ -9,7 +9,6 @@ from typing import Any
 from llmq.checkpoint.packed import PackedCheckpoint
 from llmq.errors import LlmqError
 from llmq.grids._biased import Biased, as_integers
-from llmq.grids.int import Int
 from llmq.types import GgmlParams, LinearSpec, QTensor, Scheme
 
 
@@ -33,7 +32,7 @@ def planned(spec: LinearSpec) -> LinearSpec:
     grid = spec.scheme.weight
     if not isinstance(grid, Biased):
         return spec
-    return replace(spec, scheme=Scheme(Int(grid.bits, False, grid.group), spec.scheme.activation))
+    return replace(spec, scheme=Scheme(grid.integers, spec.scheme.activation))
 
 
 def of_integers(q: QTensor) -> QTensor:
@@ -43,4 +42,4 @@ def of_integers(q: QTensor) -> QTensor:
     params = as_integers(GgmlParams.of(q.params), q.grid.bits)
     if params is None:
         raise LlmqError("some of its minima are no multiple of their scale that a code could be the zero of")
-    return replace(q, params=params, grid=Int(q.grid.bits, False, q.grid.group))
+    return replace(q, params=params, grid=q.grid.integers)

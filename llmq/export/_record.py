@@ -3,14 +3,13 @@
 Not here: what a target writes beside it.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from llmq import __version__
 from llmq.checkpoint import Sink
-from llmq.checkpoint.digest import file_digest, sealed
+from llmq.checkpoint.digest import file_digests, sealed
 from llmq.checkpoint.place import EXPORTED
 from llmq.export._target import Packed
 
@@ -22,7 +21,7 @@ def close(
 
     target: its options by its name. more: what else the record says.
     """
-    staged = {p.relative_to(out.stage).as_posix(): p for p in out.files()}
+    files = file_digests(out.stage, out.files())
     record = {
         "llmq": __version__,
         "source": asdict(opened.source.origin),
@@ -30,13 +29,13 @@ def close(
         "outcomes": outcomes,
         "warnings": warnings,
         **more,
-        "files": {name: file_digest(p) for name, p in staged.items()},
+        "files": files,
         "exported": opened.made,
     }
-    out.text(EXPORTED, json.dumps(sealed(record), indent=2) + "\n")
+    out.json(EXPORTED, sealed(record))
     return {
         "outcomes": outcomes,
-        "files": [str(out.target(name)) for name in (*staged, EXPORTED)],
+        "files": [str(out.target(name)) for name in (*files, EXPORTED)],
         "bytes": sum(p.stat().st_size for p in out.files()),
         "warnings": warnings,
     }

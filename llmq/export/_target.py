@@ -15,8 +15,9 @@ Not here: the run around them (_run.py), any target.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
@@ -89,12 +90,13 @@ class Target(ABC, Generic[OpenedT]):
     """What a checkpoint is exported to.
 
     bare: the option that a first value without a name is for: `gguf:Q4_0` is `gguf:type=Q4_0`.
-    extra: the extra of llmq-quant that has what it needs, None where llmq itself does. sink: the class of OUT while it
-    is made. suffix: that of OUT, "" where OUT is a folder.
+    packages: what it needs beside llmq, which comes with `extra` of llmq-quant. sink: the class of OUT while it is
+    made. suffix: that of OUT, "" where OUT is a folder.
     """
 
     bare: ClassVar[str | None] = None
-    extra: ClassVar[str | None] = None
+    packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str] = ""
     sink: ClassVar[type[Sink]] = Sink
     suffix: ClassVar[str] = ""
 
@@ -108,6 +110,11 @@ class Target(ABC, Generic[OpenedT]):
 
     def require(self) -> None:
         """Raise LlmqError, with the command that installs it, where a package that the target needs is missing."""
+        if missing := [name for name in self.packages if find_spec(name) is None]:
+            raise LlmqError(
+                f"--to {self.extra} is written by the package {missing[0]}, which is not installed: "
+                f"pip install 'llmq-quant[{self.extra}]'"
+            )
 
     @abstractmethod
     def open(self, src: str, requantize: str | None) -> OpenedT:
@@ -218,3 +225,16 @@ def finite(name: str, tensor: Tensor) -> Tensor:
             "--dtype bfloat16 and float32 reach further than float16"
         )
     return tensor
+
+
+def stage(out: Sink, tensors: Iterable[tuple[str, Tensor]], at_once: int) -> None:
+    """Stage tensors, some bytes of them at a time."""
+    part, size = dict[str, Tensor](), 0
+    for name, tensor in tensors:
+        part[name] = tensor
+        size += tensor.nbytes
+        if size >= at_once:
+            out.add(part)
+            part, size = {}, 0
+    if part:
+        out.add(part)

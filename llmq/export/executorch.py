@@ -15,9 +15,7 @@ Not here: which checkpoint (_target.py).
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -54,16 +52,9 @@ class ExecuTorch(OfCodes):
 
     bare = "context"
     extra = "executorch"
+    packages = ("executorch", "torchao")
     falls: ClassVar[bool] = False
     runtime: ClassVar[str] = "XNNPACK"
-
-    def require(self) -> None:
-        """See `Target.require`."""
-        if find_spec("executorch") is None or find_spec("torchao") is None:
-            raise LlmqError(
-                "a .pte is written by executorch and torchao, which are not installed: "
-                "pip install 'llmq-quant[executorch]'"
-            )
 
     def open(self, src: str, requantize: str | None) -> Packed:
         """See `Target.open`."""
@@ -88,7 +79,7 @@ class ExecuTorch(OfCodes):
         with writing(out.stage / _PROGRAM):
             (out.stage / _PROGRAM).write_bytes(_program(model, opened, self.context))
         out.copy_files(opened.source.path)
-        out.text("config.json", json.dumps(without_quantization(opened.source.config), indent=2) + "\n")
+        out.json("config.json", without_quantization(opened.source.config))
         outcomes = {EXACT: len(opened.linears)}
         return close(
             out, opened, {"executorch": asdict(self)}, outcomes, opened.warnings, ids=ids.tolist(), logits=said.tolist()

@@ -11,8 +11,7 @@ Not here: which tensors make a weight (checkpoint/decoding.py), GGUF files (_fro
 (checkpoint/sink.py).
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,14 @@ from torch import Tensor
 from llmq import __version__
 from llmq.checkpoint import Sink, Source, resolve
 from llmq.checkpoint.decoding import DECODED, as_floats
-from llmq.checkpoint.digest import digest, file_digest, sealed
+from llmq.checkpoint.digest import digest, file_digests, sealed
 from llmq.checkpoint.packed import natural
 from llmq.checkpoint.place import DEQUANTIZED, user_path
 from llmq.checkpoint.stage import look
 from llmq.errors import LlmqError
 from llmq.export._experts import join
 from llmq.export._from_gguf import Floats
-from llmq.export._target import Opened, Target, finite
+from llmq.export._target import Opened, Target, finite, stage
 from llmq.progress import Progress
 
 _PART = 2**30
@@ -69,7 +68,7 @@ class Float(Target[Opened]):
     def write(self, opened: Opened, out: Sink, step: Progress) -> dict[str, Any]:
         """See `Target.write`. Returns the content of dequantization.json. Raises LlmqError for what is not finite."""
         source = opened.source
-        _add(out, source, step)
+        stage(out, _tensors(source, step), _PART)
         if isinstance(source, Floats):
             source.beside(out.stage)
         else:
@@ -92,27 +91,20 @@ def _opened(src: str, dtype: torch.dtype) -> Source:
     return source
 
 
-def _add(sink: Sink, source: Source, step: Progress) -> None:
-    """Stage every tensor, in parts. Raises LlmqError for one that is not finite."""
+def _tensors(source: Source, step: Progress) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor. Raises LlmqError for one that is not finite."""
     names = sorted(source.names(), key=natural)
-    part, size = dict[str, Tensor](), 0
     for i, name in enumerate(names):
         step(i, len(names), name)
-        part[name] = finite(name, source.get(name))
-        size += part[name].nbytes
-        if size >= _PART:
-            sink.add(part)
-            part, size = {}, 0
-    if part:
-        sink.add(part)
+        yield name, finite(name, source.get(name))
     step(len(names), len(names), "writing")
 
 
 def _close(sink: Sink, source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
     """Join the shards, and write the config and the record, which seals all other files. Returns the record."""
     total = sink.join()
-    sink.text("config.json", json.dumps(config, indent=2) + "\n")
-    files = {p.relative_to(sink.stage).as_posix(): file_digest(p) for p in sink.files()}
+    sink.json("config.json", config)
+    files = file_digests(sink.stage, sink.files())
     record = sealed({
         "llmq": __version__,
         "torch": str(torch.__version__),
@@ -123,7 +115,7 @@ def _close(sink: Sink, source: Source, config: Mapping[str, Any]) -> dict[str, A
         "tensors": dict(sink.digests),
         "files": files,
     })  # fmt: skip
-    sink.text(DEQUANTIZED, json.dumps(record, indent=2) + "\n")
+    sink.json(DEQUANTIZED, record)
     return record
 
 

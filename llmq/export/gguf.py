@@ -17,6 +17,7 @@ from torch import Tensor
 from llmq import __version__
 from llmq.checkpoint import Sink
 from llmq.checkpoint.digest import digest, sealed
+from llmq.checkpoint.packed import CACHE
 from llmq.export._integers import of_integers
 from llmq.export._repack import Exported, convert, round_anew, unheld
 from llmq.export._target import REQUANTIZED, OfCodes, Packed, open_packed
@@ -29,7 +30,6 @@ from llmq.progress import Progress
 from llmq.types import LlmqError, QTensor
 from llmq.verify import require_right
 
-_CACHE = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")  # of a quantized key-value cache
 _KEPT = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -107,7 +107,7 @@ class Gguf(OfCodes):
                 once = {f"{name.removesuffix('.weight')}.{local}": beside for local, beside in tensor.beside.items()}
                 sink.add(once)
                 yield from ((local, Exported("F32", torch.empty(0))) for local in once)
-            elif name.endswith(_CACHE) or arch.beside(name):
+            elif name.endswith(CACHE) or arch.beside(name):
                 continue
             else:
                 tensor = _float(name, arch.tensor(name), found, self.embeddings)
@@ -147,7 +147,7 @@ def _left_out(opened: Packed) -> list[str]:
     found = []
     if any(linear.scheme.activation for linear in opened.linears):
         found.append("the checkpoint quantizes activations too; llama.cpp has its own way, their scales are left out")
-    if any(n.endswith(_CACHE) for n in opened.source.names()):
+    if any(n.endswith(CACHE) for n in opened.source.names()):
         found.append("the scales of the key-value cache are left out; give llama.cpp --cache-type-k and -v instead")
     return found
 

@@ -12,7 +12,6 @@ Not here: the graph (llmq/onnx), which checkpoint (_target.py).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ import torch
 
 from llmq.checkpoint import Sink
 from llmq.checkpoint.dialects import without_quantization
+from llmq.checkpoint.packed import CACHE
 from llmq.checkpoint.place import EXPORTED
-from llmq.export._kept import of_integers
+from llmq.export._integers import of_integers
 from llmq.export._record import close
 from llmq.export._target import OfCodes, Packed, open_packed
 from llmq.guard.reading import json_object
@@ -33,11 +33,11 @@ from llmq.onnx.decoder import Decoder
 from llmq.onnx.dialect import Dialect
 from llmq.onnx.genai import GenAI
 from llmq.onnx.genai_config import genai_config
-from llmq.onnx.graph import Graph, checked, require_onnx, stored_tensors
+from llmq.onnx.graph import Graph, checked, stored_tensors
 from llmq.onnx.inputs import require_rounded
 from llmq.onnx.packing import require_held
 from llmq.onnx.qdq import Qdq
-from llmq.onnx.weights import CACHE, Weights
+from llmq.onnx.weights import Weights
 from llmq.options import Between
 from llmq.progress import Progress
 from llmq.types import LlmqError, QTensor
@@ -65,6 +65,7 @@ class Onnx(OfCodes):
 
     bare = "dialect"
     extra = "onnx"
+    packages = ("onnx",)
 
     def __post_init__(self) -> None:
         if self.accuracy_level and self.dialect == "qdq":
@@ -72,10 +73,6 @@ class Onnx(OfCodes):
                 "--to onnx:qdq has no accuracy_level, which is MatMulNBits's; onnxruntime takes the session option "
                 "session.qdq_matmulnbits_accuracy_level"
             )
-
-    def require(self) -> None:
-        """See `Target.require`."""
-        require_onnx()
 
     def open(self, src: str, requantize: str | None) -> Packed:
         """See `Target.open`."""
@@ -105,7 +102,7 @@ class Onnx(OfCodes):
             Decoder(dialect, weights, tied=tied, rounded=self.head == "int8").write()
             graph.save(dialect.opsets, dialect.ir_version)
         out.copy_files(opened.source.path)
-        out.text("config.json", json.dumps(without_quantization(opened.source.config), indent=2) + "\n")
+        out.json("config.json", without_quantization(opened.source.config))
         out.text("genai_config.json", self._genai(opened.source.path, dialect))
         return self._close(opened, out, dialect)
 

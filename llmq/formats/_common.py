@@ -74,6 +74,12 @@ def listed(found: Mapping[str, str]) -> str:
     )
 
 
+def refuse_none(linears: Sequence[LinearSpec]) -> None:
+    """Raise LlmqError where no linear is quantized."""
+    if not linears:
+        raise LlmqError("no linear is left to quantize; skip fewer modules")
+
+
 def refuse_misfits(linears: Sequence[LinearSpec], misfit: Callable[[LinearSpec], str | None]) -> None:
     """Raise LlmqError with all linears that a file cannot hold, and what would let it."""
     found = misfits(linears, misfit)

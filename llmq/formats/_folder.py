@@ -9,7 +9,6 @@
 Not here: the words of a linear (gptq.py, awq.py, compressed_tensors.py), how OUT is written (checkpoint/sink.py).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
@@ -19,11 +18,10 @@ from torch import Tensor
 
 from llmq.checkpoint import Sink
 from llmq.checkpoint.card import model_card
-from llmq.checkpoint.digest import file_digest, sealed
+from llmq.checkpoint.digest import file_digests, sealed
 from llmq.format import Assignment, FloatModel, Format, Out, Wanted
 from llmq.formats import _common
 from llmq.grids._biased import Biased
-from llmq.grids.int import Int
 from llmq.readers import Reader
 from llmq.types import LinearSpec, LlmqError, Scheme
 
@@ -56,6 +54,11 @@ class Folder:
         warnings = [f"left float, as --on-misfit skip asks: {_common.listed(left)}"] if left else []
         return _Checkpoint(schemes=schemes, warnings=warnings, form=self, model=model)
 
+    @property
+    def derived(self) -> frozenset[str]:
+        """See `Format.derived`; most store all that they read."""
+        return frozenset()
+
     def readers(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[Reader]:
         """See `Format.readers`; a format of which nothing is known has none."""
         return []
@@ -75,7 +78,7 @@ class Folder:
     def holding(self, spec: LinearSpec) -> LinearSpec:
         """Return a linear of another format as this one holds its codes; scales may be repeated for finer groups."""
         grid, inputs = spec.scheme.weight, spec.scheme.activation if self.inputs else None
-        grid = Int(grid.bits, False, grid.group) if isinstance(grid, Biased) else grid
+        grid = grid.integers if isinstance(grid, Biased) else grid
         return replace(spec, scheme=Scheme(grid, inputs))
 
     def doubtful(self, spec: LinearSpec) -> bool:
@@ -140,20 +143,16 @@ class _Checkpoint(Assignment):
         """Write the configs and the recipe, and join the shards. A quantized head is no longer the embedding."""
         untied = {"tie_word_embeddings": False} if self.model.head in self.schemes else {}
         out.copy_files(self.model.folder)
-        out.text("config.json", _json(self.form.config_json({**self.model.saved, **untied}, config)))
+        out.json("config.json", self.form.config_json({**self.model.saved, **untied}, config))
         if self.form.copy:
-            out.text(self.form.copy, _json(self.form.beside(config)))
+            out.json(self.form.copy, self.form.beside(config))
         out.text("recipe.yaml", recipe)
         return out.join()
 
     def close(self, out: Out, record: dict[str, Any], recipe: str) -> dict[str, Any]:
         """Write the model card, and the record, which seals all other files."""
         out.text("README.md", model_card(record, self.form.quant_method, self.model.saved.get("_name_or_path")))
-        files = {p.relative_to(out.stage).as_posix(): file_digest(p) for p in out.files()}
+        files = file_digests(out.stage, out.files())
         record = sealed(record | {"files": files})
-        out.text("quantization.json", _json(record))
+        out.json("quantization.json", record)
         return record
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"

@@ -76,11 +76,6 @@ class AWQ(Folder):
     keys: tuple[str, ...] = field(default=_KEYS, init=False, repr=False)
     extra: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
-    @property
-    def derived(self) -> frozenset[str]:
-        """See `Format.derived`."""
-        return frozenset()
-
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Return float16, whatever the model's dtype."""
         return torch.float16

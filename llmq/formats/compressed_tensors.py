@@ -74,8 +74,7 @@ class CompressedTensors(Folder):
 
     def check(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[str]:
         """Refuse what the files cannot hold; return warnings about readers. Raises LlmqError."""
-        if not linears:
-            raise LlmqError("no linear is left to quantize; skip fewer modules")
+        _common.refuse_none(linears)
         for spec in linears:
             _storage(spec).refuse(spec)
             if spec.embedding:

@@ -62,19 +62,13 @@ class MLX(Folder):
     quant_method: str = field(default=_NAME, init=False)
     source: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
 
-    @property
-    def derived(self) -> frozenset[str]:
-        """See `Format.derived`."""
-        return frozenset()
-
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Return the model's dtype: beside floats of another one mlx computes in float32."""
         return model_dtype
 
     def check(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[str]:
         """Refuse what mlx does not compute with. Raises LlmqError."""
-        if not linears:
-            raise LlmqError("no linear is left to quantize; skip fewer modules")
+        _common.refuse_none(linears)
         for spec in linears:
             _mode(spec)
             grid = spec.scheme.weight

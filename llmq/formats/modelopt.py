@@ -68,19 +68,13 @@ class ModelOpt(Folder):
 
     copy: ClassVar[str] = "hf_quant_config.json"
 
-    @property
-    def derived(self) -> frozenset[str]:
-        """See `Format.derived`."""
-        return frozenset()
-
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Return float32, as the format has it."""
         return torch.float32
 
     def check(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[str]:
         """Refuse schemes that have no name here; return warnings about readers. Raises LlmqError."""
-        if not linears:
-            raise LlmqError("no linear is left to quantize; skip fewer modules")
+        _common.refuse_none(linears)
         for spec in linears:
             _algo(spec)
         _common.refuse_misfits(linears, self.misfit)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmq.granularity import Granularity, PerGroup
+from llmq.grids.int import Int
 from llmq.types import Arguments, GgmlParams, Grid, Parameters, Params
 
 
@@ -22,6 +23,11 @@ class Biased(Grid):
 
     bits: int = 4
     group: int = 64
+
+    @property
+    def integers(self) -> Int:
+        """The grid of the same codes whose zeros are codes."""
+        return Int(self.bits, False, self.group)
 
     @property
     def granularity(self) -> Granularity:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -38,12 +37,6 @@ _KINDS = {
     torch.int64: "INT64", torch.uint8: "UINT8", torch.int8: "INT8", torch.bool: "BOOL",
 }  # fmt: skip
 Dim = str | int
-
-
-def require_onnx() -> None:
-    """Raise LlmqError, with the command that installs it, where the package onnx is not there."""
-    if find_spec("onnx") is None:
-        raise LlmqError("ONNX is written by the package onnx, which is not installed: pip install 'llmq-quant[onnx]'")
 
 
 def kind_of(dtype: torch.dtype | str) -> int:

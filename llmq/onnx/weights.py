@@ -11,13 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.checkpoint.packed import PackedCheckpoint
+from llmq.checkpoint.packed import CACHE, PackedCheckpoint
 from llmq.checkpoint.source import Source
 from llmq.progress import Progress
 from llmq.types import QTensor, RangedGrid
-
-CACHE = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")
-"""How the names of a quantized cache's scales end."""
 
 
 class Linear(NamedTuple):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from _onnxruntime import OnnxModel, decibels
+from _measure import decibels
+from _onnxruntime import OnnxModel
 
 from llmq.types import LlmqError
 

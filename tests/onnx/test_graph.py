@@ -6,8 +6,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from llmq.onnx import graph as module
-from llmq.onnx.graph import ALIGN, DATA, MODEL, Graph, checked, require_onnx, stored_tensors
+from llmq.onnx.graph import ALIGN, DATA, MODEL, Graph, checked, stored_tensors
 from llmq.types import LlmqError
 
 LARGE = torch.randn(60, 50, generator=torch.Generator().manual_seed(0))
@@ -62,9 +61,3 @@ def test_a_graph_that_onnx_finds_fault_with_is_one_line(tmp_path):
         graph.save({"": 21}, 10)
     with pytest.raises(LlmqError, match="not right: .*nowhere"):
         checked(tmp_path)
-
-
-def test_a_missing_package_is_one_line_with_the_command(monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(LlmqError, match=r"pip install 'llmq-quant\[onnx\]'$"):
-        require_onnx()
