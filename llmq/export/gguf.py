@@ -54,12 +54,13 @@ class Gguf(OfCodes):
 
     def __post_init__(self) -> None:
         for name in ("type", "embeddings"):
-            object.__setattr__(self, name, _checked(getattr(self, name), f"--{name}"))
+            if (kind := getattr(self, name)) is not None:
+                object.__setattr__(self, name, mixture.named(kind, f"--{name}", mixture.ALONE))
         container.parse_size(self.split_max_size)
 
     def open(self, src: str, requantize: str | None) -> Packed:
         """See `Target.open`."""
-        kind = _checked(requantize, "--requantize")
+        kind = None if requantize is None else mixture.named(requantize, "--requantize", mixture.ALONE)
         return open_packed(src, kind, minima=True)
 
     def check(self, opened: Packed) -> list[str]:
@@ -167,13 +168,6 @@ def _float(name: str, ggml: str | None, tensor: Tensor, embeddings: str | None) 
     if embeddings is None or ggml not in (*mixture.EMBEDDINGS, "output.weight"):
         return Exported(_KEPT[tensor.dtype], tensor)
     return round_anew(tensor, name, mixture.fallback(embeddings, tensor.shape[1]), "")
-
-
-def _checked(kind: str | None, option: str) -> str | None:
-    """Return the ggml type an option names. Raises LlmqError for one that is none."""
-    if kind is not None and kind.upper() not in mixture.ALONE:
-        raise LlmqError(f"{option} {kind!r} is no ggml type (there are: {', '.join(mixture.ALONE)})")
-    return None if kind is None else kind.upper()
 
 
 def _file_type_of(made: Iterable[Exported]) -> str:

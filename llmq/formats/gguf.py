@@ -151,7 +151,7 @@ class Gguf:
         shapes = {ggml: _shape(arch, n, model.shapes[n]) for n, ggml in names.items()}
         weighs = wanted.weighs or self.imatrix is not None
         about = mixture.Model(arch.blocks, arch.gqa, arch.tied, arch.large, weighs, arch.experts, arch.factors)
-        chosen = [_type(said.removeprefix("type="), "--choices") for said in self.choices]
+        chosen = [mixture.named(said.removeprefix("type="), "--choices") for said in self.choices]
         inside = {names[f"{n}.weight"] for n in model.linears if f"{n}.weight" in names} if chosen else set()
         by_ggml = mixture.assign(shapes, mix, about, [*_ends(self.embeddings), *_overrides(wanted)])
         words = vocabulary(model.tokenizer(), shapes["token_embd.weight"][0], arch.config, self.pre)
@@ -267,14 +267,7 @@ def _ends(kind: str | None) -> list[tuple[Pattern, str]]:
     """Return the type that --embeddings gives embedding and head. Raises LlmqError for one that is none."""
     if kind is None:
         return []
-    return [(Pattern(_ENDS, "--embeddings"), _type(kind, "--embeddings", mixture.ALONE))]
-
-
-def _type(kind: str, option: str, known: Sequence[str] = mixture.ROUNDED) -> str:
-    """Return a type of ggml that an option names. Raises LlmqError for one that is none of those it takes."""
-    if kind.upper() not in known:
-        raise LlmqError(f"{option} {kind!r} is no ggml type (there are: {', '.join(known)})")
-    return kind.upper()
+    return [(Pattern(_ENDS, "--embeddings"), mixture.named(kind, "--embeddings", mixture.ALONE))]
 
 
 def _overrides(wanted: Wanted) -> list[tuple[Pattern, str]]:

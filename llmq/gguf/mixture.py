@@ -107,6 +107,13 @@ def type_of(name: str, shape: Sequence[int], mix: str, model: Model) -> str:
     return fallback(_rule(name, shape[-1], mix, model), shape[-1])
 
 
+def named(kind: str, option: str, known: Sequence[str] = ROUNDED) -> str:
+    """Return the type of ggml that an option names. Raises LlmqError for one that is none of those it takes."""
+    if kind.upper() not in known:
+        raise LlmqError(f"{option} {kind!r} is no ggml type (there are: {', '.join(known)})")
+    return kind.upper()
+
+
 def fallback(kind: str, K: int) -> str:
     """Return `kind`, or what llama.cpp takes in its place for rows of K columns."""
     if K % qblock(kind) == 0:
