@@ -18,7 +18,7 @@ CLOSING = {  # a format closes OUT: it knows how OUT is written, and GGUF's own 
     "formats/gguf.py": ("llmq.checkpoint.digest", "llmq.gguf"),
 }
 FLOORS = (  # a room, or a file of the top level, imports only from floors below its own
-    "errors", "guard show launched",
+    "errors", "guard show launched extras",
     "options signals progress aside heap team jit gpu granularity overrides readers schemes qualities",
     "params", "minifloat", "types", "format stored",
     "registry stats", "steps histogram", "ranges grids families algorithms", "checkpoint", "model",

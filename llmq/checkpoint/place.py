@@ -26,6 +26,8 @@ _CHECKPOINT = (
     "model.onnx.data",
 )  # fmt: skip
 """What a quantized checkpoint's folder holds, by this tool or another."""
+AFTERWARDS = ("report.html", "timings.json", "evaluation.json")
+"""What llmq puts into OUT once it is written: no record lists it, no reader of checkpoints takes it (`beside`)."""
 _QUANTIZED = ("quantization_config", "quantization", "compression_config")  # keys of config.json
 DEQUANTIZED = "dequantization.json"
 """The record of a float checkpoint that llmq made of a quantized one, which can be made again."""
@@ -79,6 +81,11 @@ def place(text: str | Path, reads: Mapping[str, Path]) -> Path:
     return out
 
 
+def beside(out: Path, name: str) -> Path:
+    """Return where a file of `AFTERWARDS` lies: `OUT/report.html`, and of OUT.gguf `OUT.report.html` beside it."""
+    return out.with_name(f"{out.stem}.{name}") if out.suffix == ".gguf" else out / name
+
+
 def check_folder(out: Path, source: Path | None, *, overwrite: bool) -> None:
     """Raise LlmqError unless OUT can become a folder: it is not there, or is a checkpoint that may be replaced."""
     if not out.exists():
@@ -97,7 +104,8 @@ def check_folder(out: Path, source: Path | None, *, overwrite: bool) -> None:
         )
     for name in names:
         inner = out / name
-        known = any(fnmatch(name, p) for p in _CHECKPOINT) or (source is not None and (source / name).is_file())
+        known = any(fnmatch(name, p) for p in (*_CHECKPOINT, *AFTERWARDS))
+        known |= source is not None and (source / name).is_file()
         if inner.is_dir() and not inner.is_symlink():
             known = name == "additional_chat_templates" and all(f.suffix == ".jinja" for f in inner.iterdir())
         if not known:

@@ -17,13 +17,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from llmq import registry
+from llmq import extras, registry
 from llmq.checkpoint import Sink, Source, resolve
 from llmq.checkpoint.decoding import decoded_on_load
 from llmq.checkpoint.packed import PackedCheckpoint, Packing
@@ -110,11 +109,7 @@ class Target(ABC, Generic[OpenedT]):
 
     def require(self) -> None:
         """Raise LlmqError, with the command that installs it, where a package that the target needs is missing."""
-        if missing := [name for name in self.packages if find_spec(name) is None]:
-            raise LlmqError(
-                f"--to {self.extra} is written by the package {missing[0]}, which is not installed: "
-                f"pip install 'llmq-quant[{self.extra}]'"
-            )
+        extras.require(self.packages, self.extra, f"--to {self.extra} is written")
 
     @abstractmethod
     def open(self, src: str, requantize: str | None) -> OpenedT:

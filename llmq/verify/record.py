@@ -24,7 +24,7 @@ import numpy as np
 from torch import Tensor
 
 from llmq.checkpoint.digest import digest, file_digest, holds
-from llmq.checkpoint.place import DEQUANTIZED
+from llmq.checkpoint.place import AFTERWARDS, DEQUANTIZED
 from llmq.errors import LlmqError
 from llmq.guard.reading import Entry, json_object
 from llmq.verify.decode import Array
@@ -70,7 +70,7 @@ def checked(record: dict[str, Any], where: str, report: Report) -> dict[str, Any
 def check_files(folder: Path, recorded: Mapping[str, Any], report: Report) -> None:
     """Compare every file of the folder with its recorded checksum; none may be missing, none may have come.
 
-    Hidden files are left alone: a download leaves them, and no reader of checkpoints takes them.
+    Hidden files and those that llmq puts there afterwards are left alone: no reader of checkpoints takes them.
     """
     there = {
         f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file() and not _hidden(f, folder)
@@ -80,7 +80,7 @@ def check_files(folder: Path, recorded: Mapping[str, Any], report: Report) -> No
         report.count("files")
         if report.expect(name in there, f"{name} is missing"):
             report.expect(file_digest(there[name]) == said, f"{name} is not as written: its checksum differs")
-    for name in sorted(there.keys() - recorded.keys()):
+    for name in sorted(there.keys() - recorded.keys() - set(AFTERWARDS)):
         report.fail(f"{name} is not among the files that were written")
 
 

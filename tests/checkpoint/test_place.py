@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from llmq.checkpoint import Sink
-from llmq.checkpoint.place import check_file, user_path
+from llmq.checkpoint.place import AFTERWARDS, beside, check_file, user_path
 from llmq.gguf.sink import GgufSink
 from llmq.types import LlmqError
 
@@ -144,6 +144,15 @@ def test_a_quantized_checkpoint_of_a_peer_and_an_empty_folder_are_overwritten(tm
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "exists")
     Sink(tmp_path / "empty", overwrite=True)
+
+
+def test_what_llmq_adds_to_it_later_goes_with_it(tmp_path, quantized):
+    out = quantized(tmp_path / "out")
+    for name in AFTERWARDS:
+        assert beside(out, name) == out / name
+        beside(out, name).write_text("{}")
+    Sink(out, overwrite=True)
+    assert beside(tmp_path / "m.v1.gguf", "report.html") == tmp_path / "m.v1.report.html"
 
 
 def test_files_that_options_name(tmp_path):

@@ -41,13 +41,15 @@ def test_parts_are_joined_into_shards_that_hold_the_same_tensors(tmp_path):
 
 def test_only_folders_that_are_not_there_are_made(tmp_path, monkeypatch):
     (tmp_path / "src/additional_chat_templates").mkdir(parents=True)
-    for name in ("tokenizer.json", "additional_chat_templates/a.jinja", "additional_chat_templates/b.jinja"):
+    later = ("timings.json", "evaluation.json")  # of a source that is quantized, and not of what is made of it
+    for name in ("tokenizer.json", "additional_chat_templates/a.jinja", "additional_chat_templates/b.jinja", *later):
         (tmp_path / "src" / name).write_text("{}")
     made, mkdir = [], os.mkdir
     monkeypatch.setattr(os, "mkdir", lambda path, *mode: (made.append(Path(path).name), mkdir(path, *mode)))
     with Sink(tmp_path / "out") as sink:
         sink.copy_files(tmp_path / "src")
         sink.commit()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"tokenizer.json", "additional_chat_templates"}
     assert made == ["out.llmq-partial", "new", "additional_chat_templates"]
     made.clear()
     with Sink(tmp_path / "a/b/out"):

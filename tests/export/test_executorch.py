@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def test_without_the_packages_the_way_to_them_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr("llmq.export._target.find_spec", lambda name: None)
+    monkeypatch.setattr("llmq.extras.find_spec", lambda name: None)
     with pytest.raises(LlmqError, match=r"pip install 'llmq-quant\[executorch\]'"):
         export(str(GOLDEN / "ct_pack_w4g32_sym"), tmp_path / "out", to="executorch")
     assert not list(tmp_path.iterdir())

@@ -112,7 +112,7 @@ def test_what_means_nothing_is_refused(tmp_path, golden, monkeypatch, capsys):
         export(str(golden), tmp_path / "out", "onnx", requantize="Q8_0")
     with pytest.raises(LlmqError, match=r"genai.*qdq"):
         export(str(golden), tmp_path / "out", "onnx:tensorrt")
-    monkeypatch.setattr("llmq.export._target.find_spec", lambda name: None)
+    monkeypatch.setattr("llmq.extras.find_spec", lambda name: None)
     with pytest.raises(LlmqError, match=r"pip install 'llmq-quant\[onnx\]'$"):
         export(str(golden), tmp_path / "out", "onnx")
     assert not (tmp_path / "out").exists()

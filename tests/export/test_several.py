@@ -67,7 +67,7 @@ def test_what_cannot_share_codes_is_refused_when_it_is_planned(tiny_checkpoint, 
 
 def test_what_an_export_would_refuse_after_the_solve_is_refused_before(tiny_checkpoint, tmp_path, monkeypatch):
     src, out = tiny_checkpoint(), tmp_path / "out"
-    monkeypatch.setattr("llmq.export._target.find_spec", lambda _name: None)
+    monkeypatch.setattr("llmq.extras.find_spec", lambda _name: None)
     with pytest.raises(LlmqError, match=r"not installed: pip install 'llmq-quant\[executorch\]'"):
         llmq.quantize(src, out, format="compressed-tensors,executorch", **QUICK)
     assert not out.exists()

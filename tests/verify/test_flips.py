@@ -5,11 +5,13 @@ checkpoint that holds none.
 """
 
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from llmq.checkpoint.place import AFTERWARDS
 from llmq.gguf import seal
 from llmq.gguf.reader import GgufFile
 from llmq.guard.reading import tensor_entries
@@ -94,6 +96,16 @@ def test_every_flipped_bit_is_found(written):
     made, missed = flip_and_look(written, FLIPS, seed=0)
     assert not missed
     assert made.total() == FLIPS and len(made) == 11
+
+
+def test_a_file_that_has_come_is_found_but_for_what_llmq_adds_itself(written, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(written[0], out)
+    for name in AFTERWARDS:
+        (out / name).write_text("{}")
+    assert verify(out).passed
+    (out / "notes.txt").write_text("mine")
+    assert verify(out).failures == ["notes.txt is not among the files that were written"]
 
 
 def test_without_checksums_what_makes_no_sense_is_still_found(written, monkeypatch):
