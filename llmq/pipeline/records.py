@@ -118,7 +118,8 @@ class Record:
 
     linears: a line for each that was quantized, by full name. folds: what was done to the floats, in order.
     finished: what each finisher reports. tuned: the float tensors that finishers moved. experts: the calibration's
-    tokens that were routed to each expert, by the module that holds them.
+    tokens that were routed to each expert, by the module that holds them. activations: of the sites' channels
+    (channels.py).
     """
 
     linears: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -126,6 +127,7 @@ class Record:
     finished: dict[str, Any] = field(default_factory=dict)
     tuned: list[str] = field(default_factory=list)
     experts: dict[str, list[int]] = field(default_factory=dict)
+    activations: list[dict[str, Any]] = field(default_factory=list)
 
     def note(self, linear: str, line: Mapping[str, Any]) -> None:
         """Add to the line of a linear; what it says already is replaced."""
@@ -136,3 +138,4 @@ class Record:
         self.linears |= other.linears
         self.experts |= other.experts
         self.folds += other.folds
+        self.activations += other.activations

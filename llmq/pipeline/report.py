@@ -78,6 +78,7 @@ def summary(plan: Plan, record: Record, total: int, digests: Mapping[str, str]) 
             *({"step": registry.dump(r)} for r in plan.method.rotations),
             *(f.to_json() for f in record.folds),
         ],
+        **({"activations": record.activations} if record.activations else {}),
         "finished": record.finished,
         "tuned": record.tuned,
         "tensors": dict(digests),

@@ -20,6 +20,7 @@ from torch import Tensor
 from llmq.calibration.collect import collect
 from llmq.histogram import Histogram
 from llmq.model.lanes import Lanes
+from llmq.pipeline import channels
 from llmq.pipeline.activations import no_static_scale, static_input, unusable
 from llmq.pipeline.experts import Layer, Layers
 from llmq.pipeline.loaded import Block
@@ -135,6 +136,8 @@ def _solved(block: Block, seen: _Seen, team: Team) -> list[Found]:
     answers = {n: a.noted(line | strain(a.W_NK, a.solved.q)) for n, a in answers.items()}
     if static:
         answers = {n: _with_input(a, specs[n].scheme, stats[Histogram]) for n, a in answers.items()}
+    if calibrated and layer is None and not bad:
+        block.report.record.activations += channels.solved(block.number, [block.full(n) for n in specs], stats)
     H_KK = stats[Hessian].mean() if Hessian in stats and not bad else None
     return [_placed(block, n, a, weights[n], H_KK, team) for n, a in answers.items()]
 

@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from llmq import registry
 from llmq.calibration.collect import close, see, started
+from llmq.model.experts import in_experts
 from llmq.model.folding import Fold, fold
 from llmq.model.lanes import Call, run
+from llmq.pipeline import channels
 from llmq.pipeline.activations import NOT_FINITE, unusable
 from llmq.pipeline.loaded import Block
 from llmq.pipeline.site import gave
@@ -28,7 +30,7 @@ from llmq.types import Producer, Site
 def transform(block: Block, step: Transform) -> None:
     """Collect at every site of the float block, search all sites, then fold all; note what was done."""
     plan, record = block.plan, block.report.record
-    modules = dict(block.module.named_modules())
+    modules, experts = dict(block.module.named_modules()), in_experts(block.module)
     stats, calls = _observe(block, step)
     calls = _of_the_first(calls, plan.team)
     found: list[tuple[Site, Producer, Scaling]] = []
@@ -40,7 +42,10 @@ def transform(block: Block, step: Transform) -> None:
         if bad == NOT_FINITE:
             for full in (block.full(n) for n in specs):
                 record.note(full, {"not_scaled": bad})
-        scaling = _searched(step, view) if site.producer and not bad else None
+        scaling = _searched(step, view) if site.producer and seen and not bad else None  # seen: see `Transform.needs`
+        if not bad and site.linears[0] not in experts:
+            full = [block.full(n) for n in site.linears]
+            record.activations += channels.scaled(block.number, full, registry.dump(step), seen, scaling)
         if scaling is not None and site.producer:
             found.append((site, site.producer, gave(step, scaling, Scaling)))
     weights = {block.full(n): p.data for n, p in block.module.named_parameters()}
