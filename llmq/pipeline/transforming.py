@@ -44,10 +44,10 @@ def transform(block: Block, step: Transform) -> None:
                 record.note(full, {"not_scaled": bad})
         scaling = _searched(step, view) if site.producer and seen and not bad else None  # seen: see `Transform.needs`
         if not bad and site.linears[0] not in experts:
-            full = [block.full(n) for n in site.linears]
-            record.activations += channels.scaled(block.number, full, registry.dump(step), seen, scaling)
+            reading = [block.full(n) for n in site.linears]
+            record.activations += channels.scaled(block.number, reading, registry.dump(step), seen, scaling)
         if scaling is not None and site.producer:
-            found.append((site, site.producer, gave(step, scaling, Scaling)))
+            found.append((site, site.producer, scaling))
     weights = {block.full(n): p.data for n, p in block.module.named_parameters()}
     for site, producer, (scale_K, report) in found:
         linears = tuple(block.full(n) for n in site.linears)
@@ -63,7 +63,8 @@ def transform(block: Block, step: Transform) -> None:
 def _searched(step: Transform, view: SiteView) -> Scaling | None:
     """Return what all processes found together, as the first one has it."""
     mine = step.search(view)
-    return view.team.first(lambda: mine)
+    found: Scaling | None = view.team.first(lambda: mine)
+    return None if found is None else gave(step, found, Scaling)
 
 
 def _of_the_first(calls: dict[str, list[Call]], team: Team) -> dict[str, list[Call]]:
