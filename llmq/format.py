@@ -153,8 +153,11 @@ class Assignment(ABC):
         """
 
     @abstractmethod
-    def close(self, out: Out, record: dict[str, object], recipe: str) -> dict[str, object]:
-        """Write the record of the run, which seals the rest. Returns it with what is now known of the files."""
+    def close(self, out: Out, record: dict[str, object], recipe: str, readers: Sequence[Reader]) -> dict[str, object]:
+        """Write the record of the run, which seals the rest. Returns it with what is now known of the files.
+
+        readers: which runtimes take what was written.
+        """
 
 
 class Format(Protocol):

@@ -46,7 +46,7 @@ def readers_of(model: str) -> list[Reader]:
     linears = [name for name, module in blank.named_modules() if isinstance(module, nn.Linear)]
     left = [name for name in linears if name not in packed.linears and f"{name}.weight" in source]
     rows = packed.packing.format.readers(list(packed.linears.values()), left)
-    return readers(rows, _of_experts(source, packed))
+    return readers(rows, of_experts(source, packed, packed.packing.format.quant_method))
 
 
 def _of_gguf(file: GgufFile) -> list[Reader]:
@@ -60,12 +60,14 @@ def _of_gguf(file: GgufFile) -> list[Reader]:
     return readers(form.readers(specs), [limit] if others else [])
 
 
-def _of_experts(source: Source, packed: PackedCheckpoint) -> list[Limit]:
-    """Return a limit where experts lie apart that the model's own checkpoints hold in one tensor."""
+def of_experts(source: Source, packed: PackedCheckpoint, method: str) -> list[Limit]:
+    """Return a limit where experts lie apart that the model's own checkpoints hold in one tensor.
+
+    method: the `quant_method` of the checkpoint that they lie in, or will.
+    """
     if not any(".experts." in name for name in packed.linears):
         return []
     names = [f"{name}.weight" for name in packed.linears] + [n for n in source.names() if n.endswith(".weight")]
     missing = match(transformers_model(source, model_config(source)), names).missing
-    method = packed.packing.format.quant_method
     together = next((n for n in missing if n.rpartition(".")[0].endswith("experts")), None)
     return [] if together is None else apart(together, source.config.get("model_type"), method)

@@ -115,10 +115,14 @@ class Reader:
         verb = "does not take this" if self.accepts is False else "is not known to take this"
         return f"{self.runtime} {self.version} {verb}: {why}. It takes {RUNTIMES[self.runtime].takes}"
 
+    def command(self, out: str) -> str:
+        """Return how a file that it takes is run."""
+        return RUNTIMES[self.runtime].command.replace("OUT.gguf" if out.endswith(".gguf") else "OUT", out)
+
     def use(self, out: str) -> str:
         """Return how a file that it takes is run, and to what it takes it."""
-        how = RUNTIMES[self.runtime].command.replace("OUT.gguf" if out.endswith(".gguf") else "OUT", out)
-        return f"{self.runtime} {self.version} takes it{f' ({self.reason})' if self.reason else ''}: {how}"
+        why = f" ({self.reason})" if self.reason else ""
+        return f"{self.runtime} {self.version} takes it{why}: {self.command(out)}"
 
 
 @dataclass(frozen=True)

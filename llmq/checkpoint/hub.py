@@ -19,6 +19,7 @@ from llmq.errors import LlmqError, one_line, printable
 
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")
 """What a checkpoint holds beside its weights."""
+_FETCHED = [*COPIED, "*.safetensors", "README.md"]  # the model card, for its licence
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _CACHED = re.compile(r"models--([\w.-]+)", re.ASCII)
 
@@ -38,7 +39,7 @@ class Origin:
 def resolve(name: str) -> Path:
     """Return the local folder of a checkpoint or an adapter: `name` itself, or a download of that Hub id.
 
-    Downloads configuration, tokenizer and safetensors only. Raises LlmqError where there is neither.
+    Downloads configuration, tokenizer, model card and safetensors only. Raises LlmqError where there is neither.
     """
     path = _local(name) if name else None  # Path("") is the folder one stands in
     if path is not None:
@@ -52,7 +53,7 @@ def resolve(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*COPIED, "*.safetensors"]))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_FETCHED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         raise LlmqError(f"{name} is not a local folder and the Hub did not deliver it ({one_line(e)})") from e
 

@@ -25,6 +25,7 @@ from llmq.checkpoint import Sink, Source
 from llmq.checkpoint.card import export_card
 from llmq.checkpoint.dialects import without_quantization
 from llmq.checkpoint.digest import file_digests, sealed
+from llmq.checkpoint.hub_metadata import CARD
 from llmq.checkpoint.packed import CACHE, natural
 from llmq.errors import LlmqError
 from llmq.export._kept import Kept, keep
@@ -32,6 +33,8 @@ from llmq.export._target import EXACT, OfCodes, Packed, open_packed, stage
 from llmq.format import packed_bytes
 from llmq.formats._folder import FolderFormat
 from llmq.progress import Progress
+from llmq.readable import of_experts
+from llmq.readers import Reader, readers
 from llmq.types import LinearSpec, Params, Scheme
 from llmq.verify import require_right
 
@@ -181,12 +184,13 @@ class AsFormat(OfCodes):
         outcomes, lines = Counter[str](), dict[str, Any]()
         stage(out, self._tensors(opened, outcomes, lines, step), _PART)
         out.copy_files(opened.source.path)
-        out.json("config.json", self._config(opened))
+        config = self._config(opened)
+        out.json("config.json", config)
         if self.form.copy:
             out.json(self.form.copy, self.form.beside(self._quantization(opened)))
         total = out.join()
         record = self._record(opened, out, outcomes, lines, total)
-        out.text("README.md", export_card(record, self.form.quant_method))
+        out.text(CARD, export_card(record, self.form.quant_method, config, opened.card, self._readers(opened)))
         files = file_digests(out.stage, out.files())
         out.json("quantization.json", sealed(record | {"files": files}))
         return {"outcomes": dict(outcomes), "bytes": total, "warnings": opened.warnings}
@@ -210,6 +214,11 @@ class AsFormat(OfCodes):
             lines[where[name]] = kept.line
             yield from ((f"{name}.{local}", tensor) for local, tensor in kept.tensors.items())
         step(len(names), len(names), "writing")
+
+    def _readers(self, opened: Packed) -> list[Reader]:
+        """Return which runtimes take what is written."""
+        rows = self.form.readers(list(self.plans.values()), opened.skipped)
+        return readers(rows, of_experts(opened.source, opened.packed, self.form.quant_method))
 
     def _config(self, opened: Packed) -> dict[str, Any]:
         saved = without_quantization(opened.source.config)

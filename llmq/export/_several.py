@@ -98,7 +98,7 @@ def foresee(plan: Plan, text: str) -> list[str]:
         raise LlmqError(f"--format {text}: it holds no codes; llmq export makes it of what was written")
     linears = SimpleNamespace(linears=plan.linears)
     skipped = [n for n in plan.skipped if n != plan.model.head or not plan.skeleton.config.tie_word_embeddings]
-    opened = Packed(plan.source, [], plan.skeleton.config, packed=cast(Any, linears), skipped=skipped)
+    opened = Packed(plan.source, [], config=plan.skeleton.config, packed=cast(Any, linears), skipped=skipped)
     if getattr(plan.method.format, "desc_act", False) and registry.words(text)[0] not in ("gptq", "gptq_v2"):
         raise LlmqError(f"--format {text} holds no weights in activation order; leave desc_act out")
     for spec in opened.linears:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from llmq import extras, registry
 from llmq.checkpoint import Sink, Source, resolve
 from llmq.checkpoint.decoding import decoded_on_load
+from llmq.checkpoint.hub_metadata import NO_CARD, SourceCard, source_card
 from llmq.checkpoint.packed import PackedCheckpoint, Packing
 from llmq.checkpoint.place import user_path
 from llmq.errors import LlmqError
@@ -41,10 +42,11 @@ EXACT, REQUANTIZED = "values exact", "requantized"
 
 @dataclass
 class Opened:
-    """A checkpoint that is open for export. warnings: what a user should know of it."""
+    """A checkpoint that is open for export. warnings: what a user should know of it. card: what its model card says."""
 
     source: Source
     warnings: list[str] = field(default_factory=list)
+    card: SourceCard = NO_CARD
 
 
 @dataclass
@@ -187,9 +189,9 @@ def open_packed(src: str, requantize: str | None = None, *, minima: bool = False
     made_by = source.path / "quantization.json"
     made = json_object(made_by) if made_by.is_file() else None
     skipped = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed.linears]
-    return Packed(
-        source, list(source.warnings), config, packed=packed, skipped=skipped, requantize=requantize, made=made
-    )
+    card, told = source_card(source.path)
+    about = Opened(source, [*source.warnings, *told], card)
+    return Packed(**vars(about), config=config, packed=packed, skipped=skipped, requantize=requantize, made=made)
 
 
 def _packed_source(src: str) -> Source:

@@ -80,10 +80,9 @@ class ExecuTorch(OfCodes):
             (out.stage / _PROGRAM).write_bytes(_program(model, opened, self.context))
         out.copy_files(opened.source.path)
         out.json("config.json", without_quantization(opened.source.config))
-        outcomes = {EXACT: len(opened.linears)}
-        return close(
-            out, opened, {"executorch": asdict(self)}, outcomes, opened.warnings, ids=ids.tolist(), logits=said.tolist()
-        )
+        target, outcomes = {"executorch": asdict(self)}, {EXACT: len(opened.linears)}
+        ran = {"ids": ids.tolist(), "logits": said.tolist()}
+        return close(out, opened, target, outcomes, opened.warnings, ("ExecuTorch",), **ran)
 
     def verify(self, out: Sink) -> None:
         """Run the program on a few tokens. Raises LlmqError where it does not give the logits that were recorded."""

@@ -2,6 +2,7 @@
 
     model.safetensors        every packed weight decoded, in the dtype asked for; what was float as it was
     config.json              the source's, without its quantization_config, with that dtype
+    README.md                the model card
     dequantization.json      what was decoded; checksums of all tensors and files
     and the tokenizer, chat templates and generation settings as they were
 
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from llmq import __version__
 from llmq.checkpoint import Sink, Source, resolve
+from llmq.checkpoint.card import float_card
 from llmq.checkpoint.decoding import DECODED, as_floats
 from llmq.checkpoint.digest import digest, file_digests, sealed
+from llmq.checkpoint.hub_metadata import CARD, SourceCard, source_card
 from llmq.checkpoint.packed import natural
 from llmq.checkpoint.place import DEQUANTIZED, user_path
 from llmq.checkpoint.stage import look
@@ -55,7 +58,9 @@ class Float(Target[Opened]):
         if requantize is not None:
             raise LlmqError("--requantize means nothing here: what is decoded is float, it is not rounded anew")
         source = _opened(src, DECODED[self.dtype])
-        return Opened(source, source.warnings)
+        card, told = source_card(source.path)
+        source.warnings += told
+        return Opened(source, source.warnings, card)
 
     def seen(self, source: Source) -> Any:
         """See `Target.seen`."""
@@ -73,7 +78,7 @@ class Float(Target[Opened]):
             source.beside(out.stage)
         else:
             out.copy_files(source.path)
-        return _close(out, source, _with_dtype(source.config, self.dtype))
+        return _close(out, source, _with_dtype(source.config, self.dtype), opened.card)
 
     def verify(self, out: Sink) -> None:
         """See `Target.verify`."""
@@ -100,12 +105,11 @@ def _tensors(source: Source, step: Progress) -> Iterator[tuple[str, Tensor]]:
     step(len(names), len(names), "writing")
 
 
-def _close(sink: Sink, source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Join the shards, and write the config and the record, which seals all other files. Returns the record."""
+def _close(sink: Sink, source: Source, config: Mapping[str, Any], card: SourceCard) -> dict[str, Any]:
+    """Join the shards, write config, card and the record, which seals all other files. Returns the record."""
     total = sink.join()
     sink.json("config.json", config)
-    files = file_digests(sink.stage, sink.files())
-    record = sealed({
+    record = {
         "llmq": __version__,
         "torch": str(torch.__version__),
         "source": asdict(source.origin),
@@ -113,8 +117,9 @@ def _close(sink: Sink, source: Source, config: Mapping[str, Any]) -> dict[str, A
         "warnings": source.warnings,
         "bytes": total,
         "tensors": dict(sink.digests),
-        "files": files,
-    })  # fmt: skip
+    }
+    sink.text(CARD, float_card(record, config, card))
+    record = sealed(record | {"files": file_digests(sink.stage, sink.files())})
     sink.json(DEQUANTIZED, record)
     return record
 

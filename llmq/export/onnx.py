@@ -128,7 +128,8 @@ class Onnx(OfCodes):
         """Write the record, which seals all other files. Returns what the run says."""
         warnings = [*opened.warnings, *self._told(dialect)]
         target, tensors = {"onnx": asdict(self)}, dialect.graph.digests
-        return close(out, opened, target, dict(dialect.outcomes), warnings, tensors=tensors)
+        read_by = ("onnxruntime-genai",) if self.dialect == "genai" else ()
+        return close(out, opened, target, dict(dialect.outcomes), warnings, read_by, tensors=tensors)
 
     def _told(self, dialect: Dialect) -> list[str]:
         """Return what a user of the folder should know."""

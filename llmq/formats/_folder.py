@@ -19,6 +19,7 @@ from torch import Tensor
 from llmq.checkpoint import Sink
 from llmq.checkpoint.card import model_card
 from llmq.checkpoint.digest import file_digests, sealed
+from llmq.checkpoint.hub_metadata import CARD, SourceCard, source_card
 from llmq.format import Assignment, FloatModel, Format, Out, Wanted
 from llmq.formats import _common
 from llmq.grids._biased import Biased
@@ -51,8 +52,9 @@ class Folder:
             why = _common.listed(left) or "every linear is skipped"
             raise LlmqError(f"{why}; nothing is left to quantize")
         schemes |= self._around(model, wanted)
-        warnings = [f"left float, as --on-misfit skip asks: {_common.listed(left)}"] if left else []
-        return _Checkpoint(schemes=schemes, warnings=warnings, form=self, model=model)
+        card, warnings = source_card(model.folder)
+        warnings += [f"left float, as --on-misfit skip asks: {_common.listed(left)}"] if left else []
+        return _Checkpoint(schemes=schemes, warnings=warnings, form=self, model=model, card=card)
 
     @property
     def derived(self) -> frozenset[str]:
@@ -134,6 +136,7 @@ class FolderFormat(Format, Protocol):
 class _Checkpoint(Assignment):
     form: Folder
     model: FloatModel
+    card: SourceCard
 
     def staged(self, name: str) -> str:
         """Return the name that runtimes know."""
@@ -149,9 +152,9 @@ class _Checkpoint(Assignment):
         out.text("recipe.yaml", recipe)
         return out.join()
 
-    def close(self, out: Out, record: dict[str, Any], recipe: str) -> dict[str, Any]:
+    def close(self, out: Out, record: dict[str, Any], recipe: str, readers: Sequence[Reader]) -> dict[str, Any]:
         """Write the model card, and the record, which seals all other files."""
-        out.text("README.md", model_card(record, self.form.quant_method, self.model.saved.get("_name_or_path")))
+        out.text(CARD, model_card(record, self.form.quant_method, self.model.saved, self.card, readers))
         files = file_digests(out.stage, out.files())
         record = sealed(record | {"files": files})
         out.json("quantization.json", record)

@@ -94,7 +94,7 @@ class _File(Assignment):
         out.digests = digests
         return total
 
-    def close(self, out: Out, record: dict[str, Any], recipe: str) -> dict[str, Any]:
+    def close(self, out: Out, record: dict[str, Any], recipe: str, readers: Sequence[Reader]) -> dict[str, Any]:
         """Write the file or files, the record within."""
         keys: dict[str, str | int] = {"llmq.version": record["llmq"], "llmq.recipe": recipe}
         keys |= {"quantize.imatrix.file": self.imatrix} if self.imatrix else {}

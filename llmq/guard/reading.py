@@ -1,4 +1,4 @@
-"""The one reader of small structured files: JSON, YAML and the headers of safetensors files, with limits.
+"""The one reader of small structured files: JSON, YAML, also before a Markdown text, and headers of safetensors files.
 
 A file may lie, so nothing here trusts one: sizes, depth and types are checked, and every failure is an LlmqError that
 names the file. What the values mean is the caller's; `field` takes one out of an object by its type.
@@ -9,6 +9,7 @@ Not here: which files make a checkpoint (checkpoint/), GGUF (gguf/reader.py), ca
 """
 
 import json
+import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -25,8 +26,10 @@ from llmq.errors import LlmqError, one_line, printable
 
 JSON_BYTES = 256 * 2**20  # tokenizer.json of the largest vocabularies is a tenth of this
 YAML_BYTES = 2**20
+MARKDOWN_BYTES = 2**22  # model cards with tables of results; those with pictures link them
 HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
 _DEEPEST = 200
+_FRONT = re.compile(r"\s*---[ \t]*(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r|\n|$)", re.DOTALL)  # as the Hub's own
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
@@ -72,8 +75,24 @@ def yaml_object(file: Path) -> dict[str, Any]:
 
     Raises LlmqError as `json_object`, and for aliases: a few of them can stand for gigabytes.
     """
+    return _yaml_object(_bytes(file, YAML_BYTES), file)
+
+
+def front_matter(file: Path) -> dict[str, Any]:
+    """Return the object that a Markdown file begins with, in YAML between two lines of dashes; empty where it has none.
+
+    Raises LlmqError as `yaml_object`.
+    """
+    text = _bytes(file, MARKDOWN_BYTES).decode(errors="replace").removeprefix("\ufeff")
+    found = _FRONT.match(text)
+    return {} if found is None else _yaml_object(found[1][: YAML_BYTES + 1].encode(), file)
+
+
+def _yaml_object(data: bytes, file: Path) -> dict[str, Any]:
     try:
-        value = yaml.load(_bytes(file, YAML_BYTES).decode(), _Yaml)  # noqa: S506  (a SafeLoader)
+        if len(data) > YAML_BYTES:
+            raise ValueError(f"more than {YAML_BYTES / 2**20:.0f} MiB")
+        value = yaml.load(data.decode(), _Yaml)  # noqa: S506  (a SafeLoader)
     except RecursionError as e:
         raise LlmqError(f"{file} is nested too deep to be read") from e
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, yaml.YAMLError) as e:

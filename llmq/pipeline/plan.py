@@ -206,9 +206,13 @@ class Plan:
         form = self.method.format.quant_method
         return [] if self.method.recipe.gguf else reader_limits(self.float_source, self.linears, form)
 
-    def readers(self) -> list[Reader]:
-        """Return which runtimes take what will be written, and why not."""
-        return readers(self.method.format.readers(self.possible(), self.skipped), self.limits)
+    def readers(self, matrices: Sequence[LinearSpec] | None = None) -> list[Reader]:
+        """Return which runtimes take what will be written, and why not.
+
+        matrices: as they are now, where a budget of bits has been spent; None looks at all that they may become.
+        """
+        seen = self.possible() if matrices is None else matrices
+        return readers(self.method.format.readers(seen, self.skipped), self.limits)
 
     def calibrates(self) -> bool:
         """Say whether any step needs activations."""

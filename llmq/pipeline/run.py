@@ -90,7 +90,8 @@ def _led(plan: Plan, sink: Sink, work: Work, *, check: bool) -> dict[str, Any]:
     if plan.method.finishers:
         work(blocks, blocks, "tuning the whole model")
         _finish(plan, state.ids, sink, known, journal)
-    record = plan.assigned.close(sink, summary(plan, known.record, total, sink.digests), recipe)
+    record = summary(plan, known.record, total, sink.digests)
+    record = plan.assigned.close(sink, record, recipe, plan.readers(list(plan.matrices.values())))
     if check:
         work(blocks, blocks, "verifying")
         require_right(sink.whole, progress=work)
