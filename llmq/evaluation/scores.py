@@ -5,10 +5,10 @@
     top-1      = share of positions where argmax p = argmax q
 
 Perplexity alone misleads, since it can fall while the model drifts from the baseline; KL cannot. Standard errors take
-tokens as independent, as llama.cpp does. Logits are compared in float32, a few positions at a time: `[2048, vocab]` in
-float32 never exists.
+tokens as independent, as llama.cpp does; `kl_interval` does not (paired.py).
 
-Not here: which windows of a text are scored (windows), loading models (loading), text to calibrate on (calibration).
+Not here: which windows of a text are scored (windows.py), what every token got (tokens.py), loading models (loading),
+text to calibrate on (calibration).
 """
 
 import dataclasses
@@ -16,20 +16,24 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmq.evaluation.windows import Convention, Text, Window, cut, fit
+from llmq.evaluation import paired
+from llmq.evaluation.classes import CLASSES, classes
+from llmq.evaluation.tokens import Against, Predicts, Tokens, score
+from llmq.evaluation.windows import Convention, Part, Passages, Text, passages
 from llmq.model.pretrained import check_ids
 from llmq.show import Rows
 from llmq.types import LlmqError
 
 KV_CHUNK = 32
 """Tokens fed at once where the key-value cache is quantized: with whole windows nothing would be read back from it."""
-CHUNK = 64  # positions whose logits are held at once: 13 MB a copy at 49152 entries; twice as fast on CPU as 256
+BUCKETS = 16
+"""Into how many ranges of positions KL by position is parted at most."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,13 @@ class Evaluation:
 
     perplexity: per `unit` ("token" or "word"), with its standard error; byte_perplexity for unit "word".
     count: how many units the text has; tokens: how many were scored; seconds: wall time, the baseline's included.
-    baseline_perplexity, kl_mean and its standard error (nats per token), kl_p999 (99.9 percentile over the tokens) and
-        top1 (share, 0 to 1): against the baseline, None without one.
+    baseline_perplexity, kl_mean and its standard error (nats per token), kl_p99 and kl_p999 (99 and 99.9 percentile
+        over the tokens) and top1 (share, 0 to 1): against the baseline, None without one, like all that follows.
+    kl_interval: 95 % interval of kl_mean, whose tokens vary together within a window (paired.py).
+    kl_by_position: [first, mean KL] for ranges of positions in the window, each to the next one's first.
+    classes: by class of the token that is predicted (classes.py), `tokens`, `top1` and `kl_mean`.
+    categories: of a folder of texts, by text: `tokens`, `perplexity`, `baseline_perplexity`, `kl_mean`, `kl_interval`,
+        `top1`; None for one text.
     kv_bits: of the model's key-value cache, None for a float one.
     """
 
@@ -55,33 +64,19 @@ class Evaluation:
     baseline_perplexity: float | None = None
     kl_mean: float | None = None
     kl_standard_error: float | None = None
+    kl_p99: float | None = None
     kl_p999: float | None = None
     top1: float | None = None
+    kl_interval: list[float | None] | None = None
+    kl_by_position: list[list[float]] | None = None
+    classes: dict[str, dict[str, float]] | None = None
+    categories: dict[str, dict[str, Any]] | None = None
     kv_bits: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as `json.dumps` takes them; infinite values become None."""
-        values = dataclasses.asdict(self)
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-class Predicts(Protocol):
-    """A model as it is scored: states of windows, and the logits of a few positions of them.
-
-    model: transformers' own, for its config and the shapes of its weights. name: what messages call it. vocab: tokens
-    that it tells apart. kv_bits: of its key-value cache, None for a float one.
-    """
-
-    model: Any
-    name: str
-    vocab: int
-    kv_bits: int | None
-
-    def each(self, windows: Sequence[list[int]]) -> Iterator[Tensor]:
-        """Yield the states of each window, `[T, hidden]` or what else `log_probs` takes rows of."""
-
-    def log_probs(self, states: Tensor) -> Tensor:
-        """Return the float32 log-probabilities `[T, vocab]` of some of the states of a window that was yielded."""
+        found: dict[str, Any] = _finite(dataclasses.asdict(self))
+        return found
 
 
 def refuse(windows: int | None, kv_bits: int | None, *, stream: bool = False) -> None:
@@ -129,7 +124,7 @@ def measure(
     scored: Predicts,
     truth: Predicts | None,
     tokenizer: Any,
-    text: Text,
+    text: Text | Mapping[str, Text],
     convention: Convention,
     windows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -140,36 +135,34 @@ def measure(
     vocabulary, and logits that are not finite (naming the window).
     """
     began = time.perf_counter()
-    how = fit(convention, scored.model)
-    pieces, words, bytes_ = cut(text, tokenizer, how, windows)
-    check_ids([i for w in pieces for i in w.ids], scored.model)
+    pieces = prepare(scored, tokenizer, text, convention, windows)
+    require_same_vocabulary(scored, truth)
+    tokens = score(pieces.windows, scored, truth, progress)
+    return figures(tokens, pieces, tokenizer, time.perf_counter() - began, scored.kv_bits)
+
+
+def prepare(
+    scored: Predicts, tokenizer: Any, text: Text | Mapping[str, Text], convention: Convention, windows: int | None
+) -> Passages:
+    """Return the windows of a text, or of several by category. Raises LlmqError as `measure` does."""
+    pieces = passages(text if isinstance(text, Mapping) else {"": text}, tokenizer, scored.model, convention, windows)
+    check_ids([i for w in pieces.windows for i in w.ids], scored.model)
+    return pieces
+
+
+def require_same_vocabulary(scored: Predicts, truth: Predicts | None) -> None:
+    """Raise LlmqError where model and baseline tell different numbers of tokens apart."""
     if truth and truth.vocab != scored.vocab:
         raise LlmqError(f"the baseline has {truth.vocab} tokens in its vocabulary, the model {scored.vocab}")
-    read = [w.ids[:-1] for w in pieces]
-    parts: list[Tensor] = []
-    with torch.inference_mode():
-        truths = truth.each(read) if truth else [None] * len(read)
-        for i, (piece, q, p) in enumerate(zip(pieces, scored.each(read), truths, strict=True)):
-            parts += _score(piece, f"window {i + 1} of {len(pieces)}", scored, truth, (q, p))
-            if progress:
-                progress(i + 1, len(pieces))
-    scores = torch.cat(parts)
-    nll = scores[:, 0]
-    count = words if how.unit == "word" else len(nll)
-    perplexity = _exp(float(nll.sum()) / count)
-    return Evaluation(
-        convention=how.name,
-        window=how.window,
-        unit=how.unit,
-        perplexity=perplexity,
-        standard_error=perplexity * _error(nll) * len(nll) / count,
-        count=count,
-        tokens=len(nll),
-        seconds=time.perf_counter() - began,
-        byte_perplexity=_exp(float(nll.sum()) / bytes_) if how.unit == "word" else None,
-        kv_bits=scored.kv_bits,
-        **(_against(scores, count) if truth else {}),
-    )
+
+
+def figures(tokens: Tokens, pieces: Passages, tokenizer: Any, seconds: float, kv_bits: int | None = None) -> Evaluation:
+    """Return the figures over all tokens that were scored, and by category where there are several."""
+    of = {name: _perplexities(tokens.of(part.windows), part, pieces.how) for name, part in pieces.parts.items()}
+    several = {} if list(of) == [""] else {"categories": of}
+    more = {} if tokens.truth is None else _spread(tokens, tokens.truth) | _by_class(tokens, tokens.truth, tokenizer)
+    how, shown = pieces.how, _perplexities(tokens, pieces.whole, pieces.how) | more | several
+    return Evaluation(how.name, how.window, how.unit, seconds=seconds, kv_bits=kv_bits, **shown)
 
 
 def table(rows: Mapping[str, Evaluation]) -> Rows:
@@ -235,47 +228,47 @@ class Predictor:
         return F.log_softmax((states if self.head is None else self.head(states)).float(), dim=-1)
 
 
-def _score(
-    window: Window, where: str, model: Predicts, baseline: Predicts | None, both: tuple[Tensor, Tensor | None]
-) -> Iterator[Tensor]:
-    """Yield, for a few of the scored tokens at a time, float64 `[t, 1]` on the CPU: -log q; with a baseline `[t, 4]`.
-
-    The other columns are -log p, the KL divergence and 1 where both rank the same token first. both: the states of the
-    window, the model's and the baseline's.
-    """
-    of_model, of_baseline = both
-    states = of_model[window.first - 1 :]
-    truth = None if of_baseline is None else of_baseline[window.first - 1 :]
-    targets = torch.tensor(window.ids[window.first :], device=states.device)
-    for i in range(0, len(targets), CHUNK):
-        part = slice(i, i + CHUNK)
-        log_q = model.log_probs(states[part])
-        columns = [_nll(log_q, targets[part], f"{where}: {model.name}")]
-        if baseline is not None and truth is not None:
-            log_p = baseline.log_probs(truth[part]).to(log_q.device)
-            columns.append(_nll(log_p, targets[part], f"{where}: {baseline.name}"))
-            kl = log_p.exp().mul_(log_p - log_q).sum(-1, dtype=torch.float64)
-            columns += [kl.clamp(min=0), (log_p.argmax(-1) == log_q.argmax(-1)).double()]  # below 0 by rounding only
-        yield torch.stack(columns, dim=1).cpu()
-
-
-def _nll(log_p: Tensor, targets: Tensor, where: str) -> Tensor:
-    nll = -log_p.gather(1, targets[:, None])[:, 0].double()
-    if not nll.isfinite().all():
-        raise LlmqError(f"{where} gives NaN or infinite logits: its weights are broken, or overflow in this dtype")
-    return nll
-
-
-def _against(scores: Tensor, count: int) -> dict[str, float]:
-    """Return the fields of Evaluation that compare with the baseline, from the columns of `_score`."""
-    _, nll, kl, agree = scores.T
-    return {
-        "baseline_perplexity": _exp(float(nll.sum()) / count),
-        "kl_mean": float(kl.mean()),
-        "kl_standard_error": _error(kl),
-        "kl_p999": float(kl.sort().values[math.ceil(0.999 * len(kl)) - 1]),
-        "top1": float(agree.mean()),
+def _perplexities(tokens: Tokens, part: Part, how: Convention) -> dict[str, Any]:
+    """Return the fields of Evaluation that a category has too."""
+    count = part.words if how.unit == "word" else len(tokens)
+    nll = float(tokens.nll.sum())
+    perplexity = _exp(nll / count)
+    found = {"perplexity": perplexity, "standard_error": perplexity * _error(tokens.nll) * len(tokens) / count}
+    found |= {"count": count, "tokens": len(tokens)}
+    found |= {"byte_perplexity": _exp(nll / part.bytes) if how.unit == "word" else None}
+    if (truth := tokens.truth) is None:
+        return found
+    return found | {
+        "baseline_perplexity": _exp(float(truth.nll.sum()) / count),
+        "kl_mean": float(truth.kl.mean()),
+        "kl_interval": paired.mean(truth.kl, paired.clusters(tokens.window)).interval,
+        "top1": float(truth.agree.double().mean()),
     }
+
+
+def _spread(tokens: Tokens, truth: Against) -> dict[str, Any]:
+    """Return the fields that say how KL is spread: over tokens, and over positions in the window."""
+    ranked = truth.kl.sort().values
+    first, end = int(tokens.position.min()), int(tokens.position.max()) + 1
+    edges = torch.logspace(math.log10(first), math.log10(end), BUCKETS + 1).round().long().unique()[:-1]
+    place = torch.bucketize(tokens.position, edges, right=True) - 1
+    means = [(int(edge), truth.kl[place == i]) for i, edge in enumerate(edges)]
+    return {
+        "kl_standard_error": _error(truth.kl),
+        "kl_p99": float(ranked[math.ceil(0.99 * len(ranked)) - 1]),
+        "kl_p999": float(ranked[math.ceil(0.999 * len(ranked)) - 1]),
+        "kl_by_position": [[edge, float(kl.mean())] for edge, kl in means if len(kl)],
+    }
+
+
+def _by_class(tokens: Tokens, truth: Against, tokenizer: Any) -> dict[str, Any]:
+    """Return the field `classes`: those that the text has, in the order of `CLASSES`."""
+    found, of = classes(tokens.ids, tokens.before, tokenizer), {}
+    for i, name in enumerate(CLASSES):
+        kl, agree = truth.kl[found == i], truth.agree[found == i]
+        if len(kl):
+            of[name] = {"tokens": len(kl), "top1": float(agree.double().mean()), "kl_mean": float(kl.mean())}
+    return {"classes": of}
 
 
 def _error(values: Tensor) -> float:
@@ -285,3 +278,12 @@ def _error(values: Tensor) -> float:
 
 def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
+
+
+def _finite(value: Any) -> Any:
+    """Return a value of JSON with None for numbers that it does not have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,7 +10,7 @@ Not here: scores (evaluation), text to calibrate on (calibration).
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,45 @@ class Window:
 
     ids: list[int]
     first: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of the windows is one text's: which, and the words and bytes that they cover (0 where not counted)."""
+
+    windows: range
+    words: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Texts as the windows that are scored. how: the convention, its window resolved. parts: by category."""
+
+    how: Convention
+    windows: list[Window]
+    parts: dict[str, Part]
+
+    @property
+    def whole(self) -> Part:
+        """All categories as one."""
+        of = self.parts.values()
+        return Part(range(len(self.windows)), sum(p.words for p in of), sum(p.bytes for p in of))
+
+
+def passages(
+    texts: Mapping[str, Text], tokenizer: Any, model: Any, convention: Convention, limit: int | None
+) -> Passages:
+    """Return the windows of texts by category, the first `limit` of each. Raises LlmqError for one that has none."""
+    how, windows, parts = fit(convention, model), list[Window](), dict[str, Part]()
+    for name, text in texts.items():
+        try:
+            found, words, bytes_ = cut(text, tokenizer, how, limit)
+        except LlmqError as e:
+            raise LlmqError(f"{name}: {e}" if name else str(e)) from e
+        parts[name] = Part(range(len(windows), len(windows) + len(found)), words, bytes_)
+        windows += found
+    return Passages(how, windows, parts)
 
 
 def fit(convention: Convention, model: Any) -> Convention:
