@@ -19,7 +19,7 @@ import torch
 from llmq import launched
 from llmq.checkpoint import place
 from llmq.checkpoint.place import user_path
-from llmq.evaluation import scores
+from llmq.evaluation import kept, scores
 from llmq.evaluation.streamed import Streamed
 from llmq.evaluation.windows import find_convention, load_text
 from llmq.export import _run as exporting
@@ -272,6 +272,7 @@ def evaluate(
     stream: bool = False,
     dtype: str | None = None,
     device: str = "auto",
+    keep: bool = False,
     progress: Progress | Listener | None = None,
 ) -> scores.Evaluation:
     """Measure a checkpoint's perplexity and, against a float `baseline`, its KL divergence and top-1 agreement.
@@ -280,11 +281,14 @@ def evaluate(
         a window, in place of the convention's. windows: score only the first so many.
     kv_bits: 8, 4 or 2 quantize the key-value cache. dtype: in which both compute ("float32" ...), None for their own.
     stream: hold one block of each in memory at a time (evaluation/streamed.py), for models larger than memory.
+    keep: keep the figures beside the checkpoint (evaluation/kept.py), where its card and its report find them.
     progress: called with windows done (blocks, where streamed), how many in all, and what is going on.
     Raises LlmqError as `load`, `load_text`, `Streamed` and `scores.measure` do.
     """
     work = Work.of(progress)
     scores.refuse(windows, kv_bits, stream=stream)
+    if keep:
+        kept.place(model)
     how = find_convention(convention, window)
     content = load_text(None if text is None else user_path(text), dataset, how)
     tokenizer = load_tokenizer(str(model))
@@ -300,4 +304,7 @@ def evaluate(
 
     truth = None if baseline is None else opened(baseline, "the baseline")
     scored = opened(model, "the model", kv_bits)
-    return scores.measure(scored, truth, tokenizer, content, how, windows, scoring)
+    found = scores.measure(scored, truth, tokenizer, content, how, windows, scoring)
+    if keep:
+        kept.keep(model, kept.entry(found.to_json(), text=text or dataset, baseline=baseline, windows=windows))
+    return found

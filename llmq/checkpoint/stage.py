@@ -39,6 +39,7 @@ import torch
 from llmq import __version__
 from llmq.checkpoint.disk import put_back, sync, write_text, writing
 from llmq.checkpoint.journal import NOW, SYNCED
+from llmq.checkpoint.place import AFTERWARDS
 from llmq.errors import LlmqError, one_line, printable
 from llmq.guard.reading import json_object
 
@@ -269,8 +270,11 @@ def _lock(file: Path, how: int = 0) -> int:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return what a checkpoint is known by: its folder, and a digest of names, sizes and times of its files."""
-    files = sorted(f for f in folder.iterdir() if f.suffix != ".md" and f.is_file())
+    """Return what a checkpoint is known by: its folder, and a digest of names, sizes and times of its files.
+
+    The card and what llmq adds later are none of it: figures may be kept while a run waits to go on.
+    """
+    files = sorted(f for f in folder.iterdir() if f.suffix != ".md" and f.name not in AFTERWARDS and f.is_file())
     seen = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]  # of what a link points to
     return f"{folder.resolve()} with files {hashlib.sha256(repr(seen).encode()).hexdigest()[:12]}"
 

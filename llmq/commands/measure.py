@@ -28,6 +28,7 @@ def evaluate(
         int | None, typer.Option(help="8 or 4: quantize the key-value cache (2: to see it fail).")
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Hold one block at a time: models beyond memory.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the figures in MODEL, for its card and report.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --json.")] = False,
     log_json: Annotated[Path | None, typer.Option(help="Log every step for machines: a JSON object a line.")] = None,

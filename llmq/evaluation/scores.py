@@ -233,7 +233,10 @@ def _perplexities(tokens: Tokens, part: Part, how: Convention) -> dict[str, Any]
     count = part.words if how.unit == "word" else len(tokens)
     nll = float(tokens.nll.sum())
     perplexity = _exp(nll / count)
-    found = {"perplexity": perplexity, "standard_error": perplexity * _error(tokens.nll) * len(tokens) / count}
+    found: dict[str, Any] = {
+        "perplexity": perplexity,
+        "standard_error": perplexity * _error(tokens.nll) * len(tokens) / count,
+    }
     found |= {"count": count, "tokens": len(tokens)}
     found |= {"byte_perplexity": _exp(nll / part.bytes) if how.unit == "word" else None}
     if (truth := tokens.truth) is None:

@@ -69,8 +69,9 @@ class Tokens:
     def of(self, windows: range) -> "Tokens":
         """Return the tokens of some windows."""
         kept = (self.window >= windows.start) & (self.window < windows.stop)
-        own = (t[kept] for t in (self.ids, self.before, self.window, self.position, self.nll))
-        return Tokens(*own, truth=None if self.truth is None else Against(*(t[kept] for t in vars(self.truth).values())))
+        truth = None if self.truth is None else Against(*(t[kept] for t in vars(self.truth).values()))
+        own = (self.ids[kept], self.before[kept], self.window[kept], self.position[kept])
+        return Tokens(*own, nll=self.nll[kept], truth=truth)
 
 
 def score(
@@ -93,15 +94,18 @@ def score(
             if progress:
                 progress(i + 1, len(windows))
     nll, *more = torch.cat(parts).T
-    return Tokens(*_placed(windows), nll, Against(more[0], more[1], more[2].bool()) if more else None)
+    truth = Against(more[0], more[1], more[2].bool()) if more else None
+    return Tokens(*_placed(windows), nll=nll, truth=truth)
 
 
-def _placed(windows: Sequence[Window]) -> Iterator[Tensor]:
-    """Yield the scored tokens of windows, those before them, their windows and their positions, int64 `[T]` each."""
-    yield torch.tensor([i for w in windows for i in w.ids[w.first :]])
-    yield torch.tensor([i for w in windows for i in w.ids[w.first - 1 : -1]])
-    yield torch.tensor([n for n, w in enumerate(windows) for _ in w.ids[w.first :]])
-    yield torch.tensor([i for w in windows for i in range(w.first, len(w.ids))])
+def _placed(windows: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the scored tokens of windows, those before them, their windows and their positions, int64 `[T]` each."""
+    return (
+        torch.tensor([i for w in windows for i in w.ids[w.first :]]),
+        torch.tensor([i for w in windows for i in w.ids[w.first - 1 : -1]]),
+        torch.tensor([n for n, w in enumerate(windows) for _ in w.ids[w.first :]]),
+        torch.tensor([i for w in windows for i in range(w.first, len(w.ids))]),
+    )
 
 
 def _scored(

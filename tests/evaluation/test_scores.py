@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import re
@@ -109,6 +110,45 @@ def test_divergence_equals_its_definition(tiny_llama, tokenizer_bos, prose):
     assert got.baseline_perplexity == evaluate(baseline, tokenizer_bos, text, find_convention("gptq", 300)).perplexity
     reverse = evaluate(baseline, tokenizer_bos, text, find_convention("gptq", 300), baseline=model)
     assert abs(reverse.kl_mean - got.kl_mean) > 1e-3  # it is not symmetric: the direction matters
+    low, high = got.kl_interval
+    assert low < got.kl_mean < high and got.kl_mean < got.kl_p99 < got.kl_p999
+
+
+def test_divergence_by_position_and_by_class_part_the_same_tokens(tiny_llama, tokenizer_bos, prose):
+    text = prose(500)
+    got = evaluate(tiny_llama(1), tokenizer_bos, text, find_convention("gptq", 300), baseline=tiny_llama(0))
+    ids = tokenizer_bos(text)["input_ids"]
+    log_q, log_p = (
+        torch.stack([naive(m, ids[i : i + 300]) for i in range(0, len(ids) - 299, 300)])
+        for m in (tiny_llama(1), tiny_llama(0))
+    )
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # [windows, 299]: position 1 first
+    firsts = [first for first, _ in got.kl_by_position]
+    assert firsts[0] == 1 and firsts == sorted(set(firsts)) and 8 < len(firsts) <= scores.BUCKETS
+    for (first, mean), end in zip(got.kl_by_position, [*firsts[1:], 300], strict=True):
+        assert mean == pytest.approx(kl[:, first - 1 : end - 1].mean().item(), rel=1e-5)
+    agree = (log_p.argmax(-1) == log_q.argmax(-1)).flatten()
+    named = [c for i in range(len(kl)) for c in _named(ids[i * 300 : (i + 1) * 300], tokenizer_bos)]
+    assert set(got.classes) == set(named) and len(got.classes) > 3
+    for name, of in got.classes.items():
+        kept = torch.tensor([c == name for c in named])
+        assert of["tokens"] == int(kept.sum())
+        assert of["kl_mean"] == pytest.approx(kl.flatten()[kept].mean().item(), rel=1e-5)
+        assert of["top1"] == pytest.approx(agree[kept].double().mean().item())
+
+
+def _named(ids: list[int], tokenizer) -> list[str]:
+    """The class of each token of the tiny tokenizer after the first, by the characters of prose alone."""
+    texts = [tokenizer.decode([i]) for i in ids]
+    found = []
+    for before, text in itertools.pairwise(texts):
+        if not text.strip():
+            found.append("whitespace")
+        elif text == ".":
+            found.append("punctuation")
+        else:
+            found.append("word pieces" if before[-1].isalpha() and text[0] != " " else "words")
+    return found
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
