@@ -67,14 +67,24 @@ class _Outliving:
 @contextmanager
 def outliving_readers() -> Iterator[None]:
     """Have no write to stdout and stderr fail for want of a reader, in here."""
-    out, err = (None if s is None else cast(TextIO, _Outliving(s)) for s in (sys.stdout, sys.stderr))
+    _open_closed()
+    out, err = (cast(TextIO, _Outliving(s)) for s in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
         try:
             yield
         finally:  # what Python would flush only when nobody looks after it any more
-            for stream in (out, err):
-                if stream is not None:
-                    stream.flush()
+            out.flush()
+            err.flush()
+
+
+def _open_closed() -> None:
+    """Have a stream that was closed before llmq began (`>&-`) lead nowhere, to the end.
+
+    The next file that is opened would get its number, and what a library prints there.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115, to the end
 
 
 def warn(warning: str) -> None:
