@@ -9,8 +9,10 @@ Not here: what the options of a recipe mean (recipe.py), how a run and its figur
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ import torch
 from llmq import launched
 from llmq.checkpoint import place
 from llmq.checkpoint.place import user_path
-from llmq.evaluation import kept, scores
+from llmq.evaluation import kept, scores, several
 from llmq.evaluation.streamed import Streamed
 from llmq.evaluation.windows import find_convention, load_text
 from llmq.export import _run as exporting
-from llmq.export import _several as several
+from llmq.export import _several as outputs
+from llmq.export._decoded import as_folder
 from llmq.loading import as_dtype, load, load_tokenizer
 from llmq.model.device import device_of
 from llmq.pipeline import machines, rates, run, weights, whole_model
@@ -77,7 +80,7 @@ def quantize(
         and first of the plan.
     Raises LlmqError for an option that does not exist, and as `Recipe`, `prepare` and the run do.
     """
-    if len(forms := several.parted(options.get("format"))) > 1:
+    if len(forms := outputs.parted(options.get("format"))) > 1:
         given = {k: v for k, v in locals().items() if k not in ("src", "out", "options", "forms")} | options
         return _several(src, Path(out), forms, given)
     team = join(device_of(placed(device)))
@@ -105,19 +108,19 @@ def quantize(
 
 def _several(src: str | Path, out: Path, forms: list[str], given: dict[str, Any]) -> dict[str, Any]:
     """Quantize in the first format, then export to the others, OUT being a folder with a place for each."""
-    where, given = several.places(out, forms), several.risen(given, forms) | {"format": forms[0]}
+    where, given = outputs.places(out, forms), outputs.risen(given, forms) | {"format": forms[0]}
     first, *others = where.values()
     more = {n: given[n] for n in ("max_memory", "device_memory", "adapter", "runtime", "allow_code", "overwrite")}
     recipe = {n: v for n, v in given.items() if n in KINDS}
     planned = _outlined(src, first, given["recipe"], recipe, device=given["device"], **more)
     for text, target in zip(forms[1:], others, strict=True):
-        several.require(target, text, overwrite=bool(given["overwrite"]))
-    said = [warning for text in forms[1:] for warning in several.foresee(planned, text)]
+        outputs.require(target, text, overwrite=bool(given["overwrite"]))
+    said = [warning for text in forms[1:] for warning in outputs.foresee(planned, text)]
     record = quantize(src, first, **given)
     after = {n: given[n] for n in ("verify", "overwrite", "warn", "progress")}
     for text, target in zip(forms[1:], others, strict=True):
         if launched.leads():
-            with several.told_how_to_go_on(first, target, text):
+            with outputs.told_how_to_go_on(first, target, text):
                 convert(first, target, text, **after)
     return record | {"warnings": [*record["warnings"], *said], "also": [str(p) for p in others]}
 
@@ -259,8 +262,13 @@ def convert(
     return done
 
 
-def evaluate(
-    model: str | Path,
+def evaluate(model: str | Path, **options: Any) -> scores.Evaluation:
+    """Measure one checkpoint: `evaluate_all` of it alone, whose options it takes. Returns its figures."""
+    return evaluate_all([model], **options).evaluations[str(model)]
+
+
+def evaluate_all(
+    models: Sequence[str | Path],
     *,
     baseline: str | Path | None = None,
     text: str | Path | None = None,
@@ -274,37 +282,43 @@ def evaluate(
     device: str = "auto",
     keep: bool = False,
     progress: Progress | Listener | None = None,
-) -> scores.Evaluation:
-    """Measure a checkpoint's perplexity and, against a float `baseline`, its KL divergence and top-1 agreement.
+) -> several.Several:
+    """Measure checkpoints' perplexity and, against a float `baseline`, KL divergence and top-1 agreement.
 
-    text: a file to score; without one, `dataset` of the Hub. convention: gptq, llama.cpp or lm-eval; window: tokens of
-        a window, in place of the convention's. windows: score only the first so many.
-    kv_bits: 8, 4 or 2 quantize the key-value cache. dtype: in which both compute ("float32" ...), None for their own.
+    models: folders, Hub ids or GGUF files, whose weights are decoded and scored as floats. All are scored on the same
+        tokens, so that each two of them are told apart by their difference (evaluation/several.py).
+    text: a file to score, or a folder, each of whose files and sub-folders is a category with figures of its own;
+        without one, `dataset` of the Hub. convention: gptq, llama.cpp or lm-eval; window: tokens of a window, in place
+        of the convention's. windows: score only the first so many, of each category.
+    kv_bits: 8, 4 or 2 quantize the key-value cache. dtype: in which all compute ("float32" ...), None for their own.
     stream: hold one block of each in memory at a time (evaluation/streamed.py), for models larger than memory.
     keep: keep the figures beside the checkpoint (evaluation/kept.py), where its card and its report find them.
     progress: called with windows done (blocks, where streamed), how many in all, and what is going on.
-    Raises LlmqError as `load`, `load_text`, `Streamed` and `scores.measure` do.
+    Raises LlmqError as `load`, `load_text`, `Streamed` and `several.measure` do.
     """
-    work = Work.of(progress)
+    work, names = Work.of(progress), list(dict.fromkeys(map(str, models)))
     scores.refuse(windows, kv_bits, stream=stream)
-    if keep:
-        kept.place(model)
+    for name in names if keep else ():
+        kept.place(name)
     how = find_convention(convention, window)
-    content = load_text(None if text is None else user_path(text), dataset, how)
-    tokenizer = load_tokenizer(str(model))
     work(0, 1, "loading")
 
-    def opened(path: str | Path, name: str, bits: int | None = None) -> scores.Predicts:
+    def opened(path: str, name: str, bits: int | None = None) -> scores.Predicts:
         if stream:
             return Streamed(path, name, dtype=as_dtype(dtype), device=device, work=work)
         return scores.Predictor(load(path, dtype=as_dtype(dtype), device=device), name, bits)
 
-    def scoring(done: int, total: int) -> None:
-        work(done, total, "scoring")
-
-    truth = None if baseline is None else opened(baseline, "the baseline")
-    scored = opened(model, "the model", kv_bits)
-    found = scores.measure(scored, truth, tokenizer, content, how, windows, scoring)
-    if keep:
-        kept.keep(model, kept.entry(found.to_json(), text=text or dataset, baseline=baseline, windows=windows))
+    with ExitStack() as stack:
+        folders = {n: stack.enter_context(as_folder(n, dtype or "bfloat16", work)) for n in names}
+        tokenizers = {n: load_tokenizer(folder) for n, folder in folders.items()}
+        content = load_text(None if text is None else user_path(text), dataset, how, tokenizers[names[0]])
+        truth = None if baseline is None else opened(str(baseline), "the baseline")
+        openers = {n: partial(opened, f, "the model", kv_bits) for n, f in folders.items()}
+        found = several.measure(openers, truth, tokenizers, content, how, windows, _scoring(work, names))
+    for name, e in found.evaluations.items() if keep else ():
+        kept.keep(name, kept.entry(e.to_json(), text=text or dataset, baseline=baseline, windows=windows))
     return found
+
+
+def _scoring(work: Work, names: Sequence[str]) -> Callable[[int, int, str], None]:
+    return lambda done, total, name: work(done, total, f"scoring {name}" if len(names) > 1 else "scoring")

@@ -117,7 +117,7 @@ def _documents(source: str, tokenizer: Any, tally: Tally) -> Iterator[str]:
     if source in HUB:
         return _of_rows(source, hub_rows(HUB[source], remedy), tokenizer, tally)
     if path.exists():
-        return _of_files(path, tokenizer, tally)
+        return of_files(path, tokenizer, tally)
     if _HUB_NAME.fullmatch(source) and path.suffix not in SUFFIXES:
         repo, config, split = [*source.split(":"), "", ""][:3]
         place = HubText(repo, config or None, split or "train")
@@ -125,7 +125,7 @@ def _documents(source: str, tokenizer: Any, tally: Tally) -> Iterator[str]:
     raise LlmqError(f"no calibration text at {source}: give `self`, a file, a folder, {', '.join(HUB)} or org/name")
 
 
-def _of_files(path: Path, tokenizer: Any, tally: Tally) -> Iterator[str]:
+def of_files(path: Path, tokenizer: Any, tally: Tally) -> Iterator[str]:
     """Yield the documents of local files, read in a child."""
     of_child = Tally()
     batches = gathered(documents(path, tokenizer, of_child))

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,6 +218,14 @@ class Predictor:
 
         cache = QuantizedCache.for_model(self.model, self.kv_bits)
         return torch.cat([self._forward(part, past_key_values=cache) for part in x.split(KV_CHUNK, dim=1)])
+
+    def ready(self) -> AbstractContextManager[None]:
+        """See `Predicts.ready`: the head is in memory all the time."""
+        return nullcontext()
+
+    def rest(self) -> None:
+        """See `Predicts.rest`."""
+        self.model = None
 
     def _forward(self, x: Tensor, **cache: Any) -> Tensor:
         if self.head is None:

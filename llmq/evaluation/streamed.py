@@ -118,13 +118,22 @@ class Streamed:
             for i in range(len(skeleton)):
                 self._work(i, len(skeleton), f"{self.name}, block {i}")
                 forward.step(i)
-            packed = [m for _, m in skeleton.around() if isinstance(m, QuantLinear | TiedHead)]  # the head, if any
-            with outside_loaded(skeleton, device, head=True), _prepacked(packed):
+            with self.ready():
                 yield from (self._states(h) for h in forward.hidden)
 
     def log_probs(self, states: Tensor) -> Tensor:
         """Return the float32 log-probabilities `[T, vocab]` of some states of a window that `each` has just yielded."""
         return F.log_softmax(logits(self.skeleton, states[None])[0].float(), dim=-1)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """See `Predicts.ready`: the final norm and the head are in memory."""
+        packed = [m for _, m in self.skeleton.around() if isinstance(m, QuantLinear | TiedHead)]  # the head, if any
+        with outside_loaded(self.skeleton, self._device, head=True), _prepacked(packed):
+            yield
+
+    def rest(self) -> None:
+        """See `Predicts.rest`: no block is in memory."""
 
     def _states(self, hidden: Tensor) -> Tensor:
         if hidden.dim() != 3 or len(hidden) != 1:

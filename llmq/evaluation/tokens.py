@@ -8,6 +8,7 @@ Not here: the figures over them (scores.py), which of them a text gives (windows
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,6 +38,12 @@ class Predicts(Protocol):
 
     def log_probs(self, states: Tensor) -> Tensor:
         """Return the float32 log-probabilities `[T, vocab]` of some of the states of a window that was yielded."""
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Return within what `log_probs` takes states that were yielded by an `each` that has ended."""
+
+    def rest(self) -> None:
+        """Let go what makes states and no logits: `each` is not asked again."""
 
 
 @dataclass(frozen=True)

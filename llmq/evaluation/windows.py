@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llmq.calibration import HubText, bos_id, encode, hub_rows
-from llmq.calibration.rows import regular
+from llmq.calibration.rows import SUFFIXES, Tally, regular
+from llmq.calibration.text import of_files
 from llmq.errors import LlmqError, one_line
 
 Text = str | Sequence[str]  # one text, or documents
@@ -69,10 +70,16 @@ def find_convention(name: str, window: int | None = None) -> Convention:
     return how if window is None else dataclasses.replace(how, window=window)
 
 
-def load_text(text: Path | None, dataset: str | None, convention: Convention) -> str | list[str]:
-    """Return the text of a file, or of a Hub data set of `EVAL_SETS`. Raises LlmqError where it cannot be had."""
+def load_text(
+    text: Path | None, dataset: str | None, convention: Convention, tokenizer: Any = None
+) -> Text | dict[str, Text]:
+    """Return the text of a file, those of a folder by category, or that of a Hub data set of `EVAL_SETS`.
+
+    tokenizer: whose template renders chats. Raises LlmqError where it cannot be had.
+    """
     if text is not None:
-        return _file_text(Path(text).expanduser())
+        path = Path(text).expanduser()
+        return _categories(path, tokenizer) if path.is_dir() else _file_text(path, tokenizer)
     if dataset not in EVAL_SETS:
         raise LlmqError(f"no evaluation set {dataset!r} (there are: {', '.join(EVAL_SETS)}): or give --text FILE")
     rows = (row["text"] for row in hub_rows(EVAL_SETS[dataset], "give a text, as --text FILE"))
@@ -82,9 +89,29 @@ def load_text(text: Path | None, dataset: str | None, convention: Convention) ->
     return documents if convention.unit == "word" else " ".join(documents)
 
 
-def _file_text(file: Path) -> str:
-    """Return the text of a file, read whole: conventions tokenize it whole."""
+def _categories(folder: Path, tokenizer: Any) -> dict[str, Text]:
+    """Return the texts of a folder: each file is a category, called as it is but for its suffix, and each sub-folder.
+
+    The files of a sub-folder, and of those in it, are the documents of one category, in the order of their paths.
+    """
+    found = dict[str, Text]()
+    for place in sorted(p for p in folder.iterdir() if not p.name.startswith(".")):
+        name = place.stem if place.is_file() and place.stem not in found else place.name
+        if place.is_dir():
+            files = sorted(f for f in place.rglob("*") if f.is_file() and not f.name.startswith("."))
+            found |= {name: [_file_text(f, tokenizer) for f in files]} if files else {}
+        else:
+            found[name] = _file_text(place, tokenizer)
+    if not found:
+        raise LlmqError(f"{folder} holds no text; put a file of each category into it")
+    return found
+
+
+def _file_text(file: Path, tokenizer: Any) -> str:
+    """Return the text of a file, read whole: conventions tokenize it whole. Rows and chats are read as for --calib."""
     regular(file)
+    if file.suffix in SUFFIXES and file.suffix != ".txt":
+        return "".join(of_files(file, tokenizer, Tally()))
     try:
         if file.stat().st_size > TEXT_BYTES:
             raise LlmqError(f"{file} is larger than {TEXT_BYTES / 2**20:.0f} MiB; score a part of it")

@@ -58,6 +58,10 @@ class Floats(View):
         """Return the names of all tensors of the model."""
         return self._file.names()
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor, from the headers."""
+        return {n: tuple(map(int, reversed(self._file.tensors[n].shape))) for n in self.names()}
+
     def bytes(self) -> int:
         """Return the bytes that all tensors have at most."""
         return sum(4 * prod(self._file.tensors[n].shape) for n in self.names())

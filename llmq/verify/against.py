@@ -68,7 +68,7 @@ class Truth:
             if not _close(tensor, W.to(tensor.dtype), around=float(name in self.shifted)):
                 self._differ.append(name)
                 if self._between:
-                    self._errors[name] = _error(tensor.float(), W.float())
+                    self._errors[name] = error_of(tensor.float(), W.float())
 
     def _named(self, name: str) -> str:
         """Return the source's name of a tensor or module."""
@@ -95,7 +95,7 @@ class Truth:
 
     def _check_packed(self, name: str, Q_NK: Tensor, W_NK: Tensor, report: Report) -> None:
         report.count("errors measured again")
-        self._errors[name] = error = _error(Q_NK, W_NK)
+        self._errors[name] = error = error_of(Q_NK, W_NK)
         line = self._lines.get(name)
         said = line.get("weight_error") if isinstance(line, dict) else None
         if said is None or not self._judged:
@@ -108,7 +108,8 @@ class Truth:
         return self._source.get(self._embedding if tied else name)
 
 
-def _error(Q: Tensor, W: Tensor) -> float:
+def error_of(Q: Tensor, W: Tensor) -> float:
+    """Return |Q - W|^2 / |W|^2."""
     return _square_sum(Q - W) / max(_square_sum(W), 1e-30)
 
 
