@@ -7,15 +7,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmq.api import convert, dequantize, evaluate, plan, quantize
+    from llmq.api import convert, dequantize, evaluate, evaluate_all, plan, quantize
     from llmq.integrations.cache import QuantizedCache
     from llmq.loading import load, load_tokenizer
     from llmq.types import LlmqError
 
 __version__ = "0.1.0"
 __all__ = [
-    "LlmqError", "QuantizedCache", "__version__", "convert", "dequantize", "evaluate", "load", "load_tokenizer", "plan",
-    "quantize",
+    "LlmqError", "QuantizedCache", "__version__", "convert", "dequantize", "evaluate", "evaluate_all", "load",
+    "load_tokenizer", "plan", "quantize",
 ]  # fmt: skip
 
 _HOME = {
@@ -24,6 +24,7 @@ _HOME = {
     "convert": "llmq.api",
     "dequantize": "llmq.api",
     "evaluate": "llmq.api",
+    "evaluate_all": "llmq.api",
     "load": "llmq.loading",
     "load_tokenizer": "llmq.loading",
     "plan": "llmq.api",

@@ -12,7 +12,7 @@ Not here: whether the files are right (verify/), what the error does to the mode
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,12 +154,6 @@ def _distance(name: str, a: Tensor, b: Tensor) -> Distance:
     if not math.isfinite(error):
         raise LlmqError(f"{name} holds NaN or infinite values in one of the two; `llmq verify` tells which")
     return Distance(name, list(a.shape), error, float((A - B).abs().max()))
-
-
-def mean(group: Iterable[Distance]) -> float:
-    """Return the mean error of some matrices."""
-    errors = [d.error for d in group]
-    return sum(errors) / len(errors)
 
 
 def lines(found: Distances) -> Iterator[str]:

@@ -1,28 +1,96 @@
 """`llmq inspect` and `llmq list`: what a checkpoint holds, and what there is to choose from.
 
-Not here: the work (inspection.py, registry.py).
+Not here: the work (inspection.py, distances.py, registry.py).
 """
 
-from typing import Annotated
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmq.commands.terminal import console
+from llmq.commands.terminal import console, progress
+from llmq.errors import LlmqError
 from llmq.show import Rows, plain
+
+if TYPE_CHECKING:
+    from llmq.distances import Distances
 
 
 def inspect(
     model: Annotated[str, typer.Argument(help="A checkpoint folder, Hub id or .gguf file.")],
     linears: Annotated[bool, typer.Option("--linears", help="One line for every linear.")] = False,
+    baseline: Annotated[
+        str | None, typer.Option(help="Another checkpoint of any format: how far each matrix is from it.")
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="With --baseline --linears: in the order of the 'error' or 'name'.")
+    ] = "error",
+    json_file: Annotated[Path | None, typer.Option("--json", help="With --baseline: write all to this file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --json.")] = False,
 ) -> None:
-    """Show what a checkpoint holds: format, sizes, and the errors that llmq recorded.
+    """Show what a checkpoint holds: format, sizes, and the errors that llmq recorded; or its distance from another.
 
     Example: `llmq inspect ./my-llama-int4 --linears`
     """
+    if baseline is not None:
+        _distances(model, baseline, json_file, by, linears=linears, overwrite=overwrite)
+        return
+    if json_file is not None:
+        raise LlmqError("--json holds the distance from another checkpoint; give --baseline, or leave it out")
     from llmq.inspection import inspect as look
 
     for table in look(model, linears=linears):
         console.print(table)
+
+
+def _distances(model: str, baseline: str, json_file: Path | None, by: str, *, linears: bool, overwrite: bool) -> None:
+    from llmq import distances
+    from llmq.checkpoint.disk import write_text
+    from llmq.checkpoint.place import check_file, user_path
+
+    if by not in ("error", "name"):
+        raise LlmqError(f"--by {by}: order by 'error', the worst first, or by 'name'")
+    file = None if json_file is None else user_path(json_file)
+    if file:
+        check_file(file, "--json", b"{", overwrite=overwrite)
+    with progress() as work:
+        found = distances.distances(model, baseline, work)
+    for table in _linears(found, by) if linears else _summary(found):
+        console.print(table)
+    for line in distances.lines(found):
+        console.print(plain(line), soft_wrap=True)
+    if file:
+        write_text(file, json.dumps(found.to_json(), indent=2) + "\n")
+
+
+def _summary(found: "Distances") -> Iterator[Rows]:
+    """Yield the distances by kind of matrix, worst first, and by block."""
+    of_blocks = [(block, group) for block, group in found.by("block").items() if block is not None]
+    of_kinds = sorted(found.by("kind").items(), key=lambda item: -max(d.error for d in item[1]))
+    title = f"{found.a} against {found.b}: |A - B|^2 / |B|^2, in dB, and max |A - B|"
+    for head, groups, told in (("matrix", of_kinds, title), ("block", of_blocks, "")):
+        table = Rows(told, head, "of them", "mean error", "worst", "dB", "largest", "the worst", box=None)
+        for key, group in groups:
+            worst = max(group, key=lambda d: d.error)
+            mean = sum(d.error for d in group) / len(group)
+            figures = (
+                f"{mean:.3e}",
+                f"{worst.error:.3e}",
+                f"{worst.decibels:.1f}",
+                f"{max(d.largest for d in group):.4f}",
+            )
+            table.add(key, len(group), *figures, worst.name.removesuffix(".weight"))
+        yield table
+
+
+def _linears(found: "Distances", by: str) -> Iterator[Rows]:
+    table = Rows(f"{found.a} against {found.b}", "matrix", "shape", "error", "dB", "largest", box=None)
+    table.columns[0].overflow = "fold"
+    for d in found.worst() if by == "error" else found.found:
+        table.add(d.name, d.shape, f"{d.error:.3e}", f"{d.decibels:.1f}", f"{d.largest:.4f}")
+    yield table
 
 
 _FOLDERS = ("algorithms", "ranges", "grids", "formats", "export", "families")
@@ -36,7 +104,6 @@ def list_(
     Example: `llmq list schemes`
     """
     from llmq import registry
-    from llmq.types import LlmqError
 
     if what not in (None, "schemes", *_FOLDERS):
         raise LlmqError(f"there is no list of {what!r}; there are schemes, {', '.join(_FOLDERS)}")

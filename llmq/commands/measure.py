@@ -17,13 +17,15 @@ _SHOWN = 50  # lines of what is wrong
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Quantized or float checkpoint.")],
+    models: Annotated[list[str], typer.Argument(help="Checkpoints, quantized or float, or .gguf files.")],
     baseline: Annotated[str | None, typer.Option(help="Float checkpoint for KL and top-1 agreement.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text file to score.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to score, or a folder: each file or sub-folder is a category.")
+    ] = None,
     dataset: Annotated[str, typer.Option(help="Hub dataset to score where there is no --text.")] = "wikitext2",
     convention: Annotated[str, typer.Option(help="gptq, llama.cpp or lm-eval.")] = "gptq",
     window: Annotated[int | None, typer.Option(help="Tokens of a window, in place of the convention's.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Score only the first N windows.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Score only the first N windows, of each category.")] = None,
     kv_bits: Annotated[
         int | None, typer.Option(help="8 or 4: quantize the key-value cache (2: to see it fail).")
     ] = None,
@@ -35,14 +37,15 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...; the checkpoint's own if left out.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
 ) -> None:
-    """Measure perplexity and, against a float baseline, KL divergence and top-1 agreement.
+    """Measure perplexity and, against a float baseline, KL divergence and top-1 agreement; tell several models apart.
 
     Example: `llmq eval ./my-llama-int4 --baseline ./my-llama --text sample.txt`
     """
     given = {n: value for n, value in locals().copy().items() if n not in ("json_file", "log_json", "overwrite")}
-    from llmq.api import evaluate as run
+    from llmq.api import evaluate_all as run
     from llmq.checkpoint.disk import write_text
     from llmq.checkpoint.place import check_file, user_path
+    from llmq.evaluation import shown
     from llmq.evaluation.scores import table
 
     figures = None if json_file is None else user_path(json_file)
@@ -50,9 +53,14 @@ def evaluate(
         check_file(figures, "--json", b"{", overwrite=overwrite)
     with progress(log_json) as work:
         found = run(**given, progress=work)
-    console.print(table({model: found}))
+    console.print(table(found.evaluations))
+    for name, e in found.evaluations.items():
+        if e.categories:
+            console.print(shown.categories(name, e))
+    for line in shown.lines(found):
+        console.print(plain(line), soft_wrap=True)
     if figures:
-        write_text(figures, json.dumps({model: found.to_json()}, indent=2) + "\n")
+        write_text(figures, json.dumps(found.to_json(), indent=2) + "\n")
 
 
 def generate(

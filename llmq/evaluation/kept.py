@@ -11,12 +11,14 @@ was written, and `llmq verify` takes the card by either.
 Not here: measuring (scores.py, tasks.py), the card's words (checkpoint/card.py).
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmq import __version__
+from llmq.checkpoint.card import with_figures
 from llmq.checkpoint.digest import sealed
 from llmq.checkpoint.disk import write_text
 from llmq.checkpoint.hub import origin
@@ -48,11 +50,20 @@ def read(checkpoint: str | Path) -> list[dict[str, Any]]:
 def keep(checkpoint: str | Path, evaluation: Mapping[str, Any]) -> None:
     """Keep an entry, in the place of an earlier one of the same text, convention, windows, baseline and cache.
 
+    The checkpoint's card, where llmq wrote it, gets the figures of all entries.
     evaluation: as `entry` returns it. Raises LlmqError where the file cannot be read or written.
     """
     file = place(checkpoint)
     entries = [*(e for e in read(checkpoint) if _key(e) != _key(evaluation)), dict(evaluation)]
-    write_text(file, json.dumps(sealed({"llmq": __version__, "evaluations": entries, "cards": []}), indent=2) + "\n")
+    card, texts = file.with_name("README.md"), list[str]()
+    if file.name == _FILE and card.is_file() and "README.md" in _written(file.parent):
+        old = card.read_text(encoding="utf-8")
+        texts = [old, with_figures(old, [e for e in entries if e.get("text")])]
+    digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    found = sealed({"llmq": __version__, "evaluations": entries, "cards": digests})
+    write_text(file, json.dumps(found, indent=2) + "\n")  # first: whichever card lies there is one of it
+    if texts:
+        write_text(card, texts[1])
 
 
 def entry(
@@ -74,6 +85,12 @@ def _name(checkpoint: str | Path) -> str:
     if path.is_dir():
         return origin(path).name
     return path.name if path.is_file() else str(checkpoint)
+
+
+def _written(folder: Path) -> Mapping[str, Any]:
+    """Return the files of a folder that llmq wrote, with their checksums; none of a peer's."""
+    record = folder / "quantization.json"
+    return field(json_object(record), "files", dict, str(record), {}) if record.is_file() else {}
 
 
 def _entries(found: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:

@@ -54,6 +54,11 @@ class Several:
     ranked: list[str]
     pairs: list[Pair]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures by model, and of several `pairs`, as `json.dumps` takes them."""
+        pairs = {"pairs": [p.to_json() for p in self.pairs]} if self.pairs else {}
+        return {name: e.to_json() for name, e in self.evaluations.items()} | pairs
+
     @property
     def neighbours(self) -> list[Pair]:
         """The pairs of each model and the next worse."""
@@ -79,7 +84,8 @@ def measure(
         if truth is not None and len(models) > 1:
             truth = Once(truth, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmq-states-"))))
         for name, opened in models.items():
-            began, scored = time.perf_counter(), opened()
+            scored = opened()
+            began = time.perf_counter()
             pieces = scores.prepare(scored, tokenizers[name], text, convention, windows)
             first = first or (name, pieces)
             _require_same(name, pieces, *first)
@@ -100,7 +106,7 @@ def _naming(progress: Callable[[int, int, str], None], name: str) -> Callable[[i
 def _require_same(name: str, pieces: Passages, other: str, of_other: Passages) -> None:
     if pieces.windows != of_other.windows:
         raise LlmqError(
-            f"{name} cuts the text into other tokens than {other}, so that they cannot be paired; measure each by itself"
+            f"{name} cuts the text into other tokens than {other}, so they cannot be paired; measure each by itself"
         )
 
 

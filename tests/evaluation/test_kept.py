@@ -35,6 +35,10 @@ def test_figures_lie_beside_the_checkpoint_and_are_replaced_when_measured_again(
     assert str(src.parent) not in (out / "evaluation.json").read_text()
     assert holds(json.loads((out / "evaluation.json").read_text()))
     assert verify(out, src).passed
+    card = (out / "README.md").read_text()
+    assert f"{second['kl_mean']:.4f}"[:6] in card and "held-out.txt" in card
+    (out / "README.md").write_text(card + "?")
+    assert verify(out, src).failures == ["README.md is not as written: its checksum differs"]
     llmq.quantize(src, out, overwrite=True, **QUICK)
     assert kept.read(out) == []  # they were of the checkpoint that is gone
 
