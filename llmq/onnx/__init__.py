@@ -6,6 +6,7 @@
     decoder.py        the model as nodes, in whichever dialect
     dialect.py        what both dialects share: embedding, head, float linears, quantized inputs
     genai.py, qdq.py  the dialects: for onnxruntime-genai, and plain ONNX
+    convolution.py    beside them, for nets of pictures: docs/learn, chapter 3
 
 Not here: which checkpoint, and what lies in the folder beside the graph (export/onnx.py).
 """

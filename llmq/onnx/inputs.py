@@ -1,6 +1,6 @@
 """Inputs of 8 bits as a pair of nodes: QuantizeLinear rounds, DequantizeLinear decodes, a runtime joins what follows.
 
-    static          one scale, fixed by calibration; int8, zero 0
+    static          one scale and zero, fixed by calibration; int8 (zero 0 where the grid is symmetric), or uint8
     per token       max|x| / 127.5 of a token; int8, zero 0
     ... asymmetric  (max - min) / 255 and a zero of each token; uint8
 
@@ -28,15 +28,17 @@ def require_rounded(grid: RangedGrid, name: str) -> None:
         )
 
 
-def rounded(graph: Graph, x: str, grid: RangedGrid, fixed: Parameters | None, K: int, name: str) -> str:
-    """Return x `[batch, seq, K]` as a runtime with 8-bit inputs sees it.
+def rounded(
+    graph: Graph, x: str, grid: RangedGrid, fixed: Parameters | None, K: int, name: str, *, unsigned: bool = False
+) -> str:
+    """Return x `[batch, seq, K]` as a runtime with 8-bit inputs sees it; where the grid is static, x of any shape.
 
-    fixed: what calibration fixed. Raises LlmqError as `require_rounded`, and for a static grid without its scale.
+    fixed: what calibration fixed. unsigned: whether static codes are uint8, as the products of x86 want them; TensorRT
+    wants int8 and a zero of 0. Raises LlmqError as `require_rounded`, and for a static grid without its scale.
     """
     require_rounded(grid, name)
     if grid.static:
-        by = [_fixed(graph, fixed, name), graph.constant(f"{name}.input_zero", torch.tensor(0, dtype=torch.int8))]
-        return _pair(graph, x, by, name)
+        return _pair(graph, x, _fixed(graph, fixed, name, unsigned), name)
     made = _symmetric(graph, x, name) if grid.sym else _asymmetric(graph, x, name)
     return _pair(graph, x, made, name, axis=2, block_size=K)
 
@@ -46,13 +48,15 @@ def _pair(graph: Graph, x: str, by: list[str], name: str, **attributes: int) -> 
     return graph.node("DequantizeLinear", [codes, *by], f"{name}.input_rounded", **attributes)
 
 
-def _fixed(graph: Graph, fixed: Parameters | None, name: str) -> str:
-    if fixed is None or bool((Params.of(fixed).zero != 128).any()):
-        raise LlmqError(f"{name}: a static input needs a scale that calibration chose, and the zero in the middle")
-    own = fixed.scale.reshape(()).to(graph.io)
+def _fixed(graph: Graph, fixed: Parameters | None, name: str, unsigned: bool) -> list[str]:
+    """Return the scale and zero that calibration chose."""
+    if fixed is None:
+        raise LlmqError(f"{name}: a static input needs a scale that calibration chose")
+    own, zero = fixed.scale.reshape(()).to(graph.io), Params.of(fixed).zero.reshape(())
     if not own:
         raise LlmqError(f"{name}: the scale of its input is 0 in {graph.io}; say --to onnx:io=float32")
-    return graph.constant(f"{name}.input_scale", own)
+    zero = zero.to(torch.uint8) if unsigned else (zero - 128).to(torch.int8)
+    return [graph.constant(f"{name}.input_scale", own), graph.constant(f"{name}.input_zero", zero)]
 
 
 def _symmetric(graph: Graph, x: str, name: str) -> list[str]:

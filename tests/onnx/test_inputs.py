@@ -13,10 +13,10 @@ from llmq.types import LlmqError, Params
 K = 48
 
 
-def run(folder, grid, x, fixed=None):
+def run(folder, grid, x, fixed=None, unsigned=False):
     with Graph(folder, torch.float32) as graph:
         graph.input("input_ids", torch.float32, ["batch", "seq", K])
-        graph.node("Identity", [rounded(graph, "input_ids", grid, fixed, K, "w")], "logits")
+        graph.node("Identity", [rounded(graph, "input_ids", grid, fixed, K, "w", unsigned=unsigned)], "logits")
         graph.output("logits", torch.float32, ["batch", "seq", K])
         graph.save({"": 21}, 10)
     return OnnxModel(folder)(x)[0]
@@ -30,11 +30,13 @@ def test_a_scale_for_every_token(sym, tmp_path):
     assert torch.equal(run(tmp_path, grid, x), grid.fake_quantize(x))
 
 
-def test_one_scale_that_calibration_fixed(tmp_path):
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("zero", [128, 0, 77, 255])
+def test_one_scale_and_zero_that_calibration_fixed(zero, unsigned, tmp_path):
     x = torch.randn(2, 7, K, generator=torch.Generator().manual_seed(0))
-    grid = Int(bits=8, group="tensor")
-    fixed = Params(torch.tensor([0.013]), torch.tensor([128], dtype=torch.int32))
-    assert torch.equal(run(tmp_path, grid, x, fixed), grid.fake_quantize(x, fixed))
+    grid = Int(bits=8, sym=zero == 128, group="tensor")
+    fixed = Params(torch.tensor([0.013]), torch.tensor([zero], dtype=torch.int32))
+    assert torch.equal(run(tmp_path, grid, x, fixed, unsigned), grid.fake_quantize(x, fixed))
 
 
 @pytest.mark.parametrize(
