@@ -1,4 +1,4 @@
-"""The command line: `llmq quantize | plan | export | dequantize | verify | eval | generate | inspect | list`.
+"""The command line: a file of commands/ for the commands of one kind, and here what they share.
 
 Bad input ends in one line on standard error and exit status 1, a signal in 128 and its number; neither leaves a
 half-written OUT. Who reads the output may go away: that ends no command.
@@ -18,9 +18,10 @@ from rich.console import Console
 from llmq import launched, signals
 from llmq.commands.convert import dequantize, export
 from llmq.commands.look import inspect, list_
-from llmq.commands.measure import evaluate, generate, verify
+from llmq.commands.measure import evaluate, verify
 from llmq.commands.plan import plan
 from llmq.commands.quantize import quantize
+from llmq.commands.talk import chat, generate, serve
 from llmq.commands.terminal import console, outliving_readers, warn
 from llmq.errors import LlmqError, notes, one_line, printable
 from llmq.show import labelled, plain
@@ -100,6 +101,8 @@ app.command()(quantize)
 app.command()(plan)
 app.command(name="eval")(evaluate)
 app.command()(generate)
+app.command()(chat)
+app.command()(serve)
 app.command()(export)
 app.command()(dequantize)
 app.command()(verify)

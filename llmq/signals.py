@@ -3,13 +3,15 @@
 The first becomes a KeyboardInterrupt, so that what was staged is removed, or kept and named. C code that meets one can
 raise another error in its place, or none: whoever works in steps calls `check`, whoever prints the end asks `caught`.
 More of them within two seconds are one gesture; a later one means that the end does not come, and ends the process.
+In a chat Ctrl-C ends an answer or a line (`asked`, `apart`), and not the run.
 Not here: what is said and with which status (cli.py), what is cleaned up (checkpoint/sink.py).
 """
 
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -40,6 +42,33 @@ def check() -> None:
     """Raise KeyboardInterrupt where a signal has come, even if its own was lost."""
     if _first:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Have Ctrl-C raise KeyboardInterrupt in here and end nothing, however often it comes."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def asked() -> Iterator[Callable[[], bool]]:
+    """Have Ctrl-C end nothing in here: yield what says whether it came. A second one raises KeyboardInterrupt."""
+    came: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end(number: int, _frame: Any) -> None:

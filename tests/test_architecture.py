@@ -23,7 +23,7 @@ FLOORS = (  # a room, or a file of the top level, imports only from floors below
     "params", "minifloat", "types", "format stored",
     "registry stats", "steps histogram", "ranges grids families algorithms", "checkpoint", "model",
     "gguf onnx calibration runtime", "formats", "integrations", "loading verify",
-    "evaluation recipe inspection readable",
+    "evaluation recipe inspection readable talk",
     "pipeline", "export", "distances", "api", "commands", "cli", "__main__",
 )  # fmt: skip
 LOW = {

@@ -68,6 +68,12 @@ def origin(folder: Path) -> Origin:
     return Origin(printable(Path(os.path.abspath(folder)).name) or "model")  # noqa: PTH100  (absolute() keeps `..`)
 
 
+def called(name: str) -> str:
+    """Return what a checkpoint is called to others: org/name, or the name of a folder or file without where it lies."""
+    path = Path(name).expanduser()
+    return origin(path).name if path.exists() else name
+
+
 def is_repository(name: object) -> bool:
     """Say whether a text has the form org/name of a Hub repository."""
     return isinstance(name, str) and bool(_REPOSITORY.fullmatch(name)) and not name.startswith(".")

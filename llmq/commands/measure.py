@@ -1,17 +1,17 @@
-"""`llmq eval`, `llmq verify` and `llmq generate`: how good a checkpoint is, whether it is right, whether it speaks.
+"""`llmq eval` and `llmq verify`: how good a checkpoint is, whether it is right.
 
 Not here: the work (evaluation/, verify/).
 """
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from llmq.commands.terminal import console, progress
 from llmq.errors import LlmqError
-from llmq.show import labelled, lines, plain
+from llmq.show import labelled, plain
 
 _SHOWN = 50  # lines of what is wrong
 
@@ -61,33 +61,6 @@ def evaluate(
         console.print(plain(line), soft_wrap=True)
     if figures:
         write_text(figures, json.dumps(found.to_json(), indent=2) + "\n")
-
-
-def generate(
-    model: Annotated[str, typer.Argument(help="Quantized or float checkpoint.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
-) -> None:
-    """Continue a prompt, greedily: a quick look at whether a checkpoint speaks.
-
-    Example: `llmq generate ./my-llama-int4 "The capital of France is"`
-    """
-    from llmq.loading import load, load_tokenizer
-    from llmq.model.pretrained import check_ids, foreign
-
-    tokenizer = load_tokenizer(model)
-    loaded: Any = load(model, device=device)
-    with foreign(f"{model}: its tokenizer cannot cut the prompt"):
-        encoded = tokenizer(prompt, return_tensors="pt").to(loaded.device)
-    inputs = {k: encoded[k] for k in ("input_ids", "attention_mask") if k in encoded}  # not token_type_ids and the like
-    if not inputs["input_ids"].numel():
-        raise LlmqError("the prompt is empty; give some text to continue")
-    check_ids(inputs["input_ids"], loaded)
-    with foreign(f"{model}: transformers cannot generate"):
-        out = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        text = tokenizer.decode(out[0], skip_special_tokens=True)
-    console.print(lines(str(text)))
 
 
 def verify(

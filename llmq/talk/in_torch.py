@@ -1,0 +1,164 @@
+"""A checkpoint folder that speaks, by transformers: every format that llmq loads, and float ones.
+
+transformers' own `generate` runs, with whatever cache the model has, in a coroutine (greenlet) that hands each token
+out and waits: whoever reads sets the pace, and an answer that is closed is computed no further. What the cache holds is
+kept: the next turn of a chat begins where the last one ended.
+A chat template is a stranger's program, so that it runs in a child process with limits (guard/confined.py).
+Not here: loading (loading.py), text out of tokens (words.py).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Generator, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor
+
+from llmq.guard.confined import Confined
+from llmq.loading import load, load_tokenizer
+from llmq.model.pretrained import check_ids, foreign
+from llmq.talk.speaker import Message, Piece, Sampling, Speaker
+from llmq.talk.words import Decoded
+
+
+class InTorch(Speaker):
+    """A checkpoint folder or Hub id. Raises LlmqError as `load` and `load_tokenizer` do."""
+
+    def __init__(self, model: str, device: str = "auto") -> None:
+        self.name = model
+        self._tokenizer: Any = load_tokenizer(model)
+        self._model: Any = load(model, device=device)
+        text = self._model.config.get_text_config(decoder=True)
+        self.context = getattr(text, "max_position_embeddings", None)
+        self.chats = bool(self._tokenizer.chat_template)
+        self.weights = sum(t.nbytes for t in [*self._model.parameters(), *self._model.buffers()])
+        self._renders: Confined | None = None
+        self._render: Any = None
+        self._cache: Any = None
+        self._held: list[int] = []  # the ids whose keys and values the cache has
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None) -> None:
+        """End the child that renders."""
+        if self._renders is not None:
+            self._renders.__exit__()
+            self._renders = self._render = None
+
+    def encode(self, text: str) -> list[int]:
+        """See `Speaker.encode`."""
+        with foreign(f"{self.name}: its tokenizer cannot cut the prompt"):
+            return list(self._tokenizer(text)["input_ids"])
+
+    def templated(self, messages: Sequence[Message]) -> list[int]:
+        """See `Speaker.templated`."""
+        if self._renders is None:
+            self._renders = Confined(self._filled, f"{self.name}: its chat template")
+            self._render = self._renders.__enter__()
+        try:
+            text = self._render(list(messages))
+        except BaseException:
+            self.__exit__(None, None, None)  # it may be gone, or still at work
+            raise
+        with foreign(f"{self.name}: its tokenizer cannot cut the chat"):
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _filled(self, messages: Any) -> str:
+        with foreign(f"{self.name}: its chat template refuses these messages"):
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return str(text)
+
+    def pieces(self, ids: Sequence[int], how: Sampling) -> Iterator[Piece]:
+        """See `Speaker.pieces`."""
+        check_ids(ids, self._model)
+        ends = self._ends()
+        words = Decoded(lambda some: str(self._tokenizer.decode(some, skip_special_tokens=True)), ids)
+        tokens = self._tokens(list(ids), how, ends)
+        try:
+            for n, token in enumerate(tokens, 1):
+                finish = "stop" if token in ends else "length" if n == how.max_new_tokens else None
+                text = words.add(token)
+                yield Piece(text + words.add(None) if finish else text, finish=finish)
+        finally:
+            tokens.close()
+
+    def memory(self) -> dict[str, int]:
+        """See `Speaker.memory`."""
+        layers = getattr(self._cache, "layers", [])
+        kept = [t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)]
+        return super().memory() | {"key-value cache": sum(t.nbytes for t in kept)}
+
+    def _ends(self) -> list[int]:
+        """Return the ids that end an answer: the checkpoint's, and what the tokenizer calls the end of a text."""
+        said = self._model.generation_config.eos_token_id
+        every = [*(said if isinstance(said, list) else [said]), self._tokenizer.eos_token_id]
+        return [i for i in dict.fromkeys(every) if i is not None]
+
+    def _tokens(self, ids: list[int], how: Sampling, ends: list[int]) -> Generator[int, None, None]:
+        """Yield the ids that follow, each when it is asked for."""
+        cache = self._cache_for(ids)
+        handed: list[int] = []
+        running = greenlet(lambda: self._generate(ids, how, ends, cache, _Handing(getcurrent().parent)))
+        whole = False
+        try:
+            while (token := running.switch()) is not None:
+                handed.append(token)
+                yield token
+            whole = True
+        except GeneratorExit:
+            running.throw(GreenletExit)
+            whole = True
+        finally:  # an interrupt within a forward leaves layers that hold more than others
+            self._cache = cache if whole else None
+            self._held = [*ids, *handed][: cache.get_seq_length()] if whole and cache is not None else []
+
+    def _generate(self, ids: list[int], how: Sampling, ends: list[int], cache: Any, streamer: _Handing) -> None:
+        torch.manual_seed(secrets.randbits(32) if how.seed is None else how.seed)
+        given = torch.tensor([ids], device=self._model.device)
+        with foreign(f"{self.name}: transformers cannot generate"):
+            self._model.generate(
+                input_ids=given,
+                attention_mask=torch.ones_like(given),
+                past_key_values=cache,
+                streamer=streamer,
+                max_new_tokens=how.max_new_tokens,
+                eos_token_id=ends or None,
+                pad_token_id=ends[0] if ends else 0,
+                **self._choosing(how),
+            )
+
+    def _choosing(self, how: Sampling) -> dict[str, Any]:
+        """Return what tells `generate` how to choose, by the checkpoint's own settings where nothing is said."""
+        own = self._model.generation_config
+        sampled = how.temperature is not None or how.top_p is not None or bool(own.do_sample)
+        if how.temperature == 0 or how.top_p == 0 or not sampled:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        told = {"temperature": how.temperature, "top_p": how.top_p}
+        return {"do_sample": True, **{key: value for key, value in told.items() if value is not None}}
+
+    def _cache_for(self, ids: list[int]) -> Any:
+        """Return a cache: the last one where the prompt goes on from what that holds; None has `generate` make one."""
+        from transformers import DynamicCache
+
+        if self._cache is not None and 0 < len(self._held) < len(ids) and ids[: len(self._held)] == self._held:
+            return self._cache
+        return DynamicCache(config=self._model.config) if self._model._supports_default_dynamic_cache() else None
+
+
+class _Handing:
+    """What `generate` gives tokens to: hands each on, and waits until the next is asked for."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+        self._begun = False
+
+    def put(self, ids: Tensor) -> None:
+        """Hand an id on; the first call has the prompt."""
+        if self._begun:
+            self._reader.switch(int(ids.reshape(-1)[0]))
+        self._begun = True
+
+    def end(self) -> None:
+        """Do nothing: that `generate` returns says it."""

@@ -1,0 +1,117 @@
+"""`llmq chat` as a user meets it: at a terminal of its own, and with lines from a pipe."""
+
+import io
+import os
+import pty
+import re
+import select
+import signal
+import sys
+import time
+
+import pytest
+from _parrot import Parrot
+
+from llmq import cli, signals
+from llmq.talk.conversation import Conversation
+from llmq.talk.speaker import Sampling, TooLongError
+
+
+def said(talk, text):
+    answer = talk.ask(text)
+    found = "".join(answer)
+    talk.keep(text, found)
+    return found
+
+
+def test_turns_go_through_the_template_after_what_the_model_is_told():
+    talk = Conversation(Parrot(), Sampling(100), system="be kind")
+    assert said(talk, "hi") == "<s>be kind<u>hi"
+    assert said(talk, "on") == "<s>be kind<u>hi<a><s>be kind<u>hi<u>on"
+    talk.reset()
+    assert said(talk, "hi") == "<s>be kind<u>hi"
+    talk.tell(None)
+    assert said(talk, "hi") == "<u>hi"
+
+
+def test_a_base_model_writes_on():
+    talk = Conversation(Parrot(chats=False), Sampling(100))
+    assert said(talk, "ab") == "ab" and said(talk, "c") == "ababc"
+    with pytest.raises(Exception, match="can be told nothing"):
+        talk.tell("be kind")
+
+
+def test_turns_that_are_too_long_say_how_to_begin_anew_and_are_not_kept():
+    talk = Conversation(Parrot(context=12), Sampling(100))
+    said(talk, "hi")
+    with pytest.raises(TooLongError, match="/reset forgets"):
+        talk.ask("and so on")
+    assert len(talk.turns) == 2
+
+
+def test_ctrl_c_asks_once_and_then_insists():
+    before = signal.getsignal(signal.SIGINT)
+    with signals.asked() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) == before and signals.caught() is None
+
+
+def test_lines_from_a_pipe_are_answered_one_by_one(tiny_checkpoint, monkeypatch, capsys):
+    lines = 'The first city\n/stats\n/nothing\n/system be kind\n"""two\nlines"""\n/exit\nnever\n'
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    folder = str(tiny_checkpoint())
+    cli.chat(folder, system=None, max_new_tokens=4, temperature=None, top_p=None, seed=None, context=None, device="cpu")
+    printed = capsys.readouterr().out
+    assert "tokens a second" in printed and "key-value cache" in printed and "there is no /nothing" in printed
+    assert printed.count("--max-new-tokens") == 2
+
+
+class Terminal:
+    """A command at a terminal of its own."""
+
+    def __init__(self, *args):
+        self.pid, self.at = pty.fork()
+        if self.pid == 0:
+            os.environ.update(TERM="dumb", COLUMNS="200")
+            os.execv(sys.executable, [sys.executable, "-m", "llmq", *map(str, args)])  # noqa: S606
+        self.seen = ""
+
+    def until(self, pattern, seconds=120):
+        """Read on until a pattern is there; return what was read."""
+        end = time.monotonic() + seconds
+        while not re.search(pattern, self.seen):
+            assert time.monotonic() < end, self.seen
+            if select.select([self.at], [], [], 1)[0]:
+                self.seen += os.read(self.at, 4096).decode(errors="replace")
+        seen, self.seen = self.seen, ""
+        return seen
+
+    def type(self, text):
+        os.write(self.at, text.encode())
+
+    def ends(self):
+        status = os.waitpid(self.pid, 0)[1]
+        os.close(self.at)
+        return os.waitstatus_to_exitcode(status)
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(tiny_checkpoint):
+    folder = tiny_checkpoint(max_position_embeddings=100_000)
+    terminal = Terminal("chat", folder, "--device", "cpu", "--max-new-tokens", 90_000, "--temperature", 2)
+    terminal.until("> $")
+    terminal.type("The first city\n")
+    terminal.until(r"\r\n.{20}")
+    terminal.type("\x03")
+    assert "(stopped)" in terminal.until(r"\)\r\n> $")
+    terminal.type("half a line\x03")
+    terminal.until(r"/exit or Ctrl-D leaves\r\n> $")
+    terminal.type("/stats\n")
+    assert "tokens a second" in terminal.until(r"> $")
+    terminal.type("\x04")
+    assert terminal.ends() == 0

@@ -1,0 +1,168 @@
+"""Both ways to generate: what transformers' `generate` gives, a cache that goes on, answers that end or are ended."""
+
+import json
+
+import pytest
+import torch
+from _tiny import CHAT_TEMPLATE
+
+import llmq
+from llmq.talk import in_torch
+from llmq.talk.speaker import Sampling, opened
+
+HELLO = [{"role": "user", "content": "The first city"}]
+
+
+@pytest.fixture
+def speaker(tiny_checkpoint):
+    with opened(str(tiny_checkpoint()), "cpu") as found:
+        yield found
+
+
+def test_it_says_what_generate_does(speaker):
+    ids = speaker.encode("The first city")
+    answer = speaker.answer(ids, Sampling(12, temperature=0))
+    text = "".join(answer)
+    model = llmq.load(speaker.name, device="cpu")
+    out = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0]
+    tokenizer = llmq.load_tokenizer(speaker.name)
+    assert tokenizer.decode(out, skip_special_tokens=True) == "The first city" + text
+    assert answer.tokens == len(out) - len(ids) and answer.prompt_tokens == len(ids)
+    assert answer.finish == ("stop" if int(out[-1]) == 1 else "length")
+
+
+def test_a_turn_that_goes_on_is_computed_from_where_the_last_one_ended(speaker, monkeypatch):
+    def turn(ids):
+        return "".join(speaker.answer(ids, Sampling(6, temperature=0)))
+
+    fed = []
+    before = type(speaker._model).forward
+    monkeypatch.setattr(
+        type(speaker._model),
+        "forward",
+        lambda self, input_ids=None, **kw: fed.append(input_ids.shape[1]) or before(self, input_ids=input_ids, **kw),
+    )
+    ids = speaker.encode("The first city")
+    turn(ids)
+    assert fed[0] == len(ids)
+    longer = [*speaker._held, *speaker.encode("and the war")]
+    fed.clear()
+    warm = turn(longer)
+    assert fed[0] == len(speaker.encode("and the war"))
+    speaker._cache = None
+    assert turn(longer) == warm
+    fed.clear()
+    turn(ids)  # another chat: nothing of the last one
+    assert fed[0] == len(ids)
+
+
+def test_an_answer_that_is_closed_is_computed_no_further_and_the_next_one_is_right(speaker):
+    ids = speaker.encode("The first city")
+    whole = list(speaker.answer(ids, Sampling(20, temperature=0)))
+    speaker._cache = None
+    answer = speaker.answer(ids, Sampling(20, temperature=0))
+    pieces = iter(answer)
+    some = [next(pieces) for _ in range(3)]
+    answer.close()
+    assert answer.tokens < 20 and answer.finish is None and some == whole[:3]
+    assert list(speaker.answer(ids, Sampling(20, temperature=0))) == whole
+
+
+def test_an_interrupt_within_a_forward_leaves_no_cache(speaker, monkeypatch):
+    def forward(self, *args, **kw):
+        raise KeyboardInterrupt
+
+    ids = speaker.encode("The first city")
+    whole = list(speaker.answer(ids, Sampling(4, temperature=0)))
+    monkeypatch.setattr(type(speaker._model.model.layers[1]), "forward", forward)
+    with pytest.raises(KeyboardInterrupt):
+        list(speaker.answer(ids, Sampling(4, temperature=0)))
+    monkeypatch.undo()
+    assert list(speaker.answer(ids, Sampling(4, temperature=0))) == whole
+
+
+def test_a_seed_repeats_and_stop_strings_end(speaker):
+    ids = speaker.encode("The first city")
+    drawn = ["".join(speaker.answer(ids, Sampling(12, 1.0, seed=s))) for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    text = drawn[0]
+    answer = speaker.answer(ids, Sampling(12, 1.0, seed=1, stop=[text[3:5]]))
+    assert "".join(answer) == text[: text.index(text[3:5])] and answer.finish == "stop"
+
+
+def test_chats_go_through_the_template(speaker, monkeypatch):
+    ids = speaker.prompt(HELLO)
+    text = "<s><user>The first city</user>\n"
+    assert ids == llmq.load_tokenizer(speaker.name)(text, add_special_tokens=False)["input_ids"]
+    speaker.__exit__(None, None, None)
+    speaker._tokenizer.chat_template = "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr("llmq.guard.confined.SECONDS", 1)
+    with pytest.raises(llmq.LlmqError, match="chat template takes more than 1 seconds"):
+        speaker.prompt(HELLO)
+    speaker._tokenizer.chat_template = "{{ raise_exception('only users') }}"
+    with pytest.raises(llmq.LlmqError, match=r"its chat template refuses these messages.*only users"):
+        speaker.prompt(HELLO)
+    speaker._tokenizer.chat_template = CHAT_TEMPLATE
+    assert speaker.prompt(HELLO) == ids
+
+
+def test_what_cannot_be_is_refused(speaker, tiny_checkpoint):
+    with pytest.raises(llmq.LlmqError, match="the prompt is empty"):
+        speaker.answer([], Sampling(1))
+    with pytest.raises(llmq.LlmqError, match="the prompt has 512 tokens, and .* takes 512 in all"):
+        speaker.answer([5] * 512, Sampling(1))
+    answer = speaker.answer([5] * 510, Sampling(100, temperature=0))
+    list(answer)
+    assert answer.tokens <= 2
+    for given in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 2.0}, {"seed": -1}):
+        with pytest.raises(llmq.LlmqError, match=f"{next(iter(given))} is"):
+            Sampling(**({"max_new_tokens": 1} | given))
+    folder = tiny_checkpoint()
+    (folder / "chat_template.jinja").unlink()
+    with opened(str(folder), "cpu") as base:
+        assert not base.chats
+        with pytest.raises(llmq.LlmqError, match="has no chat template"):
+            base.prompt(HELLO)
+
+
+def test_the_checkpoints_own_settings_hold_where_nothing_is_said(tiny_checkpoint):
+    folder = tiny_checkpoint()
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 7]}))
+    speaker = in_torch.InTorch(str(folder), "cpu")
+    assert speaker._choosing(Sampling(1)) == {"do_sample": True}
+    assert speaker._choosing(Sampling(1, 0))["do_sample"] is False
+    assert speaker._choosing(Sampling(1, 0.5)) == {"do_sample": True, "temperature": 0.5}
+    assert speaker._ends() == [1, 7]
+
+
+@pytest.fixture
+def gguf(tiny_checkpoint, tmp_path, llama_cpp):
+    llmq.quantize(tiny_checkpoint(), tmp_path / "m.gguf", type="Q8_0", method="rtn", warn=lambda _: None)
+    return tmp_path / "m.gguf"
+
+
+def test_a_gguf_file_speaks_in_llama_cpp(gguf, llama_cpp):
+    with opened(str(gguf), context=128) as speaker:
+        assert speaker.chats and speaker.context == 128
+        ids = speaker.prompt(HELLO)
+        assert ids[:1] == [0]
+        answer = speaker.answer(ids, Sampling(10, temperature=0))
+        text = "".join(answer)
+        assert text and answer.tokens == 10 and answer.finish in ("length", "stop")
+        again = speaker.answer(ids, Sampling(10, temperature=0))
+        first = next(iter(again))
+        again.close()
+        assert text.startswith(first)
+        assert "".join(speaker.answer(ids, Sampling(10, temperature=0))) == text
+        drawn = ["".join(speaker.answer(ids, Sampling(8, 1.0, seed=s))) for s in (1, 1)]
+        assert drawn[0] == drawn[1]
+    assert text == llama_cpp(gguf)._post("/completion", prompt=ids, n_predict=10, temperature=0)["content"]
+
+
+def test_gguf_without_xllamacpp_says_what_to_install(gguf, monkeypatch):
+    monkeypatch.setattr("llmq.extras.find_spec", lambda name: None)
+    with pytest.raises(
+        llmq.LlmqError, match=r"xllamacpp, which is not installed: pip install 'llmq-quant\[llama-cpp\]'"
+    ):
+        opened(str(gguf))
