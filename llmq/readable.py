@@ -15,7 +15,7 @@ from llmq import registry
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import decoded_on_load
 from llmq.checkpoint.names import match
-from llmq.checkpoint.packed import PackedCheckpoint
+from llmq.checkpoint.packed import PackedCheckpoint, PackedWeights
 from llmq.errors import LlmqError
 from llmq.format import Format
 from llmq.gguf import kinds
@@ -53,14 +53,14 @@ def _of_gguf(file: GgufFile) -> list[Reader]:
     """Return the rows of a GGUF file, by the types of its matrices; of those that llmq does not write none ran."""
     form: Format = registry.load("formats", "gguf")
     written = {t.tensor_type.name: t for t in file.tensors.values() if t.tensor_type.name in kinds.QUANTIZED}
-    ours = {kind: t for kind, t in written.items() if kind.lower() in registry.names("grids")}
+    ours = {kind: t for kind, t in written.items() if kinds.has_grid(kind)}
     specs = [LinearSpec(t.name, t.shape[1], t.shape[0], Scheme(kinds.grid(kind))) for kind, t in ours.items()]
     others = ", ".join(sorted(written.keys() - ours.keys()))
     limit = Limit(f"its code names {others}, of which no file ran here", notes=("llama.cpp",), known="source")
     return readers(form.readers(specs), [limit] if others else [])
 
 
-def of_experts(source: Source, packed: PackedCheckpoint, method: str) -> list[Limit]:
+def of_experts(source: Source, packed: PackedWeights, method: str) -> list[Limit]:
     """Return a limit where experts lie apart that the model's own checkpoints hold in one tensor.
 
     method: the `quant_method` of the checkpoint that they lie in, or will.

@@ -3,7 +3,9 @@
     python scripts/conversions.py              a table as docs/export.md has it, in Markdown, with the reasons below
     python scripts/conversions.py mlx awq      these targets alone
 
-Every pair is run, on the peers' tiny checkpoints in tests/golden and on what is made of them; each file is verified.
+Every pair is run, on the peers' tiny checkpoints in tests/golden, on what is made of them, and on GGUF files of a tiny
+random model, all matrices of whose blocks are of one type (embedding and head become floats where a target has no
+place for them packed); each file is verified.
 """
 
 import re
@@ -13,6 +15,10 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from _tiny import VOCAB, make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmq
 from llmq.errors import LlmqError
@@ -50,7 +56,12 @@ MADE = {
     "MLX, 4 bits, asymmetric": ("ct_pack_w4g32_asym", "mlx"),
     "MLX, MXFP4": ("ct_mxfp4", "mlx"),
 }
+GGUF = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_0", "MXFP4", "NVFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
+    "IQ4_XS",
+)  # fmt: skip
 SHORT = {
+    "decoded": "",
     "values exact": "kept",
     "codes exact, minimum rounded": "minimum rounded",
     "codes exact, factor rounded": "factor rounded",
@@ -66,6 +77,21 @@ def sources(room: Path) -> Iterator[tuple[str, Path]]:
         made = room / f"{name}-{to}"
         llmq.convert(with_tokenizer(GOLDEN / name, room), made, to)
         yield kind, made
+    floats = tiny(room / "tiny")
+    for kind in GGUF:
+        made = room / f"{kind}.gguf"
+        llmq.quantize(floats, made, type=kind, override=[f"blk:type={kind}"], method="rtn")
+        yield f"GGUF, {kind}", made
+
+
+def tiny(folder: Path) -> Path:
+    """Write a random model whose rows fill ggml's superblocks, with its tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=1)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer(bos=False).save_pretrained(folder)
+    return folder
 
 
 def with_tokenizer(folder: Path, room: Path) -> Path:
@@ -81,15 +107,16 @@ def with_tokenizer(folder: Path, room: Path) -> Path:
 def outcome(folder: Path, target: str, room: Path) -> str:
     """Return what became of the linears; of a refusal its reason."""
     out = room / f"{folder.name}-{target}-out{'.gguf' if target == 'gguf' else ''}"
+    ends = {"embeddings": "float"} if folder.suffix == ".gguf" and target not in ("gguf", "onnx", "float") else {}
     try:
-        done = llmq.convert(folder, out, "gguf:pre=gpt-2" if target == "gguf" else target)
+        done = llmq.convert(folder, out, "gguf:pre=gpt-2" if target == "gguf" else target, **ends)
     except LlmqError as e:
         return f"refused: {e}"
     finally:
         (shutil.rmtree if out.is_dir() else Path.unlink)(out) if out.exists() else None
     if "outcomes" not in done:
         return "decoded"
-    found = [SHORT.get(o, o) for o in done["outcomes"]]
+    found = {said for o in done["outcomes"] if (said := SHORT.get(o.partition(", decoded")[0], o))}
     return " and ".join(sorted(found, key=lambda o: o != "kept"))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,39 @@ from llmq.types import LinearSpec, QTensor, Scheme
 CACHE = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")
 """How the names of a quantized key-value cache's scales end."""
 _TABLE = re.compile("emb|wte")  # what transformers' models call an embedding
+
+
+class PackedWeights(Protocol):
+    """What is read of a quantized model, whatever file it lies in; `PackedCheckpoint` is that of a folder.
+
+    linears: the packed ones by name, embeddings among them, in the order of the model. ordered: whether they come in
+    activation order. derived: local names of tensors that follow from the rest (`Format.derived`).
+    """
+
+    linears: dict[str, LinearSpec]
+
+    @property
+    def ordered(self) -> bool:
+        """See above."""
+
+    @property
+    def derived(self) -> frozenset[str]:
+        """See above."""
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """Return what is read of a linear, and its bias, by local names, on the meta device."""
+
+    def parts(self, name: str) -> list[str]:
+        """Return the names under which the packed tensors of a linear are stored, without its bias."""
+
+    def qtensor(self, name: str) -> QTensor:
+        """Read a linear. Raises LlmqError that names the tensor which holds what no weight can have."""
+
+    def names(self) -> list[str]:
+        """Return the names of all that `__iter__` yields, in its order."""
+
+    def __iter__(self) -> Iterator[tuple[str, QTensor | Tensor]]:
+        """Yield every weight, bias and other tensor by the name that it has in a float checkpoint, block by block."""
 
 
 class Packing:
@@ -118,6 +151,16 @@ class PackedCheckpoint:
         if own_head(source, model):
             model.config.tie_word_embeddings = False
         return cls(packing, {n: e for n, e in source.entries().items() if n not in source.unread}, model)
+
+    @property
+    def ordered(self) -> bool:
+        """See `PackedWeights`."""
+        return bool(getattr(self.packing.format, "desc_act", False))
+
+    @property
+    def derived(self) -> frozenset[str]:
+        """See `PackedWeights`."""
+        return self.packing.format.derived
 
     def stored(self, name: str) -> dict[str, Tensor]:
         """Return what the format reads of a linear, and its bias, by local names, on the meta device."""

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmq import __version__, registry
-from llmq.checkpoint import Sink, Source
+from llmq.checkpoint import Sink
 from llmq.checkpoint.card import export_card
 from llmq.checkpoint.dialects import without_quantization
 from llmq.checkpoint.digest import file_digests, sealed
@@ -31,17 +32,23 @@ from llmq.errors import LlmqError
 from llmq.export._kept import Kept, keep
 from llmq.export._target import EXACT, OfCodes, Packed, open_packed, stage
 from llmq.format import packed_bytes
+from llmq.formats._common import block_path
 from llmq.formats._folder import FolderFormat
+from llmq.grids._biased import Biased
 from llmq.progress import Progress
 from llmq.readable import of_experts
 from llmq.readers import Reader, readers
 from llmq.types import LinearSpec, Params, Scheme
 from llmq.verify import require_right
 
+DECODED = "decoded"
+"""What became of an embedding or a head that is float in OUT."""
 _PART = 2**28  # bytes of tensors that are staged at a time
 _ANEW = "or round it anew: --requantize GRID (int:bits=4:group=128 ...)"
+_HEAD = "; or say --embeddings float"
 _OURS = (  # what formats advise of `llmq quantize`, as `llmq export` calls it
     (r", or leave [^;]*? float: --[a-z-]+ [a-z]+", ""),
+    (r"; use --format gguf(?=;|$)", ""),
     (r"--format (?=[a-z])", "--to "),
     (r"--weights (?=[a-z])", "--requantize "),
     (r"--bits (?=\d)", "--requantize int:bits="),
@@ -54,23 +61,27 @@ _OURS = (  # what formats advise of `llmq quantize`, as `llmq export` calls it
 class AsFormat(OfCodes):
     """A folder in the format `form`.
 
-    to: what the user called it. plans: what becomes of each linear, once checked; anew: those that are rounded again.
-    centred: those whose zeros are seen to be all in the middle.
+    to: what the user called it. decodes: whether embedding and output head become floats (`--embeddings float`).
+    plans: what becomes of each linear, once checked; anew: those that are rounded again. centred: those whose zeros are
+    seen to be all in the middle.
     """
 
     form: FolderFormat
     to: str
+    decodes: bool = False
     plans: dict[str, LinearSpec] = field(default_factory=dict, init=False)
     anew: set[str] = field(default_factory=set, init=False)
     centred: set[str] = field(default_factory=set, init=False)
 
     def said(self) -> str:
         """See `Target.said`."""
-        return registry.dump(self.form)
+        return registry.dump(self.form) + (":embeddings=float" if self.decodes else "")
 
     def with_options(self, given: Mapping[str, str], said: str) -> AsFormat:
-        """See `Target.with_options`."""
-        return replace(self, form=registry.filled(self.form, given, said))
+        """See `Target.with_options`; `embeddings` may be `float`, whatever the format."""
+        own = {key: value for key, value in given.items() if (key, value) != ("embeddings", "float")}
+        decodes = self.decodes or len(own) < len(given)
+        return replace(self, form=registry.filled(self.form, own, said), decodes=decodes)
 
     def open(self, src: str, requantize: str | None) -> Packed:
         """See `OfCodes.open`."""
@@ -89,23 +100,37 @@ class AsFormat(OfCodes):
             raise LlmqError(_as_ours(str(e))) from e
 
     def _checked(self, opened: Packed) -> list[str]:
-        ordered = bool(getattr(opened.packed.packing.format, "desc_act", False))
+        ordered = opened.packed.ordered
         if hasattr(self.form, "desc_act"):
             setattr(self.form, "desc_act", ordered)  # noqa: B010, an option of one format
-        for spec in opened.linears:
+        kept = [spec for spec in opened.linears if not self._decodes(spec)]
+        for spec in kept:
             if spec.embedding and not self.form.embeddings:
-                why = f"{self.to} holds no packed embeddings; --to compressed-tensors and GGUF do"
+                why = f"{self.to} holds no packed embeddings; say --embeddings float, or --to compressed-tensors"
                 raise LlmqError(f"{spec.name}: its codes cannot be kept: {why}")
             self._plan(opened, spec, self._held)
-        open_yet = any(self.form.doubtful(s) for s in opened.linears) or self._hides_symmetry(opened)
+        open_yet = any(self.form.doubtful(s) or self._gives_zeros(s) for s in kept) or self._hides_symmetry(opened)
         if opened.requantize is None:
-            self.form.check(list(self.plans.values()), opened.skipped)  # before any weight is read
+            self.form.check(list(self.plans.values()), self._floats(opened))  # before any weight is read
         if ordered or open_yet or self._narrows(opened):
-            for name in (n for n in opened.packed.linears if n not in self.anew):
+            for name in (n for n in self.plans if n not in self.anew):
                 self._plan(opened, self.plans[name], lambda s: self._looked_at(s, opened))
         self._call_symmetric()
         self._alike(opened)
-        return [*self.form.check(list(self.plans.values()), opened.skipped), *self._left_out(opened)]
+        return [*self.form.check(list(self.plans.values()), self._floats(opened)), *self._left_out(opened)]
+
+    def _decodes(self, spec: LinearSpec) -> bool:
+        """Say whether a linear becomes float: `--embeddings float` means what lies before and behind the blocks."""
+        return self.decodes and (spec.embedding or block_path(spec.name) is None)
+
+    def _floats(self, opened: Packed) -> list[str]:
+        """Return the linears that are float in OUT."""
+        return [*opened.skipped, *(s.name for s in opened.linears if self._decodes(s) and not s.embedding)]
+
+    def _gives_zeros(self, spec: LinearSpec) -> bool:
+        """Say whether minima that are floats of their own are to be zeros here, which their values decide."""
+        planned = self.plans[spec.name].scheme.weight
+        return isinstance(spec.scheme.weight, Biased) and not isinstance(planned, Biased)
 
     def foresee(self, opened: Packed) -> list[str]:
         """See `OfCodes.foresee`."""
@@ -118,7 +143,8 @@ class AsFormat(OfCodes):
         except LlmqError as e:
             if opened.requantize is None:
                 why = str(e).removeprefix(f"{spec.name}: ")
-                raise LlmqError(f"{spec.name}: its codes cannot be kept: {why}; {_ANEW}") from e
+                ends = _HEAD if block_path(spec.name) is None else ""
+                raise LlmqError(f"{spec.name}: its codes cannot be kept: {why}; {_ANEW}{ends}") from e
             self.anew.add(spec.name)
             self.plans[spec.name] = self._anew(opened, spec)
 
@@ -183,7 +209,7 @@ class AsFormat(OfCodes):
         """See `Target.write`."""
         outcomes, lines = Counter[str](), dict[str, Any]()
         stage(out, self._tensors(opened, outcomes, lines, step), _PART)
-        out.copy_files(opened.source.path)
+        out.copy_files(opened.folder)
         config = self._config(opened)
         out.json("config.json", config)
         if self.form.copy:
@@ -199,7 +225,7 @@ class AsFormat(OfCodes):
         self, opened: Packed, outcomes: Counter[str], lines: dict[str, Any], step: Progress
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of OUT by its name there, and note what became of each linear."""
-        raw, linears = Source(opened.source.path), opened.packed.linears
+        raw, linears = opened.stored(), opened.packed.linears
         parts = {n: opened.packed.parts(n) for n in linears}
         where = {found[0].rpartition(".")[0]: n for n, found in parts.items()}
         taken = {name for found in parts.values() for name in found}
@@ -207,17 +233,22 @@ class AsFormat(OfCodes):
         for i, name in enumerate(names):
             step(i, len(names), name)
             if name not in where:
-                yield name, raw.get(name)
+                yield raw.written(name), raw.get(name)
+                continue
+            own = raw.written(name)
+            if where[name] not in self.plans:
+                outcomes[DECODED] += 1
+                yield f"{own}.weight", opened.packed.qtensor(where[name]).dequantize().to(_dtype(opened))
                 continue
             kept = self._kept(where[name], opened)
             outcomes[kept.outcome] += 1
             lines[where[name]] = kept.line
-            yield from ((f"{name}.{local}", tensor) for local, tensor in kept.tensors.items())
+            yield from ((f"{own}.{local}", tensor) for local, tensor in kept.tensors.items())
         step(len(names), len(names), "writing")
 
     def _readers(self, opened: Packed) -> list[Reader]:
         """Return which runtimes take what is written."""
-        rows = self.form.readers(list(self.plans.values()), opened.skipped)
+        rows = self.form.readers(list(self.plans.values()), self._floats(opened))
         return readers(rows, of_experts(opened.source, opened.packed, self.form.quant_method))
 
     def _config(self, opened: Packed) -> dict[str, Any]:
@@ -254,6 +285,12 @@ class AsFormat(OfCodes):
     def verify(self, out: Sink) -> None:
         """See `Target.verify`."""
         require_right(out.whole)
+
+
+def _dtype(opened: Packed) -> torch.dtype:
+    """Return what a decoded tensor is stored in: the dtype of the config, else that of the checkpoint's floats."""
+    said = getattr(opened.config.get_text_config(), "dtype", None)
+    return said if isinstance(said, torch.dtype) else opened.source.dtype
 
 
 def _as_ours(said: str) -> str:

@@ -8,7 +8,7 @@ Not here: how a tensor holds its experts (checkpoint/parts.py), which name is wh
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -52,38 +52,45 @@ def join(source: Source) -> list[str]:
     Raises LlmqError for an expert that is missing or misshapen.
     """
     stored = source.entries()
-    own: dict[str, dict[str, Entry]] = {}
-    for name, entry in stored.items():
-        if found := _OWN.fullmatch(name):
-            own.setdefault(found[1], {})[found[2]] = entry
-    if not any(place.endswith("experts") for place in own):
-        return []
     try:
-        model = transformers_model(source, model_config(source))
+        wholes = together(source, list(stored))
     except LlmqError as e:
         return [f"experts are written as they are stored, since no model is made of the config: {e}"]
-    missing, made, gone = set(match(model, stored).missing), dict[str, Joined](), set[str]()
+    made = {name: _joined(name, fused, stored, parts) for name, (fused, parts) in wholes.items()}
+    gone = {part for _, parts in wholes.values() for part in parts}
+    if made:
+        source.become({n: e for n, e in stored.items() if n not in gone} | made, source.decoded or {})
+    return []
+
+
+def together(source: Source, names: Collection[str]) -> dict[str, tuple[Fused, list[str]]]:
+    """Return the tensors of all experts that transformers' model loads in no other way, and the names of their parts.
+
+    Raises LlmqError where no model is made of the config.
+    """
+    own = list(dict.fromkeys(found[1] for name in names if (found := _OWN.fullmatch(name))))
+    if not any(place.endswith("experts") for place in own):
+        return {}
+    model = transformers_model(source, model_config(source))
+    missing, wholes = set(match(model, names).missing), dict[str, tuple[Fused, list[str]]]()
     for holder in unfuse(model):
         experts: Any = model.get_submodule(holder)
         for parameter, fused in experts.fused.items():
             if f"{holder}.{parameter}" in missing:
                 place = _place(holder, own)
-                made[f"{place}.{parameter}"] = _joined(f"{place}.{parameter}", fused, own.get(place, {}), place)
-                gone |= {f"{place}.{name}" for name, _, _ in fused.names()}
-    source.become({n: e for n, e in stored.items() if n not in gone} | made, source.decoded or {})
-    return []
+                wholes[f"{place}.{parameter}"] = fused, [f"{place}.{name}" for name, _, _ in fused.names()]
+    return wholes
 
 
-def _place(holder: str, own: Mapping[str, Any]) -> str:
+def _place(holder: str, own: Collection[str]) -> str:
     """Return what the checkpoint calls the experts of a module: it may have another prefix there."""
     tail = holder[holder.index("layers.") :] if "layers." in holder else holder
     return next((place for place in own if place == tail or place.endswith(f".{tail}")), holder)
 
 
-def _joined(name: str, fused: Fused, own: Mapping[str, Entry], place: str) -> Joined:
-    wanted = [n for n, _, _ in fused.names()]
+def _joined(name: str, fused: Fused, own: Mapping[str, Entry], wanted: list[str]) -> Joined:
     if absent := [n for n in wanted if n not in own]:
-        raise LlmqError(f"tensor {place}.{absent[0]} is missing; the checkpoint does not match its config.json")
+        raise LlmqError(f"tensor {absent[0]} is missing; the checkpoint does not match its config.json")
     parts = tuple(own[n] for n in wanted)
     rows, *columns = reversed(fused.shape[1:]) if fused.transposed else fused.shape[1:]
     shape = (rows // len(fused.projections), *columns)

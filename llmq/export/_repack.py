@@ -4,7 +4,10 @@
     all in -2 .. 1 or -1 .. 2, groups of 64 columns -> Q2_0   d = -scale or scale                values exact
     all in -8 .. 7                                  -> Q4_0   d = scale                          values exact
     4 bits, any zero                                -> Q4_1   d = scale, m = fp16(-zero*scale)   minimum off by <= 2^-11
+    all in -16 .. 15                                -> Q5_0   d = scale                          values exact
+    5 bits, any zero                                -> Q5_1   as Q4_1
     all in -128 .. 127                              -> Q8_0   d = scale                          values exact
+    minima that are no zeros (MLX)                  -> Q4_1, Q5_1  m = fp16(minimum)             exact where that is
     NVFP4, MXFP4                                    -> themselves; the reciprocal of a divisor lies beside them
 
 A scale is repeated for every 32 (or 64) columns of its group. That takes groups of a multiple of 32 columns (or whole
@@ -14,7 +17,7 @@ Not here: the file (gguf.py).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,12 +26,16 @@ from torch import Tensor
 from llmq.export._kept import FACTOR, ROUNDED
 from llmq.export._target import EXACT, REQUANTIZED
 from llmq.gguf import container, kinds, mixture
+from llmq.grids._biased import Biased, as_integers
 from llmq.grids._float import FloatGrid
+from llmq.grids._ggml import held
 from llmq.grids._ggml_floats import FloatBlocks
 from llmq.pipeline.records import Line, rounded
 from llmq.types import FloatParams, GgmlParams, LinearSpec, LlmqError, Params, QTensor
 
-_QBLOCK = 32  # columns of a qblock of Q4_0, Q4_1 and Q8_0
+_QBLOCK = 32  # columns of a qblock of Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0
+_MIDDLES = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}  # the code of level 0
+_BITS = {"Q4_1": 4, "Q5_1": 5}  # of types with minima
 _WIDE = 64  # of Q2_0
 
 
@@ -55,14 +62,14 @@ def convert(
     factor: bool = True,
     kind: str | None = None,
 ) -> Exported:
-    """Return the ggml rows of a solved linear, its codes kept.
+    """Return the ggml rows of a solved linear, its codes kept; minima that are floats of their own as they are.
 
     together: the columns that stay together in the file (`Architecture.together`); None for all.
     factor: whether llama.cpp multiplies what the linear gives by a factor that lies beside it (`Architecture.factors`).
     kind: the type that is to hold the codes; None takes the smallest that does.
     Raises LlmqError, with the reason, where they cannot be kept and `requantize` names no type instead.
     """
-    together = together or q.codes.shape[1]
+    together, q = together or q.codes.shape[1], _with_zeros(q)
     floats = isinstance(q.params, FloatParams)
     why = _obstacle_of_floats(q, together, factor) if floats else _obstacle(q, together)
     if why is None:
@@ -76,6 +83,17 @@ def convert(
             f"{name}: its codes cannot be kept: {why}; say --requantize TYPE (Q8_0, Q6_K ...) to round it anew"
         )
     return round_anew(q.dequantize(), name, mixture.fallback(requantize, together), REQUANTIZED)
+
+
+def _with_zeros(q: QTensor) -> QTensor:
+    """Return codes whose minima are floats with zeros that give the same values, if there are any: Q4_0 holds some."""
+    if not isinstance(q.grid, Biased):
+        return q
+    params = as_integers(GgmlParams.of(q.params), q.grid.bits)
+    if params is None:
+        return q
+    zeros = replace(q, params=params, grid=q.grid.integers)
+    return zeros if torch.equal(zeros.dequantize(), q.dequantize()) else q
 
 
 def unheld(spec: LinearSpec) -> str | None:
@@ -121,12 +139,16 @@ def _levels(q: QTensor) -> Tensor:
 
 def _holding(q: QTensor, together: int) -> list[str]:
     """Return the types that hold the codes, the smallest first. Levels of Q2_0 reach from -1 to 2, or back."""
+    if isinstance(q.grid, Biased):
+        return [kind for kind, bits in _BITS.items() if q.grid.bits <= bits and _minima_are_held(q)]
     lo, hi = (int(x) for x in _levels(q).aminmax())
     narrow = hi - lo <= 3 and lo >= -2 and hi <= 2
     held = {
         "Q2_0": narrow and not together % _WIDE and _alike(q, _WIDE),
         "Q4_0": lo >= -8 and hi <= 7,
-        "Q4_1": q.grid.bits == 4 and _minima_are_finite(q),
+        "Q4_1": q.grid.bits == 4 and _minima_are_held(q),
+        "Q5_0": lo >= -16 and hi <= 15,
+        "Q5_1": q.grid.bits == 5 and _minima_are_held(q),
         "Q8_0": lo >= -128 and hi <= 127,
     }
     return [kind for kind, holds in held.items() if holds]
@@ -134,19 +156,26 @@ def _holding(q: QTensor, together: int) -> list[str]:
 
 def _packed_as(kind: str, q: QTensor) -> Exported:
     """Return the codes in blocks of a type that holds them; the scale of a block is that of its first column."""
-    first, level, params = q.group_K[::_QBLOCK], _levels(q), Params.of(q.params)
-    d = params.scale[:, first].half()
+    first = q.group_K[::_QBLOCK]
+    d = q.params.scale[:, first].half()
+    if kind in _BITS:
+        return _pack(kind, q.codes, d, _minima(q)[:, first].half(), q)
+    level = _levels(q)
     if kind == "Q2_0":
         d = d[:, :: _WIDE // _QBLOCK]
         return _pack(kind, level + 1, d, None, q) if int(level.min()) >= -1 else _pack(kind, 1 - level, -d, None, q)
-    if kind == "Q4_1":
-        return _pack(kind, q.codes, d, (params.zero[:, first].float() * d.float()).half(), q)
-    return _pack(kind, level + (8 if kind == "Q4_0" else 128), d, None, q)
+    return _pack(kind, level + _MIDDLES[kind], d, None, q)
 
 
-def _minima_are_finite(q: QTensor) -> bool:
-    params = Params.of(q.params)
-    return bool(torch.isfinite((params.zero.float() * params.scale.float()).half()).all())
+def _minima(q: QTensor) -> Tensor:
+    """Return what is taken off `scale * code`, float32 `[N, G]`."""
+    if isinstance(q.params, Params):
+        return q.params.zero.float() * q.params.scale.float()
+    return -held(GgmlParams.of(q.params).offset).float()
+
+
+def _minima_are_held(q: QTensor) -> bool:
+    return bool(torch.isfinite(_minima(q).half()).all())
 
 
 def _alike(q: QTensor, size: int) -> bool:
@@ -178,8 +207,9 @@ def _pack(kind: str, codes: Tensor, d: Tensor, dmin: Tensor | None, q: QTensor) 
     params = GgmlParams(d.float(), None if dmin is None else -dmin.float(), d, dmin)
     grid = kinds.grid(kind)
     packed = QTensor(codes.to(torch.uint8).reshape(q.codes.shape), params, grid)
-    outcome = EXACT if dmin is None else ROUNDED
-    line = Line().add(packed, packed.dequantize(), q.dequantize()).to_json()
+    values, W_NK = packed.dequantize(), q.dequantize()
+    outcome = EXACT if torch.equal(values, W_NK) else ROUNDED
+    line = Line().add(packed, values, W_NK).to_json()
     return Exported(kind, grid.to_bytes(packed.codes, params), outcome, {"method": "export", "bits": grid.bits} | line)
 
 

@@ -15,6 +15,7 @@ from llmq.export._target import OfCodes, Target
 from llmq.formats._folder import Folder, FolderFormat
 from llmq.progress import Progress
 
+_DECODED = "embeddings=float"  # of any format: what it may not hold and often is not wanted packed
 _SUFFIXES = {".gguf": "gguf"}  # of OUT, where --to is not given
 
 
@@ -84,10 +85,11 @@ def named(text: str, option: str = "--to") -> Target[Any]:
         return target
     if not registry.is_code(name) and name not in _names().split(", "):
         raise LlmqError(f"{option} {printable(repr(name), 80)} is no target (there are: {_names()})")
-    form: Any = registry.load("formats", text, code=True)
+    own, floats = [w for w in registry.words(text) if w != _DECODED], _DECODED in registry.words(text)
+    form: Any = registry.load("formats", ":".join(own), code=True)
     if not isinstance(form, Folder):
         raise LlmqError(f"{option} {name}: {type(form).__name__} is no format of a checkpoint folder")
-    return AsFormat(cast(FolderFormat, form), name)
+    return AsFormat(cast(FolderFormat, form), name, floats)
 
 
 def _names() -> str:

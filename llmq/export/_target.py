@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +27,17 @@ from llmq import extras, registry
 from llmq.checkpoint import Sink, Source, resolve
 from llmq.checkpoint.decoding import decoded_on_load
 from llmq.checkpoint.hub_metadata import NO_CARD, SourceCard, source_card
-from llmq.checkpoint.packed import PackedCheckpoint, Packing
+from llmq.checkpoint.packed import PackedCheckpoint, PackedWeights, Packing
 from llmq.checkpoint.place import user_path
 from llmq.errors import LlmqError
 from llmq.export._integers import OfIntegers
-from llmq.gguf.reader import GgufFile
 from llmq.guard.reading import json_object
-from llmq.model.pretrained import blank_model, model_config
+from llmq.model.pretrained import blank_model, model_config, tokenizer_of
 from llmq.progress import Progress
 from llmq.types import LinearSpec, Params, QTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EXACT, REQUANTIZED = "values exact", "requantized"
 """What became of a linear, in words that a table counts; a target has more of its own."""
@@ -60,7 +63,7 @@ class Packed(Opened):
     """
 
     config: Any = None
-    packed: PackedCheckpoint = field(kw_only=True)
+    packed: PackedWeights = field(kw_only=True)
     skipped: list[str] = field(default_factory=list)
     requantize: str | None = None
     made: dict[str, Any] | None = None
@@ -74,6 +77,19 @@ class Packed(Opened):
     def method(self) -> str:
         """The format that the checkpoint is in."""
         return str((self.source.quantization or {})["quant_method"])
+
+    @property
+    def folder(self) -> Path:
+        """Where tokenizer, chat templates and generation settings lie."""
+        return self.source.path
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer. Raises LlmqError, one line, where there is none."""
+        return tokenizer_of(self.folder)
+
+    def stored(self) -> Source:
+        """Return the tensors by the names under which they lie there, where a copy keeps them."""
+        return Source(self.source.path)
 
     def weights(self, step: Progress) -> Iterator[tuple[str, QTensor | Tensor]]:
         """Yield every linear (a QTensor) and every float tensor by its name in a float checkpoint, block by block."""
@@ -134,9 +150,9 @@ class Target(ABC, Generic[OpenedT]):
 
     def seen(self, source: Source) -> Any:
         """Return what tells that the checkpoint is the one that an unfinished run began with."""
-        from llmq.checkpoint.stage import fingerprint
+        from llmq.checkpoint.stage import fingerprint, look
 
-        return fingerprint(source.path)
+        return look(source.path) if source.path.is_file() else fingerprint(source.path)
 
 
 class OfCodes(Target[Packed]):
@@ -177,30 +193,31 @@ class OfCodes(Target[Packed]):
 
 
 def open_packed(src: str, requantize: str | None = None, *, minima: bool = False) -> Packed:
-    """Return a quantized checkpoint folder, `org/name` or `org/name@REVISION`, its headers read and checked.
+    """Return a quantized checkpoint, its headers read and checked: a folder, `org/name[@REVISION]` or a GGUF file.
 
-    minima: whether the target takes MLX's minima as they are; else they are zeros, or refused where they are none.
+    minima: whether the target takes minima that are floats of their own (MLX, Q4_1) as they are; else they are zeros,
+    or refused where they are none.
     """
+    if user_path(src).is_file() or src.lower().endswith(".gguf"):
+        from llmq.export._gguf_codes import open_gguf_codes
+
+        opened = open_gguf_codes(user_path(src), requantize)
+        return opened if minima else replace(opened, packed=OfIntegers(opened.packed))
     source = _packed_source(src)
     config: Any = model_config(source)
     model = blank_model(source, config)
-    packed = (PackedCheckpoint if minima else OfIntegers).open(source, model)
+    packed = PackedCheckpoint.open(source, model)
     config.tie_word_embeddings = model.config.tie_word_embeddings
     made_by = source.path / "quantization.json"
     made = json_object(made_by) if made_by.is_file() else None
     skipped = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed.linears]
     card, told = source_card(source.path)
     about = Opened(source, [*source.warnings, *told], card)
-    return Packed(**vars(about), config=config, packed=packed, skipped=skipped, requantize=requantize, made=made)
+    held = packed if minima else OfIntegers(packed)
+    return Packed(**vars(about), config=config, packed=held, skipped=skipped, requantize=requantize, made=made)
 
 
 def _packed_source(src: str) -> Source:
-    if user_path(src).is_file():
-        GgufFile(user_path(src))  # a truncated one says so
-        raise LlmqError(
-            f"{src} is a GGUF file already; export takes the folder of a GPTQ, AWQ or compressed-tensors one, and "
-            "--to float decodes GGUF"
-        )
     source = Source(resolve(src))
     if source.quantization is None:
         raise LlmqError(f"{src} is a float checkpoint; write it with llmq quantize {src} OUT --format FORMAT")

@@ -30,7 +30,7 @@ from llmq.export._record import close
 from llmq.export._target import EXACT, OfCodes, Packed, finite, open_packed
 from llmq.granularity import PerGroup
 from llmq.guard.reading import json_object
-from llmq.model.pretrained import blank_model, foreign, tokenizer_of
+from llmq.model.pretrained import blank_model, foreign
 from llmq.options import Between
 from llmq.progress import Progress
 from llmq.types import AffineGrid, LinearSpec, LlmqError, Params, QTensor
@@ -67,7 +67,7 @@ class ExecuTorch(OfCodes):
         for linear in opened.linears:
             if (why := obstacle(linear)) is not None:
                 raise LlmqError(f"{linear.name}: XNNPACK computes with {why}: {_REMEDY}")
-        tokenizer_of(opened.source.path)
+        opened.tokenizer()
         return ["XNNPACK rounds the inputs of every quantized linear to 8 bits a token, as W4A8 does"]
 
     def write(self, opened: Packed, out: Sink, step: Progress) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class ExecuTorch(OfCodes):
             said = model(ids).logits[0, -1].float()
         with writing(out.stage / _PROGRAM):
             (out.stage / _PROGRAM).write_bytes(_program(model, opened, self.context))
-        out.copy_files(opened.source.path)
+        out.copy_files(opened.folder)
         out.json("config.json", without_quantization(opened.source.config))
         target, outcomes = {"executorch": asdict(self)}, {EXACT: len(opened.linears)}
         ran = {"ids": ids.tolist(), "logits": said.tolist()}

@@ -28,7 +28,6 @@ from llmq.checkpoint.digest import digest, file_digests, sealed
 from llmq.checkpoint.hub_metadata import CARD, SourceCard, source_card
 from llmq.checkpoint.packed import natural
 from llmq.checkpoint.place import DEQUANTIZED, user_path
-from llmq.checkpoint.stage import look
 from llmq.errors import LlmqError
 from llmq.export._experts import join
 from llmq.export._from_gguf import Floats
@@ -62,10 +61,6 @@ class Float(Target[Opened]):
         source.warnings += told
         return Opened(source, source.warnings, card)
 
-    def seen(self, source: Source) -> Any:
-        """See `Target.seen`."""
-        return look(source.path) if source.path.is_file() else super().seen(source)
-
     def check(self, opened: Opened) -> list[str]:
         """Refuse nothing: floats hold what any format does."""
         return []
@@ -87,7 +82,7 @@ class Float(Target[Opened]):
 
 def _opened(src: str, dtype: torch.dtype) -> Source:
     """Return what SRC decodes to. Raises LlmqError for a float checkpoint."""
-    if src.endswith(".gguf") or user_path(src).is_file():
+    if src.lower().endswith(".gguf") or user_path(src).is_file():
         return Floats(user_path(src), dtype)
     source = Source(resolve(src))
     if source.quantization is None:
@@ -101,7 +96,7 @@ def _tensors(source: Source, step: Progress) -> Iterator[tuple[str, Tensor]]:
     names = sorted(source.names(), key=natural)
     for i, name in enumerate(names):
         step(i, len(names), name)
-        yield name, finite(name, source.get(name))
+        yield source.written(name), finite(name, source.get(name))
     step(len(names), len(names), "writing")
 
 

@@ -18,14 +18,12 @@ from llmq import __version__
 from llmq.checkpoint import Sink
 from llmq.checkpoint.digest import digest, sealed
 from llmq.checkpoint.packed import CACHE
-from llmq.export._integers import of_integers
 from llmq.export._repack import Exported, convert, round_anew, unheld
-from llmq.export._target import REQUANTIZED, OfCodes, Packed, open_packed
+from llmq.export._target import OfCodes, Packed, open_packed
 from llmq.gguf import container, mixture
 from llmq.gguf.architecture import Architecture, architecture
 from llmq.gguf.sink import GgufSink
 from llmq.gguf.tokenizer import Vocabulary, vocabulary
-from llmq.model.pretrained import tokenizer_of
 from llmq.progress import Progress
 from llmq.types import LlmqError, QTensor
 from llmq.verify import require_right
@@ -61,7 +59,10 @@ class Gguf(OfCodes):
     def open(self, src: str, requantize: str | None) -> Packed:
         """See `Target.open`."""
         kind = None if requantize is None else mixture.named(requantize, "--requantize", mixture.ALONE)
-        return open_packed(src, kind, minima=True)
+        opened = open_packed(src, kind, minima=True)
+        if opened.method == "gguf":
+            raise LlmqError(f"{src} is a GGUF file already; llmq quantize makes other types of the float model")
+        return opened
 
     def check(self, opened: Packed) -> list[str]:
         """Refuse an architecture and a tokenizer that GGUF does not hold; say what is left out."""
@@ -98,7 +99,7 @@ class Gguf(OfCodes):
 
     def _words(self, opened: Packed, arch: Architecture) -> Vocabulary:
         config = arch.config
-        return vocabulary(tokenizer_of(opened.source.path), int(config.vocab_size), config, self.pre)
+        return vocabulary(opened.tokenizer(), int(config.vocab_size), config, self.pre)
 
     def _staged(self, sink: Sink, opened: Packed, arch: Architecture, step: Progress) -> Iterator[tuple[str, Exported]]:
         """Stage every tensor that a GGUF file holds; yield it without its rows, by its float checkpoint's name."""
@@ -118,13 +119,6 @@ class Gguf(OfCodes):
     def _linear(self, name: str, q: QTensor, opened: Packed, arch: Architecture) -> Exported:
         together, leaf = arch.together(name, q.codes.shape[1]), mixture.leaf(arch.tensor(name) or "")
         factor = leaf in arch.factors
-        try:
-            q = of_integers(q)
-        except LlmqError as e:
-            if opened.requantize is None:
-                raise LlmqError(f"{name.removesuffix('.weight')}: its codes cannot be kept: {e}") from e
-            kind = mixture.fallback(opened.requantize, together)
-            return round_anew(q.dequantize(), name, kind, REQUANTIZED)
         return convert(q, name.removesuffix(".weight"), opened.requantize, together, factor=factor, kind=self.type)
 
     def _write(

@@ -27,7 +27,7 @@ from llmq.export._integers import of_integers
 from llmq.export._record import close
 from llmq.export._target import OfCodes, Packed, open_packed
 from llmq.guard.reading import json_object
-from llmq.model.pretrained import blank_model, tokenizer_of
+from llmq.model.pretrained import blank_model
 from llmq.onnx.architecture import Architecture, architecture
 from llmq.onnx.decoder import Decoder
 from llmq.onnx.dialect import Dialect
@@ -78,16 +78,16 @@ class Onnx(OfCodes):
         """See `Target.open`."""
         if requantize is not None:
             raise LlmqError("--requantize means nothing here: codes are kept, or the reason is said")
-        return open_packed(src)
+        return open_packed(src, minima=True)  # an embedding is decoded, whatever its minima are
 
     def check(self, opened: Packed) -> list[str]:
         """Refuse a model that is no graph of llmq's, codes that it does not hold, and a folder without a tokenizer."""
         self._architecture(opened)
-        for linear in opened.linears:
+        for linear in (spec for spec in opened.linears if not spec.embedding):
             require_held(linear, blocks=self.dialect == "genai")
             if linear.scheme.activation is not None:
                 require_rounded(linear.scheme.activation, linear.name)
-        tokenizer_of(opened.source.path)
+        opened.tokenizer()
         if any(n.endswith(CACHE) for n in opened.source.names()):
             return ["the scales of the key-value cache are left out: the graph keeps it in floats"]
         return []
@@ -101,9 +101,9 @@ class Onnx(OfCodes):
             tied = bool(opened.config.tie_word_embeddings)
             Decoder(dialect, weights, tied=tied, rounded=self.head == "int8").write()
             graph.save(dialect.opsets, dialect.ir_version)
-        out.copy_files(opened.source.path)
+        out.copy_files(opened.folder)
         out.json("config.json", without_quantization(opened.source.config))
-        out.text("genai_config.json", self._genai(opened.source.path, dialect))
+        out.text("genai_config.json", self._genai(opened.folder, dialect))
         return self._close(opened, out, dialect)
 
     def verify(self, out: Sink) -> None:

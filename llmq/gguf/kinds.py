@@ -30,6 +30,11 @@ FILE_TYPES = {t.name.partition("_")[2]: int(t) for t in gguf.LlamaFileType} | {"
 """Values of `general.file_type`, which names the mixture of a file."""
 
 
+def has_grid(name: str) -> bool:
+    """Say whether llmq knows the codes of a type, and not its values alone."""
+    return name in QUANTIZED and name.lower() in registry.names("grids")
+
+
 def grid(name: str) -> StoredGrid:
     """Return the grid of a type; where a range may be chosen it is searched, as the others search themselves."""
     searched = ":range=mse" if registry.lacks("grids", name.lower(), "range") else ""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.checkpoint.packed import CACHE, PackedCheckpoint
+from llmq.checkpoint.packed import CACHE, PackedWeights
 from llmq.checkpoint.source import Source
 from llmq.progress import Progress
 from llmq.types import QTensor, RangedGrid
@@ -36,7 +36,7 @@ class Weights:
     """
 
     def __init__(
-        self, source: Source, packed: PackedCheckpoint, laid: Callable[[QTensor, str], QTensor], step: Progress
+        self, source: Source, packed: PackedWeights, laid: Callable[[QTensor, str], QTensor], step: Progress
     ) -> None:
         self._source, self._packed, self._laid, self._step = source, packed, laid, step
         self._asked = set(source.unread)
@@ -77,8 +77,7 @@ class Weights:
 
     def left(self) -> list[str]:
         """Return the tensors that nothing asked for, but for a cache's scales and what a format derives from others."""
-        derived = self._packed.packing.format.derived
-        modules = self._packed.linears
+        derived, modules = self._packed.derived, self._packed.linears
         return [
             name
             for name in self._source.names()

@@ -143,12 +143,20 @@ class Gguf:
         decoded = _decode(stored)
         if name in self._factors:
             decoded *= self._factors[name]
-        values = self._reading.in_order(name, decoded, self._key)
+        values = self.in_order(name, decoded)
         tensor, kind = torch.from_numpy(values), stored.tensor_type.name
         if not check_float(ggml, tensor, report, "float tensors" if kind in FLOATS else "packed linears"):
             return None
         record.check_decoded(name.removesuffix(".weight"), values, self.recorded, report)
         return tensor.to(FLOATS.get(kind, torch.float32))
+
+    def in_order(self, name: str, values: Array) -> Array:
+        """Return rows of a tensor, whatever lies in them, in the order that transformers has."""
+        return self._reading.in_order(name, values, self._key)
+
+    def factor(self, name: str) -> float | None:
+        """Return what lies beside a weight, by which its values are multiplied."""
+        return None if name not in self._factors else float(self._factors[name])
 
     def _is_factor(self, ggml: str) -> bool:
         return ggml.endswith(_BESIDE) and not self._reading.is_own(ggml)

@@ -98,6 +98,12 @@ FAMILIES = {
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     "granite": {"attention_multiplier": 0.4, "embedding_multiplier": 1.7, "residual_multiplier": 0.6},
     "smollm3": {"num_hidden_layers": 5},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1},
+    "gpt_oss": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "head_dim": 16, "sliding_window": 6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
 }  # fmt: skip
 
 
