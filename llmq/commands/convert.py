@@ -13,14 +13,14 @@ from llmq.show import Rows
 
 
 def export(
-    src: Annotated[
-        str, typer.Argument(help="Quantized checkpoint, by any tool: a folder, org/name or (--to float) FILE.gguf.")
-    ],
+    src: Annotated[str, typer.Argument(help="Quantized checkpoint, by any tool: a folder, org/name or FILE.gguf.")],
     out: Annotated[Path, typer.Argument(help="What to write: OUT.gguf, or a folder.")],
     to: Annotated[str | None, typer.Option(help="gguf:Q4_0, float ...; without it OUT's suffix says.")] = None,
     requantize: Annotated[str | None, typer.Option(help="What linears become whose codes cannot be kept.")] = None,
     type_: Annotated[str | None, typer.Option("--type", help="GGUF: the type that is to hold the codes.")] = None,
-    embeddings: Annotated[str | None, typer.Option(help="GGUF: type of float embedding and head, Q6_K.")] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="float makes floats of packed ends; GGUF: their type, Q6_K.")
+    ] = None,
     pre: Annotated[str | None, typer.Option(help="GGUF: llama.cpp's name of the pre-tokenizer.")] = None,
     split_max_size: Annotated[str | None, typer.Option(help="GGUF: files of at most so much, e.g. 4G.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float: bfloat16, float16 or float32.")] = None,

@@ -81,7 +81,7 @@ class GgufSource(View):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor, from the headers."""
-        return {n: tuple(map(int, reversed(self._file.tensors[n].shape))) for n in self.names()}
+        return {n: tuple(map(int, reversed(self.file.tensors[n].shape))) for n in self.file.names()}
 
     def bytes(self) -> int:
         """Return the bytes that all tensors have at most."""
@@ -136,6 +136,11 @@ class Floats(GgufSource):
         """See `GgufSource.names`; experts that transformers has in one tensor are one."""
         gone = {part for _, parts in self._wholes.values() for part in parts}
         return [*(n for n in super().names() if n not in gone), *self._wholes]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `GgufSource.shapes`."""
+        stored, wholes = super().shapes(), {n: fused.shape for n, (fused, _) in self._wholes.items()}
+        return {n: wholes.get(n) or stored[n] for n in self.names()}
 
     def get(self, name: str) -> Tensor:
         """See `GgufSource.get`."""

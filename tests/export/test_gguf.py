@@ -227,9 +227,9 @@ def test_a_type_that_holds_the_codes_takes_the_place_of_the_smallest():
     q = make(4, torch.tensor(0.1).half(), 3)
     assert [convert(q, "w", None, kind=kind).kind for kind in (None, "Q8_0")] == ["Q4_1", "Q8_0"]
     assert convert(q, "w", None, kind="Q8_0").outcome == EXACT  # of 8 bits no minimum is stored
-    with pytest.raises(LlmqError, match="^w: its codes cannot be kept: Q4_0 does not hold them, Q4_1, Q8_0 does"):
+    with pytest.raises(LlmqError, match="^w: its codes cannot be kept: Q4_0 does not hold them, Q4_1, Q5_0, Q8_0 does"):
         convert(q, "w", None, kind="Q4_0")
-    assert convert(make(4, torch.tensor(32768.0), 3), "w", None).kind == "Q8_0"  # the minimum is beyond float16
+    assert convert(make(4, torch.tensor(32768.0), 3), "w", None).kind == "Q5_0"  # the minimum is beyond float16
 
 
 @EXPORTED

@@ -55,9 +55,8 @@ def logits(folder, **options):
 
 
 THERE = [
-    ("Q4_0", "gptq"), ("Q4_0", "awq"), ("Q4_0", "compressed-tensors"), ("Q4_0", "mlx"), ("Q5_0", "compressed-tensors"),
-    ("Q8_0", "gptq"), ("Q2_0", "gptq"), ("Q4_1", "mlx"), ("Q5_1", "mlx"), ("MXFP4", "mlx"),
-    ("MXFP4", "compressed-tensors"), ("NVFP4", "modelopt"),
+    ("Q4_0", "gptq"), ("Q5_0", "compressed-tensors"), ("Q2_0", "gptq"), ("Q4_1", "mlx"), ("MXFP4", "mlx"),
+    ("NVFP4", "modelopt"),
 ]  # fmt: skip
 
 
@@ -77,7 +76,7 @@ def test_there_and_back_the_blocks_are_the_same_and_the_values_ggmls(kind, to, f
     assert AutoTokenizer.from_pretrained(out)(text).input_ids == make_tokenizer(bos=False)(text).input_ids
 
 
-@pytest.mark.parametrize("kind", ["Q6_K", "Q3_K", "Q4_K"])
+@pytest.mark.parametrize("kind", ["Q6_K", "Q4_K"])
 def test_superblocks_go_where_float32_scales_do(kind, files, tmp_path):
     to = "mlx" if kind == "Q4_K" else "compressed-tensors"
     assert export(str(files(kind)), tmp_path / "out", to, embeddings="float")["outcomes"][EXACT] == 7
