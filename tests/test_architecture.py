@@ -122,8 +122,8 @@ def test_no_pickle_and_no_remote_code():
         assert "trust_remote_code=True" not in text, file
 
 
-def test_the_readme_names_every_room_and_nothing_that_is_not_there():
-    tree = (ROOT.parent / "README.md").read_text().split("## The code")[1].split("```")[1]
+def test_the_map_of_the_code_names_every_room_and_nothing_that_is_not_there():
+    tree = (ROOT.parent / "docs/code.md").read_text().split("```")[1]
     repository = room = ROOT.parent
     named = set()
     for line in tree.splitlines():
@@ -132,7 +132,7 @@ def test_the_readme_names_every_room_and_nothing_that_is_not_there():
             room = room if room.is_dir() else room.parent
         for name in re.findall(r"[\w/]+(?:\.py|\.md|/)(?!\w)", line):
             found = [p for p in (repository / name, room / name) if p.exists()]
-            assert found, f"README's tree names {name}, which is not there"
+            assert found, f"docs/code.md names {name}, which is not there"
             named.update(found)
     rooms = {file.parent for file in ROOT.glob("*/*.py")}
     assert (rooms | set(ROOT.glob("*.py"))) - named == {ROOT / "__init__.py"}

@@ -22,7 +22,7 @@ from llmq.runtime import backends
 from llmq.runtime.linear import QuantLinear
 
 ROOT = Path(__file__).parents[1]
-SHOWN = dict(re.findall(r"```python\n# (llmq/\S+)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL))
+SHOWN = dict(re.findall(r"```python\n# (llmq/\S+)\n(.*?)```", (ROOT / "docs/CONTRIBUTING.md").read_text(), re.DOTALL))
 
 
 @pytest.fixture
