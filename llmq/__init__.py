@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmq.api import convert, dequantize, evaluate, evaluate_all, plan, quantize
+    from llmq.comparing import compare
     from llmq.integrations.cache import QuantizedCache
     from llmq.loading import load, load_tokenizer
     from llmq.types import LlmqError
 
 __version__ = "0.1.0"
 __all__ = [
-    "LlmqError", "QuantizedCache", "__version__", "convert", "dequantize", "evaluate", "evaluate_all", "load",
-    "load_tokenizer", "plan", "quantize",
+    "LlmqError", "QuantizedCache", "__version__", "compare", "convert", "dequantize", "evaluate", "evaluate_all",
+    "load", "load_tokenizer", "plan", "quantize",
 ]  # fmt: skip
 
 _HOME = {
     "LlmqError": "llmq.types",
     "QuantizedCache": "llmq.integrations.cache",
+    "compare": "llmq.comparing",
     "convert": "llmq.api",
     "dequantize": "llmq.api",
     "evaluate": "llmq.api",

@@ -9,7 +9,7 @@ Not here: what the options of a recipe mean (recipe.py), how a run and its figur
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ from llmq.checkpoint import place
 from llmq.checkpoint.place import user_path
 from llmq.evaluation import kept, scores, several
 from llmq.evaluation.streamed import Streamed
+from llmq.evaluation.tokens import Tokens
 from llmq.evaluation.windows import find_convention, load_text
 from llmq.export import _run as exporting
 from llmq.export import _several as outputs
@@ -84,7 +85,7 @@ def quantize(
         given = {k: v for k, v in locals().items() if k not in ("src", "out", "options", "forms")} | options
         return _several(src, Path(out), forms, given)
     team = join(device_of(placed(device)))
-    planned = _outlined(
+    planned = outlined(
         src, out, recipe, options, max_memory, device_memory,
         adapter=adapter, runtime=runtime, device=device, allow_code=allow_code, overwrite=overwrite, team=team,
     )  # fmt: skip
@@ -112,7 +113,7 @@ def _several(src: str | Path, out: Path, forms: list[str], given: dict[str, Any]
     first, *others = where.values()
     more = {n: given[n] for n in ("max_memory", "device_memory", "adapter", "runtime", "allow_code", "overwrite")}
     recipe = {n: v for n, v in given.items() if n in KINDS}
-    planned = _outlined(src, first, given["recipe"], recipe, device=given["device"], **more)
+    planned = outlined(src, first, given["recipe"], recipe, device=given["device"], **more)
     for text, target in zip(forms[1:], others, strict=True):
         outputs.require(target, text, overwrite=bool(given["overwrite"]))
     said = [warning for text in forms[1:] for warning in outputs.foresee(planned, text)]
@@ -162,7 +163,7 @@ def plan(
     """
     like = None if device_like is None else (device_like, machines.machine(device_like))
     where = device if like is None else torch.device("cuda")
-    planned = _outlined(
+    planned = outlined(
         src, out, recipe, options, max_memory, device_memory,
         adapter=adapter, runtime=runtime, device=where, allow_code=allow_code, overwrite=overwrite,
     )  # fmt: skip
@@ -178,19 +179,19 @@ def plan(
     return replace(ahead, goes_on=goes_on)
 
 
-def _outlined(
+def outlined(
     src: str | Path,
     out: str | Path | None,
     recipe: str | Path | None,
     options: dict[str, Any],
-    max_memory: str | None,
-    device_memory: str | None,
+    max_memory: str | None = None,
+    device_memory: str | None = None,
     *,
-    adapter: str | Path | None,
-    runtime: str | None,
-    device: str | torch.device,
-    allow_code: bool,
-    overwrite: bool,
+    adapter: str | Path | None = None,
+    runtime: str | None = None,
+    device: str | torch.device = "auto",
+    allow_code: bool = False,
+    overwrite: bool = False,
     team: Team = ALONE,
 ) -> Plan:
     """Return the plan of `quantize` by the headers, and refuse all that they can say."""
@@ -281,6 +282,7 @@ def evaluate_all(
     dtype: str | None = None,
     device: str = "auto",
     keep: bool = False,
+    held: MutableMapping[str, Tokens] | None = None,
     progress: Progress | Listener | None = None,
 ) -> several.Several:
     """Measure checkpoints' perplexity and, against a float `baseline`, KL divergence and top-1 agreement.
@@ -293,6 +295,7 @@ def evaluate_all(
     kv_bits: 8, 4 or 2 quantize the key-value cache. dtype: in which all compute ("float32" ...), None for their own.
     stream: hold one block of each in memory at a time (evaluation/streamed.py), for models larger than memory.
     keep: keep the figures beside the checkpoint (evaluation/kept.py), where its card and its report find them.
+    held: keeps what was made of every token, by model; what is in it is not run again.
     progress: called with windows done (blocks, where streamed), how many in all, and what is going on.
     Raises LlmqError as `load`, `load_text`, `Streamed` and `several.measure` do.
     """
@@ -314,7 +317,7 @@ def evaluate_all(
         content = load_text(None if text is None else user_path(text), dataset, how, tokenizers[names[0]])
         truth = None if baseline is None else opened(str(baseline), "the baseline")
         openers = {n: partial(opened, f, "the model", kv_bits) for n, f in folders.items()}
-        found = several.measure(openers, truth, tokenizers, content, how, windows, _scoring(work, names))
+        found = several.measure(openers, truth, tokenizers, content, how, windows, _scoring(work, names), held=held)
     for name, e in found.evaluations.items() if keep else ():
         kept.keep(name, kept.entry(e.to_json(), text=text or dataset, baseline=baseline, windows=windows))
     return found

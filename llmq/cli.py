@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from llmq import launched, signals
+from llmq.commands.compare import compare
 from llmq.commands.convert import dequantize, export
 from llmq.commands.look import inspect, list_
 from llmq.commands.measure import evaluate, verify
@@ -100,6 +101,7 @@ def _on_the_first(command: str) -> None:
 app.command()(quantize)
 app.command()(plan)
 app.command(name="eval")(evaluate)
+app.command()(compare)
 app.command()(generate)
 app.command()(chat)
 app.command()(serve)

@@ -136,18 +136,18 @@ def measure(
     vocabulary, and logits that are not finite (naming the window).
     """
     began = time.perf_counter()
-    pieces = prepare(scored, tokenizer, text, convention, windows)
+    pieces = prepare(scored.model, tokenizer, text, convention, windows)
     require_same_vocabulary(scored, truth)
     tokens = score(pieces.windows, scored, truth, progress)
     return figures(tokens, pieces, tokenizer, time.perf_counter() - began, scored.kv_bits)
 
 
 def prepare(
-    scored: Predicts, tokenizer: Any, text: Text | Mapping[str, Text], convention: Convention, windows: int | None
+    model: Any, tokenizer: Any, text: Text | Mapping[str, Text], convention: Convention, windows: int | None
 ) -> Passages:
     """Return the windows of a text, or of several by category. Raises LlmqError as `measure` does."""
-    pieces = passages(text if isinstance(text, Mapping) else {"": text}, tokenizer, scored.model, convention, windows)
-    check_ids([i for w in pieces.windows for i in w.ids], scored.model)
+    pieces = passages(text if isinstance(text, Mapping) else {"": text}, tokenizer, model, convention, windows)
+    check_ids([i for w in pieces.windows for i in w.ids], model)
     return pieces
 
 

@@ -13,7 +13,7 @@ Not here: the figures of one (scores.py), tasks (tasks.py).
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,7 @@ class Several:
         return [p for p in self.pairs if self.ranked.index(p.b) == self.ranked.index(p.a) + 1]
 
 
-def measure(
+def measure(  # noqa: PLR0913, what is measured and how
     models: Mapping[str, Callable[[], Predicts]],
     truth: Predicts | None,
     tokenizers: Mapping[str, Any],
@@ -73,27 +73,34 @@ def measure(
     convention: Convention,
     windows: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    *,
+    held: MutableMapping[str, Tokens] | None = None,
 ) -> Several:
     """Measure models, each opened when its turn comes, by name.
 
-    tokenizers: theirs. progress: called with (done, total, name) after every window of each.
+    tokenizers: theirs. progress: called with (done, total, name) after every window of each. held: keeps what was made
+    of every token, by name; a model that it has is not opened, where there is a truth to say which windows there are.
     Raises LlmqError as `scores.measure` does, and where models cut the text into different tokens.
     """
     found, seen, first = dict[str, Evaluation](), dict[str, Tokens](), None
+    held = {} if held is None else held
+    reader = None if truth is None else truth.model
     with ExitStack() as stack:
         if truth is not None and len(models) > 1:
             truth = Once(truth, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmq-states-"))))
         for name, opened in models.items():
-            scored = opened()
+            scored = None if name in held and reader is not None else opened()
             began = time.perf_counter()
-            pieces = scores.prepare(scored, tokenizers[name], text, convention, windows)
+            pieces = scores.prepare(scored.model if scored else reader, tokenizers[name], text, convention, windows)
             first = first or (name, pieces)
             _require_same(name, pieces, *first)
-            scores.require_same_vocabulary(scored, truth)
-            told = None if progress is None else _naming(progress, name)
-            seen[name] = score(pieces.windows, scored, truth, told)
-            seconds = time.perf_counter() - began
-            found[name] = scores.figures(seen[name], pieces, tokenizers[name], seconds, scored.kv_bits)
+            if scored is not None:
+                scores.require_same_vocabulary(scored, truth)
+                told = None if progress is None else _naming(progress, name)
+                held[name] = score(pieces.windows, scored, truth, told)
+            seen[name] = held[name]
+            seconds, bits = time.perf_counter() - began, scored.kv_bits if scored else None
+            found[name] = scores.figures(seen[name], pieces, tokenizers[name], seconds, bits)
             del scored  # before the next is opened
     ranked = sorted(found, key=lambda n: _loss(found[n]))
     return Several(found, ranked, [_pair(a, b, seen) for a, b in itertools.combinations(ranked, 2)])

@@ -1,0 +1,146 @@
+"""`llmq compare`: several ways to quantize one model, in one table.
+
+Not here: the work (comparing/).
+"""
+
+import json
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmq.commands.quantize import quantize
+from llmq.commands.terminal import console, progress, warn
+from llmq.errors import LlmqError, one_line
+from llmq.show import Rows, plain
+
+if TYPE_CHECKING:
+    from llmq.comparing.results import Comparison, Row
+
+_USAGE: Any = typer.BadParameter.__mro__[1]  # the UsageError of the click that typer has, whichever that is
+_OF_THE_COMMAND = ("json_file", "log_json", "overwrite", "schemes")
+_NO_RECIPE = (
+    "src", "out", "recipe", "adapter", "runtime", "device", "max_memory", "device_memory", "allow_code", "verify",
+    "overwrite", "log_json", "imatrix_out",
+)  # fmt: skip
+
+
+def compare(
+    src: Annotated[str, typer.Argument(help="Float checkpoint: a folder, org/name or org/name@REVISION.")],
+    schemes: Annotated[
+        list[str], typer.Option(help="w4a16,awq,q4_k_m,w8a8 ...; again for 'NAME=--bits 3 --group-size 64'.")
+    ],
+    calib: Annotated[str | None, typer.Option(help="A text file or folder, a dataset, or 'self'. [wikitext2]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of each. [2048]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Chooses calibration windows. [0]")] = None,
+    quality: Annotated[str | None, typer.Option(help="Of those that name no method. [balanced]")] = None,
+    group_size: Annotated[str | None, typer.Option(help="Of integer weights with float inputs. [128]")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file to score, or a folder of categories.")] = None,
+    dataset: Annotated[str, typer.Option(help="Hub dataset to score where there is no --text.")] = "wikitext2",
+    convention: Annotated[str, typer.Option(help="gptq, llama.cpp or lm-eval.")] = "gptq",
+    window: Annotated[int | None, typer.Option(help="Tokens of a window, in place of the convention's.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Score only the first N windows.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Mark what is larger, e.g. 6GiB.")] = None,
+    on: Annotated[str | None, typer.Option(help="A GPU that is to run it: 'RTX 4090', h100, l4 ...")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report of all of them to this file.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Keep the checkpoints in this folder; an interrupted comparison goes on there.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all of it to this file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --json.")] = False,
+    log_json: Annotated[Path | None, typer.Option(help="Log every step for machines: a JSON object a line.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:
+    """Quantize a model in several ways and say what each costs: size, KL, perplexity, seconds, speed here.
+
+    Example: `llmq compare ./my-llama --schemes w4a16,awq,q4_k_m,w8a8 --calib text.txt --text held-out.txt`
+    """
+    given = {n: value for n, value in locals().copy().items() if n not in _OF_THE_COMMAND}
+    from llmq.checkpoint.disk import write_text
+    from llmq.checkpoint.place import check_file, user_path
+    from llmq.comparing import compare as run
+
+    file = None if json_file is None else user_path(json_file)
+    if file:
+        check_file(file, "--json", b"{", overwrite=overwrite)
+    words, named = _parted(schemes)
+    with progress(log_json) as work:
+        found = run(schemes=words, named=named, warn=warn, progress=work, **given)
+    console.print(table(found))
+    for line in lines(found, on):
+        console.print(plain(line), soft_wrap=True)
+    if file:
+        write_text(file, json.dumps(found.to_json(), indent=2) + "\n")
+
+
+def _parted(texts: Iterable[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Return the short words, and the options of `NAME=options of quantize`."""
+    words, named = list[str](), dict[str, dict[str, Any]]()
+    for text in texts:
+        name, is_named, options = text.partition("=")
+        if not is_named or not options.strip().startswith("-"):
+            words += text.split(",")
+        elif not name.strip() or set(name) & set("/\\\0,"):
+            raise LlmqError(f"--schemes {text!r}: give it a plain name, as 'mine=--bits 3'")
+        else:
+            named[name.strip()] = _options(options, text)
+    return words, named
+
+
+def _options(text: str, whole: str) -> dict[str, Any]:
+    """Return options of `quantize` as the command line would read them. Raises LlmqError for what it would refuse."""
+    app = typer.Typer()
+    app.command()(quantize)
+    command = typer.main.get_command(app)
+    try:
+        context = command.make_context("quantize", ["SRC", "OUT", *shlex.split(text)], resilient_parsing=False)
+    except _USAGE as e:
+        raise LlmqError(f"--schemes {whole!r}: {e.format_message()}") from e
+    except ValueError as e:  # a quote that is not closed
+        raise LlmqError(f"--schemes {whole!r}: {one_line(e)}") from e
+    said = {n for n in context.params if getattr(context.get_parameter_source(n), "name", "") != "DEFAULT"}
+    beside = sorted(said & set(_NO_RECIPE) - {"src", "out"})
+    if beside:
+        raise LlmqError(f"--schemes {whole!r}: --{beside[0].replace('_', '-')} is not of a recipe; leave it out there")
+    given = {n.rstrip("_"): context.params[n] for n in said - set(_NO_RECIPE)}
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+
+
+def table(found: "Comparison") -> Rows:
+    """Return the rows, the smallest first; a star is on the Pareto front of size and KL."""
+    of = next(iter(found.rows)).evaluation
+    title = f"{found.source}: {found.float_bytes / 1e6:,.1f} MB, perplexity {of['baseline_perplexity']:.3f}"
+    out = Rows(title, "", "scheme", "MB", "perplexity", "KL ± (95 %)", "top-1", "quantized", "tokens/s", box=None)
+    for column in out.columns[2:]:
+        column.justify = "right"
+    out.columns[1].overflow = "fold"
+    for row in sorted(found.rows, key=lambda r: r.bytes):
+        out.add(
+            "*" if row.front else "-" if row.beyond or row.runs is False else "", row.name, f"{row.bytes / 1e6:,.1f}",
+            f"{row.evaluation['perplexity']:.3f}", _spread(row), f"{row.evaluation['top1']:.2%}",
+            f"{row.seconds:.0f} s", "" if row.speed is None else f"{row.speed:.1f}",
+        )  # fmt: skip
+    return out
+
+
+def _spread(row: "Row") -> str:
+    half = "?" if row.spread is None else f"{row.spread:.4f}"
+    return f"{row.kl:.4f} ± {half}"
+
+
+def lines(found: "Comparison", on: str | None) -> Iterable[str]:
+    """Yield in words what the table has no room for."""
+    yield "* on the Pareto front: no other is smaller and closer. tokens/s: one sequence, by llmq on this machine"
+    if any(row.out.endswith(".gguf") for row in found.rows):
+        yield "GGUF files are scored by their weights, decoded; llama.cpp runs them, so no speed is told"
+    for row in found.rows:
+        if row.shares:
+            yield f"{row.name} has the codes of {row.shares}: one solve, exported"
+        if row.beyond:
+            yield f"{row.name} is beyond the budget"
+        if row.note:
+            yield f"{row.name} {'runs' if row.runs else 'does not run'} on {on}: {row.note}"
+    yield from found.advice
