@@ -133,9 +133,12 @@ def _spread(row: "Row") -> str:
 
 def lines(found: "Comparison", on: str | None) -> Iterable[str]:
     """Yield in words what the table has no room for."""
-    yield "* on the Pareto front: no other is smaller and closer. tokens/s: one sequence, by llmq on this machine"
-    if any(row.out.endswith(".gguf") for row in found.rows):
-        yield "GGUF files are scored by their weights, decoded; llama.cpp runs them, so no speed is told"
+    yield "* on the Pareto front: no other is smaller and closer. tokens/s: one sequence, on this machine"
+    of_gguf = [row for row in found.rows if row.out.endswith(".gguf")]
+    if of_gguf:
+        yield "GGUF files are scored by their weights, decoded; their speed is llama.cpp's"
+    if any(row.speed is None for row in of_gguf):
+        yield "no speed of GGUF files without llama.cpp: pip install 'llmq-quant[llama-cpp]'"
     for row in found.rows:
         if row.shares:
             yield f"{row.name} has the codes of {row.shares}: one solve, exported"

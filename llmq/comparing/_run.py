@@ -31,7 +31,7 @@ from llmq.comparing import results
 from llmq.comparing.candidates import candidates
 from llmq.comparing.hardware import gpu, runs
 from llmq.comparing.results import Comparison, Row
-from llmq.comparing.speed import tokens_per_second
+from llmq.comparing.speed import measured, tokens_per_second
 from llmq.errors import LlmqError
 from llmq.evaluation.tokens import Against, Tokens
 from llmq.export import _several as outputs
@@ -94,7 +94,7 @@ def compare(  # noqa: PLR0913, options, one for one
             results.save(folder, run, found.rows)
         _score(src, found, folder, scored, device, work)
         for row in found.rows:
-            if row.speed is None and not row.out.endswith(".gguf"):
+            if row.speed is None and measured(row.out):
                 work(0, 1, f"speed of {row.name}")
                 row.speed = tokens_per_second(row.out, device)
                 results.save(folder, run, found.rows)

@@ -25,7 +25,7 @@ class Row:
     options: of quantize. out: where it lies. bytes, bits_per_weight: of its tensors. seconds: of quantizing; shares:
     the candidate whose solve it was exported from. readers: runtimes that take it. runs: whether the GPU of --on does,
     and why not (`note`); None where none was named. evaluation: `Evaluation.to_json()`. speed: tokens a second here,
-    None where llmq does not compute with it. front, beyond: on the Pareto front, beyond the budget.
+    None where what runs it is not installed. front, beyond: on the Pareto front, beyond the budget.
     """
 
     name: str

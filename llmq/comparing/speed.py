@@ -1,39 +1,33 @@
-"""How fast a checkpoint writes here: tokens a second of one sequence, the prompt's left out.
+"""How fast a checkpoint writes here: tokens a second of one sequence, behind the first.
 
+A folder is run by transformers with llmq's linears, a GGUF file by llama.cpp: each as `llmq chat` runs it.
 Not here: other machines (pipeline/machines.py), benchmarks of kernels (scripts/).
 """
 
-import time
-from pathlib import Path
-from typing import Any
+from importlib.util import find_spec
 
-import torch
+from llmq.talk.speaker import Sampling, opened
 
-from llmq.loading import load
-from llmq.model.pretrained import foreign
-
-PROMPT, WRITTEN = 32, 16
+PROMPT = "Once upon a time, in a village by the sea, there lived an old fisherman who"
+WRITTEN = 24
 
 
-def tokens_per_second(folder: str | Path, device: str = "auto") -> float:
-    """Return how many tokens a second a checkpoint writes greedily behind a prompt of 32.
+def measured(out: str) -> bool:
+    """Say whether what runs a checkpoint is installed."""
+    return not out.endswith(".gguf") or find_spec("xllamacpp") is not None
 
-    The time of the first of them, which reads the prompt, is taken off. Raises LlmqError as `load` does.
+
+def tokens_per_second(out: str, device: str = "auto") -> float | None:
+    """Return how fast a checkpoint writes, greedily; None where it ends its text with the first token.
+
+    Raises LlmqError as `talk.opened` does.
     """
-    model: Any = load(folder, device=device)
-    prompt = torch.arange(PROMPT, device=model.device)[None] % model.config.get_text_config().vocab_size
-    with foreign(f"{folder}: transformers cannot generate"):
-        _seconds(model, prompt, 2)  # what is compiled at first use
-        taken = _seconds(model, prompt, 1 + WRITTEN) - _seconds(model, prompt, 1)
-    return WRITTEN / max(taken, 1e-9)
-
-
-def _seconds(model: Any, prompt: torch.Tensor, n: int) -> float:
-    began = time.perf_counter()
-    model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n, do_sample=False,
-        pad_token_id=0,
-    )  # fmt: skip
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter() - began
+    with opened(out, device, 256) as speaker:
+        ids = speaker.encode(PROMPT)
+        rates = []
+        for written in (4, WRITTEN):  # once for what is compiled at first use
+            answer = speaker.answer(ids, Sampling(written, temperature=0))
+            for _ in answer:
+                pass
+            rates.append(answer.rate)
+    return rates[-1] or None

@@ -44,7 +44,7 @@ def test_four_schemes_one_solve_shared_and_going_on(tiny_checkpoint, tmp_path, t
     found = llmq.compare(src, schemes, budget="1GB", on="T4", **options)  # neither quantized nor scored again
     rows = {r.name: r for r in found.rows}
     assert list(rows) == ["a", "b", "c", "d"] and rows["b"].shares == "a" and rows["a"].kl == rows["b"].kl
-    assert (rows["a"].speed, rows["c"].speed) == (7.0, None)
+    assert rows["a"].speed == rows["c"].speed == 7.0
     assert rows["d"].runs is False and "Turing does not multiply int" in rows["d"].note and rows["a"].runs
     assert "vLLM" in rows["d"].readers and "llama.cpp" in rows["c"].readers
     monkeypatch.undo()
@@ -112,4 +112,5 @@ def test_the_command(tiny_checkpoint, tmp_path, text):
     rows = json.loads(file.read_text())["rows"]
     kl = [r["evaluation"]["kl_mean"] for r in rows]
     assert [r["name"] for r in rows] == ["rtn", "three"] and kl[1] > kl[0] > 0
-    assert rows[1]["options"] == {"method": "rtn", "bits": 3, "group_size": "32"} and all(r["speed"] > 0 for r in rows)
+    assert rows[1]["options"] == {"method": "rtn", "bits": 3, "group_size": "32"}
+    assert all(r["speed"] is None or r["speed"] > 0 for r in rows)  # None: a random model may end at once
