@@ -24,7 +24,7 @@ def test_a_chapter_prints_and_draws_what_its_page_shows(number):
     cells = learn.cells(page.read_text())
     ran = learn.run([c.code for c in cells], page.stem)
     for cell, output in zip(cells, ran.outputs, strict=True):
-        assert output == cell.output, f"{page.name}: {cell.code}"
+        assert output == cell.output, f"{page.name} (`python scripts/learn.py {number}` writes it anew): {cell.code}"
     for name, svg in ran.pictures.items():
         assert f"](img/{name})" in page.read_text()
         shape, at = numbers_apart(svg)
