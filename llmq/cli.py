@@ -22,6 +22,7 @@ from llmq.commands.look import inspect, list_
 from llmq.commands.measure import evaluate, verify
 from llmq.commands.plan import plan
 from llmq.commands.quantize import quantize
+from llmq.commands.share import push
 from llmq.commands.talk import chat, generate, serve
 from llmq.commands.terminal import console, outliving_readers, warn
 from llmq.errors import LlmqError, notes, one_line, printable
@@ -105,6 +106,7 @@ app.command()(compare)
 app.command()(generate)
 app.command()(chat)
 app.command()(serve)
+app.command()(push)
 app.command()(export)
 app.command()(dequantize)
 app.command()(verify)

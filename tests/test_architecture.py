@@ -15,7 +15,7 @@ VOCABULARY = (  # the grids of every format but GGUF's: formats read and write t
 CLOSING = {  # a format closes OUT: it knows how OUT is written, and GGUF's own files fill a room
     "formats/_reading.py": ("llmq.checkpoint.stored",),
     "formats/_folder.py": ("llmq.checkpoint",),
-    "formats/gguf.py": ("llmq.checkpoint.digest", "llmq.gguf"),
+    "formats/gguf.py": ("llmq.checkpoint.digest", "llmq.checkpoint.hub_metadata", "llmq.gguf"),
 }
 FLOORS = (  # a room, or a file of the top level, imports only from floors below its own
     "errors", "guard show launched extras",
@@ -24,7 +24,7 @@ FLOORS = (  # a room, or a file of the top level, imports only from floors below
     "registry stats", "steps histogram", "ranges grids families algorithms", "checkpoint", "model",
     "gguf onnx calibration runtime", "formats", "integrations", "loading verify",
     "evaluation recipe inspection readable talk",
-    "pipeline", "export", "distances", "api", "comparing", "commands", "cli", "__main__",
+    "pipeline", "export", "sharing", "distances", "api", "comparing", "commands", "cli", "__main__",
 )  # fmt: skip
 LOW = {
     "errors", "granularity", "guard", "minifloat", "params", "types", "format", "options", "overrides", "readers",

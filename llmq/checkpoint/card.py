@@ -3,6 +3,7 @@
     model_card(record, ...)     of `llmq quantize`
     export_card(record, ...)    of a folder that `llmq export` made
     float_card(record, ...)     of one that `llmq dequantize` made
+    gguf_card(record, ...)      of a GGUF file, which has no place for one: `llmq push` makes it
     with_figures(card, [...])   a card with what `llmq eval --keep` measured
 
 Names and values stay text, whatever characters they have, and no path of the machine that made a checkpoint is in it.
@@ -134,14 +135,39 @@ Decoded with llmq {record["llmq"]} from {_origin(source)} ({held}); `dequantizat
 """
 
 
+def gguf_card(
+    record: Mapping[str, Any], name: str, types: str, base: str | None, card: SourceCard, readers: Sequence[Reader]
+) -> str:
+    """Return README.md of a GGUF file. record: what it says of its making. name: of the file. types: of its tensors.
+
+    base: the repository that it says it was made from; the rest are those of `model_card`.
+    """
+    recipe, source = record.get("recipe"), record["source"]
+    about = metadata(
+        base or base_model(source["name"]), "quantized", library(readers), task_of({}), ["gguf", "llmq"], card
+    )
+    how = _made(record) if recipe else f"Exported with llmq {record['llmq']} from {_origin(source)}, its codes kept"
+    size = record.get("size", {}).get("bits_per_weight")
+    bits = f" ({size} bits per quantized weight, scales counted)" if size else ""
+    return f"""---
+{_yaml(about)}---
+# {_text(source["name"])} as GGUF
+
+{how}: {_text(types)}{bits}. What became of each linear is in its key `llmq.report`.
+
+{with_figures("", ())}
+{_use(readers, name)}
+{_repeat(recipe, source, "OUT.gguf") if recipe else ""}"""
+
+
 def with_figures(card: str, evaluations: Iterable[Mapping[str, Any]]) -> str:
     """Return a card with the figures that were kept of it, in the place that it has for them, else at its end.
 
     evaluations: `text`, `convention`, `baseline`, `perplexity`, `baseline_perplexity`, `kl_mean`, `kl_standard_error`,
     `kl_p99`, `kl_p999` and `top1` of each, None or missing where it was not measured; none empties the place. KL in
-    nats, of the next token from the float model's; a text is called by its file's name.
+    nats, of the next token from the float model's; a text is called by its file's name. Without a text it is no row.
     """
-    section = "\n".join([_FIGURES[0], *_figures(list(evaluations)), _FIGURES[1]])
+    section = "\n".join([_FIGURES[0], *_figures([e for e in evaluations if e.get("text")]), _FIGURES[1]])
     before, begin, rest = card.partition(_FIGURES[0])
     _, end, after = rest.partition(_FIGURES[1])
     if begin and end:
@@ -188,7 +214,7 @@ def _use(readers: Sequence[Reader], name: str) -> str:
     return "\n".join([f"## Run it\n\n{stands}| runtime | command | |", "|---|---|---|", *rows, ours, ""])
 
 
-def _repeat(recipe: Mapping[str, Any], source: Mapping[str, Any]) -> str:
+def _repeat(recipe: Mapping[str, Any], source: Mapping[str, Any], out: str = "OUT") -> str:
     """Return the command and the recipe that made a checkpoint; of a file that it names, the name alone."""
     said = {k: _private(v) for k, v in recipe.items() if v not in (None, [], ())}
     files = [k for k in said if said[k] != recipe[k]]
@@ -197,7 +223,7 @@ def _repeat(recipe: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     return f"""## Repeat it
 
 ```bash
-{_command(source, files)}
+{_command(source, files, out)}
 ```
 
 {fence}yaml
@@ -226,7 +252,7 @@ def _last(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path
 
 
-def _made(summary: dict[str, Any]) -> str:
+def _made(summary: Mapping[str, Any]) -> str:
     """Return what the checkpoint was made with, and from what."""
     held = ", ".join(_text(kind) for kind in summary.get("decoded", {}).get("weights", {}))
     was = f", whose weights were quantized already ({held}) and decoded" if held else ""

@@ -19,7 +19,7 @@ Not here: the text of the card (card.py), what a source is called (hub.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,11 @@ _BITS = re.compile(r"\d+(\.\d+)?-bit")
 _TASK = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _LINK = re.compile(r"https://[!-;=?-~]{1,500}")  # what is visible, without < and >
 _FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
+_HUB = "https://huggingface.co/"
+_GGUF_LICENCE = {
+    "license": "general.license", "license_name": "general.license.name", "license_link": "general.license.link",
+}  # fmt: skip
+_GGUF_BASE = "general.base_model.0.repo_url"
 _MOST = 100  # languages, tags
 _LIBRARIES = {"transformers": "transformers", "MLX": "mlx", "ExecuTorch": "executorch"}
 """The Hub's name of the library that loads a model, by the runtime that takes it; the first that does is said."""
@@ -77,13 +82,37 @@ def source_card(folder: Path) -> tuple[SourceCard, list[str]]:
         said = front_matter(file)
     except LlmqError as e:
         return NO_CARD, [f"{e}: the model card takes no licence, languages and tags over from it"]
+    return _card(said, origin(folder).name), []
+
+
+def _card(said: Mapping[str, Any], name: str) -> SourceCard:
+    """Return what of a front matter has the form that the Hub gives it. name: of the source."""
     return SourceCard(
-        _licence(said, origin(folder).name),
+        _licence(said, name),
         [n for n in _texts(said.get("language"), no="no") if _LANGUAGE.fullmatch(n)],
         [t for t in _texts(said.get("tags")) if _TAG.fullmatch(t) and t not in _NOT_ALIKE],
         next((t for t in _texts(said.get("pipeline_tag")) if _TASK.fullmatch(t)), None),
         next((b for b in _texts(said.get("base_model")) if is_repository(b)), None),
-    ), []
+    )
+
+
+def gguf_keys(card: SourceCard, base: str | None) -> dict[str, str | int | list[str]]:
+    """Return the keys by which a GGUF file says what a card does, as llama.cpp's converter names them.
+
+    base: the repository that the file is made from. Source: the GGUF specification, general metadata.
+    """
+    found: dict[str, str | int | list[str]] = {_GGUF_LICENCE[key]: value for key, value in card.licence.items()}
+    lists = {"general.languages": [*card.languages], "general.tags": [*card.tags]}
+    found |= {key: several for key, several in lists.items() if several}
+    return found | ({"general.base_model.count": 1, _GGUF_BASE: f"{_HUB}{base}"} if base else {})
+
+
+def of_gguf(value: Callable[[str], Any]) -> tuple[SourceCard, str | None]:
+    """Return what the keys of a GGUF file say, by `value` of a key; and the repository that it was made from."""
+    said = {key: value(name) for key, name in _GGUF_LICENCE.items()}
+    card = _card(said | {"language": value("general.languages"), "tags": value("general.tags")}, "")
+    base = str(value(_GGUF_BASE) or "").removeprefix(_HUB)
+    return card, base if is_repository(base) else None
 
 
 def task_of(config: Mapping[str, Any]) -> str:
@@ -131,7 +160,7 @@ def _licence(said: Mapping[str, Any], name: str) -> dict[str, str]:
     called = next((t for t in _texts(said.get("license_name")) if _LICENCE.fullmatch(t)), None)
     link = next(iter(_texts(said.get("license_link"))), "")
     if is_repository(name) and _FILE.fullmatch(link):
-        link = f"https://huggingface.co/{name}/blob/main/{link}"
+        link = f"{_HUB}{name}/blob/main/{link}"
     found = {"license": licence, "license_name": called, "license_link": link if _LINK.fullmatch(link) else None}
     return {key: value for key, value in found.items() if value}
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from llmq.commands.terminal import console
 from llmq.errors import LlmqError
@@ -168,8 +169,8 @@ def _answered(said: str, talk: Conversation) -> Answer | None:
         return None
     except KeyboardInterrupt:  # a second one, in the middle of a token
         pass
-    cut = {None: " (stopped)", "length": " (cut: --max-new-tokens, or the context, is full)"}.get(answer.finish, "")
-    console.print(plain(cut, "dim"), soft_wrap=True)
+    cut = {None: "(stopped)", "length": "(cut: --max-new-tokens, or the context, is full)"}.get(answer.finish, "")
+    console.print(Text.assemble(" " * bool(cut), plain(cut, "dim")), soft_wrap=True)
     talk.keep(said, "".join(written))
     return answer
 
@@ -185,8 +186,8 @@ def _obeyed(command: str, talk: Conversation, last: Answer | None) -> Answer | N
         elif name == "/stats":
             console.print(_stats(talk, last))
         else:
-            console.print(plain("" if name == "/help" else f"there is no {name}:", "dim"))
-            console.print(lines(_HELP))
+            unknown = "" if name == "/help" else f"there is no {name}, but:\n"
+            console.print(lines(unknown + _HELP))
     except LlmqError as e:
         console.print(labelled("error", "red", e), soft_wrap=True)
     return last
@@ -195,7 +196,8 @@ def _obeyed(command: str, talk: Conversation, last: Answer | None) -> Answer | N
 def _stats(talk: Conversation, last: Answer | None) -> Rows:
     table = Rows("")
     if last is not None:
-        table.add("tokens", f"{last.prompt_tokens:,} read, {last.tokens:,} written, of {talk.speaker.context:,}")
+        room = "" if talk.speaker.context is None else f", of {talk.speaker.context:,}"
+        table.add("tokens", f"{last.prompt_tokens:,} read, {last.tokens:,} written{room}")
         table.add("first token", f"{last.first:.2f} s")
         table.add("tokens a second", f"{last.rate:.1f}")
     for what, size in talk.speaker.memory().items():

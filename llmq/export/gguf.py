@@ -17,6 +17,7 @@ from torch import Tensor
 from llmq import __version__
 from llmq.checkpoint import Sink
 from llmq.checkpoint.digest import digest, sealed
+from llmq.checkpoint.hub_metadata import base_model, gguf_keys
 from llmq.checkpoint.packed import CACHE
 from llmq.export._repack import Exported, convert, round_anew, unheld
 from llmq.export._target import OfCodes, Packed, open_packed
@@ -80,9 +81,11 @@ class Gguf(OfCodes):
         """See `Target.write`; also the number of tensors of each type."""
         arch = architecture(opened.config)
         made = dict(self._staged(out, opened, arch, step))
-        keys = {"llmq.version": __version__, "llmq.source": opened.method}
+        card, name = opened.card.unlike(opened.method), opened.source.origin.name
+        keys = gguf_keys(card, card.base or base_model(name, opened.source.config.get("_name_or_path")))
+        keys |= {"llmq.version": __version__, "llmq.source": opened.method}
         kind = mixture.file_type(_file_type_of(made.values()))
-        header = container.Header(arch, self._words(opened, arch), opened.source.origin.name, kind, keys)
+        header = container.Header(arch, self._words(opened, arch), name, kind, keys)
         record = {"llmq": __version__, "source": asdict(opened.source.origin), "warnings": opened.warnings}
         files = self._write(out, header, made, record, opened.made)
         return {

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint.digest import digest, sealed
+from llmq.checkpoint.hub_metadata import base_model, gguf_keys, source_card
 from llmq.format import Assignment, FloatModel, Out, Wanted
 from llmq.gguf import container, imatrix, kinds, mixture
 from llmq.gguf.architecture import Architecture, architecture
@@ -50,6 +51,7 @@ class _File(Assignment):
 
     floats: the ggml type of every tensor that stays float, by the model's names. choices: the types that a budget
     chooses from. split: bytes of one file at most. imatrix: the importance matrix that was used. names: ggml's.
+    card: the keys that say what the source's model card does.
     """
 
     name: str
@@ -60,6 +62,7 @@ class _File(Assignment):
     choices: Sequence[str]
     split: int
     imatrix: str | None
+    card: Mapping[str, str | int | list[str]]
 
     def float_bytes(self, name: str, shape: Sequence[int], nbytes: int) -> int:
         """See `Assignment.float_bytes`."""
@@ -96,7 +99,7 @@ class _File(Assignment):
 
     def close(self, out: Out, record: dict[str, Any], recipe: str, readers: Sequence[Reader]) -> dict[str, Any]:
         """Write the file or files, the record within."""
-        keys: dict[str, str | int] = {"llmq.version": record["llmq"], "llmq.recipe": recipe}
+        keys: dict[str, str | int | list[str]] = {**self.card, "llmq.version": record["llmq"], "llmq.recipe": recipe}
         keys |= {"quantize.imatrix.file": self.imatrix} if self.imatrix else {}
         keys |= {container.REPORT: json.dumps(sealed(record), separators=(",", ":"))}
         kind = mixture.file_type(self.mix)
@@ -157,6 +160,7 @@ class Gguf:
         words = vocabulary(model.tokenizer(), shapes["token_embd.weight"][0], arch.config, self.pre)
         importance, missing = _importance(self.imatrix, names, model, arch)
         types = {n: by_ggml[ggml] for n, ggml in names.items()}
+        card, untold = source_card(model.folder)
         quantized = {n: kind for n, kind in types.items() if kind not in mixture.FLOATS}
         return _File(
             schemes={n.removesuffix(".weight"): Scheme(kinds.grid(kind)) for n, kind in quantized.items()},
@@ -168,6 +172,7 @@ class Gguf:
                 *mixture.fallen_back({n: s for n, s in shapes.items() if n not in inside}, by_ggml, mix, about),
                 *mixture.without_factor(shapes, by_ggml, mix, about),
                 *missing,
+                *untold,
             ],
             names=names,
             name=model.name,
@@ -178,6 +183,7 @@ class Gguf:
             choices=chosen,
             split=container.parse_size(self.split_max_size),
             imatrix=self.imatrix,
+            card=gguf_keys(card, base_model(model.name, model.saved.get("_name_or_path"))),
         )
 
     def check(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[str]:

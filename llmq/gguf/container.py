@@ -44,7 +44,7 @@ class Header:
     vocabulary: Vocabulary
     name: str
     file_type: int
-    keys: Mapping[str, str | int] = field(default_factory=dict)
+    keys: Mapping[str, str | int | list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,8 @@ def _describe(writer: gguf.GGUFWriter, header: Header) -> None:
     for key, value in header.keys.items():
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         else:
             writer.add_uint32(key, value)
     header.architecture.describe(writer)

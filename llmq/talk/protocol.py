@@ -171,7 +171,7 @@ class Shape:
 
     kind: str
     model: str
-    id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -206,7 +206,7 @@ class Shape:
 
     def _around(self, choices: list[dict[str, Any]], piece: str = "") -> dict[str, Any]:
         return {
-            "id": self.id,
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}",
             "object": f"{self.kind}{piece}",
             "created": self.created,
             "model": self.model,

@@ -46,7 +46,7 @@ _ROTARY = (_DIVISORS, _SHORT, "rope_factors_long.weight")
 def open_gguf(path: Path, report: Report) -> tuple[Gguf, dict[str, Any]]:
     """Open the shards of a GGUF file, checked against each other and against what was recorded; return that too."""
     first = GgufFile(path)
-    files = _shards(first)
+    files = shards(first)
     damaged = seal.broken(files)
     for file in damaged or ():
         report.fail(f"{file.name} is not as written: its checksum differs")
@@ -58,7 +58,7 @@ def open_gguf(path: Path, report: Report) -> tuple[Gguf, dict[str, Any]]:
     return found, recorded
 
 
-def _shards(first: GgufFile) -> list[Path]:
+def shards(first: GgufFile) -> list[Path]:
     """Return all files of a GGUF model by its first. Raises LlmqError for another one, and where one is missing."""
     path, count = first.path, first.value("split.count") or 1
     if count == 1:
