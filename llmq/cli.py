@@ -28,9 +28,7 @@ from llmq.commands.terminal import console, outliving_readers, warn
 from llmq.errors import LlmqError, notes, one_line, printable
 from llmq.show import labelled, plain
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 def main() -> None:
