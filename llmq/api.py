@@ -38,12 +38,14 @@ from llmq.pipeline.sinks import left, refuse
 from llmq.progress import Listener, Progress, Work
 from llmq.readers import require
 from llmq.recipe import KINDS, Recipe
+from llmq.report import ending
+from llmq.report.timings import Timings
 from llmq.team import ALONE, Team, join, placed
 from llmq.types import LlmqError
 
 OF_THE_RUN = (
     "src", "out", "recipe", "adapter", "runtime", "device", "max_memory", "device_memory", "allow_code", "verify",
-    "overwrite",
+    "overwrite", "report",
 )  # fmt: skip
 """Options of `quantize` that say what is read and written, and are no part of the recipe."""
 
@@ -61,6 +63,7 @@ def quantize(
     allow_code: bool = False,
     verify: bool = True,
     overwrite: bool = False,
+    report: bool = False,
     warn: Callable[[str], Any] = warnings.warn,
     progress: Progress | Listener | None = None,
     **options: Any,
@@ -73,7 +76,8 @@ def quantize(
     options: those of `Recipe`, laid over the file `recipe`, which names code outside llmq only with `allow_code`. None
         means that an option is not given.
     adapter: a LoRA adapter to add. runtime: refuse what it would not load, "vllm". verify: check what was written
-        before it becomes OUT. overwrite: replace OUT.
+        before it becomes OUT. overwrite: replace OUT. report: write a page on it into OUT (beside a GGUF file) at the
+        end, and the times of the run, which nothing else keeps.
     max_memory, device_memory: the most memory that the run may take, "6GiB", of the host and of the device; the same
         bytes are written, more slowly.
     warn: called with what a user should know, most of it before the work starts.
@@ -90,7 +94,11 @@ def quantize(
         adapter=adapter, runtime=runtime, device=device, allow_code=allow_code, overwrite=overwrite, team=team,
     )  # fmt: skip
     team.first(lambda: left(planned, Path(out), overwrite=overwrite))  # refuses what another command left
+    if report:
+        team.first(lambda: ending.refuse(out, overwrite=overwrite))
     warn, work = (warn, Work.of(progress)) if team.leads else (_nothing, Work())
+    times = Timings()
+    work = work.also(times) if report and team.leads else work
     planned = weights.read(planned, work)
     said = list(planned.warnings)
     for warning in said:
@@ -104,6 +112,8 @@ def quantize(
     for warning in record["warnings"]:
         if warning not in said:  # what calibration left out
             _tell(warning, warn, work)
+    if report and team.leads:
+        return record | {"report": str(ending.end(out, times, src, adapter))}
     return record
 
 

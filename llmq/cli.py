@@ -22,6 +22,7 @@ from llmq.commands.look import inspect, list_
 from llmq.commands.measure import evaluate, verify
 from llmq.commands.plan import plan
 from llmq.commands.quantize import quantize
+from llmq.commands.report import report
 from llmq.commands.share import push
 from llmq.commands.talk import chat, generate, serve
 from llmq.commands.terminal import console, outliving_readers, warn
@@ -109,4 +110,5 @@ app.command()(export)
 app.command()(dequantize)
 app.command()(verify)
 app.command()(inspect)
+app.command()(report)
 app.command(name="list")(list_)

@@ -101,6 +101,10 @@ class Work:
             return listener
         return cls(listener if listener is None or isinstance(listener, Listener) else _Plain(listener))
 
+    def also(self, listener: Listener) -> Work:
+        """Return work that tells this listener beside the one that it tells."""
+        return Work(_Both(self._listener, listener) if self._listener is not None else listener)
+
     @property
     def heard(self) -> bool:
         """Whether a listener hears more than how many parts are done."""
@@ -127,6 +131,18 @@ class Work:
         now, pace = time.monotonic(), self._pace
         where = (what, pace.done, pace.total, self._step, self._names)
         self._listener.hear(Event(kind, *where, now - self._began, pace.left(now), Memory.held()))
+
+
+class _Both(Listener):
+    """Two listeners as one."""
+
+    def __init__(self, first: Listener, second: Listener) -> None:
+        self._listeners = first, second
+
+    def hear(self, event: Event) -> None:
+        """Tell both."""
+        for listener in self._listeners:
+            listener.hear(event)
 
 
 class _Plain(Listener):

@@ -24,7 +24,7 @@ FLOORS = (  # a room, or a file of the top level, imports only from floors below
     "registry stats", "steps histogram", "ranges grids families algorithms", "checkpoint", "model",
     "gguf onnx calibration runtime", "formats", "integrations", "loading verify",
     "evaluation recipe inspection readable talk",
-    "pipeline", "export", "sharing", "distances", "api", "comparing", "commands", "cli", "__main__",
+    "pipeline", "export", "sharing", "distances", "report", "api", "comparing", "commands", "cli", "__main__",
 )  # fmt: skip
 LOW = {
     "errors", "granularity", "guard", "minifloat", "params", "types", "format", "options", "overrides", "readers",

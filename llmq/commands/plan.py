@@ -19,7 +19,7 @@ from llmq.show import Rows, span
 if TYPE_CHECKING:
     from llmq.pipeline.estimate import Estimate
 
-_OF_A_RUN = ("out", "verify", "log_json")  # which nothing plans
+_OF_A_RUN = ("out", "verify", "report", "log_json")  # which nothing plans
 
 
 def _with_options_of_quantize(command: Callable[..., None]) -> Callable[..., None]:

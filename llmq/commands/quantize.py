@@ -72,6 +72,9 @@ def quantize(
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Let --recipe name modules to import.")] = False,
     verify: Annotated[bool, typer.Option(help="Reopen and check what was written before it becomes OUT.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when the run has succeeded.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write OUT/report.html, a page on the run, at its end.")
+    ] = False,
     log_json: Annotated[Path | None, typer.Option(help="Log every step for machines: a JSON object a line.")] = None,
 ) -> None:
     """Quantize a checkpoint.
@@ -112,6 +115,8 @@ def _print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:
         table.add("tokens an expert", f"{told['least']:,} to {told['most']:,}, median {told['quartiles'][1]:,}{few}")
     for kind, of in summary.get("trouble", {}).items():
         table.add(kind, f"{of['linears']} linears, the first {of['first']}: {of['says']} (see quantization.json)")
+    if page := summary.get("report"):
+        table.add("report", page)
     for path in summary.get("also", ()):
         table.add("and", path)
     table.add("seconds", f"{seconds:.1f}")

@@ -27,7 +27,7 @@ def plan(*args):
 
 def test_it_takes_what_quantize_takes_but_for_what_writes():
     own, shared = (inspect.signature(f).parameters for f in (cli.plan, cli.quantize))
-    assert [n for n in shared if n not in own] == ["verify", "log_json"]
+    assert [n for n in shared if n not in own] == ["verify", "report", "log_json"]
     assert set(own) - set(shared) == {"devices", "device_like", "linears", "json_file"}
     assert all(own[n] == shared[n] for n in shared if n in own and n != "out")
     assert {n.rstrip("_") for n in own} >= KINDS.keys()
