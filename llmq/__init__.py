@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmq.api import convert, dequantize, evaluate, evaluate_all, plan, quantize
+    from llmq.api import convert, dequantize, evaluate, evaluate_all, evaluate_tasks, plan, quantize
     from llmq.comparing import compare
     from llmq.integrations.cache import QuantizedCache
     from llmq.loading import load, load_tokenizer
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LlmqError", "QuantizedCache", "__version__", "compare", "convert", "dequantize", "evaluate", "evaluate_all",
-    "load", "load_tokenizer", "plan", "quantize",
+    "evaluate_tasks", "load", "load_tokenizer", "plan", "quantize",
 ]  # fmt: skip
 
 _HOME = {
@@ -27,6 +27,7 @@ _HOME = {
     "dequantize": "llmq.api",
     "evaluate": "llmq.api",
     "evaluate_all": "llmq.api",
+    "evaluate_tasks": "llmq.api",
     "load": "llmq.loading",
     "load_tokenizer": "llmq.loading",
     "plan": "llmq.api",

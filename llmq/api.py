@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,6 +42,9 @@ from llmq.report import ending
 from llmq.report.timings import Timings
 from llmq.team import ALONE, Team, join, placed
 from llmq.types import LlmqError
+
+if TYPE_CHECKING:
+    from llmq.evaluation.tasks import Task
 
 OF_THE_RUN = (
     "src", "out", "recipe", "adapter", "runtime", "device", "max_memory", "device_memory", "allow_code", "verify",
@@ -335,3 +338,43 @@ def evaluate_all(
 
 def _scoring(work: Work, names: Sequence[str]) -> Callable[[int, int, str], None]:
     return lambda done, total, name: work(done, total, f"scoring {name}" if len(names) > 1 else "scoring")
+
+
+def evaluate_tasks(
+    models: Sequence[str | Path],
+    tasks: Sequence[str],
+    *,
+    baseline: str | Path | None = None,
+    limit: int | None = None,
+    task_path: str | Path | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    keep: bool = False,
+    progress: Progress | Listener | None = None,
+) -> "dict[str, dict[str, Task]]":
+    """Run tasks of lm-evaluation-harness (hellaswag, arc_easy ...) on checkpoints. Returns figures by model and task.
+
+    models, baseline, dtype, device, keep: as in `evaluate_all`. limit: only the first so many items of each task.
+    task_path: a folder of tasks of one's own; its YAML files may name Python code beside them, which is run.
+    Raises LlmqError as `load` and `tasks.run` do; the package is `llmq-quant[tasks]`.
+    """
+    from llmq.evaluation import tasks as harness
+
+    work, names = Work.of(progress), list(dict.fromkeys(map(str, models)))
+    harness.require_harness()
+    for name in names if keep else ():
+        kept.place(name)
+
+    def opened(folder: str) -> harness.Opened:
+        return load(folder, dtype=as_dtype(dtype), device=device), load_tokenizer(folder)
+
+    with ExitStack() as stack:
+        folders = {n: stack.enter_context(as_folder(n, dtype or "bfloat16", work)) for n in names}
+        openers = {n: partial(opened, folder) for n, folder in folders.items()}
+        truth = None if baseline is None else partial(opened, str(baseline))
+        where = None if task_path is None else user_path(task_path)
+        found = harness.run(openers, truth, tasks, limit=limit, folder=where, progress=work)
+    for name, of in found.items() if keep else ():
+        figures = {"tasks": {t: task.to_json() for t, task in of.items()}, "limit": limit}
+        kept.keep(name, kept.entry(figures, text=None, baseline=baseline))
+    return found

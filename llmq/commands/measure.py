@@ -5,7 +5,7 @@ Not here: the work (evaluation/, verify/).
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +13,12 @@ from llmq.commands.terminal import console, progress
 from llmq.errors import LlmqError
 from llmq.show import labelled, plain
 
+if TYPE_CHECKING:
+    from llmq.evaluation.several import Several
+    from llmq.evaluation.tasks import Task
+
 _SHOWN = 50  # lines of what is wrong
+_OF_THE_COMMAND = ("json_file", "log_json", "overwrite", "tasks", "limit", "task_path")
 
 
 def evaluate(
@@ -22,7 +27,7 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option(help="Text file to score, or a folder: each file or sub-folder is a category.")
     ] = None,
-    dataset: Annotated[str, typer.Option(help="Hub dataset to score where there is no --text.")] = "wikitext2",
+    dataset: Annotated[str | None, typer.Option(help="Hub dataset to score without --text. [wikitext2]")] = None,
     convention: Annotated[str, typer.Option(help="gptq, llama.cpp or lm-eval.")] = "gptq",
     window: Annotated[int | None, typer.Option(help="Tokens of a window, in place of the convention's.")] = None,
     windows: Annotated[int | None, typer.Option(help="Score only the first N windows, of each category.")] = None,
@@ -30,6 +35,13 @@ def evaluate(
         int | None, typer.Option(help="8 or 4: quantize the key-value cache (2: to see it fail).")
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Hold one block at a time: models beyond memory.")] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="hellaswag,arc_easy ...: tasks of lm-eval; text only where it is named too.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N items of each task.")] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(help="Folder of your own tasks; runs the Python code that its YAML files name.")
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the figures in MODEL, for its card and report.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --json.")] = False,
@@ -41,26 +53,51 @@ def evaluate(
 
     Example: `llmq eval ./my-llama-int4 --baseline ./my-llama --text sample.txt`
     """
-    given = {n: value for n, value in locals().copy().items() if n not in ("json_file", "log_json", "overwrite")}
-    from llmq.api import evaluate_all as run
+    given = {n: value for n, value in locals().copy().items() if n not in _OF_THE_COMMAND}
+    from llmq.api import evaluate_all, evaluate_tasks
     from llmq.checkpoint.disk import write_text
     from llmq.checkpoint.place import check_file, user_path
-    from llmq.evaluation import shown
-    from llmq.evaluation.scores import table
 
     figures = None if json_file is None else user_path(json_file)
     if figures:
         check_file(figures, "--json", b"{", overwrite=overwrite)
+    if tasks is None and (limit is not None or task_path is not None):
+        raise LlmqError("--limit and --task-path are for tasks; say --tasks hellaswag,arc_easy, or leave them out")
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    shared = {n: given[n] for n in ("baseline", "dtype", "device", "keep")}
+    scores_text = not names or text is not None or dataset is not None
     with progress(log_json) as work:
-        found = run(**given, progress=work)
+        run = evaluate_tasks(models, names, limit=limit, task_path=task_path, progress=work, **shared) if names else {}
+        scored = evaluate_all(**given | {"dataset": dataset or "wikitext2"}, progress=work) if scores_text else None
+    found = scored.to_json() if scored else {}
+    for name, of in run.items():
+        found[name] = found.get(name, {}) | {"tasks": {t: task.to_json() for t, task in of.items()}}
+    if run:
+        _show_tasks(run)
+    if scored:
+        _show(scored)
+    if figures:
+        write_text(figures, json.dumps(found, indent=2) + "\n")
+
+
+def _show_tasks(found: "dict[str, dict[str, Task]]") -> None:
+    from llmq.evaluation import shown
+
+    console.print(shown.tasks(found))
+    for task in (t for of in found.values() for t in of.values() if t.said):
+        console.print(plain(task.said), soft_wrap=True)
+
+
+def _show(found: "Several") -> None:
+    from llmq.evaluation import shown
+    from llmq.evaluation.scores import table
+
     console.print(table(found.evaluations))
     for name, e in found.evaluations.items():
         if e.categories:
             console.print(shown.categories(name, e))
     for line in shown.lines(found):
         console.print(plain(line), soft_wrap=True)
-    if figures:
-        write_text(figures, json.dumps(found.to_json(), indent=2) + "\n")
 
 
 def verify(

@@ -27,7 +27,7 @@ from llmq.errors import LlmqError
 from llmq.guard.reading import field, json_object
 
 _FILE = "evaluation.json"
-_KEY = ("text", "convention", "window", "windows", "baseline", "kv_bits")
+_KEY = ("text", "convention", "window", "windows", "baseline", "kv_bits", "limit")
 
 
 def place(checkpoint: str | Path) -> Path:
@@ -48,13 +48,16 @@ def read(checkpoint: str | Path) -> list[dict[str, Any]]:
 
 
 def keep(checkpoint: str | Path, evaluation: Mapping[str, Any]) -> None:
-    """Keep an entry, in the place of an earlier one of the same text, convention, windows, baseline and cache.
+    """Keep an entry, in the place of an earlier one of the same text, convention, windows, baseline, cache and limit.
 
     The checkpoint's card, where llmq wrote it, gets the figures of all entries.
     evaluation: as `entry` returns it. Raises LlmqError where the file cannot be read or written.
     """
     file = place(checkpoint)
-    entries = [*(e for e in read(checkpoint) if _key(e) != _key(evaluation)), dict(evaluation)]
+    before = read(checkpoint)
+    same = [e for e in before if _key(e) == _key(evaluation)]
+    tasks = {"tasks": same[0].get("tasks", {}) | evaluation["tasks"]} if same and "tasks" in evaluation else {}
+    entries = [*(e for e in before if e not in same), {**evaluation, **tasks}]
     card, texts = file.with_name("README.md"), list[str]()
     if file.name == _FILE and card.is_file() and "README.md" in _written(file.parent):
         old = card.read_text(encoding="utf-8")
@@ -71,9 +74,9 @@ def entry(
 ) -> dict[str, Any]:
     """Return the figures of an evaluation as an entry.
 
-    found: `Evaluation.to_json()`, and `tasks` where some were run. text: a file or folder, whose name alone is kept, or
-        a data set. baseline: a checkpoint, which is called as its model is. windows: how many were scored at most, None
-        for all.
+    found: `Evaluation.to_json()`, or `tasks` by name, which are kept beside those that were run before.
+    text: a file or folder, whose name alone is kept, or a data set. baseline: a checkpoint, which is called as its
+        model is. windows: how many were scored at most, None for all.
     """
     name = None if text is None else user_path(text).name
     return {"text": name, "baseline": None if baseline is None else _name(baseline), "windows": windows, **found}

@@ -91,17 +91,17 @@ def mcnemar(a: Tensor, b: Tensor) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def says(difference: Mean, a: str, b: str, what: str) -> str:
-    """Return in words how `a` differs from `b` in a loss, of which less is better: the difference is a's minus b's."""
+def says(difference: Mean, a: str, b: str, what: str, *, less: bool = True) -> str:
+    """Return in words how `a` differs from `b`: the difference is a's minus b's; less: whether less is better."""
     if not difference.seen:
         return f"{a} against {b}: no difference seen in {what} ({_pm(difference)}, 95 %)"
-    better, worse = (a, b) if difference.mean < 0 else (b, a)
+    better, worse = (a, b) if (difference.mean < 0) == less else (b, a)
     return f"{better} is better than {worse} by {_pm(Mean(abs(difference.mean), difference.half))} in {what} (95 %)"
 
 
 def _pm(m: Mean) -> str:
     """Return a mean and its half interval, with two digits of the latter."""
     if not math.isfinite(m.half) or m.half == 0:
-        return f"{m.mean:.3g} ± {'?' if m.half else 0}"
+        return f"{m.mean + 0.0:.3g} ± {'?' if m.half else 0}"  # + 0.0: no minus before 0
     places = max(0, 1 - math.floor(math.log10(m.half)))
-    return f"{m.mean:.{places}f} ± {m.half:.{places}f}"
+    return f"{m.mean + 0.0:.{places}f} ± {m.half:.{places}f}"

@@ -1,9 +1,10 @@
-"""What is printed of categories and pairs, beside the table of models (scores.py)."""
+"""What is printed of categories, pairs and tasks, beside the table of models (scores.py)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from llmq.evaluation.scores import Evaluation
 from llmq.evaluation.several import Several
+from llmq.evaluation.tasks import Task
 from llmq.show import Rows
 
 
@@ -34,3 +35,19 @@ def lines(found: Several) -> Iterator[str]:
             kl = e.categories[worst]["kl_mean"]
             yield f"{name}: most is lost in {worst}, KL {kl:.5f}, {kl / e.kl_mean:.1f} times that of all"
     yield from (pair.said for pair in found.neighbours)
+
+
+def tasks(found: Mapping[str, Mapping[str, Task]]) -> Rows:
+    """Return a table of tasks by model, and of the baseline beside it where there is one."""
+    against = any(t.baseline is not None for of in found.values() for t in of.values())
+    heads = ("baseline", "difference", "p") if against else ()
+    out = Rows("tasks: figure ± (95 %)", "model", "task", "metric", "items", "figure", *heads, box=None)
+    out.columns[0].overflow = "fold"
+    for name, of in found.items():
+        for t in of.values():
+            cells = [f"{t.items:,}", f"{t.value:.4f} ± {t.half:.4f}"]
+            if t.baseline is not None and t.difference is not None:
+                p = "" if t.p is None else f"{t.p:.3f}"
+                cells += [f"{t.baseline:.4f}", f"{t.difference:+.4f} ± {t.difference_half:.4f}", p]
+            out.add(name, t.name, t.metric, *cells)
+    return out

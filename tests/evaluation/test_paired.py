@@ -79,4 +79,6 @@ def test_differences_in_words():
     assert says(Mean(-0.0123, 0.00312), "A", "B", "KL") == "A is better than B by 0.0123 ± 0.0031 in KL (95 %)"
     assert says(Mean(0.0123, 0.00312), "A", "B", "KL").startswith("B is better than A by 0.0123")
     assert "no difference seen in KL (0.0010 ± 0.0030" in says(Mean(0.001, 0.003), "A", "B", "KL")
+    assert says(Mean(0.02, 0.01), "A", "B", "acc", less=False) == "A is better than B by 0.020 ± 0.010 in acc (95 %)"
+    assert "(0 ± 0, 95 %)" in says(Mean(-0.0, 0.0), "A", "B", "acc", less=False)
     assert Mean(0.0, math.inf).interval == [None, None] and paired.Mean(1, 0.5).interval == [0.5, 1.5]
