@@ -16,14 +16,34 @@ from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import decoded_on_load
 from llmq.checkpoint.names import match
 from llmq.checkpoint.packed import PackedCheckpoint, PackedWeights
-from llmq.errors import LlmqError
+from llmq.checkpoint.place import EXPORTED
+from llmq.errors import LlmqError, printable
 from llmq.format import Format
 from llmq.gguf import kinds
 from llmq.gguf.reader import GgufFile
+from llmq.guard.reading import field, json_object
 from llmq.model.experts import apart
 from llmq.model.pretrained import blank_model, model_config, transformers_model
-from llmq.readers import Limit, Reader, readers
+from llmq.readers import RUNTIMES, Limit, Reader, readers, table
 from llmq.types import LinearSpec, Scheme
+
+
+def _only(what: str, *rows: tuple[str, bool | None, str, str]) -> tuple[Reader, ...]:
+    """Return the rows of an exported model that these runtimes take and no other."""
+    no = f"it reads no {what}; export for it what this was made of"
+    return table(*((name, False, no, "source") for name in RUNTIMES if name not in {r[0] for r in rows}), *rows)
+
+
+_TENSORRT = ("TensorRT", None, "its documents take these operators, with scales above 0; none ran here", "")
+_STATES = "its pipeline wants the cache inside the model, which scripts/_openvino.py does to --to onnx:qdq"
+EXPORTED_AS = {
+    "onnx:genai": _only(
+        "ONNX", ("onnxruntime-genai", True, "", "ran"), ("OpenVINO", True, f"its runtime; {_STATES}", "ran")
+    ),
+    "onnx:qdq": _only("ONNX", ("onnxruntime-genai", True, "", "ran"), ("OpenVINO", True, _STATES, "ran"), _TENSORRT),
+    "executorch": _only("ExecuTorch program", ("ExecuTorch", True, "", "ran")),
+}
+"""Who takes the models that `llmq export` makes for runtimes alone."""
 
 
 def readers_of(model: str) -> list[Reader]:
@@ -33,7 +53,10 @@ def readers_of(model: str) -> list[Reader]:
     """
     if model.endswith(".gguf") or Path(model).is_file():
         return _of_gguf(GgufFile(Path(model)))
-    source = Source(resolve(model))
+    folder = resolve(model)
+    if (folder / EXPORTED).is_file():
+        return list(_of_exported(folder))
+    source = Source(folder)
     if source.quantization is None:
         raise LlmqError(
             f"{model} is a float checkpoint: its model_type tells what runs it, not llmq; quantize it first, or "
@@ -47,6 +70,15 @@ def readers_of(model: str) -> list[Reader]:
     left = [name for name in linears if name not in packed.linears and f"{name}.weight" in source]
     rows = packed.packing.format.readers(list(packed.linears.values()), left)
     return readers(rows, of_experts(source, packed, packed.packing.format.quant_method))
+
+
+def _of_exported(folder: Path) -> tuple[Reader, ...]:
+    """Return the rows of a folder by its export.json. Raises LlmqError for one that llmq does not know."""
+    target = field(json_object(folder / EXPORTED), "target", dict, str(folder / EXPORTED))
+    names = [f"{name}:{said['dialect']}" if "dialect" in said else name for name, said in target.items()]
+    if len(names) != 1 or names[0] not in EXPORTED_AS:
+        raise LlmqError(f"{folder / EXPORTED} says {printable(', '.join(names), 80)}, of which llmq knows no reader")
+    return EXPORTED_AS[names[0]]
 
 
 def _of_gguf(file: GgufFile) -> list[Reader]:

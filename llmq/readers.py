@@ -9,6 +9,7 @@ A format knows its readers and finds the limits of a plan (formats/); docs/runti
 Not here: any fact about a format.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -81,6 +82,12 @@ RUNTIMES = {
         'openvino_genai.LLMPipeline("OUT.gguf", "CPU")',
         "`llmq export OUT OUT.gguf` or `--to onnx:qdq` makes a file that it reads",
     ),
+    "TensorRT": Runtime(
+        "10",
+        "what `llmq export OUT NEW --to onnx:qdq` writes, of 4 bits and W8A8, symmetric, scales above 0",
+        "trtexec --onnx=OUT/model.onnx",
+        "`llmq export OUT NEW --to onnx:qdq` makes a graph of operators that its documents take",
+    ),
     "ExecuTorch": Runtime(
         "1.5",
         "what `llmq export OUT NEW --to executorch` writes, of symmetric 4 bits in groups of 32",
@@ -88,7 +95,14 @@ RUNTIMES = {
         "`llmq export OUT NEW --to executorch` makes a program of symmetric 4 bits, scales above 0 in bfloat16",
     ),
 }
-"""The runtimes that are looked at."""
+"""The runtimes that are looked at. In their texts OUT stands for the user's own path, NEW for a folder beside it."""
+ALIASES = {
+    "hf": "transformers", "huggingface": "transformers", "llamacpp": "llama.cpp", "llama-cpp": "llama.cpp",
+    "trt-llm": "TensorRT-LLM", "trtllm": "TensorRT-LLM", "tensorrtllm": "TensorRT-LLM", "mlx-lm": "MLX",
+    "onnxruntime": "onnxruntime-genai", "ort": "onnxruntime-genai", "genai": "onnxruntime-genai",
+    "openvino-genai": "OpenVINO", "xnnpack": "ExecuTorch",
+}  # fmt: skip
+"""What people call runtimes beside their names; `_` is as good as `-`, and any case."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +123,15 @@ class Reader:
         """Return the row."""
         return asdict(self)
 
-    def refusal(self) -> str:
+    def at(self, out: str) -> "Reader":
+        """Return the row with the user's own path where its text says OUT."""
+        return replace(self, reason=_placed(self.reason, out))
+
+    def refusal(self, out: str = "OUT") -> str:
         """Return why it does not take the file, or is not known to, and what it takes."""
         why = self.reason or "nothing is known of this format there"
         verb = "does not take this" if self.accepts is False else "is not known to take this"
-        return f"{self.runtime} {self.version} {verb}: {why}. It takes {RUNTIMES[self.runtime].takes}"
+        return _placed(f"{self.runtime} {self.version} {verb}: {why}. It takes {RUNTIMES[self.runtime].takes}", out)
 
     def command(self, out: str) -> str:
         """Return how a file that it takes is run."""
@@ -170,8 +188,9 @@ def told(limits: Iterable[Limit]) -> list[str]:
 
 
 def runtime(name: str, option: str = "--for") -> str:
-    """Return the runtime that a name means, whatever its case. Raises LlmqError, with all names, for another."""
-    found = next((known for known in RUNTIMES if known.lower() == name.strip().lower()), None)
+    """Return the runtime that a name or an alias means, in any case. Raises LlmqError, with all names, for another."""
+    said = name.strip().lower().replace("_", "-")
+    found = ALIASES.get(said) or next((known for known in RUNTIMES if known.lower() == said), None)
     if found is None:
         raise LlmqError(
             f"{option} {name!r}: no such runtime is known (there are: {', '.join(map(str.lower, RUNTIMES))})"
@@ -185,8 +204,18 @@ def row(rows: Iterable[Reader], name: str, option: str = "--for") -> Reader:
     return next((r for r in rows if r.runtime == wanted), Reader(wanted, RUNTIMES[wanted].version, None))
 
 
-def require(rows: Iterable[Reader], name: str) -> None:
-    """Raise LlmqError, saying what it would take, where the runtime of that name does not take the file, or may not."""
+def require(rows: Iterable[Reader], name: str, out: str = "OUT") -> None:
+    """Raise LlmqError, saying what it would take, where the runtime of that name does not take the file, or may not.
+
+    out: what will be written, as the user calls it.
+    """
     found = row(rows, name)
     if not found.accepts:
-        raise LlmqError(found.refusal())
+        raise LlmqError(found.refusal(out))
+
+
+def _placed(text: str, out: str) -> str:
+    """Return a text about OUT, OUT.gguf and a NEW folder beside them with the paths of a user."""
+    stem = out.removesuffix("/").removesuffix(".gguf")
+    text = re.sub(r"\bOUT NEW --to ([a-z]+)", lambda m: f"OUT {stem}-{m[1]} --to {m[1]}", text)
+    return re.sub(r"\bOUT(\.gguf)?\b", lambda m: f"{stem}.gguf" if m[1] else out, text)

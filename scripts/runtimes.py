@@ -20,6 +20,7 @@ from _docs import written
 
 from llmq import registry
 from llmq.gguf import kinds
+from llmq.readable import EXPORTED_AS
 from llmq.readers import RUNTIMES, Reader
 from llmq.types import LinearSpec, Scheme
 
@@ -64,8 +65,19 @@ class File:
         return Scheme(grid(weights), grid(self.inputs) if self.inputs else None)
 
 
+@dataclass(frozen=True)
+class Export:
+    """What `llmq export` makes for runtimes alone. made: as its record has it."""
+
+    made: str
+
+    def readers(self) -> list[Reader]:
+        """Return what each runtime makes of it."""
+        return list(EXPORTED_AS[self.made])
+
+
 GPTQ, CT = "gptq", "compressed_tensors"
-FILES = {
+FILES: dict[str, File | Export] = {
     "`gptq`, 4 bits, symmetric, groups of 128": File(GPTQ, "int:bits=4:group=128"),
     "... per channel": File(GPTQ, "int:bits=4:group=channel"),
     "... groups of 16": File(GPTQ, "int:bits=4:group=16"),
@@ -102,6 +114,9 @@ FILES = {
     "`modelopt`, FP8 or NVFP4": File("modelopt", "nvfp4", "nvfp4"),
     "GGUF Q4_0, Q8_0, Q4_K, Q6_K, IQ4_XS": File("gguf", "Q4_K"),
     "GGUF Q5_0, Q5_K, Q3_K ...": File("gguf", "Q5_K"),
+    "ONNX (`--to onnx`)": Export("onnx:genai"),
+    "ONNX (`--to onnx:qdq`)": Export("onnx:qdq"),
+    "ExecuTorch (`--to executorch`)": Export("executorch"),
 }  # fmt: skip
 
 

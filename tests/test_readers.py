@@ -9,6 +9,7 @@ import runtimes
 from _docs import written
 from _forked import llmq
 
+from llmq.api import convert
 from llmq.formats.awq import AWQ
 from llmq.formats.compressed_tensors import CompressedTensors
 from llmq.formats.gguf import Gguf
@@ -17,7 +18,7 @@ from llmq.grids.int import Int
 from llmq.grids.q4_k import Q4_K
 from llmq.grids.q5_1 import Q5_1
 from llmq.readable import readers_of
-from llmq.readers import RUNTIMES, Limit, readers, require, runtime, table, told
+from llmq.readers import ALIASES, RUNTIMES, Limit, readers, require, runtime, table, told
 from llmq.types import LinearSpec, LlmqError, Scheme
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -37,6 +38,34 @@ def accepted(form, specs, skipped=()):
     assert [(r.runtime, r.version) for r in rows] == [(name, r.version) for name, r in RUNTIMES.items()]
     assert all(r.reason for r in rows if not r.accepts) and all(r.known for r in rows if r.accepts is not None)
     return "".join({True: "y", False: "n", None: "?"}[r.accepts] for r in rows[:5])
+
+
+def test_a_runtime_goes_by_its_names_and_a_refusal_by_the_users_paths():
+    names = ("tensorrt_llm", "TRT-LLM", "llamacpp", "llama-cpp", "hf", "mlx_lm", "onnxruntime_genai", "XNNPACK")
+    wanted = ["TensorRT-LLM"] * 2 + ["llama.cpp"] * 2 + ["transformers", "MLX", "onnxruntime-genai", "ExecuTorch"]
+    assert [runtime(name) for name in names] == wanted and set(ALIASES.values()) <= RUNTIMES.keys()
+    rows = {r.runtime: r for r in GPTQ().readers(linears(Int(4, True, 128)))}
+    assert "`llmq export ./q ./q-mlx --to mlx` keeps" in rows["MLX"].refusal("./q")
+    assert "`llmq export ./q ./q.gguf` or `--to onnx:qdq`" in rows["OpenVINO"].at("./q").reason
+    assert "OUT NEW" in rows["MLX"].reason
+    with pytest.raises(LlmqError, match=r"`llmq export a/b a/b-onnx --to onnx` makes a folder"):
+        require(rows.values(), "genai", "a/b")
+
+
+def test_an_exported_folder_is_known_by_its_record_and_verified_by_its_checksums(tmp_path):
+    shutil.copytree(GOLDEN / "gptq_v1_w4g32_sym", tmp_path / "m")
+    for file in (GOLDEN / "float").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "onnx", "onnx:qdq")
+    rows = {r.runtime: r.accepts for r in readers_of(str(tmp_path / "onnx"))}
+    assert [n for n in rows if rows[n]] == ["onnxruntime-genai", "OpenVINO"] and rows["TensorRT"] is None
+    assert rows["vLLM"] is False and rows.keys() == RUNTIMES.keys()
+    assert llmq("verify", tmp_path / "onnx", "--runtime", "ort").returncode == 0
+    done = llmq("verify", tmp_path / "onnx", "--runtime", "vllm")
+    assert done.returncode and "it reads no ONNX; export for it what this was made of" in done.stderr
+    (tmp_path / "onnx" / "genai_config.json").write_text("{}")
+    done = llmq("verify", tmp_path / "onnx")
+    assert done.returncode and "genai_config.json is not as written" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -132,8 +161,8 @@ def test_weights_that_do_not_fill_the_tiles_of_a_kernel_are_named():
 
 @pytest.mark.parametrize(
     ("name", "said"),  # transformers, vLLM, SGLang, llama.cpp, TensorRT-LLM, MLX, onnxruntime-genai, OpenVINO, ...
-    [("gptq_v1_w4g32_sym", "yyynnnnnn"), ("gptq_v1_w4g32_desc_act", "ynynnnnnn"), ("awq_w4g32", "yyynnynnn"),
-     ("ct_pack_w3g32", "yynnnnnnn"), ("ct_fp8_static", "yyynynnnn")],
+    [("gptq_v1_w4g32_sym", "yyynnnnnnn"), ("gptq_v1_w4g32_desc_act", "ynynnnnnnn"), ("awq_w4g32", "yyynnynnnn"),
+     ("ct_pack_w3g32", "yynnnnnnnn"), ("ct_fp8_static", "yyynynnnnn")],
 )  # fmt: skip
 def test_a_checkpoint_that_is_there_is_judged_by_its_headers(name, said):
     rows = readers_of(str(GOLDEN / name))

@@ -81,6 +81,13 @@ def place(text: str | Path, reads: Mapping[str, Path]) -> Path:
     return out
 
 
+def one_file(out: Path) -> bool:
+    """Say whether OUT is named as one GGUF file. Raises LlmqError for .GGUF, which tools do not look for."""
+    if out.suffix != ".gguf" and out.suffix.lower() == ".gguf":
+        raise LlmqError(f"{out} ends in {out.suffix}; call it {out.with_suffix('.gguf')}")
+    return out.suffix == ".gguf"
+
+
 def beside(out: Path, name: str) -> Path:
     """Return where a file of `AFTERWARDS` lies: `OUT/report.html`, and of OUT.gguf `OUT.report.html` beside it."""
     return out.with_name(f"{out.stem}.{name}") if out.suffix == ".gguf" else out / name

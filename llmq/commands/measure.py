@@ -127,7 +127,7 @@ def verify(
     if reader and reader.accepts:
         report.note(reader.use(out))
     elif reader:
-        report.fail(reader.refusal())
+        report.fail(reader.refusal(out))
     if found:
         write_text(found, json.dumps(report.to_json(), indent=2) + "\n")
     for note in report.notes:

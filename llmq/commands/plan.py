@@ -6,6 +6,7 @@ Not here: finding it out (pipeline/estimate.py), the options that it shares with
 import inspect
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,6 +58,8 @@ def plan(
     found = run(out=out, devices=devices, device_like=device_like, **asked)
     for warning in found.warnings:
         warn(warning)
+    if out is not None:
+        found = replace(found, readers=[r.at(str(out)) for r in found.readers])
     for table in tables(found, linears=linears):
         console.print(table)
     if file:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint.disk import writing
+from llmq.checkpoint.place import one_file
 from llmq.errors import LlmqError, one_line
 from llmq.gguf import seal
 from llmq.gguf.architecture import Architecture
@@ -78,7 +79,7 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     """Raise LlmqError unless OUT can become a GGUF file: it is not there, or is a GGUF file that may be replaced."""
     if out.is_dir():
         raise LlmqError(f"{out} is a folder; name the file to write, e.g. {out / 'model.gguf'}")
-    if out.suffix != ".gguf":
+    if not one_file(out):
         raise LlmqError(f"{out} does not end in .gguf, by which llama.cpp's tools know its files; rename it")
     taken = [p for p in (out, *shards(out)) if p.exists()]
     if taken and not overwrite:

@@ -18,6 +18,7 @@ import torch
 
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import DECODED, as_floats
+from llmq.checkpoint.place import EXPORTED
 from llmq.errors import LlmqError
 from llmq.model.adapter import Adapted, Adapter
 from llmq.model.skeleton import Skeleton
@@ -47,6 +48,8 @@ def verify(
     path = Path(model) if one_file else resolve(str(model))
     if one_file and not path.is_file():
         raise LlmqError(f"{model} is not a file; give a written .gguf file or a checkpoint folder")
+    if not one_file and (path / EXPORTED).is_file():
+        return _exported(path, against)
     source = Source(resolve(str(against)), resolve(str(adapter)) if adapter else None) if against else None
     report = Report()
     try:
@@ -69,6 +72,18 @@ def require_right(staged: Path, against: Path | None = None, progress: Progress 
             f"what was written is not right: {report.failures[0]}{more}: the float model is so itself (`llmq eval SRC` "
             f"tells), or llmq or the disk is at fault; `llmq verify {staged}` lists it all"
         )
+
+
+def _exported(folder: Path, against: str | Path | None) -> Report:
+    """Return whether the files of a model for another runtime (ONNX, ExecuTorch) are as they were written."""
+    if against is not None:
+        raise LlmqError(
+            f"{folder} is no checkpoint that llmq decodes; leave --against out, or verify what it was made of"
+        )
+    report = Report()
+    record.check_files(folder, record.read_record(folder, report).get("files", {}), report)
+    report.note("its files are as they were written; that they compute right was checked when they were")
+    return report
 
 
 def _open_folder(folder: Path, report: Report) -> tuple[Folder, dict[str, Any]]:
