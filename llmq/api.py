@@ -10,7 +10,7 @@ Not here: what the options of a recipe mean (recipe.py), how a run and its figur
 
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmq import launched
 from llmq.checkpoint import place
 from llmq.checkpoint.place import user_path
 from llmq.evaluation import kept, scores, several
@@ -28,15 +27,17 @@ from llmq.evaluation.windows import find_convention, load_text
 from llmq.export import _run as exporting
 from llmq.export import _several as outputs
 from llmq.export._decoded import as_folder
+from llmq.export._for import asked, required
+from llmq.export._outputs import Outputs
+from llmq.guard.reading import json_object
 from llmq.loading import as_dtype, load, load_tokenizer
 from llmq.model.device import device_of
 from llmq.pipeline import machines, rates, run, weights, whole_model
 from llmq.pipeline.estimate import Estimate, estimate
 from llmq.pipeline.memory import capped
 from llmq.pipeline.plan import Plan, outline
-from llmq.pipeline.sinks import left, refuse
+from llmq.pipeline.sinks import identity, left, refuse
 from llmq.progress import Listener, Progress, Work
-from llmq.readers import require
 from llmq.recipe import KINDS, Recipe
 from llmq.report import ending
 from llmq.report.timings import Timings
@@ -121,21 +122,31 @@ def quantize(
 
 
 def _several(src: str | Path, out: Path, forms: list[str], given: dict[str, Any]) -> dict[str, Any]:
-    """Quantize in the first format, then export to the others, OUT being a folder with a place for each."""
-    where, given = outputs.places(out, forms), outputs.risen(given, forms) | {"format": forms[0]}
+    """Quantize in the first format, then export to the others, OUT being a folder with a place for each.
+
+    Where an earlier run of this very command was ended, what is in its place already is left as it is.
+    """
+    where, given = outputs.places(out, forms), outputs.risen(given, forms)
     first, *others = where.values()
-    more = {n: given[n] for n in ("max_memory", "device_memory", "adapter", "runtime", "allow_code", "overwrite")}
+    more = {n: given[n] for n in ("max_memory", "device_memory", "adapter", "allow_code", "overwrite")}
     recipe = {n: v for n, v in given.items() if n in KINDS}
-    planned = outlined(src, first, given["recipe"], recipe, device=given["device"], **more)
+    planned = outlined(src, None, given["recipe"], recipe, device=given["device"], runtime=None, **more)
+    made_by = identity(planned) | {"formats": forms}
+    overwrite = bool(given["overwrite"])
+    began = Outputs(out, made_by, [first, *others], overwrite=overwrite)
+    team = join(device_of(placed(given["device"])))
+    left_over = team.first(lambda: [p for p in (first, *others) if not began.done(p)])
     for text, target in zip(forms[1:], others, strict=True):
-        outputs.require(target, text, overwrite=bool(given["overwrite"]))
+        if target in left_over:
+            outputs.require(target, text, overwrite=overwrite)
     said = [warning for text in forms[1:] for warning in outputs.foresee(planned, text)]
-    record = quantize(src, first, **given)
-    after = {n: given[n] for n in ("verify", "overwrite", "warn", "progress")}
-    for text, target in zip(forms[1:], others, strict=True):
-        if launched.leads():
-            with outputs.told_how_to_go_on(first, target, text):
-                convert(first, target, text, **after)
+    with began.begun() if team.leads else nullcontext():
+        record = quantize(src, first, **given) if first in left_over else json_object(first / "quantization.json")
+        after = {n: given[n] for n in ("verify", "overwrite", "warn", "progress")}
+        for text, target in zip(forms[1:], others, strict=True):
+            if team.leads and target in left_over:
+                with outputs.told_how_to_go_on(first):
+                    convert(first, target, text, **after)
     return record | {"warnings": [*record["warnings"], *said], "also": [str(p) for p in others]}
 
 
@@ -211,15 +222,17 @@ def outlined(
     for name in options.keys() - KINDS.keys():
         raise LlmqError(f"quantize takes no option {name!r} (options: {', '.join((*OF_THE_RUN, *KINDS))})")
     given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
-    if out is not None and Path(out).suffix == ".gguf":
+    if out is not None and place.one_file(Path(out)):
         given = {"format": "gguf"} | given
+    given, said = given if runtime is None else asked(given, runtime), given
     what = Recipe.load(None if recipe is None else user_path(recipe), given, allow_code=allow_code)
     if out is not None:
         added, there = None if adapter is None else str(adapter), Path(out)
         team.first(lambda: refuse(what, str(src), added, there, overwrite=overwrite))
     planned = outline(str(src), what, device, adapter)
     if runtime is not None:
-        require(planned.readers(), runtime)
+        warnings_ = required(planned, runtime, "OUT" if out is None else str(out), said, given)
+        planned = replace(planned, warnings=[*planned.warnings, *warnings_])
     return capped(planned, max_memory, device_memory)
 
 

@@ -48,6 +48,7 @@ RECIPES = {
     "experts": "qwen3_moe OUT --method gptq --group-size 32",
     "kv": "llama OUT --method gptq --group-size 32 --bits 8 --kv-bits 8 --format compressed-tensors",
     "shared kv": "gemma4_text OUT --method qep,gptq --group-size 32",
+    "several": "llama OUT --format gptq,mlx,gguf:Q4_0 --method gptq --group-size 32",
     "self": "llama OUT --calib self --method gptq --group-size 32 --samples 8",
 }
 CALIBRATION = "--calib text.txt --samples 16 --seq-len 64 --device cpu --dtype float32"

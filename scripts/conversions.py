@@ -58,7 +58,6 @@ MADE = {
 }
 GGUF = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_0", "MXFP4", "NVFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
-    "IQ4_XS",
 )  # fmt: skip
 SHORT = {
     "decoded": "",
@@ -107,6 +106,8 @@ def with_tokenizer(folder: Path, room: Path) -> Path:
 def outcome(folder: Path, target: str, room: Path) -> str:
     """Return what became of the linears; of a refusal its reason."""
     out = room / f"{folder.name}-{target}-out{'.gguf' if target == 'gguf' else ''}"
+    if folder.suffix == out.suffix == ".gguf":
+        return "itself"
     ends = {"embeddings": "float"} if folder.suffix == ".gguf" and target not in ("gguf", "onnx", "float") else {}
     try:
         done = llmq.convert(folder, out, "gguf:pre=gpt-2" if target == "gguf" else target, **ends)

@@ -47,7 +47,8 @@ class Sink:
 
     reads: folders and files that the run reads, by what to call them ("SRC"): OUT must not touch them. run: what makes
     the result what it is (recipe, source), by which the same command is known again. beside: further files that go to
-    places of their own at the commit, by their staged name.
+    places of their own at the commit, by their staged name. again: whether what an unfinished run of the same command
+    left is not taken up but made anew.
     Raises LlmqError for all that can be refused before any work.
     """
 
@@ -59,6 +60,7 @@ class Sink:
         reads: Mapping[str, Path] | None = None,
         run: Mapping[str, Any] | None = None,
         beside: Mapping[str, Path] | None = None,
+        again: bool = False,
     ) -> None:
         self.reads = dict(reads or {})
         self.out, self.overwrite = place.place(out, self.reads), overwrite
@@ -68,6 +70,7 @@ class Sink:
         self._parts: dict[Path, list[Entry]] = {}
         self._made: list[Path] = []
         self._sealed = self._done = False
+        self._again = again
         self.promise: Callable[[], str] = str
         """Says, for an error, what becomes of what is finished; nothing where nobody would miss it."""
         self.goes_on = False
@@ -279,13 +282,15 @@ class Sink:
 
     def _may_go_on(self, stage: Stage, state: str) -> bool:
         """Say whether the same command goes on in a stage: nobody has changed it, and no --overwrite was added."""
-        return state == "unfinished" and not stage.files() and (stage.overwrites() or not self.overwrite)
+        untouched = state == "unfinished" and not stage.files() and (stage.overwrites() or not self.overwrite)
+        return untouched and not self._again
 
     def _refuse_or_remove(self, stage: Stage, state: str, *, same: bool, act: bool) -> None:
         """Raise LlmqError for a stage that is in the way; act: remove one that is not, but for a whole result."""
-        unlike = f", of another command{_unlike(stage.run(), self._run or {})}" if not same and state != "empty" else ""
-        said = f"an earlier run left {stage}, {state}{unlike}"
-        if state in ("whole", "unfinished") and not self.overwrite:
+        of = f", of another command{unlike(stage.run(), self._run or {})}" if not same and state != "empty" else ""
+        said = f"an earlier run left {stage}, {state}{of}"
+        anew = same and self._again and state == "unfinished"
+        if state in ("whole", "unfinished") and not self.overwrite and not anew:
             stage.close()
             raise LlmqError(f"{said}; move it away, or say --overwrite to begin anew")
         if not act or state == "whole":
@@ -312,7 +317,7 @@ class Sink:
             stage.close()
 
 
-def _unlike(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def unlike(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return the first thing in which two runs differ, as ` (bits 4, not 8)`."""
     for key in {**then, **now}:
         if then.get(key) != now.get(key):

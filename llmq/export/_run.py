@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from llmq import registry
-from llmq.checkpoint.place import user_path
+from llmq.checkpoint.place import one_file, user_path
 from llmq.errors import LlmqError, printable
 from llmq.export._as_format import AsFormat
 from llmq.export._target import OfCodes, Target
@@ -16,7 +16,6 @@ from llmq.formats._folder import Folder, FolderFormat
 from llmq.progress import Progress
 
 _DECODED = "embeddings=float"  # of any format: what it may not hold and often is not wanted packed
-_SUFFIXES = {".gguf": "gguf"}  # of OUT, where --to is not given
 
 
 def export(
@@ -47,13 +46,14 @@ def export(
     if isinstance(target, OfCodes):
         target.refuse_falling(opened)
     run = {"command": "export", "SRC": target.seen(opened.source), "to": target.said(), "requantize": requantize}
-    with target.sink(out, overwrite=overwrite, reads={"SRC": opened.source.path}, run=run) as sink:
+    reads = {"SRC": opened.source.path}
+    with target.sink(out, overwrite=overwrite, reads=reads, run=run, again=True) as sink:
         if sink.earlier is not None:
             sink.commit()
             return sink.earlier
         sink.require(2 * opened.source.bytes())
         done = target.write(opened, sink, progress or (lambda done, total, what: None))
-        sink.promise = lambda: "--overwrite begins anew"
+        sink.promise = lambda: "the same command begins anew"
         if check:
             target.verify(sink)
         sink.seal(done)
@@ -63,13 +63,13 @@ def export(
 
 def _target(to: str | None, out: Path, short: Mapping[str, str]) -> Target[Any]:
     """Return what a user's texts name. Raises LlmqError for two that disagree, and for a suffix that is not its own."""
-    text = to or _SUFFIXES.get(out.suffix)
+    text = to or ("gguf" if one_file(out) else None)
     if text is None:
         raise LlmqError(f"--to is not given and {out} has no suffix that says it; say --to TARGET ({_names()})")
     target = named(text)
-    if target.suffix and out.suffix != target.suffix:
+    if target.suffix and not one_file(out):
         raise LlmqError(f"--to {text} writes a file; call it {out}{target.suffix}")
-    if not target.suffix and out.suffix in _SUFFIXES:
+    if not target.suffix and one_file(out):
         raise LlmqError(f"--to {text} writes a folder; leave {out.suffix} out of its name")
     return target.with_options(short, f"--to {text}")
 

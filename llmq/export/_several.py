@@ -5,10 +5,9 @@
     OUT/onnx/
 
 What a target cannot share is refused before any work, as far as the plan tells: grids, groups, activation order.
-Not here: the solve (pipeline/), the export (_run.py).
+Not here: the solve (pipeline/), the export (_run.py), what of an unfinished run is done (_outputs.py).
 """
 
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +15,15 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from llmq import registry
+from llmq.checkpoint.place import one_file
 from llmq.errors import LlmqError
 from llmq.export._as_format import AsFormat
 from llmq.export._run import named
 from llmq.export._target import OfCodes, Packed
 from llmq.pipeline.plan import Plan
 from llmq.types import RangedGrid
+
+_SCALED = "compressed-tensors"  # the format whose scales may be of any dtype
 
 
 def parted(text: str | None) -> list[str]:
@@ -47,7 +49,7 @@ def places(out: Path, texts: list[str]) -> dict[str, Path]:
             f"--format {','.join(texts)}: the solve is written in the first, which is to be a folder: name gptq, awq, "
             "compressed-tensors, modelopt or mlx there"
         )
-    if out.suffix == ".gguf":
+    if one_file(out):
         raise LlmqError(f"--format {','.join(texts)} makes a folder of all of them; leave .gguf out of its name")
     if (out / "config.json").exists():
         raise LlmqError(f"{out} is a checkpoint itself; name another folder, in which the outputs will lie")
@@ -63,15 +65,25 @@ def _place(out: Path, text: str) -> Path:
 
 
 def risen(options: Mapping[str, Any], texts: list[str]) -> dict[str, Any]:
-    """Return a recipe's options with a range whose scales are positive, where some target holds no others.
+    """Return a recipe's options with what all targets hold of scales, see `fitted`; `format` becomes the first."""
+    targets = [named(text) for text in texts]
+    dtypes = [dtype for t in targets if (dtype := getattr(t, "scales", None))]
+    falls = all(getattr(t, "falls", True) for t in targets)
+    return fitted({**options, "format": texts[0]}, falls=falls, scales=dtypes[0] if dtypes else None)
 
-    A range that says how it searches, and weights that are named as a whole, stay as the user has them.
+
+def fitted(options: Mapping[str, Any], *, falls: bool, scales: str | None) -> dict[str, Any]:
+    """Return a recipe's options with a range whose scales are positive, unless they may fall, and in that dtype.
+
+    scales: the dtype, in which compressed-tensors stores them then; None leaves it to the format. A range that says how
+    it searches, weights that are named as a whole and another format stay as the user has them.
     """
-    named_ = [named(text) for text in texts]
-    range_ = options.get("range") or "mse"
-    if all(getattr(t, "falls", True) for t in named_) or options.get("weights") or range_.partition(":")[0] != "mse":
-        return dict(options)
-    return {**options, "range": range_ if "shift" in range_ else f"{range_}:shift=false"}
+    made, range_, form = dict(options), options.get("range") or "mse", options.get("format") or _SCALED
+    if not falls and not options.get("weights") and range_.partition(":")[0] == "mse" and "shift" not in range_:
+        made["range"] = f"{range_}:shift=false"
+    if scales and registry.words(form)[0] == _SCALED and "scales=" not in form:
+        made["format"] = f"{form}:scales={scales}"
+    return made
 
 
 def require(out: Path, text: str, *, overwrite: bool) -> None:
@@ -82,12 +94,12 @@ def require(out: Path, text: str, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def told_how_to_go_on(first: Path, out: Path, text: str) -> Iterator[None]:
-    """Note, of what ends the export of one output, the command that goes on there: the solve's own is refused then."""
+def told_how_to_go_on(first: Path) -> Iterator[None]:
+    """Note, of what ends an export, how the rest is made."""
     try:
         yield
     except BaseException as e:
-        e.add_note(f"{first} is whole: `{shlex.join(['llmq', 'export', str(first), str(out), '--to', text])}` goes on")
+        e.add_note(f"{first} is whole; the same command goes on with the rest")
         raise
 
 

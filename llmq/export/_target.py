@@ -159,10 +159,12 @@ class OfCodes(Target[Packed]):
     """A target that keeps codes.
 
     falls: whether it holds negative scales, which half the groups of a searched symmetric grid have; one that does not,
-    or has not been seen to, refuses them by name before any work. runtime: what reads it, for that message.
+    or has not been seen to, refuses them by name before any work. runtime: what reads it, for that message. scales: the
+    dtype of those that it holds, None for any.
     """
 
     falls: ClassVar[bool] = True
+    scales: ClassVar[str | None] = None
     runtime: ClassVar[str] = ""
 
     def open(self, src: str, requantize: str | None) -> Packed:

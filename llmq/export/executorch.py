@@ -38,7 +38,7 @@ from llmq.types import AffineGrid, LinearSpec, LlmqError, Params, QTensor
 _PROGRAM = "model.pte"
 _TOKENS = 8  # whose logits are recorded, and found again by the runtime
 _CLOSE = 0.02  # of the largest logit: XNNPACK's sums against torch's, inputs rounded alike but at ties
-_REMEDY = "quantize a bfloat16 model with --format compressed-tensors --group-size 32 --range mse:shift=false"
+_REMEDY = "quantize the float model with --for executorch --group-size 32"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class ExecuTorch(OfCodes):
     extra = "executorch"
     packages = ("executorch", "torchao")
     falls: ClassVar[bool] = False
+    scales: ClassVar[str | None] = "bfloat16"
     runtime: ClassVar[str] = "XNNPACK"
 
     def open(self, src: str, requantize: str | None) -> Packed:

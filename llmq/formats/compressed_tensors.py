@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from llmq.readers import Limit, Reader, readers, told
 from llmq.types import AffineGrid, LinearSpec, LlmqError, QTensor, Scheme
 
 _NAME = "compressed-tensors"
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _EXTRA: dict[str, Any] = {
     "global_compression_ratio": None,
     "kv_cache_scheme": None,
@@ -51,12 +52,14 @@ class CompressedTensors(Folder):
 
     kv: the strategy of the key-value cache's static scales, "tensor" or "attn_head", None without.
     kv_dtype: of its entries, "fp8" or "int8".
+    scales: the dtype of scales, as XNNPACK holds bfloat16 alone; None is the model's.
     groups, ignore: what is quantized how, as read from a checkpoint.
     extra: what llmq does not interpret of the config.
     """
 
     kv: str | None = None
     kv_dtype: str = "fp8"
+    scales: Literal["bfloat16", "float16", "float32"] | None = None
     quant_method: str = field(default=_NAME, init=False)
     embeddings: ClassVar[bool] = True
     groups: tuple[Group, ...] = field(default=(), init=False, repr=False)
@@ -69,8 +72,8 @@ class CompressedTensors(Folder):
         return frozenset({"weight_shape"})
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        """Return the model's dtype, as the peers do."""
-        return model_dtype
+        """Return the model's dtype, as the peers do, unless another is asked for."""
+        return model_dtype if self.scales is None else _DTYPES[self.scales]
 
     def check(self, linears: Sequence[LinearSpec], skipped: Sequence[str] = ()) -> list[str]:
         """Refuse what the files cannot hold; return warnings about readers. Raises LlmqError."""

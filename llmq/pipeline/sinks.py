@@ -12,7 +12,7 @@ import torch
 from llmq import __version__, registry
 from llmq.checkpoint import Sink
 from llmq.checkpoint.journal import finished
-from llmq.checkpoint.place import user_path
+from llmq.checkpoint.place import one_file, user_path
 from llmq.checkpoint.stage import JOURNAL, fingerprint, look
 from llmq.errors import LlmqError
 from llmq.pipeline.plan import Plan
@@ -51,11 +51,11 @@ def where(steps: int, blocks: int) -> str:
 def sink_of(plan: Plan, out: Path, *, overwrite: bool) -> Sink:
     """Return what a plan writes to. Raises LlmqError where OUT cannot be written."""
     form, recipe = plan.method.format, plan.method.recipe
-    return _sink(form, recipe, out, overwrite=overwrite, reads=_reads(plan), run=_run(plan))
+    return _sink(form, recipe, out, overwrite=overwrite, reads=_reads(plan), run=identity(plan))
 
 
 def _sink(form: Any, recipe: Recipe, out: Path, *, reads: dict[str, Path], **more: Any) -> Sink:
-    if out.suffix == ".gguf" and not recipe.gguf:
+    if one_file(out) and not recipe.gguf:
         raise LlmqError(
             f"{out} ends in .gguf, by which llama.cpp's tools know its files, but --format {recipe.resolved().format} "
             "writes a folder; leave --format out to write GGUF, or name a folder"
@@ -71,7 +71,8 @@ def _reads(plan: Plan) -> dict[str, Path]:
     return {"SRC": plan.source.path} | ({"--adapter": adapter} if adapter else {})
 
 
-def _run(plan: Plan) -> dict[str, Any]:
+def identity(plan: Plan) -> dict[str, Any]:
+    """Return what tells a run from others: recipe, files that are read by size and time, versions, device, dtype."""
     recipe = dataclasses.asdict(plan.method.recipe)
     read = {f"{n} file": user_path(recipe[n]) for n in ("calib", "imatrix") if recipe[n]}
     files = {what: fingerprint(path) if path.is_dir() else look(path) for what, path in read.items()}

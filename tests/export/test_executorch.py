@@ -29,7 +29,7 @@ def test_without_the_packages_the_way_to_them_is_said(monkeypatch, tmp_path):
      ("ct_int_w8a8_static", "symmetric integers of 4 bits")],
 )  # fmt: skip
 def test_other_grids_are_refused_with_what_to_do(name, said):
-    with pytest.raises(LlmqError, match=f"model.layers.0.* XNNPACK computes with {said}.*--range mse:shift=false"):
+    with pytest.raises(LlmqError, match=f"model.layers.0.* XNNPACK computes with {said}.*--for executorch"):
         executorch.ExecuTorch().check(open_packed(str(GOLDEN / name)))
 
 

@@ -223,6 +223,7 @@ def test_remedies_name_the_options_of_export_not_those_of_quantize(name, requant
             ["out", "--to", "onyx"],
             "'onyx' is no target \\(there are: awq, compressed-tensors, ",
         ),
+        (["out.GGUF"], "out.GGUF ends in .GGUF; call it out.gguf"),
         (["out.gguf", "--to", "awq"], "--to awq writes a folder; leave .gguf out of its name"),
         (["out.gguf", "--to", "gguf:Q4_0", "--type", "Q8_0"], "--type Q8_0 and --to gguf:Q4_0 disagree"),
         (["out", "--to", "awq", "--embeddings", "Q8_0"], "--embeddings means nothing here: --to awq has no option"),

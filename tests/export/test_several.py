@@ -1,17 +1,21 @@
 """`llmq quantize --format gptq,mlx,gguf:Q4_0`: one solve in several forms, with identical codes."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 import llmq
-from llmq import api
 from llmq.errors import notes
 from llmq.export import _several as several
+from llmq.export._as_format import AsFormat
+from llmq.export._outputs import Outputs
+from llmq.export.gguf import Gguf
 from llmq.formats.mlx import MLX
 from llmq.gguf.reader import GgufFile
 from llmq.grids._biased import as_integers
+from llmq.pipeline import run as pipeline
 from llmq.pipeline.plan import prepare
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
@@ -85,28 +89,53 @@ def test_what_an_export_would_refuse_after_the_solve_is_refused_before(tiny_chec
     assert sorted(src.iterdir()) == before
 
 
-def test_what_ends_an_export_is_told_with_the_command_that_goes_on(tiny_checkpoint, tmp_path, monkeypatch):
-    out, convert = tmp_path / "out", api.convert
+def files(out):
+    return {p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
 
-    def killed(*_args, **_options):
+
+def test_a_run_that_was_ended_goes_on_with_the_rest_to_the_same_bytes(tiny_checkpoint, tmp_path, monkeypatch):
+    """Ended while it solves, exports, has exported, and in the check of what was exported, which leaves a stage."""
+    src, out = tiny_checkpoint(), tmp_path / "out"
+    three = QUICK | {"format": "gptq,mlx,gguf:Q4_0", "range": "mse"}
+    llmq.quantize(src, out, warn=print, **three)
+    want = files(out)
+    shutil.rmtree(out)
+
+    def ended(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "convert", killed)
-    with pytest.raises(KeyboardInterrupt) as found:
-        llmq.quantize(tiny_checkpoint(), out, format="gptq,mlx", **QUICK)
-    said = f"{out}/gptq is whole: `llmq export {out}/gptq {out}/mlx --to mlx` goes on"
-    assert notes(found.value) == [said]
-    convert(out / "gptq", out / "mlx", "mlx")
-    assert verify(out / "mlx").passed
+    for owner, name, there in (
+        (pipeline, "quantize", set()),
+        (AsFormat, "verify", {"gptq", "mlx.llmq-partial"}),
+        (AsFormat, "write", {"gptq"}),
+        (Gguf, "write", {"gptq", "mlx"}),
+        (Outputs, "done", {"gptq", "mlx"}),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, ended)
+            with pytest.raises(KeyboardInterrupt) as found:
+                llmq.quantize(src, out, warn=print, **three)
+        assert {p.name for p in out.glob("[!.]*")} == there and (out / ".llmq-outputs.json").exists() == bool(there)
+        if there:
+            assert name == "done" or "goes on with the rest" in notes(found.value)[-1]
+    with pytest.raises(LlmqError, match=r"unfinished, of another command \(range 'mse', not 'minmax'\); move it"):
+        llmq.quantize(src, out, **three | {"range": "minmax"})
+    monkeypatch.setattr(pipeline, "quantize", ended)  # the solve is not done again
+    record = llmq.quantize(src, out, warn=print, **three)
+    assert files(out) == want and record["recipe"]["format"] == "gptq"
+    assert record["also"] == [str(out / "mlx"), str(out / "out.gguf")]
+    with pytest.raises(LlmqError, match="exists; give another"):
+        llmq.quantize(src, out, **three)
 
 
 def test_a_target_without_negative_scales_has_the_grid_fitted_without(tiny_checkpoint, tmp_path):
     """As ExecuTorch's XNNPACK; a range that the user names in full stays, and is refused where it falls."""
     forms = ["compressed-tensors", "executorch"]
-    assert several.risen({"bits": 4}, forms) == {"bits": 4, "range": "mse:shift=false"}
+    scaled = {"format": "compressed-tensors:scales=bfloat16"}
+    assert several.risen({"bits": 4}, forms) == {"bits": 4, "range": "mse:shift=false"} | scaled
     assert several.risen({"range": "mse:norm=2"}, forms)["range"] == "mse:norm=2:shift=false"
-    assert several.risen({"range": "minmax"}, forms) == {"range": "minmax"}
-    assert several.risen({"range": "mse"}, ["gptq", "mlx"]) == {"range": "mse"}
+    assert several.risen({"range": "minmax"}, forms) == {"range": "minmax"} | scaled
+    assert several.risen({"range": "mse"}, ["gptq", "mlx"]) == {"range": "mse", "format": "gptq"}
     src = tiny_checkpoint(dtype=torch.bfloat16)
     options = QUICK | {"format": "compressed-tensors"}
     for range_, negative in (("mse", True), ("mse:shift=false", False)):
@@ -121,6 +150,31 @@ def test_a_target_without_negative_scales_has_the_grid_fitted_without(tiny_check
                 several.foresee(planned, "executorch")
         else:
             assert "W4A8" in several.foresee(planned, "executorch")[0]
+
+
+def test_a_runtime_that_reads_exports_has_the_solve_made_for_it(tiny_checkpoint, tmp_path, monkeypatch):
+    src, said = tiny_checkpoint(), []
+    given = QUICK | {"bits": 4, "range": "mse"}
+    record = llmq.quantize(src, tmp_path / "q", runtime="executorch", warn=said.append, **given)
+    assert record["recipe"]["format"] == "compressed-tensors:scales=bfloat16"
+    assert (
+        f"with --range mse:shift=false, --format compressed-tensors:scales=bfloat16; `llmq export {tmp_path}/q "
+        in said[0]
+    )
+    model = llmq.load(tmp_path / "q", device="cpu", backend="reference")
+    params = [m.unpack().params.scale for m in model.modules() if hasattr(m, "unpack")]
+    assert len(params) == 14 and all(s.dtype == torch.bfloat16 and bool((s > 0).all()) for s in params)
+    ahead = llmq.plan(src, runtime="tensorrt", seconds=0.1, **given)
+    assert any("--range mse:shift=false; `llmq export OUT OUT-onnx --to onnx:qdq`" in w for w in ahead.warnings)
+    ahead = llmq.plan(src, runtime="ort", seconds=0.1, **given)
+    assert any("`llmq export OUT OUT-onnx --to onnx` makes what it reads" in w for w in ahead.warnings)
+    for options, name, why in (
+        ({"bits": 8}, "executorch", "computes with symmetric integers of 4 bits"),
+        ({"format": "gptq"}, "mlx", f"`llmq export {tmp_path}/o {tmp_path}/o-mlx --to mlx` keeps"),
+    ):
+        with pytest.raises(LlmqError, match=why):
+            llmq.quantize(src, tmp_path / "o", runtime=name, **given | options)
+    assert not (tmp_path / "o").exists()
 
 
 def test_commas_in_brackets_part_nothing():
