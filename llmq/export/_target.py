@@ -232,6 +232,15 @@ def _packed_source(src: str) -> Source:
     return source
 
 
+def refuse_rounding(requantize: str | None, to: str, through: str) -> None:
+    """Raise LlmqError for a rounding that a target does not do, with the way by a format that does."""
+    if requantize is not None:
+        raise LlmqError(
+            f"--to {to} rounds no linear anew; do that on the way: llmq export IN MID --to {through} --requantize "
+            f"{requantize}, then llmq export MID OUT --to {to}"
+        )
+
+
 def finite(name: str, tensor: Tensor) -> Tensor:
     """Return a tensor. Raises LlmqError where it is float and holds NaN or Inf."""
     if tensor.is_floating_point() and tensor.numel() and not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):

@@ -27,7 +27,7 @@ from llmq.checkpoint.dialects import without_quantization
 from llmq.checkpoint.disk import writing
 from llmq.checkpoint.place import EXPORTED
 from llmq.export._record import close
-from llmq.export._target import EXACT, OfCodes, Packed, finite, open_packed
+from llmq.export._target import EXACT, OfCodes, Packed, finite, open_packed, refuse_rounding
 from llmq.granularity import PerGroup
 from llmq.guard.reading import json_object
 from llmq.model.pretrained import blank_model, foreign
@@ -59,8 +59,7 @@ class ExecuTorch(OfCodes):
 
     def open(self, src: str, requantize: str | None) -> Packed:
         """See `Target.open`."""
-        if requantize is not None:
-            raise LlmqError("--requantize means nothing here: codes are kept, or the reason is said")
+        refuse_rounding(requantize, "executorch", "compressed-tensors:scales=bfloat16")
         return open_packed(src)
 
     def check(self, opened: Packed) -> list[str]:

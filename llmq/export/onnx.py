@@ -25,7 +25,7 @@ from llmq.checkpoint.packed import CACHE
 from llmq.checkpoint.place import EXPORTED
 from llmq.export._integers import of_integers
 from llmq.export._record import close
-from llmq.export._target import OfCodes, Packed, open_packed
+from llmq.export._target import OfCodes, Packed, open_packed, refuse_rounding
 from llmq.guard.reading import json_object
 from llmq.model.pretrained import blank_model
 from llmq.onnx.architecture import Architecture, architecture
@@ -76,8 +76,7 @@ class Onnx(OfCodes):
 
     def open(self, src: str, requantize: str | None) -> Packed:
         """See `Target.open`."""
-        if requantize is not None:
-            raise LlmqError("--requantize means nothing here: codes are kept, or the reason is said")
+        refuse_rounding(requantize, "onnx", "gptq")
         return open_packed(src, minima=True)  # an embedding is decoded, whatever its minima are
 
     def check(self, opened: Packed) -> list[str]:

@@ -12,13 +12,16 @@ Not here: which text is cut where (pretokenizer.py).
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gguf
 from gguf import TokenType
+from tokenizers import Tokenizer
 
+from llmq.errors import printable
 from llmq.gguf import pretokenizer
 from llmq.model.pretrained import foreign
 from llmq.types import LlmqError
@@ -91,6 +94,8 @@ def vocabulary(tokenizer: Any, rows: int, config: Any, pre: str | None = None) -
         raise LlmqError(f"the tokenizer is a {model['type']} model; llmq writes BPE tokenizers as GGUF")
     if odd := [key for key in _UNKNOWN if model.get(key)]:
         raise LlmqError(f"tokenizer.json sets {odd[0]}, which llama.cpp does not know; write another format")
+    supplied = _supplied(tokenizer, ids, rows)
+    ids = {text: i for text, i in ids.items() if text not in supplied}
     if max(ids.values()) >= rows:
         raise LlmqError(
             f"the tokenizer has ids up to {max(ids.values())}, the embedding {rows} rows; the checkpoint needs the "
@@ -100,7 +105,7 @@ def vocabulary(tokenizer: Any, rows: int, config: Any, pre: str | None = None) -
     added = backend.get_added_tokens_decoder()
     spaced = _sentencepiece_prefix(backend) if model.get("byte_fallback") else None
     tokens, types = _tokens(ids, added, rows, model, spaced is not None)
-    add_bos, add_eos, special = _surroundings(tokenizer, config, rows)
+    add_bos, add_eos, special = _surroundings(tokenizer, config, rows, frozenset(supplied.values()))
     common: dict[str, Any] = {
         "tokens": tokens,
         "types": types,
@@ -109,7 +114,10 @@ def vocabulary(tokenizer: Any, rows: int, config: Any, pre: str | None = None) -
         "add_eos": add_eos,
         "chat_template": _template(tokenizer),
     }
-    warnings = _warnings(added, common["chat_template"])
+    warnings = _warnings({i: t for i, t in added.items() if i < rows}, common["chat_template"])
+    if supplied:
+        what = ", ".join(printable(text, 40) for text in supplied)
+        warnings.append(f"{what}, which transformers adds and tokenizer.json and the embedding lack, is left out")
     if spaced is None:
         name = pre or pretokenizer.byte_level_name(backend, bool(model.get("ignore_merges")))
         return Vocabulary("gpt2", name, merges=[" ".join(p) for p in pairs], warnings=warnings, **common)
@@ -120,6 +128,20 @@ def vocabulary(tokenizer: Any, rows: int, config: Any, pre: str | None = None) -
         )
     scores = _scores(tokens, types, pairs)
     return Vocabulary("llama", "default", scores=scores, add_space_prefix=spaced, warnings=warnings, **common)
+
+
+def _supplied(tokenizer: Any, ids: Mapping[str, int], rows: int) -> dict[str, int]:
+    """Return the tokens beyond the embedding that transformers' class adds by itself: tokenizer.json lacks them.
+
+    Qwen2Tokenizer does so with <|endoftext|>, where a model of that architecture has a vocabulary of its own.
+    """
+    beyond = {text: i for text, i in ids.items() if i >= rows}
+    file = Path(str(getattr(tokenizer, "name_or_path", ""))) / "tokenizer.json"
+    if not beyond or not file.is_file():
+        return {}
+    with foreign(str(file)):
+        own = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    return {text: i for text, i in beyond.items() if text not in own}
 
 
 def _tokens(
@@ -161,13 +183,13 @@ def _sentencepiece_prefix(backend: Any) -> bool:
     )
 
 
-def _special(name: str, tokenizer: Any, config: Any, rows: int) -> int | None:
+def _special(name: str, tokenizer: Any, config: Any, rows: int, supplied: Container[int]) -> int | None:
     """Return the id of `bos`, `eos` ... by the tokenizer, else by the model's config; None where there is none.
 
-    A negative one means none. Raises LlmqError for one that the embedding has no row of.
+    A negative one means none, and so does a supplied one. Raises LlmqError for one that the embedding has no row of.
     """
     token = getattr(tokenizer, f"{name}_token_id", None)
-    token = getattr(config, f"{name}_token_id", None) if token is None else token
+    token = getattr(config, f"{name}_token_id", None) if token is None or token in supplied else token
     token = next(iter(token), None) if isinstance(token, list) else token
     if token is None or (isinstance(token, int) and token < 0):
         return None
@@ -176,10 +198,12 @@ def _special(name: str, tokenizer: Any, config: Any, rows: int) -> int | None:
     return token
 
 
-def _surroundings(tokenizer: Any, config: Any, rows: int) -> tuple[bool, bool, dict[str, int]]:
+def _surroundings(
+    tokenizer: Any, config: Any, rows: int, supplied: Container[int]
+) -> tuple[bool, bool, dict[str, int]]:
     """Return whether BOS and EOS are put around a text, and the special ids."""
     with foreign("the tokenizer cannot cut a text"):
-        special = {n: token for n in SPECIAL if (token := _special(n, tokenizer, config, rows)) is not None}
+        special = {n: token for n in SPECIAL if (token := _special(n, tokenizer, config, rows, supplied)) is not None}
         bare = tokenizer("a", add_special_tokens=False).input_ids
         whole = tokenizer("a").input_ids
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)

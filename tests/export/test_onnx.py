@@ -108,7 +108,7 @@ def test_a_byte_that_changed_on_the_disk_is_noticed(tmp_path, golden, monkeypatc
 def test_what_means_nothing_is_refused(tmp_path, golden, monkeypatch, capsys):
     with pytest.raises(LlmqError, match="onnx:qdq has no accuracy_level"):
         Onnx(dialect="qdq", accuracy_level=4)
-    with pytest.raises(LlmqError, match="--requantize means nothing"):
+    with pytest.raises(LlmqError, match="llmq export IN MID --to gptq --requantize Q8_0"):
         export(str(golden), tmp_path / "out", "onnx", requantize="Q8_0")
     with pytest.raises(LlmqError, match=r"genai.*qdq"):
         export(str(golden), tmp_path / "out", "onnx:tensorrt")

@@ -1,5 +1,7 @@
 """Tokenizers written as GGUF: against llama.cpp's vocabulary files, their expected ids, and llama.cpp itself."""
 
+import copy
+import json
 import time
 
 import gguf
@@ -12,7 +14,7 @@ from llmq.gguf.architecture import architecture
 from llmq.gguf.pretokenizer import byte_level_name, pieces, rules
 from llmq.gguf.tokenizer import vocabulary
 from llmq.loading import load_tokenizer
-from llmq.model.pretrained import PROBE
+from llmq.model.pretrained import PROBE, tokenizer_of
 from llmq.types import LlmqError
 
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -201,6 +203,22 @@ def test_rows_beyond_the_vocabulary_are_padding_and_too_few_rows_are_refused(tok
     assert found.add_bos and not found.add_eos and found.special["bos"] == 0 and "message" in found.chat_template
     with pytest.raises(LlmqError, match="the embedding"):
         vocabulary(tokenizer, n - 1, config)
+
+
+def test_a_token_that_transformers_adds_beyond_the_embedding_is_left_out(tokenizer_plain, tmp_path):
+    """Of model_type qwen2 it adds <|endoftext|> to a vocabulary that has no such token."""
+    tokenizer_plain.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    loaded = tokenizer_of(tmp_path)
+    assert max(loaded.get_vocab().values()) == 320
+    found, plain = (vocabulary(t, 320, LlamaConfig()) for t in (loaded, tokenizer_plain))
+    assert found.tokens == plain.tokens and found.types == plain.types and found.merges == plain.merges
+    assert found.special == {"bos": 0, "eos": 1} and "<|endoftext|>, which transformers adds" in found.warnings[-1]
+    larger = copy.deepcopy(tokenizer_plain)
+    larger.add_tokens(["of its own"])
+    larger.save_pretrained(tmp_path)
+    with pytest.raises(LlmqError, match="ids up to 32[01], the embedding 320 rows"):
+        vocabulary(tokenizer_of(tmp_path), 320, LlamaConfig())
 
 
 def test_what_stands_around_a_text_is_read_from_behaviour(tokenizer_plain):
