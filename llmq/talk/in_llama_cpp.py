@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from llmq.checkpoint.hub import called
 from llmq.errors import LlmqError, one_line
 from llmq.extras import require
 from llmq.gguf.reader import GgufFile
@@ -44,7 +45,7 @@ class InLlamaCpp(Speaker):
         import xllamacpp
 
         most = file.value(f"{file.value('general.architecture')}.context_length")
-        self.name, self.weights = model, file.data_bytes()
+        self.name, self.weights = called(model), file.data_bytes()
         self.context = context or min(_CONTEXT, int(most or _CONTEXT))
         self.chats = file.value("tokenizer.chat_template") is not None
         self._key = secrets.token_urlsafe(32)

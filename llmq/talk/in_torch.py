@@ -18,6 +18,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
+from llmq.checkpoint.hub import called
 from llmq.guard.confined import Confined
 from llmq.loading import load, load_tokenizer
 from llmq.model.pretrained import check_ids, foreign
@@ -29,7 +30,7 @@ class InTorch(Speaker):
     """A checkpoint folder or Hub id. Raises LlmqError as `load` and `load_tokenizer` do."""
 
     def __init__(self, model: str, device: str = "auto") -> None:
-        self.name = model
+        self.name = called(model)
         self._tokenizer: Any = load_tokenizer(model)
         self._model: Any = load(model, device=device)
         text = self._model.config.get_text_config(decoder=True)
@@ -71,8 +72,11 @@ class InTorch(Speaker):
         return str(text)
 
     def pieces(self, ids: Sequence[int], how: Sampling) -> Iterator[Piece]:
-        """See `Speaker.pieces`."""
+        """See `Speaker.pieces`. Raises LlmqError at once for ids of which the model has no embedding."""
         check_ids(ids, self._model)
+        return self._pieces(ids, how)
+
+    def _pieces(self, ids: Sequence[int], how: Sampling) -> Iterator[Piece]:
         ends = self._ends()
         words = Decoded(lambda some: str(self._tokenizer.decode(some, skip_special_tokens=True)), ids)
         tokens = self._tokens(list(ids), how, ends)

@@ -15,6 +15,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import logging
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -37,6 +38,8 @@ from llmq.guard.reading import parse_json
 from llmq.talk.protocol import RequestError, Shape, Wanted, read_chat, read_text, usage
 from llmq.talk.speaker import Answer, Speaker, TooLongError
 
+log = logging.getLogger(__name__)
+_CONNECTIONS = 256
 _BODY_SECONDS, _LOOK_SECONDS, _END_SECONDS = 60, 0.25, 3
 _ANSWER = 4096  # tokens of an answer at most, of a model that says nothing of its context
 
@@ -153,8 +156,11 @@ class Service:
 
 async def _whole(pieces: AsyncIterator[Answer | str], shape: Shape) -> Response:
     async with aclosing(pieces) as items:  # type: ignore[type-var]  # an async generator
-        answer: Any = await anext(items)
-        text = "".join([str(piece) async for piece in items])
+        answer: Any = await anext(items)  # what is wrong here is wrong with the request
+        try:
+            text = "".join([str(piece) async for piece in items])
+        except LlmqError as e:
+            raise _broken(e) from e
     return JSONResponse(shape.whole(text, answer.finish, usage(answer.prompt_tokens, answer.tokens)))
 
 
@@ -185,7 +191,7 @@ async def _streamed(
             if counts:
                 yield _event(shape.counts(usage(answer.prompt_tokens, answer.tokens)))
         except LlmqError as e:
-            yield _event(_refusal(e).to_json())
+            yield _event(_broken(e).to_json())
     yield "data: [DONE]\n\n"
 
 
@@ -223,11 +229,22 @@ def _refusal(e: LlmqError) -> RequestError:
     return RequestError(str(e), code="context_length_exceeded" if isinstance(e, TooLongError) else None)
 
 
+def _broken(e: LlmqError) -> RequestError:
+    """Return what is said of an answer that broke off on its way, which no client can mend."""
+    return RequestError(str(e), status=500, kind="server_error")
+
+
 async def _refused(_request: Request, e: Exception) -> Response:
     found = (
         _refusal(e) if isinstance(e, LlmqError) else RequestError(one_line(e), status=getattr(e, "status_code", 500))
     )
     return JSONResponse(found.to_json(), found.status, {"Retry-After": "1"} if found.status == 429 else None)
+
+
+async def _fault(_request: Request, e: Exception) -> Response:
+    """Say that llmq is at fault, here with where, to the client without."""
+    log.error("a fault of llmq: %s: %s", type(e).__name__, one_line(e), exc_info=e)
+    return JSONResponse(RequestError("the server failed", status=500, kind="server_error").to_json(), 500)
 
 
 async def _left(_request: Request, _e: Exception) -> Response:
@@ -262,7 +279,7 @@ def application(service: Service, key: str | None, hosts: list[str]) -> Starlett
             Route("/v1/completions", service.text, methods=["POST"]),
         ],
         middleware=middleware,
-        exception_handlers={LlmqError: _refused, HTTPException: _refused, ClientDisconnect: _left},
+        exception_handlers={LlmqError: _refused, HTTPException: _refused, ClientDisconnect: _left, Exception: _fault},
     )
 
 
@@ -304,6 +321,7 @@ def serve(
         access_log=False,
         lifespan="off",
         server_header=False,
+        limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=_END_SECONDS,
     )
     running = uvicorn.Server(config)

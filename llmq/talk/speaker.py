@@ -111,9 +111,9 @@ class Answer:
 
 
 class Speaker(AbstractContextManager["Speaker"], ABC):
-    """A model that is open. name: what it was called. context: tokens that prompt and answer may have together.
+    """A model that is open. name: what it is called, without where it lies: clients read it in errors.
 
-    chats: whether it has a chat template. weights: bytes of its weights.
+    context: tokens that prompt and answer may have together. chats: whether it has a chat template. weights: in bytes.
     """
 
     name: str

@@ -2,14 +2,11 @@
 
 import io
 import os
-import pty
-import re
-import select
 import signal
-import sys
 import time
 
 import pytest
+from _forked import Terminal
 from _parrot import Parrot
 
 from llmq import cli, signals
@@ -70,35 +67,6 @@ def test_lines_from_a_pipe_are_answered_one_by_one(tiny_checkpoint, monkeypatch,
     printed = capsys.readouterr().out
     assert "tokens a second" in printed and "key-value cache" in printed and "there is no /nothing" in printed
     assert printed.count("--max-new-tokens") == 2
-
-
-class Terminal:
-    """A command at a terminal of its own."""
-
-    def __init__(self, *args):
-        self.pid, self.at = pty.fork()
-        if self.pid == 0:
-            os.environ.update(TERM="dumb", COLUMNS="200")
-            os.execv(sys.executable, [sys.executable, "-m", "llmq", *map(str, args)])  # noqa: S606
-        self.seen = ""
-
-    def until(self, pattern, seconds=120):
-        """Read on until a pattern is there; return what was read."""
-        end = time.monotonic() + seconds
-        while not re.search(pattern, self.seen):
-            assert time.monotonic() < end, self.seen
-            if select.select([self.at], [], [], 1)[0]:
-                self.seen += os.read(self.at, 4096).decode(errors="replace")
-        seen, self.seen = self.seen, ""
-        return seen
-
-    def type(self, text):
-        os.write(self.at, text.encode())
-
-    def ends(self):
-        status = os.waitpid(self.pid, 0)[1]
-        os.close(self.at)
-        return os.waitstatus_to_exitcode(status)
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(tiny_checkpoint):

@@ -12,6 +12,7 @@ import pytest
 from _parrot import Parrot
 
 import llmq
+from llmq import cli
 from llmq.talk import server
 from llmq.talk.server import Limits, Service
 from llmq.talk.speaker import opened
@@ -203,10 +204,23 @@ def test_an_error_on_the_way_is_the_last_event(monkeypatch):
             raise llmq.LlmqError("it broke")
 
     with served(Breaks()) as at:
-        assert ask(at, prompt="abc")[0] == 400
+        status, body = ask(at, prompt="abc")
+        assert status == 500 and json.loads(body)["error"]["type"] == "server_error"
         _, body = ask(at, prompt="abc", stream=True)
         events = [line.removeprefix("data: ") for line in body.decode().split("\n\n") if line]
         assert events[-1] == "[DONE]" and json.loads(events[-2])["error"]["message"] == "it broke"
+
+
+def test_a_fault_is_told_here_and_not_to_the_client(caplog):
+    class Fails(Parrot):
+        def encode(self, text):
+            raise KeyError("secret of llmq")
+
+    with served(Fails()) as at:
+        status, body = ask(at, prompt="abc")
+        assert status == 500 and json.loads(body)["error"]["message"] == "the server failed"
+        assert ask(at, prompt=[97])[0] == 200
+    assert "KeyError: 'secret of llmq'" in caplog.text
 
 
 def test_the_end_does_not_wait_for_a_long_answer(monkeypatch):
@@ -220,6 +234,12 @@ def test_the_end_does_not_wait_for_a_long_answer(monkeypatch):
         assert link.recv(100).startswith(b"HTTP/1.1 200")
     link.close()
     assert time.monotonic() - start < 20
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setattr("llmq.extras.find_spec", lambda name: None)
+    with pytest.raises(llmq.LlmqError, match=r"starlette, which is not installed: pip install 'llmq-quant\[serve\]'"):
+        cli.serve("no-model")
 
 
 def test_where_to_listen():

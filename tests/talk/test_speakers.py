@@ -14,18 +14,24 @@ HELLO = [{"role": "user", "content": "The first city"}]
 
 
 @pytest.fixture
-def speaker(tiny_checkpoint):
-    with opened(str(tiny_checkpoint()), "cpu") as found:
+def folder(tiny_checkpoint):
+    return tiny_checkpoint()
+
+
+@pytest.fixture
+def speaker(folder):
+    with opened(str(folder), "cpu") as found:
+        assert found.name == folder.name  # not where it lies
         yield found
 
 
-def test_it_says_what_generate_does(speaker):
+def test_it_says_what_generate_does(speaker, folder):
     ids = speaker.encode("The first city")
     answer = speaker.answer(ids, Sampling(12, temperature=0))
     text = "".join(answer)
-    model = llmq.load(speaker.name, device="cpu")
+    model = llmq.load(folder, device="cpu")
     out = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0]
-    tokenizer = llmq.load_tokenizer(speaker.name)
+    tokenizer = llmq.load_tokenizer(folder)
     assert tokenizer.decode(out, skip_special_tokens=True) == "The first city" + text
     assert answer.tokens == len(out) - len(ids) and answer.prompt_tokens == len(ids)
     assert answer.finish == ("stop" if int(out[-1]) == 1 else "length")
@@ -90,14 +96,13 @@ def test_a_seed_repeats_and_stop_strings_end(speaker):
     assert "".join(answer) == text[: text.index(text[3:5])] and answer.finish == "stop"
 
 
-def test_chats_go_through_the_template(speaker, monkeypatch):
+def test_chats_go_through_the_template(speaker, folder):
     ids = speaker.prompt(HELLO)
     text = "<s><user>The first city</user>\n"
-    assert ids == llmq.load_tokenizer(speaker.name)(text, add_special_tokens=False)["input_ids"]
+    assert ids == llmq.load_tokenizer(folder)(text, add_special_tokens=False)["input_ids"]
     speaker.__exit__(None, None, None)
-    speaker._tokenizer.chat_template = "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}"
-    monkeypatch.setattr("llmq.guard.confined.SECONDS", 1)
-    with pytest.raises(llmq.LlmqError, match="chat template takes more than 1 seconds"):
+    speaker._tokenizer.chat_template = "{{ 'a' * 2**31 }}"  # in a child that may take 2**30 bytes
+    with pytest.raises(llmq.LlmqError, match="its chat template refuses these messages: MemoryError"):
         speaker.prompt(HELLO)
     speaker._tokenizer.chat_template = "{{ raise_exception('only users') }}"
     with pytest.raises(llmq.LlmqError, match=r"its chat template refuses these messages.*only users"):
