@@ -168,7 +168,7 @@ def _answered(said: str, talk: Conversation) -> Answer | None:
         console.print(labelled("error", "red", e), soft_wrap=True, new_line_start=True)
         return None
     except KeyboardInterrupt:  # a second one, in the middle of a token
-        pass
+        answer.close()
     cut = {None: "(stopped)", "length": "(cut: --max-new-tokens, or the context, is full)"}.get(answer.finish, "")
     console.print(Text.assemble(" " * bool(cut), plain(cut, "dim")), soft_wrap=True)
     talk.keep(said, "".join(written))

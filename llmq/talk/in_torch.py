@@ -102,7 +102,7 @@ class InTorch(Speaker):
 
     def _tokens(self, ids: list[int], how: Sampling, ends: list[int]) -> Generator[int, None, None]:
         """Yield the ids that follow, each when it is asked for."""
-        cache = self._cache_for(ids)
+        cache = self._taken(ids)
         handed: list[int] = []
         running = greenlet(lambda: self._generate(ids, how, ends, cache, _Handing(getcurrent().parent)))
         whole = False
@@ -142,12 +142,16 @@ class InTorch(Speaker):
         told = {"temperature": how.temperature, "top_p": how.top_p}
         return {"do_sample": True, **{key: value for key, value in told.items() if value is not None}}
 
-    def _cache_for(self, ids: list[int]) -> Any:
-        """Return a cache: the last one where the prompt goes on from what that holds; None has `generate` make one."""
+    def _taken(self, ids: list[int]) -> Any:
+        """Return a cache: the last one where the prompt goes on from what that holds; None has `generate` make one.
+
+        It is nobody else's until this answer has ended.
+        """
         from transformers import DynamicCache
 
-        if self._cache is not None and 0 < len(self._held) < len(ids) and ids[: len(self._held)] == self._held:
-            return self._cache
+        cache, held, self._cache, self._held = self._cache, self._held, None, []
+        if cache is not None and 0 < len(held) < len(ids) and ids[: len(held)] == held:
+            return cache
         return DynamicCache(config=self._model.config) if self._model._supports_default_dynamic_cache() else None
 
 

@@ -85,8 +85,8 @@ class Answer:
 
     def __iter__(self) -> Iterator[str]:
         """Yield pieces of text, none of them empty. Raises LlmqError where the model cannot go on."""
-        yield from self._texts
-        self.finish = self.finish or "stop"  # by a stop string
+        if (yield from self._texts):
+            self.finish = "stop"
         self.close()
 
     def close(self) -> None:

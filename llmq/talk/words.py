@@ -6,7 +6,7 @@ is held back.
 Source: text-generation-inference and vLLM decode from two offsets, so that each step decodes a few tokens.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 _HALF = "\ufffd"  # what a decoder makes of half a character
 
@@ -30,21 +30,22 @@ class Decoded:
         return now[len(before) :]
 
 
-def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """Yield text up to the first stop string, none of it empty; ask for no more behind it."""
+def until(pieces: Iterable[str], stop: Sequence[str]) -> Generator[str, None, bool]:
+    """Yield text up to the first stop string, none of it empty; ask for no more behind it. Returns whether one came."""
     held = ""
     for piece in pieces:
         held += piece
         if (at := _first(held, stop)) is not None:
             if held[:at]:
                 yield held[:at]
-            return
+            return True
         keep = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
         if ready := held[: len(held) - keep]:
             yield ready
         held = held[len(held) - keep :]
     if held:
         yield held
+    return False
 
 
 def _first(text: str, stop: Sequence[str]) -> int | None:

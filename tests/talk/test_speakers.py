@@ -94,6 +94,19 @@ def test_a_seed_repeats_and_stop_strings_end(speaker):
     text = drawn[0]
     answer = speaker.answer(ids, Sampling(12, 1.0, seed=1, stop=[text[3:5]]))
     assert "".join(answer) == text[: text.index(text[3:5])] and answer.finish == "stop"
+    last = speaker.answer(ids, Sampling(12, 1.0, seed=1, stop=[text[-1:]]))  # with the last token that is wanted
+    assert "".join(last) == text[: text.index(text[-1:])] and last.finish == "stop"
+
+
+def test_an_answer_that_nobody_reads_on_leaves_its_cache_to_nobody(speaker):
+    ids = speaker.encode("The first city")
+    whole = list(speaker.answer(ids, Sampling(6, temperature=0)))
+    longer = [*speaker._held, *ids]
+    wanted = list(speaker.answer(longer, Sampling(6, temperature=0)))
+    list(speaker.answer(ids, Sampling(6, temperature=0)))
+    left = iter(speaker.answer(longer, Sampling(6, temperature=0)))  # takes the cache, and waits
+    next(left)
+    assert list(speaker.answer(longer, Sampling(6, temperature=0))) == wanted and whole
 
 
 def test_chats_go_through_the_template(speaker, folder):
