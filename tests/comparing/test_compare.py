@@ -107,9 +107,12 @@ def test_the_command(tiny_checkpoint, tmp_path, text):
     src, file = tiny_checkpoint(), tmp_path / "c.json"
     args = ["compare", src, "--schemes", "rtn", "--schemes", "three=--method rtn --bits 3", "--group-size", "32"]
     args += ["--text", text, "--window", "48", "--windows", "2", "--json", file, "--budget", "1MB", "--device", "cpu"]
+    args += ["--html", tmp_path / "report.html"]
     said = CliRunner().invoke(app, [*map(str, args)], catch_exceptions=False)
     assert said.exit_code == 0 and "closest to the float model within 0.00 GB: rtn" in said.output
     rows = json.loads(file.read_text())["rows"]
+    page = (tmp_path / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "three" in page
     kl = [r["evaluation"]["kl_mean"] for r in rows]
     assert [r["name"] for r in rows] == ["rtn", "three"] and kl[1] > kl[0] > 0
     assert rows[1]["options"] == {"method": "rtn", "bits": 3, "group_size": "32"}
