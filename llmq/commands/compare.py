@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmq.comparing.results import Comparison, Row
 
 _USAGE: Any = typer.BadParameter.__mro__[1]  # the UsageError of the click that typer has, whichever that is
-_OF_THE_COMMAND = ("json_file", "log_json", "overwrite", "schemes")
+_OF_THE_COMMAND = ("json_file", "log_json", "schemes")
 _NO_RECIPE = (
     "src", "out", "recipe", "adapter", "runtime", "device", "max_memory", "device_memory", "allow_code", "verify",
     "overwrite", "log_json", "imatrix_out",
@@ -50,7 +50,7 @@ def compare(
         Path | None, typer.Option(help="Keep the checkpoints in this folder; an interrupted comparison goes on there.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all of it to this file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --json.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of --json and --html.")] = False,
     log_json: Annotated[Path | None, typer.Option(help="Log every step for machines: a JSON object a line.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmq import api
+from llmq import api, report
 from llmq.checkpoint import resolve
 from llmq.checkpoint.disk import renewed, writing
 from llmq.checkpoint.place import user_path
@@ -33,7 +33,9 @@ from llmq.comparing.hardware import gpu, runs
 from llmq.comparing.results import Comparison, Row
 from llmq.comparing.speed import measured, tokens_per_second
 from llmq.errors import LlmqError
+from llmq.evaluation.scores import refuse
 from llmq.evaluation.tokens import Against, Tokens
+from llmq.evaluation.windows import find_convention
 from llmq.export import _several as outputs
 from llmq.guard.reading import tensor_entries
 from llmq.options import memory_size
@@ -57,6 +59,7 @@ def compare(  # noqa: PLR0913, options, one for one
     on: str | None = None,
     html: str | Path | None = None,
     keep: str | Path | None = None,
+    overwrite: bool = False,
     device: str = "auto",
     warn: Callable[[str], Any] = warnings.warn,
     progress: Progress | Listener | None = None,
@@ -69,8 +72,8 @@ def compare(  # noqa: PLR0913, options, one for one
     text, dataset, convention, window, windows: what is scored, as in `evaluate`. options: of `quantize`, for all
         candidates for which they mean something: calib, samples, group_size ...
     budget: "6GiB", beyond which a candidate is marked. on: a GPU that is to run it, "RTX 4090".
-    html: where to write the report (report/). keep: a folder for the checkpoints and what is finished of the
-        comparison, which goes on there when it was interrupted; without one, nothing is kept.
+    html: where to write the report (report/), which `overwrite` replaces. keep: a folder for the checkpoints and what
+        is finished of the comparison, which goes on there when it was interrupted; without one, nothing is kept.
     Raises LlmqError for what `quantize` or `evaluate` would refuse, before any work.
     """
     given = {} if isinstance(schemes, str) or not isinstance(schemes, Mapping) else schemes
@@ -79,7 +82,7 @@ def compare(  # noqa: PLR0913, options, one for one
     chosen = candidates(words, own, {n: str(v) if isinstance(v, Path) else v for n, v in options.items()})
     most, where = None if budget is None else memory_size("--budget", budget), None if on is None else gpu(on)
     scored = {"text": text, "dataset": dataset, "convention": convention, "window": window, "windows": windows}
-    _refuse(scored, html)
+    _refuse(scored, html, overwrite=overwrite)
     plans = {name: api.outlined(src, None, None, o, device=device) for name, o in chosen.items()}
     work, found = Work.of(progress), Comparison(str(src), [])
     with ExitStack() as stack:
@@ -103,25 +106,18 @@ def compare(  # noqa: PLR0913, options, one for one
         found.advice = results.advice(found, most, where.name if where else None)
         results.save(folder, run, found.rows)
         if html is not None:
-            from llmq import report
-
-            report.write([r.out for r in found.rows], html, against=src)
+            report.write([r.out for r in found.rows], html, against=src, overwrite=overwrite, progress=work)
     return found
 
 
-def _refuse(scored: Mapping[str, Any], html: str | Path | None) -> None:
+def _refuse(scored: Mapping[str, Any], html: str | Path | None, *, overwrite: bool) -> None:
     """Refuse, before any work, a text that is not there, a convention that is none, a report that cannot be made."""
-    from llmq.evaluation.scores import refuse
-    from llmq.evaluation.windows import find_convention
-
     refuse(scored["windows"], None)
     find_convention(scored["convention"], scored["window"])
     if scored["text"] is not None and not user_path(scored["text"]).exists():
         raise LlmqError(f"--text {scored['text']} is not there; name a file or a folder of texts")
     if html is not None:
-        from llmq import report
-
-        report.refuse(user_path(html), overwrite=False)
+        report.refuse(user_path(html), overwrite=overwrite)
 
 
 def _folder(keep: str | Path | None, stack: ExitStack) -> Path:
