@@ -51,7 +51,9 @@ def run(folder, out, **options):
 
 def test_every_kind_is_shown_and_documented():
     folders = {path.rsplit("/", 1)[0] for path in SHOWN}
-    assert folders == {f"llmq/{n}" for n in ("algorithms", "grids", "formats", "families", "runtime/backends")}
+    assert folders == {
+        f"llmq/{n}" for n in ("algorithms", "grids", "formats", "families", "runtime/backends", "report/plots")
+    }
     for path, text in SHOWN.items():
         tree = ast.parse(text)
         assert ast.get_docstring(tree) and all(ast.get_docstring(n) for n in tree.body if isinstance(n, ast.ClassDef))
@@ -150,3 +152,13 @@ def test_a_back_end(added, tiny_checkpoint, tmp_path, monkeypatch):
         torch.testing.assert_close(got(ids).logits, want(ids).logits, rtol=1e-4, atol=1e-5)
     ours, theirs = got.state_dict(), want.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
+
+
+def test_a_plot_is_on_the_page(added, tiny_checkpoint, tmp_path):
+    pytest.importorskip("altair")
+    from llmq.report import write
+
+    run(tiny_checkpoint(), tmp_path / "out", method="rtn")
+    added("llmq/report/plots/by_kind.py")
+    html = write([tmp_path / "out"], tmp_path / "r.html")[0].read_text()
+    assert "Mean error by kind" in html and '"by_kind": {' in html

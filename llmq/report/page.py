@@ -10,7 +10,7 @@ Not here: what is drawn (plots/), the colours (theme.py).
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
@@ -58,7 +58,7 @@ def page(drawn: Sequence[Shown], told: Sequence[Told]) -> str:
         told=told,
         about=about,
         tiles=tiles,
-        sections=[(name, list(of)) for name, of in groupby(drawn, lambda d: d.plot.section)],
+        sections=[(name, list(_rows(of))) for name, of in groupby(drawn, lambda d: d.plot.section)],
         key=lambda figure: keys[id(figure)],
         specs=specs,
         themes={scheme: chart_config(scheme) for scheme in ("light", "dark")},
@@ -66,6 +66,17 @@ def page(drawn: Sequence[Shown], told: Sequence[Told]) -> str:
         dark=DARK,
         script=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script"),
     )
+
+
+def _rows(drawn: Iterable[Shown]) -> Iterator[list[Shown]]:
+    """Yield the plots of a section in rows: a wide one by itself, others that follow each other side by side."""
+    row: list[Shown] = []
+    for one in drawn:
+        if row and (one.plot.wide or row[-1].plot.wide):
+            yield row
+            row = []
+        row.append(one)
+    yield row
 
 
 def pictures(drawn: Sequence[Shown]) -> Iterator[tuple[str, bytes]]:

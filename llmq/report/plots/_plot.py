@@ -118,7 +118,7 @@ def tips(**fields: str) -> list[alt.Tooltip]:
 
 def by_block() -> alt.X:
     """Return the axis of block numbers, for lines."""
-    return alt.X("block:Q", title="block", axis=alt.Axis(tickMinStep=1, format="d"))
+    return alt.X("block:Q", title="block", axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(nice=False))
 
 
 def by_square(linears: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _CELLS = 16_000  # experts of all layers that are drawn: 60 bytes of the page ea
 class Experts(OfEach):
     """A map of experts."""
 
-    section, rank, title = "Experts", 400, "Tokens over experts"
+    section, rank, title = "Activations", 400, "Tokens over experts"
     reads = "A square for each expert: its tokens, in times of what each had if all had the same. Empty ones had none."
     wide = True
 

@@ -30,5 +30,7 @@ class Made(OfEach):
 
 def _text(value: object) -> str:
     """Return a value in words; of a path its last part, as a page is handed on."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text.rstrip("/").rpartition("/")[2] if text.startswith(("/", "./", "../", "~")) else text

@@ -26,7 +26,7 @@ class Profile(Plot):
             return
         yield Figure(
             chart=chart(rows)
-            .mark_line(point=alt.OverlayMarkDef(size=28), interpolate="monotone")
+            .mark_line(point=alt.OverlayMarkDef(size=28))
             .encode(
                 x=by_block(),
                 y=alt.Y(**along("error", "mean weight error", ".1~e", type="log")),

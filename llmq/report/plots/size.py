@@ -33,13 +33,14 @@ def _rows(one: Told) -> list[Row]:
 
 
 def _bars(rows: list[Row], order: list[str]) -> alt.Chart:
+    legend = alt.Legend(orient="top", values=_PARTS[:2])
     return (
         chart(rows)
         .mark_bar(cornerRadius=2)
         .encode(
             x=alt.X(**along("MB", "megabytes"), stack="zero"),
             y=alt.Y("of:N", title=None, sort=order, axis=alt.Axis(labelLimit=140)),
-            color=alt.Color("part:N", title=None, sort=list(_PARTS), legend=alt.Legend(orient="top", columns=2)),
+            color=alt.Color("part:N", title=None, sort=list(_PARTS), legend=legend),
             order=alt.Order("part:N", sort="descending"),
             tooltip=tips(of="checkpoint", part="part", MB="megabytes|,.1f"),
         )
