@@ -49,7 +49,7 @@ def write(
 
     outs: folders, `org/name` or GGUF files, by llmq or, as far as their files tell, by another tool. html: the page.
     against: the float checkpoint that they were made from, which the plot of clipping wants; adapter: what was added to
-        it. linear: whose codes and scales are shown, the one with the largest error where None.
+        it. linear: whose codes and scales are shown; None for the one with the largest error, of the first.
     png: a folder for a picture of each plot. overwrite: replace an earlier report, and its pictures.
     progress: called with how many checkpoints are read, of how many, and what comes next.
     Raises LlmqError where a checkpoint is not there or broken, and where a file cannot be written.
@@ -59,13 +59,14 @@ def write(
     if folder is not None and (folder.exists() and not folder.is_dir()):
         raise LlmqError(f"--png {folder} is a file; name a folder")
     from llmq.report.page import page, pictures, shown
-    from llmq.report.read import labels, read
+    from llmq.report.read import alike, labels, read
 
     work, told = Work.of(progress), []
     for i, (out, label) in enumerate(zip(outs, labels(outs), strict=True)):
         work(i, len(outs) + 1, f"reading {label}")
         told.append(read(out, label, linear=linear, against=against, adapter=adapter))
     work(len(outs), len(outs) + 1, "drawing")
+    told = told if linear is not None else alike(told)
     drawn = shown(told)
     images = {} if folder is None else {folder / name: data for name, data in pictures(drawn)}
     for file in images:

@@ -41,8 +41,14 @@ class Shown:
 def shown(told: Sequence[Told]) -> list[Shown]:
     """Return all plots, drawn, in the order of the page."""
     plots = {name: registry.find("report.plots", name)() for name in registry.names("report.plots")}
-    drawn = [Shown(name, plot, list(plot.figures(told))) for name, plot in plots.items()]
+    drawn = [Shown(name, plot, _once(list(plot.figures(told)))) for name, plot in plots.items()]
     return sorted((d for d in drawn if d.figures), key=lambda d: d.plot.rank)
+
+
+def _once(figures: Sequence[Figure]) -> Sequence[Figure]:
+    """Return figures with what all of them lack said once."""
+    lacks = {figure.lacks for figure in figures}
+    return [Figure(lacks=lacks.pop())] if len(figures) > 1 and len(lacks) == 1 and "" not in lacks else figures
 
 
 def page(drawn: Sequence[Shown], told: Sequence[Told]) -> str:

@@ -14,7 +14,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -234,6 +234,16 @@ def _numbers(entry: Mapping[str, Any], key: str, where: str) -> tuple[float, ...
     if len(found) != 6 or not all(type(x) in (int, float) and math.isfinite(x) for x in found):
         raise LlmqError(f"{where}: {key} is no list of six numbers")
     return tuple(found)
+
+
+def alike(told: Sequence[Told]) -> list[Told]:
+    """Return several checkpoints with one linear chosen for all: the worst of the first that all have packed."""
+    try:
+        there = [set(one.weights.names()) for one in told[1:]]
+    except LlmqError:  # whose plots say why
+        return list(told)
+    common = [line.name for line in told[0].worst(len(told[0].lines)) if all(line.name in names for names in there)]
+    return [replace(one, linear=common[0]) for one in told] if there and common else list(told)
 
 
 def labels(outs: Sequence[str | Path]) -> list[str]:

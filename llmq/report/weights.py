@@ -173,6 +173,8 @@ class OfGguf(Weights):
         if not isinstance(grid, StoredGrid) or grid.once:
             raise LlmqError(f"{name} is {stored.tensor_type.name}, whose codes llmq does not take apart")
         codes, params = grid.from_bytes(torch.from_numpy(np.array(stored.data)))
+        if (factor := self._model.factor(f"{name}.weight")) is not None:
+            params = params.decoding().map(lambda p: p * factor)
 
         def order(rows: Tensor) -> Tensor:
             return torch.from_numpy(self._model.in_order(f"{name}.weight", rows.numpy()))

@@ -42,10 +42,11 @@ def test_several_side_by_side_with_figures(made, evaluated, tmp_path):
     files = write([made.int4, other, made.gguf], tmp_path / "r.html", png=tmp_path / "png", against=made.src)
     found = specs(files[0].read_text())
     assert {"cost", "positions", "classes", "categories", "heat-int4", "heat-int4b", "heat-q4.gguf"} <= found.keys()
-    colours = [
-        spec["layer"][0]["encoding"]["color"]["scale"]["domain"] for k, spec in found.items() if k.startswith("heat")
-    ]
-    assert len(colours) == 3 and colours[0] == colours[1] == colours[2]
+    html = files[0].read_text()
+    assert html.count("The model has no experts") == 1  # said once of all
+    assert len(set(re.findall(r"(model\.\S+): (?:INT|Q4_0), 4 bits", html))) == 1  # one linear's codes of all three
+    heats = [spec["layer"][0]["encoding"]["color"] for k, spec in found.items() if k.startswith("heat")]
+    assert len(heats) == 3 and heats[0] == heats[1] == heats[2] and heats[0]["legend"]["title"] == "weight error"
     assert {f.name for f in files[1:]} == {f"{k}.png" for k in found}
     assert all(f.read_bytes().startswith(b"\x89PNG") for f in files[1:])
     with pytest.raises(LlmqError, match="exists"):

@@ -38,7 +38,7 @@ def _bars(rows: Sequence[Row]) -> alt.Chart:
         chart(rows)
         .mark_bar(cornerRadius=1 if few else 0)
         .encode(
-            x=alt.X("place:O", title="code", axis=alt.Axis(labelAngle=0, labelExpr=labels)),
+            x=alt.X("place:O", title="code", axis=alt.Axis(labelAngle=0, labelExpr=labels, labelOverlap=True)),
             y=alt.Y(**along("share", "share of the weights", "~%")),
             tooltip=tips(code="code", stands="stands for, in scales|.4~g", share="share|.3%"),
         )

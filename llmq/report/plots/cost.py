@@ -27,7 +27,7 @@ class Cost(Plot):
             return
         best = [r for r in rows if not any(o["MB"] < r["MB"] and o["KL"] < r["KL"] for o in rows)]
         x = alt.X(**along("MB", "megabytes", zero=False, padding=30))
-        y = alt.Y(**along("KL", "KL, nats a token", "~g", type="log", padding=24))
+        y = alt.Y(**along("KL", "KL, nats a token", "~g", type="log", nice=False, padding=24))
         color = alt.Color("of:N", legend=None, sort=[one.label for one in told])
         line = chart(best).mark_line(opacity=0.5, strokeDash=[4, 3]).encode(x=x, y=y)
         said = tips(of="checkpoint", MB="megabytes|,.1f", KL="KL|.4g")

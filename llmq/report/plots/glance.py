@@ -13,7 +13,9 @@ class Glance(Plot):
     """The table of all checkpoints; a column that nothing fills is left out."""
 
     section, rank, title = "At a glance", 10, "Figures"
-    reads = "Errors are squared and relative: 0.01 is an error of a tenth of the values. Click a head to sort by it."
+    reads = (
+        "Errors are means, squared and relative: 0.01 is an error of a tenth of the values. A click on a head sorts."
+    )
     wide = True
 
     def figures(self, told: Sequence[Told]) -> Iterator[Figure]:
@@ -36,8 +38,8 @@ def _row(one: Told) -> dict[str, Cell]:
         "size": megabytes(one.size),
         "of float": percent(one.size / whole if whole else None),
         "bits a weight": number(one.sized("bits_per_weight") or None),
-        "mean weight error": number(one.mean("weight")),
-        "mean output error": number(one.mean("output")),
+        "weight error": number(one.mean("weight")),
+        "output error": number(one.mean("output")),
         "perplexity": number(after, 4),
         "change": percent(after / before - 1 if after and before else None, 2),
         "KL": number(found.get("kl_mean")),

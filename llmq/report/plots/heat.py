@@ -19,32 +19,34 @@ class Heat(Plot):
     section, rank, title = "Errors", 100, "Error by block and linear"
     reads = (
         "A square for each linear of each block, on a logarithmic scale: the squared error of its outputs on "
-        "calibration text, relative to their mean square, or that of its weights where no step measured outputs. A dot "
+        "calibration text, relative to their mean square, or that of its weights where not all measured outputs. A dot "
         "marks numerical trouble. The experts of a layer are one square, their mean."
     )
     wide = True
 
     def figures(self, told: Sequence[Told]) -> Iterator[Figure]:
         """Yield the heat maps."""
-        found = {one.label: squares(one) for one in told}
+        kinds = {one.kind for one in told}
+        kind = kinds.pop() if len(kinds) == 1 else "weight"  # which all measure, so that one scale holds for all
+        found = {one.label: squares(one, kind) for one in told}
         errors = [s["error"] for each in found.values() for s in each if s["error"] > 0]
         for one in told:
             rows = found[one.label]
             if not rows or not errors:
                 yield Figure(one.label, lacks=_ABSENT)
                 continue
-            outside = [f"{x.name}: {e:.3g}" for x in one.lines if x.block is None and (e := x.error(one.kind))]
+            outside = [f"{x.name}: {e:.3g}" for x in one.lines if x.block is None and (e := x.error(kind))]
             says = [f"Outside of the blocks: {', '.join(outside)}."] if outside else []
-            yield Figure(one.label, _map(rows, one.kind, (min(errors), max(errors))), says=says)
+            yield Figure(one.label, _map(rows, kind, (min(errors), max(errors))), says=says)
 
 
-def squares(one: Told) -> list[Row]:
+def squares(one: Told, kind: str) -> list[Row]:
     """Return the squares of a checkpoint: of each block and leaf the mean error, how many linears, their trouble."""
     places: dict[tuple[int, str], list[Line]] = {}
     for line in one.lines:
-        if line.block is not None and line.error(one.kind) is not None:
+        if line.block is not None and line.error(kind) is not None:
             places.setdefault((line.block, line.leaf), []).append(line)
-    return [_square(block, leaf, lines, one.kind) for (block, leaf), lines in places.items()]
+    return [_square(block, leaf, lines, kind) for (block, leaf), lines in places.items()]
 
 
 def _square(block: int, leaf: str, lines: Sequence[Line], kind: str) -> Row:

@@ -39,7 +39,7 @@ class Profile(Plot):
 
 def _means(one: Told) -> list[dict[str, float]]:
     blocks: dict[int, list[float]] = {}
-    for square in squares(one):
+    for square in squares(one, "weight"):
         blocks.setdefault(square["block"], []).append(square["weight"])
     means = {block: sum(each) / len(each) for block, each in sorted(blocks.items())}
     return [{"block": block, "error": mean} for block, mean in means.items() if mean > 0]

@@ -10,7 +10,7 @@ from llmq.report.read import Told
 from llmq.show import span
 
 _ABSENT = "Times are kept by llmq quantize --report alone; the checkpoint itself holds none, so that its bytes repeat."
-_LEAST = 0.005  # of the whole: smaller stages are one
+_LEAST, _SHOWN = 0.005, 8  # of the whole, and how many at most: the other stages are one
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Stages(Plot):
         """Yield the bars, and what is lacking."""
         timed = [one for one in told if one.timings]
         if timed:
-            rows = [row for one in timed for row in _rows(one)]
+            large = _largest(timed)
+            rows = [row for one in timed for row in _rows(one, large)]
             says = [said for one in timed if (said := _resumed(one))]
             yield Figure(chart=_bars(rows, [one.label for one in timed]), says=says)
         for one in told:
@@ -32,11 +33,20 @@ class Stages(Plot):
                 yield Figure(one.label, lacks=_ABSENT)
 
 
-def _rows(one: Told) -> Iterator[Row]:
+def _largest(timed: Sequence[Told]) -> list[str]:
+    """Return the stages that have colours of their own, in the order in which they come."""
+    sums: dict[str, float] = {}
+    for name, seconds in (pair for one in timed if one.timings for pair in one.timings.stages.items()):
+        sums[name] = sums.get(name, 0.0) + seconds
+    least = sorted(sums.values(), reverse=True)[:_SHOWN][-1]
+    return [name for name, seconds in sums.items() if seconds >= max(least, _LEAST * sum(sums.values()))]
+
+
+def _rows(one: Told, large: Sequence[str]) -> Iterator[Row]:
     kept = one.timings.stages if one.timings else {}
     whole = sum(kept.values()) or 1.0
-    small = sum(s for s in kept.values() if s < _LEAST * whole)
-    stages = {name: s for name, s in kept.items() if s >= _LEAST * whole} | ({"the rest": small} if small else {})
+    rest = sum(seconds for name, seconds in kept.items() if name not in large)
+    stages = {name: kept[name] for name in large if name in kept} | ({"the rest": rest} if rest else {})
     for name, seconds in stages.items():
         yield {"of": one.label, "stage": name, "seconds": seconds, "share": seconds / whole, "time": span(seconds)}
 
