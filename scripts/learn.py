@@ -64,7 +64,7 @@ def cells(text: str) -> list[Cell]:
 def run(code: list[str], name: str) -> Ran:
     """Run blocks of code in one namespace, in an empty folder. name: of the page, for tracebacks."""
     ran, namespace = Ran(), {"__name__": name}
-    with _elsewhere() as folder, torch.random.fork_rng():
+    with _elsewhere() as folder, _one_thread(), torch.random.fork_rng():
         for i, block in enumerate(code, start=1):
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(compile(block, f"{name}, block {i}", "exec"), namespace)  # noqa: S102, our own pages
@@ -83,6 +83,17 @@ def _elsewhere() -> Iterator[Path]:
             yield Path(folder)
         finally:
             os.chdir(before)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute on one thread: the products of a chapter are too small to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def written(text: str, outputs: list[str]) -> str:
