@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from itertools import groupby
 from typing import Any
@@ -45,6 +46,12 @@ def shown(told: Sequence[Told]) -> list[Shown]:
     return sorted((d for d in drawn if d.figures), key=lambda d: d.plot.rank)
 
 
+@cache
+def _script() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed as one script, in which no tag can end."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
+
+
 def _once(figures: Sequence[Figure]) -> Sequence[Figure]:
     """Return figures with what all of them lack said once."""
     lacks = {figure.lacks for figure in figures}
@@ -70,7 +77,7 @@ def page(drawn: Sequence[Shown], told: Sequence[Told]) -> str:
         themes={scheme: chart_config(scheme) for scheme in ("light", "dark")},
         light=LIGHT,
         dark=DARK,
-        script=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script"),
+        script=_script(),
     )
 
 
