@@ -159,8 +159,10 @@ def _main() -> None:
     parser.add_argument("--to", type=Path, help="also write the one chapter as a notebook (.ipynb) or a script (.py)")
     args = parser.parse_args()
     chosen = [p for p in chapters() if not args.chapters or p.name[:2] in args.chapters]
-    if args.to and len(chosen) != 1:
-        parser.error("--to writes one chapter: give its number")
+    if unknown := set(args.chapters) - {p.name[:2] for p in chosen}:
+        parser.error(f"there is no chapter {', '.join(sorted(unknown))}")
+    if args.to and (len(chosen) != 1 or args.to.suffix not in (".ipynb", ".py")):
+        parser.error("--to writes one chapter, whose number is given, to a file that ends in .ipynb or .py")
     for page in chosen:
         _rewrite(page)
         print(page.name)
