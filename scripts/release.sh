@@ -32,7 +32,7 @@ import importlib.resources as files
 
 import llmq, llmq_kernels  # noqa: E401
 
-assert all(callable(getattr(llmq, name)) for name in llmq.__all__), llmq.__all__
+assert all(getattr(llmq, name) for name in llmq.__all__), llmq.__all__
 for package in ("llmq", "llmq_kernels"):
     assert files.files(package).joinpath("py.typed").is_file(), package
 PY

@@ -55,12 +55,15 @@ def test_what_the_command_line_says_of_a_default_is_the_default():
     assert Recipe(quality="balanced").resolved() == Recipe().resolved()
 
 
+OF_TASKS = {"tasks", "limit", "task_path"}  # options of another function, `evaluate_tasks`
+
+
 @pytest.mark.parametrize(
     ("command", "function", "of_the_terminal", "of_python"),
     [
         (cli.quantize, llmq.quantize, {"log_json"}, {"warn", "progress", "options"}),
         (cli.dequantize, llmq.dequantize, set(), {"warn", "progress"}),
-        (cli.evaluate, api.evaluate_all, {"json_file", "log_json", "overwrite"}, {"progress"}),
+        (cli.evaluate, api.evaluate_all, {"json_file", "log_json", "overwrite", *OF_TASKS}, {"progress", "held"}),
     ],
 )
 def test_the_other_options_are_the_same(command, function, of_the_terminal, of_python):
