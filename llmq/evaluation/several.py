@@ -84,7 +84,7 @@ def measure(  # noqa: PLR0913, what is measured and how
     """
     found, seen, first = dict[str, Evaluation](), dict[str, Tokens](), None
     held = {} if held is None else held
-    reader = None if truth is None else truth.model
+    reader = truth.model if truth is not None and any(name in held for name in models) else None
     with ExitStack() as stack:
         if truth is not None and len(models) > 1:
             truth = Once(truth, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmq-states-"))))
