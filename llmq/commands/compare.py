@@ -119,7 +119,7 @@ def table(found: "Comparison") -> Rows:
     out.columns[1].overflow = "fold"
     for row in sorted(found.rows, key=lambda r: r.bytes):
         out.add(
-            "*" if row.front else "-" if row.beyond or row.runs is False else "", row.name, f"{row.bytes / 1e6:,.1f}",
+            "*" * row.front + "-" * (row.beyond or row.runs is False), row.name, f"{row.bytes / 1e6:,.1f}",
             f"{row.evaluation['perplexity']:.3f}", _spread(row), f"{row.evaluation['top1']:.2%}",
             f"{row.seconds:.0f} s", "" if row.speed is None else f"{row.speed:.1f}",
         )  # fmt: skip

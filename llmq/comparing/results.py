@@ -22,10 +22,11 @@ FILE = "compare.json"
 class Row:
     """A candidate.
 
-    options: of quantize. out: where it lies. bytes, bits_per_weight: of its tensors. seconds: of quantizing; shares:
-    the candidate whose solve it was exported from. readers: runtimes that take it. runs: whether the GPU of --on does,
-    and why not (`note`); None where none was named. evaluation: `Evaluation.to_json()`. speed: tokens a second here,
-    None where what runs it is not installed. front, beyond: on the Pareto front, beyond the budget.
+    options: of quantize. out: where it lies. bytes, bits_per_weight: of its tensors. seconds: of quantizing, since it
+    last began; shares: the candidate whose solve it was exported from. readers: runtimes that take it. runs: whether
+    the GPU of --on does, and why not (`note`); None where none was named. evaluation: `Evaluation.to_json()`. speed:
+    tokens a second here, None where what runs it is not installed. front, beyond: on the Pareto front, beyond the
+    budget.
     """
 
     name: str
