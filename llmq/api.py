@@ -32,6 +32,7 @@ from llmq.export._outputs import Outputs
 from llmq.guard.reading import json_object
 from llmq.loading import as_dtype, load, load_tokenizer
 from llmq.model.device import device_of
+from llmq.options import spelled
 from llmq.pipeline import machines, rates, run, weights, whole_model
 from llmq.pipeline.estimate import Estimate, estimate
 from llmq.pipeline.memory import capped
@@ -221,7 +222,7 @@ def outlined(
     """Return the plan of `quantize` by the headers, and refuse all that they can say."""
     for name in options.keys() - KINDS.keys():
         raise LlmqError(f"quantize takes no option {name!r} (options: {', '.join((*OF_THE_RUN, *KINDS))})")
-    given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
+    given = {k: spelled(v) for k, v in options.items() if v is not None}
     if out is not None and place.one_file(Path(out)):
         given = {"format": "gguf"} | given
     given, said = given if runtime is None else asked(given, runtime), given

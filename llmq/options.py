@@ -12,6 +12,7 @@ Not here: which options there are (recipe.py, the fields of a step), which of th
 import re
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -46,6 +47,13 @@ def parse(name: str, text: str, kind: Any) -> Any:
         if admits(kind, value):
             return value
     raise LlmqError(f"{name} takes {wanted(kind)}, not {_shown(text)}")
+
+
+def spelled(value: Any) -> Any:
+    """Return a value of an option with its paths, alone or in a list, as texts."""
+    if isinstance(value, list | tuple):
+        return tuple(map(spelled, value))
+    return str(value) if isinstance(value, Path) else value
 
 
 def memory_size(name: str, text: str) -> int:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 
-from llmq import options, registry
+from llmq import blend, options, registry
 from llmq.errors import printable
 from llmq.granularity import granularity
 from llmq.guard.reading import yaml_object
@@ -103,7 +103,7 @@ class Recipe:
         `REGEX:type=Q6_K` on ggml's tensor names.
     imatrix: an importance matrix in llama.cpp's form to weigh errors by. imatrix_out: where to write the calibration's.
     split_max_size: `4G`: write a GGUF model in files of at most so many bytes of tensors.
-    calib: "self", a file or folder, or a dataset; samples x seq_len tokens chosen by `seed`.
+    calib: "self", a file, a folder or a dataset, or several (blend.py); samples x seq_len tokens chosen by `seed`.
     dtype: what activations are computed in.
     """
 
@@ -133,7 +133,7 @@ class Recipe:
     lm_head: bool = option(False, _INTEGERS)
     embeddings: int | str = option()
     experts: Literal["routed", "all"] | None = option()
-    calib: str = option("wikitext2")
+    calib: str | tuple[str, ...] = option("wikitext2")
     samples: Annotated[int, Between(1, 2**20)] = option(128)
     seq_len: Annotated[int, Between(2, 2**20)] = option(2048)
     seed: Annotated[int, Between(0, 2**63 - 1)] = option(0)
@@ -152,6 +152,7 @@ class Recipe:
             self._take_type()
         for name in ("override", "skip"):
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+        object.__setattr__(self, "calib", blend.checked(self.calib, self.samples))
         if self.kv_bits and self.gguf:
             raise LlmqError("format gguf holds no scales of a key-value cache; use --format compressed-tensors")
         for f in dataclasses.fields(self):
@@ -241,9 +242,8 @@ class Recipe:
             values[name] = value
         of_file = values.keys() - given.keys()
         values |= given
-        for key in values:
-            if key not in KINDS:
-                raise LlmqError(f"recipe {file}: no option {key!r} (options: {', '.join(KINDS)})")
+        if unknown := [key for key in values if key not in KINDS]:
+            raise LlmqError(f"recipe {file}: no option {unknown[0]!r} (options: {', '.join(KINDS)})")
         for key in ("override", "skip"):  # a single one need not be a list
             if isinstance(values.get(key), str):
                 values[key] = (values[key],)

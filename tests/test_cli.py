@@ -35,6 +35,22 @@ def test_generate_leaves_out_what_no_model_takes(tiny_checkpoint, capsys):
     assert capsys.readouterr().out.startswith("The first city")
 
 
+def test_several_calibration_texts(tiny_checkpoint, tmp_path, text, prose):
+    """Dealt by weight, recorded, and the card says them by name."""
+    (tmp_path / "other.txt").write_text(prose(300, seed=3))
+    given = ("--calib", f"{text}:weight=3", "--calib", tmp_path / "other.txt")
+    options = ("--method", "gptq", "--group-size", 32, "--samples", 8, "--seq-len", 32, *given)
+    done = run("quantize", tiny_checkpoint(), out := tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((out / "quantization.json").read_text())
+    assert [(p["samples"], p["share"]) for p in record["calibration"]] == [(6, 0.75), (2, 0.25)]
+    assert record["recipe"]["calib"] == [f"{text}:weight=3", str(tmp_path / "other.txt")]
+    card = (out / "README.md").read_text()
+    assert f"75% {text.name}, 25% other.txt" in card and str(tmp_path) not in card
+    done = run("plan", tiny_checkpoint(), *options[:-1], "no:weight=x")
+    assert done.returncode == 1 and "a weight is a number above 0" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_quantize_eval_generate_inspect(tiny_checkpoint, tmp_path, text):
     folder, out = tiny_checkpoint(), tmp_path / "out"
     options = ["--group-size", 32, "--samples", 8, "--seq-len", 32, "--calib", text]

@@ -6,15 +6,19 @@ Every source ends as one int64 tensor `[samples, seq_len]` of full sequences, so
     t_1  t_2 ... t_L         else
 
 text.py: files, folders and Hub data sets. rows.py: their rows and chats. writing.py: text that the model writes.
+Several sources are read one after the other and take turns (llmq/blend.py).
 Not here: what is accumulated over the tokens (stats), running blocks on them (model), scoring text (evaluation).
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from llmq import blend
 from llmq.calibration.text import HUB as HUB
 from llmq.calibration.text import HubText as HubText
 from llmq.calibration.text import bos_id as bos_id
@@ -28,7 +32,7 @@ from llmq.types import LlmqError
 
 
 def tokens(
-    source: str,
+    source: str | Sequence[str],
     tokenizer: Any,
     samples: int,
     seq_len: int,
@@ -40,7 +44,7 @@ def tokens(
 
     source: `self`; a short name of `HUB`; a .txt, .jsonl, .parquet or .arrow file, or a folder of them (read in the
         order of their paths); or a Hub data set as `org/name[:config[:split]]`. Rows hold `text` or a chat, in
-        `messages` or `conversations`.
+        `messages` or `conversations`. Or several of them, each with its share of the samples (blend.py).
     model_writer: returns the transformers model that `self` asks to write; call `check_memory` before it loads one.
     warn: is told, in one line, what of the source was left out.
 
@@ -48,8 +52,27 @@ def tokens(
     """
     if samples < 1 or seq_len < 2:
         raise LlmqError(f"calibration wants --samples >= 1 and --seq-len >= 2, not {samples} and {seq_len}")
-    if source != "self":
-        return read(source, tokenizer, samples, seq_len, seed, warn)
+    parts = blend.dealt(source, samples)
+    rows = list[Tensor]()
+    for part in parts:
+        how = (tokenizer, part.samples, seq_len, seed)
+        with _naming(part, samples):
+            rows.append(_written(model_writer, *how) if part.source == blend.SELF else read(part.source, *how, warn))
+    return torch.cat(rows)[blend.in_turns(p.samples for p in parts)]
+
+
+def _written(model_writer: Callable[[], Any] | None, tokenizer: Any, samples: int, seq_len: int, seed: int) -> Tensor:
     if model_writer is None:
         raise LlmqError("calibration text `self` needs a model that writes it: give a text file instead")
     return write(model_writer(), tokenizer, samples, seq_len, seed)
+
+
+@contextmanager
+def _naming(part: blend.Part, samples: int) -> Iterator[None]:
+    """Say of which of several sources an error is, and what its share is."""
+    try:
+        yield
+    except LlmqError as e:
+        if part.samples == samples:
+            raise
+        raise LlmqError(f"--calib {part.source} ({part.samples} of {samples} samples): {e}") from e

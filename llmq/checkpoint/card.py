@@ -11,6 +11,7 @@ Not here: the front matter (hub_metadata.py), the errors of single linears, whic
 """
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from llmq.errors import printable
 from llmq.readers import RUNTIMES, Reader
 
 _FIGURES = ("<!-- llmq eval --keep: begin -->", "<!-- llmq eval --keep: end -->")
+_WEIGHT = re.compile(r"(:weight=[^:/\\]*)?\Z")  # of one calibration text among several
 _MODEL = "MODEL"  # what a command calls the checkpoint, which has no name yet
 _COLUMNS = (
     ("perplexity", "perplexity", ".3f"),
@@ -69,7 +71,7 @@ def model_card(
 {_yaml(about)}---
 # {_text(source["name"])}, {bits}-bit weights{act}
 
-{_made(summary)}; per-linear figures are in `quantization.json`.
+{_made(summary)}{_calibrated(summary)}; per-linear figures are in `quantization.json`.
 
 | | float | quantized |
 |---|---|---|
@@ -153,7 +155,7 @@ def gguf_card(
 {_yaml(about)}---
 # {_text(source["name"])} as GGUF
 
-{how}: {_text(types)}{bits}. What became of each linear is in its key `llmq.report`.
+{how}{_calibrated(record)}: {_text(types)}{bits}. What became of each linear is in its key `llmq.report`.
 
 {with_figures("", ())}
 {_use(readers, name)}
@@ -217,13 +219,13 @@ def _use(readers: Sequence[Reader], name: str) -> str:
 def _repeat(recipe: Mapping[str, Any], source: Mapping[str, Any], out: str = "OUT") -> str:
     """Return the command and the recipe that made a checkpoint; of a file that it names, the name alone."""
     said = {k: _private(v) for k, v in recipe.items() if v not in (None, [], ())}
-    files = [k for k in said if said[k] != recipe[k]]
+    own = [_argument_of(k, recipe[k]) for k in said if said[k] != recipe[k]]
     steps = _yaml(said)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", steps)), default=0))
     return f"""## Repeat it
 
 ```bash
-{_command(source, files, out)}
+{_command(source, own, out)}
 ```
 
 {fence}yaml
@@ -233,10 +235,13 @@ def _repeat(recipe: Mapping[str, Any], source: Mapping[str, Any], out: str = "OU
 
 def _private(value: Any) -> Any:
     """Return a value of a recipe; of a file or folder of this machine its name, without where it lies."""
+    if isinstance(value, list):
+        return [_private(v) for v in value]
     if not isinstance(value, str) or not re.search(r"[/\\]", value):
         return value
     try:
-        there = Path(value).is_absolute() or value.startswith(("~", ".")) or Path(value).exists()
+        path = Path(_WEIGHT.sub("", value))
+        there = path.is_absolute() or value.startswith(("~", ".")) or path.exists() or Path(value).exists()
     except (OSError, ValueError):  # a name too long, or no name
         there = False
     return _last(value) if there else value
@@ -259,6 +264,12 @@ def _made(summary: Mapping[str, Any]) -> str:
     return f"Quantized with llmq {summary['llmq']} from {_origin(summary['source'])}{was}"
 
 
+def _calibrated(summary: Mapping[str, Any]) -> str:
+    """Return what several calibration texts gave, each by its name; nothing of one, which the recipe names."""
+    parts = [f"{p['share']:.0%} {_text(_private(p['source']))}" for p in summary.get("calibration", ())]
+    return f", calibrated on samples of {', '.join(parts)}" if parts else ""
+
+
 def _error_rows(summary: dict[str, Any]) -> str:
     """Return the errors of the linears as rows of the table."""
     return "\n".join(
@@ -274,14 +285,26 @@ def _origin(source: Mapping[str, Any]) -> str:
     return f"{_text(source['name'])}{commit}{adapter}"
 
 
-def _command(source: Mapping[str, Any], files: Iterable[str] = (), out: str = "OUT") -> str:
+def _argument_of(key: str, value: Any) -> str:
+    """Return an option that names files of the machine, each left to be filled in: `--calib CALIB`.
+
+    Of several calibration texts, all are said, with their weights, since those of a command replace the recipe's.
+    """
+    several = isinstance(value, list)
+    words = []
+    for i, word in enumerate(value if several else [value], start=1):
+        blank = key.upper() + (f"_{i}{_WEIGHT.findall(word)[0]}" if several else "")
+        words.append(f"--{key.replace('_', '-')} {shlex.quote(word) if _private(word) == word else blank}")
+    return " ".join(words)
+
+
+def _command(source: Mapping[str, Any], own: Iterable[str] = (), out: str = "OUT") -> str:
     """Return what repeats a run; a folder, which another reader does not have, is left to be filled in.
 
-    files: options that name one of the machine's.
+    own: more arguments.
     """
     adapter = f" --adapter {_argument(source['adapter'], 'ADAPTER')}" if source["adapter"] else ""
-    own = "".join(f" --{key.replace('_', '-')} {key.upper()}" for key in files)
-    return f"llmq quantize {_argument(source, 'SRC')} {out} --recipe recipe.yaml{adapter}{own}"
+    return " ".join([f"llmq quantize {_argument(source, 'SRC')} {out} --recipe recipe.yaml{adapter}", *own])
 
 
 def _argument(source: Mapping[str, Any], otherwise: str) -> str:

@@ -32,7 +32,10 @@ def compare(
     schemes: Annotated[
         list[str], typer.Option(help="w4a16,awq,q4_k_m,w8a8 ...; again for 'NAME=--bits 3 --group-size 64'.")
     ],
-    calib: Annotated[str | None, typer.Option(help="A text file or folder, a dataset, or 'self'. [wikitext2]")] = None,
+    calib: Annotated[
+        list[str] | None,
+        typer.Option(help="A text file or folder, a dataset, or 'self'; again for more: SOURCE:weight=2. [wikitext2]"),
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of each. [2048]")] = None,
     seed: Annotated[int | None, typer.Option(help="Chooses calibration windows. [0]")] = None,

@@ -55,7 +55,10 @@ def quantize(
         str | None, typer.Option(help="Bits of the embedding, 8, or its grid; GGUF: its type, and the head's.")
     ] = None,
     experts: Annotated[str | None, typer.Option(help="'all': every token calibrates every expert.")] = None,
-    calib: Annotated[str | None, typer.Option(help="A text file or folder, a dataset, or 'self'. [wikitext2]")] = None,
+    calib: Annotated[
+        list[str] | None,
+        typer.Option(help="A text file or folder, a dataset, or 'self'; again for more: SOURCE:weight=2. [wikitext2]"),
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of each. [2048]")] = None,
     seed: Annotated[int | None, typer.Option(help="Chooses calibration windows. [0]")] = None,

@@ -38,7 +38,7 @@ from llmq.evaluation.tokens import Against, Tokens
 from llmq.evaluation.windows import find_convention
 from llmq.export import _several as outputs
 from llmq.guard.reading import tensor_entries
-from llmq.options import memory_size
+from llmq.options import memory_size, spelled
 from llmq.pipeline.plan import Plan
 from llmq.progress import Listener, Progress, Work
 
@@ -79,7 +79,7 @@ def compare(  # noqa: PLR0913, options, one for one
     given = {} if isinstance(schemes, str) or not isinstance(schemes, Mapping) else schemes
     words = schemes.split(",") if isinstance(schemes, str) else () if given else schemes
     own = {name: dict(o) for name, o in [*given.items(), *(named or {}).items()]}
-    chosen = candidates(words, own, {n: str(v) if isinstance(v, Path) else v for n, v in options.items()})
+    chosen = candidates(words, own, {n: spelled(v) for n, v in options.items()})
     most, where = None if budget is None else memory_size("--budget", budget), None if on is None else gpu(on)
     scored = {"text": text, "dataset": dataset, "convention": convention, "window": window, "windows": windows}
     _refuse(scored, html, overwrite=overwrite)

@@ -26,12 +26,12 @@ Sums = Mapping[str, Sequence[tuple[Tensor, int]]]
 """By ggml's tensor name, once or for each expert: the sum of squares of each channel, `[K]`, and of how many tokens."""
 
 
-def write(path: Path, sums: Sums, dataset: str, chunk: int) -> None:
+def write(path: Path, sums: Sums, datasets: list[str], chunk: int) -> None:
     """Write an importance matrix; `chunk` is the length of a calibration sequence. Raises LlmqError on a full disk."""
     with writing(path):
         writer = gguf.GGUFWriter(path, "")
         writer.add_type("imatrix")
-        writer.add_array("imatrix.datasets", [dataset])
+        writer.add_array("imatrix.datasets", datasets)
         writer.add_uint32("imatrix.chunk_count", max(n for several in sums.values() for _, n in several) // chunk)
         writer.add_uint32("imatrix.chunk_size", chunk)
         for name, several in sorted(sums.items()):

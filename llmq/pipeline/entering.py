@@ -14,7 +14,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from llmq import calibration
+from llmq import blend, calibration
 from llmq.calibration import handed
 from llmq.calibration.dealing import Dealt
 from llmq.calibration.state import BATCH_TOKENS, Calibration, Probe
@@ -75,18 +75,18 @@ def _noting(calls: list[Sequence[Call]], coming: Iterable[tuple[Tensor, Sequence
 def _tokens(plan: Plan, journal: Journal, work: Work) -> Tensor:
     """Return the tokens: those that the model wrote, once in a run, or the text's, which must stay the same."""
     recipe = plan.method.recipe
-    work(0, 1, f"calibration text: {recipe.calib}")
+    work(0, 1, f"calibration text: {blend.named(recipe.calib)}")
 
     def read() -> Tensor:
         how = (recipe.samples, recipe.seq_len, recipe.seed)
         writer = partial(_writer, plan)
         return calibration.tokens(recipe.calib, tokenizer_of(plan.source.path), *how, writer, plan.warnings.append)
 
-    if recipe.calib == "self":
+    if blend.written(recipe.calib, recipe.samples):
         ids = journal.once("text", lambda: ({"ids": read()}, {})).tensors["ids"].read()
     else:
         ids = read()
-        _require_same(recipe.calib, ids, journal)
+        _require_same(blend.named(recipe.calib), ids, journal)
     check_ids(ids, plan.skeleton.model)
     return ids
 

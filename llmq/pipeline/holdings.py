@@ -123,7 +123,7 @@ class Holdings:
         sizes = plan.source.sizes()
         largest = max(sizes, key=sizes.__getitem__, default="")
         yield self._phase("loading", largest, host={"a tensor": 2 * sizes.get(largest, 0)})
-        if self.method.recipe.calib == "self":
+        if plan.writes():
             weights = sum(sizes.values()) * self.size // plan.skeleton.stored_dtype.itemsize
             yield self._phase("writing text", "", {"whole model": writing_bytes(weights)})
         if self.sequences:

@@ -27,6 +27,7 @@ from math import ceil
 
 from torch import nn
 
+from llmq import blend
 from llmq.calibration.text import READ_FACTOR
 from llmq.calibration.writing import TRIED_STEPS
 from llmq.model.experts import Experts, in_experts, linears_of
@@ -169,14 +170,20 @@ class _Counting:
         self.work["read", "first"] += self.plan.source.bytes()
 
     def _text(self) -> None:
-        """Count the calibration text: cut by a process of its own, or written by the model, a forward a token."""
+        """Count the calibration text: cut by a process of its own; what the model writes takes a forward a token."""
         if not self.tokens:
             return
-        if self.method.recipe.calib != "self":
-            self.work["text", "first"] += READ_FACTOR * self.tokens
+        length = self.holdings.length
+        samples = blend.written(self.method.recipe.calib, self.holdings.samples)
+        if read := self.tokens - samples * length:
+            self.work["text", "first"] += READ_FACTOR * read
             self.work["starts", "each"] += 1
-            return
-        skeleton, samples, length = self.plan.skeleton, self.holdings.samples, self.holdings.length
+        if samples:
+            self._writing(samples, length)
+
+    def _writing(self, samples: int, length: int) -> None:
+        """Count the text that the model writes."""
+        skeleton = self.plan.skeleton
         batch = self.plan.writes()
         steps = ceil(samples / batch) * length + TRIED_STEPS
         tokens = samples * length + TRIED_STEPS * batch

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import registry
+from llmq import blend, registry
 from llmq.calibration.writing import side_by_side
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import as_floats, rounded_twice
@@ -227,11 +227,12 @@ class Plan:
     def writes(self) -> int:
         """Return how many sequences the model writes side by side that writes its own calibration text, else 0."""
         recipe, dtype = self.method.recipe, self.skeleton.dtype
-        if recipe.calib != "self":
+        samples = blend.written(recipe.calib, recipe.samples)
+        if not samples:
             return 0
         weights = sum(self.source.sizes().values()) * dtype.itemsize // self.skeleton.stored_dtype.itemsize
         at_once = side_by_side(self.skeleton.model.config, weights, recipe.seq_len or 1, dtype)
-        return min(recipe.samples or 0, at_once)
+        return min(samples, at_once)
 
     def told(self, given: Recipe) -> Plan:
         """Return the plan; one that does not calibrate keeps no options of calibration, and warns of those `given`."""

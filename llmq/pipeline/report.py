@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import __version__, registry
+from llmq import __version__, blend, registry
 from llmq.format import packed_bytes
 from llmq.pipeline.experts import described, number
 from llmq.pipeline.plan import Plan
 from llmq.pipeline.records import Record
 from llmq.pipeline.trouble import summed
+from llmq.recipe import Recipe
 from llmq.stats import MeanSquare
 
 
@@ -32,7 +33,14 @@ def write_importance(plan: Plan, file: Path, measured: Mapping[str, MeanSquare])
         total = measured[name].whole("sum") if count else torch.zeros(plan.model.shapes[plan.weight_of(name)][1])
         sums.setdefault(assigned.names[f"{name}.weight"], []).append((assigned.channels(name, total), count))
     sums = {name: several for name, several in sums.items() if any(n for _, n in several)}
-    imatrix.write(file, sums, recipe.calib, recipe.seq_len)
+    imatrix.write(file, sums, list(blend.parted(recipe.calib)), recipe.seq_len)
+
+
+def _shares(recipe: Recipe) -> dict[str, Any]:
+    """Return what each of several calibration texts gave; nothing of one."""
+    parts = blend.dealt(recipe.calib, recipe.samples or 0)
+    of = [{"source": p.source, "samples": p.samples, "share": p.samples / recipe.samples} for p in parts]
+    return {"calibration": of} if len(parts) > 1 else {}
 
 
 def _size(plan: Plan, total: int) -> dict[str, Any]:
@@ -68,6 +76,7 @@ def summary(plan: Plan, record: Record, total: int, digests: Mapping[str, str]) 
         "source": dataclasses.asdict(plan.source.origin),
         **({"decoded": plan.source.decoded} if plan.source.decoded else {}),
         "recipe": plan.method.recipe.to_json(),
+        **_shares(plan.method.recipe),
         "warnings": plan.warnings,
         "size": _size(plan, total),
         "linears": record.linears,

@@ -4,12 +4,13 @@ Not here: how OUT is written (checkpoint/sink.py, gguf/sink.py).
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmq import __version__, registry
+from llmq import __version__, blend, registry
 from llmq.checkpoint import Sink
 from llmq.checkpoint.journal import finished
 from llmq.checkpoint.place import one_file, user_path
@@ -71,10 +72,17 @@ def _reads(plan: Plan) -> dict[str, Path]:
     return {"SRC": plan.source.path} | ({"--adapter": adapter} if adapter else {})
 
 
+def _texts(calib: str | tuple[str, ...] | None) -> Iterator[tuple[str, str]]:
+    """Yield the calibration's sources by what the file of a run calls each."""
+    sources = list(blend.parted(calib))
+    yield from ((f"calib file {s}" if len(sources) > 1 else "calib file", s) for s in sources)
+
+
 def identity(plan: Plan) -> dict[str, Any]:
     """Return what tells a run from others: recipe, files that are read by size and time, versions, device, dtype."""
     recipe = dataclasses.asdict(plan.method.recipe)
-    read = {f"{n} file": user_path(recipe[n]) for n in ("calib", "imatrix") if recipe[n]}
+    named = [*_texts(recipe["calib"]), *([("imatrix file", recipe["imatrix"])] if recipe["imatrix"] else [])]
+    read = {name: user_path(file) for name, file in named}
     files = {what: fingerprint(path) if path.is_dir() else look(path) for what, path in read.items()}
     folders = {what: fingerprint(folder) for what, folder in _reads(plan).items()}
     made_by = {"llmq": __version__, "torch": str(torch.__version__)}

@@ -43,8 +43,10 @@ EVALUATION = {
 }
 
 
-def made(name="tiny", said=None, source_card=NO_CARD, readers=READERS, **recipe):
-    summary = SUMMARY | {"source": SUMMARY["source"] | {"name": name}, "recipe": SUMMARY["recipe"] | recipe}
+def made(name="tiny", said=None, source_card=NO_CARD, readers=READERS, record=None, **recipe):
+    summary = (
+        SUMMARY | (record or {}) | {"source": SUMMARY["source"] | {"name": name}, "recipe": SUMMARY["recipe"] | recipe}
+    )
     return card.model_card(summary, "gptq", {"_name_or_path": said}, source_card, readers)
 
 
@@ -122,6 +124,17 @@ def test_no_path_of_the_machine_is_in_it(tmp_path, monkeypatch):
         assert "OUT --recipe recipe.yaml --calib CALIB --imatrix IMATRIX\n" in text
     text = made(calib="org/set:config:split", method="gptq")
     assert "calib: org/set:config:split" in text and "OUT --recipe recipe.yaml\n" in text
+
+
+def test_several_calibration_texts_are_named_with_their_shares(tmp_path):
+    (tmp_path / "texts").mkdir()
+    sources = [f"{tmp_path}/texts/prose.txt", "org/set", f"{tmp_path}/texts/code.txt"]
+    gave = [{"source": s, "samples": n, "share": n / 8} for s, n in zip(sources, (4, 2, 2), strict=True)]
+    calib = [f"{sources[0]}:weight=2", sources[1], sources[2]]
+    text = made(record={"calibration": gave}, calib=calib)
+    assert "calibrated on samples of 50% prose.txt, 25% org/set, 25% code.txt; per-linear" in text
+    assert "- prose.txt:weight=2\n" in text and str(tmp_path) not in text
+    assert "--recipe recipe.yaml --calib CALIB_1:weight=2 --calib org/set --calib CALIB_3\n" in text
 
 
 def test_it_says_how_each_runtime_runs_it_that_takes_it():

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from _tiny import make_prose
 
 import llmq
+from llmq import calibration
 from llmq.pipeline import block, run, weights
 from llmq.types import LlmqError
 
@@ -137,6 +139,28 @@ def test_another_command_is_refused_with_the_first_difference(command, broken, m
                 command(**changes)
     broken(None)
     assert command(bits=3, overwrite=True)["linears"]
+
+
+def test_a_blend_goes_on_with_what_the_model_wrote_and_a_change_of_any_text_is_refused(
+    command, broken, tmp_path, monkeypatch
+):
+    for name, seed in (("a.txt", 3), ("b.txt", 4)):
+        (tmp_path / name).write_text(make_prose(2000, seed=seed))
+    calib = [str(tmp_path / "a.txt"), f"{tmp_path}/b.txt:weight=2", "self"]
+    whole = command(calib=calib)
+    shutil.rmtree(tmp_path / "out")
+    broken(1)
+    with pytest.raises(KeyboardInterrupt):
+        command(calib=calib)
+    broken(None)
+    text, then = tmp_path / "b.txt", (tmp_path / "b.txt").stat()
+    text.write_text(make_prose(2000, seed=5))
+    with pytest.raises(LlmqError, match=r"another command \(calib file .*b.txt"):
+        command(calib=calib)
+    text.write_text(make_prose(2000, seed=4))
+    os.utime(text, ns=(then.st_atime_ns, then.st_mtime_ns))
+    monkeypatch.setattr(calibration, "tokens", None)  # what was read and written once is kept
+    assert command(calib=calib)["tensors"] == whole["tensors"]
 
 
 def test_another_version_or_text_is_refused(command, broken, tmp_path, monkeypatch):
