@@ -1,10 +1,14 @@
 """What each method and each step costs and gains on one model: size, perplexity, KL, seconds, peak memory.
 
     python scripts/bench_accuracy.py MODEL --calib FILE --text FILE [--out DIR] [--only NAME ...] [--seeds 0 1 2]
+    python scripts/bench_accuracy.py MODEL --calib FILE --text FOLDER [--home FILE] [--against NAME] ...
 
 Each row is one `llmq quantize` and one `llmq eval` in processes of their own, both models scored in float32, on a text
 that must not be the one calibrated on. Rows are kept in DIR/accuracy.json as they come, so that a stopped run goes on
-where it was. The ladder adds one step at a time to rounding to nearest, and takes each one alone away from the whole.
+where it was. With a folder of texts (make_texts.py) each row is scored on every kind of text, kept in DIR/kinds.json
+with what each token lost in DIR/tokens, and one table sets the rows side by side by kind (_kinds.py); --calib may be
+given several times, as to `llmq quantize`.
+The ladder adds one step at a time to rounding to nearest, and takes each one alone away from the whole.
 """
 
 from __future__ import annotations
@@ -12,10 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import _kinds
 import _measure as measure
 import torch
 from _rows import Row, Rows, show, show_markdown
@@ -111,11 +118,12 @@ def measure_row(name: str, args: argparse.Namespace) -> Row:
     gguf = "gguf" in ROWS[row]
     out = args.out / f"checkpoint-{os.getpid()}{'.gguf' if gguf else ''}"  # several may run at a time
     common = ("--samples", args.samples, "--seq-len", args.seq_len, "--seed", seed or 0, "--dtype", args.dtype)
-    options = ROWS[row] if "--calib" in ROWS[row] else (*ROWS[row], "--calib", args.calib)
+    texts = [word for source in args.calib for word in ("--calib", source)]
+    options = ROWS[row] if "--calib" in ROWS[row] else (*ROWS[row], *texts)
     taken = measure.llmq("quantize", args.model, out, *options, *common, "--overwrite")
     record = GgufFile(out).report() if gguf else json.loads((out / "quantization.json").read_text())
     scored = measure.decoded(out) if gguf else out
-    figures = measure.scores(scored, args.model, args.text, args.windows, "--convention", args.convention)
+    figures = _scored(name, scored, args)
     shutil.rmtree(scored)
     if gguf:
         out.unlink()
@@ -129,16 +137,34 @@ def measure_row(name: str, args: argparse.Namespace) -> Row:
         "peak_bytes": taken.peak_bytes,
         "threads": torch.get_num_threads(),
         "versions": {"llmq": record["llmq"], "torch": record["torch"]},
-        **{k: figures[k] for k in ("perplexity", "baseline_perplexity", "kl_mean", "kl_standard_error", "top1")},
+        **figures,
     }
+
+
+def _scored(name: str, scored: Path, args: argparse.Namespace) -> Row:
+    """Return the figures of a checkpoint on a text, or on each kind of a folder."""
+    if not args.text.is_dir():
+        figures = measure.scores(scored, args.model, args.text, args.windows, "--convention", args.convention)
+        return {k: figures[k] for k in ("perplexity", "baseline_perplexity", "kl_mean", "kl_standard_error", "top1")}
+    tokens = Path("tokens") / f"{re.sub(r'[^a-z0-9.-]+', '-', name.lower())}.safetensors"
+    groups = _kinds.groups(args.text, args.home)
+    kinds = _kinds.score(scored, args.model, groups, args.windows, args.convention, args.out / tokens)
+    return {"kinds": kinds, "tokens": str(tokens)}
+
+
+def _kinds_table(rows: Mapping[str, Row], args: argparse.Namespace) -> None:
+    """Print the rows by kind of text as one table."""
+    print(_kinds.table(rows, lambda row: args.out / row["tokens"], args.against))
 
 
 def main() -> None:
     """Measure the rows that are not there yet, and print them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", required=True)
-    parser.add_argument("--text", required=True, type=Path)
+    parser.add_argument("--calib", required=True, action="append", help="again for more: SOURCE:weight=2")
+    parser.add_argument("--text", required=True, type=Path, help="a file, or a folder of kinds of text")
+    parser.add_argument("--home", type=Path, help="one more kind, which the mean over kinds leaves out")
+    parser.add_argument("--against", help="the row that others are compared with, by kind; the first by default")
     parser.add_argument("--out", type=Path, default=Path("bench"))
     parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), metavar="NAME")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
@@ -149,16 +175,20 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="of activations")
     parser.add_argument("--markdown", action="store_true", help="measure nothing: print what is there as Markdown")
     args = parser.parse_args()
-    rows = Rows(args.out / "accuracy.json")
+    several = args.text.is_dir()
+    rows = Rows(args.out / ("kinds.json" if several else "accuracy.json"))
     if args.markdown:
-        show_markdown(rows.read())
+        _kinds_table(rows.read(), args) if several else show_markdown(rows.read())
         return
     wanted = [name if seed == 0 else f"{name}, seed {seed}" for seed in args.seeds for name in args.only]
-    failed = rows.fill(wanted, lambda name: measure_row(name, args), show)
+    told = (lambda rows: _kinds_table(rows, args)) if several else show
+    failed = rows.fill(wanted, lambda name: measure_row(name, args), told)
     kept = rows.read()
-    show(kept)
+    told(kept)
     for r in list(kept.values())[:1]:
-        print(f"float: {r['baseline_perplexity']:.3f}; {measure.machine()}")
+        kinds = {f" on {kind}": f for kind, f in r["kinds"].items()} if several else {"": r}
+        floats = ", ".join(f"{f['baseline_perplexity']:.3f}{kind}" for kind, f in kinds.items())
+        print(f"float: {floats}; {measure.machine()}")
     sys.exit(f"{failed} rows failed" if failed else 0)
 
 

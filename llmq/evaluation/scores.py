@@ -49,7 +49,7 @@ class Evaluation:
     kl_by_position: [first, mean KL] for ranges of positions in the window, each to the next one's first.
     classes: by class of the token that is predicted (classes.py), `tokens`, `top1` and `kl_mean`.
     categories: of a folder of texts, by text: `tokens`, `perplexity`, `baseline_perplexity`, `kl_mean`, `kl_interval`,
-        `top1`; None for one text.
+        `kl_p99`, `top1`; None for one text.
     kv_bits: of the model's key-value cache, None for a float one.
     """
 
@@ -254,21 +254,20 @@ def _perplexities(tokens: Tokens, part: Part, how: Convention) -> dict[str, Any]
         "baseline_perplexity": _exp(float(truth.nll.sum()) / count),
         "kl_mean": float(truth.kl.mean()),
         "kl_interval": paired.mean(truth.kl, paired.clusters(tokens.window)).interval,
+        "kl_p99": _percentile(truth.kl, 0.99),
         "top1": float(truth.agree.double().mean()),
     }
 
 
 def _spread(tokens: Tokens, truth: Against) -> dict[str, Any]:
     """Return the fields that say how KL is spread: over tokens, and over positions in the window."""
-    ranked = truth.kl.sort().values
     first, end = int(tokens.position.min()), int(tokens.position.max()) + 1
     edges = torch.logspace(math.log10(first), math.log10(end), BUCKETS + 1).round().long().unique()[:-1]
     place = torch.bucketize(tokens.position, edges, right=True) - 1
     means = [(int(edge), truth.kl[place == i]) for i, edge in enumerate(edges)]
     return {
         "kl_standard_error": _error(truth.kl),
-        "kl_p99": float(ranked[math.ceil(0.99 * len(ranked)) - 1]),
-        "kl_p999": float(ranked[math.ceil(0.999 * len(ranked)) - 1]),
+        "kl_p999": _percentile(truth.kl, 0.999),
         "kl_by_position": [[edge, float(kl.mean())] for edge, kl in means if len(kl)],
     }
 
@@ -281,6 +280,11 @@ def _by_class(tokens: Tokens, truth: Against, tokenizer: Any) -> dict[str, Any]:
         if len(kl):
             of[name] = {"tokens": len(kl), "top1": float(agree.double().mean()), "kl_mean": float(kl.mean())}
     return {"classes": of}
+
+
+def _percentile(values: Tensor, share: float) -> float:
+    """Return the least of the values that is not below so large a share of them."""
+    return float(values.sort().values[math.ceil(share * len(values)) - 1])
 
 
 def _error(values: Tensor) -> float:
