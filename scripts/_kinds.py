@@ -14,18 +14,25 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from _rows import Row
 
 import llmq
 from llmq.checkpoint.digest import digest
 from llmq.checkpoint.shards import write
 from llmq.evaluation import paired
+from llmq.evaluation.once import Once
 from llmq.evaluation.paired import Mean
+from llmq.evaluation.scores import Predictor
+from llmq.evaluation.several import measure
 from llmq.evaluation.tokens import Tokens
+from llmq.evaluation.windows import find_convention, load_text
 from llmq.guard.reading import tensor_entries
+from llmq.loading import load_tokenizer
 
 HOME = "home"
 """The kind of text that methods were chosen on; the mean over kinds leaves it out."""
@@ -49,26 +56,46 @@ def groups(text: Path, home: Path | None = None) -> list[Group]:
     return first + (sorted(found, key=lambda g: g.window or 0) or [Group(text)])
 
 
-def score(
-    model: Path, baseline: Path, of: Sequence[Group], windows: float, convention: str, tokens: Path
-) -> dict[str, dict[str, Any]]:
-    """Return the figures of each kind, and write into the file `tokens` what each token lost.
+class Scorer:
+    """Scores checkpoints against one baseline, which is run once for all of them; its states wait on the disk.
 
-    windows: of 2048 tokens of each kind; of longer ones fewer, so that each kind has about as many tokens.
+    windows: of 2048 tokens of each kind; of longer ones fewer, so that each kind has about as many tokens. room: an
+    empty folder for the states.
     """
-    figures, kept = dict[str, dict[str, Any]](), dict[str, Any]()
-    for group in of:
-        held = dict[str, Tokens]()
-        how = {"window": group.window, "windows": max(1, round(windows * 2048 / (group.window or 2048)))}
-        e = llmq.evaluate(
-            model, baseline=baseline, text=group.text, dtype="float32", convention=convention, held=held, **how
-        )
-        for name, category, these in _kinds(group, e, held[str(model)]):
-            figures[name] = {k: category[k] for k in KEPT} | {"window": e.window, "ids": digest(these.ids)}
-            kept |= {f"{name}.kl": these.truth.kl.float(), f"{name}.window": these.window.int()}
-    tokens.parent.mkdir(parents=True, exist_ok=True)
-    write(tokens, kept)
-    return figures
+
+    def __init__(self, baseline: Path, of: Sequence[Group], windows: float, convention: str, room: Path) -> None:
+        self.baseline, self.groups, self.windows, self.convention, self.room = baseline, of, windows, convention, room
+        self.truths = dict[Group, Once]()
+
+    def score(self, model: Path, tokens: Path) -> dict[str, dict[str, Any]]:
+        """Return the figures of each kind, and write into the file `tokens` what each token lost."""
+        figures, kept = dict[str, dict[str, Any]](), dict[str, Any]()
+        tokenizer, loaded = load_tokenizer(model), Predictor(llmq.load(model, dtype=torch.float32), "the model")
+        for group in self.groups:
+            held = dict[str, Tokens]()
+            how = find_convention(self.convention, group.window)
+            windows = max(1, round(self.windows * 2048 / (group.window or 2048)))
+            content = load_text(group.text, None, how, tokenizer)
+            of = ({"": lambda: loaded}, self._truth(group), {"": tokenizer}, content, how, windows)
+            (e,) = measure(*of, held=held).evaluations.values()
+            for name, category, these in _kinds(group, e, held[""]):
+                figures[name] = {k: category[k] for k in KEPT} | {"window": e.window, "ids": digest(these.ids)}
+                kept |= {f"{name}.kl": these.truth.kl.float(), f"{name}.window": these.window.int()}
+        tokens.parent.mkdir(parents=True, exist_ok=True)
+        write(tokens, kept)
+        return figures
+
+    def _truth(self, group: Group) -> Once:
+        """Return the baseline on a group; all of them are one model in memory."""
+        if group not in self.truths:
+            room = self.room / str(len(self.truths))
+            room.mkdir()
+            self.truths[group] = Once(Predictor(self._loaded, "the baseline"), room)
+        return self.truths[group]
+
+    @cached_property
+    def _loaded(self) -> Any:
+        return llmq.load(self.baseline, dtype=torch.float32)
 
 
 def _kinds(group: Group, e: Any, tokens: Tokens) -> Iterator[tuple[str, dict[str, Any], Any]]:

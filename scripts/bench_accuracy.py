@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -147,9 +148,7 @@ def _scored(name: str, scored: Path, args: argparse.Namespace) -> Row:
         figures = measure.scores(scored, args.model, args.text, args.windows, "--convention", args.convention)
         return {k: figures[k] for k in ("perplexity", "baseline_perplexity", "kl_mean", "kl_standard_error", "top1")}
     tokens = Path("tokens") / f"{re.sub(r'[^a-z0-9.-]+', '-', name.lower())}.safetensors"
-    groups = _kinds.groups(args.text, args.home)
-    kinds = _kinds.score(scored, args.model, groups, args.windows, args.convention, args.out / tokens)
-    return {"kinds": kinds, "tokens": str(tokens)}
+    return {"kinds": args.scorer.score(scored, args.out / tokens), "tokens": str(tokens)}
 
 
 def _kinds_table(rows: Mapping[str, Row], args: argparse.Namespace) -> None:
@@ -176,13 +175,19 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="measure nothing: print what is there as Markdown")
     args = parser.parse_args()
     several = args.text.is_dir()
+    if args.home and not several:
+        parser.error("--home is one more kind beside those of a folder; give --text FOLDER")
     rows = Rows(args.out / ("kinds.json" if several else "accuracy.json"))
     if args.markdown:
         _kinds_table(rows.read(), args) if several else show_markdown(rows.read())
         return
     wanted = [name if seed == 0 else f"{name}, seed {seed}" for seed in args.seeds for name in args.only]
     told = (lambda rows: _kinds_table(rows, args)) if several else show
-    failed = rows.fill(wanted, lambda name: measure_row(name, args), told)
+    with tempfile.TemporaryDirectory() as room:
+        if several:
+            of = _kinds.groups(args.text, args.home)
+            args.scorer = _kinds.Scorer(args.model, of, args.windows, args.convention, Path(room))
+        failed = rows.fill(wanted, lambda name: measure_row(name, args), told)
     kept = rows.read()
     told(kept)
     for r in list(kept.values())[:1]:

@@ -32,10 +32,12 @@ def texts(tmp_path, prose):
 def scored(tmp_path, texts, tiny_checkpoint):
     """`scored(seed)`: a row of a model, and where its tokens lie."""
     base = tiny_checkpoint(seed=0)
-    groups = _kinds.groups(texts, tmp_path / "home.txt")
+    (tmp_path / "states").mkdir()
+    of = _kinds.groups(texts, tmp_path / "home.txt")
+    scorer = _kinds.Scorer(base, of, 0.2, "llama.cpp", tmp_path / "states")
 
     def row(seed, name):
-        kinds = _kinds.score(tiny_checkpoint(seed=seed), base, groups, 0.2, "llama.cpp", tmp_path / name)
+        kinds = scorer.score(tiny_checkpoint(seed=seed), tmp_path / name)
         return json.loads(json.dumps({"kinds": kinds, "tokens": name}))
 
     return row
