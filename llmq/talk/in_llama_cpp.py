@@ -30,6 +30,7 @@ from llmq.talk.speaker import Message, Piece, Sampling, Speaker
 
 _CONTEXT = 8192  # tokens that room is kept for where nothing else is said
 _LONGEST = 2**20  # bytes of an event
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy of the environment reads what is said
 _FINISH = {"limit": "length"}  # what stopped llama.cpp; eos and word are "stop"
 
 
@@ -40,13 +41,16 @@ class InLlamaCpp(Speaker):
     """
 
     def __init__(self, model: str, context: int | None = None) -> None:
+        if context is not None and not 0 < context < 2**31:
+            raise LlmqError(f"--context is {context}; it must be at least 1")
         file = GgufFile(Path(model).expanduser())
         require(("xllamacpp",), "llama-cpp", "GGUF files are run")
         import xllamacpp
 
         most = file.value(f"{file.value('general.architecture')}.context_length")
         self.name, self.weights = called(model), file.data_bytes()
-        self.context = context or min(_CONTEXT, int(most or _CONTEXT))
+        said = most if isinstance(most, int) and most > 0 else _CONTEXT  # llama.cpp refuses what is no number
+        self.context = context or min(_CONTEXT, said)
         self.chats = file.value("tokenizer.chat_template") is not None
         self._key = secrets.token_urlsafe(32)
         params = xllamacpp.CommonParams()
@@ -89,7 +93,7 @@ class InLlamaCpp(Speaker):
         url = self._server.listening_address + path
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310, a server of our own
         try:
-            return urllib.request.urlopen(request)  # type: ignore[no-any-return]  # noqa: S310
+            return _DIRECT.open(request)  # type: ignore[no-any-return]
         except urllib.error.HTTPError as e:
             with e:
                 raise LlmqError(f"{self.name}: llama.cpp refuses it: {_said(e.read())}") from e

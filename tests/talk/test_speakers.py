@@ -1,6 +1,7 @@
 """Both ways to generate: what transformers' `generate` gives, a cache that goes on, answers that end or are ended."""
 
 import json
+import socket
 
 import pytest
 import torch
@@ -176,6 +177,17 @@ def test_a_gguf_file_speaks_in_llama_cpp(gguf, llama_cpp):
         drawn = ["".join(speaker.answer(ids, Sampling(8, 1.0, seed=s))) for s in (1, 1)]
         assert drawn[0] == drawn[1]
     assert text == llama_cpp(gguf)._post("/completion", prompt=ids, n_predict=10, temperature=0)["content"]
+
+
+def test_no_proxy_hears_what_a_gguf_file_is_asked(gguf, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        with opened(str(gguf), context=64) as speaker:
+            assert speaker.encode("The first city")
+    for context in (0, -1, 2**31):
+        with pytest.raises(llmq.LlmqError, match=f"--context is {context}; it must be at least 1"):
+            opened(str(gguf), context=context)
 
 
 def test_gguf_without_xllamacpp_says_what_to_install(gguf, monkeypatch):
