@@ -54,8 +54,10 @@ T = TypeVar("T")
 def parse_json(text: str | bytes, where: str) -> Any:
     """Return the value of a JSON text. Raises LlmqError, naming `where`, for one that is broken, deep or no Unicode."""
     try:
-        value = json.loads(text)
-        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]  # an escape can be half a pair
+        # json.loads itself lets bytes through that are half of a surrogate pair
+        said = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
+        value = json.loads(said)
+        if "\\u" in said:  # an escape can be half a pair, too
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as e:
         raise LlmqError(f"{where} is nested too deep to be read") from e
