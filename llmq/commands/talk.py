@@ -112,8 +112,9 @@ def serve(
     from llmq.talk.server import serve as run
     from llmq.talk.speaker import opened
 
+    limits = Limits(max_waiting, max_body, max_new_tokens)
     with listening(host, port, api_key) as sock, opened(model, device, context) as speaker, apart():
-        service = Service(speaker, name or called(model), Limits(max_waiting, max_body, max_new_tokens))
+        service = Service(speaker, name or called(model), limits)
         at = f"[{host}]" if ":" in host else host
         console.print(plain(f"{service.name} at http://{at}:{sock.getsockname()[1]}/v1; Ctrl-C ends"), soft_wrap=True)
         with suppress(KeyboardInterrupt):

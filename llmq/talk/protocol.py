@@ -144,7 +144,7 @@ def _stream(body: Mapping[str, Any]) -> tuple[bool, bool]:
 def _turn(turn: Any, i: int) -> Message:
     """Return a turn as templates read it. Raises RequestError for what is no text of a known role."""
     where = f"messages[{i}]"
-    if not isinstance(turn, dict) or turn.get("role") not in _ROLES:
+    if not isinstance(turn, dict) or turn.get("role") not in [*_ROLES]:  # a list: a role may be what has no hash
         raise RequestError(f"{where} must have a role: {', '.join(_ROLES)}", f"{where}.role")
     if turn.get("tool_calls"):
         raise RequestError(f"{where}: tools are not supported by llmq serve", f"{where}.tool_calls")

@@ -48,12 +48,21 @@ _ANSWER = 4096  # tokens of an answer at most, of a model that says nothing of i
 class Limits:
     """What a server takes on. waiting: requests in line behind the one that is answered. body: bytes of a request.
 
-    answer: tokens of an answer, None for what the context has room for.
+    answer: tokens of an answer, None for what the context has room for. Raises LlmqError for what lets nothing in.
     """
 
     waiting: int = 16
     body: int = 2**20
     answer: int | None = None
+
+    def __post_init__(self) -> None:
+        for option, value, least in (
+            ("--max-waiting", self.waiting, 0),
+            ("--max-body", self.body, 1),
+            ("--max-new-tokens", self.answer, 1),
+        ):
+            if value is not None and value < least:
+                raise LlmqError(f"{option} is {value}; it must be at least {least}")
 
 
 class Turns:
@@ -98,6 +107,7 @@ class Turns:
             done.result()
         finally:
             gone.set()
+            done.cancel()  # of one whose turn has not come: its place is free
 
     def end(self) -> None:
         """Wait for the thread, which has been given up by everyone."""
@@ -143,15 +153,8 @@ class Service:
 
     async def _answered(self, request: Request, wanted: Wanted, shape: Shape) -> Response:
         pieces = self.turns.pieces(lambda: self._begin(wanted))
-        if not wanted.stream:
-            return await _while_there(request, _whole(pieces, shape))
-        answer = await anext(pieces)  # what is wrong with the request is said before anything else
-        assert isinstance(answer, Answer)  # noqa: S101, it comes first
-        return StreamingResponse(
-            _streamed(answer, pieces, shape, counts=wanted.usage),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache"},
-        )
+        work = _begun(pieces, shape, counts=wanted.usage) if wanted.stream else _whole(pieces, shape)
+        return await _while_there(request, work)
 
 
 async def _whole(pieces: AsyncIterator[Answer | str], shape: Shape) -> Response:
@@ -162,6 +165,15 @@ async def _whole(pieces: AsyncIterator[Answer | str], shape: Shape) -> Response:
         except LlmqError as e:
             raise _broken(e) from e
     return JSONResponse(shape.whole(text, answer.finish, usage(answer.prompt_tokens, answer.tokens)))
+
+
+async def _begun(pieces: AsyncIterator[Answer | str], shape: Shape, *, counts: bool) -> Response:
+    answer: Any = await anext(pieces)  # what is wrong with the request is said before anything else
+    return StreamingResponse(
+        _streamed(answer, pieces, shape, counts=counts),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-cache"},
+    )
 
 
 async def _while_there(request: Request, work: Any) -> Response:

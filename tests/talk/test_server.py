@@ -21,9 +21,9 @@ KEY = "s3cret"
 
 
 @contextmanager
-def served(speaker, key=None, **limits):
+def served(speaker, key=None, service=None, **limits):
     """Serve in a thread; yields where."""
-    service = Service(speaker, "me/parrot", Limits(**limits))
+    service = service or Service(speaker, "me/parrot", Limits(**limits))
     sock = server.listening("127.0.0.1", 0, key)
     running = []
     thread = threading.Thread(target=server.serve, args=(service, key, sock, running.append))
@@ -121,6 +121,7 @@ def test_without_the_key_nobody_is_heard():
         ({"messages": []}, "messages must be a list of turns"),
         ({"messages": "hi"}, "messages must be of type list"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "must have a role"),
+        ({"messages": [{"role": []}]}, "must have a role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "its content must be text"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "tools are not supported"),
         ({"temperature": 3}, "temperature is 3; it goes from 0 to 2"),
@@ -151,6 +152,10 @@ def asked():
 def test_bodies_are_bounded_and_must_be_json(asked):
     assert asked(body=b"x" * 10_001)[0] == 413 and asked(body=b"{")[0] == 400 and asked(body=b"[]")[0] == 400
     assert asked(body=b"[" * 5000)[0] == 400
+    half = '{"model": "me/parrot", "prompt": "\\ud800"}'  # of a pair: no text
+    for body in (half.encode(), half.encode("utf-16"), half.encode().replace(b"\\ud800", b"\xed\xa0\x80")):
+        status, said = asked(body=body)
+        assert status == 400 and "is not valid JSON" in json.loads(said)["error"]["message"]
     assert asked(headers={"Content-Type": "text/plain"}, prompt="a")[0] == 415
     assert asked(headers={"Host": "evil.example"}, prompt="a")[0] == 400
     status, body = asked(prompt="a" * 100)
@@ -182,19 +187,47 @@ def test_one_answer_at_a_time_and_a_line_that_ends():
         assert ask(at, prompt="abc")[0] == 200 and speaker.spoken == 93
 
 
+@contextmanager
+def going_away(at, **values):
+    """Ask, and go away without having heard."""
+    body = json.dumps({"model": "me/parrot", **values}).encode()
+    host, port = at.split(":")
+    with socket.create_connection((host, int(port))) as link:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {at}\r\nContent-Type: application/json\r\n"
+        link.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        yield
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_goes_away_is_answered_no_further(stream):
     speaker = Parrot(seconds=0.005)
     with served(speaker) as at:
-        body = json.dumps({"model": "me/parrot", "prompt": "a" * 5000, "max_tokens": 5000, "stream": stream}).encode()
-        host, port = at.split(":")
-        with socket.create_connection((host, int(port))) as link:
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: {at}\r\nContent-Type: application/json\r\n"
-            link.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        with going_away(at, prompt="a" * 5000, max_tokens=5000, stream=stream):
             while speaker.spoken < 10:
                 time.sleep(0.01)
         assert ask(at, prompt="abc", max_tokens=3)[0] == 200  # whose turn came
         assert speaker.spoken < 1000
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_goes_away_leaves_the_line(stream):
+    speaker = Parrot(seconds=0.005)
+    service = Service(speaker, "me/parrot", Limits(waiting=1))
+    with served(speaker, service=service) as at, going_away(at, prompt="a" * 5000, max_tokens=5000):
+        while not speaker.spoken:
+            time.sleep(0.01)
+        with going_away(at, prompt="b", stream=stream):
+            assert _until(lambda: service.turns._held == 2)
+            assert ask(at, prompt="c")[0] == 429
+        assert _until(lambda: service.turns._held == 1) and speaker.spoken < 2000
+
+
+def _until(true):
+    """Say whether something comes true within seconds."""
+    end = time.monotonic() + 5
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    return true()
 
 
 def test_an_error_on_the_way_is_the_last_event(monkeypatch):
@@ -240,6 +273,13 @@ def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setattr("llmq.extras.find_spec", lambda name: None)
     with pytest.raises(llmq.LlmqError, match=r"starlette, which is not installed: pip install 'llmq-quant\[serve\]'"):
         cli.serve("no-model")
+
+
+def test_limits_that_let_nothing_in_are_refused_before_the_model_is_opened():
+    for given in ("max_waiting=-1", "max_body=0", "max_new_tokens=0"):
+        name, _, value = given.partition("=")
+        with pytest.raises(llmq.LlmqError, match=f"--{name.replace('_', '-')} is {value}; it must be at least"):
+            cli.serve("no-model", **{name: int(value)})
 
 
 def test_where_to_listen():
