@@ -78,7 +78,8 @@ class Scorer:
             content = load_text(group.text, None, how, tokenizer)
             of = ({"": lambda: loaded}, self._truth(group), {"": tokenizer}, content, how, windows)
             (e,) = measure(*of, held=held).evaluations.values()
-            for name, category, these in _kinds(group, e, held[""]):
+            for called, category, these in _kinds(group, e, held[""]):
+                name = f"{called} {e.window}" if called in figures else called
                 figures[name] = {k: category[k] for k in KEPT} | {"window": e.window, "ids": digest(these.ids)}
                 kept |= {f"{name}.kl": these.truth.kl.float(), f"{name}.window": these.window.int()}
         tokens.parent.mkdir(parents=True, exist_ok=True)

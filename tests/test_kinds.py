@@ -20,6 +20,7 @@ def texts(tmp_path, prose):
         ("prose.txt", 48, prose(300)),
         ("code.txt", 48, "for x in range(3):\n    print(x)\n" * 60),
         ("long.txt", 96, prose(600, seed=2)),
+        ("prose.txt", 96, prose(400, seed=5)),
     ):
         (folder / f"window-{window}").mkdir(parents=True, exist_ok=True)
         (folder / f"window-{window}" / name).write_text(text)
@@ -45,11 +46,11 @@ def scored(tmp_path, texts, tiny_checkpoint):
 
 def test_kinds_are_scored_in_their_windows_and_compared_as_eval_compares(tmp_path, texts, scored, tiny_checkpoint):
     a, b = scored(1, "a"), scored(2, "b")
-    assert list(a["kinds"]) == ["home", "code", "prose", "long"]
-    assert [f["window"] for f in a["kinds"].values()] == [512, 48, 48, 96]
+    assert list(a["kinds"]) == ["home", "code", "prose", "long", "prose 96"]
+    assert [f["window"] for f in a["kinds"].values()] == [512, 48, 48, 96, 96]
     how = {"baseline": tiny_checkpoint(seed=0), "convention": "llama.cpp", "dtype": "float32"}
     models = [tiny_checkpoint(seed=1), tiny_checkpoint(seed=2)]
-    found = llmq.evaluate_all(models, text=texts / "window-96", window=96, windows=4, **how)
+    found = llmq.evaluate_all(models, text=texts / "window-96/long.txt", window=96, windows=4, **how)
     alone = found.evaluations[str(models[0])]
     for key in _kinds.KEPT:
         assert a["kinds"]["long"][key] == pytest.approx(getattr(alone, key))
@@ -67,9 +68,9 @@ def test_the_table_has_a_mean_without_home_and_compares_on_the_same_tokens_alone
     rows = {"rtn": a, "gptq": b}
     lines = _kinds.table(rows, lambda r: tmp_path / r["tokens"]).splitlines()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["method", "home", "code", "prose", "long", "mean but home"]
+    assert cells[0] == ["method", "home", "code", "prose", "long", "prose 96", "mean but home"]
     assert [c[0] for c in cells[2:]] == ["rtn", "gptq", "… less `rtn`"]
-    mean = sum(a["kinds"][k]["kl_mean"] for k in ("code", "prose", "long")) / 3
+    mean = sum(a["kinds"][k]["kl_mean"] for k in ("code", "prose", "long", "prose 96")) / 4
     assert cells[2][-1] == f"{mean:.4f}"
     figures = a["kinds"]["prose"]
     assert cells[2][3] == f"{figures['kl_mean']:.4f} / {figures['kl_p99']:.2f} / {100 * figures['top1']:.1f} %"
