@@ -40,7 +40,7 @@ def span(seconds: float) -> str:
 
 
 class Rows(Table):
-    """A table with its title at the left whose cells are text."""
+    """A table with its title at the left whose cells are text, whole: a word too long for its column goes on below."""
 
     def __init__(self, title: object, *headers: str, **options: Any) -> None:
         options.setdefault("show_header", bool(headers))
@@ -49,3 +49,6 @@ class Rows(Table):
     def add(self, *cells: object) -> None:
         """Add a row."""
         self.add_row(*(plain(c) for c in cells))
+        for column in self.columns:
+            if not column.no_wrap:
+                column.overflow = "fold"  # "ellipsis" would cut what a user is to copy

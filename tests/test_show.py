@@ -8,9 +8,9 @@ from llmq.show import Rows, labelled, lines, plain
 HOSTILE = "[/red]a[red]b[/red] \x1b]0;title\x07\x1b[2J\rerror: all is well :smile:"
 
 
-def printed(what):
+def printed(what, width=400):
     out = io.StringIO()
-    Console(file=out, width=400, force_terminal=False).print(what)
+    Console(file=out, width=width, force_terminal=False).print(what)
     return out.getvalue()
 
 
@@ -26,6 +26,14 @@ def test_cells_and_titles_of_tables_are_text():
     table.add(HOSTILE)
     shown = printed(table)
     assert "\x1b" not in shown and shown.count("[/red]") == 4
+
+
+@pytest.mark.parametrize("headers", [(), ("--scheme", "short for")])
+def test_no_word_of_a_table_is_cut(headers):
+    table = Rows("", *headers)
+    table.add("fp8-block", "fp8:group=128x128," * 3)
+    shown = printed(table, width=40)
+    assert "…" not in shown and shown.count("128x128") >= 2 and "fp8-block" in shown
 
 
 def test_several_lines_keep_their_breaks_and_spaces():

@@ -42,7 +42,6 @@ def tasks(found: Mapping[str, Mapping[str, Task]]) -> Rows:
     against = any(t.baseline is not None for of in found.values() for t in of.values())
     heads = ("baseline", "difference", "p") if against else ()
     out = Rows("tasks: figure ± (95 %)", "model", "task", "metric", "items", "figure", *heads, box=None)
-    out.columns[0].overflow = "fold"
     for name, of in found.items():
         for t in of.values():
             cells = [f"{t.items:,}", f"{t.value:.4f} ± {t.half:.4f}"]
