@@ -43,7 +43,8 @@ def quantize(
     ] = None,
     type_: Annotated[str | None, typer.Option("--type", help="GGUF: Q4_K_M, Q8_0, F16 ... [Q4_K_M]")] = None,
     override: Annotated[
-        list[str] | None, typer.Option(help="'REGEX:bits=8' or weights=, inputs= ...; GGUF: 'REGEX:type=Q6_K'; repeatable.")
+        list[str] | None,
+        typer.Option(help="'REGEX:bits=8' or weights=, inputs= ...; GGUF: 'REGEX:type=Q6_K'; repeatable."),
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave float; repeatable.")] = None,
     on_misfit: Annotated[str | None, typer.Option(help="'skip' leaves linears float that no group divides.")] = None,

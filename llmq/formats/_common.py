@@ -64,14 +64,15 @@ def misfits(linears: Sequence[LinearSpec], misfit: Callable[[LinearSpec], str | 
 
 
 def listed(found: Mapping[str, str]) -> str:
-    """Return misfits as a list in words, in which those that differ by numbers alone are one."""
-    alike: dict[tuple[str, str], list[str]] = {}
+    """Return misfits as a list in words: a reason once, and names that differ by numbers alone as one."""
+    alike: dict[str, dict[str, list[str]]] = {}
     for name, why in found.items():
-        alike.setdefault((re.sub(r"\.\d+(?=\.)", ".*", name), why), []).append(name)
-    return ", ".join(
-        f"{names[0] if len(names) == 1 else f'{path} ({len(names)} linears)'}: {why}"
-        for (path, why), names in alike.items()
-    )
+        alike.setdefault(why, {}).setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), []).append(name)
+    return "; ".join(f"{', '.join(map(_counted, paths, paths.values()))}: {why}" for why, paths in alike.items())
+
+
+def _counted(path: str, names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{path} ({len(names)} linears)"
 
 
 def refuse_none(linears: Sequence[LinearSpec]) -> None:

@@ -102,7 +102,7 @@ def _of_gguf(path: Path) -> Parcel:
     made = {CARD: with_figures(text, kept.read(path)).encode()}
     figures = beside(path, _KEPT)
     held: dict[str, Path | bytes] = {f.name: f for f in [*files, *([figures] if figures.is_file() else [])]}
-    told = [first.value(key) for key in ("llmq.recipe", "llmq.report", "quantize.imatrix.file")]
+    told = [first.value("llmq.recipe"), first.report(), first.value("quantize.imatrix.file")]
     notes = [f"its keys say {path}, for everyone to read" for path in _paths(told)]
     return Parcel(path.name, {**held, **made}, notes)
 
@@ -130,8 +130,10 @@ def _paths(value: Any) -> list[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
+    """Yield every text but the scales of folds: numbers in base64, of which `/` is a letter (llmq/model/folding.py)."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list):
-        for inner in value.values() if isinstance(value, Mapping) else value:
+        inside = [v for k, v in value.items() if k != "scale"] if isinstance(value, Mapping) else value
+        for inner in inside:
             yield from _texts(inner)

@@ -153,7 +153,7 @@ def test_what_no_group_divides_is_refused_with_the_whole_list(tiny_checkpoint):
         prepare(str(tiny_checkpoint(intermediate_size=96)), Recipe(**UNEVEN), "cpu")
     odd = {"intermediate_size": 100, "hidden_size": 72, "num_attention_heads": 2, "num_key_value_heads": 1}
     with pytest.raises(
-        LlmqError, match=r"q_proj \(2 linears\): .*K = 72, .*down_proj \(2 .*K = 100; say --group-size ch"
+        LlmqError, match=r"q_proj \(2 linears\), [^:]*: [^:]*K = 72; [^:]*down_proj \(2 .*K = 100; say --group-size ch"
     ):
         prepare(str(tiny_checkpoint(**odd)), Recipe(**UNEVEN), "cpu")
 

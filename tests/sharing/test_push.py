@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, constants
 
 import llmq
 from llmq import cli
-from llmq.sharing.parcel import parcel
+from llmq.sharing.parcel import _spoken_paths, parcel
 from llmq.sharing.upload import check_repository
 
 TOKEN = "hf_s3cretTOKEN"  # noqa: S105
@@ -206,6 +206,14 @@ def test_paths_of_this_machine_are_told_before_others_read_them(made, tmp_path, 
     printed = capsys.readouterr().out.replace("\n", "")
     assert f"recipe.yaml says {tmp_path}/my/text.txt" in printed and "quantization.json says" in printed
     assert str(tmp_path) not in (tmp_path / "out/README.md").read_text()
+
+
+def test_scales_in_base64_are_no_paths(tmp_path):
+    scales = base64.b64encode(bytes.fromhex("fbf000") * 40).decode()
+    assert "+/AA+/AA" in scales  # which reads as path after path
+    fold = {"step": "awq", "block": 0, "scale": scales, "producer": "/home/me/model"}
+    (tmp_path / "quantization.json").write_text(json.dumps({"transforms": [fold]}))
+    assert list(_spoken_paths(tmp_path)) == ["quantization.json says /home/me/model, for everyone to read"]
 
 
 def refused(out, match, **options):
