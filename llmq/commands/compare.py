@@ -86,8 +86,8 @@ def _parted(texts: Iterable[str]) -> tuple[list[str], dict[str, dict[str, Any]]]
         name, is_named, options = text.partition("=")
         if not is_named or not options.strip().startswith("-"):
             words += text.split(",")
-        elif not name.strip() or set(name) & set("/\\\0,"):
-            raise LlmqError(f"--schemes {text!r}: give it a plain name, as 'mine=--bits 3'")
+        elif name.strip() in named:
+            raise LlmqError(f"--schemes names {name.strip()!r} twice; give each once, or another name")
         else:
             named[name.strip()] = _options(options, text)
     return words, named

@@ -185,7 +185,7 @@ def _score(
 ) -> None:
     """Fill in the figures of all rows, and how they differ; those that were scored before are not run again."""
     of_text = {k: str(v) for k, v in scored.items()} | {"src": fingerprint(resolve(str(src)))}
-    held = Held(folder / "tokens", json.dumps(of_text | _text_seen(scored["text"])))
+    held = Held(folder / results.TOKENS, json.dumps(of_text | _text_seen(scored["text"])))
     told = {k: v for k, v in scored.items() if k in _OF_TEXT}
     outs = [row.out for row in found.rows]
     measured = api.evaluate_all(outs, baseline=src, device=device, keep=True, held=held, progress=work, **told)
@@ -199,7 +199,7 @@ def _text_seen(text: str | Path | None) -> dict[str, Any]:
     if text is None:
         return {}
     path = user_path(text)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
     return {"files": [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]}
 
 

@@ -12,10 +12,12 @@ Not here: what an option means (recipe.py), `NAME=options` of the command line (
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llmq import registry
+from llmq.comparing.results import FILE, TOKENS
 from llmq.errors import LlmqError, printable
 from llmq.gguf import mixture
 from llmq.qualities import QUALITIES
@@ -32,14 +34,24 @@ SHORT: Mapping[str, Options] = {
 """Words that stand for more than their format alone."""
 
 
+_NAME = re.compile(r"\w[\w .+-]{0,99}(?<!\.gguf)(?<! )")  # what becomes the name of a folder, or with .gguf of a file
+_TAKEN = (FILE, TOKENS)
+
+
 def candidates(words: Iterable[str], named: Mapping[str, Options], shared: Options) -> dict[str, Options]:
     """Return the options of each candidate by its name.
 
     words: as above. named: options that have a name of the user's. shared: options of all.
-    Raises LlmqError for a word that stands for nothing, for a name that comes twice, and for fewer than one.
+    Raises LlmqError for a word that stands for nothing, for a name that no folder should have or that comes twice, and
+    for fewer than one.
     """
     found: dict[str, Options] = {}
     for name, options in [*((w.strip().lower(), None) for w in words if w.strip()), *named.items()]:
+        if options is not None and (not _NAME.fullmatch(name) or name in _TAKEN):
+            raise LlmqError(
+                f"--schemes {printable(name, 80)!r} is no plain name: letters, digits, spaces and . _ + - , none of "
+                f"{', '.join(_TAKEN)}, as 'mine=--bits 3'"
+            )
         if name in found:
             raise LlmqError(f"--schemes names {printable(name, 80)} twice; give each once, or another name")
         own = of_word(name) if options is None else options

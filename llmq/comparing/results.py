@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint.disk import write_text
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, one_line
 from llmq.guard.reading import json_object
 
-FILE = "compare.json"
+FILE, TOKENS = "compare.json", "tokens"
+"""What a comparison keeps beside its checkpoints: its rows, and a folder of what was scored."""
 
 
 @dataclass
@@ -120,7 +121,7 @@ def save(folder: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> None:
 def finished(folder: Path, run: Mapping[str, Any]) -> dict[str, Row]:
     """Return the rows that are finished in a folder, by name.
 
-    Raises LlmqError where the folder holds another comparison, or other things.
+    Raises LlmqError where the folder holds another comparison, one of another llmq, or other things.
     """
     file = folder / FILE
     if not file.exists():
@@ -130,4 +131,7 @@ def finished(folder: Path, run: Mapping[str, Any]) -> dict[str, Row]:
     said = json_object(file)
     if said.get("run") != json.loads(json.dumps(run)):
         raise LlmqError(f"--keep {folder} holds a comparison of another model or text; name another folder")
-    return {r["name"]: Row(**r) for r in said["rows"]}
+    try:
+        return {r["name"]: Row(**r) for r in said["rows"]}
+    except (KeyError, TypeError) as e:
+        raise LlmqError(f"{file} is not as this llmq writes it ({one_line(e)}); remove it, and compare anew") from e

@@ -32,6 +32,15 @@ def test_options_of_all_go_to_those_for_which_they_mean_something():
         candidates([""], {}, {})
 
 
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "/abs", "a\nb", "x.gguf", "tokens", "compare.json", "-x"]
+)
+def test_a_name_that_no_folder_should_have_is_refused_before_any_work(name):
+    with pytest.raises(LlmqError, match="is no plain name"):
+        candidates([], {name: {"bits": 3}}, {})
+    assert candidates([], {"my 3.5-bit_x+": {"bits": 3}}, {})
+
+
 def test_names_with_options_are_read_as_the_command_line_reads_them():
     words, named = _parted(["w4a16,awq", "mine=--bits 3 --asym --skip 'a,b' --skip c", "q8_0"])
     assert words == ["w4a16", "awq", "q8_0"]
@@ -41,10 +50,11 @@ def test_names_with_options_are_read_as_the_command_line_reads_them():
         ("m=--bits x", "Invalid value for .--bits"),
         ("m=--bits '3", "quotation"),
         ("m=--device cpu", "--device is not of a recipe"),
-        ("a/b=--bits 3", "plain name"),
     ):
         with pytest.raises(LlmqError, match=said):
             _parted([text])
+    with pytest.raises(LlmqError, match="names 'm' twice"):
+        _parted(["m=--bits 3", " m =--bits 4"])
 
 
 @pytest.mark.parametrize(

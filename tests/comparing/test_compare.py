@@ -10,7 +10,7 @@ import llmq
 from llmq import api
 from llmq.cli import app
 from llmq.commands import compare as command
-from llmq.comparing import results
+from llmq.comparing import _run, results
 from llmq.comparing.results import Comparison, Row, advice, mark
 from llmq.types import LlmqError
 
@@ -77,6 +77,19 @@ def test_what_quantize_refuses_is_refused_before_any_work(tiny_checkpoint, tmp_p
     ):
         with pytest.raises(LlmqError, match=said):
             llmq.compare(src, "rtn", group_size=32, **options | given)
+
+
+@pytest.mark.parametrize("rows", [None, 5, [5], [{"name": "a"}], [{"name": "a", "options": {}, "out": "a", "new": 1}]])
+def test_a_folder_of_another_llmq_is_one_line(tmp_path, rows):
+    (tmp_path / "compare.json").write_text(json.dumps({"run": {}} if rows is None else {"run": {}, "rows": rows}))
+    with pytest.raises(LlmqError, match="is not as this llmq writes it"):
+        results.finished(tmp_path, {})
+
+
+def test_a_link_to_nothing_among_the_texts_is_passed_over(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
+    assert [f for f, *_ in _run._text_seen(tmp_path)["files"]] == [str(tmp_path / "a.txt")]
 
 
 def row(name, size, kl, half=0.01, **more):
