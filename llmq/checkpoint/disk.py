@@ -47,13 +47,16 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is whole, old or new, whatever happens. Raises LlmqError where it cannot be."""
+    """Write a text file, UTF-8 wherever it runs, so that it is whole, old or new, whatever happens.
+
+    Raises LlmqError where it cannot be written.
+    """
     with writing(path):
         if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/stdout
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
             return
         with renewed(path) as new:
-            new.write_text(text)
+            new.write_text(text, encoding="utf-8")
 
 
 @contextmanager
