@@ -22,6 +22,7 @@ import yaml
 from llmq.checkpoint.hub import is_repository
 from llmq.checkpoint.hub_metadata import SourceCard, base_model, library, metadata, task_of
 from llmq.errors import printable
+from llmq.guard.reading import number
 from llmq.readers import RUNTIMES, Reader
 
 _FIGURES = ("<!-- llmq eval --keep: begin -->", "<!-- llmq eval --keep: end -->")
@@ -180,13 +181,13 @@ def with_figures(card: str, evaluations: Iterable[Mapping[str, Any]]) -> str:
 def _figures(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not evaluations:
         return
-    columns = [c for c in _COLUMNS if any(_number(e.get(c[1])) is not None for e in evaluations)]
+    columns = [c for c in _COLUMNS if any(number(e.get(c[1])) is not None for e in evaluations)]
     yield "## Measured\n"
     yield "| " + " | ".join(["text", *(title for title, _, _ in columns)]) + " |"
     yield "|---" * (1 + len(columns)) + "|"
     for e in evaluations:
         yield "| " + " | ".join([_scored(e), *(_cell(e, key, form) for _, key, form in columns)]) + " |"
-    against = dict.fromkeys(_text(_local(e["baseline"])) for e in evaluations if e.get("baseline"))
+    against = dict.fromkeys(_text(_local(str(e["baseline"]))) for e in evaluations if e.get("baseline"))
     if against:
         yield f"\nKL divergence in nats, and the same first choice, against {', '.join(against)}."
 
@@ -199,13 +200,9 @@ def _scored(evaluation: Mapping[str, Any]) -> str:
 
 
 def _cell(evaluation: Mapping[str, Any], key: str, form: str) -> str:
-    number = _number(evaluation.get(key))
-    spread = _number(evaluation.get("kl_standard_error")) if key == "kl_mean" else None
-    return "" if number is None else f"{number:{form}}" + (f" ± {spread:{form}}" if spread is not None else "")
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    found = number(evaluation.get(key))
+    spread = number(evaluation.get("kl_standard_error")) if key == "kl_mean" else None
+    return "" if found is None else f"{found:{form}}" + (f" ± {spread:{form}}" if spread is not None else "")
 
 
 def _use(readers: Sequence[Reader], name: str) -> str:

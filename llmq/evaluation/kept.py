@@ -23,7 +23,7 @@ from llmq.checkpoint.digest import sealed
 from llmq.checkpoint.disk import write_text
 from llmq.checkpoint.hub import origin
 from llmq.checkpoint.place import beside, user_path
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, one_line
 from llmq.guard.reading import field, json_object
 
 _FILE = "evaluation.json"
@@ -60,7 +60,10 @@ def keep(checkpoint: str | Path, evaluation: Mapping[str, Any]) -> None:
     entries = [*(e for e in before if e not in same), {**evaluation, **tasks}]
     card, texts = file.with_name("README.md"), list[str]()
     if file.name == _FILE and card.is_file() and "README.md" in _written(file.parent):
-        old = card.read_text(encoding="utf-8")
+        try:
+            old = card.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise LlmqError(f"cannot read {card} ({one_line(e)}); move it away and measure again") from e
         texts = [old, with_figures(old, [e for e in entries if e.get("text")])]
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     found = sealed({"llmq": __version__, "evaluations": entries, "cards": digests})
@@ -98,8 +101,8 @@ def _written(folder: Path) -> Mapping[str, Any]:
 
 def _entries(found: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
     entries = field(found, "evaluations", list, str(file), [])
-    if not all(isinstance(e, dict) for e in entries):
-        raise LlmqError(f"{file}: its evaluations must be objects; move the file away and measure again")
+    if not all(isinstance(e, dict) and isinstance(e.get("tasks", {}), dict) for e in entries):
+        raise LlmqError(f"{file}: its evaluations, and their tasks, must be objects; move it away and measure again")
     return entries
 
 

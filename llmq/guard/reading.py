@@ -29,6 +29,7 @@ YAML_BYTES = 2**20
 MARKDOWN_BYTES = 2**22  # model cards with tables of results; those with pictures link them
 HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
 _DEEPEST = 200
+_LARGEST = 1e100
 _FRONT = re.compile(r"\s*---[ \t]*(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r|\n|$)", re.DOTALL)  # as the Hub's own
 
 BITS = {
@@ -139,6 +140,16 @@ def field(found: Mapping[str, Any], key: str, kind: type[T], where: str, default
         said = f"is {printable(repr(value), 80)}" if key in found else "is missing"
         raise LlmqError(f"{where}: {key} {said}; it must be of type {kind.__name__}")
     return value  # type: ignore[return-value]
+
+
+def number(value: Any) -> float | None:
+    """Return a value of a file as a float, None where it is no number: infinite, a bool, larger than figures are.
+
+    Sums and ratios of what it returns are finite, too: what is smaller than 1e-100 is 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:  # nor NaN
+        return None
+    return float(value) if abs(value) >= 1 / _LARGEST else 0.0
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ A file may hold anything, and plots format what they are given; what is of anoth
 Not here: the file (evaluation/kept.py), what the figures mean (evaluation/scores.py).
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
+
+from llmq.guard.reading import number
 
 _NUMBERS = (
     "perplexity", "baseline_perplexity", "kl_mean", "kl_standard_error", "kl_p99", "kl_p999", "top1", "tokens",
@@ -35,16 +36,12 @@ def _objects(entry: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str,
 
 
 def _numbers(of: Mapping[str, Any]) -> dict[str, float]:
-    return {key: of[key] for key in _NUMBERS if _number(of.get(key))}
+    return {key: x for key in _NUMBERS if (x := number(of.get(key))) is not None}
 
 
 def _has(of: Mapping[str, Any], *keys: str) -> bool:
-    return all(_number(of.get(key)) for key in keys)
+    return all(number(of.get(key)) is not None for key in keys)
 
 
 def _pair(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_number, value))
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, list | tuple) and len(value) == 2 and all(number(x) is not None for x in value)

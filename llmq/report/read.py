@@ -11,7 +11,6 @@ Not here: what is made of it (plots/).
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,17 +20,17 @@ from typing import Any
 
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.place import beside, user_path
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, printable
 from llmq.evaluation import kept
 from llmq.gguf.reader import GgufFile
 from llmq.guard.reading import field as read_field
-from llmq.guard.reading import json_object
+from llmq.guard.reading import json_object, number
 from llmq.report import timings
 from llmq.report.figures import figures
 from llmq.report.timings import Timings
 from llmq.report.weights import OfFolder, OfGguf, Packed, Weights
 
-_PLACE = re.compile(r"(?:.*\.)?(?:layers|blocks|h)\.(\d+)\.(.+)")
+_PLACE = re.compile(r"(?:.*\.)?(?:layers|blocks|h)\.(\d{1,9})\.(.+)")
 KINDS = ("output", "weight")
 """The two errors of a linear (docs/record.md), the one that says more first."""
 
@@ -58,14 +57,12 @@ class Line:
 
     def error(self, kind: str) -> float | None:
         """Return its squared relative error, "output" or "weight"; None where it was not measured."""
-        value = self.said.get(f"{kind}_error")
-        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+        return number(self.said.get(f"{kind}_error"))
 
     @property
     def bits(self) -> float | None:
         """Bits of a code."""
-        value = self.said.get("bits")
-        return float(value) if isinstance(value, int | float) else None
+        return number(self.said.get("bits"))
 
     @property
     def trouble(self) -> dict[str, str]:
@@ -166,8 +163,10 @@ class Told:
 
     def sized(self, key: str) -> float:
         """Return a number of the record's `size`, 0 where it is not there."""
-        found = self.of("size", dict, {})
-        return 0.0 if found.get(key) is None else read_field(found, key, float, f"the record of {self.path}", 0.0)
+        said = self.of("size", dict, {}).get(key)
+        if (found := number(0 if said is None else said)) is None:
+            raise LlmqError(f"the record of {self.path}: {key} is {printable(repr(said), 80)}, no number")
+        return found
 
     def mean(self, kind: str) -> float | None:
         """Return the mean error of the linears, None where none was measured."""
@@ -231,9 +230,10 @@ def read(
 def _numbers(entry: Mapping[str, Any], key: str, where: str) -> tuple[float, ...]:
     """Return a list of six numbers of an entry."""
     found = read_field(entry, key, list, where)
-    if len(found) != 6 or not all(type(x) in (int, float) and math.isfinite(x) for x in found):
+    numbers = tuple(x for v in found if (x := number(v)) is not None)
+    if not len(found) == len(numbers) == 6:
         raise LlmqError(f"{where}: {key} is no list of six numbers")
-    return tuple(found)
+    return numbers
 
 
 def alike(told: Sequence[Told]) -> list[Told]:

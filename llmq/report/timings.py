@@ -20,7 +20,7 @@ from llmq import __version__
 from llmq.checkpoint.disk import write_text
 from llmq.errors import LlmqError
 from llmq.guard.reading import field as read_field
-from llmq.guard.reading import json_object
+from llmq.guard.reading import json_object, number
 from llmq.progress import Event, Listener
 
 FILE = "timings.json"
@@ -91,7 +91,9 @@ def read(file: Path) -> Timings | None:
     found, where = json_object(file), str(file)
     stages, blocks = (read_field(found, key, dict, where) for key in ("stages", "blocks"))
     memory = read_field(found, "memory", list, where)
-    if not _numbers([*stages.values(), *blocks.values()]) or not all(str(i).isdecimal() for i in blocks):
+    totals = [found.get("seconds"), found.get("most"), found.get("device_most", 0)]
+    named = all(re.fullmatch(r"\d{1,9}", i) for i in blocks)
+    if not named or not _numbers([*stages.values(), *blocks.values(), *totals]):
         raise LlmqError(f"{where} does not hold seconds; remove it, or quantize again with --report")
     if not all(isinstance(p, list) and len(p) == 2 and _numbers(p) for p in memory):
         raise LlmqError(f"{where}: memory is no list of seconds and bytes; remove it, or quantize again with --report")
@@ -104,4 +106,4 @@ def read(file: Path) -> Timings | None:
 def _numbers(values: Iterable[Any]) -> bool:
     """Say whether these are plain numbers, not too many."""
     found = list(values)
-    return len(found) <= _LIMIT and all(type(v) in (int, float) and v >= 0 for v in found)
+    return len(found) <= _LIMIT and all((x := number(v)) is not None and x >= 0 for v in found)

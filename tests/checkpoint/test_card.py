@@ -204,3 +204,9 @@ def test_a_decoded_checkpoint_is_no_quantization():
     about, body = parts(card.float_card(record, {}, said))
     assert about["base_model"] == "me/int4" and "base_model_relation" not in about
     assert about["tags"] == ["llmq", "chat"] and "(7 GPTQ, 4 bits)" in body
+
+
+@pytest.mark.parametrize("odd", [10**400, float("nan"), "x", [1]], ids=["huge", "nan", "text", "list"])
+def test_figures_of_another_type_are_left_out(odd):
+    found = card.with_figures("", [{"text": odd, "baseline": odd, "kl_mean": 0.5, "kl_p99": odd, "perplexity": odd}])
+    assert "perplexity" not in found and "99 %" not in found and "0.5000" in found

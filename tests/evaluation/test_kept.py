@@ -57,6 +57,16 @@ def test_what_keeps_nothing_is_refused_before_any_work(tmp_path, tiny_checkpoint
     (src / "evaluation.json").write_text('{"evaluations": [1]}')
     with pytest.raises(LlmqError, match="must be objects"):
         kept.read(src)
+    (src / "evaluation.json").write_text('{"evaluations": [{"tasks": 1}]}')
+    with pytest.raises(LlmqError, match="and their tasks, must be objects"):
+        kept.read(src)
     (src / "evaluation.json").write_text("{")
     with pytest.raises(LlmqError, match="not valid JSON"):
         llmq.evaluate(src, text=text, window=48, windows=1, keep=True, device="cpu")
+
+
+def test_a_card_that_is_no_text_is_one_line(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe")
+    (tmp_path / "quantization.json").write_text('{"files": {"README.md": "5e1f"}}')
+    with pytest.raises(LlmqError, match=r"cannot read .*README.md"):
+        kept.keep(tmp_path, {"text": "a", "kl_mean": 0.1})

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from llmq.errors import LlmqError, one_line, printable
-from llmq.guard.reading import field, is_file, json_object, parse_json, tensor_entries, yaml_object
+from llmq.guard.reading import field, is_file, json_object, number, parse_json, tensor_entries, yaml_object
 
 
 def put(path, text):
@@ -125,3 +125,16 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
         with pytest.raises(LlmqError, match="not a plain file"):
             json_object(tmp_path / name)
     assert not is_file(tmp_path / ("x" * 5000)) and not is_file(tmp_path / "pipe.json")
+
+
+def test_numbers_of_files_are_such_that_figures_can_be_made_of_them():
+    assert number(3) == 3.0 and number(-0.5) == -0.5 and number(5e-324) == 0
+    for value in (None, True, "3", [3], float("nan"), float("inf"), -float("inf"), 10**400, 1e300):
+        assert number(value) is None
+
+
+def test_half_of_a_surrogate_pair_is_no_text_in_any_encoding():
+    half = '{"a": "\\ud800"}'
+    for text in (half, half.encode(), half.encode("utf-16"), half.encode().replace(b"\\ud800", b"\xed\xa0\x80")):
+        with pytest.raises(LlmqError, match="x is not valid JSON"):
+            parse_json(text, "x")

@@ -76,6 +76,27 @@ def test_names_of_tensors_stay_text(tmp_path):
     assert "&lt;/script&gt;&lt;script&gt;alert(1)" in html and html.count("<script") == 4
 
 
+@pytest.mark.parametrize(
+    "odd", [10**400, float("nan"), float("inf"), 1e308, 5e-324], ids=["huge", "nan", "inf", "large", "tiny"]
+)
+def test_numbers_that_no_figure_is_made_of_break_no_page(made, evaluated, tmp_path, odd):
+    """JSON as Python reads it has numbers that no browser takes, and some that no float holds."""
+    line = {"weight_error": odd, "output_error": odd, "bits": odd}
+    linears = {f"model.layers.{i}.mlp.{n}_proj": line for i in (0, 1, "9" * 5000) for n in ("up", "down")}
+    figures = {name: odd for name in ("perplexity", "kl_mean", "kl_p99", "top1", "tokens")}
+    out = evaluated(shutil.copytree(made.int4, tmp_path / "odd"), classes={"word": figures}, **figures)
+    known = read(out, "x")
+    one = Told(**{**vars(known), "record": {"linears": linears, "experts": {"layers": {"layers.0.mlp": [1, odd]}}}})
+    html = page(shown([one]), [one])
+    assert not re.search(r"NaN|Infinity", re.search(r'id="specs">(.*?)</script>', html, re.S)[1])
+
+
+def test_what_a_record_has_many_of_is_cut():
+    one = told({f"head{i}": {"weight_error": 0.1} for i in range(30_000)}, warnings=["w" * 100] * 30_000)
+    html = page(shown([one]), [one])
+    assert len(html) < 2e6 and "29,800 more are in the record" in html
+
+
 @pytest.mark.parametrize("experts", [0, 128])
 def test_the_largest_models_stay_below_three_megabytes(experts):
     leaves = [f"mlp.experts.{e}.{p}_proj" for e in range(experts) for p in ("gate", "up", "down")] or [

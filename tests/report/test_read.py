@@ -92,7 +92,13 @@ def test_what_is_not_there_is_named(made, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"activations": [{"block": 0}]}, {"linears": {"a": 3}}, {"size": {"bits_per_weight": "4"}}, {"recipe": 1}],
+    [
+        {"activations": [{"block": 0}]},
+        {"linears": {"a": 3}},
+        {"size": {"bits_per_weight": "4"}},
+        {"recipe": 1},
+        {"size": {"bits_per_weight": float("nan")}},
+    ],
 )
 def test_a_record_that_is_not_as_written_is_one_line(made, tmp_path, change):
     out = tmp_path / "out"

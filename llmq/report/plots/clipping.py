@@ -26,6 +26,8 @@ class Clipping(OfEach):
         packed = one.chosen()
         at = packed.positions(_floats(one, packed))
         at = at[at.isfinite()]
+        if not len(at):
+            raise LlmqError(f"{packed.name} has no group with a range.")
         counts = torch.histc(at.clamp(_LOW, _HIGH), _BINS, _LOW, _HIGH).tolist()
         edges = torch.linspace(_LOW, _HIGH, _BINS + 1).tolist()
         rows = [

@@ -38,7 +38,7 @@ class Experts(OfEach):
 
 def _rows(layer: str, counts: Sequence[int], where: str) -> list[Row]:
     """Return the squares of a layer. Raises LlmqError for what are no counts."""
-    if not all(type(n) is int and n >= 0 for n in counts):
+    if not all(type(n) is int and 0 <= n < 2**53 for n in counts):
         raise LlmqError(f"{where}: {layer} has no list of numbers of tokens")
     mean, block = fmean(counts or [0]) or 1.0, Line.of(layer, {}).block
     place = layer if block is None else block

@@ -9,6 +9,7 @@ import altair as alt
 from llmq.report.plots._plot import Figure, Plot, Row, by_square, chart, tips
 from llmq.report.read import Line, Told
 
+_NAMED = 8  # linears outside of the blocks that are named
 _ABSENT = "No errors were recorded: another tool made this checkpoint, or it was exported without its record."
 
 
@@ -36,7 +37,8 @@ class Heat(Plot):
                 yield Figure(one.label, lacks=_ABSENT)
                 continue
             outside = [f"{x.name}: {e:.3g}" for x in one.lines if x.block is None and (e := x.error(kind))]
-            says = [f"Outside of the blocks: {', '.join(outside)}."] if outside else []
+            more = f" and {len(outside) - _NAMED:,} more" if len(outside) > _NAMED else ""
+            says = [f"Outside of the blocks: {', '.join(outside[:_NAMED])}{more}."] if outside else []
             yield Figure(one.label, _map(rows, kind, (min(errors), max(errors))), says=says)
 
 

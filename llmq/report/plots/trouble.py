@@ -20,9 +20,9 @@ class Trouble(OfEach):
         """Return the table."""
         warnings = [str(w) for w in one.of("warnings", list, [])]
         rows = [[Cell(x.name), Cell(kind), Cell(words)] for x in one.lines for kind, words in x.trouble.items()]
-        says = [f"Warning: {w}" for w in warnings]
-        if len(rows) > _SHOWN:
-            says.append(f"{len(rows) - _SHOWN:,} more are in the record.")
+        says = [f"Warning: {w}" for w in warnings[:_SHOWN]]
+        if more := sum(max(len(found) - _SHOWN, 0) for found in (rows, warnings)):
+            says.append(f"{more:,} more are in the record.")
         if not rows:
             says.append("No linear had trouble with its numbers." if one.lines else "Nothing was recorded of linears.")
         table = Table(["linear", "what", "how"], rows[:_SHOWN]) if rows else None
