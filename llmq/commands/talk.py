@@ -44,7 +44,7 @@ def generate(
     """
     from llmq.talk.speaker import Sampling, opened
 
-    how = Sampling(max_new_tokens, temperature=0)
+    how, prompt = Sampling(max_new_tokens, temperature=0), _text(prompt)
     with opened(model, device) as speaker:
         console.print(lines(prompt + "".join(speaker.answer(speaker.encode(prompt), how))))
 
@@ -70,7 +70,7 @@ def chat(
     from llmq.talk.conversation import BASE, Conversation
     from llmq.talk.speaker import Sampling, opened
 
-    how = Sampling(max_new_tokens, temperature, top_p, seed)
+    how, system = Sampling(max_new_tokens, temperature, top_p, seed), None if system is None else _text(system)
     with opened(model, device, context) as speaker, apart():
         talk = Conversation(speaker, how, system)
         console.print(plain(f"{model}: {'/help lists commands' if speaker.chats else BASE}", "dim"), soft_wrap=True)
@@ -141,6 +141,15 @@ def _said() -> Iterator[str]:
             yield said
 
 
+def _text(said: str) -> str:
+    """Return what was typed. Raises LlmqError for bytes that are no text, which Python hands on as halves of pairs."""
+    try:
+        said.encode()
+    except UnicodeEncodeError as e:
+        raise LlmqError("what was typed is no UTF-8 text; check the terminal's or the file's encoding") from e
+    return said
+
+
 def _typed() -> str:
     """Return a line, or several that stand in triple quotes. Raises EOFError at the end of the input."""
     shown = sys.stdin.isatty()
@@ -157,7 +166,7 @@ def _answered(said: str, talk: Conversation) -> Answer | None:
     """Print the answer to what was said as it comes, and keep it; None where there is none."""
     written = []
     try:
-        answer = talk.ask(said)
+        answer = talk.ask(_text(said))
         with asked() as stop:
             for piece in answer:
                 written.append(piece)
@@ -181,7 +190,7 @@ def _obeyed(command: str, talk: Conversation, last: Answer | None) -> Answer | N
     name, _, rest = command.partition(" ")
     try:
         if name == "/system":
-            talk.tell(rest.strip() or None)
+            talk.tell(_text(rest.strip()) or None)
         elif name == "/reset":
             talk.reset()
         elif name == "/stats":

@@ -25,6 +25,8 @@ from llmq.model.pretrained import check_ids, foreign
 from llmq.talk.speaker import Message, Piece, Sampling, Speaker
 from llmq.talk.words import Decoded
 
+_COLD = 1e-6  # a temperature below which only the likeliest token is left, and logits divided by it overflow
+
 
 class InTorch(Speaker):
     """A checkpoint folder or Hub id. Raises LlmqError as `load` and `load_tokenizer` do."""
@@ -137,7 +139,8 @@ class InTorch(Speaker):
         """Return what tells `generate` how to choose, by the checkpoint's own settings where nothing is said."""
         own = self._model.generation_config
         sampled = how.temperature is not None or how.top_p is not None or bool(own.do_sample)
-        if how.temperature == 0 or how.top_p == 0 or not sampled:
+        coldest = how.temperature is not None and how.temperature < _COLD
+        if coldest or how.top_p == 0 or not sampled:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         told = {"temperature": how.temperature, "top_p": how.top_p}
         return {"do_sample": True, **{key: value for key, value in told.items() if value is not None}}

@@ -9,6 +9,7 @@ import pytest
 from _forked import Terminal
 from _parrot import Parrot
 
+import llmq
 from llmq import cli, signals
 from llmq.talk.conversation import Conversation
 from llmq.talk.speaker import Sampling, TooLongError
@@ -83,3 +84,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tiny_checkpoint):
     assert "tokens a second" in terminal.until(r"> $")
     terminal.type("\x04")
     assert terminal.ends() == 0
+
+
+def test_bytes_that_are_no_text_are_refused_before_the_model_is_opened():
+    for ask in (lambda: cli.generate("no-model", "a\udcff"), lambda: cli.chat("no-model", system="a\udcff")):
+        with pytest.raises(llmq.LlmqError, match="what was typed is no UTF-8 text"):
+            ask()

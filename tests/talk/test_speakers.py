@@ -150,7 +150,8 @@ def test_the_checkpoints_own_settings_hold_where_nothing_is_said(tiny_checkpoint
     file.write_text(json.dumps({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 7]}))
     speaker = in_torch.InTorch(str(folder), "cpu")
     assert speaker._choosing(Sampling(1)) == {"do_sample": True}
-    assert speaker._choosing(Sampling(1, 0))["do_sample"] is False
+    assert speaker._choosing(Sampling(1, 0)) == speaker._choosing(Sampling(1, 1e-300))
+    assert speaker._choosing(Sampling(1, 1e-300))["do_sample"] is False
     assert speaker._choosing(Sampling(1, 0.5)) == {"do_sample": True, "temperature": 0.5}
     assert speaker._ends() == [1, 7]
 
