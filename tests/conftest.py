@@ -15,9 +15,12 @@ import pytest
 import torch
 from _llama_cpp import LlamaCpp
 from _tiny import VOCAB, make_prose, make_tokenizer
+from hypothesis import HealthCheck, settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks torch for a device
+settings.register_profile("llmq", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("llmq")  # the same examples in every run, however busy the machine
 
 
 def pytest_collection_finish() -> None:

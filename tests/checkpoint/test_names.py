@@ -168,7 +168,7 @@ def llama(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("llama"), LlamaConfig(**SMALL, num_key_value_heads=1, head_dim=16))
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     files=st.sampled_from(FILES),
     prefix=st.sampled_from(["model.", "", "half"]),

@@ -80,7 +80,7 @@ def test_all_zero_groups_decode_to_zero_and_huge_ones_do_not_overflow():
 
 
 @given(st.floats(-(2.0**21), 2.0**21, width=32))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_rounding_equals_torch_round(x):
     grid = Int(8, False, "channel", scale_dtype=torch.float32)
     params = grid.params(torch.tensor(0.0), torch.tensor(255.0))

@@ -17,7 +17,7 @@ def make(bits, N, K, G, zero, seed=0, dtype=torch.float16):
     return codes, scale, zeros
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     bits=st.sampled_from([2, 3, 4, 8]),
     N=st.integers(1, 140),

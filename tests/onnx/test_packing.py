@@ -25,7 +25,7 @@ def unpacked(words, bits, n):
     return [int(text[len(text) - (i + 1) * bits : len(text) - i * bits], 2) for i in range(n)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.sampled_from([2, 4, 8]), st.integers(1, 40))
 def test_low_bits_come_first(bits, n):
     codes = torch.randint(0, 2**bits, (3, n)).to(torch.uint8)

@@ -1,7 +1,7 @@
 """Text out of tokens: the same as all at once, never half a character; a stop string ends it wherever it is split."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmq.talk.words import Decoded, until
@@ -35,7 +35,6 @@ def test_a_first_word_keeps_its_space():
     assert Decoded(decode, [1]).add(0) == " Paris" and Decoded(decode).add(0) == "Paris"
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault
 @given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3), st.data())
 def test_a_stop_string_ends_the_text_however_it_is_cut(text, stop, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
