@@ -40,7 +40,7 @@ def test_an_option_of_the_recipe_is_one_of_the_command_line_and_of_python():
     asked = {name.rstrip("_"): p for name, p in parameters(cli.quantize).items()}
     assert asked.keys() - {"log_json"} == {*api.OF_THE_RUN, *KINDS}
     for field in dataclasses.fields(Recipe):
-        text_alone = {int} if field.name in ("group_size", "embeddings") else set()  # a word or a number
+        text_alone = {"group_size": {int}, "embeddings": {int}, "calib": {str}}.get(field.name, set())  # or given once
         assert types_of(asked[field.name].annotation) == types_of(KINDS[field.name]) - text_alone, field.name
         assert asked[field.name].default is None and field.default in (None, ()), field.name
 

@@ -65,7 +65,7 @@ def test_what_quantize_would_refuse_is_refused_with_its_line(tiny_checkpoint, tm
         llmq.plan(folder, tmp_path / "out", **options)
     assert str(e.value) == str(said.value)
     flags = [f for n, v in options.items() for f in ("--" + {"runtime": "for"}.get(n, n).replace("_", "-"), v)]
-    done = plan(folder, *flags)
+    done = plan(folder, tmp_path / "out", *flags)
     assert done.exit_code == 1 and str(done.exception) == str(said.value)
 
 
