@@ -9,7 +9,7 @@ Not here: what the options of a recipe mean (recipe.py), how a run and its figur
 """
 
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,6 @@ from llmq.checkpoint import place
 from llmq.checkpoint.place import user_path
 from llmq.evaluation import kept, scores, several
 from llmq.evaluation.streamed import Streamed
-from llmq.evaluation.tokens import Tokens
 from llmq.evaluation.windows import find_convention, load_text
 from llmq.export import _run as exporting
 from llmq.export import _several as outputs
@@ -142,7 +141,7 @@ def _several(src: str | Path, out: Path, forms: list[str], given: dict[str, Any]
             outputs.require(target, text, overwrite=overwrite)
     said = [warning for text in forms[1:] for warning in outputs.foresee(planned, text)]
     with began.begun() if team.leads else nullcontext():
-        record = quantize(src, first, **given) if first in left_over else json_object(first / "quantization.json")
+        record = quantize(src, first, **given) if first in left_over else json_object(first / place.RECORD)
         after = {n: given[n] for n in ("verify", "overwrite", "warn", "progress")}
         for text, target in zip(forms[1:], others, strict=True):
             if team.leads and target in left_over:
@@ -309,7 +308,7 @@ def evaluate_all(
     dtype: str | None = None,
     device: str = "auto",
     keep: bool = False,
-    held: MutableMapping[str, Tokens] | None = None,
+    held: several.TokenStore | None = None,
     progress: Progress | Listener | None = None,
 ) -> several.Several:
     """Measure checkpoints' perplexity and, against a float `baseline`, KL divergence and top-1 agreement.

@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,18 +21,16 @@ from torch import Tensor
 
 from llmq.checkpoint import Source
 from llmq.checkpoint.packed import natural
-from llmq.checkpoint.place import user_path
-from llmq.export._decoded import decoded, is_gguf
+from llmq.checkpoint.place import is_gguf, recorded, user_path
+from llmq.export._decoded import decoded
 from llmq.export._from_gguf import Floats
 from llmq.gguf.reader import GgufFile
-from llmq.guard.reading import json_object
 from llmq.model.folding import Folded, floats_of
 from llmq.progress import Progress
 from llmq.types import LlmqError
 from llmq.verify.against import error_of
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.(.+)\.weight$")
-_RECORD = "quantization.json"
 
 
 @dataclass(frozen=True)
@@ -137,8 +134,7 @@ def _record(name: str) -> Mapping[str, Any]:
     """Return llmq's record of a checkpoint, empty where there is none."""
     if is_gguf(name):
         return GgufFile(user_path(name)).report()
-    file = Path(name).expanduser() / _RECORD
-    return json_object(file) if file.is_file() else {}
+    return recorded(user_path(name)) or {}
 
 
 def _truth(of: Source, recorded: Mapping[str, Any]) -> Source | Folded:

@@ -4,15 +4,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import as_floats, decoded_on_load
 from llmq.checkpoint.packed import PackedCheckpoint, Packing
+from llmq.checkpoint.place import RECORD, is_gguf, recorded, user_path
 from llmq.errors import LlmqError, printable
 from llmq.gguf.reader import GgufFile
-from llmq.guard.reading import field, json_object
+from llmq.guard.reading import field
 from llmq.model.pretrained import blank_model, model_config
 from llmq.show import Rows
 
@@ -21,8 +21,8 @@ _SHOWN = ("general.name", "general.file_type", "tokenizer.ggml.model", "tokenize
 
 def inspect(name: str, *, linears: bool = False) -> Iterator[Rows]:
     """Yield tables about a local or Hub checkpoint or a GGUF file. Raises LlmqError for one that cannot be read."""
-    if name.endswith(".gguf") or Path(name).is_file():
-        yield from _gguf(GgufFile(Path(name)), linears=linears)
+    if is_gguf(name):
+        yield from _gguf(GgufFile(user_path(name)), linears=linears)
         return
     source = Source(resolve(name))
     config, quantization = source.config, source.quantization or {}
@@ -34,8 +34,7 @@ def inspect(name: str, *, linears: bool = False) -> Iterator[Rows]:
     kinds = Counter(dtype for dtype, _ in source.headers().values())
     table.add("dtypes", ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()))
     table.add("quantization", quantization.get("quant_method") if quantization else "none (float)")
-    record_file = source.path / "quantization.json"
-    record = json_object(record_file) if record_file.is_file() else None
+    record = recorded(source.path)
     packed = None
     try:
         if decoded_on_load(quantization):
@@ -49,7 +48,7 @@ def inspect(name: str, *, linears: bool = False) -> Iterator[Rows]:
     for key, value in quantization.items():
         if key != "quant_method":
             table.add(f"  {key}", printable(json.dumps(value), 200))
-    where = str(record_file)
+    where = str(source.path / RECORD)
     if record is not None:
         table.add("bits per quantized weight", field(record, "size", dict, where).get("bits_per_weight"))
         recipe = field(record, "recipe", dict, where)

@@ -16,7 +16,7 @@ from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import decoded_on_load
 from llmq.checkpoint.names import match
 from llmq.checkpoint.packed import PackedCheckpoint, PackedWeights
-from llmq.checkpoint.place import EXPORTED
+from llmq.checkpoint.place import EXPORTED, is_gguf, user_path
 from llmq.errors import LlmqError, printable
 from llmq.format import Format
 from llmq.gguf import kinds
@@ -51,8 +51,8 @@ def readers_of(model: str) -> list[Reader]:
 
     Raises LlmqError for a float checkpoint, and for one that llmq does not read.
     """
-    if model.endswith(".gguf") or Path(model).is_file():
-        return _of_gguf(GgufFile(Path(model)))
+    if is_gguf(model):
+        return _of_gguf(GgufFile(user_path(model)))
     folder = resolve(model)
     if (folder / EXPORTED).is_file():
         return list(_of_exported(folder))

@@ -29,13 +29,15 @@ _CHECKPOINT = (
 AFTERWARDS = ("report.html", "timings.json", "evaluation.json")
 """What llmq puts into OUT once it is written: no record lists it, no reader of checkpoints takes it (`beside`)."""
 _QUANTIZED = ("quantization_config", "quantization", "compression_config")  # keys of config.json
+RECORD = "quantization.json"
+"""The record of a run, in its OUT (docs/record.md)."""
 DEQUANTIZED = "dequantization.json"
 """The record of a float checkpoint that llmq made of a quantized one, which can be made again."""
 EXPORTED = "export.json"
 """The record of a folder that `llmq export` made for another runtime."""
 _WEIGHTS = (".safetensors", ".onnx")
 _RECORDS = (
-    "quantization.json",
+    RECORD,
     DEQUANTIZED,
     EXPORTED,
     "quantize_config.json",
@@ -86,6 +88,16 @@ def one_file(out: Path) -> bool:
     if out.suffix != ".gguf" and out.suffix.lower() == ".gguf":
         raise LlmqError(f"{out} ends in {out.suffix}; call it {out.with_suffix('.gguf')}")
     return out.suffix == ".gguf"
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Say whether what is read is a GGUF file: a file, or named as one; else it is a folder or on the Hub."""
+    return str(name).lower().endswith(".gguf") or user_path(name).is_file()
+
+
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """Return the record of the run that made a folder, None where there is none. Raises LlmqError for a broken one."""
+    return json_object(folder / RECORD) if (folder / RECORD).is_file() else None
 
 
 def beside(out: Path, name: str) -> Path:

@@ -37,7 +37,7 @@ from llmq.guard.reading import DTYPES, Entry, metadata, tensor_entries
 SHARD_BYTES = 5 * 10**9
 _REPLACED = (
     "config.json", ADAPTER, "*.index.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json",
-    "quantization.json", place.DEQUANTIZED, *place.AFTERWARDS,
+    place.RECORD, place.DEQUANTIZED, *place.AFTERWARDS,
 )  # fmt: skip
 log = logging.getLogger(__name__)
 

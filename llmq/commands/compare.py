@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmq.checkpoint.place import is_gguf
+from llmq.commands.borrowed import borrowing
+from llmq.commands.measure import evaluate
 from llmq.commands.quantize import quantize
 from llmq.commands.terminal import console, progress, warn
 from llmq.errors import LlmqError, one_line
@@ -20,32 +23,27 @@ if TYPE_CHECKING:
     from llmq.comparing.results import Comparison, Row
 
 _USAGE: Any = typer.BadParameter.__mro__[1]  # the UsageError of the click that typer has, whichever that is
-_OF_THE_COMMAND = ("json_file", "log_json", "schemes")
+_OF_THE_COMMAND = ("json_file", "log_json", "schemes", "options")
 _NO_RECIPE = (
     "src", "out", "recipe", "adapter", "runtime", "device", "max_memory", "device_memory", "allow_code", "verify",
     "overwrite", "log_json", "imatrix_out",
 )  # fmt: skip
 
 
+@borrowing(
+    {
+        quantize: ("calib", "samples", "seq_len", "seed"),
+        evaluate: ("text", "convention", "window", "windows"),
+    }
+)
 def compare(
     src: Annotated[str, typer.Argument(help="Float checkpoint: a folder, org/name or org/name@REVISION.")],
     schemes: Annotated[
         list[str], typer.Option(help="w4a16,awq,q4_k_m,w8a8 ...; again for 'NAME=--bits 3 --group-size 64'.")
     ],
-    calib: Annotated[
-        list[str] | None,
-        typer.Option(help="A text file or folder, a dataset, or 'self'; again for more: SOURCE:weight=2. [wikitext2]"),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of each. [2048]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Chooses calibration windows. [0]")] = None,
     quality: Annotated[str | None, typer.Option(help="Of those that name no method. [balanced]")] = None,
     group_size: Annotated[str | None, typer.Option(help="Of integer weights with float inputs. [128]")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text file to score, or a folder of categories.")] = None,
     dataset: Annotated[str, typer.Option(help="Hub dataset to score where there is no --text.")] = "wikitext2",
-    convention: Annotated[str, typer.Option(help="gptq, llama.cpp or lm-eval.")] = "gptq",
-    window: Annotated[int | None, typer.Option(help="Tokens of a window, in place of the convention's.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Score only the first N windows.")] = None,
     budget: Annotated[str | None, typer.Option(help="Mark what is larger, e.g. 6GiB.")] = None,
     on: Annotated[str | None, typer.Option(help="A GPU that is to run it: 'RTX 4090', h100, l4 ...")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report of all of them to this file.")] = None,
@@ -56,12 +54,13 @@ def compare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of --json and --html.")] = False,
     log_json: Annotated[Path | None, typer.Option(help="Log every step for machines: a JSON object a line.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    **options: Any,
 ) -> None:
     """Quantize a model in several ways and say what each costs: size, KL, perplexity, seconds, speed here.
 
     Example: `llmq compare ./my-llama --schemes w4a16,awq,q4_k_m,w8a8 --calib text.txt --text held-out.txt`
     """
-    given = {n: value for n, value in locals().copy().items() if n not in _OF_THE_COMMAND}
+    given = {n: value for n, value in locals().copy().items() if n not in _OF_THE_COMMAND} | options
     from llmq.checkpoint.disk import write_text
     from llmq.checkpoint.place import check_file, user_path
     from llmq.comparing import compare as run
@@ -137,7 +136,7 @@ def _spread(row: "Row") -> str:
 def lines(found: "Comparison", on: str | None) -> Iterable[str]:
     """Yield in words what the table has no room for."""
     yield "* on the Pareto front: no other is smaller and closer. tokens/s: one sequence, on this machine"
-    of_gguf = [row for row in found.rows if row.out.endswith(".gguf")]
+    of_gguf = [row for row in found.rows if is_gguf(row.out)]
     if of_gguf:
         yield "GGUF files are scored by their weights, decoded; their speed is llama.cpp's"
     if any(row.speed is None for row in of_gguf):

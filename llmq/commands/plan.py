@@ -5,7 +5,7 @@ Not here: finding it out (pipeline/estimate.py), the options that it shares with
 
 import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmq.commands.borrowed import borrowing
 from llmq.commands.quantize import quantize
 from llmq.commands.terminal import console, warn
 from llmq.show import Rows, span
@@ -23,18 +24,7 @@ if TYPE_CHECKING:
 _OF_A_RUN = ("out", "verify", "report", "log_json")  # which nothing plans
 
 
-def _with_options_of_quantize(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes `**options` those of `quantize` by name, between its own, for typer to read."""
-    own = dict(inspect.signature(command).parameters)
-    shared = {n: p for n, p in inspect.signature(quantize).parameters.items() if n not in (*_OF_A_RUN, *own)}
-    named = {"src": shared.pop("src"), **{n: p for n, p in own.items() if n != "options"}}
-    every = sorted([*named.values(), *shared.values()], key=lambda p: p.default is not p.empty)
-    command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in every}
-    return command
-
-
-@_with_options_of_quantize
+@borrowing({quantize: inspect.signature(quantize).parameters.keys() - {*_OF_A_RUN}})
 def plan(
     out: Annotated[Path | None, typer.Argument(help="Folder or OUT.gguf that would be written.")] = None,
     devices: Annotated[int, typer.Option(help="Processes that share the work, each with a device.")] = 1,

@@ -15,9 +15,10 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from llmq.checkpoint import resolve
 from llmq.checkpoint.disk import renewed, writing
 from llmq.checkpoint.place import user_path
 from llmq.checkpoint.shards import write
-from llmq.checkpoint.stage import fingerprint
+from llmq.checkpoint.stage import fingerprint, look
 from llmq.comparing import results
 from llmq.comparing.candidates import candidates
 from llmq.comparing.hardware import gpu, runs
@@ -88,23 +89,19 @@ def compare(  # noqa: PLR0913, options, one for one
     with ExitStack() as stack:
         folder = _folder(keep, stack)
         run = {"src": fingerprint(resolve(str(src)))}
-        done = results.finished(folder, run)
+        done, save = results.finished(folder, run), partial(results.save, folder, run, found.rows)
         for name, row in _made(src, chosen, plans, folder, done, {"device": device, "warn": warn, "progress": work}):
             row.readers = [r.runtime for r in plans[name].readers() if r.accepts]
             if where is not None:
                 row.runs, row.note = runs(plans[name].method.recipe, row.bytes, where)
             found.rows.append(row)
-            results.save(folder, run, found.rows)
+            save()
         _score(src, found, folder, scored, device, work)
-        for row in found.rows:
-            if row.speed is None and measured(row.out):
-                work(0, 1, f"speed of {row.name}")
-                row.speed = tokens_per_second(row.out, device)
-                results.save(folder, run, found.rows)
+        _time(found, device, work, save)
         results.mark(found.rows, most)
         found.float_bytes = plans[found.rows[0].name].source.bytes()
         found.advice = results.advice(found, most, where.name if where else None)
-        results.save(folder, run, found.rows)
+        save()
         if html is not None:
             report.write([r.out for r in found.rows], html, against=src, overwrite=overwrite, progress=work)
     return found
@@ -185,7 +182,7 @@ def _score(
 ) -> None:
     """Fill in the figures of all rows, and how they differ; those that were scored before are not run again."""
     of_text = {k: str(v) for k, v in scored.items()} | {"src": fingerprint(resolve(str(src)))}
-    held = Held(folder / results.TOKENS, json.dumps(of_text | _text_seen(scored["text"])))
+    held = TokenFiles(folder / results.TOKENS, json.dumps(of_text | _text_seen(scored["text"])))
     told = {k: v for k, v in scored.items() if k in _OF_TEXT}
     outs = [row.out for row in found.rows]
     measured = api.evaluate_all(outs, baseline=src, device=device, keep=True, held=held, progress=work, **told)
@@ -203,15 +200,24 @@ def _text_seen(text: str | Path | None) -> dict[str, Any]:
     return {"files": [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]}
 
 
-class Held(MutableMapping[str, Tokens]):
-    """The scored tokens of checkpoints, by path, in files of a folder. key: what they were scored on, as text."""
+def _time(found: Comparison, device: str, work: Work, save: Callable[[], None]) -> None:
+    """Fill in how fast each row writes here, where that is not known and what runs it is installed; save each."""
+    for row in found.rows:
+        if row.speed is None and measured(row.out):
+            work(0, 1, f"speed of {row.name}")
+            row.speed = tokens_per_second(row.out, device)
+            save()
+
+
+class TokenFiles:
+    """The scored tokens of checkpoints by path, in files of a folder: a `TokenStore`. key: of the text, in words."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self._folder, self._key = folder, key
 
     def _file(self, name: str) -> Path:
         path = Path(name)
-        seen = fingerprint(path) if path.is_dir() else repr((path.stat().st_size, path.stat().st_mtime_ns))
+        seen = fingerprint(path) if path.is_dir() else repr(look(path))
         return self._folder / f"{path.name}-{hashlib.sha256((self._key + seen).encode()).hexdigest()[:16]}"
 
     def __getitem__(self, name: str) -> Tokens:
@@ -232,12 +238,3 @@ class Held(MutableMapping[str, Tokens]):
 
     def __contains__(self, name: object) -> bool:
         return self._file(str(name)).is_file()
-
-    def __delitem__(self, name: str) -> None:
-        self._file(name).unlink()
-
-    def __iter__(self) -> Iterator[str]:
-        raise NotImplementedError("files do not tell whose they are")
-
-    def __len__(self) -> int:
-        return len(list(self._folder.glob("*")))

@@ -6,6 +6,7 @@ Not here: other machines (pipeline/machines.py), benchmarks of kernels (scripts/
 
 from importlib.util import find_spec
 
+from llmq.checkpoint.place import is_gguf
 from llmq.talk.speaker import Sampling, opened
 
 PROMPT = "Once upon a time, in a village by the sea, there lived an old fisherman who"
@@ -14,7 +15,7 @@ WRITTEN = 24
 
 def measured(out: str) -> bool:
     """Say whether what runs a checkpoint is installed."""
-    return not out.endswith(".gguf") or find_spec("xllamacpp") is not None
+    return not is_gguf(out) or find_spec("xllamacpp") is not None
 
 
 def tokens_per_second(out: str, device: str = "auto") -> float | None:

@@ -22,7 +22,7 @@ from llmq.checkpoint.card import with_figures
 from llmq.checkpoint.digest import sealed
 from llmq.checkpoint.disk import write_text
 from llmq.checkpoint.hub import origin
-from llmq.checkpoint.place import beside, user_path
+from llmq.checkpoint.place import RECORD, beside, one_file, recorded, user_path
 from llmq.errors import LlmqError, one_line
 from llmq.guard.reading import field, json_object
 
@@ -33,7 +33,7 @@ _KEY = ("text", "convention", "window", "windows", "baseline", "kv_bits", "limit
 def place(checkpoint: str | Path) -> Path:
     """Return the file of a checkpoint's figures. Raises LlmqError where there is no such folder or .gguf file here."""
     path = user_path(checkpoint)
-    if not path.is_dir() and not (path.suffix == ".gguf" and path.is_file()):
+    if not path.is_dir() and not (one_file(path) and path.is_file()):
         raise LlmqError(f"{checkpoint} is no folder or .gguf file of this machine; figures are kept beside one alone")
     return beside(path, _FILE)
 
@@ -95,8 +95,7 @@ def _name(checkpoint: str | Path) -> str:
 
 def _written(folder: Path) -> Mapping[str, Any]:
     """Return the files of a folder that llmq wrote, with their checksums; none of a peer's."""
-    record = folder / "quantization.json"
-    return field(json_object(record), "files", dict, str(record), {}) if record.is_file() else {}
+    return field(recorded(folder) or {}, "files", dict, str(folder / RECORD), {})
 
 
 def _entries(found: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:

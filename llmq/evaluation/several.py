@@ -13,11 +13,11 @@ Not here: the figures of one (scores.py), tasks (tasks.py).
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llmq.evaluation import paired, scores
 from llmq.evaluation.once import Once
@@ -27,6 +27,19 @@ from llmq.evaluation.windows import Convention, Passages, Text
 from llmq.types import LlmqError
 
 KL, NLL = "KL", "-log q"
+
+
+class TokenStore(Protocol):
+    """Where what was made of every token is kept, by the name of the model."""
+
+    def __contains__(self, name: object, /) -> bool:
+        """Say whether a model is there."""
+
+    def __getitem__(self, name: str, /) -> Tokens:
+        """Return what was made of the tokens."""
+
+    def __setitem__(self, name: str, tokens: Tokens, /) -> None:
+        """Keep it."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ def measure(  # noqa: PLR0913, what is measured and how
     windows: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     *,
-    held: MutableMapping[str, Tokens] | None = None,
+    held: TokenStore | None = None,
 ) -> Several:
     """Measure models, each opened when its turn comes, by name.
 
@@ -83,13 +96,13 @@ def measure(  # noqa: PLR0913, what is measured and how
     Raises LlmqError as `scores.measure` does, and where models cut the text into different tokens.
     """
     found, seen, first = dict[str, Evaluation](), dict[str, Tokens](), None
-    held = {} if held is None else held
-    reader = truth.model if truth is not None and any(name in held for name in models) else None
+    kept: TokenStore = {} if held is None else held
+    reader = truth.model if truth is not None and any(name in kept for name in models) else None
     with ExitStack() as stack:
         if truth is not None and len(models) > 1:
             truth = Once(truth, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmq-states-"))))
         for name, opened in models.items():
-            scored = None if name in held and reader is not None else opened()
+            scored = None if name in kept and reader is not None else opened()
             began = time.perf_counter()
             pieces = scores.prepare(scored.model if scored else reader, tokenizers[name], text, convention, windows)
             first = first or (name, pieces)
@@ -97,8 +110,8 @@ def measure(  # noqa: PLR0913, what is measured and how
             if scored is not None:
                 scores.require_same_vocabulary(scored, truth)
                 told = None if progress is None else _naming(progress, name)
-                held[name] = score(pieces.windows, scored, truth, told)
-            seen[name] = held[name]
+                kept[name] = score(pieces.windows, scored, truth, told)
+            seen[name] = kept[name]
             seconds, bits = time.perf_counter() - began, scored.kv_bits if scored else None
             found[name] = scores.figures(seen[name], pieces, tokenizers[name], seconds, bits)
             del scored  # before the next is opened

@@ -28,6 +28,7 @@ from llmq.checkpoint.dialects import without_quantization
 from llmq.checkpoint.digest import file_digests, sealed
 from llmq.checkpoint.hub_metadata import CARD
 from llmq.checkpoint.packed import CACHE, natural
+from llmq.checkpoint.place import RECORD
 from llmq.errors import LlmqError
 from llmq.export._kept import Kept, keep
 from llmq.export._target import EXACT, OfCodes, Packed, open_packed, stage
@@ -218,7 +219,7 @@ class AsFormat(OfCodes):
         record = self._record(opened, out, outcomes, lines, total)
         out.text(CARD, export_card(record, self.form.quant_method, config, opened.card, self._readers(opened)))
         files = file_digests(out.stage, out.files())
-        out.json("quantization.json", sealed(record | {"files": files}))
+        out.json(RECORD, sealed(record | {"files": files}))
         return {"outcomes": dict(outcomes), "bytes": total, "warnings": opened.warnings}
 
     def _tensors(

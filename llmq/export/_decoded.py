@@ -16,16 +16,11 @@ import torch
 
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import as_floats
-from llmq.checkpoint.place import user_path
+from llmq.checkpoint.place import is_gguf, user_path
 from llmq.export._experts import join
 from llmq.export._from_gguf import Floats
 from llmq.export._run import export
 from llmq.progress import Progress
-
-
-def is_gguf(name: str | Path) -> bool:
-    """Say whether a checkpoint is a GGUF file."""
-    return str(name).endswith(".gguf") or user_path(name).is_file()
 
 
 def decoded(name: str, dtype: torch.dtype) -> Source:

@@ -28,10 +28,9 @@ from llmq.checkpoint import Sink, Source, resolve
 from llmq.checkpoint.decoding import decoded_on_load
 from llmq.checkpoint.hub_metadata import NO_CARD, SourceCard, source_card
 from llmq.checkpoint.packed import PackedCheckpoint, PackedWeights, Packing
-from llmq.checkpoint.place import user_path
+from llmq.checkpoint.place import is_gguf, recorded, user_path
 from llmq.errors import LlmqError
 from llmq.export._integers import OfIntegers
-from llmq.guard.reading import json_object
 from llmq.model.pretrained import blank_model, model_config, tokenizer_of
 from llmq.progress import Progress
 from llmq.types import LinearSpec, Params, QTensor
@@ -200,7 +199,7 @@ def open_packed(src: str, requantize: str | None = None, *, minima: bool = False
     minima: whether the target takes minima that are floats of their own (MLX, Q4_1) as they are; else they are zeros,
     or refused where they are none.
     """
-    if user_path(src).is_file() or src.lower().endswith(".gguf"):
+    if is_gguf(src):
         from llmq.export._gguf_codes import open_gguf_codes
 
         opened = open_gguf_codes(user_path(src), requantize)
@@ -210,13 +209,13 @@ def open_packed(src: str, requantize: str | None = None, *, minima: bool = False
     model = blank_model(source, config)
     packed = PackedCheckpoint.open(source, model)
     config.tie_word_embeddings = model.config.tie_word_embeddings
-    made_by = source.path / "quantization.json"
-    made = json_object(made_by) if made_by.is_file() else None
     skipped = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed.linears]
     card, told = source_card(source.path)
     about = Opened(source, [*source.warnings, *told], card)
     held = packed if minima else OfIntegers(packed)
-    return Packed(**vars(about), config=config, packed=held, skipped=skipped, requantize=requantize, made=made)
+    return Packed(
+        **vars(about), config=config, packed=held, skipped=skipped, requantize=requantize, made=recorded(source.path)
+    )
 
 
 def _packed_source(src: str) -> Source:

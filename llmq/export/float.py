@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from llmq import __version__
-from llmq.checkpoint import Sink, Source, resolve
+from llmq.checkpoint import Sink, Source
 from llmq.checkpoint.card import float_card
-from llmq.checkpoint.decoding import DECODED, as_floats
+from llmq.checkpoint.decoding import DECODED
 from llmq.checkpoint.digest import digest, file_digests, sealed
 from llmq.checkpoint.hub_metadata import CARD, SourceCard, source_card
 from llmq.checkpoint.packed import natural
-from llmq.checkpoint.place import DEQUANTIZED, user_path
+from llmq.checkpoint.place import DEQUANTIZED, is_gguf
 from llmq.errors import LlmqError
-from llmq.export._experts import join
+from llmq.export._decoded import decoded
 from llmq.export._from_gguf import Floats
 from llmq.export._target import Opened, Target, finite, stage
 from llmq.progress import Progress
@@ -82,12 +82,9 @@ class Float(Target[Opened]):
 
 def _opened(src: str, dtype: torch.dtype) -> Source:
     """Return what SRC decodes to. Raises LlmqError for a float checkpoint."""
-    if src.lower().endswith(".gguf") or user_path(src).is_file():
-        return Floats(user_path(src), dtype)
-    source = Source(resolve(src))
-    if source.quantization is None:
+    source = decoded(src, dtype)
+    if not is_gguf(src) and not source.decoded:
         raise LlmqError(f"{src} is a float checkpoint already; nothing is packed in it")
-    source.warnings += [*as_floats(source, dtype), *join(source)]
     return source
 
 

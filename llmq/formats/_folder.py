@@ -20,6 +20,7 @@ from llmq.checkpoint import Sink
 from llmq.checkpoint.card import model_card
 from llmq.checkpoint.digest import file_digests, sealed
 from llmq.checkpoint.hub_metadata import CARD, SourceCard, source_card
+from llmq.checkpoint.place import RECORD
 from llmq.format import Assignment, FloatModel, Format, Out, Wanted
 from llmq.formats import _common
 from llmq.grids._biased import Biased
@@ -157,5 +158,5 @@ class _Checkpoint(Assignment):
         out.text(CARD, model_card(record, self.form.quant_method, self.model.saved, self.card, readers))
         files = file_digests(out.stage, out.files())
         record = sealed(record | {"files": files})
-        out.json("quantization.json", record)
+        out.json(RECORD, record)
         return record

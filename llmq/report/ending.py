@@ -10,7 +10,7 @@ Not here: the report of what is there already (write, in this folder's __init__.
 from pathlib import Path
 
 from llmq import report
-from llmq.checkpoint.place import beside, check_file, user_path
+from llmq.checkpoint.place import beside, check_file, one_file, user_path
 from llmq.errors import LlmqError
 from llmq.report.timings import FILE, Timings
 
@@ -18,7 +18,7 @@ from llmq.report.timings import FILE, Timings
 def refuse(out: str | Path, *, overwrite: bool) -> None:
     """Raise LlmqError where no report could be written when OUT is whole. One in a folder goes with the folder."""
     report.require()
-    if (path := user_path(out)).suffix == ".gguf" and path.parent.is_dir():
+    if one_file(path := user_path(out)) and path.parent.is_dir():
         check_file(beside(path, report.FILE), "--report", report.START, overwrite=overwrite)
         check_file(beside(path, FILE), "--report", b"{", overwrite=overwrite)
 

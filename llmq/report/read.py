@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint import Source, resolve
-from llmq.checkpoint.place import beside, user_path
+from llmq.checkpoint.place import beside, is_gguf, recorded, user_path
 from llmq.errors import LlmqError, printable
 from llmq.evaluation import kept
 from llmq.gguf.reader import GgufFile
 from llmq.guard.reading import field as read_field
-from llmq.guard.reading import json_object, number
+from llmq.guard.reading import number
 from llmq.report import timings
 from llmq.report.figures import figures
 from llmq.report.timings import Timings
-from llmq.report.weights import OfFolder, OfGguf, Packed, Weights
+from llmq.report.weights import OfFolder, OfGguf, PackedLinear, Weights
 
 _PLACE = re.compile(r"(?:.*\.)?(?:layers|blocks|h)\.(\d{1,9})\.(.+)")
 KINDS = ("output", "weight")
@@ -178,12 +178,12 @@ class Told:
         known = [line for line in self.lines if line.error(self.kind) is not None]
         return sorted(known, key=lambda line: -(line.error(self.kind) or 0.0))[:count]
 
-    def chosen(self) -> Packed:
+    def chosen(self) -> PackedLinear:
         """Return the linear whose codes are shown, read. Raises LlmqError where it cannot be."""
         return self._chosen
 
     @cached_property
-    def _chosen(self) -> Packed:
+    def _chosen(self) -> PackedLinear:
         there = self.weights.names()
         if not there:
             raise LlmqError(f"{self.path} holds no packed linear.")
@@ -209,14 +209,14 @@ def read(
     source = None if against is None else Source(resolve(str(against)), added)
     path = user_path(out)
     weights: Weights
-    if path.is_file() or path.suffix == ".gguf":
+    if is_gguf(out):
         record, method = GgufFile(path).report(), "gguf"
         file = OfGguf(path, source, record)
         size, weights = file.size(), file
     else:
         own = Source(resolve(str(out)))
         path, size, method = own.path, own.bytes(), str((own.quantization or {}).get("quant_method", "float"))
-        record = json_object(made) if (made := path / "quantization.json").is_file() else {}
+        record = recorded(path) or {}
         weights = OfFolder(own, source, record)
     if linear is not None and linear not in (there := weights.names()):
         near = difflib.get_close_matches(linear, there, n=1, cutoff=0.0)

@@ -1,7 +1,7 @@
 """The packed weights of a checkpoint as codes and scales, one linear at a time, beside the floats they were made from.
 
     weights.names()             the linears that are packed
-    weights.read(name)          Packed: codes [N, K], scale [N, G], and which codes lie at the ends of the grid
+    weights.read(name)          PackedLinear: codes [N, K], scale [N, G], and which codes lie at the ends of the grid
     weights.floats(name)        the float weight before rounding, folds and rotations made again; None without a source
 
 A folder's are read by its format (checkpoint/packed.py), those of a GGUF file by the grid of their ggml type, rows in
@@ -22,24 +22,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmq import registry
 from llmq.checkpoint import Source
 from llmq.checkpoint.decoding import as_floats
 from llmq.checkpoint.packed import PackedCheckpoint
 from llmq.errors import LlmqError
+from llmq.gguf import kinds
 from llmq.gguf.reader import GgufFile
 from llmq.model.adapter import Adapted, Adapter
 from llmq.model.folding import floats_of
 from llmq.model.pretrained import blank_model, model_config
 from llmq.model.skeleton import Skeleton
-from llmq.stored import StoredGrid
 from llmq.types import Params, QTensor
 from llmq.verify.ggml import Gguf, shards
 from llmq.verify.report import Report
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedLinear:
     """A packed linear, read. q: its codes and parameters, rows in the order of the model."""
 
     name: str
@@ -65,13 +64,8 @@ class Packed:
         if isinstance(self.q.params, Params):
             return codes.float().tolist()
         first = self.q.params.decoding().map(lambda p: p[:1, :1].float())
-        unit = type(first)(
-            **{
-                name: torch.ones_like(t) if name == "scale" else torch.zeros_like(t)
-                for name, t in first.tensors().items()
-            }
-        )
-        return self.q.grid.decode(codes[None], unit)[0].tolist()
+        unit = {n: torch.full_like(t, float(n == "scale")) for n, t in first.tensors().items()}
+        return self.q.grid.decode(codes[None], type(first)(**unit))[0].tolist()
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """Return the least and the largest value of each group, float32 `[N, G]` each."""
@@ -101,7 +95,7 @@ class Weights(ABC):
         """Return the linears that are packed, in the order of the model."""
 
     @abstractmethod
-    def read(self, name: str) -> Packed:
+    def read(self, name: str) -> PackedLinear:
         """Return a linear."""
 
     def floats(self, name: str) -> Tensor | None:
@@ -137,9 +131,9 @@ class OfFolder(Weights):
         """See `Weights.names`."""
         return list(self._packed.linears)
 
-    def read(self, name: str) -> Packed:
+    def read(self, name: str) -> PackedLinear:
         """See `Weights.read`."""
-        return Packed(name, self._packed.qtensor(name))
+        return PackedLinear(name, self._packed.qtensor(name))
 
 
 class OfGguf(Weights):
@@ -165,13 +159,12 @@ class OfGguf(Weights):
         """See `Weights.names`."""
         return [n for n in (t.removesuffix(".weight") for t in self._model.tensors) if n in self._model.packed]
 
-    def read(self, name: str) -> Packed:
+    def read(self, name: str) -> PackedLinear:
         """See `Weights.read`. Raises LlmqError for a type that llmq has no grid of."""
         stored = self._model.tensors[f"{name}.weight"]
-        kind = stored.tensor_type.name.lower()
-        grid = registry.find("grids", kind)() if kind in registry.names("grids") else None
-        if not isinstance(grid, StoredGrid) or grid.once:
-            raise LlmqError(f"{name} is {stored.tensor_type.name}, whose codes llmq does not take apart")
+        kind = stored.tensor_type.name
+        if not kinds.has_grid(kind) or (grid := kinds.grid(kind)).once:
+            raise LlmqError(f"{name} is {kind}, whose codes llmq does not take apart")
         codes, params = grid.from_bytes(torch.from_numpy(np.array(stored.data)))
         if (factor := self._model.factor(f"{name}.weight")) is not None:
             params = params.decoding().map(lambda p: p * factor)
@@ -179,4 +172,4 @@ class OfGguf(Weights):
         def order(rows: Tensor) -> Tensor:
             return torch.from_numpy(self._model.in_order(f"{name}.weight", rows.numpy()))
 
-        return Packed(name, QTensor(order(codes), params.map(order), grid))
+        return PackedLinear(name, QTensor(order(codes), params.map(order), grid))

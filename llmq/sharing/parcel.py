@@ -15,7 +15,7 @@ from typing import Any
 
 from llmq.checkpoint.card import gguf_card, with_figures
 from llmq.checkpoint.hub_metadata import CARD, of_gguf
-from llmq.checkpoint.place import beside, user_path
+from llmq.checkpoint.place import beside, one_file, user_path
 from llmq.checkpoint.source import refuse_links
 from llmq.errors import LlmqError, printable
 from llmq.evaluation import kept
@@ -60,7 +60,7 @@ def parcel(out: str) -> Parcel:
     path = user_path(out)
     if path.is_dir():
         return _of_folder(path)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and one_file(path):
         return _of_gguf(path)
     raise LlmqError(f"{out} is no folder or .gguf file; give what llmq quantize, export or dequantize wrote")
 

@@ -18,12 +18,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import psutil
 
+from llmq.checkpoint.place import is_gguf
 from llmq.errors import LlmqError
 from llmq.talk.words import until
 
@@ -174,7 +174,7 @@ def opened(model: str, device: str = "auto", context: int | None = None) -> Spea
     device: of torch. context: of llama.cpp, which keeps room for it; None is what the file says, at most 8192.
     Raises LlmqError as `load` does, and where xllamacpp is missing for a GGUF file.
     """
-    if model.endswith(".gguf") or Path(model).is_file():
+    if is_gguf(model):
         from llmq.talk.in_llama_cpp import InLlamaCpp
 
         return InLlamaCpp(model, context)

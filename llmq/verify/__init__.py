@@ -18,7 +18,7 @@ import torch
 
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import DECODED, as_floats
-from llmq.checkpoint.place import EXPORTED
+from llmq.checkpoint.place import EXPORTED, is_gguf, user_path
 from llmq.errors import LlmqError
 from llmq.model.adapter import Adapted, Adapter
 from llmq.model.skeleton import Skeleton
@@ -44,8 +44,8 @@ def verify(
     progress: called with blocks done, blocks in all and what is going on.
     Raises LlmqError where there is no such file or folder; what is wrong with one that is there stands in the report.
     """
-    one_file = str(model).endswith(".gguf") or Path(model).is_file()
-    path = Path(model) if one_file else resolve(str(model))
+    one_file = is_gguf(model)
+    path = user_path(model) if one_file else resolve(str(model))
     if one_file and not path.is_file():
         raise LlmqError(f"{model} is not a file; give a written .gguf file or a checkpoint folder")
     if not one_file and (path / EXPORTED).is_file():

@@ -24,14 +24,14 @@ import numpy as np
 from torch import Tensor
 
 from llmq.checkpoint.digest import digest, file_digest, holds
-from llmq.checkpoint.place import AFTERWARDS, DEQUANTIZED, EXPORTED
+from llmq.checkpoint.place import AFTERWARDS, DEQUANTIZED, EXPORTED, RECORD
 from llmq.errors import LlmqError
 from llmq.guard.reading import Entry, json_object
 from llmq.verify.decode import Array
 from llmq.verify.linears import Linear
 from llmq.verify.report import Report
 
-RECORDS = ("quantization.json", DEQUANTIZED, EXPORTED)
+RECORDS = (RECORD, DEQUANTIZED, EXPORTED)
 
 
 def read_record(folder: Path, report: Report) -> dict[str, Any]:

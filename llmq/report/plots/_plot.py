@@ -127,6 +127,11 @@ def by_square(linears: Sequence[str]) -> dict[str, Any]:
     return {"x": across, "y": alt.Y("linear:N", title=None, sort=list(linears))}
 
 
+def map_height(linears: Sequence[str]) -> int:
+    """Return the height of such a map, in pixels."""
+    return 22 * len(linears)
+
+
 def by_label(told: Sequence[Told]) -> alt.Color:
     """Return a colour for each checkpoint, with a legend where there are several."""
     legend = alt.Legend(orient="top", columns=2, labelLimit=130) if len(told) > 1 else None
@@ -137,6 +142,11 @@ def along(field: str, title: str, form: str = "", **scale: Any) -> dict[str, Any
     """Return what makes an axis of numbers with few ticks. form: of its labels. scale: `type="log"` and the like."""
     axis = alt.Axis(tickCount=5, format=form) if form else alt.Axis(tickCount=5)
     return {"shorthand": f"{field}:Q", "title": title, "axis": axis, **({"scale": alt.Scale(**scale)} if scale else {})}
+
+
+def entries(told: Sequence[Told], kind: str, key: str) -> list[dict[str, Any]]:
+    """Return figures by text or class of each checkpoint, a row each: `of` its label, `key` the name, the figures."""
+    return [{"of": one.label, key: name, **found} for one in told for name, found in one.figures.get(kind, {}).items()]
 
 
 def number(x: float | None, digits: int = 3) -> Cell:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import altair as alt
 
-from llmq.report.plots._plot import Figure, Plot, Row, by_square, chart, tips
+from llmq.report.plots._plot import Figure, Plot, Row, by_square, chart, map_height, tips
 from llmq.report.read import Told
 
 
@@ -36,5 +36,5 @@ def _map(rows: Sequence[Row]) -> alt.Chart:
             color=alt.Color("bits:O", title="bits", legend=alt.Legend(orient="top")),
             tooltip=tips(block="block", linear="linear", bits="bits"),
         )
-        .properties(height=22 * len(linears))
+        .properties(height=map_height(linears))
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import altair as alt
 
-from llmq.report.plots._plot import Figure, Plot, along, by_label, chart, tips
+from llmq.report.plots._plot import Figure, Plot, along, by_label, chart, entries, tips
 from llmq.report.read import Told
 
 
@@ -19,11 +19,7 @@ class Categories(Plot):
 
     def figures(self, told: Sequence[Told]) -> Iterator[Figure]:
         """Yield the points; the table of scores says what is lacking."""
-        rows = [
-            {"of": one.label, "text": name, **{k: found[k] for k in ("kl_mean", "top1", "tokens")}, **_interval(found)}
-            for one in told
-            for name, found in one.figures.get("categories", {}).items()
-        ]
+        rows = [row | _interval(row) for row in entries(told, "categories", "text")]
         if not rows:
             return
         texts = list(dict.fromkeys(r["text"] for r in rows))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import altair as alt
 
-from llmq.report.plots._plot import Figure, Plot, along, by_label, chart, tips
+from llmq.report.plots._plot import Figure, Plot, along, by_label, chart, entries, tips
 from llmq.report.read import Told
 
 
@@ -18,11 +18,7 @@ class Classes(Plot):
 
     def figures(self, told: Sequence[Told]) -> Iterator[Figure]:
         """Yield the bars; the table of scores says what is lacking."""
-        rows = [
-            {"of": one.label, "class": name, **{k: found.get(k) for k in ("top1", "kl_mean", "tokens")}}
-            for one in told
-            for name, found in one.figures.get("classes", {}).items()
-        ]
+        rows = entries(told, "classes", "class")
         if not rows:
             return
         order, classes = [one.label for one in told], list(dict.fromkeys(r["class"] for r in rows))

@@ -9,7 +9,7 @@ import torch
 from llmq.errors import LlmqError
 from llmq.report.plots._plot import Figure, OfEach, Row, along, chart, tips
 from llmq.report.read import Told
-from llmq.report.weights import Packed
+from llmq.report.weights import PackedLinear
 
 _LOW, _HIGH, _BINS = -0.25, 1.25, 60
 
@@ -37,7 +37,7 @@ class Clipping(OfEach):
         return Figure(one.label, _bars(rows), says=[_said(packed, at)])
 
 
-def _floats(one: Told, packed: Packed) -> torch.Tensor:
+def _floats(one: Told, packed: PackedLinear) -> torch.Tensor:
     """Return the float weights. Raises LlmqError where they are not at hand, or are another model's."""
     W_NK, name = one.weights.floats(packed.name), packed.name
     if W_NK is None:
@@ -53,7 +53,7 @@ def _part(low: float, high: float) -> str:
     return "inside" if low >= -1e-6 and high <= 1 + 1e-6 else "outside"
 
 
-def _said(packed: Packed, at: torch.Tensor) -> str:
+def _said(packed: PackedLinear, at: torch.Tensor) -> str:
     step = 1 / (2**packed.q.grid.bits - 1)
     beyond = (at < -step / 2) | (at > 1 + step / 2)
     furthest = max(float(torch.maximum(-at, at - 1).max() / step), 0.0)

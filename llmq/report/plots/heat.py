@@ -6,7 +6,7 @@ from statistics import fmean
 
 import altair as alt
 
-from llmq.report.plots._plot import Figure, Plot, Row, by_square, chart, tips
+from llmq.report.plots._plot import Figure, Plot, Row, by_square, chart, map_height, tips
 from llmq.report.read import Line, Told
 
 _NAMED = 8  # linears outside of the blocks that are named
@@ -75,4 +75,4 @@ def _map(rows: list[Row], kind: str, domain: tuple[float, float]) -> alt.LayerCh
     color = alt.Color("error:Q", scale=scale, legend=legend)
     rects = base.mark_rect(cornerRadius=1).encode(**place, color=color, tooltip=told_of)
     dots = base.transform_filter("datum.trouble != ''").mark_circle(size=22, opacity=1)
-    return (rects + dots.encode(**place, tooltip=told_of)).properties(height=22 * len(linears))
+    return (rects + dots.encode(**place, tooltip=told_of)).properties(height=map_height(linears))
