@@ -2,10 +2,12 @@
 
     python scripts/bench_kernels.py [--models 8B 70B] [--jobs 8]
 
-Prints, for the layers of Llama-3-8B and 70B and M = 1, 4, 16, 64, 256: milliseconds, the bytes of the weight over that
-time as a fraction of the measured copy bandwidth, and the speed-up over fp16 F.linear; beside it Marlin (vLLM), GemLite
-and torchao where they are installed. Every run is one of several in a CUDA graph, of weights that the L2 cache does not
-hold. Configurations are tuned on first use and kept in ~/.cache/llmq_kernels. Ends with an error where a kernel is
+Prints, for the layers of Llama-3-8B and 70B and M tokens from 1 to 4,096: milliseconds, the bytes of the weight over
+that time as a fraction of the measured copy bandwidth, and the speed-up over fp16 F.linear; beside it Marlin (vLLM),
+GemLite and torchao where they are installed. A cell marked * takes more than 1.05 times what F.linear takes and the
+packed and the decoded bytes at the copy's rate, which decoding in panels should not. Every run is one of several in a
+CUDA graph, of weights that the L2 cache does not hold. Configurations are tuned on first use and kept in
+~/.cache/llmq_kernels. What has not begun after `--minutes` is left out, and named. Ends with an error where a kernel is
 wrong, or where there is no GPU.
 """
 
@@ -17,6 +19,7 @@ import math
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ from triton.runtime.errors import OutOfResources
 
 from llmq_kernels import attention, e2m1, int8, kv, layout, tune, weight_only
 
-TOKENS = (1, 4, 16, 64, 256)
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 SHAPES = {  # output and input features: q/k/v fused, o, gate/up fused, down
     "8B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
     "70B": ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)),
@@ -41,7 +44,7 @@ TIMED = ("W4 sym g128", "W4 asym g128", "W4 asym g32", "NVFP4", "MXFP4", "W8 sym
          "W2 sym g128", "W8A8")  # fmt: skip
 CHECKED = ("W4 asym g128", "W4 sym g32", "W4 asym channel", "W8 sym channel", "W8 asym g64", "W3 asym g64",
            "W2 asym g64", "NVFP4", "MXFP4", "W8A8")  # fmt: skip
-CHECK_M = (1, 17, 130)
+CHECK_M = (1, 17, 130, 600)
 MODULES = {"Marlin": "vllm", "GemLite": "gemlite", "torchao": "torchao"}
 BOUND_DB = {torch.float16: 65, torch.bfloat16: 47}  # rounding to 11 and to 8 bits, less a margin
 
@@ -109,7 +112,7 @@ def compile_ahead(shapes: Sequence[tuple[int, int]], jobs: int) -> None:
     """Compile in `jobs` processes, into Triton's cache, what will be checked and timed: 2 s a kernel, one by one."""
     tasks = [(name, 1000, 1536, M, dtype, True) for name in CHECKED for M in CHECK_M for dtype in BOUND_DB]
     tasks += [(name, 1024, K, M, torch.float16, False)
-              for name in TIMED for M in TOKENS if M != 4 for K in sorted({K for _, K in shapes})]  # fmt: skip
+              for name in TIMED for M in (1, 16, 64, 256) for K in sorted({K for _, K in shapes})]  # fmt: skip
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         list(pool.map(_launch_all, tasks))
 
@@ -221,9 +224,11 @@ def bench_layer(model: str, N: int, K: int, bandwidth: float) -> None:
             print(f"{name} does not run: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
     for name, found, size in rows:
         cells = []
+        bound = (size + 2 * N * K) / bandwidth * 1e3
         for t, b in zip(found, base, strict=True):
+            slow = "*" if size and t > 1.05 * (b + bound) else ""
             share = f"{size / t * 1e3 / bandwidth:.0%}, " if size else ""
-            cells.append(f"{t:.4f} ({share}{b / t:.2f}x)")
+            cells.append(f"{t:.4f} ({share}{b / t:.2f}x){slow}")
         print(f"| {model} {N}x{K} | {name} | " + " | ".join(cells) + " |", flush=True)
 
 
@@ -260,7 +265,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=SHAPES, default=list(SHAPES), help="whose layers are timed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further layer after so many")
     options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
     if not torch.cuda.is_available():
         sys.exit("bench_kernels.py needs a GPU, and torch sees none here")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}", flush=True)
@@ -281,7 +288,10 @@ def main() -> None:
     print("| layer | kernel | " + " | ".join(f"M={M}" for M in TOKENS) + " |\n|" + "---|" * (2 + len(TOKENS)))
     for model in options.models:
         for N, K in SHAPES[model]:
-            bench_layer(model, N, K, bandwidth)
+            if time.monotonic() < end:
+                bench_layer(model, N, K, bandwidth)
+            else:
+                print(f"{model} {N}x{K}: no time left")
     print("\n| cache | kernel | M=1 |\n|---|---|---|")
     bench_attention(bandwidth)
     sys.exit(f"{wrong} checks failed" if wrong else 0)

@@ -10,6 +10,7 @@ Every op is torch's own, with a fake implementation, so that torch.compile trace
 reference, which is exact and slow; other devices to the kernel. Nothing is asked of a device at import.
 
 dequant.py    codes to floats in registers        layout.py    what the weight-only kernel reads
+decode.py     codes to floats in memory           dense.py     many tokens: panels decoded, the library multiplies
 rounding.py   the nearest integer
 aot.py, facts.py, cases.py    compile for GPUs that are not here, and check what the machine code shows
 tune.py       which configuration is fastest      launch.py, errors.py

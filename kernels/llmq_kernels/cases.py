@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
-from llmq_kernels import attention, e2m1, int8, kv, panel, tune, weight_only
+from llmq_kernels import attention, decode, e2m1, int8, kv, panel, tune, weight_only
 from llmq_kernels.aot import Build
+from llmq_kernels.dense import ROWS
 from llmq_kernels.facts import SHARED_LIMIT, Facts
 from llmq_kernels.layout import PackedWeight, tile
 
 NVIDIA = ("sm_80", "sm_89", "sm_90")
 K_TYPICAL = 4096
+_PLAIN = {"num_warps": 4, "num_stages": 3}  # what Triton takes where a launch says nothing
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,18 @@ def e2m1_build(w: e2m1.E2M1Weight, config: tune.Config, dtype: str = "fp16", *, 
     return Build(e2m1.e2m1_kernel, types, e2m1.constants(w, config, asm=asm), ("M", "factor"), _options(config))
 
 
-def _decode_build(group: int, asm: bool) -> Build:
+def decode_build(w: PackedWeight, dtype: str = "fp16", *, asm: bool = True) -> Build:
+    """Return the Build of the kernel that decodes rows of an integer weight (its tensors are not read)."""
+    types = {"w_ptr": "*i16", "param_ptr": "*i32", "out_ptr": f"*{dtype}"}
+    types |= dict.fromkeys(("FIRST", "N", "NP", "K"), "i32")
+    return Build(decode.decode_kernel, types, decode.constants(w, asm=asm), ("FIRST", "N"), _PLAIN)
+
+
+def _e2m1_decode_build(group: int, asm: bool) -> Build:
     types = {"w_ptr": "*i16", "param_ptr": "*i32", "out_ptr": "*fp16", "factor": "fp32"}
-    types |= {"N": "i32", "NP": "i32", "K": "i32"}
-    constants = {"SUB": group, "E8M0": group == 32, "ASM": asm, "BN": e2m1.DECODED_ROWS}
-    return Build(e2m1.decode_kernel, types, constants, ("factor",), {"num_warps": 4, "num_stages": 3})
+    types |= dict.fromkeys(("FIRST", "N", "NP", "K"), "i32")
+    constants = {"SUB": group, "E8M0": group == 32, "ASM": asm, "BN": ROWS}
+    return Build(e2m1.decode_kernel, types, constants, ("factor", "FIRST", "N"), _PLAIN)
 
 
 def int8_build(config: tune.Config, dtype: str = "fp16") -> Build:
@@ -109,13 +118,13 @@ def int8_build(config: tune.Config, dtype: str = "fp16") -> Build:
 def _quantize_build(dtype: str) -> Build:
     types = {"x_ptr": f"*{dtype}", "q_ptr": "*i8", "scale_ptr": "*fp32", "K": "i32", "KP": "i32"}
     constants = {"EPS": 0.001, "STATIC": False, "BLOCK": 4096}
-    return Build(int8.quantize_kernel, types, constants, (), {"num_warps": 4, "num_stages": 3})
+    return Build(int8.quantize_kernel, types, constants, (), _PLAIN)
 
 
 def _sum_build() -> Build:
     types = {"part_ptr": "*fp32", "bias_ptr": "*fp16", "y_ptr": "*fp16", "MN": "i32", "N": "i32"}
     constants = {"HAS_BIAS": True, "SPLIT_K": 8, "BLOCK": 1024}
-    return Build(weight_only.sum_splits_kernel, types, constants, (), {"num_warps": 4, "num_stages": 3})
+    return Build(weight_only.sum_splits_kernel, types, constants, (), _PLAIN)
 
 
 def append_build(bits: int, dtype: str = "bf16", *, sym: bool, D: int = 128, BT: int = 4) -> Build:
@@ -129,7 +138,7 @@ def append_build(bits: int, dtype: str = "bf16", *, sym: bool, D: int = 128, BT:
     }
     types |= dict.fromkeys(("H", "TN", "T", "stride_b", "stride_h", "stride_t"), "i32")
     constants = {"D": D, "DP": kv.padded(D), "BITS": bits, "SYM": sym, "STATIC": False, "BT": BT}
-    return Build(kv.append_kernel, types, constants, ("H", "TN"), {"num_warps": 4, "num_stages": 3})
+    return Build(kv.append_kernel, types, constants, ("H", "TN"), _PLAIN)
 
 
 def attend_build(
@@ -148,7 +157,7 @@ def attend_build(
 def _merge_build() -> Build:
     types = {"acc_ptr": "*fp32", "stat_ptr": "*fp32", "y_ptr": "*fp16", "TQ": "i32", "SPLITS": "i32"}
     constants = {"GQ": 8, "D": 128, "DP": 128}
-    return Build(attention.merge_kernel, types, constants, ("TQ", "SPLITS"), {"num_warps": 4, "num_stages": 3})
+    return Build(attention.merge_kernel, types, constants, ("TQ", "SPLITS"), _PLAIN)
 
 
 def _round_build(bits: int) -> Build:
@@ -202,6 +211,11 @@ def _e2m1(name: str, group: int, dtype: str, ipw: tuple[float, ...], wide: int, 
     return Case(name, build, e2m1.configs(M, w, asm=True)[0].BN * 4 * group, limits, wide)
 
 
+def _decode(name: str, w: PackedWeight, ipw: float) -> Case:
+    limits = dict.fromkeys(NVIDIA, ipw)
+    return Case(name, lambda asm: decode_build(w, asm=asm), ROWS * tile(w.bits, w.group), limits, mma=False)
+
+
 def _int8(name: str, ipw: tuple[float, ...], wide: int, M: int) -> Case:
     config = int8.configs(M, K_TYPICAL)[0]
     limits = dict(zip(NVIDIA, ipw, strict=True))
@@ -236,8 +250,13 @@ CASES = (
     _e2m1("MXFP4 decode", 32, "fp16", (3.0, 3.0, 3.0), 8),
     _e2m1("MXFP4 decode bf16", 32, "bf16", (3.25, 3.25, 3.25), 8),
     _e2m1("MXFP4 batch 16", 32, "fp16", (3.65, 3.65, 3.65), 8, M=16),
-    Case("NVFP4 decoded", lambda asm: _decode_build(16, asm), 0, mma=False),
-    Case("MXFP4 decoded", lambda asm: _decode_build(32, asm), 0, mma=False),
+    _decode("W4 asym g128 decoded", _weight(4, 128, zero=True), 8.0),
+    _decode("W4 asym g32 decoded", _weight(4, 32, zero=True), 8.8),
+    _decode("W8 channel decoded", _weight(8, 0, zero=False), 10.0),
+    _decode("W3 asym g128 decoded", _weight(3, 128, zero=True), 7.4),
+    _decode("W2 asym g128 decoded", _weight(2, 128, zero=True), 6.7),
+    Case("NVFP4 decoded", lambda asm: _e2m1_decode_build(16, asm), 0, mma=False),
+    Case("MXFP4 decoded", lambda asm: _e2m1_decode_build(32, asm), 0, mma=False),
     _int8("W8A8 decode", (1.95, 1.95, 0.85), 4, M=1),
     _int8("W8A8 prefill", (7.0, 7.0, 1.7), 4, M=512),
     Case("W8A8 activation", lambda asm: _quantize_build("bf16"), 0, mma=False),

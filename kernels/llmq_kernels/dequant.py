@@ -15,12 +15,31 @@ Every function has a branch without assembly (ASM = False), which AMD compiles a
 Such magic numbers are described for Marlin (arXiv:2408.11743); the layout and the fields without shifts are ours.
 
 Beside it, what a parameter word holds. Not here: where words come from (layout.py), what the results multiply
-(weight_only.py).
+(weight_only.py, decode.py).
 """
 
 import triton
 import triton.language as tl
 from triton import constexpr_function
+
+from llmq_kernels.layout import FIELDS
+
+
+@constexpr_function
+def fields_of(bits):
+    """Return how many sub-dots a tile has."""
+    return FIELDS[bits]
+
+
+@constexpr_function
+def group_run(group, sub, fields):
+    """Return how many neighbouring sub-dots share a scale."""
+    if group == 0:
+        return fields
+    a, b = group // sub, fields
+    while b:
+        a, b = b, a % b
+    return a
 
 
 @constexpr_function

@@ -1,8 +1,9 @@
 """Weight-only linear of E2M1: y = x @ W^T (+ bias), W = factor * scale * value(code), for NVFP4 and MXFP4.
 
 For few tokens a program makes a tile of y^T as the integers' kernel does (weight_only.py), in the like layout: K is cut
-into tiles of four groups, a sub-dot is one group, and its float32 sums are multiplied by its scale. For many W is
-decoded once, to the dtype of x, and the library multiplies.
+into tiles of four groups, a sub-dot is one group, and its float32 sums are multiplied by its scale. From 33
+on the library multiplies what is decoded to the dtype of x (dense.py): there every sum would cost a multiplication by
+a scale for each 16 or 32 columns, more than decoding does, and registers that are not there.
 
     words  int16 [K / 4, N]      row r of a tile: the codes of the columns j * SUB + r, field j = 0 .. 3, SUB = group
     params int32 [K / 4 SUB, N]  byte j: the bits of the scale of field j, E4M3 (NVFP4) or E8M0 (MXFP4), as in the file
@@ -18,6 +19,7 @@ for 0 there, not for 2^-127). Beside it, `reference`. Not here: integers (weight
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -27,17 +29,13 @@ import triton.language as tl
 from torch import Tensor
 from triton import constexpr_function
 
-from llmq_kernels import tune
+from llmq_kernels import dense, tune
+from llmq_kernels.dense import ROWS
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import OPTIONS, cdiv, no_gradient, on, operator, runs_on, uses_asm
+from llmq_kernels.launch import OPTIONS, cdiv, operator, runs_on, uses_asm
 from llmq_kernels.layout import N_MULTIPLE
-from llmq_kernels.weight_only import check_activation, multiplied, sum_splits_kernel
+from llmq_kernels.weight_only import FEW, check_activation, multiplied, sum_splits_kernel
 
-FEW = 32
-"""The most tokens that meet packed codes. More meet floats decoded once: there every sum costs a multiplication by a
-scale for each 16 or 32 columns, more than decoding does, and registers that are not there."""
-DECODED_ROWS = 64
-"""Rows that a program decodes."""
 _PLACES = ((15, 9), (12, 6), (14, 3), (13, 0))  # of the sign, and of the lowest bit of the others, in a word
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -161,12 +159,13 @@ def e2m1_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=x_mask & (offs_n[:, None] < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["FIRST", "N"])
 def decode_kernel(
     w_ptr,  # [K / 4, NP] int16
     param_ptr,  # [K / (4 SUB), NP] int32
-    out_ptr,  # [N, K]
+    out_ptr,  # [N, K] fp16, bf16 or float32: the rows of W from FIRST on
     factor,
+    FIRST,
     N,
     NP,
     K,
@@ -178,12 +177,12 @@ def decode_kernel(
     """Decode a tile of BN rows and 4 SUB columns, rounded once. NP is padded; N and K are not."""
     t = tl.program_id(1)
     offs_n, offs_r = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, SUB)
-    w = tl.load(w_ptr + (t * SUB + offs_r)[None, :] * NP + offs_n[:, None])
-    word = tl.load(param_ptr + t * NP + offs_n)
+    w = tl.load(w_ptr + (t * SUB + offs_r)[None, :] * NP + (FIRST + offs_n)[:, None])
+    word = tl.load(param_ptr + t * NP + FIRST + offs_n)
     for j in tl.static_range(4):
         values = e2m1(w, j, tl.float16, ASM).to(tl.float32) * (scale_of_field(word, j, E8M0) * factor)[:, None]
         offs_k = (t * 4 + j) * SUB + offs_r
-        at = out_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+        at = out_ptr + offs_n[:, None] * K + offs_k[None, :]
         tl.store(at, values.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_k < K)[None, :])
 
 
@@ -259,11 +258,6 @@ def _op(
     check_activation(x, w, bias)
     if not runs_on(x) or not x.numel():
         return reference(x, w, bias)
-    x_MK = x.reshape(-1, k)
-    if x_MK.shape[0] > FEW:
-        with on(x.device):
-            y = F.linear(x_MK, decode(w, x.dtype), bias)
-        return no_gradient(x, y.reshape(*x.shape[:-1], n))
     return multiplied(x, w, bias, ("e2m1", n, k, group, e8m0), configs, launch)
 
 
@@ -272,15 +266,13 @@ def _(x, words, params, bias, n, k, group, e8m0, factor):  # type: ignore[no-unt
     return x.new_empty(*x.shape[:-1], n)
 
 
-def decode(w: E2M1Weight, dtype: torch.dtype) -> Tensor:
-    """Return the weight `[N, K]` in fp16, bf16 or float32, by the kernel."""
+def decode(w: E2M1Weight, out: Tensor, first: int) -> None:
+    """Fill `out` `[rows, K]`, fp16, bf16 or float32, with the rows of W from `first` on, a multiple of ROWS."""
     rows, Np = w.words.shape
-    out = torch.empty((w.N, w.K), dtype=dtype, device=w.words.device)
-    sizes = {"SUB": w.group, "E8M0": w.e8m0, "ASM": uses_asm(), "BN": DECODED_ROWS}
-    decode_kernel[cdiv(w.N, DECODED_ROWS), rows // w.group](
-        w.words, w.params, out, w.factor, w.N, Np, w.K, **sizes, **OPTIONS
+    sizes = {"SUB": w.group, "E8M0": w.e8m0, "ASM": uses_asm(), "BN": ROWS}
+    decode_kernel[cdiv(len(out), ROWS), rows // w.group](
+        w.words, w.params, out, w.factor, first, len(out), Np, w.K, **sizes, **OPTIONS
     )
-    return out
 
 
 def configs(M: int, w: E2M1Weight, *, asm: bool | None = None) -> list[tune.Config]:
@@ -288,6 +280,8 @@ def configs(M: int, w: E2M1Weight, *, asm: bool | None = None) -> list[tune.Conf
 
     They are like those of the integers' kernel (weight_only.py), with room for the registers of more sums.
     """
+    if M > FEW:
+        return [tune.LIBRARY]
     asm = uses_asm() if asm is None else asm
     tiles = w.words.shape[0] // w.group
     split = max(1, min(8, tiles // 4))
@@ -301,7 +295,12 @@ def configs(M: int, w: E2M1Weight, *, asm: bool | None = None) -> list[tune.Conf
 def launch(
     x_MK: Tensor, w: E2M1Weight, bias: Tensor | None, config: tune.Config, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Run the kernel on fp16 or bf16 `x` `[M, K]` in a given configuration. Returns `[M, N]` in `dtype`, else x's."""
+    """Run a given configuration on fp16 or bf16 `x` `[M, K]`, the library's on float32 too.
+
+    Returns `[M, N]` in `dtype`, else x's.
+    """
+    if config == tune.LIBRARY:
+        return dense.product(x_MK, w.N, functools.partial(decode, w), bias)
     M, (rows, Np) = x_MK.shape[0], w.words.shape
     x = F.pad(x_MK, (0, 4 * rows - w.K)) if 4 * rows != w.K else x_MK.contiguous()
     y = torch.empty((M, w.N), dtype=dtype or x.dtype, device=x.device)

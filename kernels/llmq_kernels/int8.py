@@ -10,6 +10,9 @@ rounded once to x's dtype.
 Weights are [N, K], K contiguous: with [K, N] the tensor cores' operand takes three times the instructions.
 int32 sums are exact, so that split-K needs no order; K is at most 131,071: 128 * 128 * K stays below 2^31.
 
+From 17 tokens on the library's product of int8 (`torch._int_mm`) is a candidate too, where it is CUDA's; a kernel of
+ours scales its sums.
+
 Beside it: `reference` and `quantize_reference`; they are also what the ops do with CPU tensors.
 Not here: weight-only kernels (weight_only.py); choosing static scales (calibration is llmq's).
 """
@@ -246,6 +249,8 @@ def configs(M: int, K: int) -> list[tune.Config]:
         found = [Config(BM, bn, s, 4, n) for s in (split, split // 2, 1) for bn in (128, 64) for n in (4, 3)]
     else:
         found = [Config(128, 128, 1, 8, 3), Config(64, 128, 1, 4, 3), Config(128, 64, 1, 4, 3), Config(64, 64, 1, 4, 4)]
+    if M > 16 and torch.version.hip is None:  # cuBLAS takes 17 rows or more; older hipBLASLt have no such product
+        found.append(tune.LIBRARY)
     return list(dict.fromkeys(c for c in found if c.split_k >= 1))
 
 
@@ -273,6 +278,9 @@ def launch(
     y = torch.empty((M, w.N), dtype=dtype, device=q_MK.device)
     if M == 0:
         return y
+    if config == tune.LIBRARY:
+        _scale(_library_sums(q_MK, w), x_scale, w, bias, y, 1)
+        return y
     out = y if splits == 1 else torch.empty((splits, M, w.N), dtype=torch.int32, device=y.device)
     grid = (cdiv(M, config.BM) * cdiv(w.N, config.BN), splits)
     b = y if bias is None else bias
@@ -281,8 +289,20 @@ def launch(
         BM=config.BM, BN=config.BN, STAGES=config.stages, **config.options(),
     )  # fmt: skip
     if splits > 1:
-        sum_int32_kernel[(cdiv(M * w.N, 1024),)](
-            out, x_scale, w.scale, b, y, M * w.N, w.N, STATIC=static, HAS_BIAS=has_bias, SPLIT_K=splits, BLOCK=1024,
-            **OPTIONS,
-        )  # fmt: skip
+        _scale(out, x_scale, w, bias, y, splits)
     return y
+
+
+def _library_sums(q_MK: Tensor, w: PackedInt8) -> Tensor:
+    """Return the int32 sums `[M, N]` by the library, which takes multiples of 8 features."""
+    sums = torch._int_mm(q_MK, w.q[: -(-w.N // 8) * 8].t())
+    return sums[:, : w.N].contiguous()
+
+
+def _scale(sums: Tensor, x_scale: Tensor, w: PackedInt8, bias: Tensor | None, y: Tensor, splits: int) -> None:
+    """Add int32 sums `[splits, M, N]` over the splits, scale them, add the bias, and write them to `y`."""
+    MN, has_bias = y.numel(), bias is not None
+    sum_int32_kernel[(cdiv(MN, 1024),)](
+        sums, x_scale, w.scale, y if bias is None else bias, y, MN, w.N, STATIC=x_scale.numel() == 1,
+        HAS_BIAS=has_bias, SPLIT_K=splits, BLOCK=1024, **OPTIONS,
+    )  # fmt: skip

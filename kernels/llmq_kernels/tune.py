@@ -55,6 +55,10 @@ class Config:
         return found
 
 
+LIBRARY = Config(0, 0, 1, 0, 0)
+"""The candidate that is no kernel of ours: the library multiplies what ours have decoded (dense.py) or quantized."""
+
+
 @dataclass
 class _State:
     folder: Path = Path.home() / ".cache" / "llmq_kernels"

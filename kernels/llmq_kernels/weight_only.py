@@ -14,6 +14,7 @@ equal bits on every run. Padding of K and N keeps the divisibility hints without
 A float32 x is multiplied in fp16 too, each row first divided by the power of two at its maximum, so that nothing
 overflows and 11 bits of it are kept; the sums are float32 and are not rounded.
 
+Many tokens may be the library's, which the tuner says (dense.py).
 Beside it: `reference`, what the kernel must equal; it is also what the op does with CPU tensors, exact and slow.
 Not here: the layout (layout.py), W8A8 (int8.py), which configuration is fastest (tune.py).
 """
@@ -29,29 +30,16 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import constexpr_function
 
-from llmq_kernels import tune
-from llmq_kernels.dequant import code3_minus_zero, code_minus_zero, scale_of, zero_of
+from llmq_kernels import dense, tune
+from llmq_kernels.decode import decode
+from llmq_kernels.dequant import code3_minus_zero, code_minus_zero, fields_of, group_run, scale_of, zero_of
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import DTYPES, OPTIONS, cdiv, no_gradient, on, operator, runs_on, uses_asm
-from llmq_kernels.layout import FIELDS, N_MULTIPLE, PackedWeight, dequantize, sub_rows, tile
+from llmq_kernels.layout import N_MULTIPLE, PackedWeight, dequantize, sub_rows, tile
 
-
-@constexpr_function
-def _fields(bits):
-    return FIELDS[bits]
-
-
-@constexpr_function
-def _run(group, sub, fields):
-    """Return how many neighbouring sub-dots share a scale."""
-    if group == 0:
-        return fields
-    a, b = group // sub, fields
-    while b:
-        a, b = b, a % b
-    return a
+FEW = 32
+"""The most tokens that meet packed codes only."""
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -77,10 +65,10 @@ def weight_only_kernel(
     STAGES: tl.constexpr,
 ):
     """Compute one tile of y, or of one split's partial. K and NP are padded; N is not."""
-    COUNT: tl.constexpr = _fields(BITS)
+    COUNT: tl.constexpr = fields_of(BITS)
     BK: tl.constexpr = SUB * COUNT
     ROWS: tl.constexpr = BK * BITS // 16
-    RUN: tl.constexpr = _run(GROUP, SUB, COUNT)
+    RUN: tl.constexpr = group_run(GROUP, SUB, COUNT)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     # M tiles run fastest: neighbouring programs read the same words.
     m_tiles = tl.cdiv(M, BM)
@@ -229,19 +217,23 @@ def multiplied(
     """
     name, *weight = key
     x_MK = x.reshape(-1, w.K)
-    unit = power_of_two(x_MK) if x.dtype == torch.float32 else None
-    if unit is not None:
-        x_MK = (x_MK / unit).half()
+    M = x_MK.shape[0]
 
     def run(config: tune.Config) -> Tensor:
-        return launch(x_MK, w, bias if unit is None else None, config, x.dtype)
+        if x.dtype == torch.float32 and config != tune.LIBRARY:
+            return _scaled(x_MK, w, bias, config, launch)
+        return launch(x_MK, w, bias, config)
 
-    M = x_MK.shape[0]
     with on(x.device):
         y = run(tune.choose(name, x.device, (tune.bucket(M), *weight, x.dtype), lambda: configs(M, w), run))
-    if unit is not None:
-        y = y * unit if bias is None else y * unit + bias
     return no_gradient(x, y.reshape(*x.shape[:-1], w.N))
+
+
+def _scaled(x_MK: Tensor, w: Weight, bias: Tensor | None, config: tune.Config, launch: Callable[..., Tensor]) -> Tensor:
+    """Return the product of float32 `x`, each row divided by a power of two for the kernel to take it in fp16."""
+    unit = power_of_two(x_MK)
+    y = launch((x_MK / unit).half(), w, None, config, x_MK.dtype) * unit
+    return y if bias is None else y + bias
 
 
 def check_activation(x: Tensor, w: Packed, bias: Tensor | None) -> None:
@@ -266,6 +258,7 @@ def power_of_two(x_MK: Tensor) -> Tensor:
 def configs(M: int, w: PackedWeight, *, asm: bool | None = None) -> list[tune.Config]:
     """Return the configurations worth trying for M tokens, the safest guess first.
 
+    From 33 tokens on the library is one of them, from 513 the first: every tile of tokens decodes the weight anew.
     asm: as for `constants`. AMD's matrix instructions take no fewer than 16 tokens, and its shared memory three stages.
     Two warps a program keep sm_90 from its warp-group products, whose second operand goes through shared memory and
     fences: they pay from 32 tokens on.
@@ -291,16 +284,24 @@ def configs(M: int, w: PackedWeight, *, asm: bool | None = None) -> list[tune.Co
         found += [Config(64, 64, 1, 4, 3), Config(64, wide, 1, 8, 3), Config(64, wide, 2, 8, 3)]
         found += [Config(64, 256, 1, 8, 3), Config(128, 64, 1, 4, 3)] if w.bits == 4 else []
     Np = -(-w.N // N_MULTIPLE) * N_MULTIPLE
-    return list(dict.fromkeys(c for c in found if 1 <= c.split_k <= tiles and Np % c.BN == 0))
+    fitting = [c for c in found if 1 <= c.split_k <= tiles and Np % c.BN == 0]
+    if M > FEW:
+        fitting.insert(0 if M > 512 else len(fitting), tune.LIBRARY)
+    return list(dict.fromkeys(fitting))
 
 
 def launch(
     x_MK: Tensor, w: PackedWeight, bias: Tensor | None, config: tune.Config, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Run the kernel on fp16 or bf16 `x` `[M, K]` in a given configuration. Returns `[M, N]` in `dtype`, else x's."""
+    """Run a given configuration on fp16 or bf16 `x` `[M, K]`, the library's on float32 too.
+
+    Returns `[M, N]` in `dtype`, else x's.
+    """
     M = x_MK.shape[0]
     Kp, Np = w.words.shape[0] * 16 // w.bits, w.words.shape[1]
     x = x_MK if w.order is None else x_MK[:, w.order]
+    if config == tune.LIBRARY:
+        return dense.product(x, w.N, functools.partial(decode, w), bias)
     x = F.pad(x, (0, Kp - w.K)) if Kp != w.K else x.contiguous()
     y = torch.empty((M, w.N), dtype=dtype or x.dtype, device=x.device)
     if M == 0:

@@ -11,6 +11,7 @@ import panels
 import torch
 
 from llmq_kernels import attention, e2m1, int8, kv, layout, tune, weight_only
+from llmq_kernels.decode import decode
 
 Config = tune.Config
 
@@ -53,11 +54,29 @@ def weight_only_cases():
         w = make_weight(gen, bits, N, K, group, zero, order)
         x, bias = torch.randn(M, K, generator=gen).half(), torch.randn(N, generator=gen).half()
         yield name, sqnr(weight_only.launch(x, w, bias, config), weight_only.reference(x.float(), w, bias))
+        yield f"{name}: decoded", decoded_alike(w, decode, layout.dequantize(w))
+    w = make_weight(gen, 4, 100, 192, 64, True, order=True)
+    bias = torch.randn(100, generator=gen).half()
+    for dtype, bound in ((torch.float16, "rounded"), (torch.float32, "float32")):
+        x = torch.randn(1, 513, 192, generator=gen).to(dtype)
+        found = weight_only.linear(x, w, bias.to(dtype))
+        yield f"513 tokens, {bound}", sqnr(found, weight_only.reference(x.float(), w, bias.float()))
     w = make_weight(gen, 4, 64, 512, 128, True)
     x = torch.randn(2, 512, generator=gen).half()
     runs = [weight_only.launch(x, w, None, Config(16, 64, 4, 4, 2)) for _ in range(2)]
     yield "split-K twice", torch.equal(*runs)
     yield "no tokens", list(weight_only.launch(x[:0], w, None, Config(16, 64, 1, 4, 2)).shape) == [0, 64]
+
+
+def decoded_alike(w, decode, wanted):
+    """Decode the whole weight, and what is behind its first 64 rows, in every dtype."""
+    for dtype in (torch.float16, torch.float32):
+        for first in range(0, w.N, 64):
+            found = torch.full((w.N - first, w.K), torch.nan, dtype=dtype)
+            decode(w, found, first)
+            if not torch.equal(found, wanted[first:].to(dtype)):
+                return False
+    return True
 
 
 E2M1 = {
@@ -78,8 +97,8 @@ def e2m1_cases():
         x, bias = torch.randn(M, K, generator=gen).half(), torch.randn(N, generator=gen).half()
         wanted = e2m1.reference(x.float(), w, bias)
         yield name, sqnr(e2m1.launch(x, w, bias, config, torch.float32), wanted)
-        yield f"{name}: decoded", torch.equal(e2m1.decode(w, torch.float32), e2m1.dequantize(w))
-        many = torch.randn(e2m1.FEW + 1, K, generator=gen).half()
+        yield f"{name}: decoded", decoded_alike(w, e2m1.decode, e2m1.dequantize(w))
+        many = torch.randn(weight_only.FEW + 1, K, generator=gen).half()
         for rows in (many, many[:3], many[:3].float()):
             rounded = sqnr(e2m1.linear(rows, w), e2m1.reference(rows.float(), w))
             yield f"{name}: {len(rows)} tokens of {rows.dtype}, rounded", rounded
@@ -107,6 +126,11 @@ def int8_cases():
         yield name, sqnr(found, (wanted_q.double() @ w.q[:N, :K].double().t()) * wanted_scale.double()[:, None]
                          * w.scale[:N].double() + bias)  # fmt: skip
         yield f"{name}: rounded", sqnr(wanted, found)
+        by_library = int8.launch(q, x_scale, w, bias, tune.LIBRARY, torch.float32)
+        yield (
+            f"{name}: by the library",
+            torch.equal(by_library, int8.launch(q, x_scale, w, bias, config, torch.float32)),
+        )
     zero_row = torch.zeros(1, 40).half()
     q, scale = int8.quantize(zero_row, 128)
     yield "w8a8, a row of zeros", not q.any() and scale.item() == torch.finfo(torch.float16).eps

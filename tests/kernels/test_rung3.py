@@ -15,7 +15,7 @@ import torch
 from ptxsim import PtxError
 from ptxsim.launch import SimulatedKernel
 
-from llmq_kernels import attention, e2m1, int8, kv, panel, weight_only
+from llmq_kernels import attention, decode, e2m1, int8, kv, panel, weight_only
 from llmq_kernels.layout import dequantize, pack
 from llmq_kernels.tune import Config
 
@@ -146,6 +146,33 @@ def test_prefill_reads_weights_once_per_row_of_tiles(monkeypatch):
     assert_weights_read_once(launches[0], w, m_tiles=-(-70 // config.BM))
 
 
+def assert_decodes(decode, w, wanted, dtype, first=64):
+    found = torch.full((w.N - first, w.K), torch.nan, dtype=dtype)
+    decode(w, found, first)
+    assert torch.equal(found, wanted[first:].to(dtype))
+
+
+DECODED = {
+    "W4 asym g64 act-order": (4, 64, True, FP16),
+    "W4 asym g32": (4, 32, True, BF16),
+    "W8 sym channel": (8, 0, False, BF16),
+    "W8 asym g32": (8, 32, True, FP16),
+    "W3 asym g64": (3, 64, True, BF16),
+    "W2 sym g32": (2, 32, False, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_rows_are_decoded_to_the_bits_of_the_reference(monkeypatch, name):
+    """Rows from the 64th on of a weight that fills no tile, in every bit."""
+    bits, group, zero, dtype = DECODED[name]
+    order = torch.randperm(192, generator=generator(9)) // 64 if "act-order" in name else None
+    w = weight(bits, group, 100, 192, FP16, zero=zero, g_idx=order)
+    launches = simulated(monkeypatch, decode, "decode_kernel")
+    assert_decodes(decode.decode, w, dequantize(w), dtype)
+    assert_sound(launches)
+
+
 # E2M1
 
 
@@ -179,7 +206,7 @@ def test_shapes_of_e2m1_that_do_not_fit(monkeypatch, group, N, K, M):
     launches = simulated(monkeypatch, e2m1, "e2m1_kernel", "sum_splits_kernel", "decode_kernel")
     assert_close(e2m1.launch(x, w, bias, e2m1.configs(M, w, asm=True)[0]), x, e2m1.dequantize(w), bias)
     for dtype in (FP16, BF16, torch.float32):
-        assert torch.equal(e2m1.decode(w, dtype), e2m1.dequantize(w).to(dtype))
+        assert_decodes(e2m1.decode, w, e2m1.dequantize(w), dtype)
     assert_sound(launches)
 
 

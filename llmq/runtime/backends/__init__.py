@@ -8,7 +8,7 @@ writes what was read.
 
 | back-end | takes | how |
 |---|---|---|
-| triton_weight_only | 2 to 8 bits, weights only, a GPU | our Triton kernel, which decodes in registers |
+| triton_weight_only | 2 to 8 bits, weights only, a GPU | our kernels: decoded in registers, many rows in panels |
 | triton_w8a8 | W8A8, symmetric activations, a GPU | our Triton kernels, int8 x int8 -> int32 |
 | intloop | 2 to 8 bits, weights only | compiled integer dot products for few rows, panels decoded for many |
 | int4pack | 4 bits, weights only | torch's int4 packed product for few rows, panels decoded to float32 for many |
@@ -16,7 +16,7 @@ writes what was read.
 | fbgemm   | W8A8, x86 without VNNI | fbgemm's uint8 x int8 product, kept exact by splitting the weight |
 | int8pack | 8 bits, weights only | torch's int8 product for few rows, panels decoded to float32 for many |
 | scaled_mm | FP8 weights and activations, a GPU | torch's FP8 x FP8 product |
-| triton_e2m1 | NVFP4, MXFP4, a GPU | our Triton kernels: decoded in registers, or once for many rows |
+| triton_e2m1 | NVFP4, MXFP4, a GPU | our kernels: decoded in registers, many rows in panels |
 | e4m3 | FP8, MXFP8, a GPU | decoded at every forward by torch |
 | floatloop | FP8, NVFP4, MXFP4, MXFP8, a CPU | compiled products of packed codes for few rows, panels for many |
 

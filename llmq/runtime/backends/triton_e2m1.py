@@ -1,8 +1,8 @@
 """NVFP4 and MXFP4 weights on a GPU through our Triton kernels (llmq_kernels.e2m1).
 
     few tokens:    decoded in registers; float32 sums, scaled group by group, rounded once
-    many tokens:   W decoded once a forward by a kernel, to the activation's dtype as the reference does, and torch's
-                   product of it
+    many tokens:   W decoded in panels by a kernel, to the activation's dtype as the reference does, and torch's
+                   product of each
 
 float32 activations of few tokens are multiplied in float16, as in triton_weight_only.py; those of many as they are.
 An activation that is quantized too is rounded as the reference rounds it, first: its products are those of the values.

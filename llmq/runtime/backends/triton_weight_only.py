@@ -5,7 +5,8 @@
 float16 and bfloat16 activations enter as they are. float32 ones are multiplied in float16 after a power of two a row
 has brought them into its range: 11 bits of each activation are kept (about 70 dB), and nothing is rounded after that.
 So a float32 checkpoint runs on a GPU as it is, with less rounding than bfloat16 has; who wants every bit loads it with
-`backend="reference"`.
+`backend="reference"`. From 33 rows on the tuner may find it faster to decode W in panels, rounded to the activation's
+dtype as the reference does, and to let torch multiply them.
 
 Codes of 5 to 7 bits, and their zeros, are lifted to the middle of 8 bits and take the kernel for those.
 
