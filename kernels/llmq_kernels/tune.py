@@ -13,8 +13,10 @@ Not here: the candidates, which belong to their kernels.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -55,6 +57,8 @@ class Config:
         return found
 
 
+TURNS, REPEATS = 4, 5
+"""How often all candidates are timed one after the other, and how often each in a turn."""
 LIBRARY = Config(0, 0, 1, 0, 0)
 """The candidate that is no kernel of ours: the library multiplies what ours have decoded (dense.py) or quantized."""
 
@@ -130,7 +134,7 @@ def _measured(
         return known[name]
     if not _state.measuring or torch.cuda.is_current_stream_capturing():
         return None
-    times = {c: t for c in options if (t := _time(run, c)) is not None}
+    times = _times(run, [c for c in options if _fits(run, c)])
     if not times:
         raise KernelError(f"{_slug(device)} has too little shared memory for any configuration of {name}")
     known[name] = min(times, key=lambda c: times[c])
@@ -142,16 +146,26 @@ def _slug(device: torch.device) -> str:
     return "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(device))
 
 
-def _time(run: Callable[[Config], Any], config: Config) -> float | None:
-    """Return the least milliseconds of `run(config)`, or None where the device lacks the resources for it.
-
-    The least, as all that disturbs makes it longer: by the median of ten, an H200 chose some that took three times it.
-    """
+def _fits(run: Callable[[Config], Any], config: Config) -> bool:
+    """Say whether the device has the resources for a configuration; it is compiled now, if it was not."""
     try:
         run(config)
     except OutOfResources:
-        return None
-    return min(milliseconds(lambda: run(config), 20))
+        return False
+    return True
+
+
+def _times(run: Callable[[Config], Any], options: Sequence[Config]) -> dict[Config, float]:
+    """Return the least of `TURNS` x `REPEATS` times of each configuration, in milliseconds.
+
+    The least, as all that disturbs makes it longer: by the median of ten, an H200 chose some that took three times it.
+    In turns, as a device whose clock still rises, or falls, would favour those that are timed when it is high.
+    """
+    found = dict.fromkeys(options, math.inf)
+    for _ in range(TURNS):
+        for config in options:
+            found[config] = min(found[config], *milliseconds(functools.partial(run, config), REPEATS))
+    return found
 
 
 def milliseconds(run: Callable[[], Any], repeats: int) -> list[float]:

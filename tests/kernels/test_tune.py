@@ -1,13 +1,18 @@
 """Autotune choices: what is measured, what is kept, what is on disk."""
 
 import json
+import math
+import random
+import statistics
 from dataclasses import asdict
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
-from llmq_kernels import tune
+from llmq_kernels import tune, weight_only
 from llmq_kernels.errors import KernelError
+from llmq_kernels.layout import PackedWeight
 
 A, B = tune.Config(16, 64, 1, 4, 3), tune.Config(16, 128, 2, 4, 4, 128)
 DEVICE = torch.device("cuda")
@@ -18,11 +23,11 @@ def clock(monkeypatch, tmp_path):
     """Give a device that is not there a name, and configurations a speed; count what is measured."""
     measured = []
 
-    def time(run, config):
-        measured.append(config)
-        return {A: 2.0, B: 1.0}[config]
+    def times(run, options):
+        measured.extend(options)
+        return {config: {A: 2.0, B: 1.0}[config] for config in options}
 
-    monkeypatch.setattr(tune, "_time", time)
+    monkeypatch.setattr(tune, "_times", times)
     monkeypatch.setattr(tune, "_slug", lambda device: "some-gpu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     before = tune.cache_folder()
@@ -100,12 +105,76 @@ def test_a_broken_file_is_said_and_replaced(clock, tmp_path, caplog):
 
 
 def test_a_configuration_that_does_not_fit_the_device_is_passed_over(clock, monkeypatch):
-    monkeypatch.setattr(tune, "_time", lambda run, config: None if config == B else 1.0)
+    monkeypatch.setattr(tune, "_fits", lambda run, config: config != B)
     assert choose() == A
 
 
+def test_resources_that_are_not_there_do_not_fit_and_other_errors_are_errors():
+    def run(config):
+        if config == B:
+            raise OutOfResources(300_000, 200_000, "shared memory")
+        raise RuntimeError("broken")
+
+    assert not tune._fits(run, B)
+    with pytest.raises(RuntimeError, match="broken"):
+        tune._fits(run, A)
+
+
+class NoisyGpu:
+    """Times as a GPU gives them: true ones, longer by a percent or so, half of them disturbed by up to many times.
+
+    drift: by how much the first times are longer still, because the clock has not risen; or with time, as it heats.
+    """
+
+    def __init__(self, seed, drift):
+        self.draw, self.drift, self.calls = random.Random(seed), drift, 0
+        self.true = {c: self.draw.choice((1, 1.02, 1.06, 1.1, 1.5, 3)) for c in weight_only.configs(256, W4, asm=True)}
+        self.true[self.draw.choice(list(self.true))] = 0.99
+
+    def run(self, config):
+        self.config = config
+
+    def milliseconds(self, run, repeats):
+        run()
+        return [self.time() for _ in range(repeats)]
+
+    def time(self):
+        self.calls += 1
+        slow = 1 + (self.drift * math.exp(-self.calls / 40) if self.drift > 0 else -self.drift * self.calls / 200)
+        late = 0.1 * self.draw.paretovariate(0.8) if self.draw.random() < 0.5 else 0
+        return self.true[self.config] * (slow * (1 + abs(self.draw.gauss(0, 0.005))) + late)
+
+    def regret(self, config):
+        return self.true[config] / min(self.true.values()) - 1
+
+
+def one_by_one(gpu, pick, repeats):
+    """Return the choice of another rule: all times of a configuration before those of the next."""
+    return min(gpu.true, key=lambda c: pick(gpu.milliseconds(lambda: gpu.run(c), repeats)))
+
+
+W4 = PackedWeight(torch.empty(0), torch.empty(0), None, 4096, 4096, 4, 128, True)
+
+
+@pytest.mark.parametrize("drift", [0, 0.5, -0.2], ids=["steady", "rising clock", "falling clock"])
+def test_the_choice_is_within_five_percent_of_an_exhaustive_run_s_in_heavy_noise(monkeypatch, drift):
+    regrets = []
+    for seed in range(200):
+        gpu = NoisyGpu(seed, drift)
+        monkeypatch.setattr(tune, "milliseconds", gpu.milliseconds)
+        times = tune._times(gpu.run, list(gpu.true))
+        assert gpu.calls == 20 * len(gpu.true)
+        regrets.append(gpu.regret(min(times, key=times.get)))
+    assert max(regrets) <= 0.05
+
+
+def test_that_noise_does_mislead_other_rules():
+    assert max(gpu.regret(one_by_one(gpu, statistics.median, 10)) for gpu in (NoisyGpu(s, 0) for s in range(200))) > 0.05
+    assert max(gpu.regret(one_by_one(gpu, min, 20)) for gpu in (NoisyGpu(s, 0.5) for s in range(200))) > 0.05
+
+
 def test_a_device_that_takes_no_configuration_is_named(clock, monkeypatch):
-    monkeypatch.setattr(tune, "_time", lambda run, config: None)
+    monkeypatch.setattr(tune, "_fits", lambda run, config: False)
     with pytest.raises(KernelError, match="some-gpu has too little shared memory for any configuration of op 1"):
         choose()
 
