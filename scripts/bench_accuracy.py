@@ -5,9 +5,8 @@
 
 Each row is one `llmq quantize` and one `llmq eval` in processes of their own, both models scored in float32, on a text
 that must not be the one calibrated on. Rows are kept in DIR/accuracy.json as they come, so that a stopped run goes on
-where it was. With a folder of texts (make_texts.py) each row is scored on every kind of text, kept in DIR/kinds.json
-with what each token lost in DIR/tokens, and one table sets the rows side by side by kind (_kinds.py); --calib may be
-given several times, as to `llmq quantize`.
+where it was; with a folder of texts (make_texts.py), which scores each row on every kind, in DIR/kinds.json
+(_scored.py). --calib may be given several times, as to `llmq quantize`.
 The ladder adds one step at a time to rounding to nearest, and takes each one alone away from the whole.
 """
 
@@ -16,17 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
-import _kinds
 import _measure as measure
 import torch
-from _rows import Row, Rows, show, show_markdown
+from _rows import Row
+from _scored import Scores, add_options
 
 from llmq.gguf.reader import GgufFile
 
@@ -113,7 +110,7 @@ ROWS = {
 }
 
 
-def measure_row(name: str, args: argparse.Namespace) -> Row:
+def measure_row(name: str, args: argparse.Namespace, scores: Scores) -> Row:
     """Quantize, score, and drop the checkpoint."""
     row, _, seed = name.partition(", seed ")
     gguf = "gguf" in ROWS[row]
@@ -124,7 +121,7 @@ def measure_row(name: str, args: argparse.Namespace) -> Row:
     taken = measure.llmq("quantize", args.model, out, *options, *common, "--overwrite")
     record = GgufFile(out).report() if gguf else json.loads((out / "quantization.json").read_text())
     scored = measure.decoded(out) if gguf else out
-    figures = _scored(name, scored, args)
+    figures = scores.of(name, scored)
     shutil.rmtree(scored)
     if gguf:
         out.unlink()
@@ -142,58 +139,26 @@ def measure_row(name: str, args: argparse.Namespace) -> Row:
     }
 
 
-def _scored(name: str, scored: Path, args: argparse.Namespace) -> Row:
-    """Return the figures of a checkpoint on a text, or on each kind of a folder."""
-    if not args.text.is_dir():
-        figures = measure.scores(scored, args.model, args.text, args.windows, "--convention", args.convention)
-        return {k: figures[k] for k in ("perplexity", "baseline_perplexity", "kl_mean", "kl_standard_error", "top1")}
-    tokens = Path("tokens") / f"{re.sub(r'[^a-z0-9.-]+', '-', name.lower())}.safetensors"
-    return {"kinds": args.scorer.score(scored, args.out / tokens), "tokens": str(tokens)}
-
-
-def _kinds_table(rows: Mapping[str, Row], args: argparse.Namespace) -> None:
-    """Print the rows by kind of text as one table."""
-    print(_kinds.table(rows, lambda row: args.out / row["tokens"], args.against))
-
-
 def main() -> None:
     """Measure the rows that are not there yet, and print them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calib", required=True, action="append", help="again for more: SOURCE:weight=2")
-    parser.add_argument("--text", required=True, type=Path, help="a file, or a folder of kinds of text")
-    parser.add_argument("--home", type=Path, help="one more kind, which the mean over kinds leaves out")
-    parser.add_argument("--against", help="the row that others are compared with, by kind; the first by default")
-    parser.add_argument("--out", type=Path, default=Path("bench"))
     parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), metavar="NAME")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--convention", default="gptq", help="llama.cpp for models that need BOS before every window")
     parser.add_argument("--dtype", default="auto", help="of activations")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing: print what is there as Markdown")
+    add_options(parser)
     args = parser.parse_args()
-    several = args.text.is_dir()
-    if args.home and not several:
-        parser.error("--home is one more kind beside those of a folder; give --text FOLDER")
-    rows = Rows(args.out / ("kinds.json" if several else "accuracy.json"))
-    if args.markdown:
-        _kinds_table(rows.read(), args) if several else show_markdown(rows.read())
-        return
     wanted = [name if seed == 0 else f"{name}, seed {seed}" for seed in args.seeds for name in args.only]
-    told = (lambda rows: _kinds_table(rows, args)) if several else show
     with tempfile.TemporaryDirectory() as room:
-        if several:
-            of = _kinds.groups(args.text, args.home)
-            args.scorer = _kinds.Scorer(args.model, of, args.windows, args.convention, Path(room))
-        failed = rows.fill(wanted, lambda name: measure_row(name, args), told)
-    kept = rows.read()
-    told(kept)
-    for r in list(kept.values())[:1]:
-        kinds = {f" on {kind}": f for kind, f in r["kinds"].items()} if several else {"": r}
-        floats = ", ".join(f"{f['baseline_perplexity']:.3f}{kind}" for kind, f in kinds.items())
-        print(f"float: {floats}; {measure.machine()}")
+        scores = Scores(args, "accuracy", Path(room))
+        if args.markdown:
+            return scores.markdown(scores.rows.read())
+        failed = scores.rows.fill(wanted, lambda name: measure_row(name, args, scores), scores.show)
+    scores.show(scores.rows.read())
+    print(f"float: {scores.floats()}; {measure.machine()}")
     sys.exit(f"{failed} rows failed" if failed else 0)
 
 

@@ -1,14 +1,16 @@
 """The rivals and llmq on one model and the same calibration tokens, every file scored by llmq's decoder.
 
     python scripts/bench_peers.py MODEL --envs DIR --calib FILE --text FILE [--out DIR] [--only NAME ...]
+    python scripts/bench_peers.py MODEL --envs DIR --calib FILE --text FOLDER [--home FILE] ...
 
 Run through scripts/bench_peers.sh, which makes the environments DIR/{gptqmodel,autoround,llmcompressor} first. Each row
 quantizes in a process of its own, checks that the file holds the grid asked for, scores it in float32, and is kept in
-OUT/peers.json, so that a stopped run goes on where it was. Integers are symmetric, in groups of 64; small floats are as
-their schemes have them. GPTQModel compiles kernels at its first use: warm it up once before its seconds mean anything.
-On a machine that is busy otherwise, compare CPU seconds, of runs with OMP_NUM_THREADS=1: threads that wait for each
-other burn them. On a processor without bfloat16 GPTQModel and llm-compressor compute in it all the same, several times
-slower than with `--dtype float32`.
+OUT/peers.json, so that a stopped run goes on where it was; with a folder of texts each row is scored on every kind, in
+OUT/kinds.json, where those of bench_accuracy.py lie too (_scored.py). Integers are symmetric, in groups of 64; small
+floats are as their schemes have them. GPTQModel compiles kernels at its first use: warm it up once before its seconds
+mean anything. On a machine that is busy otherwise, compare CPU seconds, of runs with OMP_NUM_THREADS=1: threads that
+wait for each other burn them. On a processor without bfloat16 GPTQModel and llm-compressor compute in it all the same,
+several times slower than with `--dtype float32`.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import _measure as measure
 import torch
-from _rows import Row, Rows, show, show_markdown
+from _rows import Row
+from _scored import Scores, add_options
 
 from llmq.checkpoint import Source
 from llmq.loading import load
@@ -80,7 +84,7 @@ ROWS: dict[str, tuple[str, int | str, tuple[object, ...]]] = {
 }
 
 
-def measure_row(name: str, args: argparse.Namespace) -> Row:
+def measure_row(name: str, args: argparse.Namespace, scores: Scores) -> Row:
     """Quantize, check, score, and drop the checkpoint. What quantizing took outlives a stop before the score."""
     tool, bits, options = ROWS[name]
     out = args.out / name.replace(" ", "-")
@@ -91,13 +95,12 @@ def measure_row(name: str, args: argparse.Namespace) -> Row:
         row = quantize(tool, out, (*options, *group, "--dtype", args.dtype), args)
         taken.write_text(json.dumps(row))
     check_grid(out, bits)
-    figures = measure.scores(out, args.model, args.text, args.windows)
     row = {
         "tool": tool,
         "bits": bits,
         **json.loads(taken.read_text()),
         **sizes(out, args.model, bits),
-        **{k: figures[k] for k in ("perplexity", "baseline_perplexity", "kl_mean", "kl_standard_error", "top1")},
+        **scores.of(name, out),
         "windows": args.windows,
     }
     if not args.keep:
@@ -177,25 +180,20 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--envs", type=Path, required=True, help="folder of the rivals' environments")
     parser.add_argument("--calib", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("bench"))
     parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), metavar="NAME")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--dtype", default="auto", help="of activations, for every tool; auto is each one's own choice")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints in OUT")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing: print what is there as Markdown")
+    add_options(parser)
     args = parser.parse_args()
-    rows = Rows(args.out / "peers.json")
-    if args.markdown:
-        show_markdown({n: r for n, r in ((n, rows.read().get(n)) for n in ROWS) if r})
-        return
-    failed = rows.fill(args.only, lambda name: measure_row(name, args), show)
-    kept = rows.read()
-    show(kept)
-    for r in list(kept.values())[:1]:
-        print(f"float: {r['baseline_perplexity']:.3f}")
+    with tempfile.TemporaryDirectory() as room:
+        scores = Scores(args, "peers", Path(room))
+        if args.markdown:
+            return scores.markdown({n: r for n, r in ((n, scores.rows.read().get(n)) for n in ROWS) if r})
+        failed = scores.rows.fill(args.only, lambda name: measure_row(name, args, scores), scores.show)
+    scores.show(scores.rows.read())
+    print(f"float: {scores.floats()}; {measure.machine()}")
     sys.exit(f"{failed} rows failed" if failed else 0)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 
 import _kinds
 import pytest
+from _scored import Scores, add_options
 
 import llmq
 from llmq.evaluation.paired import Mean
@@ -90,3 +92,29 @@ def test_intervals_of_independent_kinds_add_up_in_squares():
 def test_a_folder_without_windows_is_one_group(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     assert _kinds.groups(tmp_path) == [_kinds.Group(tmp_path)]
+
+
+@pytest.fixture
+def told(tmp_path, texts, tiny_checkpoint):
+    """`told(words)`: the scores of a bench that was told these options beside a model and where its rows go."""
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+
+    def scores(*words):
+        args = parser.parse_args(["--out", str(tmp_path / "bench"), *map(str, words)])
+        args.model = tiny_checkpoint(seed=0)
+        return Scores(args, "peers", tmp_path)
+
+    return scores
+
+
+def test_a_bench_keeps_its_rows_by_what_it_scores(tmp_path, texts, told, tiny_checkpoint, capsys):
+    assert told("--text", tmp_path / "home.txt").rows.file.name == "peers.json"
+    with pytest.raises(SystemExit, match="give --text FOLDER"):
+        told("--text", tmp_path / "home.txt", "--home", tmp_path / "home.txt")
+    several = told("--text", texts / "window-48", "--convention", "llama.cpp", "--windows", 1)
+    assert several.floats() == ""
+    several.rows.fill(["a 4"], lambda name: several.of(name, tiny_checkpoint(seed=1)), several.show)
+    assert several.rows.file.name == "kinds.json" and (tmp_path / "bench/tokens/a-4.safetensors").exists()
+    assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()] == ["method", "---", "a 4"]
+    assert [part.split(" on ")[1] for part in several.floats().split(", ")] == ["code", "prose"]
