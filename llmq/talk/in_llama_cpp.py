@@ -62,15 +62,16 @@ class InLlamaCpp(Speaker):
             self._server = xllamacpp.Server(params)
         except RuntimeError as e:
             raise LlmqError(f"{model}: llama.cpp does not load it ({one_line(e)})") from e
+        self._ask("/lora-adapters").close()  # waits for its queue: a server that ends before that runs never ends
 
     def encode(self, text: str) -> list[int]:
         """See `Speaker.encode`."""
-        with self._post("/tokenize", content=text, add_special=True, parse_special=True) as answer:
+        with self._ask("/tokenize", content=text, add_special=True, parse_special=True) as answer:
             return [int(i) for i in json.load(answer)["tokens"]]
 
     def templated(self, messages: Sequence[Message]) -> list[int]:
         """See `Speaker.templated`. What begins a text is not the template's where the tokenizer puts it there."""
-        with self._post("/apply-template", messages=list(messages)) as answer:
+        with self._ask("/apply-template", messages=list(messages)) as answer:
             return self.encode(str(json.load(answer)["prompt"]))
 
     def pieces(self, ids: Sequence[int], how: Sampling) -> Iterator[Piece]:
@@ -79,7 +80,7 @@ class InLlamaCpp(Speaker):
         given |= {"top_p": 1 if how.top_p is None else how.top_p}
         given |= {"seed": how.seed if how.seed is not None else secrets.randbits(31)}
         counted = 0  # of half a character there is no event
-        with self._post("/completion", prompt=list(ids), stream=True, **given) as answer:
+        with self._ask("/completion", prompt=list(ids), stream=True, **given) as answer:
             for event in _events(answer):
                 if "error" in event:
                     raise LlmqError(f"{self.name}: llama.cpp: {event['error'].get('message')}")
@@ -88,10 +89,12 @@ class InLlamaCpp(Speaker):
                 before, counted = counted, int(event.get("tokens_predicted", counted))
                 yield Piece(str(event.get("content", "")), counted - before, finish)
 
-    def _post(self, path: str, **body: Any) -> HTTPResponse:
+    def _ask(self, path: str, **body: Any) -> HTTPResponse:
+        """Return the answer to what is posted, or to the path alone where nothing is."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         url = self._server.listening_address + path
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310, a server of our own
+        posted = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(url, posted, headers)  # noqa: S310, a server of our own
         try:
             return _DIRECT.open(request)  # type: ignore[no-any-return]
         except urllib.error.HTTPError as e:

@@ -169,7 +169,9 @@ def test_the_choice_is_within_five_percent_of_an_exhaustive_run_s_in_heavy_noise
 
 
 def test_that_noise_does_mislead_other_rules():
-    assert max(gpu.regret(one_by_one(gpu, statistics.median, 10)) for gpu in (NoisyGpu(s, 0) for s in range(200))) > 0.05
+    assert (
+        max(gpu.regret(one_by_one(gpu, statistics.median, 10)) for gpu in (NoisyGpu(s, 0) for s in range(200))) > 0.05
+    )
     assert max(gpu.regret(one_by_one(gpu, min, 20)) for gpu in (NoisyGpu(s, 0.5) for s in range(200))) > 0.05
 
 

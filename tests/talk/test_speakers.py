@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -177,7 +179,12 @@ def test_a_gguf_file_speaks_in_llama_cpp(gguf, llama_cpp):
         assert "".join(speaker.answer(ids, Sampling(10, temperature=0))) == text
         drawn = ["".join(speaker.answer(ids, Sampling(8, 1.0, seed=s))) for s in (1, 1)]
         assert drawn[0] == drawn[1]
-    assert text == llama_cpp(gguf)._post("/completion", prompt=ids, n_predict=10, temperature=0)["content"]
+    assert text == llama_cpp(gguf)._ask("/completion", prompt=ids, n_predict=10, temperature=0)["content"]
+
+
+def test_a_gguf_file_that_is_left_at_once_is_left(gguf):
+    leave = "import sys; from llmq.talk.speaker import opened\nfor _ in range(3): opened(sys.argv[1], context=64)"
+    subprocess.run([sys.executable, "-c", leave, gguf], timeout=120, check=True)  # it waited for ever
 
 
 def test_no_proxy_hears_what_a_gguf_file_is_asked(gguf, monkeypatch):
