@@ -113,12 +113,19 @@ def _by_panels(walk: Walk, lattice: Lattice, sweeps: int) -> None:
 def _loop(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     codes, gradient, loss, H, diagonal, order, group, divisor, scale, zero, value, edge, sweeps, first, last, low, high
 ):
-    """Do rows first to last. numba compiles this. Rounding and divisor are those of _sweep.py's leaf."""
+    """Do rows first to last. numba compiles this. Rounding and divisor are those of _sweep.py's leaf.
+
+    Rows that share a row of H are done when a look at each of their codes has moved none.
+    """
     magic = gradient.dtype.type(ROUNDER)
     K = len(order)
     for start in range(first, last, _ROWS):
         stop = min(start + _ROWS, last)
+        still = 0  # how many columns were looked at since a code moved
         for k in range(sweeps * K):
+            if still == K:
+                break
+            still += 1
             j = order[k % K]
             g = group[j]
             for n in range(start, stop):
@@ -142,6 +149,7 @@ def _loop(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
                     for i in range(K):
                         gradient[n, i] -= step * H[j, i]
                     codes[n, j] = new
+                    still = 0
 
 
 _KINDS = "u2 f2 f1 f2 f1 i1 i1 f2 f2 f2 f1 f1 i i i f f"  # of _loop's arguments

@@ -31,13 +31,14 @@ from llmq.types import Grid, Parameters, QTensor
 class Descent(Regularized, Refiner):
     """Least squares on the scales, coordinate descent on the codes.
 
-    rounds: how often both are done. sweeps: how often a round goes over all codes.
+    rounds: how often both are done. sweeps: how often a round goes over all codes, at most; rows where a sweep moves
+        nothing are done.
     scales: whether the scales move at all.
     damp, prior: as in _hessian.py.
     """
 
-    rounds: int = 4
-    sweeps: int = 3
+    rounds: int = 2
+    sweeps: int = 8
     scales: bool = True
 
     held: ClassVar[Held] = Held(2, 6)

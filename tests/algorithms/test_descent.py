@@ -159,6 +159,21 @@ def test_walking_panel_by_panel_finds_what_walking_row_by_row_does(name, K, monk
     assert torch.equal(by_panels.Q_NK, Q_NK)
 
 
+def test_rows_are_done_when_a_sweep_moves_nothing_and_not_before():
+    W_NK, H_KK, grid = weight(27, 256), hessian(256).mean(), Int(3, True, 32)
+    start = Rtn().solve(W_NK, grid, Stats())
+    at_once, one_by_one = (_State(W_NK, start.q, H_KK) for _ in range(2))
+    at_once.descend(sweeps=40)
+    moved = []
+    for _ in range(40):
+        before = one_by_one.codes.clone()
+        one_by_one.descend(sweeps=1)
+        moved.append(not torch.equal(one_by_one.codes, before))
+    assert moved[3] and not moved[-1]
+    for what in ("codes", "gradient_NK", "loss_N"):
+        assert torch.equal(getattr(at_once, what), getattr(one_by_one, what))
+
+
 def test_without_a_compiled_loop_the_codes_are_swept(monkeypatch):
     W_NK, H_KK, grid = weight(16, 64), hessian(64).mean(), Int(3, True, 32)
     start = Rtn().solve(W_NK, grid, Stats())
