@@ -159,11 +159,21 @@ def _panels(K: int) -> Iterator[tuple[int, int]]:
         yield i, min(i + panel, K)
 
 
+def forms(x_nK: Tensor, H_KK: Tensor) -> Tensor:
+    """Return diag(x H x^T), `[n]`, of a symmetric H. One triangle tells: what is off the diagonal counts twice."""
+    found = x_nK.new_zeros(len(x_nK))
+    for i, j in _panels(len(H_KK)):
+        xH = x_nK[:, i:j] @ H_KK[i:j, i:j]
+        found += xH.addmm_(x_nK[:, j:], H_KK[j:, i:j], alpha=2).mul_(x_nK[:, i:j]).sum(1)
+    return found
+
+
 class Stats(dict[type[Stat], Any]):
     """The statistics of one site by their class, and what steps make of them for all matrices of the site.
 
     importance: what the squared error of each input channel counts, `[K]`, where the user gave it (an imatrix).
-    tokens: how many were seen. layer: where these are an expert's, the mean `X^T X` over all tokens of its layer.
+    tokens: how many were seen. rows: how many the matrices of the site have together, 0 where that is not known.
+    layer: where these are an expert's, the mean `X^T X` over all tokens of its layer.
     """
 
     def __init__(self, stats: Mapping[type[Stat], Any] | None = None, importance: Tensor | None = None) -> None:
@@ -171,6 +181,7 @@ class Stats(dict[type[Stat], Any]):
         self.importance = importance
         known = stats if isinstance(stats, Stats) else None
         self.tokens: int = known.tokens if known is not None else 0
+        self.rows: int = known.rows if known is not None else 0
         self.layer: Tensor | None = known.layer if known is not None else None
         self._made: dict[Hashable, Any] = {}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmq.histogram import Histogram
-from llmq.stats import MAX, SUM, AbsMax, AbsMean, Drift, Hessian, MeanSquare, Sample
+from llmq.stats import MAX, SUM, AbsMax, AbsMean, Drift, Hessian, MeanSquare, Sample, forms
 
 KINDS = [Hessian, AbsMax, AbsMean, MeanSquare, Sample, Histogram, Drift]
 
@@ -105,3 +105,11 @@ def test_a_statistic_without_data_says_so(kind):
     for name in kind.reductions:
         with pytest.raises(ValueError, match="no activation"):
             stat.whole(name)
+
+
+@pytest.mark.parametrize("K", [3, 192, 193, 600])
+def test_forms_of_rows_are_those_of_the_whole_matrix(K):
+    g = torch.Generator().manual_seed(K)
+    x, root = torch.randn(5, K, generator=g), torch.randn(K, K, generator=g)
+    H = root @ root.T
+    torch.testing.assert_close(forms(x, H), ((x.double() @ H.double()) * x).sum(1).float(), rtol=1e-5, atol=0)

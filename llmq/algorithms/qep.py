@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llmq.algorithms._hessian import Regularized, cholesky, retried, revived
-from llmq.stats import Drift, Hessian, Stat, Stats
+from llmq.stats import Drift, Hessian, Stat, Stats, forms
 from llmq.steps import Correction, Held, Operations
 from llmq.types import Grid
 
@@ -54,9 +54,10 @@ class Qep(Regularized, Correction):
         return (Hessian, Drift)
 
     def operations(self, N: int, K: int) -> Operations:
-        """Return a factor and two products (one of them two triangles) for the move, and all again to choose alpha."""
-        moves = 1 + (self.alpha is None)
-        return Operations(factor=moves * K**3 / 3, products=2 * N * K**2 * 3 * moves)
+        """Return a factor, a product and a solve for the move; to choose alpha all again, and a product and a half."""
+        chosen = self.alpha is None
+        move = 2 * N * K**2 + 2 * min(N, K) * K**2
+        return Operations(factor=(1 + chosen) * K**3 / 3, products=(1 + chosen) * move + chosen * 3 * N * K**2)
 
     def judge(self, W_NK: Tensor, stats: Stats) -> Tensor:
         """Return slope and curvature, `[N, 2]`, of the error of each row on the held-out tokens, by alpha."""
@@ -64,7 +65,7 @@ class Qep(Regularized, Correction):
             return W_NK.new_zeros(len(W_NK), 2)
         held, held_hessian = stats[Drift].whole("held"), stats[Drift].held_hessian
         D_NK = stats.once((self, "judged"), lambda: self._fitted(stats)).of(W_NK)
-        return torch.stack([((W_NK @ held) * D_NK).sum(1), ((D_NK @ held_hessian) * D_NK).sum(1)], 1)
+        return torch.stack([((W_NK @ held) * D_NK).sum(1), forms(D_NK, held_hessian)], 1)
 
     def correct(self, W_NK: Tensor, sums_Nm: Tensor, stats: Stats) -> Tensor:
         """Move rows of a site; a site whose input has not drifted stays as it is."""
@@ -93,7 +94,7 @@ class Qep(Regularized, Correction):
         tokens = hessian.count - unseen
         H_KK = (hessian.mean() * hessian.count).sub_(drift.held_hessian).div_(tokens)
         factor, line = self._factor(H_KK, tokens)
-        return _Move(drift.whole("fit"), seen - unseen, factor, line)
+        return _Move.made(drift.whole("fit"), seen - unseen, factor, line, stats.rows)
 
     def _whole(self, stats: Stats) -> _Move:
         """Return the move that all tokens ask for."""
@@ -102,7 +103,8 @@ class Qep(Regularized, Correction):
         def make() -> _Move:
             stats.forget()  # the move that was judged
             factor, line = self._factor(hessian.mean().clone(), hessian.count)
-            return _Move(drift.whole("fit") + drift.whole("held"), drift.number("count"), factor, line)
+            both = drift.whole("fit") + drift.whole("held")
+            return _Move.made(both, drift.number("count"), factor, line, stats.rows)
 
         return stats.once((self, "whole"), make)  # type: ignore[no-any-return]
 
@@ -117,19 +119,32 @@ class Qep(Regularized, Correction):
 class _Move(NamedTuple):
     """W -> W (X - Xq)^T Xq (Xq^T Xq)^-1, and a line on the damping.
 
-    drift: `(X - Xq)^T Xq`, a sum over so many tokens. factor: of `Xq^T Xq`, lower, None where it has none. `[K, K]`.
+    left, right: W is multiplied by `left` `[K, K]`, a sum over so many tokens, and what comes of it is solved for with
+        the lower factor `right`, where there is one. Both None where the Hessian does not factor: nothing moves then.
     """
 
-    drift: Tensor
+    left: Tensor | None
     tokens: int
-    factor: Tensor | None
+    right: Tensor | None
     line: dict[str, Any]
+
+    @classmethod
+    def made(cls, drift: Tensor, tokens: int, factor: Tensor | None, line: dict[str, Any], rows: int) -> _Move:
+        """Return the move by a drift `(X - Xq)^T Xq`, a sum over so many tokens, and the factor of `Xq^T Xq`.
+
+        rows: how many will be moved. Solves cost twice what products do, so where these are more than K, the drift's
+        own rows are solved for, once.
+        """
+        if factor is not None and rows > len(drift):
+            return cls(torch.cholesky_solve(drift.T, factor).T, tokens, None, line)
+        return cls(None if factor is None else drift, tokens, factor, line)
 
     def of(self, W_NK: Tensor) -> Tensor:
         """Return the move of some rows; zero where the Hessian does not factor."""
-        if self.factor is None:
+        if self.left is None:
             return torch.zeros_like(W_NK)
-        return torch.cholesky_solve((W_NK @ self.drift).div_(self.tokens).T, self.factor).T
+        moved = (W_NK @ self.left).div_(self.tokens)
+        return moved if self.right is None else torch.cholesky_solve(moved.T, self.right).T
 
 
 def _drifted(stats: Stats) -> bool:

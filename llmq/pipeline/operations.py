@@ -8,7 +8,7 @@ T tokens of calibration, a linear [N, K], t tokens that reach it (of an expert T
     forward      2 N K t flops for each linear and stream, and attention's 2 S T heads d; a batch that is not suspended
                  runs anew to each site, 2.3 forwards for one
     statistics   1.1 K^2 t flops for a Hessian, of which the upper blocks are computed; 2.25 K^2 t more for a drift
-    factor, products, columns, looks, fits, passes    what the steps say (`Step.operations`), and 4 N K^2 of products
+    factor, products, columns, looks, fits, passes    what the steps say (`Step.operations`), and 2.5 N K^2 of products
                  for the errors in the record
     packing, decoding    weights packed, and decoded again to verify them
     digest       bytes whose checksums are taken: codes, tensors and files, when written and when verified
@@ -141,7 +141,7 @@ class _Counting:
             self._steps([step], N, K, _searchers(step), "each")
         self._steps((*method.corrections, method.solver, *method.refiners), N, K, rows, factors)
         self._steps(method.tuners, N, K, "each", "each")
-        self.work["products", rows] += 4 * N * K**2 * (Hessian in stats)
+        self.work["products", rows] += 2.5 * N * K**2 * (Hessian in stats)
         self.work["passes", rows] += 40 * N * K  # rounded, decoded, compared, in part as integers
         self.work["packing", "first"] += N * K
         self.work["linears", "each"] += len(specs)

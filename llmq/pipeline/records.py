@@ -33,6 +33,7 @@ from torch import Tensor
 
 from llmq.checkpoint.digest import raw
 from llmq.pipeline.site import pieces
+from llmq.stats import forms
 from llmq.team import ALONE, Team
 from llmq.types import FloatParams, Grid, Params, QTensor
 
@@ -75,7 +76,7 @@ def _errors(Q_nK: Tensor, W_nK: Tensor, H_KK: Tensor | None) -> dict[str, tuple[
     """Return the sums of squared errors of some rows, and of what they are relative to."""
     W = W_nK.float()
     E_nK = Q_nK.float() - W
-    found = {} if H_KK is None else {"output": [(x @ H_KK).mul_(x).sum() for x in (E_nK, W)]}
+    found = {} if H_KK is None else {"output": [forms(x, H_KK).sum() for x in (E_nK, W)]}
     weight = [E_nK.square_().sum(), torch.square(W, out=E_nK).sum()]  # in one memory: many are small
     return {kind: (error.item(), whole.item()) for kind, (error, whole) in {"weight": weight, **found}.items()}
 

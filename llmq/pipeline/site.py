@@ -107,6 +107,7 @@ def solve(method: Method, targets: Mapping[str, Target], stats: Stats, team: Tea
 
     stats: the caller's own; what its corrections alone read is dropped from it. team: whose processes share the pieces.
     """
+    stats.rows = sum(len(target.W_NK) for target in targets.values())
     stacks = [_stack(targets, names, stats) for names in _stacks(targets)]
     mine = team.own([piece for stack in stacks for piece in stack.pieces()])
     lines: dict[str, dict[str, Any]] = {name: {} for name in targets}

@@ -93,6 +93,17 @@ def test_an_input_without_drift_leaves_the_weights_alone():
     assert corrected(Qep(), W_NK, gathered(X, X))[0] is W_NK
 
 
+def test_more_rows_than_columns_move_as_few_do():
+    """The drift is solved for once there, in place of the rows."""
+    X, F = activations()
+    W_NK, stats = weight(N=60), gathered(X, F)
+    few, alpha = corrected(Qep(), W_NK, stats)
+    stats.rows = len(W_NK)
+    many, same = corrected(Qep(), W_NK, stats)
+    assert (few != many).any() and alpha == pytest.approx(same, abs=1e-3)
+    torch.testing.assert_close(many, few, rtol=1e-4, atol=1e-4)
+
+
 def test_rows_move_by_the_alpha_of_their_own_linear():
     X, F = activations()
     stats = gathered(X, F)
