@@ -28,6 +28,7 @@ from torch import Tensor
 
 from llmq import launched
 from llmq.errors import LlmqError, one_line
+from llmq.meeting import meet
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
@@ -211,6 +212,7 @@ def join(device: torch.device) -> Team:
     if launched.size() == 1:
         return ALONE
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     if not dist.is_initialized():
         if device.type == "cuda":
@@ -219,7 +221,10 @@ def join(device: torch.device) -> Team:
             cores = psutil.cpu_count(logical=False) or 1
             torch.set_num_threads(max(1, cores // launched.beside()))
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+            store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+            engine = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            own = meet(store, rank, size)
+            dist.init_process_group(engine, store=own, rank=rank, world_size=size, timeout=_PATIENCE)
         except (RuntimeError, ValueError) as e:  # what torch.distributed raises, whatever it met
             raise LlmqError(
                 f"the {launched.size()} processes of this run cannot connect ({one_line(e)}); check that all reach "

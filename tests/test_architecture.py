@@ -18,7 +18,7 @@ CLOSING = {  # a format closes OUT: it knows how OUT is written, and GGUF's own 
     "formats/gguf.py": ("llmq.checkpoint.digest", "llmq.checkpoint.hub_metadata", "llmq.gguf"),
 }
 FLOORS = (  # a room, or a file of the top level, imports only from floors below its own
-    "errors", "guard show launched extras",
+    "errors", "guard show launched meeting extras",
     "options signals progress aside heap team jit gpu granularity overrides readers schemes qualities blend",
     "params", "minifloat", "types", "format stored",
     "registry stats", "steps histogram", "ranges grids families algorithms", "checkpoint", "model",
@@ -28,7 +28,7 @@ FLOORS = (  # a room, or a file of the top level, imports only from floors below
 )  # fmt: skip
 LOW = {
     "errors", "granularity", "guard", "minifloat", "params", "types", "format", "options", "overrides", "readers",
-    "registry", "stored", "jit", "gpu", "team", "launched",
+    "registry", "stored", "jit", "gpu", "team", "launched", "meeting",
 }  # fmt: skip
 OF_STEPS = {"stats", "steps"}  # what algorithms are made of
 
