@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,14 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:
     """Let it go again."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_settled():
+    """Forget after a test which calls of kernels it settled: it may have had others in their places."""
+    yield
+    if tune := sys.modules.get("llmq_kernels.tune"):
+        tune.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 from llmq_kernels.dequant import code_minus_zero, scale_of, zero_of
 from llmq_kernels.errors import KernelError
 from llmq_kernels.kv import KVCache, dequantize, padded
-from llmq_kernels.launch import DTYPES, OPTIONS, cdiv, no_gradient, on, operator, uses_asm
+from llmq_kernels.launch import HALF, OPTIONS, cdiv, no_gradient, on, operator, uses_asm
 
 ROWS = 16  # query rows of a program: the least that tensor cores take
 
@@ -269,7 +269,7 @@ def _op(
         raise KernelError(f"queries on {q.device}, cache on {k_words.device}, lengths on {lengths.device}; move them")
     if q.device.type == "cpu":
         return reference(q, cache, lengths, softmax_scale, window)
-    if q.dtype not in DTYPES:
+    if q.dtype not in HALF:
         raise KernelError(f"the attention kernel takes fp16 or bf16 queries, not {q.dtype}; convert q")
     with on(q.device):
         return no_gradient(q, launch(q, cache, lengths, softmax_scale, splits(q, cache), window))

@@ -116,7 +116,7 @@ def int8_build(config: tune.Config, dtype: str = "fp16") -> Build:
 
 
 def _quantize_build(dtype: str) -> Build:
-    types = {"x_ptr": f"*{dtype}", "q_ptr": "*i8", "scale_ptr": "*fp32", "K": "i32", "KP": "i32"}
+    types = {"x_ptr": f"*{dtype}", "q_ptr": "*i8", "static_ptr": "*fp32", "scale_ptr": "*fp32", "K": "i32", "KP": "i32"}
     constants = {"EPS": 0.001, "STATIC": False, "BLOCK": 4096}
     return Build(int8.quantize_kernel, types, constants, (), _PLAIN)
 

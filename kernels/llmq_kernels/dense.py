@@ -26,11 +26,12 @@ UNKNOWN_L2 = 32 << 20
 """Bytes taken for the L2 cache of a device that does not say its own."""
 
 
-def product(x_MK: Tensor, N: int, decode: Callable[[Tensor, int], None], bias: Tensor | None = None) -> Tensor:
-    """Return `x @ W^T + bias` `[M, N]` in the dtype of `x`, W rounded to that dtype.
+def product(x: Tensor, N: int, decode: Callable[[Tensor, int], None], bias: Tensor | None = None) -> Tensor:
+    """Return `x @ W^T + bias` `[..., N]` for `x` `[..., K]`, W rounded to its dtype.
 
     decode: fills `[rows, K]` with the rows of W from the given one on.
     """
+    x_MK = x.reshape(-1, x.shape[-1])
     M, K = x_MK.shape
     rows = panel_rows(N, K, x_MK.element_size(), l2_cache(x_MK.device))
     y = x_MK.new_empty(M, N)
@@ -43,7 +44,7 @@ def product(x_MK: Tensor, N: int, decode: Callable[[Tensor, int], None], bias: T
                 torch.mm(x_MK, W.t(), out=out)
             else:
                 torch.addmm(bias[n : n + rows], x_MK, W.t(), out=out)
-    return y
+    return y.view(*x.shape[:-1], N)
 
 
 def panel_rows(N: int, K: int, itemsize: int, cache: int) -> int:

@@ -32,9 +32,9 @@ from triton import constexpr_function
 from llmq_kernels import dense, tune
 from llmq_kernels.dense import ROWS
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import OPTIONS, cdiv, operator, runs_on, uses_asm
+from llmq_kernels.launch import OPTIONS, cdiv, direct, operator, runs_on, uses_asm
 from llmq_kernels.layout import N_MULTIPLE
-from llmq_kernels.weight_only import FEW, check_activation, multiplied, sum_splits_kernel
+from llmq_kernels.weight_only import FEW, Call, Launches, check_activation, multiplied, signature
 
 _PLACES = ((15, 9), (12, 6), (14, 3), (13, 0))  # of the sign, and of the lowest bit of the others, in a word
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -54,6 +54,11 @@ class E2M1Weight:
     group: int
     e8m0: bool
     factor: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int, int, bool]:
+        """What of the weight bears on the choice of a configuration."""
+        return self.N, self.K, self.group, self.e8m0
 
 
 @constexpr_function
@@ -247,18 +252,27 @@ def linear(x: Tensor, w: E2M1Weight, bias: Tensor | None = None) -> Tensor:
 
     Raises KernelError for a shape, dtype or device that the kernel cannot take.
     """
-    return torch.ops.llmq.e2m1_linear(x, w.words, w.params, bias, w.N, w.K, w.group, w.e8m0, w.factor)
+    if direct(x):
+        return compute(x, w, bias)
+    return torch.ops.llmq.e2m1_linear(x, w.words, w.params, bias, *w.shape, w.factor)
+
+
+def compute(x: Tensor, w: E2M1Weight, bias: Tensor | None = None) -> Tensor:
+    """See `linear`: what the operator does."""
+    call = tune.settled.get(signature("e2m1", x, w, bias))
+    if call is not None:
+        return call(x, w, bias)
+    check_activation(x, w, bias)
+    if not runs_on(x) or not x.numel():
+        return reference(x, w, bias)
+    return multiplied(x, w, bias, "e2m1", configs, launch, planned)
 
 
 @operator("llmq::e2m1_linear")
 def _op(
     x: Tensor, words: Tensor, params: Tensor, bias: Tensor | None, n: int, k: int, group: int, e8m0: bool, factor: float
 ) -> Tensor:
-    w = E2M1Weight(words, params, n, k, group, e8m0, factor)
-    check_activation(x, w, bias)
-    if not runs_on(x) or not x.numel():
-        return reference(x, w, bias)
-    return multiplied(x, w, bias, ("e2m1", n, k, group, e8m0), configs, launch)
+    return compute(x, E2M1Weight(words, params, n, k, group, e8m0, factor), bias)
 
 
 @torch.library.register_fake("llmq::e2m1_linear")
@@ -293,31 +307,23 @@ def configs(M: int, w: E2M1Weight, *, asm: bool | None = None) -> list[tune.Conf
 
 
 def launch(
-    x_MK: Tensor, w: E2M1Weight, bias: Tensor | None, config: tune.Config, dtype: torch.dtype | None = None
+    x: Tensor, w: E2M1Weight, bias: Tensor | None, config: tune.Config, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Run a given configuration on fp16 or bf16 `x` `[M, K]`, the library's on float32 too.
+    """Run a given configuration on fp16 or bf16 `x` `[..., K]`, the library's on float32 too.
 
-    Returns `[M, N]` in `dtype`, else x's.
+    Returns `[..., N]` in `dtype`, else x's.
     """
     if config == tune.LIBRARY:
-        return dense.product(x_MK, w.N, functools.partial(decode, w), bias)
-    M, (rows, Np) = x_MK.shape[0], w.words.shape
-    x = F.pad(x_MK, (0, 4 * rows - w.K)) if 4 * rows != w.K else x_MK.contiguous()
-    y = torch.empty((M, w.N), dtype=dtype or x.dtype, device=x.device)
-    if M == 0:
-        return y
-    splits, has_bias = config.split_k, bias is not None
-    out = y if splits == 1 else torch.empty((splits, M, w.N), dtype=torch.float32, device=x.device)
-    grid = (cdiv(M, config.BM) * cdiv(w.N, config.BN), splits)
-    e2m1_kernel[grid](
-        x, w.words, w.params, y if bias is None else bias.to(x.dtype), out, w.factor, M, w.N, Np, 4 * rows,
-        **constants(w, config, has_bias=has_bias), **config.options(),
-    )  # fmt: skip
-    if splits > 1:
-        sum_splits_kernel[(cdiv(M * w.N, 1024),)](
-            out, y if bias is None else bias, y, M * w.N, w.N, HAS_BIAS=has_bias, SPLIT_K=splits, BLOCK=1024, **OPTIONS
-        )
-    return y
+        return dense.product(x, w.N, functools.partial(decode, w), bias)
+    return planned(x, w, config, bias is not None, dtype)(x, w, bias)
+
+
+def planned(x: Tensor, w: E2M1Weight, config: tune.Config, has_bias: bool, dtype: torch.dtype | None = None) -> Call:
+    """Return what launches a configuration on activations and weights like `x` and `w`."""
+    rows, Np = w.words.shape
+    fixed = constants(w, config, has_bias=has_bias) | config.options()
+    launches = Launches(x, w.N, (Np, 4 * rows), config, fixed, has_bias, dtype or x.dtype)
+    return lambda x, w, bias: launches(e2m1_kernel, x, w.words, w.params, bias, w.factor)
 
 
 def constants(w: E2M1Weight, config: tune.Config, *, has_bias: bool = False, asm: bool | None = None) -> dict:

@@ -19,7 +19,11 @@ Not here: weight-only kernels (weight_only.py); choosing static scales (calibrat
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +33,7 @@ from torch import Tensor
 
 from llmq_kernels import tune
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import DTYPES, OPTIONS, cdiv, no_gradient, on, operator, runs_on
+from llmq_kernels.launch import FLOATS, OPTIONS, cdiv, direct, no_gradient, on, operator, runs_on
 from llmq_kernels.rounding import round_even
 
 TILE_K = 128
@@ -72,7 +76,8 @@ def pack(codes_NK: Tensor, scale_N: Tensor) -> PackedInt8:
 def quantize_kernel(
     x_ptr,  # [M, K] fp16, bf16 or float32
     q_ptr,  # [M, KP] int8
-    scale_ptr,  # [M] float32, written; or with STATIC [1], read
+    static_ptr,  # [1], read with STATIC
+    scale_ptr,  # [M] float32, or with STATIC [1]; written
     K,
     KP,
     EPS: tl.constexpr,
@@ -84,7 +89,8 @@ def quantize_kernel(
     offs = tl.arange(0, BLOCK)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     if STATIC:
-        scale = tl.load(scale_ptr)
+        scale = tl.load(static_ptr).to(dtype).to(tl.float32)
+        tl.store(scale_ptr, scale, mask=row == 0)
     else:
         top = tl.zeros((BLOCK,), dtype=tl.float32)
         for k in range(0, K, BLOCK):
@@ -205,33 +211,60 @@ def linear(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tensor 
     static: `[1]`, the scale of the activation, or None for one per token. bias: `[N]`.
     Raises KernelError for a shape, dtype or device that the kernel cannot take.
     """
+    if direct(x):
+        return compute(x, w, static, bias)
     return torch.ops.llmq.int8_linear(x, w.q, w.scale, static, bias, w.N, w.K)
+
+
+def compute(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """See `linear`: what the operator does."""
+    call = tune.settled.get(_signature(x, w, static, bias))
+    if call is not None:
+        return call(x, w, static, bias)
+    if x.size(-1) != w.K:
+        raise KernelError(f"the activation has {x.shape[-1]} features, the packed weight {w.K}")
+    if x.device != w.q.device:
+        raise KernelError(f"the activation is on {x.device}, the packed weight on {w.q.device}; move one")
+    if bias is not None and bias.shape != (w.N,):
+        raise KernelError(f"the bias is {list(bias.shape)}, not [{w.N}]")
+    if not runs_on(x) or not x.numel():
+        return reference(x, w, static, bias)
+    if x.dtype not in FLOATS:
+        raise KernelError(f"the W8A8 kernel takes fp16, bf16 or float32 activations, not {x.dtype}; convert x")
+    M, device = x.numel() // w.K, x.device
+    key = (tune.bucket(M), w.N, w.K, x.dtype)
+    quantized = functools.cache(lambda: quantize(x, w.q.size(1), static))  # once, if anything is to be timed
+    with on(device):
+        config = tune.choose(
+            "int8", device, key, lambda: configs(M, w.K), lambda c: launch(*quantized(), w, bias, c, x.dtype)
+        )
+    call = planned(x, w, config, static is not None, bias is not None)
+    tune.settle(_signature(x, w, static, bias), "int8", device, key, call)
+    return call(x, w, static, bias)
+
+
+def planned(x: Tensor, w: PackedInt8, config: tune.Config, is_static: bool, has_bias: bool) -> Callable[..., Tensor]:
+    """Return what quantizes and multiplies, in one configuration, activations and weights like `x` and `w`."""
+    K, Kp, device, dtype = w.K, w.q.size(1), x.device, x.dtype
+    quantizing, q_shape = Quantizing(x, Kp, is_static=is_static), (*x.shape[:-1], Kp)
+    launches = Launches(q_shape, w.N, config, is_static or x.numel() == K, has_bias, device, dtype)
+
+    def call(x: Tensor, w: PackedInt8, static: Tensor | None, bias: Tensor | None) -> Tensor:
+        with on(device):
+            return no_gradient(x, launches(*quantizing(x, static), w, bias))
+
+    return call
+
+
+def _signature(x: Tensor, w: PackedInt8, static: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
+    """Return all that a call's checks, its configuration and its launches depend on."""
+    of_bias = None if bias is None else bias.shape
+    return "int8", x.shape, x.dtype, x.device, w.N, w.K, w.q.device, static is None, of_bias
 
 
 @operator("llmq::int8_linear")
 def _op(x: Tensor, q: Tensor, scale: Tensor, static: Tensor | None, bias: Tensor | None, n: int, k: int) -> Tensor:
-    w = PackedInt8(q, scale, n, k)
-    if x.shape[-1] != k:
-        raise KernelError(f"the activation has {x.shape[-1]} features, the packed weight {k}")
-    if x.device != q.device:
-        raise KernelError(f"the activation is on {x.device}, the packed weight on {q.device}; move one")
-    if bias is not None and bias.shape != (n,):
-        raise KernelError(f"the bias is {list(bias.shape)}, not [{n}]")
-    if not runs_on(x) or not x.numel():
-        return reference(x, w, static, bias)
-    if x.dtype not in (*DTYPES, torch.float32):
-        raise KernelError(f"the W8A8 kernel takes fp16, bf16 or float32 activations, not {x.dtype}; convert x")
-    x_MK = x.reshape(-1, k)
-    M = x_MK.shape[0]
-    key = (tune.bucket(M), n, k, x.dtype)
-    with on(x.device):
-        quantized = quantize(x_MK, q.shape[1], static)
-
-        def run(config: tune.Config) -> Tensor:
-            return launch(*quantized, w, bias, config, x.dtype)
-
-        config = tune.choose("int8", x.device, key, lambda: configs(M, k), run)
-        return no_gradient(x, run(config).reshape(*x.shape[:-1], n))
+    return compute(x, PackedInt8(q, scale, n, k), static, bias)
 
 
 @torch.library.register_fake("llmq::int8_linear")
@@ -254,55 +287,85 @@ def configs(M: int, K: int) -> list[tune.Config]:
     return list(dict.fromkeys(c for c in found if c.split_k >= 1))
 
 
-def quantize(x_MK: Tensor, Kp: int, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Run the activation kernel: int8 codes `[M, Kp]`, zeros beyond K, and float32 scales `[M]` (or `[1]`)."""
-    M, K = x_MK.shape
-    q = torch.empty((M, Kp), dtype=torch.int8, device=x_MK.device)
-    scale = torch.empty(M, dtype=torch.float32, device=x_MK.device)
-    if static is not None:
-        scale = static.reshape(1).to(x_MK.dtype).float()
-    if M:
-        eps = torch.finfo(x_MK.dtype).eps
+def quantize(x: Tensor, Kp: int, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Run the activation kernel on `x` `[..., K]`: int8 codes `[..., Kp]`, zeros beyond K, and float32 scales.
+
+    The scales are `[M]`, of M tokens; or `[1]`, the static one rounded to x's dtype.
+    """
+    return Quantizing(x, Kp, is_static=static is not None)(x, static)
+
+
+class Quantizing:
+    """The launch of the activation kernel on activations of one shape."""
+
+    def __init__(self, x: Tensor, Kp: int, *, is_static: bool) -> None:
+        M, self.K, self.Kp, self.device = x.shape[:-1].numel(), x.size(-1), Kp, x.device
+        self.shape, self.scales, self.grid = (*x.shape[:-1], Kp), 1 if is_static else M, (M,)
         block = min(4096, triton.next_power_of_2(Kp))
-        quantize_kernel[(M,)](
-            x_MK.contiguous(), q, scale, K, Kp, EPS=eps, STATIC=static is not None, BLOCK=block, num_warps=4, **OPTIONS
-        )
-    return q, scale
+        self.fixed = {"EPS": torch.finfo(x.dtype).eps, "STATIC": is_static, "BLOCK": block, "num_warps": 4, **OPTIONS}
+
+    def __call__(self, x: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return codes and scales; see `quantize`."""
+        q = torch.empty(self.shape, dtype=torch.int8, device=self.device)
+        scale = torch.empty(self.scales, dtype=torch.float32, device=self.device)
+        if self.grid[0]:
+            given = scale if static is None else static
+            quantize_kernel[self.grid](x.contiguous(), q, given, scale, self.K, self.Kp, **self.fixed)
+        return q, scale
 
 
 def launch(
-    q_MK: Tensor, x_scale: Tensor, w: PackedInt8, bias: Tensor | None, config: tune.Config, dtype: torch.dtype
+    q: Tensor, x_scale: Tensor, w: PackedInt8, bias: Tensor | None, config: tune.Config, dtype: torch.dtype
 ) -> Tensor:
-    """Run the matrix product on int8 activations `[M, Kp]`. Returns `[M, N]` in `dtype`."""
-    M, splits, has_bias, static = q_MK.shape[0], config.split_k, bias is not None, x_scale.numel() == 1
-    y = torch.empty((M, w.N), dtype=dtype, device=q_MK.device)
-    if M == 0:
+    """Run the matrix product on int8 activations `[..., Kp]` with `[M]` scales, or one: `[..., N]` in `dtype`."""
+    launches = Launches(q.shape, w.N, config, x_scale.numel() == 1, bias is not None, q.device, dtype)
+    return launches(q, x_scale, w, bias)
+
+
+class Launches:
+    """The launches of one configuration on activations of one shape: the product, and a sum of splits."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        N: int,
+        config: tune.Config,
+        one_scale: bool,
+        has_bias: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        *batch, Kp = shape
+        M, splits = math.prod(batch), config.split_k
+        self.device, self.dtype, self.sizes, self.splits = device, dtype, (M, N, Kp), splits
+        self.by_library = config == tune.LIBRARY
+        self.shape, self.partials = (*batch, N), (splits, M, N)
+        self.grid = (0, 0) if self.by_library else (cdiv(M, config.BM) * cdiv(N, config.BN), splits)
+        scaled = {"STATIC": one_scale, "HAS_BIAS": has_bias, "SPLIT_K": splits}
+        tiles = {"BM": config.BM, "BN": config.BN, "STAGES": config.stages}
+        self.fixed = scaled | tiles | config.options()
+        self.sum_grid, self.sum_fixed = (cdiv(M * N, 1024),), scaled | {"BLOCK": 1024, **OPTIONS}
+
+    def __call__(self, q: Tensor, x_scale: Tensor, w: PackedInt8, bias: Tensor | None) -> Tensor:
+        """Return `[..., N]`."""
+        y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        M, N, Kp = self.sizes
+        b = y if bias is None else bias
+        if not M:
+            return y
+        if self.by_library:
+            sums = _library_sums(q.view(M, Kp), w)
+        elif self.splits > 1:
+            sums = torch.empty(self.partials, dtype=torch.int32, device=self.device)
+            int8_kernel[self.grid](q, w.q, x_scale, w.scale, b, sums, M, N, Kp, **self.fixed)
+        else:
+            int8_kernel[self.grid](q, w.q, x_scale, w.scale, b, y, M, N, Kp, **self.fixed)
+            return y
+        sum_int32_kernel[self.sum_grid](sums, x_scale, w.scale, b, y, M * N, N, **self.sum_fixed)
         return y
-    if config == tune.LIBRARY:
-        _scale(_library_sums(q_MK, w), x_scale, w, bias, y, 1)
-        return y
-    out = y if splits == 1 else torch.empty((splits, M, w.N), dtype=torch.int32, device=y.device)
-    grid = (cdiv(M, config.BM) * cdiv(w.N, config.BN), splits)
-    b = y if bias is None else bias
-    int8_kernel[grid](
-        q_MK, w.q, x_scale, w.scale, b, out, M, w.N, q_MK.shape[1], STATIC=static, HAS_BIAS=has_bias, SPLIT_K=splits,
-        BM=config.BM, BN=config.BN, STAGES=config.stages, **config.options(),
-    )  # fmt: skip
-    if splits > 1:
-        _scale(out, x_scale, w, bias, y, splits)
-    return y
 
 
 def _library_sums(q_MK: Tensor, w: PackedInt8) -> Tensor:
     """Return the int32 sums `[M, N]` by the library, which takes multiples of 8 features."""
     sums = torch._int_mm(q_MK, w.q[: -(-w.N // 8) * 8].t())
     return sums[:, : w.N].contiguous()
-
-
-def _scale(sums: Tensor, x_scale: Tensor, w: PackedInt8, bias: Tensor | None, y: Tensor, splits: int) -> None:
-    """Add int32 sums `[splits, M, N]` over the splits, scale them, add the bias, and write them to `y`."""
-    MN, has_bias = y.numel(), bias is not None
-    sum_int32_kernel[(cdiv(MN, 1024),)](
-        sums, x_scale, w.scale, y if bias is None else bias, y, MN, w.N, STATIC=x_scale.numel() == 1,
-        HAS_BIAS=has_bias, SPLIT_K=splits, BLOCK=1024, **OPTIONS,
-    )  # fmt: skip

@@ -13,7 +13,9 @@ from triton import knobs
 
 from llmq_kernels.errors import KernelError
 
-DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (*HALF, torch.float32)
+"""The dtypes of activations."""
 # a * b + c in one rounding wherever the source writes it; Triton's default changes between 3.9 and 3.10.
 OPTIONS = {"enable_fp_fusion": True}
 
@@ -35,7 +37,28 @@ def runs_on(x: Tensor) -> bool:
 
 def on(device: torch.device) -> AbstractContextManager[None]:
     """Return a context in which kernels are launched on `device`, which need not be the current one."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+    return _HERE if device.type == "cpu" or _one_gpu() else torch.cuda.device(device)
+
+
+_HERE = nullcontext()
+
+
+@functools.cache
+def _one_gpu() -> bool:
+    return torch.cuda.device_count() == 1
+
+
+def direct(x: Tensor) -> bool:
+    """Say whether an operator's function may be called without the operator, which costs as much as the rest of it.
+
+    Not where somebody looks on: torch.compile, a trace, fake tensors, tensors of other classes.
+    """
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.jit.is_tracing()
+    )
 
 
 def cdiv(a: int, b: int) -> int:

@@ -56,11 +56,15 @@ class PackedWeight:
     has_zero: bool
     rest: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, int, int, int, bool]:
+        """What of the weight is no tensor."""
+        return self.N, self.K, self.bits, self.group, self.has_zero
+
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the weight on another device."""
         order, rest = (None if t is None else t.to(device) for t in (self.order, self.rest))
-        shape = (self.N, self.K, self.bits, self.group, self.has_zero)
-        return PackedWeight(self.words.to(device), self.params.to(device), order, *shape, rest)
+        return PackedWeight(self.words.to(device), self.params.to(device), order, *self.shape, rest)
 
 
 def sub_rows(bits: int, group: int) -> int:

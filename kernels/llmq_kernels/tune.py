@@ -74,6 +74,9 @@ _known: dict[Path, dict[str, Config]] = {}
 """What the files say, by file and name."""
 _chosen: dict[tuple[str, torch.device, tuple[Any, ...]], Config] = {}
 """What this process has been told, by what it asked."""
+settled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+"""By all that bears on it, the call of a kernel whose configuration has been chosen, with nothing left to look up."""
+_MOST_SETTLED = 4096
 
 
 def bucket(M: int) -> int:
@@ -86,14 +89,30 @@ def cache_folder(folder: Path | str | None = None) -> Path:
     if folder is not None:
         _state.folder = Path(folder)
         _known.clear()
-        _chosen.clear()
+        forget()
     return _state.folder
 
 
 def measuring(on: bool) -> None:
     """Say whether `choose` may time kernels; off, every choice that is not known is the first candidate."""
     _state.measuring = on
+    forget()
+
+
+def forget() -> None:
+    """Forget what this process has been told; files stay."""
     _chosen.clear()
+    settled.clear()
+
+
+def settle(
+    key: tuple[Any, ...], op: str, device: torch.device, asked: tuple[Any, ...], call: Callable[..., Any]
+) -> None:
+    """Keep a call, where the choice that it was made by is kept: not that of a capture."""
+    if (op, device, asked) in _chosen:
+        if len(settled) >= _MOST_SETTLED:  # of prompts of many lengths
+            settled.clear()
+        settled[key] = call
 
 
 def choose(

@@ -35,7 +35,7 @@ from llmq_kernels import dense, tune
 from llmq_kernels.decode import decode
 from llmq_kernels.dequant import code3_minus_zero, code_minus_zero, fields_of, group_run, scale_of, zero_of
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import DTYPES, OPTIONS, cdiv, no_gradient, on, operator, runs_on, uses_asm
+from llmq_kernels.launch import FLOATS, OPTIONS, cdiv, direct, no_gradient, on, operator, runs_on, uses_asm
 from llmq_kernels.layout import N_MULTIPLE, PackedWeight, dequantize, sub_rows, tile
 
 FEW = 32
@@ -156,7 +156,20 @@ def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
 
     Raises KernelError for a shape, dtype or device that the kernel cannot take.
     """
-    return torch.ops.llmq.weight_only_linear(x, w.words, w.params, w.order, bias, w.N, w.K, w.bits, w.group, w.has_zero)
+    if direct(x):
+        return compute(x, w, bias)
+    return torch.ops.llmq.weight_only_linear(x, w.words, w.params, w.order, bias, *w.shape)
+
+
+def compute(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """See `linear`: what the operator does."""
+    call = tune.settled.get(signature("weight_only", x, w, bias))
+    if call is not None:
+        return call(x, w, bias)
+    check_activation(x, w, bias)
+    if not runs_on(x) or not x.numel():
+        return reference(x, w, bias)
+    return multiplied(x, w, bias, "weight_only", configs, launch, planned)
 
 
 @operator("llmq::weight_only_linear")
@@ -172,11 +185,7 @@ def _op(
     group: int,
     has_zero: bool,
 ) -> Tensor:
-    w = PackedWeight(words, params, order, n, k, bits, group, has_zero)
-    check_activation(x, w, bias)
-    if not runs_on(x) or not x.numel():
-        return reference(x, w, bias)
-    return multiplied(x, w, bias, ("weight_only", n, k, bits, group, has_zero), configs, launch)
+    return compute(x, PackedWeight(words, params, order, n, k, bits, group, has_zero), bias)
 
 
 @torch.library.register_fake("llmq::weight_only_linear")
@@ -199,58 +208,72 @@ class Packed(Protocol):
     def words(self) -> Tensor:
         """Codes."""
 
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What of it is no tensor and bears on the choice of a configuration."""
+
 
 Weight = TypeVar("Weight", bound=Packed)
+
+
+Call = Callable[[Tensor, Any, Tensor | None], Tensor]
+
+
+def signature(name: str, x: Tensor, w: Packed, bias: Tensor | None) -> tuple[Any, ...]:
+    """Return all that a call's checks, its configuration and its launches depend on."""
+    of_bias = None if bias is None else (bias.shape, bias.dtype)
+    return name, x.shape, x.dtype, x.device, w.shape, w.words.device, of_bias
 
 
 def multiplied(
     x: Tensor,
     w: Weight,
     bias: Tensor | None,
-    key: tuple[Any, ...],
+    name: str,
     configs: Callable[[int, Weight], list[tune.Config]],
     launch: Callable[..., Tensor],
+    planned: Callable[[Tensor, Weight, tune.Config, bool], Call],
 ) -> Tensor:
     """Return `x @ W^T + bias` `[..., N]` by the fastest configuration of a kernel; see `linear`.
 
-    key: the kernel's name, and all of the weight that bears on the choice.
+    name: the kernel's. planned: makes what `launch` does of a configuration, for calls that are alike.
     """
-    name, *weight = key
-    x_MK = x.reshape(-1, w.K)
-    M = x_MK.shape[0]
-
-    def run(config: tune.Config) -> Tensor:
-        if x.dtype == torch.float32 and config != tune.LIBRARY:
-            return _scaled(x_MK, w, bias, config, launch)
-        return launch(x_MK, w, bias, config)
-
-    with on(x.device):
-        y = run(tune.choose(name, x.device, (tune.bucket(M), *weight, x.dtype), lambda: configs(M, w), run))
-    return no_gradient(x, y.reshape(*x.shape[:-1], w.N))
+    M, device = x.numel() // w.K, x.device
+    key = (tune.bucket(M), w.shape, x.dtype)
+    run = launch if x.dtype != torch.float32 else functools.partial(_scaled, launch)
+    with on(device):
+        config = tune.choose(name, device, key, lambda: configs(M, w), lambda c: run(x, w, bias, c))
+        if x.dtype != torch.float32 and config != tune.LIBRARY:
+            call = planned(x, w, config, bias is not None)
+            tune.settle(signature(name, x, w, bias), name, device, key, call)
+            return call(x, w, bias)
+        return no_gradient(x, run(x, w, bias, config))
 
 
-def _scaled(x_MK: Tensor, w: Weight, bias: Tensor | None, config: tune.Config, launch: Callable[..., Tensor]) -> Tensor:
+def _scaled(launch: Callable[..., Tensor], x: Tensor, w: Weight, bias: Tensor | None, config: tune.Config) -> Tensor:
     """Return the product of float32 `x`, each row divided by a power of two for the kernel to take it in fp16."""
-    unit = power_of_two(x_MK)
-    y = launch((x_MK / unit).half(), w, None, config, x_MK.dtype) * unit
+    if config == tune.LIBRARY:
+        return launch(x, w, bias, config)
+    unit = power_of_two(x)
+    y = launch((x / unit).half(), w, None, config, x.dtype) * unit
     return y if bias is None else y + bias
 
 
 def check_activation(x: Tensor, w: Packed, bias: Tensor | None) -> None:
     """Raise KernelError for an activation, or a bias, that a packed weight cannot be multiplied with."""
-    if x.shape[-1] != w.K:
+    if x.size(-1) != w.K:
         raise KernelError(f"the activation has {x.shape[-1]} features, the packed weight {w.K}")
     if x.device != w.words.device:
         raise KernelError(f"the activation is on {x.device}, the packed weight on {w.words.device}; move one")
     if bias is not None and bias.shape != (w.N,):
         raise KernelError(f"the bias is {list(bias.shape)}, not [{w.N}]")
-    if x.device.type != "cpu" and x.dtype not in (*DTYPES, torch.float32):
+    if x.is_cuda and x.dtype not in FLOATS:
         raise KernelError(f"the weight-only kernel takes fp16, bf16 or float32 activations, not {x.dtype}; convert x")
 
 
-def power_of_two(x_MK: Tensor) -> Tensor:
-    """Return `[M, 1]`: the power of two below the maximum of every row of float32 `x`, 1 where there is none."""
-    top = x_MK.abs().amax(-1, keepdim=True)
+def power_of_two(x: Tensor) -> Tensor:
+    """Return `[..., 1]`: the power of two below the maximum of every row of float32 `x`, 1 where there is none."""
+    top = x.abs().amax(-1, keepdim=True)
     unit = (top.view(torch.int32) & 0x7F800000).view(torch.float32)
     return unit.masked_fill(unit == 0, 1)
 
@@ -291,50 +314,85 @@ def configs(M: int, w: PackedWeight, *, asm: bool | None = None) -> list[tune.Co
 
 
 def launch(
-    x_MK: Tensor, w: PackedWeight, bias: Tensor | None, config: tune.Config, dtype: torch.dtype | None = None
+    x: Tensor, w: PackedWeight, bias: Tensor | None, config: tune.Config, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Run a given configuration on fp16 or bf16 `x` `[M, K]`, the library's on float32 too.
+    """Run a given configuration on fp16 or bf16 `x` `[..., K]`, the library's on float32 too.
 
-    Returns `[M, N]` in `dtype`, else x's.
+    Returns `[..., N]` in `dtype`, else x's.
     """
-    M = x_MK.shape[0]
-    Kp, Np = w.words.shape[0] * 16 // w.bits, w.words.shape[1]
-    x = x_MK if w.order is None else x_MK[:, w.order]
     if config == tune.LIBRARY:
-        return dense.product(x, w.N, functools.partial(decode, w), bias)
-    x = F.pad(x, (0, Kp - w.K)) if Kp != w.K else x.contiguous()
-    y = torch.empty((M, w.N), dtype=dtype or x.dtype, device=x.device)
-    if M == 0:
-        return y
-    splits = config.split_k
-    out = y if splits == 1 else torch.empty((splits, M, w.N), dtype=torch.float32, device=x.device)
-    grid = (cdiv(M, config.BM) * cdiv(w.N, config.BN), splits)
-    weight_only_kernel[grid](
-        x, w.words, w.params, y if bias is None else bias.to(x.dtype), out, M, w.N, Np, Kp,
-        **constants(w, config, has_bias=bias is not None), **config.options(),
-    )  # fmt: skip
-    if splits > 1:
-        sum_splits_kernel[(cdiv(M * w.N, 1024),)](
-            out, y if bias is None else bias, y, M * w.N, w.N, HAS_BIAS=bias is not None, SPLIT_K=splits, BLOCK=1024,
-            **OPTIONS,
-        )  # fmt: skip
-    return y
+        return dense.product(_ordered(x, w), w.N, functools.partial(decode, w), bias)
+    return planned(x, w, config, bias is not None, dtype)(x, w, bias)
+
+
+def planned(x: Tensor, w: PackedWeight, config: tune.Config, has_bias: bool, dtype: torch.dtype | None = None) -> Call:
+    """Return what launches a configuration on activations and weights like `x` and `w`."""
+    rows, Np = w.words.shape
+    fixed = constants(w, config, has_bias=has_bias) | config.options()
+    launches = Launches(x, w.N, (Np, rows * 16 // w.bits), config, fixed, has_bias, dtype or x.dtype)
+    return lambda x, w, bias: launches(weight_only_kernel, _ordered(x, w), w.words, w.params, bias)
+
+
+def _ordered(x: Tensor, w: PackedWeight) -> Tensor:
+    return x if w.order is None else x[..., w.order]
+
+
+class Launches:
+    """The launches of one configuration on activations of one shape, worked out once: a kernel, and a sum of splits.
+
+    padded: N and K as they are packed. fixed: the kernel's compile-time arguments and options.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        N: int,
+        padded: tuple[int, int],
+        config: tune.Config,
+        fixed: dict[str, Any],
+        has_bias: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        Np, Kp = padded
+        M, splits = x.shape[:-1].numel(), config.split_k
+        self.device, self.dtype, self.fixed, self.splits = x.device, dtype, fixed, splits
+        self.sizes = M, N, Np, Kp
+        self.pad = (0, Kp - x.shape[-1]) if Kp != x.shape[-1] else None
+        self.shape, self.partials = (*x.shape[:-1], N), (splits, M, N)
+        self.grid = cdiv(M, config.BM) * cdiv(N, config.BN), splits
+        self.sum_grid = (cdiv(M * N, 1024),)
+        self.sum_fixed = {"HAS_BIAS": has_bias, "SPLIT_K": splits, "BLOCK": 1024, **OPTIONS}
+
+    def __call__(
+        self, kernel: Any, x: Tensor, words: Tensor, params: Tensor, bias: Tensor | None, *more: float
+    ) -> Tensor:
+        """Return `[..., N]`. more: arguments of the kernel between `y` and the sizes."""
+        with on(self.device):
+            given = x
+            x = x.contiguous() if self.pad is None else F.pad(x, self.pad)
+            y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            M, N, Np, Kp = self.sizes
+            if not M:
+                return y
+            b = y if bias is None else bias if bias.dtype == x.dtype else bias.to(x.dtype)
+            if self.splits == 1:
+                kernel[self.grid](x, words, params, b, y, *more, M, N, Np, Kp, **self.fixed)
+            else:
+                out = torch.empty(self.partials, dtype=torch.float32, device=self.device)
+                kernel[self.grid](x, words, params, b, out, *more, M, N, Np, Kp, **self.fixed)
+                sum_splits_kernel[self.sum_grid](out, b, y, M * N, N, **self.sum_fixed)
+        return no_gradient(given, y)
 
 
 def constants(w: PackedWeight, config: tune.Config, *, has_bias: bool = False, asm: bool | None = None) -> dict:
     """Return the compile-time arguments of the kernel for a weight and a configuration."""
-    return _constants(w.bits, w.group, w.has_zero, has_bias, uses_asm() if asm is None else asm, config)
-
-
-@functools.cache
-def _constants(bits: int, group: int, has_zero: bool, has_bias: bool, asm: bool, config: tune.Config) -> dict:
     return {
-        "BITS": bits,
-        "SUB": sub_rows(bits, group),
-        "GROUP": group,
-        "HAS_ZERO": has_zero,
+        "BITS": w.bits,
+        "SUB": sub_rows(w.bits, w.group),
+        "GROUP": w.group,
+        "HAS_ZERO": w.has_zero,
         "HAS_BIAS": has_bias,
-        "ASM": asm,
+        "ASM": uses_asm() if asm is None else asm,
         "SPLIT_K": config.split_k,
         "BM": config.BM,
         "BN": config.BN,

@@ -102,11 +102,12 @@ class QuantLinear(PackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` `[..., K]` to `[..., N]` in the dtype of `x`."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.prepacked is None:
-            return reference.linear(x, self.unpack(), self.spec.scheme.activation, bias)
-        y = self.prepacked(x)
-        return y if bias is None else y + bias
+        bias, prepacked = self.bias, self.prepacked
+        if prepacked is not None:
+            return prepacked.affine(x, bias)
+        return reference.linear(
+            x, self.unpack(), self.spec.scheme.activation, None if bias is None else bias.to(x.dtype)
+        )
 
     def extra_repr(self) -> str:
         """Describe the layer the way `nn.Linear` does."""

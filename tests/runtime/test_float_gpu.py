@@ -108,12 +108,12 @@ def test_a_static_scale_of_the_input(name, decibel):
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
 def test_on_simulated_machine_code(name, monkeypatch, decibel):
-    from llmq_kernels import e2m1
+    from llmq_kernels import e2m1, weight_only
 
     launches: list = []
     monkeypatch.setattr(e2m1, "runs_on", lambda x: True)
-    for kernel in ("e2m1_kernel", "sum_splits_kernel", "decode_kernel"):
-        monkeypatch.setattr(e2m1, kernel, SimulatedKernel(getattr(e2m1, kernel), launches))
+    for module, kernel in ((e2m1, "e2m1_kernel"), (weight_only, "sum_splits_kernel"), (e2m1, "decode_kernel")):
+        monkeypatch.setattr(module, kernel, SimulatedKernel(getattr(module, kernel), launches))
     backend, q, spec = solved(name)
     w = backend(q, spec)
     for rows in (3, e2m1.FEW + 1):

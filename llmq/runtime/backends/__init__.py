@@ -83,6 +83,11 @@ class Prepacked(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` `[..., K]` to `[..., N]` in the dtype of `x`, without bias."""
 
+    def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Map `x` `[..., K]` to `[..., N]` in its dtype, with a bias `[N]` of any float dtype."""
+        y: Tensor = self(x)
+        return y if bias is None else y + bias.to(x.dtype)
+
     @abstractmethod
     def restore(self) -> QTensor:
         """Return the `QTensor` that this was made from, equal in every tensor and dtype."""

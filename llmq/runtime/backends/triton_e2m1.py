@@ -10,7 +10,7 @@ Kept: `words` and `params`, of the size they have in the file. A scale of 2^-127
 Not here: E4M3 weights (scaled_mm.py, e4m3.py), what a GPU must have (llmq/gpu.py).
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,17 +66,31 @@ class TritonE2M1(FloatPrepacked):
             raise ValueError(f"{spec.name} stores no bits of scales")
         factor = 1.0 if params.divisor is None else 1 / float(params.divisor[0])
         w = e2m1.pack(q.codes, params.stored, e8m0=params.divisor is None, factor=factor)
-        self.linear, self.shape = spec.name, (w.N, w.K, w.group, w.e8m0, factor)
+        self.linear, self.multiply = spec.name, e2m1.linear
+        self.shape, self.factor = w.shape, factor
         self.keep(words=w.words, params=w.params)
+        self._packed = w
+
+    @property
+    def packed(self) -> Any:
+        """The weight as the kernel takes it, of the buffers that are here now."""
+        if self._packed.words is not self._buffers["words"]:
+            from llmq_kernels import e2m1
+
+            self._packed = e2m1.E2M1Weight(self.words, self.params, *self.shape, self.factor)
+        return self._packed
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Prepacked.forward`. Raises LlmqError for activations other than float16, bfloat16 and float32."""
-        op = torch.ops.llmq.e2m1_linear
-        return run(self.linear, op, self.rounded(x), self.words, self.params, None, *self.shape)
+        return self.affine(x, None)
+
+    def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Prepacked.affine`; the kernel adds the bias before it rounds."""
+        return run(self.linear, self.multiply, self.rounded(x), self.packed, bias)
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
         from llmq_kernels import e2m1
 
-        codes, stored = e2m1.unpack(e2m1.E2M1Weight(self.words, self.params, *self.shape))
+        codes, stored = e2m1.unpack(self.packed)
         return self.quantized(codes, None, stored)

@@ -8,7 +8,7 @@ sums are exact and are scaled in float32. float16, bfloat16 and float32 activati
 Not here: weights alone (triton_weight_only.py), what a GPU must have (llmq/gpu.py).
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,13 +44,26 @@ class TritonW8A8(PrepackedW8A8):
             w = int8.pack(centred_int8(q), q.params.scale)
         except KernelError as e:
             raise LlmqError(f"{spec.name}: {e}") from e
-        self.linear = spec.name
+        self.linear, self.multiply = spec.name, int8.linear
         self.keep(w=w.q, scale=w.scale)
+        self._packed = w
+
+    @property
+    def packed(self) -> Any:
+        """The weight as the kernel takes it, of the buffers that are here now."""
+        if self._packed.q is not self._buffers["w"]:
+            from llmq_kernels import int8
+
+            self._packed = int8.PackedInt8(self.w, self.scale, self.N, self.K)
+        return self._packed
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Prepacked.forward`. Raises LlmqError for activations other than float16, bfloat16 and float32."""
-        op = torch.ops.llmq.int8_linear
-        return run(self.linear, op, x, self.w, self.scale, self.in_scale, None, self.N, self.K)
+        return self.affine(x, None)
+
+    def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Prepacked.affine`; the kernel adds the bias before it rounds."""
+        return run(self.linear, self.multiply, x, self.packed, self.in_scale, bias)
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""

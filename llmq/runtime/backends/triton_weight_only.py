@@ -16,7 +16,7 @@ displaced of float32 scales, which the product does without (2^-15 of a scale) a
 Not here: 8-bit activations (triton_w8a8.py), what a GPU must have (llmq/gpu.py).
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,29 +65,40 @@ class TritonWeightOnly(Prepacked):
 
     def __init__(self, q: QTensor, spec: LinearSpec) -> None:
         super().__init__(q, spec)
-        from llmq_kernels import KernelError, layout
+        from llmq_kernels import KernelError, layout, weight_only
 
         try:
             w = layout.pack(*_lifted(q), g_idx=q.g_idx)
         except KernelError as e:
             raise LlmqError(f"{spec.name}: {e}") from e
-        self.linear = spec.name
-        self.bits, self.group, self.has_zero = w.bits, w.group, w.has_zero
+        self.linear, self.multiply = spec.name, weight_only.linear
+        self.shape = w.shape
         self.scale_dtype = q.params.scale.dtype
         self.keep(words=w.words, params=w.params, order=w.order, rest=w.rest, g_idx=q.g_idx)
+        self._packed = w
+
+    @property
+    def packed(self) -> Any:
+        """The weight as the kernel takes it, of the buffers that are here now."""
+        if self._packed.words is not self._buffers["words"]:
+            from llmq_kernels import layout
+
+            self._packed = layout.PackedWeight(self.words, self.params, self.order, *self.shape, self.rest)
+        return self._packed
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Prepacked.forward`. Raises LlmqError for activations other than float16, bfloat16 and float32."""
-        shape = (self.N, self.K, self.bits, self.group, self.has_zero)
-        op = torch.ops.llmq.weight_only_linear
-        return run(self.linear, op, x, self.words, self.params, self.order, None, *shape)
+        return self.affine(x, None)
+
+    def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Prepacked.affine`; the kernel adds the bias before it rounds."""
+        return run(self.linear, self.multiply, x, self.packed, bias)
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
         from llmq_kernels import layout
 
-        shape = (self.N, self.K, self.bits, self.group, self.has_zero)
-        codes, scale, zero = layout.unpack(layout.PackedWeight(self.words, self.params, self.order, *shape, self.rest))
+        codes, scale, zero = layout.unpack(self.packed)
         lift = _lift(self.grid.bits)
         params = Params(scale.to(self.scale_dtype), zero - lift)
         return QTensor(in_file_order(codes - lift, self.order), params, self.grid, self.g_idx)

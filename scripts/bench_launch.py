@@ -1,0 +1,88 @@
+"""Python's share of a linear on a GPU, measured on a CPU: every Triton launch is left out (_launches.py).
+
+    python scripts/bench_launch.py [--rounds 20]
+
+Prints microseconds of processor time a call, the least of the rounds of 1000 calls: of a layer that llmq.load makes, of
+its operator as torch.compile calls it, and of nn.Linear on 4 x 4 numbers, which is what torch takes at the least.
+Triton's own launcher, which is left out, comes on top of every launch; what it takes only a GPU can say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import _measure as measure
+import torch
+from _launches import BACKENDS, counted
+
+from llmq.grids.int import Int
+from llmq.grids.nvfp4 import Nvfp4
+from llmq.types import LinearSpec, QTensor, RangedGrid, Scheme
+
+SCHEMES: dict[str, tuple[RangedGrid, RangedGrid | None, int]] = {  # weights, activations, K
+    "int4 g128": (Int(4, True, 128), None, 256),
+    "int4 g128, K split": (Int(4, True, 128), None, 4096),
+    "nvfp4": (Nvfp4(), None, 256),
+    "W8A8": (Int(8, True, "channel"), Int(8, True, "channel"), 256),
+}
+
+
+def microseconds(call: Callable[[], object], rounds: int, calls: int = 1000) -> float:
+    """Return the processor time of a call, the least of some rounds."""
+    found = []
+    for _ in range(rounds + 1):
+        began = time.process_time()
+        for _ in range(calls):
+            call()
+        found.append(time.process_time() - began)
+    return min(found) * 1e6 / calls
+
+
+def layer(grid: RangedGrid, activation: RangedGrid | None, K: int) -> Any:
+    """Return the prepacked weight `[256, K]` of a scheme, as a GPU's back-end holds it."""
+    q, spec = QTensor.rounded(torch.randn(256, K), grid), LinearSpec("linear", 256, K, Scheme(grid, activation))
+    return next(b for b in BACKENDS if b.refuses(spec, torch.device("cpu")) is None)(q, spec)
+
+
+def rows(rounds: int) -> Iterator[str]:
+    """Yield the lines of the table."""
+    linear, x = torch.nn.Linear(4, 4, bias=False), torch.randn(1, 1, 4)
+    yield f"| nn.Linear | {microseconds(lambda: linear(x), rounds):.1f} | | |"
+    for name, (grid, activation, K) in SCHEMES.items():
+        with counted() as counts:
+            weight, x = layer(grid, activation, K), torch.randn(1, 1, K).half()
+            weight(x)
+            launches = counts.total()
+            called = microseconds(lambda: weight(x), rounds)  # noqa: B023  called here
+            args = operator_args(weight)
+            as_operator = microseconds(lambda: args[0](x, *args[1:]), rounds)  # noqa: B023
+        yield f"| {name} | {called:.1f} | {as_operator:.1f} | {launches} |"
+
+
+def operator_args(weight: Any) -> tuple[Any, ...]:
+    """Return the operator of a back-end and its arguments behind x."""
+    ops, w = torch.ops.llmq, weight.packed
+    if weight.name == "triton_w8a8":
+        return ops.int8_linear, w.q, w.scale, None, None, w.N, w.K
+    if weight.name == "triton_e2m1":
+        return ops.e2m1_linear, w.words, w.params, None, *w.shape, w.factor
+    return ops.weight_only_linear, w.words, w.params, w.order, None, *w.shape
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    print(measure.machine())
+    print("| layer | us a call | us as an operator | launches |\n|---|---|---|---|")
+    with torch.inference_mode():
+        for line in rows(options.rounds):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
