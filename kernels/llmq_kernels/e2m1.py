@@ -20,7 +20,8 @@ for 0 there, not for 2^-127). Beside it, `reference`. Not here: integers (weight
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from llmq_kernels import dense, tune
 from llmq_kernels.dense import ROWS
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import OPTIONS, cdiv, direct, operator, runs_on, uses_asm
-from llmq_kernels.layout import N_MULTIPLE
+from llmq_kernels.layout import N_MULTIPLE, spans_of
 from llmq_kernels.weight_only import FEW, Call, Launches, check_activation, multiplied, signature
 
 _PLACES = ((15, 9), (12, 6), (14, 3), (13, 0))  # of the sign, and of the lowest bit of the others, in a word
@@ -59,6 +60,11 @@ class E2M1Weight:
     def shape(self) -> tuple[int, int, int, bool]:
         """What of the weight bears on the choice of a configuration."""
         return self.N, self.K, self.group, self.e8m0
+
+    @property
+    def Np(self) -> int:
+        """N padded."""
+        return self.words.shape[1]
 
 
 @constexpr_function
@@ -230,8 +236,23 @@ def unpack(w: E2M1Weight) -> tuple[Tensor, Tensor]:
     words = w.words.reshape(-1, w.group, w.words.shape[1]).int()
     fields = [(words >> sign & 1) << 3 | words >> low & 7 for sign, low in _PLACES]
     codes = torch.stack(fields, 1).to(torch.uint8).reshape(-1, words.shape[2]).t()[: w.N, : w.K]
-    scales = w.params.t().contiguous().view(torch.uint8)[: w.N, : w.K // w.group]
+    params = w.params.t().clone(memory_format=torch.contiguous_format)  # one row of wider ones is contiguous as it is
+    scales = params.view(torch.uint8)[: w.N, : w.K // w.group]
     return codes.contiguous(), scales.contiguous()
+
+
+def join(weights: Sequence[E2M1Weight]) -> tuple[E2M1Weight, list[E2M1Weight]]:
+    """Return weights of one activation as one, and each as a part of it; see `layout.join`.
+
+    Raises KernelError for weights that differ in K, groups, kind of scales or factor.
+    """
+    first = weights[0]
+    if len({(w.shape[1:], w.factor) for w in weights}) > 1:
+        raise KernelError("weights that differ in K, groups, kind of scales or factor are not one weight")
+    words, params = (torch.cat([getattr(w, n) for w in weights], 1) for n in ("words", "params"))
+    spans = spans_of([w.Np for w in weights])
+    parts = [replace(w, words=words[:, at], params=params[:, at]) for w, at in zip(weights, spans, strict=True)]
+    return replace(first, words=words, params=params, N=spans[-1].start + weights[-1].N), parts
 
 
 def dequantize(w: E2M1Weight) -> Tensor:
@@ -282,7 +303,7 @@ def _(x, words, params, bias, n, k, group, e8m0, factor):  # type: ignore[no-unt
 
 def decode(w: E2M1Weight, out: Tensor, first: int) -> None:
     """Fill `out` `[rows, K]`, fp16, bf16 or float32, with the rows of W from `first` on, a multiple of ROWS."""
-    rows, Np = w.words.shape
+    rows, Np = w.words.shape[0], w.words.stride(0)
     sizes = {"SUB": w.group, "E8M0": w.e8m0, "ASM": uses_asm(), "BN": ROWS}
     decode_kernel[cdiv(len(out), ROWS), rows // w.group](
         w.words, w.params, out, w.factor, first, len(out), Np, w.K, **sizes, **OPTIONS
@@ -320,7 +341,7 @@ def launch(
 
 def planned(x: Tensor, w: E2M1Weight, config: tune.Config, has_bias: bool, dtype: torch.dtype | None = None) -> Call:
     """Return what launches a configuration on activations and weights like `x` and `w`."""
-    rows, Np = w.words.shape
+    rows, Np = w.words.shape[0], w.words.stride(0)
     fixed = constants(w, config, has_bias=has_bias) | config.options()
     launches = Launches(x, w.N, (Np, 4 * rows), config, fixed, has_bias, dtype or x.dtype)
     return lambda x, w, bias: launches(e2m1_kernel, x, w.words, w.params, bias, w.factor)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch import Tensor
 from llmq_kernels import tune
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import FLOATS, OPTIONS, cdiv, direct, no_gradient, on, operator, runs_on
+from llmq_kernels.layout import spans_of
 from llmq_kernels.rounding import round_even
 
 TILE_K = 128
@@ -49,6 +50,11 @@ class PackedInt8:
     scale: Tensor
     N: int
     K: int
+
+    @property
+    def Np(self) -> int:
+        """N padded."""
+        return len(self.q)
 
     def to(self, device: torch.device | str) -> PackedInt8:
         """Return the weight on another device."""
@@ -70,6 +76,19 @@ def pack(codes_NK: Tensor, scale_N: Tensor) -> PackedInt8:
         raise KernelError(f"K = {K} could overflow int32 sums; W8A8 takes K up to {MAX_K}")
     up = (-(-N // N_MULTIPLE) * N_MULTIPLE - N, -(-K // TILE_K) * TILE_K - K)
     return PackedInt8(F.pad(codes_NK, (0, up[1], 0, up[0])), F.pad(scale_N.reshape(N).float(), (0, up[0])), N, K)
+
+
+def join(weights: Sequence[PackedInt8]) -> tuple[PackedInt8, list[PackedInt8]]:
+    """Return weights of one activation as one, and each as a part of it; see `layout.join`.
+
+    Raises KernelError for weights that differ in K.
+    """
+    if len({w.K for w in weights}) > 1:
+        raise KernelError("weights that differ in K are not one weight")
+    q, scale = (torch.cat([getattr(w, n) for w in weights]) for n in ("q", "scale"))
+    spans = spans_of([w.Np for w in weights])
+    parts = [PackedInt8(q[at], scale[at], w.N, w.K) for w, at in zip(weights, spans, strict=True)]
+    return PackedInt8(q, scale, spans[-1].start + weights[-1].N, weights[0].K), parts
 
 
 @triton.jit

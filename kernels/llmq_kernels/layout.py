@@ -25,6 +25,8 @@ Not here: formats on disk; the kernel (weight_only.py).
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,7 +42,8 @@ N_MULTIPLE = 128
 class PackedWeight:
     """A weight `[N, K]` for the weight-only kernel, with `w = scale * (code - zero)`.
 
-    words: int16 `[Kp * bits / 16, Np]`; params: int32 `[Gp, Np]`; Kp, Np: K and N padded.
+    words: int16 `[Kp * bits / 16, Np]`; params: int32 `[Gp, Np]`; Kp, Np: K and N padded. Both may be columns of wider
+    tensors, alike in their strides (see `join`).
     order: int64 `[K]`, the columns of the activation in the order of the packed ones, or None.
     group: columns per scale, 0 for per channel. has_zero: whether `params` holds zeros; else zero is 2^(bits-1).
     rest: what zeros displaced of float32 scales, uint8 `[N, G]`, or None; the kernel does without it.
@@ -60,6 +63,11 @@ class PackedWeight:
     def shape(self) -> tuple[int, int, int, int, bool]:
         """What of the weight is no tensor."""
         return self.N, self.K, self.bits, self.group, self.has_zero
+
+    @property
+    def Np(self) -> int:
+        """N padded."""
+        return self.words.shape[1]
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the weight on another device."""
@@ -115,6 +123,33 @@ def unpack(w: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
         scale = params & ~0xFF if w.rest is None else params & ~0xFF | w.rest.to(torch.int32)
         return codes, scale.view(torch.float32), params & 0xFF
     return codes, params.view(torch.float32), torch.full_like(params, 2 ** (w.bits - 1))
+
+
+def join(weights: Sequence[PackedWeight]) -> tuple[PackedWeight, list[PackedWeight]]:
+    """Return weights of one activation, side by side as one, and each of them as a part of it, equal in every bit.
+
+    The parts lie behind each other, padding and all: that of weight i begins at the sum of the Np before it.
+    Raises KernelError for weights that differ in K, bits, groups, zeros or the order of their columns.
+    """
+    first, *others = weights
+    if not all(w.shape[1:] == first.shape[1:] and _same(w.order, first.order) for w in others):
+        raise KernelError("weights that differ in K, bits, groups, zeros or column order are not one weight")
+    words, params = (torch.cat([getattr(w, n) for w in weights], 1) for n in ("words", "params"))
+    spans = spans_of([w.Np for w in weights])
+    parts = [
+        replace(w, words=words[:, at], params=params[:, at], order=first.order)
+        for w, at in zip(weights, spans, strict=True)
+    ]
+    return replace(first, words=words, params=params, N=spans[-1].start + weights[-1].N, rest=None), parts
+
+
+def spans_of(sizes: Sequence[int]) -> list[slice]:
+    """Return where things of these sizes lie, one behind the other."""
+    return [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def dequantize(w: PackedWeight) -> Tensor:

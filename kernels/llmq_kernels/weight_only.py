@@ -222,7 +222,7 @@ Call = Callable[[Tensor, Any, Tensor | None], Tensor]
 def signature(name: str, x: Tensor, w: Packed, bias: Tensor | None) -> tuple[Any, ...]:
     """Return all that a call's checks, its configuration and its launches depend on."""
     of_bias = None if bias is None else (bias.shape, bias.dtype)
-    return name, x.shape, x.dtype, x.device, w.shape, w.words.device, of_bias
+    return name, x.shape, x.dtype, x.device, w.shape, w.words.device, w.words.stride(0), of_bias
 
 
 def multiplied(
@@ -327,7 +327,7 @@ def launch(
 
 def planned(x: Tensor, w: PackedWeight, config: tune.Config, has_bias: bool, dtype: torch.dtype | None = None) -> Call:
     """Return what launches a configuration on activations and weights like `x` and `w`."""
-    rows, Np = w.words.shape
+    rows, Np = w.words.shape[0], w.words.stride(0)
     fixed = constants(w, config, has_bias=has_bias) | config.options()
     launches = Launches(x, w.N, (Np, rows * 16 // w.bits), config, fixed, has_bias, dtype or x.dtype)
     return lambda x, w, bias: launches(weight_only_kernel, _ordered(x, w), w.words, w.params, bias)

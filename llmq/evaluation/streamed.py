@@ -14,7 +14,7 @@ Not here: the windows and their scores (windows.py, scores.py), a whole model (l
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from llmq.model.pretrained import model_config
 from llmq.model.skeleton import Read, Skeleton
 from llmq.progress import Progress, Work
 from llmq.runtime.embedding import TiedHead
+from llmq.runtime.joining import join_sites
 from llmq.runtime.linear import QuantLinear
 from llmq.runtime.packed import PackedWeight
 
@@ -69,11 +70,13 @@ class Loaded(Skeleton):
 
 
 @contextmanager
-def _prepacked(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Hand the packed linears below some modules to their back-ends; empty them in the end."""
+def _prepacked(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Hand the packed linears below some modules to their back-ends, as loading does; empty them in the end."""
     linears = [m for module in modules for m in module.modules() if isinstance(m, QuantLinear | TiedHead)]
     for linear in linears:
         linear.prepack()
+    for module in modules:
+        join_sites(module)
     try:
         yield
     finally:

@@ -79,6 +79,40 @@ def decoded_alike(w, decode, wanted):
     return True
 
 
+def joined_alike(module, weights, *given):
+    """Multiply by weights joined into one, by their parts, and by each as it was; split over K and not."""
+    whole, parts = getattr(module, "join", layout.join)(weights)
+    for config in (Config(8, 64, 2, 4, 2), Config(16, 64, 1, 4, 2)):
+        y, begin = module.launch(*given, whole, None, config, torch.float32), 0
+        for w, part in zip(weights, parts, strict=True):
+            alone, as_part = (module.launch(*given, each, None, config, torch.float32) for each in (w, part))
+            if not torch.equal(y[:, begin : begin + w.N], alone) or not torch.equal(as_part, alone):
+                return False
+            begin += w.Np
+    return True
+
+
+def join_cases():
+    gen = torch.Generator().manual_seed(7)
+    x = torch.randn(3, 320, generator=gen).half()
+    for bits, zero in ((4, True), (3, False)):
+        weights = [make_weight(gen, bits, N, 320, 64, zero) for N in (70, 128, 33)]
+        yield f"joined, {bits} bits", joined_alike(weight_only, weights, x)
+    floats = [
+        e2m1.pack(torch.randint(0, 16, (N, 320), generator=gen, dtype=torch.uint8),
+                  torch.randint(1, 127, (N, 20), generator=gen).to(torch.uint8), e8m0=False, factor=0.01)
+        for N in (40, 64)
+    ]  # fmt: skip
+    yield "joined, e2m1", joined_alike(e2m1, floats, x)
+    ints = [
+        int8.pack(torch.randint(-128, 128, (N, 320), generator=gen).to(torch.int8), torch.rand(N, generator=gen))
+        for N in (70, 64)
+    ]
+    yield "joined, int8", joined_alike(int8, ints, *int8.quantize(x, 384))
+    _, parts = layout.join([make_weight(gen, 4, N, 320, 64, True) for N in (70, 64)])
+    yield "joined: decoded", all(decoded_alike(p, decode, layout.dequantize(p)) for p in parts)
+
+
 E2M1 = {
     # name: (M, N, K, group, config)
     "e2m1 nvfp4, N and K not of a tile, split": (5, 100, 208, 16, Config(8, 64, 2, 4, 2)),
@@ -191,4 +225,8 @@ def kv_cases():
 
 
 if __name__ == "__main__":
-    print(json.dumps(dict([*weight_only_cases(), *e2m1_cases(), *int8_cases(), *kv_cases(), *panels.cases()])))
+    print(
+        json.dumps(
+            dict([*weight_only_cases(), *join_cases(), *e2m1_cases(), *int8_cases(), *kv_cases(), *panels.cases()])
+        )
+    )

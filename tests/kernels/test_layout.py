@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmq_kernels import layout, weight_only
+from llmq_kernels import layout, tune, weight_only
 from llmq_kernels.errors import KernelError
 
 
@@ -108,7 +108,7 @@ def test_every_configuration_stays_within_the_padded_weight(bits, M, N, asm):
     found = weight_only.configs(M, w, asm=asm)
     assert found
     assert (found[0].BM == 8) == (M == 1 and asm)  # AMD has no product of 8 tokens
-    for config in found:
+    for config in set(found) - {tune.LIBRARY}:
         assert w.words.shape[1] % config.BN == 0
         assert 1 <= config.split_k <= 512 // layout.tile(bits, 128)
 

@@ -16,7 +16,7 @@ from ptxsim import PtxError
 from ptxsim.launch import SimulatedKernel
 
 from llmq_kernels import attention, decode, e2m1, int8, kv, panel, weight_only
-from llmq_kernels.layout import dequantize, pack
+from llmq_kernels.layout import dequantize, join, pack
 from llmq_kernels.tune import Config
 
 HALF = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -170,6 +170,18 @@ def test_rows_are_decoded_to_the_bits_of_the_reference(monkeypatch, name):
     w = weight(bits, group, 100, 192, FP16, zero=zero, g_idx=order)
     launches = simulated(monkeypatch, decode, "decode_kernel")
     assert_decodes(decode.decode, w, dequantize(w), dtype)
+    assert_sound(launches)
+
+
+def test_joined_weights_give_the_bits_of_each(monkeypatch):
+    weights = [weight(4, 64, N, 256, FP16, zero=True) for N in (130, 64)]
+    whole, parts = join(weights)
+    x, config = torch.randn(2, 256, generator=generator()).half(), Config(8, 128, 1, 2, 4)
+    y, launches = run_weight_only(monkeypatch, whole, x, config)
+    assert_sound(launches)
+    for w, part, begin in zip(weights, parts, (0, 256), strict=True):
+        assert torch.equal(weight_only.launch(x, w, None, config), y[:, begin : begin + w.N])
+        assert torch.equal(weight_only.launch(x, part, None, config), y[:, begin : begin + w.N])
     assert_sound(launches)
 
 

@@ -10,24 +10,25 @@ Kept: `words` and `params`, of the size they have in the file. A scale of 2^-127
 Not here: E4M3 weights (scaled_mm.py, e4m3.py), what a GPU must have (llmq/gpu.py).
 """
 
-from typing import Any, ClassVar
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmq.gpu import DEVICES, refuses_device
+from llmq.gpu import refuses_device
 from llmq.granularity import PerGroup
 from llmq.runtime.backends._floats import FloatPrepacked, refuses_floats
-from llmq.runtime.backends._triton import run
+from llmq.runtime.backends._triton import TritonPrepacked
 from llmq.types import FloatParams, LinearSpec, QTensor
 
 
-class TritonE2M1(FloatPrepacked):
+class TritonE2M1(TritonPrepacked, FloatPrepacked):
     """A weight of E2M1 for `llmq_kernels.e2m1`."""
 
     name = "triton_e2m1"
     rank = 8
-    devices: ClassVar[frozenset[str]] = DEVICES
     words: Tensor
     params: Tensor
 
@@ -66,27 +67,28 @@ class TritonE2M1(FloatPrepacked):
             raise ValueError(f"{spec.name} stores no bits of scales")
         factor = 1.0 if params.divisor is None else 1 / float(params.divisor[0])
         w = e2m1.pack(q.codes, params.stored, e8m0=params.divisor is None, factor=factor)
-        self.linear, self.multiply = spec.name, e2m1.linear
-        self.shape, self.factor = w.shape, factor
+        self.linear, self._multiply, self._join = spec.name, e2m1.linear, e2m1.join
+        self._hold(w)
+
+    def _hold(self, w: Any) -> None:
         self.keep(words=w.words, params=w.params)
         self._packed = w
 
     @property
     def packed(self) -> Any:
-        """The weight as the kernel takes it, of the buffers that are here now."""
+        """See `TritonPrepacked.packed`."""
         if self._packed.words is not self._buffers["words"]:
-            from llmq_kernels import e2m1
-
-            self._packed = e2m1.E2M1Weight(self.words, self.params, *self.shape, self.factor)
+            self._packed = replace(self._packed, words=self.words, params=self.params)
         return self._packed
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See `Prepacked.forward`. Raises LlmqError for activations other than float16, bfloat16 and float32."""
-        return self.affine(x, None)
+    def multiply(self, x: Tensor, w: Any, bias: Tensor | None) -> Tensor:
+        """See `TritonPrepacked.multiply`."""
+        return self._multiply(self.rounded(x), w, bias)
 
-    def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Prepacked.affine`; the kernel adds the bias before it rounds."""
-        return run(self.linear, self.multiply, self.rounded(x), self.packed, bias)
+    def kind(self) -> Hashable:
+        """See `TritonPrepacked.kind`; of weights whose input is rounded by a grid of its own, each stays alone."""
+        fixed = self.in_scale is not None or self.in_divisor is not None
+        return None if fixed else (self.name, self.activation, self.packed.shape[1:], self.packed.factor)
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""

@@ -8,23 +8,24 @@ sums are exact and are scaled in float32. float16, bfloat16 and float32 activati
 Not here: weights alone (triton_weight_only.py), what a GPU must have (llmq/gpu.py).
 """
 
-from typing import Any, ClassVar
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmq.gpu import DEVICES, refuses_device
-from llmq.runtime.backends._triton import run
+from llmq.gpu import refuses_device
+from llmq.runtime.backends._triton import TritonPrepacked
 from llmq.runtime.backends._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
 from llmq.types import LinearSpec, LlmqError, QTensor
 
 
-class TritonW8A8(PrepackedW8A8):
+class TritonW8A8(TritonPrepacked, PrepackedW8A8):
     """An int8 weight for `llmq_kernels.int8`."""
 
     name = "triton_w8a8"
     rank = 1
-    devices: ClassVar[frozenset[str]] = DEVICES
     w: Tensor
 
     @classmethod
@@ -44,26 +45,27 @@ class TritonW8A8(PrepackedW8A8):
             w = int8.pack(centred_int8(q), q.params.scale)
         except KernelError as e:
             raise LlmqError(f"{spec.name}: {e}") from e
-        self.linear, self.multiply = spec.name, int8.linear
+        self.linear, self._multiply, self._join = spec.name, int8.linear, int8.join
+        self._hold(w)
+
+    def _hold(self, w: Any) -> None:
         self.keep(w=w.q, scale=w.scale)
         self._packed = w
 
     @property
     def packed(self) -> Any:
-        """The weight as the kernel takes it, of the buffers that are here now."""
+        """See `TritonPrepacked.packed`."""
         if self._packed.q is not self._buffers["w"]:
-            from llmq_kernels import int8
-
-            self._packed = int8.PackedInt8(self.w, self.scale, self.N, self.K)
+            self._packed = replace(self._packed, q=self.w, scale=self.scale)
         return self._packed
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See `Prepacked.forward`. Raises LlmqError for activations other than float16, bfloat16 and float32."""
-        return self.affine(x, None)
+    def multiply(self, x: Tensor, w: Any, bias: Tensor | None) -> Tensor:
+        """See `TritonPrepacked.multiply`."""
+        return self._multiply(x, w, self.in_scale, bias)
 
-    def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Prepacked.affine`; the kernel adds the bias before it rounds."""
-        return run(self.linear, self.multiply, x, self.packed, self.in_scale, bias)
+    def kind(self) -> Hashable:
+        """See `TritonPrepacked.kind`: a static grid of the input must be the same too."""
+        return self.name, self.K, None if self.in_scale is None else tuple(self.in_scale.flatten().tolist())
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""

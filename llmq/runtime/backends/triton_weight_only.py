@@ -16,23 +16,24 @@ displaced of float32 scales, which the product does without (2^-15 of a scale) a
 Not here: 8-bit activations (triton_w8a8.py), what a GPU must have (llmq/gpu.py).
 """
 
-from typing import Any, ClassVar
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmq.gpu import DEVICES, refuses_device
-from llmq.runtime.backends import Prepacked, in_file_order
-from llmq.runtime.backends._triton import run
+from llmq.gpu import refuses_device
+from llmq.runtime.backends import in_file_order
+from llmq.runtime.backends._triton import TritonPrepacked
 from llmq.types import AffineGrid, LinearSpec, LlmqError, Params, QTensor
 
 
-class TritonWeightOnly(Prepacked):
+class TritonWeightOnly(TritonPrepacked):
     """A weight for `llmq_kernels.weight_only`."""
 
     name = "triton_weight_only"
     rank = 0
-    devices: ClassVar[frozenset[str]] = DEVICES
     words: Tensor
     params: Tensor
     order: Tensor | None
@@ -71,28 +72,30 @@ class TritonWeightOnly(Prepacked):
             w = layout.pack(*_lifted(q), g_idx=q.g_idx)
         except KernelError as e:
             raise LlmqError(f"{spec.name}: {e}") from e
-        self.linear, self.multiply = spec.name, weight_only.linear
-        self.shape = w.shape
+        self.linear, self._multiply, self._join = spec.name, weight_only.linear, layout.join
         self.scale_dtype = q.params.scale.dtype
-        self.keep(words=w.words, params=w.params, order=w.order, rest=w.rest, g_idx=q.g_idx)
+        self._hold(w)
+        self.keep(g_idx=q.g_idx)
+
+    def _hold(self, w: Any) -> None:
+        self.keep(words=w.words, params=w.params, order=w.order, rest=w.rest)
         self._packed = w
 
     @property
     def packed(self) -> Any:
-        """The weight as the kernel takes it, of the buffers that are here now."""
+        """See `TritonPrepacked.packed`."""
         if self._packed.words is not self._buffers["words"]:
-            from llmq_kernels import layout
-
-            self._packed = layout.PackedWeight(self.words, self.params, self.order, *self.shape, self.rest)
+            now = {"words": self.words, "params": self.params, "order": self.order, "rest": self.rest}
+            self._packed = replace(self._packed, **now)
         return self._packed
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See `Prepacked.forward`. Raises LlmqError for activations other than float16, bfloat16 and float32."""
-        return self.affine(x, None)
+    def multiply(self, x: Tensor, w: Any, bias: Tensor | None) -> Tensor:
+        """See `TritonPrepacked.multiply`."""
+        return self._multiply(x, w, bias)
 
-    def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Prepacked.affine`; the kernel adds the bias before it rounds."""
-        return run(self.linear, self.multiply, x, self.packed, bias)
+    def kind(self) -> Hashable:
+        """See `TritonPrepacked.kind`; weights in an order of their own stay alone."""
+        return None if self.order is not None else (self.name, self.packed.shape[1:])
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
