@@ -20,6 +20,7 @@ from llmq.checkpoint.names import settle
 from llmq.checkpoint.packed import Packing
 from llmq.errors import LlmqError
 from llmq.guard.reading import Entry
+from llmq.integrations.compiled import compile_for_generation
 from llmq.integrations.transformers import registered
 from llmq.model.device import device_of
 from llmq.model.pretrained import auto_class, blank_model, foreign, model_config, shut, tokenizer_of
@@ -33,6 +34,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = "auto",
     backend: str = "auto",
+    compile: bool = False,
 ) -> PreTrainedModel:
     """Return the model at `path`, in eval mode, its quantized linears computing from packed weights.
 
@@ -44,6 +46,8 @@ def load(
     device: "auto" is cuda where available, else cpu.
     backend: "auto" gives every quantized linear the first back-end of llmq/runtime that can run it; "reference" decodes
         weights exactly and rounds nothing else, slowly.
+    compile: on a GPU, have `generate` run with a static cache, decode as a CUDA graph and prefill compiled block by
+        block (integrations/compiled.py); compiling takes a minute or so at the first tokens.
     Raises LlmqError, one line, for whatever is wrong with the path or the checkpoint.
     """
     source = Source(resolve(str(path)))
@@ -54,6 +58,8 @@ def load(
     if packed is not None:
         Packing(packed)  # refuses in one line what llmq does not read
     target, config = device_of(device), model_config(source)
+    if compile and target.type == "cpu":
+        raise LlmqError("compile=True makes CUDA graphs, and this is for a CPU: load without it, or device='cuda'")
     config.quantization_config = packed  # transformers looks for it in config.json alone
     blank = blank_model(source, config)
     auto, given = _from(source, blank)
@@ -77,6 +83,8 @@ def load(
     if source.decoded and (folder / "generation_config.json").is_file():
         with foreign(f"{folder}/generation_config.json"), shut():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if compile:
+        compile_for_generation(model)
     return model.eval()
 
 

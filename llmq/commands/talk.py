@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _PROMPT, _MORE, _BLOCK = "> ", ". ", '"""'
 _KEY = "LLMQ_API_KEY"
+_Compile = Annotated[
+    bool, typer.Option("--compile/--no-compile", help="On a GPU: compile for a minute, then decode by CUDA graphs.")
+]
 _HELP = """\
 /system TEXT   tell the model this before all turns, and begin anew; alone it tells nothing
 /reset         forget what was said
@@ -37,6 +40,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    compile: _Compile = True,
 ) -> None:
     """Continue a prompt, greedily: a quick look at whether a checkpoint speaks.
 
@@ -45,7 +49,7 @@ def generate(
     from llmq.talk.speaker import Sampling, opened
 
     how, prompt = Sampling(max_new_tokens, temperature=0), _text(prompt)
-    with opened(model, device) as speaker:
+    with opened(model, device, compiled=compile) as speaker:
         console.print(lines(prompt + "".join(speaker.answer(speaker.encode(prompt), how))))
 
 
@@ -62,6 +66,7 @@ def chat(
         int | None, typer.Option(help="GGUF: tokens to keep room for. [the file's, at most 8192]")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...; GGUF is llama.cpp's to place.")] = "auto",
+    compile: _Compile = True,
 ) -> None:
     """Talk to a checkpoint: answers come as they are written, Ctrl-C stops one, /help lists commands.
 
@@ -71,7 +76,7 @@ def chat(
     from llmq.talk.speaker import Sampling, opened
 
     how, system = Sampling(max_new_tokens, temperature, top_p, seed), None if system is None else _text(system)
-    with opened(model, device, context) as speaker, apart():
+    with opened(model, device, context, compiled=compile) as speaker, apart():
         talk = Conversation(speaker, how, system)
         console.print(plain(f"{model}: {'/help lists commands' if speaker.chats else BASE}", "dim"), soft_wrap=True)
         last: Answer | None = None
@@ -99,6 +104,7 @@ def serve(
         int | None, typer.Option(help="GGUF: tokens to keep room for. [the file's, at most 8192]")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...; GGUF is llama.cpp's to place.")] = "auto",
+    compile: _Compile = True,
 ) -> None:
     """Answer OpenAI's clients (chat and completions), one request after the other; to serve many there is vLLM.
 
@@ -113,7 +119,7 @@ def serve(
     from llmq.talk.speaker import opened
 
     limits = Limits(max_waiting, max_body, max_new_tokens)
-    with listening(host, port, api_key) as sock, opened(model, device, context) as speaker, apart():
+    with listening(host, port, api_key) as sock, opened(model, device, context, compiled=compile) as speaker, apart():
         service = Service(speaker, name or called(model), limits)
         at = f"[{host}]" if ":" in host else host
         console.print(plain(f"{service.name} at http://{at}:{sock.getsockname()[1]}/v1; Ctrl-C ends"), soft_wrap=True)

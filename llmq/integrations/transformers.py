@@ -36,6 +36,7 @@ from llmq.errors import LlmqError
 from llmq.guard.reading import Entry, tensor_entries
 from llmq.model.experts import Experts, unfuse
 from llmq.runtime.embedding import QuantEmbedding, TiedHead
+from llmq.runtime.joining import join_sites
 from llmq.runtime.linear import QuantLinear
 from llmq.runtime.packed import PackedWeight
 
@@ -98,7 +99,7 @@ class PackedQuantizer(HfQuantizer):
         """Leave experts as they are: transformers would replace Llama 4's by ones that run on every token."""
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Check the values of every packed linear and hand it to its back-end.
+        """Check the values of every packed linear and hand it to its back-end; join those that read one activation.
 
         Where weights come and go between places (offloading) it stays as it is, checked when it is decoded.
         """
@@ -110,6 +111,7 @@ class PackedQuantizer(HfQuantizer):
                 module.prepack()
             elif isinstance(module, PackedWeight):
                 module.unpack()
+        join_sites(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Return transformers' rules for names, or what llmq found of every name where experts were taken apart.
@@ -122,6 +124,11 @@ class PackedQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """Return True: `save_pretrained` writes the packed tensors back."""
         return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Return whether `generate` may compile the model: every back-end is one operator, the reference is not."""
+        return self.prepack
 
     @property
     def is_trainable(self) -> bool:

@@ -1,8 +1,8 @@
 """A checkpoint folder that speaks, by transformers: every format that llmq loads, and float ones.
 
-transformers' own `generate` runs, with whatever cache the model has, in a coroutine (greenlet) that hands each token
-out and waits: whoever reads sets the pace, and an answer that is closed is computed no further. What the cache holds is
-kept: the next turn of a chat begins where the last one ended.
+transformers' own `generate` runs, compiled on a GPU, with whatever cache the model has, in a coroutine (greenlet) that
+hands each token out and waits: whoever reads sets the pace, and an answer that is closed is computed no further. What
+the cache holds is kept: the next turn of a chat begins where the last one ended.
 A chat template is a stranger's program, so that it runs in a child process with limits (guard/confined.py).
 Not here: loading (loading.py), text out of tokens (words.py).
 """
@@ -20,21 +20,28 @@ from torch import Tensor
 
 from llmq.checkpoint.hub import called
 from llmq.guard.confined import Confined
+from llmq.integrations.compiled import compile_for_generation, is_compiled
 from llmq.loading import load, load_tokenizer
 from llmq.model.pretrained import check_ids, foreign
 from llmq.talk.speaker import Message, Piece, Sampling, Speaker
 from llmq.talk.words import Decoded
 
+_ROOM = 4096  # tokens that a static cache has room for at the least
 _COLD = 1e-6  # a temperature below which only the likeliest token is left, and logits divided by it overflow
 
 
 class InTorch(Speaker):
-    """A checkpoint folder or Hub id. Raises LlmqError as `load` and `load_tokenizer` do."""
+    """A checkpoint folder or Hub id. Raises LlmqError as `load` and `load_tokenizer` do.
 
-    def __init__(self, model: str, device: str = "auto") -> None:
+    compiled: on a GPU, compile it at its first tokens, where its architecture can be (integrations/compiled.py).
+    """
+
+    def __init__(self, model: str, device: str = "auto", *, compiled: bool = True) -> None:
         self.name = called(model)
         self._tokenizer: Any = load_tokenizer(model)
         self._model: Any = load(model, device=device)
+        if compiled and self._model.device.type == "cuda" and self._model._can_compile_fullgraph:
+            compile_for_generation(self._model)
         text = self._model.config.get_text_config(decoder=True)
         self.context = getattr(text, "max_position_embeddings", None)
         self.chats = bool(self._tokenizer.chat_template)
@@ -42,6 +49,7 @@ class InTorch(Speaker):
         self._renders: Confined | None = None
         self._render: Any = None
         self._cache: Any = None
+        self._room = 0  # tokens that a static cache has room for
         self._held: list[int] = []  # the ids whose keys and values the cache has
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None) -> None:
@@ -104,7 +112,7 @@ class InTorch(Speaker):
 
     def _tokens(self, ids: list[int], how: Sampling, ends: list[int]) -> Generator[int, None, None]:
         """Yield the ids that follow, each when it is asked for."""
-        cache = self._taken(ids)
+        cache = self._taken(ids, how.max_new_tokens)
         handed: list[int] = []
         running = greenlet(lambda: self._generate(ids, how, ends, cache, _Handing(getcurrent().parent)))
         whole = False
@@ -118,7 +126,7 @@ class InTorch(Speaker):
             whole = True
         finally:  # an interrupt within a forward leaves layers that hold more than others
             self._cache = cache if whole else None
-            self._held = [*ids, *handed][: cache.get_seq_length()] if whole and cache is not None else []
+            self._held = [*ids, *handed][: int(cache.get_seq_length())] if whole and cache is not None else []
 
     def _generate(self, ids: list[int], how: Sampling, ends: list[int], cache: Any, streamer: _Handing) -> None:
         torch.manual_seed(secrets.randbits(32) if how.seed is None else how.seed)
@@ -128,6 +136,7 @@ class InTorch(Speaker):
                 input_ids=given,
                 attention_mask=torch.ones_like(given),
                 past_key_values=cache,
+                cache_implementation=None,  # it is the one above
                 streamer=streamer,
                 max_new_tokens=how.max_new_tokens,
                 eos_token_id=ends or None,
@@ -145,17 +154,32 @@ class InTorch(Speaker):
         told = {"temperature": how.temperature, "top_p": how.top_p}
         return {"do_sample": True, **{key: value for key, value in told.items() if value is not None}}
 
-    def _taken(self, ids: list[int]) -> Any:
+    def _taken(self, ids: list[int], new: int) -> Any:
         """Return a cache: the last one where the prompt goes on from what that holds; None has `generate` make one.
 
-        It is nobody else's until this answer has ended.
+        It is nobody else's until this answer has ended. A compiled model's is static, and the same tensors for as long
+        as answers fit, since other ones would be captured in other graphs.
         """
         from transformers import DynamicCache
 
         cache, held, self._cache, self._held = self._cache, self._held, None, []
-        if cache is not None and 0 < len(held) < len(ids) and ids[: len(held)] == held:
+        goes_on = cache is not None and 0 < len(held) < len(ids) and ids[: len(held)] == held
+        if is_compiled(self._model):
+            return self._static(cache, len(ids) + new, goes_on)
+        if goes_on:
             return cache
         return DynamicCache(config=self._model.config) if self._model._supports_default_dynamic_cache() else None
+
+    def _static(self, cache: Any, length: int, goes_on: bool) -> Any:
+        """Return a static cache with room for so many tokens, the last one if it has it, emptied unless it goes on."""
+        from transformers import StaticCache
+
+        if cache is None or length > self._room:
+            self._room = max(_ROOM, 1 << (length - 1).bit_length())
+            return StaticCache(config=self._model.config, max_cache_len=self._room)
+        if not goes_on:
+            cache.reset()
+        return cache
 
 
 class _Handing:

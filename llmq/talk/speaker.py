@@ -168,10 +168,11 @@ class TooLongError(LlmqError):
     """A prompt that leaves the model no room."""
 
 
-def opened(model: str, device: str = "auto", context: int | None = None) -> Speaker:
+def opened(model: str, device: str = "auto", context: int | None = None, *, compiled: bool = True) -> Speaker:
     """Return the model at a path: a folder or a Hub id in torch, a GGUF file in llama.cpp.
 
-    device: of torch. context: of llama.cpp, which keeps room for it; None is what the file says, at most 8192.
+    device: of torch. compiled: have torch compile it, on a GPU. context: of llama.cpp, which keeps room for it; None is
+        what the file says, at most 8192.
     Raises LlmqError as `load` does, and where xllamacpp is missing for a GGUF file.
     """
     if is_gguf(model):
@@ -180,4 +181,4 @@ def opened(model: str, device: str = "auto", context: int | None = None) -> Spea
         return InLlamaCpp(model, context)
     from llmq.talk.in_torch import InTorch
 
-    return InTorch(model, device)
+    return InTorch(model, device, compiled=compiled)

@@ -1,0 +1,96 @@
+"""A compiled model generates what it does uncompiled: on a CPU, by the back-end of torch.compile that only traces."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from _launches import BACKENDS
+from transformers import DynamicCache, StaticCache
+
+import llmq
+from llmq.errors import LlmqError
+from llmq.integrations.compiled import compile_for_generation, is_compiled
+from llmq.talk import in_torch
+from llmq.talk.speaker import Sampling, opened
+
+
+@pytest.fixture
+def folder(tiny_checkpoint, tmp_path):
+    llmq.quantize(tiny_checkpoint(), tmp_path / "out", method="rtn", bits=4, group_size=32)
+    torch._dynamo.reset()
+    return tmp_path / "out"
+
+
+def generate(model, ids):
+    with torch.no_grad():
+        return model.generate(ids, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+
+
+def test_generate_is_compiled_and_gives_the_same_logits(folder, monkeypatch):
+    """With the back-ends of a GPU: their operators, joined products and all, in one graph."""
+    for backend in BACKENDS:
+        monkeypatch.setattr(backend, "devices", frozenset({"cpu"}))
+    plain, model = (llmq.load(folder, device="cpu") for _ in range(2))
+    ids = torch.arange(2, 12)[None]
+    want = generate(plain, ids)
+    compile_for_generation(model, backend="eager")
+    assert is_compiled(model) and not is_compiled(plain)
+    found = generate(model, ids)
+    assert torch.equal(found.sequences, want.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(want.logits), rtol=1e-4, atol=1e-4)
+    assert isinstance(found.past_key_values, StaticCache) and isinstance(want.past_key_values, DynamicCache)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch.equal(generate(model, ids).sequences, want.sequences)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames  # a second answer compiles nothing
+    assert torch.equal(model.get_input_embeddings().weight, plain.get_input_embeddings().weight)
+    before, after = plain.state_dict(), model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(t, after[k]) for k, t in before.items())
+
+
+def test_a_chat_keeps_one_static_cache_and_says_the_same(folder, monkeypatch):
+    monkeypatch.setattr(in_torch, "_ROOM", 64)
+    how = Sampling(6, temperature=0)
+    with opened(str(folder), "cpu") as plain, opened(str(folder), "cpu") as speaker:
+        assert not is_compiled(speaker._model)  # a CPU is not
+        compile_for_generation(speaker._model, backend="eager")
+        first = speaker.encode("The first city")
+        assert "".join(speaker.answer(first, how)) == "".join(plain.answer(first, how))
+        kept = speaker._cache
+        assert isinstance(kept, StaticCache) and kept.layers[0].max_cache_len == 64
+        longer = [*speaker._held, *speaker.encode("and the war")]
+        for ids in (longer, first):  # one that goes on, one that does not
+            assert "".join(speaker.answer(ids, how)) == "".join(plain.answer(ids, how))
+            assert speaker._cache is kept
+        long = speaker.encode("The first city and the war " * 12)
+        assert len(long) > 64
+        assert "".join(speaker.answer(long, how)) == "".join(plain.answer(long, how))
+        assert speaker._cache is not kept
+
+
+def test_what_cannot_be_compiled_is_said(folder):
+    with pytest.raises(LlmqError, match="this is for a CPU"):
+        llmq.load(folder, device="cpu", compile=True)
+    model = llmq.load(folder, device="cpu")
+    model._can_compile_fullgraph = False
+    with pytest.raises(LlmqError, match="a llama model cannot be compiled with a static cache"):
+        compile_for_generation(model)
+    model._can_compile_fullgraph = True
+    model.config.num_hidden_layers = 7
+    with pytest.raises(LlmqError, match="no list of 7 decoder blocks"):
+        compile_for_generation(model)
+
+
+@pytest.mark.parametrize(("device", "compiled", "told"), [("cuda", True, 1), ("cuda", False, 0), ("cpu", True, 0)])
+def test_a_speaker_on_a_gpu_is_compiled_unless_it_is_not_to_be(folder, monkeypatch, device, compiled, told):
+    model = llmq.load(folder, device="cpu")
+    as_if = SimpleNamespace(
+        device=torch.device(device), _can_compile_fullgraph=True, config=model.config, parameters=list, buffers=list
+    )
+    calls = []
+    monkeypatch.setattr(in_torch, "load", lambda *args, **named: as_if)
+    monkeypatch.setattr(in_torch, "compile_for_generation", calls.append)
+    with opened(str(folder), device, compiled=compiled):
+        assert len(calls) == told
