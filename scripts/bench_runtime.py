@@ -64,11 +64,11 @@ def clock(kind: str) -> Callable[[], float]:
     return time.perf_counter if kind == "wall" else time.process_time
 
 
-def random_llama(folder: Path, blocks: int) -> Path:
-    """Write a random checkpoint of TinyLlama-1.1B's shape, or of its first blocks, unless it is there; bfloat16."""
+def random_llama(folder: Path, blocks: int, shape: dict[str, Any] = TINYLLAMA) -> Path:
+    """Write a random checkpoint of a shape with so many blocks, unless it is there; bfloat16."""
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
-        config = LlamaConfig(**TINYLLAMA | {"num_hidden_layers": blocks})
+        config = LlamaConfig(**shape | {"num_hidden_layers": blocks})
         LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     if not (folder / "tokenizer.json").exists():  # of bytes and one merge: the rivals load no model without them
         words = Tokenizer(BPE({c: i for i, c in enumerate([*sorted(ByteLevel.alphabet()), "th"])}, [("t", "h")]))
