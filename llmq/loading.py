@@ -46,8 +46,8 @@ def load(
     device: "auto" is cuda where available, else cpu.
     backend: "auto" gives every quantized linear the first back-end of llmq/runtime that can run it; "reference" decodes
         weights exactly and rounds nothing else, slowly.
-    compile: on a GPU, have `generate` run with a static cache, decode as a CUDA graph and prefill compiled block by
-        block (integrations/compiled.py); compiling takes a minute or so at the first tokens.
+    compile: on a GPU, have `generate` run with a static cache, decode as a CUDA graph and prefill compiled region by
+        region (integrations/compiled.py); compiling takes a minute or so at the first tokens.
     Raises LlmqError, one line, for whatever is wrong with the path or the checkpoint.
     """
     source = Source(resolve(str(path)))

@@ -1,12 +1,13 @@
-"""A model whose `generate` is compiled: a static cache, decode as one CUDA graph a step, prefill block by block.
+"""A model whose `generate` is compiled: a static cache, decode as one CUDA graph a step, prefill region by region.
 
     model = llmq.load(path, compile=True)      # or compile_for_generation(model)
     model.generate(**inputs)
 
 By transformers' and torch's own means. In decode, `generate` compiles the forward of one token with the cache in fixed
 memory (mode "reduce-overhead": what is launched is captured in CUDA graphs, our kernels, the head and the cache in the
-same). A prompt has any length, so that no graph of it would be used twice: there the blocks are compiled one by one,
-for any number of tokens, and blocks that are alike share one compilation.
+same). A prompt has any length, so that no graph of it would be used twice: there the regions of the blocks that know
+nothing of the cache, the MLPs, are compiled for any number of tokens. Those that are alike share one compilation; whole
+blocks would not, as each has its number in the cache, and torch gives up after eight.
 
 Not here: the cache that a chat keeps (talk/in_torch.py), llmq's own cache, which is not static (integrations/cache.py).
 """
@@ -19,16 +20,18 @@ from torch import nn
 from transformers import CompileConfig, PreTrainedModel
 
 from llmq.errors import LlmqError
+from llmq.model.experts import Experts
+from llmq.runtime.linear import QuantLinear
 
 
 def compile_for_generation(model: PreTrainedModel, *, backend: str = "inductor") -> None:
-    """Have `generate` compile a model, from its first tokens on; a forward of its own is eager but for its blocks.
+    """Have `generate` compile a model, from its first tokens on; a forward of its own is eager but for its regions.
 
     The choice is the model's `generation_config`, and is written with it by `save_pretrained`.
     backend: torch.compile's; another than "inductor" compiles on a CPU too, to test what is computed.
-    Raises LlmqError for a model without a list of decoder blocks, or whose cache cannot be static.
+    Raises LlmqError for a model whose cache cannot be static.
     """
-    if not model._can_compile_fullgraph:
+    if not compiles(model):
         raise LlmqError(
             f"a {model.config.model_type} model cannot be compiled with a static cache; load without compile"
         )
@@ -37,8 +40,13 @@ def compile_for_generation(model: PreTrainedModel, *, backend: str = "inductor")
     config._compile_all_devices = not inductor  # type: ignore[assignment]  # transformers' own way to test on a CPU
     settings: Any = model.generation_config
     settings.cache_implementation, settings.compile_config = "static", config
-    for block in _blocks(model):
-        block.compile(backend=backend, dynamic=True)
+    for region in _regions(model):
+        region.compile(backend=backend, dynamic=True)
+
+
+def compiles(model: Any) -> bool:
+    """Return whether transformers can compile a model whole, with a static cache."""
+    return bool(model._can_compile_fullgraph and model._supports_default_dynamic_cache())
 
 
 def is_compiled(model: PreTrainedModel) -> bool:
@@ -46,10 +54,14 @@ def is_compiled(model: PreTrainedModel) -> bool:
     return getattr(model.generation_config, "compile_config", None) is not None
 
 
-def _blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the decoder blocks. Raises LlmqError where there is no list of them."""
+def _regions(model: PreTrainedModel) -> list[nn.Module]:
+    """Return what of each decoder block has linears, and no number in the cache, nor experts, whose tokens vary."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not lists:
-        raise LlmqError(f"a {model.config.model_type} model has no list of {depth} decoder blocks to compile")
-    return list(lists[0])
+    blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth for block in m]
+    return [child for block in blocks for child in block.children() if _is_region(child)]
+
+
+def _is_region(module: nn.Module) -> bool:
+    below = list(module.modules())
+    has_linears = len(below) > 1 and any(isinstance(m, nn.Linear | QuantLinear) for m in below)
+    return has_linears and not any(hasattr(m, "layer_idx") or isinstance(m, Experts) for m in below)

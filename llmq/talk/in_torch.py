@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmq.checkpoint.hub import called
 from llmq.guard.confined import Confined
-from llmq.integrations.compiled import compile_for_generation, is_compiled
+from llmq.integrations.compiled import compile_for_generation, compiles, is_compiled
 from llmq.loading import load, load_tokenizer
 from llmq.model.pretrained import check_ids, foreign
 from llmq.talk.speaker import Message, Piece, Sampling, Speaker
@@ -40,7 +40,7 @@ class InTorch(Speaker):
         self.name = called(model)
         self._tokenizer: Any = load_tokenizer(model)
         self._model: Any = load(model, device=device)
-        if compiled and self._model.device.type == "cuda" and self._model._can_compile_fullgraph:
+        if compiled and self._model.device.type == "cuda" and compiles(self._model):
             compile_for_generation(self._model)
         text = self._model.config.get_text_config(decoder=True)
         self.context = getattr(text, "max_position_embeddings", None)

@@ -77,17 +77,35 @@ def test_what_cannot_be_compiled_is_said(folder):
     model._can_compile_fullgraph = False
     with pytest.raises(LlmqError, match="a llama model cannot be compiled with a static cache"):
         compile_for_generation(model)
-    model._can_compile_fullgraph = True
-    model.config.num_hidden_layers = 7
-    with pytest.raises(LlmqError, match="no list of 7 decoder blocks"):
-        compile_for_generation(model)
+
+
+def test_the_mlps_of_ten_blocks_are_compiled_once_and_give_the_same(tiny_checkpoint, tmp_path, monkeypatch):
+    """For prompts of any length; more blocks than torch compiles anew before it gives up."""
+    for backend in BACKENDS:
+        monkeypatch.setattr(backend, "devices", frozenset({"cpu"}))
+    source = tiny_checkpoint(num_hidden_layers=10)
+    llmq.quantize(source, tmp_path / "out", method="rtn", bits=4, group_size=32)
+    plain, model = (llmq.load(tmp_path / "out", device="cpu") for _ in range(2))
+    torch._dynamo.reset()
+    compile_for_generation(model, backend="eager")
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for tokens in (10, 17):
+            ids = torch.arange(2, 2 + tokens)[None]
+            assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize(("device", "compiled", "told"), [("cuda", True, 1), ("cuda", False, 0), ("cpu", True, 0)])
 def test_a_speaker_on_a_gpu_is_compiled_unless_it_is_not_to_be(folder, monkeypatch, device, compiled, told):
     model = llmq.load(folder, device="cpu")
     as_if = SimpleNamespace(
-        device=torch.device(device), _can_compile_fullgraph=True, config=model.config, parameters=list, buffers=list
+        device=torch.device(device),
+        _can_compile_fullgraph=True,
+        _supports_default_dynamic_cache=lambda: True,
+        config=model.config,
+        parameters=list,
+        buffers=list,
     )
     calls = []
     monkeypatch.setattr(in_torch, "load", lambda *args, **named: as_if)
