@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import _measure as measure
@@ -20,6 +20,7 @@ from _launches import BACKENDS, counted
 
 from llmq.grids.int import Int
 from llmq.grids.nvfp4 import Nvfp4
+from llmq.runtime.backends._triton import Site
 from llmq.types import LinearSpec, QTensor, RangedGrid, Scheme
 
 SCHEMES: dict[str, tuple[RangedGrid, RangedGrid | None, int]] = {  # weights, activations, K
@@ -60,6 +61,20 @@ def rows(rounds: int) -> Iterator[str]:
             args = operator_args(weight)
             as_operator = microseconds(lambda: args[0](x, *args[1:]), rounds)  # noqa: B023
         yield f"| {name} | {called:.1f} | {as_operator:.1f} | {launches} |"
+    for name in ("int4 g128", "W8A8"):
+        with counted() as counts:
+            three, x = [layer(*SCHEMES[name]) for _ in range(3)], torch.randn(1, 1, 256).half()
+            Site(three, [lambda: None] * 3)
+            together(three, x)
+            launches = counts.total()
+            called = microseconds(lambda: together(three, x), rounds)  # noqa: B023  called here
+        yield f"| {name}, three of one input together | {called:.1f} | | {launches} |"
+
+
+def together(weights: Sequence[Any], x: torch.Tensor) -> None:
+    """Multiply one activation by all of some weights, as a block asks for them."""
+    for weight in weights:
+        weight(x)
 
 
 def operator_args(weight: Any) -> tuple[Any, ...]:
