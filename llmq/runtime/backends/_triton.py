@@ -84,7 +84,8 @@ class Site:
     """Weights that read one activation, multiplied as one: the first that is asked computes what all of them need.
 
     The others are asked for the very same tensor, as the attention and the MLP of a block do, and take their part. What
-    is asked of another tensor, or of one that was written to since, is computed anew, so that a site is never wrong.
+    is asked of another tensor, or of one that was written to since, is computed anew. Of writing, inference mode and
+    torch.compile do not tell: there a model must not change an activation between its linears, as none does.
 
     members: in the order of their parts. biases: of each, None where it has none, asked for whenever one is needed.
     """
