@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmq import blend
-from llmq.calibration import tokens
+from llmq.calibration import Writer, tokens
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
 
@@ -90,14 +90,14 @@ def texts(tmp_path, prose):
 
 def test_the_rows_are_those_that_each_source_gives_alone(texts, tokenizer_bos, tiny_llama):
     calib = [f"{texts[0]}:weight=2", texts[1], "self"]
-    got = tokens(calib, tokenizer_bos, 8, 32, seed=3, model_writer=tiny_llama)
+    got = tokens(calib, tokenizer_bos, 8, 32, seed=3, writer=Writer(tiny_llama))
     alone = [
-        tokens(source, tokenizer_bos, n, 32, seed=3, model_writer=tiny_llama)
+        tokens(source, tokenizer_bos, n, 32, seed=3, writer=Writer(tiny_llama))
         for source, n in ((texts[0], 4), (texts[1], 2), ("self", 2))
     ]
     assert torch.equal(got, torch.cat(alone)[[0, 4, 6, 1, 2, 5, 7, 3]])
-    assert torch.equal(got, tokens(calib, tokenizer_bos, 8, 32, seed=3, model_writer=tiny_llama))
-    assert not torch.equal(got[0], tokens(calib, tokenizer_bos, 8, 32, seed=4, model_writer=tiny_llama)[0])
+    assert torch.equal(got, tokens(calib, tokenizer_bos, 8, 32, seed=3, writer=Writer(tiny_llama)))
+    assert not torch.equal(got[0], tokens(calib, tokenizer_bos, 8, 32, seed=4, writer=Writer(tiny_llama))[0])
 
 
 def test_one_source_is_as_without_weights(texts, tokenizer_bos):

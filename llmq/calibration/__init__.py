@@ -25,9 +25,9 @@ from llmq.calibration.text import bos_id as bos_id
 from llmq.calibration.text import encode as encode
 from llmq.calibration.text import hub_rows as hub_rows
 from llmq.calibration.text import read
+from llmq.calibration.writing import Writer as Writer
 from llmq.calibration.writing import check_memory as check_memory
 from llmq.calibration.writing import free_memory as free_memory
-from llmq.calibration.writing import write
 from llmq.types import LlmqError
 
 
@@ -37,7 +37,7 @@ def tokens(
     samples: int,
     seq_len: int,
     seed: int,
-    model_writer: Callable[[], Any] | None = None,
+    writer: Writer | None = None,
     warn: Callable[[str], Any] = warnings.warn,
 ) -> Tensor:
     """Return `samples` calibration sequences, int64 `[samples, seq_len]` on the CPU; same arguments, same tokens.
@@ -45,8 +45,7 @@ def tokens(
     source: `self`; a short name of `HUB`; a .txt, .jsonl, .parquet or .arrow file, or a folder of them (read in the
         order of their paths); or a Hub data set as `org/name[:config[:split]]`. Rows hold `text` or a chat, in
         `messages` or `conversations`. Or several of them, each with its share of the samples (blend.py).
-    model_writer: returns the transformers model that `self` asks to write; call `check_memory` before it loads one.
-    warn: is told, in one line, what of the source was left out.
+    writer: who writes what `self` asks for. warn: is told, in one line, what of the source was left out.
 
     Raises LlmqError for a source that cannot be read, is too short, or would take too long to write.
     """
@@ -57,14 +56,14 @@ def tokens(
     for part in parts:
         how = (tokenizer, part.samples, seq_len, seed)
         with _naming(part, samples):
-            rows.append(_written(model_writer, *how) if part.source == blend.SELF else read(part.source, *how, warn))
+            rows.append(_known(writer)(*how) if part.source == blend.SELF else read(part.source, *how, warn))
     return torch.cat(rows)[blend.in_turns(p.samples for p in parts)]
 
 
-def _written(model_writer: Callable[[], Any] | None, tokenizer: Any, samples: int, seq_len: int, seed: int) -> Tensor:
-    if model_writer is None:
+def _known(writer: Writer | None) -> Writer:
+    if writer is None:
         raise LlmqError("calibration text `self` needs a model that writes it: give a text file instead")
-    return write(model_writer(), tokenizer, samples, seq_len, seed)
+    return writer
 
 
 @contextmanager

@@ -8,6 +8,8 @@ Not here: text that others wrote (text.py).
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import psutil
@@ -28,6 +30,21 @@ WRITE_SECONDS = 600
 """... and longer than this. Quantizing takes between two and ten such forwards, the solving included."""
 TRIED_STEPS = 12
 """Tokens of each sequence that are written to find that out."""
+_TOLD = 8  # tokens of each sequence between two words on how it goes on
+Told = Callable[[int, int], object]
+"""Called with how many tokens of how many are written."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Who writes `self`. load: returns the transformers model; `check_memory` first. told: hears how it goes on."""
+
+    load: Callable[[], Any]
+    told: Told = lambda *_: None
+
+    def __call__(self, tokenizer: Any, samples: int, seq_len: int, seed: int) -> Tensor:
+        """Return what the model writes, as `write`."""
+        return write(self.load(), tokenizer, samples, seq_len, seed, self.told)
 
 
 def check_memory(parameter_bytes: int, device: str | torch.device = "cpu") -> None:
@@ -54,7 +71,7 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def write(model: Any, tokenizer: Any, samples: int, seq_len: int, seed: int) -> Tensor:
+def write(model: Any, tokenizer: Any, samples: int, seq_len: int, seed: int, told: Told = lambda *_: None) -> Tensor:
     """Return `samples` sequences that `model` writes, int64 `[samples, seq_len]`; BOS, if added, is never sampled."""
     model.eval()
     batch = min(samples, side_by_side(model.config, sum(p.nbytes for p in model.parameters()), seq_len, model.dtype))
@@ -70,19 +87,34 @@ def write(model: Any, tokenizer: Any, samples: int, seq_len: int, seed: int) -> 
     else:
         bias_V[bos] = -torch.inf
         first = torch.full((samples, 1), bos, device=model.device)
-    written = [_continue(model, part, seq_len, generator, bias_V) for part in first.split(batch)]
+    parts, total = first.split(batch), samples * seq_len
+    ends = accumulate(part.numel() * seq_len for part in parts)
+    each = [lambda left, end=end: told(end - left, total) for end in ends]
+    written = [_continue(model, p, seq_len, generator, bias_V, tell) for p, tell in zip(parts, each, strict=True)]
     return torch.cat(written).cpu()
 
 
 @torch.inference_mode()
-def _continue(model: Any, first_B1: Tensor, length: int, generator: torch.Generator, bias_V: Tensor | float) -> Tensor:
-    """Return `first_B1` continued to `[B, length]` by sampling at temperature 1 from the logits plus `bias_V`."""
+def _continue(
+    model: Any,
+    first_B1: Tensor,
+    length: int,
+    generator: torch.Generator,
+    bias_V: Tensor | float,
+    tell: Callable[[int], object] = lambda left: None,
+) -> Tensor:
+    """Return `first_B1` continued to `[B, length]` by sampling at temperature 1 from the logits plus `bias_V`.
+
+    tell: is called now and then with how many tokens are left.
+    """
     from llmq.calibration.preallocated import preallocated_cache
 
     written, cache = [first_B1], preallocated_cache(model.config, length)
     while len(written) < length:
         out = model(written[-1], past_key_values=cache, use_cache=True)
         written.append(_draw(out.logits[:, -1].float() + bias_V, generator))
+        if len(written) % _TOLD == 0:
+            tell(len(first_B1) * (length - len(written)))
     return torch.cat(written, dim=1)
 
 

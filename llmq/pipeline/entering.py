@@ -75,12 +75,14 @@ def _noting(calls: list[Sequence[Call]], coming: Iterable[tuple[Tensor, Sequence
 def _tokens(plan: Plan, journal: Journal, work: Work) -> Tensor:
     """Return the tokens: those that the model wrote, once in a run, or the text's, which must stay the same."""
     recipe = plan.method.recipe
-    work(0, 1, f"calibration text: {blend.named(recipe.calib)}")
+    what = f"calibration text: {blend.named(recipe.calib)}"
+    work(0, 1, what)
+
+    writer = calibration.Writer(partial(_writer, plan), lambda done, total: work(done, total, what))
 
     def read() -> Tensor:
-        how = (recipe.samples, recipe.seq_len, recipe.seed)
-        writer = partial(_writer, plan)
-        return calibration.tokens(recipe.calib, tokenizer_of(plan.source.path), *how, writer, plan.warnings.append)
+        how = (recipe.samples, recipe.seq_len, recipe.seed, writer, plan.warnings.append)
+        return calibration.tokens(recipe.calib, tokenizer_of(plan.source.path), *how)
 
     if blend.written(recipe.calib, recipe.samples):
         ids = journal.once("text", lambda: ({"ids": read()}, {})).tensors["ids"].read()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmq import calibration
-from llmq.calibration import tokens, writing
+from llmq.calibration import Writer, tokens, writing
 from llmq.types import LlmqError
 
 
@@ -14,13 +14,20 @@ from llmq.types import LlmqError
 def test_self_writes_full_seeded_sequences(request, tiny_llama, bos, monkeypatch):
     tokenizer = request.getfixturevalue("tokenizer_bos" if bos else "tokenizer_plain")
     monkeypatch.setattr(writing, "WRITE_BATCH", 4)  # 10 sequences: three batches, the last of 2
-    got, again, other = (tokens("self", tokenizer, 10, 24, seed=seed, model_writer=tiny_llama) for seed in (0, 0, 1))
+    got, again, other = (tokens("self", tokenizer, 10, 24, seed=seed, writer=Writer(tiny_llama)) for seed in (0, 0, 1))
     assert (got.shape, got.dtype) == ((10, 24), torch.int64)
     assert torch.equal(got, again)
     assert not torch.equal(got, other)
     if bos:
         assert (got[:, 0] == 0).all()
         assert (got == 0).sum() == 10
+
+
+def test_self_says_how_it_goes_on(tiny_llama, tokenizer_bos, monkeypatch):
+    monkeypatch.setattr(writing, "WRITE_BATCH", 4)
+    told = []
+    tokens("self", tokenizer_bos, 6, 24, seed=0, writer=Writer(tiny_llama, lambda *said: told.append(said)))
+    assert told == [(32, 144), (64, 144), (96, 144), (112, 144), (128, 144), (144, 144)]
 
 
 def test_self_samples_from_the_models_distribution(tiny_llama, tokenizer_bos):
@@ -33,7 +40,7 @@ def test_self_samples_from_the_models_distribution(tiny_llama, tokenizer_bos):
     assert logits.softmax(-1)[0] > 0.1
     logits[0] = -torch.inf
     p = logits.softmax(-1)
-    got = tokens("self", tokenizer_bos, 2000, 2, seed=0, model_writer=lambda: model)
+    got = tokens("self", tokenizer_bos, 2000, 2, seed=0, writer=Writer(lambda: model))
     seen = torch.bincount(got[:, 1], minlength=320) / 2000
     noise = (p * (1 - p) / 2000).sqrt().sum() / 2
     assert seen[0] == 0
@@ -42,14 +49,14 @@ def test_self_samples_from_the_models_distribution(tiny_llama, tokenizer_bos):
 
 
 def test_self_starts_anywhere_but_at_special_tokens(tiny_llama, tokenizer_plain):
-    first = tokens("self", tokenizer_plain, 2000, 2, seed=0, model_writer=tiny_llama)[:, 0]
+    first = tokens("self", tokenizer_plain, 2000, 2, seed=0, writer=Writer(tiny_llama))[:, 0]
     assert len(set(first.tolist())) > 300
     assert not set(first.tolist()) & set(tokenizer_plain.all_special_ids)
 
 
 def test_self_never_writes_padding_rows(tiny_llama, tokenizer_bos):
     """An embedding larger than the vocabulary has rows that no tokenizer knows."""
-    got = tokens("self", tokenizer_bos, 8, 32, seed=0, model_writer=lambda: tiny_llama(vocab_size=2000))
+    got = tokens("self", tokenizer_bos, 8, 32, seed=0, writer=Writer(lambda: tiny_llama(vocab_size=2000)))
     assert got.max() < len(tokenizer_bos)
 
 
@@ -57,9 +64,9 @@ def test_self_is_refused_where_it_does_not_pay(tiny_llama, tokenizer_bos, monkey
     monkeypatch.setattr(writing, "WRITE_SECONDS", 0)
     monkeypatch.setattr(writing, "WRITE_FACTOR", 0)
     with pytest.raises(LlmqError, match=r"would take about \d+ min to write, \d+ times .* --calib FILE"):
-        tokens("self", tokenizer_bos, 8, 32, seed=0, model_writer=tiny_llama)
+        tokens("self", tokenizer_bos, 8, 32, seed=0, writer=Writer(tiny_llama))
     monkeypatch.setattr(writing, "WRITE_FACTOR", 1e9)
-    assert tokens("self", tokenizer_bos, 8, 32, seed=0, model_writer=tiny_llama).shape == (8, 32)
+    assert tokens("self", tokenizer_bos, 8, 32, seed=0, writer=Writer(tiny_llama)).shape == (8, 32)
 
 
 def test_self_is_refused_where_it_does_not_fit(monkeypatch):
@@ -77,4 +84,4 @@ def test_self_names_a_broken_model(tiny_llama, tokenizer_bos):
     with torch.no_grad():
         model.lm_head.weight[5, 5] = torch.nan
     with pytest.raises(LlmqError, match="the model writes NaN"):
-        tokens("self", tokenizer_bos, 2, 8, seed=0, model_writer=lambda: model)
+        tokens("self", tokenizer_bos, 2, 8, seed=0, writer=Writer(lambda: model))
