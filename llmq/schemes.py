@@ -39,7 +39,7 @@ class Named:
         return f"weights={given['weights']},inputs={given['inputs']}"
 
 
-_FP8 = "Ada, Hopper, Blackwell, AMD, CPUs: vLLM, SGLang; Ampere by the weights alone"
+_FP8 = "Ada, Hopper, Blackwell, AMD{0}: vLLM, SGLang; Ampere by the weights alone"
 _SMALL = (
     "under 10B parameters take {0}: a 7B lost 10 points of instruction following with its inputs in 4 bits, 4 without "
     "(llm-compressor's PR 3025)"
@@ -51,15 +51,15 @@ SCHEMES: Mapping[str, Named] = {
         "fp8 is closer where a GPU has it",
     ),
     "fp8": Named(
-        {"weights": "fp8", "inputs": "fp8"}, "8.0", _FP8,
+        {"weights": "fp8", "inputs": "fp8"}, "8.0", _FP8.format(", CPUs"),
         "vLLM can round a float model to it while loading, nearly as close",
     ),
     "fp8-block": Named(
-        {"weights": "fp8:group=128x128", "inputs": "fp8:group=128"}, "8.0", _FP8,
+        {"weights": "fp8:group=128x128", "inputs": "fp8:group=128"}, "8.0", _FP8.format(", CPUs"),
         "128 has to divide the input features; fp8 is as close",
     ),
     "fp8-static": Named(
-        {"weights": "fp8", "inputs": "fp8:group=tensor"}, "8.0", f"{_FP8}; TensorRT-LLM",
+        {"weights": "fp8", "inputs": "fp8:group=tensor"}, "8.0", f"{_FP8.format('')}; TensorRT-LLM",
         "inputs larger than calibration saw are clipped",
     ),
     "nvfp4": Named(

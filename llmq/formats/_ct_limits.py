@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from llmq.formats import _common
 from llmq.formats._ct_arguments import same_scheme
-from llmq.granularity import PerBlock, PerGroup, PerTensor
+from llmq.granularity import PerBlock, PerGroup, PerRow, PerTensor
 from llmq.grids._float import FloatGrid
 from llmq.grids._microscaling import Microscaling
 from llmq.grids.fp8 import Fp8
@@ -39,7 +39,7 @@ _KV_INT8 = Limit(
     refuses=("vLLM",),
 )
 _KV_FP8 = (
-    Limit("it keeps keys and values in fp8 by the file's scales", notes=("vLLM",), told=False, known="source"),
+    Limit("it keeps keys and values in fp8 by the file's scales", notes=("vLLM",), told=False),
     Limit("fp8 keys and values want --kv-cache-dtype fp8_e4m3", notes=("SGLang",), told=False, known="source"),
 )
 
@@ -183,6 +183,10 @@ def on_gpus(weight: Grid, inputs: RangedGrid | None) -> list[Limit]:
         say = "MXFP8 from SM 7.5 on"
     else:
         say = "FP8 products from SM 8.9 on and on AMD; on older GPUs Marlin, which leaves inputs unrounded"
+        if inputs is not None and inputs.static:
+            say += "; on CPUs none for static inputs"
+        elif inputs is not None and isinstance(inputs.granularity, PerRow) and isinstance(weight.granularity, PerRow):
+            return [Limit(f"{say}; on CPUs too", notes=("vLLM",), told=False)]
     return [Limit(say, notes=("vLLM",), told=False, known="source")]
 
 
