@@ -85,6 +85,12 @@ def decibels(found: Tensor, wanted: Tensor) -> float:
     return float(10 * (signal / error.clamp(min=1e-300)).log10())
 
 
+def divergence(found: Tensor, wanted: Tensor) -> float:
+    """Return the mean KL divergence over tokens of logits `[..., T, V]` from those wanted, in nats."""
+    p, q = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
 def machine() -> str:
     """Return one line on what the figures were measured on."""
     import platform

@@ -22,8 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from _measure import decibels
-from torch import Tensor
+from _measure import decibels, divergence
 
 import llmq
 from llmq.export._run import export
@@ -77,12 +76,6 @@ def generate(program: Program, prompt: list[int], count: int) -> tuple[list[int]
         logits = program(torch.tensor([[made[-1]]]), torch.tensor([i]))
         made.append(int(logits[0, -1].argmax()))
     return made, time.process_time() - began
-
-
-def divergence(found: Tensor, wanted: Tensor) -> float:
-    """Return the mean KL divergence over tokens, in nats."""
-    p, q = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 if __name__ == "__main__":

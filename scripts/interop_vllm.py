@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _measure import divergence
 
 PROMPT = "The capital of France is"
 TOKENS = 128
@@ -125,14 +126,8 @@ def one(folder: Path) -> None:
     llm.generate([{"prompt_token_ids": wanted["ids"].tolist()}], once)
     (logits,) = (c for c in caught if len(c) == TOKENS - 1)
     same = (wanted["logits"].argmax(-1) == logits.argmax(-1)).double().mean()
-    kl = {"kl": _divergence(wanted["logits"], logits), "bfloat16": _divergence(wanted["logits"], wanted["bfloat16"])}
+    kl = {"kl": divergence(logits, wanted["logits"]), "bfloat16": divergence(wanted["bfloat16"], wanted["logits"])}
     print(json.dumps({**kl, "same": float(same), "said": said}))
-
-
-def _divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
-    """Return the mean KL divergence over tokens, in nats."""
-    p, q = (t.double().log_softmax(-1) for t in (wanted, found))
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def _catch(model: Any, caught: list[torch.Tensor]) -> None:

@@ -33,9 +33,9 @@ from triton import constexpr_function
 from llmq_kernels import dense, tune
 from llmq_kernels.dense import ROWS
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import OPTIONS, cdiv, direct, operator, runs_on, uses_asm
+from llmq_kernels.launch import OPTIONS, cdiv, direct, operator, uses_asm
 from llmq_kernels.layout import N_MULTIPLE, spans_of
-from llmq_kernels.weight_only import FEW, Call, Launches, check_activation, multiplied, signature
+from llmq_kernels.weight_only import FEW, Call, Kernel, Launches, multiplied
 
 _PLACES = ((15, 9), (12, 6), (14, 3), (13, 0))  # of the sign, and of the lowest bit of the others, in a word
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -280,13 +280,7 @@ def linear(x: Tensor, w: E2M1Weight, bias: Tensor | None = None) -> Tensor:
 
 def compute(x: Tensor, w: E2M1Weight, bias: Tensor | None = None) -> Tensor:
     """See `linear`: what the operator does."""
-    call = tune.settled.get(signature("e2m1", x, w, bias))
-    if call is not None:
-        return call(x, w, bias)
-    check_activation(x, w, bias)
-    if not runs_on(x) or not x.numel():
-        return reference(x, w, bias)
-    return multiplied(x, w, bias, "e2m1", configs, launch, planned)
+    return multiplied(x, w, bias, _KERNEL)
 
 
 @operator("llmq::e2m1_linear")
@@ -345,6 +339,9 @@ def planned(x: Tensor, w: E2M1Weight, config: tune.Config, has_bias: bool, dtype
     fixed = constants(w, config, has_bias=has_bias) | config.options()
     launches = Launches(x, w.N, (Np, 4 * rows), config, fixed, has_bias, dtype or x.dtype)
     return lambda x, w, bias: launches(e2m1_kernel, x, w.words, w.params, bias, w.factor)
+
+
+_KERNEL = Kernel("e2m1", reference, configs, launch, planned)
 
 
 def constants(w: E2M1Weight, config: tune.Config, *, has_bias: bool = False, asm: bool | None = None) -> dict:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from llmq_kernels import tune
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import FLOATS, OPTIONS, cdiv, direct, no_gradient, on, operator, runs_on
+from llmq_kernels.launch import FLOATS, OPTIONS, cdiv, check_operands, direct, no_gradient, on, operator, runs_on
 from llmq_kernels.layout import spans_of
 from llmq_kernels.rounding import round_even
 
@@ -240,12 +240,7 @@ def compute(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tensor
     call = tune.settled.get(_signature(x, w, static, bias))
     if call is not None:
         return call(x, w, static, bias)
-    if x.size(-1) != w.K:
-        raise KernelError(f"the activation has {x.shape[-1]} features, the packed weight {w.K}")
-    if x.device != w.q.device:
-        raise KernelError(f"the activation is on {x.device}, the packed weight on {w.q.device}; move one")
-    if bias is not None and bias.shape != (w.N,):
-        raise KernelError(f"the bias is {list(bias.shape)}, not [{w.N}]")
+    check_operands(x, w.q, w.N, w.K, bias)
     if not runs_on(x) or not x.numel():
         return reference(x, w, static, bias)
     if x.dtype not in FLOATS:

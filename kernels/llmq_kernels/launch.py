@@ -35,6 +35,16 @@ def runs_on(x: Tensor) -> bool:
     return x.device.type != "cpu" or (knobs.runtime.interpret and x.dtype in (torch.float16, torch.float32))
 
 
+def check_operands(x: Tensor, words: Tensor, N: int, K: int, bias: Tensor | None) -> None:
+    """Raise KernelError where an activation or a bias does not go with a packed weight `[N, K]`, held by `words`."""
+    if x.size(-1) != K:
+        raise KernelError(f"the activation has {x.shape[-1]} features, the packed weight {K}")
+    if x.device != words.device:
+        raise KernelError(f"the activation is on {x.device}, the packed weight on {words.device}; move one")
+    if bias is not None and bias.shape != (N,):
+        raise KernelError(f"the bias is {list(bias.shape)}, not [{N}]")
+
+
 def on(device: torch.device) -> AbstractContextManager[None]:
     """Return a context in which kernels are launched on `device`, which need not be the current one."""
     return _HERE if device.type == "cpu" or _one_gpu() else torch.cuda.device(device)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,18 @@ from llmq_kernels import dense, tune
 from llmq_kernels.decode import decode
 from llmq_kernels.dequant import code3_minus_zero, code_minus_zero, fields_of, group_run, scale_of, zero_of
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import FLOATS, OPTIONS, cdiv, direct, no_gradient, on, operator, runs_on, uses_asm
+from llmq_kernels.launch import (
+    FLOATS,
+    OPTIONS,
+    cdiv,
+    check_operands,
+    direct,
+    no_gradient,
+    on,
+    operator,
+    runs_on,
+    uses_asm,
+)
 from llmq_kernels.layout import N_MULTIPLE, PackedWeight, dequantize, sub_rows, tile
 
 FEW = 32
@@ -163,13 +174,7 @@ def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
 
 def compute(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """See `linear`: what the operator does."""
-    call = tune.settled.get(signature("weight_only", x, w, bias))
-    if call is not None:
-        return call(x, w, bias)
-    check_activation(x, w, bias)
-    if not runs_on(x) or not x.numel():
-        return reference(x, w, bias)
-    return multiplied(x, w, bias, "weight_only", configs, launch, planned)
+    return multiplied(x, w, bias, _KERNEL)
 
 
 @operator("llmq::weight_only_linear")
@@ -213,9 +218,6 @@ class Packed(Protocol):
         """What of it is no tensor and bears on the choice of a configuration."""
 
 
-Weight = TypeVar("Weight", bound=Packed)
-
-
 Call = Callable[[Tensor, Any, Tensor | None], Tensor]
 
 
@@ -225,32 +227,45 @@ def signature(name: str, x: Tensor, w: Packed, bias: Tensor | None) -> tuple[Any
     return name, x.shape, x.dtype, x.device, w.shape, w.words.device, w.words.stride(0), of_bias
 
 
-def multiplied(
-    x: Tensor,
-    w: Weight,
-    bias: Tensor | None,
-    name: str,
-    configs: Callable[[int, Weight], list[tune.Config]],
-    launch: Callable[..., Tensor],
-    planned: Callable[[Tensor, Weight, tune.Config, bool], Call],
-) -> Tensor:
-    """Return `x @ W^T + bias` `[..., N]` by the fastest configuration of a kernel; see `linear`.
+class Kernel(NamedTuple):
+    """What a weight-only product is made of.
 
-    name: the kernel's. planned: makes what `launch` does of a configuration, for calls that are alike.
+    name: in the tuner's file. planned: makes what `launch` does of a configuration, for calls that are alike.
     """
-    M, device = x.numel() // w.K, x.device
+
+    name: str
+    reference: Callable[..., Tensor]
+    configs: Callable[..., list[tune.Config]]
+    launch: Callable[..., Tensor]
+    planned: Callable[..., Call]
+
+
+def multiplied(x: Tensor, w: Packed, bias: Tensor | None, kernel: Kernel) -> Tensor:
+    """Return `x @ W^T + bias` `[..., N]` by the fastest configuration of a kernel; see `linear`."""
+    call = tune.settled.get(signature(kernel.name, x, w, bias))
+    if call is not None:
+        return call(x, w, bias)
+    check_activation(x, w, bias)
+    if not runs_on(x) or not x.numel():
+        return kernel.reference(x, w, bias)
+    return _chosen(x, w, bias, kernel)
+
+
+def _chosen(x: Tensor, w: Packed, bias: Tensor | None, kernel: Kernel) -> Tensor:
+    """Return the product, and settle what later calls like this one do."""
+    M, device, name = x.numel() // w.K, x.device, kernel.name
     key = (tune.bucket(M), w.shape, x.dtype)
-    run = launch if x.dtype != torch.float32 else functools.partial(_scaled, launch)
+    run = kernel.launch if x.dtype != torch.float32 else functools.partial(_scaled, kernel.launch)
     with on(device):
-        config = tune.choose(name, device, key, lambda: configs(M, w), lambda c: run(x, w, bias, c))
+        config = tune.choose(name, device, key, lambda: kernel.configs(M, w), lambda c: run(x, w, bias, c))
         if x.dtype != torch.float32 and config != tune.LIBRARY:
-            call = planned(x, w, config, bias is not None)
+            call = kernel.planned(x, w, config, bias is not None)
             tune.settle(signature(name, x, w, bias), name, device, key, call)
             return call(x, w, bias)
         return no_gradient(x, run(x, w, bias, config))
 
 
-def _scaled(launch: Callable[..., Tensor], x: Tensor, w: Weight, bias: Tensor | None, config: tune.Config) -> Tensor:
+def _scaled(launch: Callable[..., Tensor], x: Tensor, w: Packed, bias: Tensor | None, config: tune.Config) -> Tensor:
     """Return the product of float32 `x`, each row divided by a power of two for the kernel to take it in fp16."""
     if config == tune.LIBRARY:
         return launch(x, w, bias, config)
@@ -261,12 +276,7 @@ def _scaled(launch: Callable[..., Tensor], x: Tensor, w: Weight, bias: Tensor | 
 
 def check_activation(x: Tensor, w: Packed, bias: Tensor | None) -> None:
     """Raise KernelError for an activation, or a bias, that a packed weight cannot be multiplied with."""
-    if x.size(-1) != w.K:
-        raise KernelError(f"the activation has {x.shape[-1]} features, the packed weight {w.K}")
-    if x.device != w.words.device:
-        raise KernelError(f"the activation is on {x.device}, the packed weight on {w.words.device}; move one")
-    if bias is not None and bias.shape != (w.N,):
-        raise KernelError(f"the bias is {list(bias.shape)}, not [{w.N}]")
+    check_operands(x, w.words, w.N, w.K, bias)
     if x.is_cuda and x.dtype not in FLOATS:
         raise KernelError(f"the weight-only kernel takes fp16, bf16 or float32 activations, not {x.dtype}; convert x")
 
@@ -335,6 +345,9 @@ def planned(x: Tensor, w: PackedWeight, config: tune.Config, has_bias: bool, dty
 
 def _ordered(x: Tensor, w: PackedWeight) -> Tensor:
     return x if w.order is None else x[..., w.order]
+
+
+_KERNEL = Kernel("weight_only", reference, configs, launch, planned)
 
 
 class Launches:

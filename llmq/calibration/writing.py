@@ -9,7 +9,7 @@ Not here: text that others wrote (text.py).
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
 from typing import Any
 
 import psutil
@@ -87,11 +87,16 @@ def write(model: Any, tokenizer: Any, samples: int, seq_len: int, seed: int, tol
     else:
         bias_V[bos] = -torch.inf
         first = torch.full((samples, 1), bos, device=model.device)
-    parts, total = first.split(batch), samples * seq_len
-    ends = accumulate(part.numel() * seq_len for part in parts)
-    each = [lambda left, end=end: told(end - left, total) for end in ends]
-    written = [_continue(model, p, seq_len, generator, bias_V, tell) for p, tell in zip(parts, each, strict=True)]
+    written = list[Tensor]()
+    for part in first.split(batch):
+        before = sum(w.numel() for w in written)
+        tell = partial(_tell, told, before, samples * seq_len)
+        written.append(_continue(model, part, seq_len, generator, bias_V, tell))
     return torch.cat(written).cpu()
+
+
+def _tell(told: Told, before: int, total: int, tokens: int) -> None:
+    told(before + tokens, total)
 
 
 @torch.inference_mode()
@@ -101,11 +106,11 @@ def _continue(
     length: int,
     generator: torch.Generator,
     bias_V: Tensor | float,
-    tell: Callable[[int], object] = lambda left: None,
+    tell: Callable[[int], object] = lambda tokens: None,
 ) -> Tensor:
     """Return `first_B1` continued to `[B, length]` by sampling at temperature 1 from the logits plus `bias_V`.
 
-    tell: is called now and then with how many tokens are left.
+    tell: is called now and then with how many tokens there are.
     """
     from llmq.calibration.preallocated import preallocated_cache
 
@@ -114,7 +119,7 @@ def _continue(
         out = model(written[-1], past_key_values=cache, use_cache=True)
         written.append(_draw(out.logits[:, -1].float() + bias_V, generator))
         if len(written) % _TOLD == 0:
-            tell(len(first_B1) * (length - len(written)))
+            tell(len(first_B1) * len(written))
     return torch.cat(written, dim=1)
 
 

@@ -111,7 +111,7 @@ def test_on_simulated_machine_code(name, monkeypatch, decibel):
     from llmq_kernels import e2m1, weight_only
 
     launches: list = []
-    monkeypatch.setattr(e2m1, "runs_on", lambda x: True)
+    monkeypatch.setattr(weight_only, "runs_on", lambda x: True)
     for module, kernel in ((e2m1, "e2m1_kernel"), (weight_only, "sum_splits_kernel"), (e2m1, "decode_kernel")):
         monkeypatch.setattr(module, kernel, SimulatedKernel(getattr(module, kernel), launches))
     backend, q, spec = solved(name)

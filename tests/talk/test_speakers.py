@@ -184,7 +184,8 @@ def test_a_gguf_file_speaks_in_llama_cpp(gguf, llama_cpp):
 
 def test_a_gguf_file_that_is_left_at_once_is_left(gguf):
     leave = "import sys; from llmq.talk.speaker import opened\nfor _ in range(3): opened(sys.argv[1], context=64)"
-    subprocess.run([sys.executable, "-c", leave, gguf], timeout=120, check=True)  # it waited for ever
+    ended = subprocess.run([sys.executable, "-c", leave, gguf], timeout=120, check=False)  # it waited for ever
+    assert ended.returncode == 0
 
 
 def test_no_proxy_hears_what_a_gguf_file_is_asked(gguf, monkeypatch):
