@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from llmq_kernels import attention, decode, e2m1, int8, kv, panel, tune, weight_only
+from llmq_kernels import attention, decode, e2m1, grouped, int8, kv, panel, routing, tune, weight_only
 from llmq_kernels.aot import Build
 from llmq_kernels.dense import ROWS
 from llmq_kernels.facts import SHARED_LIMIT, Facts
 from llmq_kernels.layout import PackedWeight, tile
+from llmq_kernels.routing import Plan
 
 NVIDIA = ("sm_80", "sm_89", "sm_90")
 K_TYPICAL = 4096
@@ -83,6 +84,20 @@ def weight_only_build(
     types |= {"y_ptr": "*fp32" if config.split_k > 1 else f"*{dtype}", "M": "i32", "N": "i32", "NP": "i32", "K": "i32"}
     constants = weight_only.constants(w, config, has_bias=bias, asm=asm)
     return Build(weight_only.weight_only_kernel, types, constants, ("M",), _options(config))
+
+
+def grouped_build(w: grouped.Routed, config: tune.Config, dtype: str = "fp16", *, asm: bool = True) -> Build:
+    """Return the Build of the kernel over the experts of a layer (the tensors of their weights are not read)."""
+    types = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "param_ptr": "*i32", "bias_ptr": f"*{dtype}"}
+    types |= {"y_ptr": "*fp32" if config.split_k > 1 else f"*{dtype}", "order_ptr": "*i32", "begin_ptr": "*i32"}
+    types |= dict.fromkeys(("param_stride", "E", "TOP", "M", "N", "NP", "K"), "i32")
+    constants = grouped.constants(w, config, asm=asm)
+    return Build(grouped.grouped_kernel, types, constants, ("E", "TOP", "M"), _options(config))
+
+
+def _plan_build(pairs: int) -> Build:
+    types = {"index_ptr": "*i64", "order_ptr": "*i32", "begin_ptr": "*i32", "S": "i32", "E": "i32"}
+    return Build(routing.plan_kernel, types, routing.constants(pairs), ("S", "E"), _PLAIN)
 
 
 def e2m1_build(w: e2m1.E2M1Weight, config: tune.Config, dtype: str = "fp16", *, asm: bool = True) -> Build:
@@ -200,6 +215,21 @@ def _weight_only(name: str, w: PackedWeight, dtype: str, ipw: tuple[float, ...],
     return Case(name, build, weights, limits, wide)
 
 
+def _grouped(name: str, w: PackedWeight, dtype: str, ipw: tuple[float, ...], wide: int, T: int = 1) -> Case:
+    """Return the case of the first configuration tried for T tokens of which each has 8 of 128 experts."""
+    E, top = 128, 8
+    pairs, begin = torch.empty(T * top, device="meta"), torch.empty(E + 2, device="meta")
+    stacked = grouped.StackedWeight(torch.empty(E, 0, 0, device="meta"), torch.empty(E, 0, 0, device="meta"), w)
+    routed = grouped.Routed(stacked, Plan(pairs, begin, top))
+    limits = dict(zip(NVIDIA, ipw, strict=True))
+
+    def build(asm: bool) -> Build:
+        return grouped_build(routed, grouped.configs(T, routed, asm=asm)[0], dtype, asm=asm)
+
+    weights = grouped.configs(T, routed, asm=True)[0].BN * tile(w.bits, w.group)
+    return Case(name, build, weights, limits, wide)
+
+
 def _e2m1(name: str, group: int, dtype: str, ipw: tuple[float, ...], wide: int, M: int = 1) -> Case:
     words = torch.empty(K_TYPICAL // 4, K_TYPICAL, device="meta")
     w = e2m1.E2M1Weight(words, words, K_TYPICAL, K_TYPICAL, group, group == 32)
@@ -244,6 +274,12 @@ CASES = (
     _weight_only("W8A16 channel decode bf16", _weight(8, 0, zero=False), "bf16", (3.65, 3.65, 3.6), 8),
     _weight_only("W3A16 asym g128 decode", _weight(3, 128, zero=True), "fp16", (2.9, 2.9, 2.85), 4),
     _weight_only("W2A16 asym g128 decode", _weight(2, 128, zero=True), "fp16", (1.75, 1.75, 1.75), 4),
+    _grouped("W4A16 asym g128 experts", _weight(4, 128, zero=True), "fp16", (1.9, 1.9, 1.9), 4),
+    _grouped("W4A16 asym g128 experts bf16", _weight(4, 128, zero=True), "bf16", (2.1, 2.1, 2.1), 4),
+    _grouped("W8A16 channel experts", _weight(8, 0, zero=False), "fp16", (2.1, 2.1, 2.05), 8),
+    _grouped("W3A16 asym g128 experts", _weight(3, 128, zero=True), "fp16", (2.9, 2.9, 2.85), 4),
+    _grouped("W4A16 asym g128 experts prefill", _weight(4, 128, zero=True), "fp16", (4.5, 4.5, 4.05), 4, T=4096),
+    Case("expert plan", lambda asm: _plan_build(2048), 0, mma=False),
     _e2m1("NVFP4 decode", 16, "fp16", (4.0, 4.0, 4.0), 4),
     _e2m1("NVFP4 decode bf16", 16, "bf16", (4.25, 4.25, 4.25), 4),
     _e2m1("NVFP4 batch 16", 16, "fp16", (5.2, 5.2, 5.2), 2, M=16),

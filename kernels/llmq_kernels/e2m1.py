@@ -35,7 +35,7 @@ from llmq_kernels.dense import ROWS
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import OPTIONS, cdiv, direct, operator, uses_asm
 from llmq_kernels.layout import N_MULTIPLE, spans_of
-from llmq_kernels.weight_only import FEW, Call, Kernel, Launches, multiplied
+from llmq_kernels.weight_only import FEW, Call, Kernel, Launches, check_activation, multiplied
 
 _PLACES = ((15, 9), (12, 6), (14, 3), (13, 0))  # of the sign, and of the lowest bit of the others, in a word
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -337,11 +337,12 @@ def planned(x: Tensor, w: E2M1Weight, config: tune.Config, has_bias: bool, dtype
     """Return what launches a configuration on activations and weights like `x` and `w`."""
     rows, Np = w.words.shape[0], w.words.stride(0)
     fixed = constants(w, config, has_bias=has_bias) | config.options()
-    launches = Launches(x, w.N, (Np, 4 * rows), config, fixed, has_bias, dtype or x.dtype)
+    shape = *x.shape[:-1], w.N
+    launches = Launches(x, shape, (Np, 4 * rows), config, fixed, dtype or x.dtype, late_bias=has_bias)
     return lambda x, w, bias: launches(e2m1_kernel, x, w.words, w.params, bias, w.factor)
 
 
-_KERNEL = Kernel("e2m1", reference, configs, launch, planned)
+_KERNEL = Kernel("e2m1", reference, configs, launch, planned, check_activation)
 
 
 def constants(w: E2M1Weight, config: tune.Config, *, has_bias: bool = False, asm: bool | None = None) -> dict:

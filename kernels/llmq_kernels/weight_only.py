@@ -22,6 +22,7 @@ Not here: the layout (layout.py), W8A8 (int8.py), which configuration is fastest
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -53,48 +54,30 @@ FEW = 32
 """The most tokens that meet packed codes only."""
 
 
-@triton.jit(do_not_specialize=["M"])
-def weight_only_kernel(
-    x_ptr,  # [M, K] fp16 or bf16
-    w_ptr,  # [K * BITS / 16, NP] int16
-    param_ptr,  # [K / GROUP, NP] int32
-    bias_ptr,  # [N], in x's dtype, if HAS_BIAS
-    y_ptr,  # [M, N] in x's dtype or float32, or partials [SPLIT_K, M, N] float32
-    M,
-    N,
+@triton.jit
+def sums(
+    x_ptrs,  # [SUB, BM], of the activations at the first of these tiles; fp16 or bf16
+    x_mask,  # [1, BM]
+    w_ptrs,  # [BN, SUB], of the words there
+    param_ptr,
+    offs_n,
     NP,
-    K,
+    begin,
+    end,
+    dtype: tl.constexpr,
     BITS: tl.constexpr,
     SUB: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ASM: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Compute one tile of y, or of one split's partial. K and NP are padded; N is not."""
+    """Return the float32 sums `[BN, BM]` of the tiles of K from `begin` to before `end`, scaled."""
     COUNT: tl.constexpr = fields_of(BITS)
     BK: tl.constexpr = SUB * COUNT
-    ROWS: tl.constexpr = BK * BITS // 16
     RUN: tl.constexpr = group_run(GROUP, SUB, COUNT)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    # M tiles run fastest: neighbouring programs read the same words.
-    m_tiles = tl.cdiv(M, BM)
-    offs_m = tl.program_id(0) % m_tiles * BM + tl.arange(0, BM)
-    offs_n = tl.program_id(0) // m_tiles * BN + tl.arange(0, BN)
-    offs_r = tl.arange(0, SUB)
-    split = tl.program_id(1)
-    tiles = K // BK
-    per_split = tl.cdiv(tiles, SPLIT_K)
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, tiles)
-
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * K + (begin * BK + offs_r)[:, None]
-    x_mask = offs_m[None, :] < M
-    w_ptrs = w_ptr + (begin * ROWS + offs_r)[None, :] * NP + offs_n[:, None]
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     if GROUP == 0:
         word = tl.load(param_ptr + offs_n)
@@ -124,9 +107,56 @@ def weight_only_kernel(
             else:
                 acc += part * scale_of(word, HAS_ZERO)[:, None]
         x_ptrs += BK
-        w_ptrs += ROWS * NP
+        w_ptrs += BK * BITS // 16 * NP
     if GROUP == 0:
         acc *= scale_of(word, HAS_ZERO)[:, None]
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def weight_only_kernel(
+    x_ptr,  # [M, K] fp16 or bf16
+    w_ptr,  # [K * BITS / 16, NP] int16
+    param_ptr,  # [K / GROUP, NP] int32
+    bias_ptr,  # [N], in x's dtype, if HAS_BIAS
+    y_ptr,  # [M, N] in x's dtype or float32, or partials [SPLIT_K, M, N] float32
+    M,
+    N,
+    NP,
+    K,
+    BITS: tl.constexpr,
+    SUB: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Compute one tile of y, or of one split's partial. K and NP are padded; N is not."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    BK: tl.constexpr = SUB * fields_of(BITS)
+    ROWS: tl.constexpr = BK * BITS // 16
+    # M tiles run fastest: neighbouring programs read the same words.
+    m_tiles = tl.cdiv(M, BM)
+    offs_m = tl.program_id(0) % m_tiles * BM + tl.arange(0, BM)
+    offs_n = tl.program_id(0) // m_tiles * BN + tl.arange(0, BN)
+    offs_r = tl.arange(0, SUB)
+    split = tl.program_id(1)
+    tiles = K // BK
+    per_split = tl.cdiv(tiles, SPLIT_K)
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, tiles)
+
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * K + (begin * BK + offs_r)[:, None]
+    x_mask = offs_m[None, :] < M
+    w_ptrs = w_ptr + (begin * ROWS + offs_r)[None, :] * NP + offs_n[:, None]
+    acc = sums(
+        x_ptrs, x_mask, w_ptrs, param_ptr, offs_n, NP, begin, end, dtype,
+        BITS, SUB, GROUP, HAS_ZERO, ASM, BM, BN, STAGES,
+    )  # fmt: skip
     if HAS_BIAS and SPLIT_K == 1:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
     y_ptrs = y_ptr + (split.to(tl.int64) * M + offs_m)[None, :] * N + offs_n[:, None]
@@ -231,6 +261,7 @@ class Kernel(NamedTuple):
     """What a weight-only product is made of.
 
     name: in the tuner's file. planned: makes what `launch` does of a configuration, for calls that are alike.
+    check: raises KernelError for what it cannot take.
     """
 
     name: str
@@ -238,6 +269,7 @@ class Kernel(NamedTuple):
     configs: Callable[..., list[tune.Config]]
     launch: Callable[..., Tensor]
     planned: Callable[..., Call]
+    check: Callable[..., None]
 
 
 def multiplied(x: Tensor, w: Packed, bias: Tensor | None, kernel: Kernel) -> Tensor:
@@ -245,7 +277,7 @@ def multiplied(x: Tensor, w: Packed, bias: Tensor | None, kernel: Kernel) -> Ten
     call = tune.settled.get(signature(kernel.name, x, w, bias))
     if call is not None:
         return call(x, w, bias)
-    check_activation(x, w, bias)
+    kernel.check(x, w, bias)
     if not runs_on(x) or not x.numel():
         return kernel.reference(x, w, bias)
     return _chosen(x, w, bias, kernel)
@@ -297,7 +329,7 @@ def configs(M: int, w: PackedWeight, *, asm: bool | None = None) -> list[tune.Co
     fences: they pay from 32 tokens on.
     """
     asm = uses_asm() if asm is None else asm
-    tiles = -(-w.K // tile(w.bits, w.group))
+    tiles = tiles_of(w)
     split = max(1, min(8, tiles // 4))
     Config, wide, stages = tune.Config, 64 if w.bits == 3 else 128, 4 if asm else 3
     if M <= 16:
@@ -323,6 +355,11 @@ def configs(M: int, w: PackedWeight, *, asm: bool | None = None) -> list[tune.Co
     return list(dict.fromkeys(fitting))
 
 
+def tiles_of(w: PackedWeight) -> int:
+    """Return how many tiles K has."""
+    return cdiv(w.K, tile(w.bits, w.group))
+
+
 def launch(
     x: Tensor, w: PackedWeight, bias: Tensor | None, config: tune.Config, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -339,7 +376,8 @@ def planned(x: Tensor, w: PackedWeight, config: tune.Config, has_bias: bool, dty
     """Return what launches a configuration on activations and weights like `x` and `w`."""
     rows, Np = w.words.shape[0], w.words.stride(0)
     fixed = constants(w, config, has_bias=has_bias) | config.options()
-    launches = Launches(x, w.N, (Np, rows * 16 // w.bits), config, fixed, has_bias, dtype or x.dtype)
+    shape, padded = (*x.shape[:-1], w.N), (Np, rows * 16 // w.bits)
+    launches = Launches(x, shape, padded, config, fixed, dtype or x.dtype, late_bias=has_bias)
     return lambda x, w, bias: launches(weight_only_kernel, _ordered(x, w), w.words, w.params, bias)
 
 
@@ -347,37 +385,40 @@ def _ordered(x: Tensor, w: PackedWeight) -> Tensor:
     return x if w.order is None else x[..., w.order]
 
 
-_KERNEL = Kernel("weight_only", reference, configs, launch, planned)
+_KERNEL = Kernel("weight_only", reference, configs, launch, planned, check_activation)
 
 
 class Launches:
     """The launches of one configuration on activations of one shape, worked out once: a kernel, and a sum of splits.
 
-    padded: N and K as they are packed. fixed: the kernel's compile-time arguments and options.
+    shape: of y. padded: N and K as they are packed. fixed: the kernel's compile-time arguments and options. tiles: how
+    many tiles y's rows have, where it is not the fewest. late_bias: whether a sum of splits adds a bias.
     """
 
     def __init__(
         self,
         x: Tensor,
-        N: int,
+        shape: tuple[int, ...],
         padded: tuple[int, int],
         config: tune.Config,
         fixed: dict[str, Any],
-        has_bias: bool,
         dtype: torch.dtype,
+        *,
+        tiles: int | None = None,
+        late_bias: bool = False,
     ) -> None:
         Np, Kp = padded
-        M, splits = x.shape[:-1].numel(), config.split_k
+        M, N, splits = math.prod(shape[:-1]), shape[-1], config.split_k
         self.device, self.dtype, self.fixed, self.splits = x.device, dtype, fixed, splits
         self.sizes = M, N, Np, Kp
         self.pad = (0, Kp - x.shape[-1]) if Kp != x.shape[-1] else None
-        self.shape, self.partials = (*x.shape[:-1], N), (splits, M, N)
-        self.grid = cdiv(M, config.BM) * cdiv(N, config.BN), splits
+        self.shape, self.partials = shape, (splits, M, N)
+        self.grid = (cdiv(M, config.BM) if tiles is None else tiles) * cdiv(N, config.BN), splits
         self.sum_grid = (cdiv(M * N, 1024),)
-        self.sum_fixed = {"HAS_BIAS": has_bias, "SPLIT_K": splits, "BLOCK": 1024, **OPTIONS}
+        self.sum_fixed = {"HAS_BIAS": late_bias, "SPLIT_K": splits, "BLOCK": 1024, **OPTIONS}
 
     def __call__(
-        self, kernel: Any, x: Tensor, words: Tensor, params: Tensor, bias: Tensor | None, *more: float
+        self, kernel: Any, x: Tensor, words: Tensor, params: Tensor, bias: Tensor | None, *more: Any
     ) -> Tensor:
         """Return `[..., N]`. more: arguments of the kernel between `y` and the sizes."""
         with on(self.device):

@@ -55,7 +55,7 @@ def is_compiled(model: PreTrainedModel) -> bool:
 
 
 def _regions(model: PreTrainedModel) -> list[nn.Module]:
-    """Return what of each decoder block has linears, and no number in the cache, nor experts, whose tokens vary."""
+    """Return what of each decoder block has linears and no number in the cache, nor experts that run one by one."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth for block in m]
     return [child for block in blocks for child in block.children() if _is_region(child)]
@@ -64,4 +64,5 @@ def _regions(model: PreTrainedModel) -> list[nn.Module]:
 def _is_region(module: nn.Module) -> bool:
     below = list(module.modules())
     has_linears = len(below) > 1 and any(isinstance(m, nn.Linear | QuantLinear) for m in below)
-    return has_linears and not any(hasattr(m, "layer_idx") or isinstance(m, Experts) for m in below)
+    varies = (isinstance(m, Experts) and m.together is None for m in below)
+    return has_linears and not any(varies) and not any(hasattr(m, "layer_idx") for m in below)

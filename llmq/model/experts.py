@@ -46,11 +46,17 @@ class Arrival(nn.Module):
         return x
 
 
+Together = Callable[[Tensor, Tensor | None, Tensor | None], Tensor | None]
+"""What computes all experts of a layer at once: given what the layer is called with; None where it cannot."""
+
+
 class Experts(nn.Module):
     """Stands in for a fused module: its experts are its children by their number, `7.gate_proj`, `7.up_proj` ...
 
     Called as the fused one is: with hidden states `[T, H]`, each token's experts `[T, k]` and their weights `[T, k]`.
     fused: the parameters that the module replaced, and whose rows they hold.
+    entries: the projections that read what enters an expert.
+    together: asked first; where there is none, the experts run one after the other.
     every: whether each expert is called on all tokens, which changes no output.
     batched: whether it is called with the tokens of all experts instead, zeros where a token is not an expert's.
     """
@@ -60,9 +66,11 @@ class Experts(nn.Module):
         self._module = [module]  # its gating; in a list: no submodule
         self.batched = _is_batched(module)
         self.every = False
+        self.together: Together | None = None
         self._trail: deque[list[Tensor]] | None = None
         self._lead: deque[list[Tensor]] | None = None
         self.fused = _fused(module)
+        self.entries = _GATED if "gate_up_proj" in self.fused else ("up_proj",)
         self.num_experts = self.fused["down_proj"].shape[0]
         for fused in self.fused.values():
             if fused.leaf == "weight":
@@ -104,6 +112,8 @@ class Experts(nn.Module):
 
     def forward(self, hidden: Tensor, index_Tk: Tensor | None = None, weight_Tk: Tensor | None = None) -> Tensor:
         """Return the sum of what each token's experts make of it, `[T, H]`."""
+        if self.together is not None and (y := self.together(hidden, index_Tk, weight_Tk)) is not None:
+            return y
         if index_Tk is None or weight_Tk is None:
             return self._batched(hidden)
         routed = self._places(index_Tk)
@@ -182,17 +192,24 @@ class Experts(nn.Module):
 
     def _inner(self, expert: Any, x: Tensor) -> Tensor:
         """Return what enters an expert's down projection, `[T, I]`."""
+        entered = [getattr(expert, leaf)(x) for leaf in self.entries]
+        return self.activated(torch.cat(entered, -1) if len(entered) > 1 else entered[0])
+
+    def activated(self, entered: Tensor) -> Tensor:
+        """Return what enters down projections `[T, I]`, of what all `entries` made of it, side by side."""
         module: Any = self._module[0]
-        if "gate_up_proj" not in self.fused:
-            return module.act_fn(expert.up_proj(x))  # type: ignore[no-any-return]
-        both = torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)
+        if len(self.entries) == 1:
+            return module.act_fn(entered)  # type: ignore[no-any-return]
         if self.fused["gate_up_proj"].interleaved:
-            both = both.unflatten(-1, (2, -1)).mT.flatten(-2)
-        return module._apply_gate(both) if hasattr(module, "_apply_gate") else _gate(module, both)  # type: ignore[no-any-return]
+            entered = entered.unflatten(-1, (2, -1)).mT.flatten(-2)
+        return module._apply_gate(entered) if hasattr(module, "_apply_gate") else _gate(module, entered)  # type: ignore[no-any-return]
 
     def _outer(self, expert: Any, inner: Tensor) -> Tensor:
         """Return what an expert makes of its tokens, `[T, H]`."""
-        y = expert.down_proj(inner)
+        return self.finished(expert.down_proj(inner))
+
+    def finished(self, y: Tensor) -> Tensor:
+        """Return what experts make of tokens, of what their down projections did."""
         return self._modules["post_expert_norm"](y) if "post_expert_norm" in self._modules else y  # type: ignore[misc]
 
 

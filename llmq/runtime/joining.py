@@ -1,5 +1,7 @@
 """Linears that read one activation, multiplied as one on a GPU: q, k and v of an attention, gate and up of an MLP.
 
+Where those of a layer's experts can be one product, that is done first (experts.py).
+
 Their packed words lie behind each other in one tensor, of which each linear still has its part, so that the tensors of
 the file come back as from any other linear; the product is one launch for two or three, and W8A8 rounds its input once.
 Nothing of the model's own forward is changed: see `Site`, which each linear asks for its part of the product.
@@ -14,6 +16,7 @@ from functools import partial
 from torch import nn
 
 from llmq.runtime.backends._triton import Site, TritonPrepacked
+from llmq.runtime.experts import group_experts
 from llmq.runtime.linear import QuantLinear
 
 NAMES = (
@@ -29,10 +32,11 @@ NAMES = (
 
 def join_sites(model: nn.Module) -> int:
     """Join what can be joined below a module; return how many products of several linears became one."""
+    layers = group_experts(model)
     found = [site for module in model.modules() for names in NAMES for site in _alike(module, names)]
     for linears in found:
         Site([packed for _, packed in linears], [partial(getattr, linear, "bias") for linear, _ in linears])
-    return len(found)
+    return len(found) + 2 * layers
 
 
 def _alike(module: nn.Module, names: tuple[str, ...]) -> list[list[tuple[QuantLinear, TritonPrepacked]]]:

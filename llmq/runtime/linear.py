@@ -78,7 +78,7 @@ class QuantLinear(PackedWeight):
 
     def empty(self) -> None:
         """Forget the weight and the bias: the buffers are on the meta device, to be filled again."""
-        self.prepacked = None
+        self._release()
         super().empty()
         if self.bias is not None:
             self.bias = torch.empty_like(self.bias, device="meta")
@@ -87,6 +87,11 @@ class QuantLinear(PackedWeight):
         """Return to the tensors of the file and to the reference."""
         for local, t in self.file_tensors().items():
             setattr(self, local, t)
+        self._release()
+
+    def _release(self) -> None:
+        if self.prepacked is not None:
+            self.prepacked.leave()
         self.prepacked = None
 
     def file_tensors(self) -> dict[str, Tensor]:
@@ -125,14 +130,23 @@ class QuantLinear(PackedWeight):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if self.prepacked is not None and any(prefix + local in state_dict for local in self._packed):
             self.undo_prepack()
+        before = self.bias
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._changed(before)
+
+    def _changed(self, before: Tensor | None) -> None:
+        """Tell who holds the bias that it is another one."""
+        if self.bias is not before and self.prepacked is not None:
+            self.prepacked.leave()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """See `PackedWeight._apply`."""
         away = self.prepacked is not None and leaves(self.prepacked, fn)
         if away:
             self.undo_prepack()
+        before = self.bias
         super()._apply(fn, recurse)
+        self._changed(before)
         if away:
             self.prepack()
         return self

@@ -10,7 +10,7 @@ import math
 import panels
 import torch
 
-from llmq_kernels import attention, e2m1, int8, kv, layout, tune, weight_only
+from llmq_kernels import attention, e2m1, grouped, int8, kv, layout, routing, tune, weight_only
 from llmq_kernels.decode import decode
 
 Config = tune.Config
@@ -111,6 +111,53 @@ def join_cases():
     yield "joined, int8", joined_alike(int8, ints, *int8.quantize(x, 384))
     _, parts = layout.join([make_weight(gen, 4, N, 320, 64, True) for N in (70, 64)])
     yield "joined: decoded", all(decoded_alike(p, decode, layout.dequantize(p)) for p in parts)
+
+
+EXPERTS = {
+    # name: (bits, N by linear, K, group, zero, config)
+    "experts w4 g64 asym, two linears, K split": (4, (70, 33), 320, 64, True, Config(8, 64, 2, 4, 2)),
+    "experts w8 channel sym": (8, (40,), 200, None, False, Config(8, 64, 1, 4, 2)),
+    "experts w3 channel asym": (3, (50,), 544, None, True, Config(8, 64, 1, 4, 2)),
+    "experts w2 g64 sym": (2, (64,), 320, 64, False, Config(16, 64, 1, 4, 2)),
+}
+
+
+def grouped_cases():
+    """Of six experts 1 has no pair, 2 has one, 4 more than a tile; one choice is nobody's."""
+    gen = torch.Generator().manual_seed(5)
+    index = torch.tensor([[4, 0], [0, 2], [4, 3], [3, 5], [4, 5], [5, 4], [4, 3], [0, 4], [4, 5], [4, 0], [4, 6]])
+    plan = routing.plan(index, 6)
+    for name, (bits, sizes, K, group, zero, config) in EXPERTS.items():
+        rows = [[make_weight(gen, bits, N, K, group, zero) for N in sizes] for _ in range(6)]
+        w = grouped.Routed(grouped.stack(rows)[0], plan)
+        x, bias = torch.randn(11, K, generator=gen).half(), torch.randn(7, w.N, generator=gen).half()
+        bias[6] = 0
+        found = grouped.launch(x[:, None], w, bias, config, torch.float32)
+        yield name, sqnr(found, grouped.reference(x[:, None].float(), w, bias))
+        yield f"{name}: nobody's row", not found[-1, 1].any()
+        if len(sizes) > 1:
+            pairs = grouped.Routed(w.weight, plan.of_pairs)
+            again = grouped.launch(x.repeat_interleave(2, 0)[:, None], pairs, bias, config, torch.float32)
+            yield f"{name}: a row of x for each pair", torch.equal(again.view_as(found), found)
+            yield f"{name}: one by one", alone_alike(x, index, rows, w, config)
+    for tokens, top, experts in ((1, 1, 1), (1, 8, 128), (700, 2, 6)):
+        index = torch.randint(0, experts + 3, (tokens, top), generator=gen)
+        found, wanted = routing.launch(index, experts), routing.reference(index, experts)
+        yield f"plan of {tokens} tokens, {experts} experts", all(map(torch.equal, found, wanted))
+
+
+def alone_alike(x, index, rows, w, config):
+    """Multiply by each linear of each expert alone, the tokens that are sent to it."""
+    found, begin = grouped.launch(x[:, None], w, None, config, torch.float32), 0
+    for place, of_one in enumerate(zip(*rows, strict=True)):
+        for e, each in enumerate(of_one):
+            alone = weight_only.launch(x, each, None, config, torch.float32)
+            for choice in (0, 1):
+                mine = index[:, choice] == e
+                if not torch.equal(found[mine, choice, begin : begin + each.N], alone[mine]):
+                    return False
+        begin += rows[0][place].Np
+    return True
 
 
 E2M1 = {
@@ -227,6 +274,16 @@ def kv_cases():
 if __name__ == "__main__":
     print(
         json.dumps(
-            dict([*weight_only_cases(), *join_cases(), *e2m1_cases(), *int8_cases(), *kv_cases(), *panels.cases()])
+            dict(
+                [
+                    *weight_only_cases(),
+                    *join_cases(),
+                    *grouped_cases(),
+                    *e2m1_cases(),
+                    *int8_cases(),
+                    *kv_cases(),
+                    *panels.cases(),
+                ]
+            )
         )
     )

@@ -15,12 +15,22 @@ ONLY_SOME = {
         "W4A16 asym g128 prefill",
         "W3A16 asym g128 decode",
         "NVFP4 decode",
+        "W4A16 asym g128 experts",
+        "experts prefill",
         "W8A8 prefill",
         "attention int4",
         "panel",
     ),
     "sm_89": ("prefill", "attention int8"),  # which runs sm_80's code with less shared memory
-    "gfx942": ("W4A16 asym g128 decode", "W8A8 prefill", "NVFP4 decode", "attention int8", "GPTQ panel"),
+    "gfx942": (
+        "W4A16 asym g128 decode",
+        "W4A16 asym g128 experts",
+        "expert plan",
+        "W8A8 prefill",
+        "NVFP4 decode",
+        "attention int8",
+        "GPTQ panel",
+    ),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from _launches import TorchLaunches, counted
 
-from llmq_kernels import e2m1, int8, tune, weight_only
+from llmq_kernels import e2m1, grouped, int8, routing, tune, weight_only
 from llmq_kernels.layout import pack
 
 GEN = torch.Generator().manual_seed(0)
@@ -53,6 +53,22 @@ def test_a_call_launches_its_kernels_and_nothing_else(name):
         for turn in (1, 2):
             assert call(x).shape == (1, rows, 128)
             assert counts == {k: turn * n for k, n in wanted.items()}
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_layer_of_experts_launches_one_product_each_for_its_gates_and_downs(tokens):
+    """And a plan; whatever the number of experts."""
+    for E in (4, 64):
+        enter, leave = (grouped.stack([[integers() for _ in range(n)] for _ in range(E)])[0] for n in (2, 1))
+        x, index = torch.randn(tokens, 512).half(), torch.randint(0, E, (tokens, 2))
+        with counted() as counts, TorchLaunches(counts):
+            for turn in (1, 2):
+                plan = routing.plan(index, E)
+                both = grouped.linear(x, enter, plan)
+                assert both.shape == (tokens, 2, 256)
+                inner = both.flatten(0, 1).repeat(1, 2)
+                assert grouped.linear(inner, leave, plan.of_pairs).shape == (2 * tokens, 1, 128)
+                assert counts == {"plan_kernel": turn, "grouped_kernel": 2 * turn, "torch repeat": turn}
 
 
 def test_a_settled_call_is_of_what_it_was_settled_for():

@@ -1,8 +1,9 @@
-"""Shuffles, ldmatrix and mma against the PTX ISA's formulas, lane by lane."""
+"""Shuffles, redux, ldmatrix and mma against the PTX ISA's formulas, lane by lane."""
 
 import numpy as np
 import pytest
-from ptx_snippets import kernel, per_thread
+from ptx_snippets import integers, kernel, per_thread
+from ptxsim import PtxError
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,17 @@ def test_shuffle(mode, offset, clamp, origin):
     a = np.arange(64, dtype=np.uint32) * 10
     got = per_thread(f"shfl.sync.{mode}.b32 d, a, {offset}, {clamp}, -1;", a, out=np.uint32)
     assert got.tolist() == [(w * 32 + origin(i)) * 10 for w in range(2) for i in range(32)]
+
+
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+@pytest.mark.parametrize(("op", "over"), [("add", sum), ("min", min), ("max", max)])
+def test_redux(op, over, kind):
+    a = integers(np.int32 if kind == "s32" else np.uint32, seed=1, count=64)
+    got = per_thread(f"redux.sync.{op}.{kind} d, a, 0xffffffff;", a, out=np.uint32)
+    for warp in (slice(0, 32), slice(32, 64)):
+        assert got[warp].tolist() == [over(a[warp].tolist()) & 0xFFFFFFFF] * 32
+    with pytest.raises(PtxError, match="whole warp"):
+        per_thread(f"redux.sync.{op}.{kind} d, a, 0xffff;", a, out=np.uint32)
 
 
 # Matrices: each lane's registers are filled one element at a time from the PTX ISA's fragment formulas.

@@ -15,7 +15,7 @@ import torch
 from ptxsim import PtxError
 from ptxsim.launch import SimulatedKernel
 
-from llmq_kernels import attention, decode, e2m1, int8, kv, panel, weight_only
+from llmq_kernels import attention, decode, e2m1, grouped, int8, kv, panel, routing, weight_only
 from llmq_kernels.layout import dequantize, join, pack
 from llmq_kernels.tune import Config
 
@@ -182,6 +182,64 @@ def test_joined_weights_give_the_bits_of_each(monkeypatch):
     for w, part, begin in zip(weights, parts, (0, 256), strict=True):
         assert torch.equal(weight_only.launch(x, w, None, config), y[:, begin : begin + w.N])
         assert torch.equal(weight_only.launch(x, part, None, config), y[:, begin : begin + w.N])
+    assert_sound(launches)
+
+
+# Experts
+
+
+EXPERTS = {
+    "W4A16 asym g128 fp16": (4, 128, True, FP16, Config(8, 128, 1, 2, 4, 192)),
+    "W8A16 sym channel bf16, K split": (8, 0, False, BF16, Config(16, 64, 2, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_of_a_layer_in_one_launch(monkeypatch, name):
+    """Of six experts 1 has no pair, 2 has one, 4 more than a tile of 8; one choice is nobody's."""
+    bits, group, zero, dtype, config = EXPERTS[name]
+    index = torch.tensor([[4, 0], [4, 2], [4, 3], [3, 5], [4, 5], [5, 4], [4, 3], [0, 4], [4, 5], [4, 0], [4, 6]])
+    w, x, bias, rows = layer(bits, group, zero, dtype, index)
+    launches = simulated(monkeypatch, grouped, "grouped_kernel")
+    simulated(monkeypatch, weight_only, "sum_splits_kernel")
+    y = grouped.launch(x[:, None], w, bias, config)
+    assert not y[-1, 1].any()
+    for e in (0, 2, 3, 4, 5):
+        t, j = (index == e).nonzero(as_tuple=True)
+        for begin, of_one in zip((0, 128), rows[e], strict=True):
+            at = slice(begin, begin + of_one.N)
+            assert_close(y[t, j, at], x[t], dequantize(of_one), bias[e, at])
+    assert_sound(launches)
+    words, each = launches[0].run.traffic("w_ptr"), w.words[0].nbytes
+    assert words.sectors * 32 <= SECTORS * each * (6 if config.BM == 8 else 5) and words.distinct * 32 == 5 * each
+
+
+def layer(bits, group, zero, dtype, index):
+    """Return six experts of 100 and 70 features on 384 and their plan, activations, biases, each expert's weights."""
+    rows = [[weight(bits, group, N, 384, dtype, zero=zero) for N in (100, 70)] for _ in range(6)]
+    w = grouped.Routed(grouped.stack(rows)[0], routing.plan(index, 6))
+    bias = torch.randn(7, w.N, generator=generator(1)).to(dtype)
+    bias[6] = 0
+    return w, torch.randn(len(index), 384, generator=generator()).to(dtype), bias, rows
+
+
+def test_experts_together_have_the_bits_of_each_alone(monkeypatch):
+    index = torch.tensor([[4, 0], [3, 4], [4, 5]])
+    w, x, _, rows = layer(4, 64, True, FP16, index)
+    simulated(monkeypatch, grouped, "grouped_kernel")
+    simulated(monkeypatch, weight_only, "weight_only_kernel")
+    config = Config(8, 128, 1, 2, 4)
+    y = grouped.launch(x[:, None], w, None, config)
+    for e in (0, 4):
+        t, j = (index == e).nonzero(as_tuple=True)
+        assert torch.equal(weight_only.launch(x[t], rows[e][0], None, config), y[t, j, :100])
+
+
+@pytest.mark.parametrize(("tokens", "top", "experts"), [(1, 8, 128), (600, 2, 9)])
+def test_the_plan_of_experts(monkeypatch, tokens, top, experts):
+    launches = simulated(monkeypatch, routing, "plan_kernel")
+    index = torch.randint(0, experts + 2, (tokens, top), generator=generator())
+    assert all(map(torch.equal, routing.launch(index, experts), routing.reference(index, experts)))
     assert_sound(launches)
 
 

@@ -88,6 +88,9 @@ class Prepacked(nn.Module, ABC):
         y: Tensor = self(x)
         return y if bias is None else y + bias.to(x.dtype)
 
+    def leave(self) -> None:
+        """Let go of what others hold of this weight: it is no longer that of a linear."""
+
     @abstractmethod
     def restore(self) -> QTensor:
         """Return the `QTensor` that this was made from, equal in every tensor and dtype."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,12 +24,14 @@ class TritonPrepacked(Prepacked):
     """A weight that a kernel multiplies, adding the bias before it rounds; alone, or as a part of its site's.
 
     linear: what messages call it. site: what it is a part of, None where it is alone; place: as which.
+    stack: llmq_kernels' function that makes one of the weights of a layer's experts, None where none does.
     """
 
     devices: ClassVar[frozenset[str]] = DEVICES
     linear: str
-    site: Site | None = None
+    site: Whole | None = None
     place: int
+    stack: Callable[..., Any] | None = None
     _join: Callable[..., Any]
 
     @property
@@ -46,14 +48,14 @@ class TritonPrepacked(Prepacked):
         """Return what weights of one activation must have in common to be multiplied as one, None for none."""
 
     @abstractmethod
-    def _hold(self, w: Any) -> None:
+    def hold(self, w: Any) -> None:
         """Hold a weight for the kernel."""
 
     def join(self, members: Sequence[TritonPrepacked]) -> Any:
         """Return the weights of `members` as one, and make theirs parts of it."""
         whole, parts = self._join([m.packed for m in members])
         for member, part in zip(members, parts, strict=True):
-            member._hold(part)
+            member.hold(part)
         return whole
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,25 +64,63 @@ class TritonPrepacked(Prepacked):
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `Prepacked.affine`; the kernel adds the bias before it rounds."""
-        if x.dtype not in _FLOATS:
-            raise LlmqError(
-                f"{self.linear}: its activations are {x.dtype}, and a GPU's kernels take float16, bfloat16 and "
-                "float32; load the model with dtype=torch.bfloat16, or with backend='reference'"
-            )
+        check_dtype(self.linear, x)
         site = self.site
         try:
             if site is not None and (y := site.part(self, x, bias)) is not None:
                 return y
             return self.multiply(x, self.packed, bias)
         except ValueError as e:
-            from llmq_kernels.errors import KernelError
+            reworded(self.linear, e)
 
-            if not isinstance(e, KernelError):
-                raise
-            raise LlmqError(f"{self.linear}: {e} (backend='reference' does without the kernel)") from e
+    def leave(self) -> None:
+        """See `Prepacked.leave`."""
+        if self.site is not None:
+            self.site.dissolve()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move the buffers; what has moved is no part any more."""
+        before = list(self._buffers.values())
+        super()._apply(fn, recurse)
+        if any(now is not was for now, was in zip(self._buffers.values(), before, strict=True)):
+            self.leave()
+        return self
 
 
-class Site:
+def check_dtype(linear: str, x: Tensor) -> None:
+    """Raise LlmqError, naming a linear, for an activation that no kernel takes."""
+    if x.dtype not in _FLOATS:
+        raise LlmqError(
+            f"{linear}: its activations are {x.dtype}, and a GPU's kernels take float16, bfloat16 and "
+            "float32; load the model with dtype=torch.bfloat16, or with backend='reference'"
+        )
+
+
+def reworded(linear: str, e: ValueError) -> NoReturn:
+    """Raise what a kernel says against a linear as an LlmqError, and any other error as it is."""
+    from llmq_kernels.errors import KernelError
+
+    if not isinstance(e, KernelError):
+        raise e
+    raise LlmqError(f"{linear}: {e} (backend='reference' does without the kernel)") from e
+
+
+class Whole:
+    """Weights in one memory, of which each of `members` has its part, until one of them leaves."""
+
+    members: list[TritonPrepacked]
+
+    def part(self, member: TritonPrepacked, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return the product of a member, None where it is to be multiplied alone."""
+        return None
+
+    def dissolve(self) -> None:
+        """Leave each member to itself."""
+        for member in self.members:
+            member.site = None
+
+
+class Site(Whole):
     """Weights that read one activation, multiplied as one: the first that is asked computes what all of them need.
 
     The others are asked for the very same tensor, as the attention and the MLP of a block do, and take their part. What
@@ -101,11 +141,11 @@ class Site:
             member.site, member.place = self, i
 
     def part(self, member: TritonPrepacked, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Return the product of a member, None where its weight or its bias is no longer the site's."""
-        i, left, version = member.place, self._left, _version(x)
+        """Return the product of a member, None where its bias is not the site's."""
+        i, left, version = member.place, self._left, writes(x)
         if left is None or left[0] is not x or left[1] != version or i not in left[2]:
             biases = [own() for own in self._biases]
-            if biases[i] is not bias or any(m.packed is not w for m, w in zip(self.members, self._parts, strict=True)):
+            if biases[i] is not bias:
                 return None
             parts = member.multiply(x, self.whole, self._bias(biases)).split(self._sizes, -1)
             left = self._left = x, version, {j: self._cut(part, j) for j, part in enumerate(parts)}
@@ -123,7 +163,7 @@ class Site:
         if all(b is None for b in biases):
             return None
         known, joined = self._joined
-        now = [(b, 0 if b is None else _version(b)) for b in biases]
+        now = [(b, 0 if b is None else writes(b)) for b in biases]
         if any(a is not b or u != v for (a, u), (b, v) in zip(known, now, strict=True)):
             like = next(b for b in biases if b is not None)
             joined = like.new_zeros(sum(self._sizes))
@@ -134,6 +174,6 @@ class Site:
         return joined
 
 
-def _version(x: Tensor) -> int:
+def writes(x: Tensor) -> int:
     """Return how often a tensor was written to, where that is known: not in inference mode, nor to torch.compile."""
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version

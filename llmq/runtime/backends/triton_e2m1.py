@@ -68,9 +68,10 @@ class TritonE2M1(TritonPrepacked, FloatPrepacked):
         factor = 1.0 if params.divisor is None else 1 / float(params.divisor[0])
         w = e2m1.pack(q.codes, params.stored, e8m0=params.divisor is None, factor=factor)
         self.linear, self._multiply, self._join = spec.name, e2m1.linear, e2m1.join
-        self._hold(w)
+        self.hold(w)
 
-    def _hold(self, w: Any) -> None:
+    def hold(self, w: Any) -> None:
+        """See `TritonPrepacked.hold`."""
         self.keep(words=w.words, params=w.params)
         self._packed = w
 

@@ -46,9 +46,10 @@ class TritonW8A8(TritonPrepacked, PrepackedW8A8):
         except KernelError as e:
             raise LlmqError(f"{spec.name}: {e}") from e
         self.linear, self._multiply, self._join = spec.name, int8.linear, int8.join
-        self._hold(w)
+        self.hold(w)
 
-    def _hold(self, w: Any) -> None:
+    def hold(self, w: Any) -> None:
+        """See `TritonPrepacked.hold`."""
         self.keep(w=w.q, scale=w.scale)
         self._packed = w
 

@@ -66,18 +66,20 @@ class TritonWeightOnly(TritonPrepacked):
 
     def __init__(self, q: QTensor, spec: LinearSpec) -> None:
         super().__init__(q, spec)
-        from llmq_kernels import KernelError, layout, weight_only
+        from llmq_kernels import KernelError, grouped, layout, weight_only
 
         try:
             w = layout.pack(*_lifted(q), g_idx=q.g_idx)
         except KernelError as e:
             raise LlmqError(f"{spec.name}: {e}") from e
         self.linear, self._multiply, self._join = spec.name, weight_only.linear, layout.join
+        self.stack = grouped.stack
         self.scale_dtype = q.params.scale.dtype
-        self._hold(w)
+        self.hold(w)
         self.keep(g_idx=q.g_idx)
 
-    def _hold(self, w: Any) -> None:
+    def hold(self, w: Any) -> None:
+        """See `TritonPrepacked.hold`."""
         self.keep(words=w.words, params=w.params, order=w.order, rest=w.rest)
         self._packed = w
 

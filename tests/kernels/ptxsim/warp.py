@@ -1,4 +1,4 @@
-"""What the 32 lanes of a warp do together: shuffle, ldmatrix, mma.
+"""What the 32 lanes of a warp do together: shuffle, redux, ldmatrix, mma.
 
 Fragments (PTX ISA, "Matrix fragments for mma.m16n8k*"): lane = 4 * row8 + quad, row8 0..7, quad 0..3. With p elements
 in a register (p = 1 for tf32, 2 for 16-bit, 4 for 8-bit) and k = 8 * p columns of A:
@@ -52,6 +52,23 @@ def shuffle(ins: Instruction, match: re.Match[str], machine: Machine) -> Action:
         write(np.broadcast_to(value(), (machine.count,))[source], mask)
         if write_valid is not None:
             write_valid(np.broadcast_to(valid, (machine.count,)), mask)
+
+    return act
+
+
+def reduce(ins: Instruction, match: re.Match[str], machine: Machine) -> Action:
+    """`redux.sync.add.s32 d, a, -1`: the sum over the warp, which wraps, or its least or largest, for every lane."""
+    write = machine.target(ins, ins.operands[0])
+    value = machine.source(ins, ins.operands[1], TYPES[match["type"]])
+    lanes = machine.source(ins, ins.operands[2], TYPES["u32"])
+    over = {"add": np.add, "min": np.minimum, "max": np.maximum}[match["op"]]
+
+    def act(mask: Mask) -> None:
+        machine.whole_warps(ins, mask)
+        if (lanes() != 0xFFFFFFFF).any():
+            raise PtxError(f"{ins.where()}: only reductions of the whole warp are known")
+        a = np.broadcast_to(value(), (machine.count,))
+        write(over.reduce(a.reshape(-1, WARP), 1, dtype=a.dtype).repeat(WARP), mask)
 
     return act
 
@@ -152,6 +169,7 @@ def multiply(ins: Instruction, match: re.Match[str], machine: Machine) -> Action
 
 RULES: list[tuple[str, Builder]] = [
     (r"shfl\.sync\.(?P<mode>up|down|bfly|idx)\.b32", shuffle),
+    (r"redux\.sync\.(?P<op>add|min|max)\.(?P<type>[su]32)", reduce),
     (r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?:\.(?P<trans>trans))?\.shared(?:::cta)?\.b16", load_matrix),
     (
         r"mma\.sync\.aligned\.m16n8k(?P<k>\d+)\.row\.col(?:\.(?P<sat>satfinite))?"

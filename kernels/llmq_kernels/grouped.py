@@ -1,0 +1,281 @@
+"""Grouped weight-only linear: y = x @ W_e^T (+ bias_e) for the experts of a layer, all tokens of all of them at once.
+
+    pair p of token p // k and expert e (routing.py):   y[p // k, p % k] = x[p // k] @ W_e^T + bias_e
+
+One program makes a tile [BN, BM] of y^T of one expert: the rows of x are fetched, and those of y stored, by the numbers
+of its pairs, so that nothing is sorted but these. What it sums is `weight_only.sums`, of the same words: those of an
+expert lie behind the last one's. A pair that is sent to no expert has a row of zeros. Split over K as there; the bias
+is in the first split's sums. There is no library for many tokens: a tile of 64 decodes what it meets, and an expert has
+only its part of the tokens.
+
+Beside it: `reference`, one expert after the other; it is what the op does with CPU tensors.
+Not here: where the activation lies between the two products of an expert, and what sums its tokens (llmq/runtime).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmq_kernels import tune, weight_only
+from llmq_kernels.dequant import fields_of
+from llmq_kernels.errors import KernelError
+from llmq_kernels.launch import cdiv, direct, operator
+from llmq_kernels.layout import PackedWeight, dequantize, spans_of
+from llmq_kernels.routing import Plan, slots, tile_of
+from llmq_kernels.weight_only import Call, Kernel, Launches, multiplied, sums
+
+
+@dataclass(frozen=True)
+class StackedWeight:
+    """The weights `[N, K]` of a layer's experts, alike in all that a kernel fixes.
+
+    words: int16 `[E, K * bits / 16, Np]`; params: int32 `[E, G, Np]`, as of PackedWeight. one: that of expert 0.
+    """
+
+    words: Tensor
+    params: Tensor
+    one: PackedWeight
+
+    def of(self, e: int) -> PackedWeight:
+        """Return the weight of an expert."""
+        return replace(self.one, words=self.words[e], params=self.params[e])
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The weights of experts and who reads them, in the place of one weight."""
+
+    weight: StackedWeight
+    plan: Plan
+
+    @property
+    def N(self) -> int:
+        """Output features of an expert."""
+        return self.weight.one.N
+
+    @property
+    def K(self) -> int:
+        """Input features of an expert."""
+        return self.weight.one.K
+
+    @property
+    def words(self) -> Tensor:
+        """Codes of all experts."""
+        return self.weight.words
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What is no tensor and bears on the choice of a configuration."""
+        return *self.weight.one.shape, self.plan.experts, self.plan.top
+
+
+@triton.jit(do_not_specialize=["E", "TOP", "M"])
+def grouped_kernel(
+    x_ptr,  # [M / TOP, K] fp16 or bf16
+    w_ptr,  # [E, K * BITS / 16, NP] int16
+    param_ptr,  # [E, K / GROUP, NP] int32
+    bias_ptr,  # [E + 1, N], in x's dtype, if HAS_BIAS
+    y_ptr,  # [M, N] in x's dtype or float32, or partials [SPLIT_K, M, N] float32
+    order_ptr,  # [M] int32
+    begin_ptr,  # [E + 2] int32
+    param_stride,
+    E,
+    TOP,
+    M,
+    N,
+    NP,
+    K,
+    EP: tl.constexpr,
+    BITS: tl.constexpr,
+    SUB: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Compute one tile of an expert's rows of y, or of one split's partial. K and NP are padded; N is not."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    BK: tl.constexpr = SUB * fields_of(BITS)
+    ROWS: tl.constexpr = BK * BITS // 16
+    # Slots run fastest: those of one expert are neighbours, and read the same words.
+    count = M // BM + tl.minimum(E + 1, M)
+    expert, first, last = tile_of(begin_ptr, tl.program_id(0) % count, E, EP, BM)
+    if first >= last:
+        return
+    offs_n = tl.program_id(0) // count * BN + tl.arange(0, BN)
+    offs_r = tl.arange(0, SUB)
+    x_mask = (first + tl.arange(0, BM))[None, :] < last
+    pair = tl.load(order_ptr + first + tl.arange(0, BM), mask=first + tl.arange(0, BM) < last, other=0)
+    split = tl.program_id(1)
+    tiles = K // BK
+    per_split = tl.cdiv(tiles, SPLIT_K)
+    begin = split * per_split
+    end = tl.where(expert < E, tl.minimum(begin + per_split, tiles), begin)  # of no expert: zeros
+
+    mine = tl.minimum(expert, E - 1).to(tl.int64)
+    x_ptrs = x_ptr + (pair // TOP).to(tl.int64)[None, :] * K + (begin * BK + offs_r)[:, None]
+    w_ptrs = w_ptr + mine * (tiles * ROWS * NP) + (begin * ROWS + offs_r)[None, :] * NP + offs_n[:, None]
+    acc = sums(
+        x_ptrs, x_mask, w_ptrs, param_ptr + mine * param_stride, offs_n, NP, begin, end, dtype,
+        BITS, SUB, GROUP, HAS_ZERO, ASM, BM, BN, STAGES,
+    )  # fmt: skip
+    if HAS_BIAS:
+        here = offs_n < tl.where(split == 0, N, 0)
+        acc += tl.load(bias_ptr + expert * N + offs_n, mask=here, other=0.0).to(tl.float32)[:, None]
+    y_ptrs = y_ptr + (split.to(tl.int64) * M + pair)[None, :] * N + offs_n[:, None]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=x_mask & (offs_n[:, None] < N))
+
+
+def stack(weights: Sequence[Sequence[PackedWeight]]) -> tuple[StackedWeight, list[list[PackedWeight]]]:
+    """Return the weights of a layer's experts as one, and each of them as a part of it, equal in every bit.
+
+    weights: by expert, those that read its input; they lie side by side as by `layout.join`.
+    Raises KernelError for experts that are not alike, and for weights with an order of columns of their own.
+    """
+    shapes = {tuple(w.shape for w in row) for row in weights}
+    if len(shapes) > 1 or len({w.shape[1:] for w in weights[0]}) > 1:
+        raise KernelError("experts whose weights differ in shape, bits, groups or zeros are not one weight")
+    if any(w.order is not None for row in weights for w in row):
+        raise KernelError("experts whose columns have orders of their own (g_idx) are not one weight")
+    words, params = (_stacked([[getattr(w, n) for w in row] for row in weights]) for n in ("words", "params"))
+    spans = spans_of([w.Np for w in weights[0]])
+    parts = [
+        [replace(w, words=words[e][:, at], params=params[e][:, at]) for w, at in zip(row, spans, strict=True)]
+        for e, row in enumerate(weights)
+    ]
+    first, last = weights[0][0], weights[0][-1]
+    one = replace(first, words=words[0], params=params[0], N=spans[-1].start + last.N, rest=None)
+    return StackedWeight(words, params, one), parts
+
+
+def _stacked(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return `[E, rows, sum of columns]`, filled expert by expert: nothing else of that size is made."""
+    like, columns = rows[0][0], sum(t.shape[1] for t in rows[0])
+    found = torch.empty((len(rows), like.shape[0], columns), dtype=like.dtype, device=like.device)
+    for e, row in enumerate(rows):
+        torch.cat(list(row), 1, out=found[e])
+    return found
+
+
+def reference(x: Tensor, w: Routed, bias: Tensor | None = None) -> Tensor:
+    """Return `[T, k, N]`, one expert after the other, computed in float32 and rounded once to the dtype of x."""
+    plan, rows = w.plan, x.reshape(-1, w.K)
+    y = x.new_zeros(len(plan.order), w.N)
+    begin = plan.begin.tolist()
+    for e in range(plan.experts):
+        pairs = plan.order[begin[e] : begin[e + 1]].long()
+        if len(pairs):
+            own = None if bias is None else bias[e].float()
+            y[pairs] = F.linear(rows[pairs // plan.top].float(), dequantize(w.weight.of(e)), own).to(x.dtype)
+    return y.view(-1, plan.top, w.N)
+
+
+def linear(x: Tensor, w: StackedWeight, plan: Plan, bias: Tensor | None = None) -> Tensor:
+    """Map `x` `[T, K]` (fp16, bf16 or float32) to `[T, k, N]` in its dtype, for each of a token's k experts.
+
+    bias: `[E + 1, N]`, of which the last row, no expert's, is zeros.
+    Raises KernelError for a shape, dtype or device that the kernel cannot take, and for a bias beside float32.
+    """
+    if direct(x):
+        return compute(x, Routed(w, plan), bias)
+    given = w.words, w.params, plan.order, plan.begin, bias, *w.one.shape, plan.top
+    return torch.ops.llmq.grouped_weight_only(x, *given)
+
+
+def compute(x: Tensor, w: Routed, bias: Tensor | None = None) -> Tensor:
+    """See `linear`: what the operator does."""
+    return multiplied(x[:, None], w, bias, _KERNEL)
+
+
+@operator("llmq::grouped_weight_only")
+def _op(
+    x: Tensor,
+    words: Tensor,
+    params: Tensor,
+    order: Tensor,
+    begin: Tensor,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group: int,
+    has_zero: bool,
+    top: int,
+) -> Tensor:
+    one = PackedWeight(words[0], params[0], None, n, k, bits, group, has_zero)
+    return compute(x, Routed(StackedWeight(words, params, one), Plan(order, begin, top)), bias)
+
+
+@torch.library.register_fake("llmq::grouped_weight_only")
+def _(x, words, params, order, begin, bias, n, k, bits, group, has_zero, top):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], top, n)
+
+
+def check(x: Tensor, w: Routed, bias: Tensor | None) -> None:
+    """Raise KernelError for an activation, a plan or a bias that experts cannot be multiplied with."""
+    weight_only.check_activation(x, w, None)
+    plan, pairs, E = w.plan, len(w.plan.order), len(w.words)
+    if plan.experts != E or plan.top * len(x) != pairs:
+        said = f"{plan.experts} experts and {pairs} pairs, {plan.top} of a row"
+        raise KernelError(f"the plan is of {said}; there are {E} experts and {len(x)} rows")
+    if bias is not None and bias.shape != (E + 1, w.N):
+        raise KernelError(f"the experts' bias is {list(bias.shape)}, not [{E + 1}, {w.N}]")
+    if bias is not None and x.dtype == torch.float32 and x.is_cuda:
+        raise KernelError("float32 activations have no bias in the grouped kernel; add it to what comes out")
+
+
+def configs(T: int, w: Routed, *, asm: bool | None = None) -> list[tune.Config]:
+    """Return the configurations worth trying for T rows, the safest guess first; asm: as for `weight_only.configs`.
+
+    They are those of one weight for as many tokens as an expert has of those that are needed. There are more programs
+    than for one weight, so that K is cut into two parts at most. A tile's place takes registers: the bounds are wider,
+    there is none for 3 bits (told one, ptxas spills), and what has none to spare on sm_80 (64 sums a thread) is last.
+    """
+    pairs, one = T * w.plan.top, w.weight.one
+    mean, tiles = cdiv(pairs, min(w.plan.experts, pairs)), weight_only.tiles_of(one)
+    found = [c for c in weight_only.configs(mean, one, asm=asm) if c != tune.LIBRARY]
+    wider = [replace(c, registers=c.registers + 24 if c.registers and one.bits != 3 else 0) for c in found]
+    wider.sort(key=lambda c: 1024 * c.warps < c.BM * c.BN)
+    return list(dict.fromkeys(replace(c, split_k=s) for s in (1, 2) for c in wider if s <= tiles))
+
+
+def launch(x: Tensor, w: Routed, bias: Tensor | None, config: tune.Config, dtype: torch.dtype | None = None) -> Tensor:
+    """Run a given configuration on fp16 or bf16 `x` `[T, 1, K]`; returns `[T, k, N]` in `dtype`, else x's."""
+    return planned(x, w, config, bias is not None, dtype)(x, w, bias)
+
+
+def planned(x: Tensor, w: Routed, config: tune.Config, has_bias: bool, dtype: torch.dtype | None = None) -> Call:
+    """Return what launches a configuration on activations and weights like `x` and `w`."""
+    E, rows, Np = w.words.shape
+    pairs, stride = len(w.plan.order), w.weight.params.stride(0)
+    fixed = constants(w, config, has_bias=has_bias) | config.options()
+    shape, padded = (len(x), w.plan.top, w.N), (Np, rows * 16 // w.weight.one.bits)
+    launches = Launches(x, shape, padded, config, fixed, dtype or x.dtype, tiles=slots(pairs, E, config.BM))
+
+    def call(x: Tensor, w: Routed, bias: Tensor | None) -> Tensor:
+        weight, plan = w.weight, w.plan
+        more = plan.order, plan.begin, stride, E, plan.top
+        return launches(grouped_kernel, x, weight.words, weight.params, bias, *more)
+
+    return call
+
+
+_KERNEL = Kernel("grouped", reference, configs, launch, planned, check)
+
+
+def constants(w: Routed, config: tune.Config, *, has_bias: bool = False, asm: bool | None = None) -> dict[str, Any]:
+    """Return the compile-time arguments of the kernel for weights and a configuration."""
+    found = weight_only.constants(w.weight.one, config, has_bias=has_bias, asm=asm)
+    return found | {"EP": 1 << w.plan.experts.bit_length()}

@@ -1,0 +1,118 @@
+"""Experts multiplied together on CPU tensors, where the operators are their references; and which slot is whose."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmq_kernels import grouped, layout, routing, tune, weight_only
+from llmq_kernels.errors import KernelError
+
+GEN = torch.Generator().manual_seed(0)
+E, TOP, T, K = 5, 2, 7, 128
+
+
+def weight(N=40, bits=4, G=2, **how):
+    codes = torch.randint(0, 2**bits, (N, K), generator=GEN, dtype=torch.uint8)
+    zeros = torch.randint(0, 2**bits, (N, G), generator=GEN)
+    return layout.pack(codes, (torch.rand(N, G, generator=GEN) * 0.1).half(), zeros, bits, **how)
+
+
+def tokens():
+    index = torch.stack([torch.randperm(E, generator=GEN)[:TOP] for _ in range(T)])
+    index[2, 1] = E
+    return torch.randn(T, K, generator=GEN), index
+
+
+def check(op, *args):
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+def test_every_pair_has_the_product_of_its_expert():
+    rows = [[weight(), weight(30)] for _ in range(E)]
+    w, parts = grouped.stack(rows)
+    x, index = tokens()
+    bias = torch.randn(E + 1, w.one.N, generator=GEN)
+    bias[E] = 0
+    plan = routing.plan(index, E)
+    y = grouped.linear(x, w, plan, bias)
+    assert y.shape == (T, TOP, 128 + 30) and not y[2, 1].any()
+    for t in range(T):
+        for j, e in enumerate(index[t].tolist()):
+            for begin, of_one in zip((0, 128), rows[e], strict=True) if e < E else ():
+                own = bias[e, begin : begin + of_one.N]
+                torch.testing.assert_close(y[t, j, begin : begin + of_one.N], weight_only.linear(x[t], of_one, own))
+    pairs = grouped.linear(x.repeat_interleave(TOP, 0), w, plan.of_pairs, bias)
+    torch.testing.assert_close(pairs.view_as(y), y)
+    for row, of_one in zip(rows, parts, strict=True):
+        for each, part in zip(row, of_one, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(layout.unpack(part), layout.unpack(each), strict=True))
+            assert part.words.untyped_storage().data_ptr() == w.words.untyped_storage().data_ptr()
+    given = w.words, w.params, plan.order, plan.begin, bias, *w.one.shape, TOP
+    check(torch.ops.llmq.grouped_weight_only, x, *given)
+    check(torch.ops.llmq.expert_plan, index, E)
+
+
+def test_torch_compile_traces_through():
+    w, _ = grouped.stack([[weight()] for _ in range(E)])
+    x, index = tokens()
+
+    def model(x, index):
+        plan = routing.plan(index, E)
+        y = F.silu(grouped.linear(x * 2, w, plan))
+        return grouped.linear(F.pad(y.flatten(0, 1), (0, K - 40)), w, plan.of_pairs).view(T, TOP, -1).sum(1)
+
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, index), model(x, index))
+
+
+@pytest.mark.parametrize("BM", [8, 16, 64])
+def test_slots_hold_the_tiles_of_every_expert(BM):
+    """What a program computes of `begin`, for all slots of a grid: each pair is in one tile."""
+    for experts, pairs in ((1, 1), (3, 200), (128, 8), (128, 4096), (40, 641)):
+        index = (torch.rand(pairs, 1, generator=GEN) ** 3 * (experts + 1)).long()
+        begin = routing.reference(index, experts)[1].long()
+        edges = torch.arange(experts + 1)
+        first_slot = begin[:-1] // BM + torch.minimum(edges, begin[:-1])
+        seen = []
+        for slot in range(routing.slots(pairs, experts, BM)):
+            e = int((first_slot <= slot).sum()) - 1
+            first = int(begin[e]) + (slot - int(first_slot[e])) * BM
+            seen += range(first, min(first + BM, int(begin[e + 1])))
+        assert seen == list(range(pairs))
+
+
+def test_configurations_are_those_of_an_expert_s_part_of_the_tokens():
+    w = grouped.stack([[weight()] for _ in range(128)])[0]
+
+    def found(T, asm=True):
+        pairs = torch.empty(T * 8, dtype=torch.int32)
+        plan = routing.Plan(pairs, torch.empty(130, dtype=torch.int32), 8)
+        return grouped.configs(T, grouped.Routed(w, plan), asm=asm)
+
+    for T, BM in ((1, 8), (16, 8), (256, 16), (4096, 64)):
+        assert found(T)[0].BM == BM and tune.LIBRARY not in found(T)
+        assert {c.split_k for c in found(T)} == {1}  # of one tile of K
+    assert found(1, asm=False)[0].BM == 16
+
+
+def test_what_cannot_be_one_weight_is_refused():
+    for other in ([weight(bits=8)], [weight(48)], [weight(G=4)]):
+        with pytest.raises(KernelError, match="differ in shape, bits, groups or zeros"):
+            grouped.stack([[weight()], other])
+    ordered = weight(g_idx=torch.arange(K) % 2)
+    with pytest.raises(KernelError, match=r"orders of their own \(g_idx\)"):
+        grouped.stack([[ordered], [ordered]])
+
+
+def test_what_is_not_of_these_experts_is_refused():
+    w, _ = grouped.stack([[weight()] for _ in range(E)])
+    x, index = tokens()
+    plan = routing.plan(index, E)
+    for call, said in (
+        (lambda: grouped.linear(x[:, :64], w, plan), "64 features, the packed weight 128"),
+        (lambda: grouped.linear(x[:3], w, plan), "14 pairs, 2 of a row; there are 5 experts and 3 rows"),
+        (lambda: grouped.linear(x, w, routing.plan(index, 6)), "the plan is of 6 experts"),
+        (lambda: grouped.linear(x, w, plan, torch.zeros(E, 40)), r"bias is \[5, 40\], not \[6, 40\]"),
+    ):
+        with pytest.raises(KernelError, match=said):
+            call()
