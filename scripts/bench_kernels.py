@@ -5,10 +5,11 @@
 Prints, for the layers of Llama-3-8B and 70B and M tokens from 1 to 4,096: milliseconds, the bytes of the weight over
 that time as a fraction of the measured copy bandwidth, and the speed-up over fp16 F.linear; beside it Marlin (vLLM),
 GemLite and torchao where they are installed. A cell marked * takes more than 1.05 times what F.linear takes and the
-packed and the decoded bytes at the copy's rate, which decoding in panels should not. Every run is one of several in a
-CUDA graph, of weights that the L2 cache does not hold. Configurations are tuned on first use and kept in
-~/.cache/llmq_kernels. What has not begun after `--minutes` is left out, and named. Ends with an error where a kernel is
-wrong, or where there is no GPU.
+packed and the decoded bytes at the copy's rate, which decoding in panels should not. Then a layer of 128 experts at
+once, beside transformers' in bfloat16 and beside a launch for each expert. Every run is one of several in a CUDA graph,
+of weights that the L2 cache does not hold. Configurations are tuned on first use and kept in ~/.cache/llmq_kernels.
+What has not begun after `--minutes` is left out, and named. Ends with an error where a kernel is wrong, or where there
+is no GPU.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 
+import _grouped
 import torch
 import torch.nn.functional as F
 import triton
@@ -186,6 +188,7 @@ def checks() -> Iterator[tuple[str, float, float]]:
             same = torch.equal(q[:, :1500], q_ref) and torch.equal(scale, scale_ref)
             yield f"W8A8 activation M={M} {dtype}", math.inf if same else 0.0, bound
         yield from cache_checks(dtype, bound)
+        yield from _grouped.checks(dtype, bound, sqnr)
 
 
 def cache_checks(dtype: torch.dtype, bound: float) -> Iterator[tuple[str, float, float]]:
@@ -292,6 +295,11 @@ def main() -> None:
                 bench_layer(model, N, K, bandwidth)
             else:
                 print(f"{model} {N}x{K}: no time left")
+    if time.monotonic() < end:
+        for line in _grouped.rows(bandwidth, milliseconds, copies):
+            print(line, flush=True)
+    else:
+        print("experts: no time left")
     print("\n| cache | kernel | M=1 |\n|---|---|---|")
     bench_attention(bandwidth)
     sys.exit(f"{wrong} checks failed" if wrong else 0)
