@@ -365,7 +365,8 @@ def test_panels_equal_the_reference_to_the_last_bit(monkeypatch, name):
 # The simulator's own proof, on the kernel that matters most.
 
 MUTATIONS = {
-    "barrier before the copies": (r"\tbar\.sync \t0;(?=[^$]*cp\.async\.c[ag]\.)", -1, "", "fault"),
+    "barrier before the copies": (
+        r"\tbar\.sync \t0;(?=(?:(?!\$L__BB)[\s\S])*?cp\.async\.c[ag]\.)", -1, "", "fault"),
     "barriers after the waits": (r"(wait_group \t\d+;\n)\tbar\.sync \t0;", None, r"\1", "fault"),
     "every wait": (r"\tcp\.async\.wait_group \t\d+;", None, "", "fault"),
     "waits one stage short": (
