@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from llmq_kernels import tune, weight_only
 from llmq_kernels.dequant import fields_of
@@ -218,7 +218,7 @@ def _op(
     return compute(x, Routed(StackedWeight(words, params, one), Plan(order, begin, top)), bias)
 
 
-@torch.library.register_fake("llmq::grouped_weight_only")
+@library.register_fake("llmq::grouped_weight_only")
 def _(x, words, params, order, begin, bias, n, k, bits, group, has_zero, top):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], top, n)
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from llmq_kernels.launch import direct, on, operator, runs_on
 
@@ -119,7 +119,7 @@ def _op(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return launch(index, experts)
 
 
-@torch.library.register_fake("llmq::expert_plan")
+@library.register_fake("llmq::expert_plan")
 def _(index, experts):  # type: ignore[no-untyped-def]
     empty = index.new_empty
     return empty(index.numel(), dtype=torch.int32), empty(experts + 2, dtype=torch.int32)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 
 from llmq_kernels import grouped, layout, routing, tune, weight_only
 from llmq_kernels.errors import KernelError
@@ -24,7 +25,7 @@ def tokens():
 
 
 def check(op, *args):
-    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 
 def test_every_pair_has_the_product_of_its_expert():
