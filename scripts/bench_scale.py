@@ -2,11 +2,12 @@
 
     python scripts/bench_scale.py                        all parts: 14 GB of disk at once, hours
     python scripts/bench_scale.py 1b-gptq --tokens 8192  one part, a quarter of the tokens
+    python scripts/bench_scale.py 7b-gptq --blocks 1 --tokens 262144
 
-For each part: the peak of the child (VmHWM) beside the cap and beside what was predicted from headers, seconds a block,
-and whether they stay the same. Blocks that are not run are extrapolated, and said to be. Weights are random, bfloat16,
-written shard by shard; text and tokenizer are made up. All that is made is removed. CPU seconds are those of a user's
-whole process; on a busy machine they are the fair figure.
+For each part: the peak of the child (VmHWM) beside the cap and beside what was predicted from headers, CPU seconds
+beside those that a probe predicts, seconds a block, and whether they stay the same. Blocks that are not run are
+extrapolated, and said to be. Weights are random, bfloat16, written shard by shard; text and tokenizer are made up. All
+that is made is removed. CPU seconds are those of a user's whole process; on a busy machine they are the fair figure.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +30,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from llmq.options import memory_size
+from llmq.pipeline.estimate import estimate
 from llmq.pipeline.memory import alive_under, terms
 from llmq.pipeline.plan import outline
+from llmq.pipeline.rates import probe
 from llmq.recipe import Recipe
 
 SEQ_LEN = 2048
@@ -137,9 +141,8 @@ def seconds(log: Path) -> dict[str, float]:
     return {what: begun[i + 1][1] - at for i, (what, at) in enumerate(begun[:-1])}
 
 
-def bench(name: str, work: Path, tokens: int) -> None:
+def bench(name: str, part: Part, work: Path, tokens: int) -> None:
     """Run a part and print what it took."""
-    part = PARTS[name]
     need, free = 2 * size(part), shutil.disk_usage(work).free
     if need > free:
         sys.exit(f"{name} needs {need / 1e9:.1f} GB in {work}, {free / 1e9:.1f} GB are free; make room, or say --dir")
@@ -150,8 +153,9 @@ def bench(name: str, work: Path, tokens: int) -> None:
     if part.method != "rtn":
         how |= {"calib": str(text), "samples": max(2, tokens // SEQ_LEN), "seq_len": SEQ_LEN}
     plan = outline(str(model), Recipe(**how))
-    alive = alive_under(plan, None if part.cap is None else memory_size("--max-memory", part.cap))
+    plan.alive = alive = alive_under(plan, None if part.cap is None else memory_size("--max-memory", part.cap))
     worst = terms(plan, alive).host
+    ahead = estimate(plan, probe(plan, work, clock=time.process_time)).total
     options = [word for k, v in how.items() for word in (f"--{k.replace('_', '-')}", v)]
     capped = [] if part.cap is None else ["--max-memory", part.cap]
     taken = measure.llmq("quantize", model, out, *options, *capped, "--log-json", log)
@@ -169,7 +173,8 @@ def bench(name: str, work: Path, tokens: int) -> None:
     rest = taken.seconds - sum(blocks)
     whole = rest + part.of * sum(blocks) / len(blocks)
     more = f", all {part.of} blocks about {whole / 60:.0f} min (extrapolated)" if part.of > part.blocks else ""
-    print(f"  {taken.cpu_seconds:.0f} CPU s{more}", flush=True)
+    told = f"predicted {ahead:.0f}, {ahead / taken.cpu_seconds:.2f} times"
+    print(f"  {taken.cpu_seconds:.0f} CPU s, {told}{more}", flush=True)
 
 
 def main() -> None:
@@ -177,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all of them by default")
     parser.add_argument("--tokens", type=int, default=16 * SEQ_LEN, help="of calibration")
+    parser.add_argument("--blocks", type=int, help="how many blocks; by default as many as each part has")
     parser.add_argument("--dir", type=Path, help="where the checkpoints lie meanwhile")
     args = parser.parse_args()
     unknown = set(args.parts) - PARTS.keys()
@@ -185,7 +191,8 @@ def main() -> None:
     print(measure.machine())
     for name in args.parts or PARTS:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-            bench(name, Path(folder), args.tokens)
+            part = PARTS[name]
+            bench(name, part._replace(blocks=args.blocks or part.blocks), Path(folder), args.tokens)
 
 
 if __name__ == "__main__":
