@@ -9,6 +9,7 @@ Source: text-generation-inference and vLLM decode from two offsets, so that each
 from collections.abc import Callable, Generator, Iterable, Sequence
 
 _HALF = "\ufffd"  # what a decoder makes of half a character
+_WAITING = 8  # ids that may wait for the rest of a character, of four bytes at most: more of them spell none
 
 
 class Decoded:
@@ -24,7 +25,8 @@ class Decoded:
         if token is not None:
             self._ids.append(token)
         before, now = self._decode(self._ids[self._start : self._read]), self._decode(self._ids[self._start :])
-        if len(now) <= len(before) or (now.endswith(_HALF) and token is not None):
+        waits = token is not None and len(self._ids) - self._read < _WAITING
+        if len(now) <= len(before) or (now.endswith(_HALF) and waits):
             return ""
         self._start, self._read = self._read, len(self._ids)
         return now[len(before) :]

@@ -20,6 +20,18 @@ def test_pieces_join_to_what_is_decoded_at_once(tokenizer_plain, text, before):
     assert "".join([*pieces, words.add(None)]) == text
 
 
+def test_halves_without_end_are_given_out_and_cost_the_same_each():
+    asked = []
+
+    def decode(ids):
+        asked.append(len(ids))
+        return bytes(ids).decode(errors="replace")
+
+    words = Decoded(decode)
+    pieces = [words.add(0x80) for _ in range(200)]
+    assert "".join(pieces) == 200 * "\ufffd" and max(asked) <= 24
+
+
 def test_half_a_character_waits_and_ends_as_it_is(tokenizer_plain):
     ids = tokenizer_plain("é")["input_ids"]
     words = Decoded(tokenizer_plain.decode)
