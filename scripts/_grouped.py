@@ -19,12 +19,12 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from triton.runtime.errors import OutOfResources
 
-from llmq_kernels import grouped, layout, routing, weight_only
+from llmq_kernels import e2m1, grouped, layout, routing, weight_only
 
 TOKENS = (1, 16, 256, 4096)
 FEW = 16
 """The most tokens for which transformers' `batched_mm` is timed: it copies the weights of every pair."""
-GRIDS = ("W4 asym g128", "W4 sym g32", "W8 sym channel", "W3 sym g128")
+GRIDS = ("W4 asym g128", "W4 sym g32", "NVFP4", "MXFP4", "W8 sym channel", "W3 sym g128")
 BF16 = torch.bfloat16
 
 
@@ -42,8 +42,12 @@ class Shape:
         return torch.rand(T, self.E, device="cuda").topk(self.top, -1).indices
 
 
-def weight(grid: str, N: int, K: int) -> layout.PackedWeight:
-    """Return a weight of random codes, of a name such as "W4 asym g128"."""
+def weight(grid: str, N: int, K: int) -> Any:
+    """Return a weight of random codes, of a name such as "W4 asym g128" or "NVFP4"."""
+    if grid in ("NVFP4", "MXFP4"):
+        codes, e8m0 = torch.randint(0, 16, (N, K), dtype=torch.uint8, device="cuda"), grid == "MXFP4"
+        scales = torch.randint(*((118, 124) if e8m0 else (1, 127)), (N, K // (32 if e8m0 else 16)), device="cuda")
+        return e2m1.pack(codes, scales.to(torch.uint8), e8m0=e8m0, factor=0.25 if e8m0 else 1e-4)
     width, kind, size = grid.split()
     bits, G = int(width[1:]), 1 if size == "channel" else K // int(size[1:])
     codes = torch.randint(0, 2**bits, (N, K), dtype=torch.uint8, device="cuda")
@@ -59,7 +63,9 @@ class Layer:
         each = [[weight(grid, shape.I, shape.H) for _ in range(2)] for _ in range(shape.E)]
         self.enter, gates = grouped.stack(each)
         self.leave, downs = grouped.stack([[weight(grid, shape.H, shape.I)] for _ in range(shape.E)])
-        self._enter, self._leave = [layout.join(row)[0] for row in gates], [row[0] for row in downs]
+        module: Any = e2m1 if grid in ("NVFP4", "MXFP4") else layout
+        self._linear = weight_only.linear if module is layout else e2m1.linear
+        self._enter, self._leave = [module.join(row)[0] for row in gates], [row[0] for row in downs]
 
     def together(self, x: Tensor, index: Tensor, share: Tensor) -> Tensor:
         """Return the layer's output for `x` `[T, H]`, as a loaded model computes it."""
@@ -72,7 +78,7 @@ class Layer:
         out = torch.zeros_like(x)
         for e, (token, choice) in enumerate(places):
             if len(token):
-                y = weight_only.linear(self._inner(weight_only.linear(x[token], self._enter[e])), self._leave[e])
+                y = self._linear(self._inner(self._linear(x[token], self._enter[e])), self._leave[e])
                 out.index_add_(0, token, y * share[token, choice, None])
         return out
 
@@ -102,7 +108,7 @@ def floats(shape: Shape, how: str) -> Any:
 def checks(dtype: torch.dtype, bound: float, sqnr: Callable[[Tensor, Tensor], float]) -> Iterator[Any]:
     """Yield (name, dB found, dB at least) of experts in every configuration, on odd shapes."""
     shape = Shape(9, 2, 512, 200)
-    for grid in ("W4 asym g128", "W4 sym g32", "W8 sym channel", "W3 asym g64", "W2 asym g64"):
+    for grid in ("W4 asym g128", "W4 sym g32", "W8 sym channel", "W3 asym g64", "W2 asym g64", "NVFP4", "MXFP4"):
         w = grouped.stack([[weight(grid, shape.I, shape.H) for _ in range(2)] for _ in range(shape.E)])[0]
         bias = torch.randn(shape.E + 1, w.one.N, device="cuda", dtype=dtype)
         bias[-1] = 0

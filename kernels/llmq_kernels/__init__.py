@@ -1,7 +1,7 @@
 """Triton kernels for quantized Llama-family models, each beside its reference. Imports torch and triton only.
 
     weight_only.linear(x, layout.pack(codes, scale, zero, bits), bias)     W2, W3, W4, W8 with fp16 or bf16 activations
-    grouped.linear(x, grouped.stack(weights)[0], routing.plan(index, E))   W2 to W8 of all experts of a layer
+    grouped.linear(x, grouped.stack(weights)[0], routing.plan(index, E))   all experts of a layer
     e2m1.linear(x, e2m1.pack(codes, scales, e8m0=False), bias)             NVFP4, MXFP4 with fp16 or bf16 activations
     int8.linear(x, int8.pack(codes, scale), static, bias)                  W8A8
     kv.append(cache, k, v, lengths); attention.attend(q, cache, lengths)   the int8 or int4 key-value cache

@@ -91,7 +91,10 @@ def grouped_build(w: grouped.Routed, config: tune.Config, dtype: str = "fp16", *
     types = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "param_ptr": "*i32", "bias_ptr": f"*{dtype}"}
     types |= {"y_ptr": "*fp32" if config.split_k > 1 else f"*{dtype}", "order_ptr": "*i32", "begin_ptr": "*i32"}
     types |= dict.fromkeys(("param_stride", "E", "TOP", "M", "N", "NP", "K"), "i32")
-    constants = grouped.constants(w, config, asm=asm)
+    factors: dict[str, Any] = {"factor_ptr": None}
+    if w.weight.factors is not None:
+        types, factors = types | {"factor_ptr": "*fp32"}, {}
+    constants = grouped.constants(w, config, asm=asm) | factors
     return Build(grouped.grouped_kernel, types, constants, ("E", "TOP", "M"), _options(config))
 
 
@@ -215,24 +218,35 @@ def _weight_only(name: str, w: PackedWeight, dtype: str, ipw: tuple[float, ...],
     return Case(name, build, weights, limits, wide)
 
 
-def _grouped(name: str, w: PackedWeight, dtype: str, ipw: tuple[float, ...], wide: int, T: int = 1) -> Case:
-    """Return the case of the first configuration tried for T tokens of which each has 8 of 128 experts."""
+def _grouped(name: str, w: Any, columns: int, dtype: str, ipw: tuple[float, ...], wide: int, T: int = 1) -> Case:
+    """Return the case of the first configuration tried for T tokens of which each has 8 of 128 experts.
+
+    columns: of a tile.
+    """
     E, top = 128, 8
     pairs, begin = torch.empty(T * top, device="meta"), torch.empty(E + 2, device="meta")
-    stacked = grouped.StackedWeight(torch.empty(E, 0, 0, device="meta"), torch.empty(E, 0, 0, device="meta"), w)
+    empty = torch.empty(E, 0, 0, device="meta")
+    stacked = grouped.StackedWeight(empty, empty, w, None if isinstance(w, PackedWeight) else empty)
     routed = grouped.Routed(stacked, Plan(pairs, begin, top))
     limits = dict(zip(NVIDIA, ipw, strict=True))
 
     def build(asm: bool) -> Build:
         return grouped_build(routed, grouped.configs(T, routed, asm=asm)[0], dtype, asm=asm)
 
-    weights = grouped.configs(T, routed, asm=True)[0].BN * tile(w.bits, w.group)
-    return Case(name, build, weights, limits, wide)
+    return Case(name, build, grouped.configs(T, routed, asm=True)[0].BN * columns, limits, wide)
+
+
+def _experts(name: str, w: PackedWeight, dtype: str, ipw: tuple[float, ...], wide: int, T: int = 1) -> Case:
+    return _grouped(name, w, tile(w.bits, w.group), dtype, ipw, wide, T)
+
+
+def _floats(group: int) -> e2m1.E2M1Weight:
+    words = torch.empty(K_TYPICAL // 4, K_TYPICAL, device="meta")
+    return e2m1.E2M1Weight(words, words, K_TYPICAL, K_TYPICAL, group, group == 32)
 
 
 def _e2m1(name: str, group: int, dtype: str, ipw: tuple[float, ...], wide: int, M: int = 1) -> Case:
-    words = torch.empty(K_TYPICAL // 4, K_TYPICAL, device="meta")
-    w = e2m1.E2M1Weight(words, words, K_TYPICAL, K_TYPICAL, group, group == 32)
+    w = _floats(group)
     limits = dict(zip(NVIDIA, ipw, strict=True))
 
     def build(asm: bool) -> Build:
@@ -274,11 +288,13 @@ CASES = (
     _weight_only("W8A16 channel decode bf16", _weight(8, 0, zero=False), "bf16", (3.65, 3.65, 3.6), 8),
     _weight_only("W3A16 asym g128 decode", _weight(3, 128, zero=True), "fp16", (2.9, 2.9, 2.85), 4),
     _weight_only("W2A16 asym g128 decode", _weight(2, 128, zero=True), "fp16", (1.75, 1.75, 1.75), 4),
-    _grouped("W4A16 asym g128 experts", _weight(4, 128, zero=True), "fp16", (1.9, 1.9, 1.9), 4),
-    _grouped("W4A16 asym g128 experts bf16", _weight(4, 128, zero=True), "bf16", (2.1, 2.1, 2.1), 4),
-    _grouped("W8A16 channel experts", _weight(8, 0, zero=False), "fp16", (2.1, 2.1, 2.05), 8),
-    _grouped("W3A16 asym g128 experts", _weight(3, 128, zero=True), "fp16", (2.9, 2.9, 2.85), 4),
-    _grouped("W4A16 asym g128 experts prefill", _weight(4, 128, zero=True), "fp16", (4.5, 4.5, 4.05), 4, T=4096),
+    _experts("W4A16 asym g128 experts", _weight(4, 128, zero=True), "fp16", (1.9, 1.9, 1.9), 4),
+    _experts("W4A16 asym g128 experts bf16", _weight(4, 128, zero=True), "bf16", (2.1, 2.1, 2.1), 4),
+    _experts("W8A16 channel experts", _weight(8, 0, zero=False), "fp16", (2.1, 2.1, 2.05), 8),
+    _experts("W3A16 asym g128 experts", _weight(3, 128, zero=True), "fp16", (2.9, 2.9, 2.85), 4),
+    _experts("W4A16 asym g128 experts prefill", _weight(4, 128, zero=True), "fp16", (4.5, 4.5, 4.05), 4, T=4096),
+    _grouped("NVFP4 experts", _floats(16), 64, "fp16", (4.0, 4.0, 4.0), 4),
+    _grouped("MXFP4 experts bf16", _floats(32), 128, "bf16", (3.25, 3.25, 3.25), 8),
     Case("expert plan", lambda asm: _plan_build(2048), 0, mma=False),
     _e2m1("NVFP4 decode", 16, "fp16", (4.0, 4.0, 4.0), 4),
     _e2m1("NVFP4 decode bf16", 16, "bf16", (4.25, 4.25, 4.25), 4),

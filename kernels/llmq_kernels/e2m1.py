@@ -115,6 +115,38 @@ def scale_of_field(word, j: tl.constexpr, E8M0: tl.constexpr):
         return (bits << 20).to(tl.float32, bitcast=True) * (2.0**120)
 
 
+@triton.jit
+def e2m1_sums(
+    x_ptrs,  # [SUB, BM], of the activations at the first of these tiles; fp16 or bf16
+    x_mask,  # [1, BM]
+    w_ptrs,  # [BN, SUB], of the words there
+    param_ptr,
+    offs_n,
+    NP,
+    begin,
+    end,
+    dtype: tl.constexpr,
+    SUB: tl.constexpr,
+    E8M0: tl.constexpr,
+    ASM: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Return the float32 sums `[BN, BM]` of the tiles of K from `begin` to before `end`, scaled but for the factor."""
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for t in tl.range(begin, end, num_stages=STAGES):
+        w = tl.load(w_ptrs)
+        word = tl.load(param_ptr + t * NP + offs_n)
+        for j in tl.static_range(4):
+            x = tl.load(x_ptrs + j * SUB, mask=x_mask, other=0.0)
+            part = tl.dot(e2m1(w, j, dtype, ASM), x)
+            acc += part * scale_of_field(word, j, E8M0)[:, None]
+        x_ptrs += 4 * SUB
+        w_ptrs += SUB * NP
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def e2m1_kernel(
     x_ptr,  # [M, K] fp16 or bf16
@@ -153,16 +185,9 @@ def e2m1_kernel(
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * K + (begin * BK + offs_r)[:, None]
     x_mask = offs_m[None, :] < M
     w_ptrs = w_ptr + (begin * SUB + offs_r)[None, :] * NP + offs_n[:, None]
-    acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for t in tl.range(begin, end, num_stages=STAGES):
-        w = tl.load(w_ptrs)
-        word = tl.load(param_ptr + t * NP + offs_n)
-        for j in tl.static_range(4):
-            x = tl.load(x_ptrs + j * SUB, mask=x_mask, other=0.0)
-            part = tl.dot(e2m1(w, j, dtype, ASM), x)
-            acc += part * scale_of_field(word, j, E8M0)[:, None]
-        x_ptrs += BK
-        w_ptrs += SUB * NP
+    acc = e2m1_sums(
+        x_ptrs, x_mask, w_ptrs, param_ptr, offs_n, NP, begin, end, dtype, SUB, E8M0, ASM, BM, BN, STAGES
+    )  # fmt: skip
     acc *= factor
     if HAS_BIAS and SPLIT_K == 1:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]

@@ -51,9 +51,9 @@ def _alike(rows: Sequence[Sequence[Any]]) -> bool:
 def _kind(linear: Any) -> tuple[Hashable, ...] | None:
     """Return what linears of a product have in common, N of those at one place before the others; None for none."""
     packed = linear.prepacked if isinstance(linear, QuantLinear) else None
-    if not isinstance(packed, TritonPrepacked) or packed.stack is None or packed.site or packed.kind() is None:
+    if not isinstance(packed, TritonPrepacked) or packed.site is not None or packed.kind_of_expert() is None:
         return None
-    return packed.N, packed.kind(), linear.bias is None
+    return packed.N, packed.kind_of_expert(), linear.bias is None
 
 
 class Product:
@@ -82,7 +82,7 @@ class Product:
 
         check_dtype(self.linear, x)
         try:
-            y = grouped.linear(x, self.whole, plan, self.bias()).flatten(0, 1)
+            y = grouped.linear(self.members[0].entering(x), self.whole, plan, self.bias()).flatten(0, 1)
         except ValueError as e:
             reworded(self.linear, e)
         if self._dense:

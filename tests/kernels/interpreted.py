@@ -113,6 +113,12 @@ def join_cases():
     yield "joined: decoded", all(decoded_alike(p, decode, layout.dequantize(p)) for p in parts)
 
 
+def e2m1_weight(gen, N, K, group, factor=0.013):
+    codes = torch.randint(0, 16, (N, K), generator=gen, dtype=torch.uint8)
+    scales = torch.randint(*((118, 130) if group == 32 else (0, 127)), (N, K // group), generator=gen)
+    return e2m1.pack(codes, scales.to(torch.uint8), e8m0=group == 32, factor=factor)
+
+
 EXPERTS = {
     # name: (bits, N by linear, K, group, zero, config)
     "experts w4 g64 asym, two linears, K split": (4, (70, 33), 320, 64, True, Config(8, 64, 2, 4, 2)),
@@ -140,6 +146,11 @@ def grouped_cases():
             again = grouped.launch(x.repeat_interleave(2, 0)[:, None], pairs, bias, config, torch.float32)
             yield f"{name}: a row of x for each pair", torch.equal(again.view_as(found), found)
             yield f"{name}: one by one", alone_alike(x, index, rows, w, config)
+    rows = [[e2m1_weight(gen, N, 208, 16, N * (e + 1) / 9999) for N in (70, 33)] for e in range(6)]
+    w, x = grouped.Routed(grouped.stack(rows)[0], plan), torch.randn(11, 208, generator=gen).half()
+    for config in (Config(8, 64, 2, 4, 2), Config(16, 64, 1, 4, 2)):
+        found = grouped.launch(x[:, None], w, None, config, torch.float32)
+        yield f"experts nvfp4 {config}", sqnr(found, grouped.reference(x[:, None].float(), w))
     for tokens, top, experts in ((1, 1, 1), (1, 8, 128), (700, 2, 6)):
         index = torch.randint(0, experts + 3, (tokens, top), generator=gen)
         found, wanted = routing.launch(index, experts), routing.reference(index, experts)
@@ -172,9 +183,7 @@ E2M1 = {
 def e2m1_cases():
     gen = torch.Generator().manual_seed(3)
     for name, (M, N, K, group, config) in E2M1.items():
-        codes = torch.randint(0, 16, (N, K), generator=gen, dtype=torch.uint8)
-        scales = torch.randint(*((118, 130) if group == 32 else (0, 127)), (N, K // group), generator=gen)
-        w = e2m1.pack(codes, scales.to(torch.uint8), e8m0=group == 32, factor=0.013)
+        w = e2m1_weight(gen, N, K, group)
         x, bias = torch.randn(M, K, generator=gen).half(), torch.randn(N, generator=gen).half()
         wanted = e2m1.reference(x.float(), w, bias)
         yield name, sqnr(e2m1.launch(x, w, bias, config, torch.float32), wanted)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import library
 
-from llmq_kernels import grouped, layout, routing, tune, weight_only
+from llmq_kernels import e2m1, grouped, layout, routing, tune, weight_only
 from llmq_kernels.errors import KernelError
 
 GEN = torch.Generator().manual_seed(0)
@@ -51,6 +51,27 @@ def test_every_pair_has_the_product_of_its_expert():
     given = w.words, w.params, plan.order, plan.begin, bias, *w.one.shape, TOP
     check(torch.ops.llmq.grouped_weight_only, x, *given)
     check(torch.ops.llmq.expert_plan, index, E)
+
+
+def test_small_floats_of_an_expert_have_factors_of_their_own():
+    def floats(N, factor):
+        codes = torch.randint(0, 16, (N, K), generator=GEN, dtype=torch.uint8)
+        scales = torch.randint(1, 127, (N, K // 16), generator=GEN).to(torch.uint8)
+        return e2m1.pack(codes, scales, e8m0=False, factor=factor)
+
+    rows = [[floats(40, 0.01 * (e + 1)), floats(30, 0.02)] for e in range(E)]
+    w, parts = grouped.stack(rows)
+    x, index = tokens()
+    plan = routing.plan(index, E)
+    y = grouped.linear(x, w, plan)
+    for e, (row, of_one) in enumerate(zip(rows, parts, strict=True)):
+        t, j = (index == e).nonzero(as_tuple=True)
+        for begin, each, part in zip((0, 128), row, of_one, strict=True):
+            torch.testing.assert_close(y[t, j, begin : begin + each.N], e2m1.linear(x[t], each), rtol=1e-4, atol=1e-3)
+            assert part.factor == each.factor
+            assert all(torch.equal(a, b) for a, b in zip(e2m1.unpack(part), e2m1.unpack(each), strict=True))
+    given = w.words, w.params, w.factors, plan.order, plan.begin, None, *w.one.shape, TOP
+    check(torch.ops.llmq.grouped_e2m1, x, *given)
 
 
 def test_torch_compile_traces_through():

@@ -8,6 +8,7 @@ frozen at what was measured. That the simulator sees faults is shown on these ke
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import panels
 import pytest
@@ -233,6 +234,22 @@ def test_experts_together_have_the_bits_of_each_alone(monkeypatch):
     for e in (0, 4):
         t, j = (index == e).nonzero(as_tuple=True)
         assert torch.equal(weight_only.launch(x[t], rows[e][0], None, config), y[t, j, :100])
+
+
+@pytest.mark.parametrize(("group", "dtype"), [(16, FP16), (32, BF16)], ids=["nvfp4", "mxfp4"])
+def test_experts_of_small_floats(monkeypatch, group, dtype):
+    rows = [[replace(e2m1_weight(group, N, 256), factor=N * (e + 1) / 9999) for N in (100, 70)] for e in range(3)]
+    index = torch.tensor([[2, 0], [0, 3], [2, 0]])
+    w = grouped.Routed(grouped.stack(rows)[0], routing.plan(index, 3))
+    x = torch.randn(3, 256, generator=generator()).to(dtype)
+    launches = simulated(monkeypatch, grouped, "grouped_kernel")
+    y = grouped.launch(x[:, None], w, None, grouped.configs(3, w, asm=True)[0])
+    assert not y[1, 1].any()
+    for e in (0, 2):
+        t, j = (index == e).nonzero(as_tuple=True)
+        for begin, each in zip((0, 128), rows[e], strict=True):
+            assert_close(y[t, j, begin : begin + each.N], x[t], e2m1.dequantize(each))
+    assert_sound(launches)
 
 
 @pytest.mark.parametrize(("tokens", "top", "experts"), [(1, 8, 128), (600, 2, 9)])

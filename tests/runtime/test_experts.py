@@ -14,8 +14,11 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import llmq
 from llmq.formats.compressed_tensors import CompressedTensors
 from llmq.grids.int import Int
+from llmq.grids.mxfp4 import Mxfp4
+from llmq.grids.nvfp4 import Nvfp4
 from llmq.integrations.compiled import compile_for_generation
 from llmq.model.experts import Experts
+from llmq.runtime.backends.floatloop import FloatLoop
 from llmq.runtime.experts import Layer, group_experts
 from llmq.runtime.joining import join_sites
 from llmq.runtime.linear import QuantLinear
@@ -23,6 +26,7 @@ from llmq.types import LinearSpec, QTensor, Scheme
 
 E, TOP, T, H, INNER = 5, 2, 9, 96, 64
 W4 = Int(4, False, 32)
+FLOATS = {"nvfp4": Nvfp4(), "mxfp4": Mxfp4()}
 CLASSES = {
     "gates": ("qwen3_moe", "Qwen3MoeExperts"),
     "biases, interleaved": ("gpt_oss", "GptOssExperts"),
@@ -150,6 +154,17 @@ def test_layers_whose_experts_are_not_alike_run_one_by_one():
         assert group_experts(experts) == 0 and experts.together is None
         assert all(m.prepacked.site is None for m in experts.modules() if isinstance(m, QuantLinear))
     assert group_experts(packed(grid=W8)) == 1
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@torch.no_grad()
+def test_small_floats_run_together_too(name, monkeypatch):
+    monkeypatch.setattr(FloatLoop, "refuses", lambda spec, device: "it is not asked")
+    experts, args = packed(grid=FLOATS[name]), given()
+    want, before = experts(*args), {k: t.clone() for k, t in experts.state_dict().items()}
+    assert getattr(experts, "2").up_proj.backend == "triton_e2m1" and group_experts(experts) == 1
+    assert snr(experts(*args), want) > 40
+    assert all(torch.equal(t, before[k]) for k, t in experts.state_dict().items())
 
 
 LAYER = {"plan_kernel": 1, "grouped_kernel": 2}

@@ -47,6 +47,14 @@ class TritonPrepacked(Prepacked):
     def kind(self) -> Hashable:
         """Return what weights of one activation must have in common to be multiplied as one, None for none."""
 
+    def kind_of_expert(self) -> Hashable:
+        """Return what the weights of a layer's experts must have in common, None for none."""
+        return None if self.stack is None else self.kind()
+
+    def entering(self, x: Tensor) -> Tensor:
+        """Return what the kernel multiplies of an activation."""
+        return x
+
     @abstractmethod
     def hold(self, w: Any) -> None:
         """Hold a weight for the kernel."""

@@ -60,7 +60,7 @@ class TritonE2M1(TritonPrepacked, FloatPrepacked):
 
     def __init__(self, q: QTensor, spec: LinearSpec) -> None:
         super().__init__(q, spec)
-        from llmq_kernels import e2m1
+        from llmq_kernels import e2m1, grouped
 
         params = FloatParams.of(q.params)
         if params.stored is None:
@@ -68,6 +68,7 @@ class TritonE2M1(TritonPrepacked, FloatPrepacked):
         factor = 1.0 if params.divisor is None else 1 / float(params.divisor[0])
         w = e2m1.pack(q.codes, params.stored, e8m0=params.divisor is None, factor=factor)
         self.linear, self._multiply, self._join = spec.name, e2m1.linear, e2m1.join
+        self.stack = grouped.stack
         self.hold(w)
 
     def hold(self, w: Any) -> None:
@@ -84,12 +85,21 @@ class TritonE2M1(TritonPrepacked, FloatPrepacked):
 
     def multiply(self, x: Tensor, w: Any, bias: Tensor | None) -> Tensor:
         """See `TritonPrepacked.multiply`."""
-        return self._multiply(self.rounded(x), w, bias)
+        return self._multiply(self.entering(x), w, bias)
+
+    def entering(self, x: Tensor) -> Tensor:
+        """See `TritonPrepacked.entering`."""
+        return self.rounded(x)
 
     def kind(self) -> Hashable:
         """See `TritonPrepacked.kind`; of weights whose input is rounded by a grid of its own, each stays alone."""
         fixed = self.in_scale is not None or self.in_divisor is not None
         return None if fixed else (self.name, self.activation, self.packed.shape[1:], self.packed.factor)
+
+    def kind_of_expert(self) -> Hashable:
+        """See `TritonPrepacked.kind_of_expert`: each has a factor of its own."""
+        kind = self.kind()
+        return None if kind is None else kind[:-1]  # type: ignore[index]
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
