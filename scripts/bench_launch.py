@@ -22,6 +22,7 @@ from llmq.grids.int import Int
 from llmq.grids.nvfp4 import Nvfp4
 from llmq.runtime.backends._triton import Site
 from llmq.types import LinearSpec, QTensor, RangedGrid, Scheme
+from llmq_kernels import grouped, routing
 
 SCHEMES: dict[str, tuple[RangedGrid, RangedGrid | None, int]] = {  # weights, activations, K
     "int4 g128": (Int(4, True, 128), None, 256),
@@ -69,6 +70,16 @@ def rows(rounds: int) -> Iterator[str]:
             launches = counts.total()
             called = microseconds(lambda: together(three, x), rounds)  # noqa: B023  called here
         yield f"| {name}, three of one input together | {called:.1f} | | {launches} |"
+    with counted() as counts:
+        weight, _ = grouped.stack([[layer(*SCHEMES["int4 g128"]).packed] for _ in range(128)])
+        x, index = torch.randn(1, 256).half(), torch.arange(8)[None]
+        plan = routing.plan(index, 128)
+        grouped.linear(x, weight, plan)
+        launches = counts.total() - 1
+        called = microseconds(lambda: grouped.linear(x, weight, plan), rounds)
+        planned = microseconds(lambda: routing.plan(index, 128), rounds)
+    yield f"| int4 g128, 8 of 128 experts | {called:.1f} | | {launches} |"
+    yield f"| the plan of 128 experts | {planned:.1f} | | 1 |"
 
 
 def together(weights: Sequence[Any], x: torch.Tensor) -> None:

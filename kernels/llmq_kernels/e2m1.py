@@ -290,6 +290,8 @@ def dequantize(w: E2M1Weight) -> Tensor:
 
 def reference(x: Tensor, w: E2M1Weight, bias: Tensor | None = None) -> Tensor:
     """Return `x @ W^T + bias` `[..., N]` computed in float32 and rounded once to the dtype of x."""
+    if not x.numel():  # an expert without tokens decodes nothing
+        return x.new_zeros(*x.shape[:-1], w.N)
     return F.linear(x.float(), dequantize(w), None if bias is None else bias.float()).to(x.dtype)
 
 

@@ -188,6 +188,8 @@ def sum_splits_kernel(
 
 def reference(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """Return `x @ W^T + bias` `[..., N]` computed in float32 and rounded once to the dtype of x."""
+    if not x.numel():  # an expert without tokens decodes nothing
+        return x.new_zeros(*x.shape[:-1], w.N)
     x32 = x.float() if w.order is None else x[..., w.order].float()
     return F.linear(x32, dequantize(w), None if bias is None else bias.float()).to(x.dtype)
 

@@ -151,6 +151,9 @@ def grouped_cases():
     for config in (Config(8, 64, 2, 4, 2), Config(16, 64, 1, 4, 2)):
         found = grouped.launch(x[:, None], w, None, config, torch.float32)
         yield f"experts nvfp4 {config}", sqnr(found, grouped.reference(x[:, None].float(), w))
+    for wide in (x.float() * 1e5, x):
+        found = grouped.linear(wide, w.weight, plan)
+        yield f"experts nvfp4 {wide.dtype}, rounded", sqnr(found, grouped.reference(wide[:, None].float(), w))
     for tokens, top, experts in ((1, 1, 1), (1, 8, 128), (700, 2, 6)):
         index = torch.randint(0, experts + 3, (tokens, top), generator=gen)
         found, wanted = routing.launch(index, experts), routing.reference(index, experts)

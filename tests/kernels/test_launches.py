@@ -55,6 +55,13 @@ def test_a_call_launches_its_kernels_and_nothing_else(name):
             assert counts == {k: turn * n for k, n in wanted.items()}
 
 
+@pytest.mark.parametrize(("linear", "w"), [(weight_only.linear, W4), (e2m1.linear, MXFP4)], ids=["W4", "MXFP4"])
+def test_no_rows_launch_nothing_but_an_empty_tensor(linear, w):
+    with counted() as counts, TorchLaunches(counts):
+        assert linear(torch.empty(0, w.K).half(), w).shape == (0, 128)
+        assert set(counts) <= {"torch new_zeros"}
+
+
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_a_layer_of_experts_launches_one_product_each_for_its_gates_and_downs(tokens):
     """And a plan; whatever the number of experts."""
