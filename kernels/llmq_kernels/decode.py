@@ -44,8 +44,8 @@ def decode_kernel(
     w_ptrs = w_ptr + (t * TILE_ROWS + offs_r)[None, :] * NP + (FIRST + offs_n)[:, None]
     w = tl.load(w_ptrs)
     if BITS == 3:
-        w8 = tl.load(w_ptrs + SUB * NP)
-        high = tl.load(w_ptrs + 2 * SUB * NP)
+        w1 = tl.load(w_ptrs + SUB * NP)
+        w2 = tl.load(w_ptrs + 2 * SUB * NP)
     for first in tl.static_range(0, COUNT, RUN):
         if GROUP == 0:
             word = tl.load(param_ptr + FIRST + offs_n)
@@ -56,7 +56,7 @@ def decode_kernel(
             z = zero_of(word)[:, None]
         for j in tl.static_range(first, first + RUN):
             if BITS == 3:
-                a = code3_minus_zero(w if j < 8 else w8, high, z, j, tl.float16, ASM)
+                a = code3_minus_zero(w, w1, w2, z, j, tl.float16, ASM)
             else:
                 a = code_minus_zero(w, z, j, BITS, tl.float16, ASM)
             values = a.to(tl.float32) * scale_of(word, HAS_ZERO)[:, None]

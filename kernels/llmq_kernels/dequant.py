@@ -7,7 +7,9 @@ A float whose exponent makes one unit in the last place equal 1 holds a small in
 
 so a field anywhere in the mantissa is masked, or-ed and brought back by one fma: `x * 2^-k - (base * 2^-k + zero)`.
 Every step is exact, and the result is the integer `code - zero` itself. A word is shifted only for fields beyond the
-mantissa: of the four nibbles of an int16, fp16 reads two from the word and two from the word shifted by 8.
+mantissa: of the four nibbles of an int16, fp16 reads two from the word and two from the word shifted by 8. Of 16 codes
+of 3 bits, each of three words holds five and one bit of the last; the words are shifted by 9, 8 and 7, so that these
+bits lie side by side, and the last code costs two instructions more than the others.
 Eight bits do not fit bf16's mantissa; there a byte is `16 * (high - zero_high) + (low - zero_low)`, also exact.
 
 The words are int16 lanes; the inline PTX works on the two lanes of a 32-bit register at once (`lop3` is (a & b) | c).
@@ -56,11 +58,18 @@ def _base(dtype):
 def _place(j, bits, dtype):
     """Return (shift, k): field j of a word of `bits`-bit fields lies at bit k of the word shifted right by `shift`.
 
-    3-bit codes keep their low two bits in 2-bit fields, and bit 2 joins them above: k + 3 must fit the mantissa.
+    Of 3 bits, field j is field j % 5 of the word j // 5, and field 15 bit 15 of every word: at bit k of the first.
     """
-    width = 2 if bits == 3 else bits
-    per_window = (_mantissa(dtype) - (bits - width)) // width
-    return j // per_window * per_window * width, j % per_window * width
+    per_window = _mantissa(dtype) // bits
+    if bits != 3:
+        return j // per_window * per_window * bits, j % per_window * bits
+    if j == 15:
+        shift = _place(4, 3, dtype)[0]
+        return shift, 15 - shift
+    word, field = j // 5, j % 5
+    window = field // per_window
+    shift = window * per_window * 3 - (word if window == 4 // per_window else 0)
+    return shift, field * 3 - shift
 
 
 @constexpr_function
@@ -76,14 +85,19 @@ def _scale(j, bits, dtype):
 
 @constexpr_function
 def _mask(j, bits, dtype):
-    return (2 ** (2 if bits == 3 else bits) - 1) << _place(j, bits, dtype)[1]
+    return (2**bits - 1) << _place(j, bits, dtype)[1]
+
+
+@constexpr_function
+def _magic_text(dtype):
+    """Return the magic exponent of two lanes."""
+    return "0x64006400" if dtype == tl.float16 else "0x43004300"
 
 
 @constexpr_function
 def _field_text(j, bits, dtype):
     """Return PTX for two lanes: $0 = magic | (($1 >> shift) & mask)."""
-    magic = 0x64006400 if dtype == tl.float16 else 0x43004300
-    lop3 = f"0x{_mask(j, bits, dtype) * 0x10001:08X}, 0x{magic:08X}, 0xEA;"
+    lop3 = f"0x{_mask(j, bits, dtype) * 0x10001:08X}, {_magic_text(dtype)}, 0xEA;"
     shift = _shift(j, bits, dtype)
     if not shift:
         return f"lop3.b32 $0, $1, {lop3}"
@@ -91,11 +105,15 @@ def _field_text(j, bits, dtype):
 
 
 @constexpr_function
-def _high_bit_text(bit, j, dtype):
-    """Return PTX for two lanes: $0 = $2 | bit `bit` of $1, moved above the 2-bit field j."""
-    to = _place(j, 3, dtype)[1] + 2
-    move = f"shr.b32 t, $1, {bit - to};" if bit >= to else f"shl.b32 t, $1, {to - bit};"
-    return f"{{ .reg .b32 t; {move} lop3.b32 $0, t, 0x{(1 << to) * 0x10001:08X}, $2, 0xEA; }}"
+def _last_text(dtype):
+    """Return PTX for two lanes: $0 = magic | bit 15 of each of the words $1, $2 and $3, at bits k, k + 1 and k + 2."""
+    k = _place(15, 3, dtype)[1]
+    text, found = "", _magic_text(dtype)
+    for word, to in enumerate(("t", "t", "$0")):
+        mask = f"0x{(1 << k + word) * 0x10001:08X}"
+        text += f"shr.b32 u, ${word + 1}, {15 - k - word}; lop3.b32 {to}, u, {mask}, {found}, 0xEA; "
+        found = to
+    return f"{{ .reg .b32 t; .reg .b32 u; {text}}}"
 
 
 @triton.jit
@@ -127,14 +145,13 @@ def _field(w, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _field_and_bit(w, high, bit: tl.constexpr, j: tl.constexpr, dtype: tl.constexpr):
-    """Return `base + 2^k * (2-bit field j of w + 4 * bit of high)`, by assembly."""
-    low = _field(w, j, 3, dtype)
-    text: tl.constexpr = _high_bit_text(bit, j, dtype)
+def _last_field(w, w1, w2, dtype: tl.constexpr):
+    """Return `base + 2^k * field 15` of three words of 3-bit fields, by assembly."""
+    text: tl.constexpr = _last_text(dtype)
     if dtype == tl.float16:
-        return tl.inline_asm_elementwise(text, "=r,r,r", [high, low], dtype=tl.float16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(text, "=r,r,r,r", [w, w1, w2], dtype=tl.float16, is_pure=True, pack=2)
     else:
-        return tl.inline_asm_elementwise(text, "=r,r,r", [high, low], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(text, "=r,r,r,r", [w, w1, w2], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -164,7 +181,7 @@ def zero_of(word):
 
 @triton.jit
 def code_minus_zero(w, z, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
-    """Return `code - zero` of field j of an int16 tile. BITS: 2, 4, 8; z: int16 zeros that broadcast, None for half."""
+    """Return `code - zero` of field j of an int16 tile; z: int16 zeros that broadcast, None for half of the codes."""
     if BITS == 8 and dtype == tl.bfloat16:
         return _byte_bf16(w, z, j, ASM)
     elif ASM:
@@ -175,14 +192,15 @@ def code_minus_zero(w, z, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constex
 
 
 @triton.jit
-def code3_minus_zero(w, high, z, j: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
-    """Return `code - zero` of 3-bit codes: low bits in 2-bit field j % 8 of `w`, bit 2 in bit j of `high`."""
-    zero = _zero(z, 4, dtype)
-    if ASM:
-        return _unscale(_field_and_bit(w, high, j, j % 8, dtype), zero, j % 8, 3, dtype)
+def code3_minus_zero(w, w1, w2, z, j: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+    """Return `code - zero` of field j of three words of 3-bit codes; see `_place`."""
+    if j < 15:
+        return code_minus_zero(w if j < 5 else w1 if j < 10 else w2, z, j if ASM else j % 5, 3, dtype, ASM)
+    elif ASM:
+        return _unscale(_last_field(w, w1, w2, dtype), _zero(z, 4, dtype), j, 3, dtype)
     else:
-        code = ((w >> (2 * (j % 8))) & 0x3) | (((high >> j) & 0x1) << 2)
-        return _magic(code, dtype) - zero
+        code = ((w >> 15) & 1) | ((w1 >> 14) & 2) | ((w2 >> 13) & 4)
+        return _magic(code, dtype) - _zero(z, 4, dtype)
 
 
 @triton.jit

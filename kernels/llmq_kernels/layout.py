@@ -7,8 +7,7 @@ columns `j * SUB + r` for j = 0 .. FIELDS - 1, field j at bit `bits * j` of an i
     4     32      4       128           one row of words per 4 columns
     8     64, 32  2       128, 64       32 where the group is an odd multiple of 32
     2     32      8       256
-    3     32      16      512           32 rows with the low 2 bits of fields 0-7, 32 rows with those of 8-15,
-                                        32 rows with bit 2 of field j at bit j
+    3     32      16      512           three times 32 rows with five fields each, and at bit 15 one bit of field 15
 A sub-dot of the kernel multiplies field j of all rows with SUB neighbouring activations: words go from memory to
 tensor-core fragments without any shuffle. As groups are multiples of SUB, a sub-dot has one scale.
 
@@ -36,6 +35,8 @@ from llmq_kernels.errors import KernelError
 
 FIELDS = {2: 8, 3: 16, 4: 4, 8: 2}
 N_MULTIPLE = 128
+REVISION = 2
+"""Of this layout: what was fastest for another need not be for this one."""
 
 
 @dataclass(frozen=True)
@@ -223,8 +224,8 @@ def _words(codes_NK: Tensor, bits: int, sub: int) -> Tensor:
     tiles = codes_NK.t().reshape(-1, fields, sub, N)
     if bits != 3:
         return _join(tiles, bits).reshape(-1, N)
-    low, high = tiles & 3, tiles >> 2
-    planes = [_join(low[:, :8], 2), _join(low[:, 8:], 2), _join(high, 1)]
+    bits_of_last = [tiles[:, 15:] >> word & 1 for word in range(3)]
+    planes = [_join(torch.cat([tiles[:, 5 * i : 5 * i + 5], bit], 1), 3) for i, bit in enumerate(bits_of_last)]
     return torch.stack(planes, dim=1).reshape(-1, N)
 
 
@@ -241,9 +242,9 @@ def _codes(words: Tensor, bits: int, sub: int) -> Tensor:
     N = words.shape[1]
     if bits != 3:
         return _split(words.reshape(-1, sub, N), bits, FIELDS[bits]).reshape(-1, N).t()
-    planes = words.reshape(-1, 3, sub, N)
-    low = torch.cat([_split(planes[:, 0], 2, 8), _split(planes[:, 1], 2, 8)], dim=1)
-    return (low | _split(planes[:, 2], 1, 16) << 2).reshape(-1, N).t()
+    planes = [_split(plane, 3, 6) for plane in words.reshape(-1, 3, sub, N).unbind(1)]
+    last = sum((plane[:, 5:] & 1) << word for word, plane in enumerate(planes))
+    return torch.cat([*(plane[:, :5] for plane in planes), last], dim=1).reshape(-1, N).t()
 
 
 def _split(words_TRN: Tensor, bits: int, fields: int) -> Tensor:

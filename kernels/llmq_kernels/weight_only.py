@@ -48,7 +48,7 @@ from llmq_kernels.launch import (
     runs_on,
     uses_asm,
 )
-from llmq_kernels.layout import N_MULTIPLE, PackedWeight, dequantize, sub_rows, tile
+from llmq_kernels.layout import N_MULTIPLE, REVISION, PackedWeight, dequantize, sub_rows, tile
 
 FEW = 32
 """The most tokens that meet packed codes only."""
@@ -84,8 +84,8 @@ def sums(
     for t in tl.range(begin, end, num_stages=STAGES):
         w = tl.load(w_ptrs)
         if BITS == 3:
-            w8 = tl.load(w_ptrs + SUB * NP)
-            high = tl.load(w_ptrs + 2 * SUB * NP)
+            w1 = tl.load(w_ptrs + SUB * NP)
+            w2 = tl.load(w_ptrs + 2 * SUB * NP)
         for first in tl.static_range(0, COUNT, RUN):
             if GROUP == 0:
                 part = acc
@@ -98,7 +98,7 @@ def sums(
             for j in tl.static_range(first, first + RUN):
                 x = tl.load(x_ptrs + j * SUB, mask=x_mask, other=0.0)
                 if BITS == 3:
-                    a = code3_minus_zero(w if j < 8 else w8, high, z, j, dtype, ASM)
+                    a = code3_minus_zero(w, w1, w2, z, j, dtype, ASM)
                 else:
                     a = code_minus_zero(w, z, j, BITS, dtype, ASM)
                 part = tl.dot(a, x, part)
@@ -338,7 +338,7 @@ def configs(M: int, w: PackedWeight, *, asm: bool | None = None) -> list[tune.Co
         BM = 8 if M <= 8 and asm else 16
         splits = split, split // 2, 1
         found = [Config(BM, 128, s, 2, 4, 168 if BM == 8 else 200) for s in splits] if w.bits in (2, 4) else []
-        found += [Config(BM, 64, s, 2, 3, 144) if w.bits == 3 else Config(BM, 64, s, 2, 4, 128) for s in splits]
+        found += [Config(BM, 64, s, 2, 3, 240) if w.bits == 3 else Config(BM, 64, s, 2, 4, 128) for s in splits]
         found += [Config(BM, wide, split, 4, 3), Config(BM, wide, 1, 4, 3)]
     elif M <= 64:
         BM, half = 32 if M <= 32 else 64, max(1, split // 2)
@@ -387,7 +387,7 @@ def _ordered(x: Tensor, w: PackedWeight) -> Tensor:
     return x if w.order is None else x[..., w.order]
 
 
-_KERNEL = Kernel("weight_only", reference, configs, launch, planned, check_activation)
+_KERNEL = Kernel(f"weight_only {REVISION}", reference, configs, launch, planned, check_activation)
 
 
 class Launches:

@@ -62,6 +62,16 @@ def test_field_j_of_row_r_is_column_j_sub_plus_r():
     assert words.count_nonzero() == 1
 
 
+def test_three_words_hold_five_codes_of_three_bits_each_and_a_bit_of_the_sixteenth():
+    codes = torch.zeros(128, 512, dtype=torch.uint8)
+    codes[7, 11 * 32 + 5] = 6  # field 11: the second of the third word
+    codes[9, 15 * 32 + 5] = 5
+    words = layout.pack(codes, torch.ones(128, 4).half(), None, 3).words.reshape(3, 32, 128)
+    assert words[2, 5, 7] == 6 << 3
+    assert words[:, 5, 9].tolist() == [-(2**15), 0, -(2**15)]
+    assert words.count_nonzero() == 3
+
+
 def test_act_order_sorts_the_columns_by_group():
     codes, scale, zeros = make(4, 40, 256, 4, True)
     g_idx = torch.arange(256)[torch.randperm(256, generator=torch.Generator().manual_seed(3))] // 64

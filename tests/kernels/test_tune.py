@@ -10,7 +10,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from llmq_kernels import tune, weight_only
+from llmq_kernels import layout, tune, weight_only
 from llmq_kernels.errors import KernelError
 from llmq_kernels.layout import PackedWeight
 
@@ -82,6 +82,10 @@ def test_what_is_no_candidate_any_more_is_measured_again(clock, tmp_path):
     tune.cache_folder(tmp_path)
     assert choose() == B
     assert json.loads(file.read_text())["op 1"] == asdict(B)
+
+
+def test_choices_for_another_layout_of_the_words_are_not_found():
+    assert weight_only._KERNEL.name == f"weight_only {layout.REVISION}" != "weight_only"
 
 
 def test_nothing_is_measured_when_told_so_or_in_a_graph_capture(clock, monkeypatch, tmp_path):
