@@ -80,7 +80,7 @@ def weight_only_build(
     w: PackedWeight, config: tune.Config, dtype: str = "fp16", *, asm: bool = True, bias: bool = False
 ) -> Build:
     """Return the Build of the weight-only kernel for a packed weight (its tensors are not read)."""
-    types = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "param_ptr": "*i32", "bias_ptr": f"*{dtype}"}
+    types = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "param_ptr": _params(w), "bias_ptr": f"*{dtype}"}
     types |= {"y_ptr": "*fp32" if config.split_k > 1 else f"*{dtype}", "M": "i32", "N": "i32", "NP": "i32", "K": "i32"}
     constants = weight_only.constants(w, config, has_bias=bias, asm=asm)
     return Build(weight_only.weight_only_kernel, types, constants, ("M",), _options(config))
@@ -88,7 +88,7 @@ def weight_only_build(
 
 def grouped_build(w: grouped.Routed, config: tune.Config, dtype: str = "fp16", *, asm: bool = True) -> Build:
     """Return the Build of the kernel over the experts of a layer (the tensors of their weights are not read)."""
-    types = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "param_ptr": "*i32", "bias_ptr": f"*{dtype}"}
+    types = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "param_ptr": _params(w.weight.one), "bias_ptr": f"*{dtype}"}
     types |= {"y_ptr": "*fp32" if config.split_k > 1 else f"*{dtype}", "order_ptr": "*i32", "begin_ptr": "*i32"}
     types |= dict.fromkeys(("param_stride", "E", "TOP", "M", "N", "NP", "K"), "i32")
     factors: dict[str, Any] = {"factor_ptr": None}
@@ -103,6 +103,13 @@ def _plan_build(pairs: int) -> Build:
     return Build(routing.plan_kernel, types, routing.constants(pairs), ("S", "E"), _PLAIN)
 
 
+def _params(w: PackedWeight | e2m1.E2M1Weight) -> str:
+    if isinstance(w, e2m1.E2M1Weight):
+        return "*i32"
+    types = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+    return types[w.params.dtype]
+
+
 def e2m1_build(w: e2m1.E2M1Weight, config: tune.Config, dtype: str = "fp16", *, asm: bool = True) -> Build:
     """Return the Build of the kernel of E2M1 weights for few tokens (the weight's tensors are not read)."""
     types = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "param_ptr": "*i32", "bias_ptr": f"*{dtype}", "factor": "fp32"}
@@ -112,7 +119,7 @@ def e2m1_build(w: e2m1.E2M1Weight, config: tune.Config, dtype: str = "fp16", *, 
 
 def decode_build(w: PackedWeight, dtype: str = "fp16", *, asm: bool = True) -> Build:
     """Return the Build of the kernel that decodes rows of an integer weight (its tensors are not read)."""
-    types = {"w_ptr": "*i16", "param_ptr": "*i32", "out_ptr": f"*{dtype}"}
+    types = {"w_ptr": "*i16", "param_ptr": _params(w), "out_ptr": f"*{dtype}"}
     types |= dict.fromkeys(("FIRST", "N", "NP", "K"), "i32")
     return Build(decode.decode_kernel, types, decode.constants(w, asm=asm), ("FIRST", "N"), _PLAIN)
 
@@ -203,7 +210,7 @@ def _options(config: tune.Config) -> dict[str, int]:
 
 
 def _weight(bits: int, group: int, *, zero: bool) -> PackedWeight:
-    empty = torch.empty(0, device="meta")
+    empty = torch.empty(0, device="meta", dtype=torch.int32 if zero else torch.float16)
     return PackedWeight(empty, empty, None, K_TYPICAL, K_TYPICAL, bits, group, zero)
 
 
@@ -293,7 +300,7 @@ CASES = (
     _experts("W4A16 asym g128 experts", _weight(4, 128, zero=True), "fp16", (1.9, 1.9, 1.9), 4),
     _experts("W4A16 asym g128 experts bf16", _weight(4, 128, zero=True), "bf16", (2.1, 2.1, 2.1), 4),
     _experts("W8A16 channel experts", _weight(8, 0, zero=False), "fp16", (2.1, 2.1, 2.05), 8),
-    _experts("W3A16 asym g128 experts", _weight(3, 128, zero=True), "fp16", (2.9, 2.9, 2.85), 4),
+    _experts("W3A16 asym g128 experts", _weight(3, 128, zero=True), "fp16", (2.0, 2.0, 2.0), 4),
     _experts("W4A16 asym g128 experts prefill", _weight(4, 128, zero=True), "fp16", (4.5, 4.5, 4.2), 4, T=4096),
     _grouped("NVFP4 experts", _floats(16), 64, "fp16", (4.0, 4.0, 4.0), 4),
     _grouped("MXFP4 experts bf16", _floats(32), 128, "bf16", (3.25, 3.25, 3.25), 8),

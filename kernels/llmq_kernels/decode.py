@@ -22,7 +22,7 @@ from llmq_kernels.layout import PackedWeight, sub_rows, tile
 @triton.jit(do_not_specialize=["FIRST", "N"])
 def decode_kernel(
     w_ptr,  # [K * BITS / 16, NP] int16
-    param_ptr,  # [K / GROUP, NP] int32
+    param_ptr,  # [K / GROUP, NP] int32, or without zeros floats
     out_ptr,  # [N, K] fp16, bf16 or float32: the rows of W from FIRST on
     FIRST,
     N,

@@ -166,11 +166,13 @@ def _unscale(x, zero, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def scale_of(word, HAS_ZERO: tl.constexpr):
-    """Return the float32 scale of a parameter word: all of it, or the upper 24 bits above an 8-bit zero point."""
+    """Return the float32 scale of a parameter: the upper 24 bits above an 8-bit zero point, all 32 bits, or a float."""
     if HAS_ZERO:
         return (word & ~0xFF).to(tl.float32, bitcast=True)
-    else:
+    elif word.dtype == tl.int32:
         return word.to(tl.float32, bitcast=True)
+    else:
+        return word.to(tl.float32)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from llmq_kernels.dequant import fields_of
 from llmq_kernels.e2m1 import E2M1Weight, e2m1_sums
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import cdiv, direct, operator
-from llmq_kernels.layout import PackedWeight, spans_of
+from llmq_kernels.layout import REVISION, PackedWeight, spans_of
 from llmq_kernels.routing import Plan, slots, tile_of
 from llmq_kernels.weight_only import FEW, Call, Kernel, Launches, multiplied, sums
 
@@ -38,7 +38,7 @@ from llmq_kernels.weight_only import FEW, Call, Kernel, Launches, multiplied, su
 class StackedWeight:
     """The weights `[N, K]` of a layer's experts, alike in all that a kernel fixes.
 
-    words: int16 `[E, K * bits / 16, Np]`; params: int32 `[E, G, Np]`, as of one weight. one: that of expert 0.
+    words: int16 `[E, K * bits / 16, Np]`; params: `[E, G, Np]`, as of one weight. one: that of expert 0.
     factors: float32 `[E, Np]`, what sums of E2M1 are multiplied by; None of integers.
     """
 
@@ -160,9 +160,9 @@ def stack(weights: Sequence[Sequence[Any]]) -> tuple[StackedWeight, list[list[An
     by `layout.join`.
     Raises KernelError for experts that are not alike, and for weights with an order of columns of their own.
     """
-    shapes = {tuple(w.shape for w in row) for row in weights}
-    if len(shapes) > 1 or len({w.shape[1:] for w in weights[0]}) > 1:
-        raise KernelError("experts whose weights differ in shape, bits, groups or zeros are not one weight")
+    kinds = {tuple((w.shape, w.params.dtype) for w in row) for row in weights}
+    if len(kinds) > 1 or len({(w.shape[1:], w.params.dtype) for w in weights[0]}) > 1:
+        raise KernelError("experts whose weights differ in shape, bits, groups, zeros or scales' dtype are not one")
     if any(getattr(w, "order", None) is not None for row in weights for w in row):
         raise KernelError("experts whose columns have orders of their own (g_idx) are not one weight")
     words, params = (_stacked([[getattr(w, n) for w in row] for row in weights]) for n in ("words", "params"))
@@ -342,7 +342,9 @@ def planned(x: Tensor, w: Routed, config: tune.Config, has_bias: bool, dtype: to
     return call
 
 
-_KERNELS = [Kernel(name, reference, configs, launch, planned, check) for name in ("grouped", "grouped_e2m1")]
+_KERNELS = [
+    Kernel(name, reference, configs, launch, planned, check) for name in (f"grouped {REVISION}", "grouped_e2m1")
+]
 
 
 def constants(w: Routed, config: tune.Config, *, has_bias: bool = False, asm: bool | None = None) -> dict[str, Any]:

@@ -11,8 +11,9 @@ columns `j * SUB + r` for j = 0 .. FIELDS - 1, field j at bit `bits * j` of an i
 A sub-dot of the kernel multiplies field j of all rows with SUB neighbouring activations: words go from memory to
 tensor-core fragments without any shuffle. As groups are multiples of SUB, a sub-dot has one scale.
 
-    params int32 [G, N]   the bits of the float32 scale; where there are zeros, its low 8 mantissa bits hold the zero,
-                          which costs nothing for fp16 and bf16 scales (at least 13 low bits are clear)
+    params [G, N]         the scales, in fp16, bf16 or float32 as they came. Where there are zeros, int32: the bits of a
+                          float32 scale whose low 8 mantissa bits hold the zero, which costs nothing for fp16 and bf16
+                          scales (at least 13 low bits are clear)
     rest   uint8 [N, G]   those low 8 bits, where float32 scales have any: the kernel multiplies with scales cut by up
                           to 2^-15 of themselves, and `unpack` still gives back every bit
 
@@ -29,9 +30,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmq_kernels.errors import KernelError
+from llmq_kernels.launch import HALF
 
 FIELDS = {2: 8, 3: 16, 4: 4, 8: 2}
 N_MULTIPLE = 128
@@ -43,8 +46,8 @@ REVISION = 2
 class PackedWeight:
     """A weight `[N, K]` for the weight-only kernel, with `w = scale * (code - zero)`.
 
-    words: int16 `[Kp * bits / 16, Np]`; params: int32 `[Gp, Np]`; Kp, Np: K and N padded. Both may be columns of wider
-    tensors, alike in their strides (see `join`).
+    words: int16 `[Kp * bits / 16, Np]`; params: `[Gp, Np]` (see the module); Kp, Np: K and N padded. Both may be
+    columns of wider tensors, alike in their strides (see `join`).
     order: int64 `[K]`, the columns of the activation in the order of the packed ones, or None.
     group: columns per scale, 0 for per channel. has_zero: whether `params` holds zeros; else zero is 2^(bits-1).
     rest: what zeros displaced of float32 scales, uint8 `[N, G]`, or None; the kernel does without it.
@@ -105,9 +108,8 @@ def pack(
         codes_NK, order = _sort_columns(codes_NK, g_idx)
     size = tile(bits, group)
     Kp, Np = -(-K // size) * size, -(-N // N_MULTIPLE) * N_MULTIPLE
-    params = torch.zeros((-(-Kp // group) if group else 1, Np), dtype=torch.int32, device=codes_NK.device)
-    words_NG, rest = _params(scale_NG, zero_NG)
-    params[:G, :N] = words_NG.t()
+    params_NG, rest = _params(scale_NG, zero_NG)
+    params = F.pad(params_NG.t(), (0, Np - N, 0, (-(-Kp // group) if group else 1) - G)).contiguous()
     # The padded columns meet activations of 0 and the padded rows are never stored: any code will do.
     padded = torch.zeros((Np, Kp), dtype=torch.uint8, device=codes_NK.device)
     padded[:N, :K] = codes_NK
@@ -123,18 +125,18 @@ def unpack(w: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     if w.has_zero:
         scale = params & ~0xFF if w.rest is None else params & ~0xFF | w.rest.to(torch.int32)
         return codes, scale.view(torch.float32), params & 0xFF
-    return codes, params.view(torch.float32), torch.full_like(params, 2 ** (w.bits - 1))
+    return codes, params.float(), torch.full_like(params, 2 ** (w.bits - 1), dtype=torch.int32)
 
 
 def join(weights: Sequence[PackedWeight]) -> tuple[PackedWeight, list[PackedWeight]]:
     """Return weights of one activation, side by side as one, and each of them as a part of it, equal in every bit.
 
     The parts lie behind each other, padding and all: that of weight i begins at the sum of the Np before it.
-    Raises KernelError for weights that differ in K, bits, groups, zeros or the order of their columns.
+    Raises KernelError for weights that differ in K, bits, groups, zeros, the order of their columns or scales' dtype.
     """
     first, *others = weights
-    if not all(w.shape[1:] == first.shape[1:] and _same(w.order, first.order) for w in others):
-        raise KernelError("weights that differ in K, bits, groups, zeros or column order are not one weight")
+    if not all(_alike(w, first) for w in others):
+        raise KernelError("weights that differ in K, bits, groups, zeros, column order or scales' dtype are not one")
     words, params = (torch.cat([getattr(w, n) for w in weights], 1) for n in ("words", "params"))
     spans = spans_of([w.Np for w in weights])
     parts = [
@@ -147,6 +149,10 @@ def join(weights: Sequence[PackedWeight]) -> tuple[PackedWeight, list[PackedWeig
 def spans_of(sizes: Sequence[int]) -> list[slice]:
     """Return where things of these sizes lie, one behind the other."""
     return [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+
+
+def _alike(a: PackedWeight, b: PackedWeight) -> bool:
+    return a.shape[1:] == b.shape[1:] and a.params.dtype == b.params.dtype and _same(a.order, b.order)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -209,10 +215,10 @@ def _sort_columns(codes_NK: Tensor, g_idx: Tensor) -> tuple[Tensor, Tensor | Non
 
 
 def _params(scale_NG: Tensor, zero_NG: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return int32 `[N, G]` and `rest`, of which there is none for fp16 and bf16 scales (see the module)."""
-    word = scale_NG.float().contiguous().view(torch.int32)
+    """Return `[N, G]` and `rest`, of which there is none for fp16 and bf16 scales (see the module)."""
     if zero_NG is None:
-        return word, None
+        return scale_NG if scale_NG.dtype in HALF else scale_NG.float(), None
+    word = scale_NG.float().contiguous().view(torch.int32)
     rest = (word & 0xFF).to(torch.uint8)
     return word & ~0xFF | zero_NG.to(torch.int32), rest if bool(rest.any()) else None
 

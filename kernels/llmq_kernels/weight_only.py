@@ -117,7 +117,7 @@ def sums(
 def weight_only_kernel(
     x_ptr,  # [M, K] fp16 or bf16
     w_ptr,  # [K * BITS / 16, NP] int16
-    param_ptr,  # [K / GROUP, NP] int32
+    param_ptr,  # [K / GROUP, NP] int32, or without zeros floats
     bias_ptr,  # [N], in x's dtype, if HAS_BIAS
     y_ptr,  # [M, N] in x's dtype or float32, or partials [SPLIT_K, M, N] float32
     M,

@@ -22,10 +22,10 @@ def sqnr(found, wanted):
     return 10 * math.log10(wanted.square().sum().item() / noise) if noise else 1000.0
 
 
-def make_weight(gen, bits, N, K, group, zero, order=False):
+def make_weight(gen, bits, N, K, group, zero, order=False, dtype=torch.float16):
     G = 1 if group is None else K // group
     codes = torch.randint(0, 2**bits, (N, K), generator=gen, dtype=torch.uint8)
-    scale = (torch.rand(N, G, generator=gen) * 0.02 + 0.005).half()
+    scale = (torch.rand(N, G, generator=gen) * 0.02 + 0.005).to(dtype)
     zeros = torch.randint(0, 2**bits, (N, G), generator=gen) if zero else None
     g_idx = torch.arange(K)[torch.randperm(K, generator=gen)] // group if order else None
     return layout.pack(codes, scale, zeros, bits, g_idx=g_idx)
@@ -55,6 +55,11 @@ def weight_only_cases():
         x, bias = torch.randn(M, K, generator=gen).half(), torch.randn(N, generator=gen).half()
         yield name, sqnr(weight_only.launch(x, w, bias, config), weight_only.reference(x.float(), w, bias))
         yield f"{name}: decoded", decoded_alike(w, decode, layout.dequantize(w))
+    for zero in (True, False):
+        w, x = make_weight(gen, 4, 64, 192, 32, zero, dtype=torch.float32), torch.randn(3, 192, generator=gen).half()
+        y = weight_only.launch(x, w, None, Config(8, 64, 1, 4, 2), torch.float32)
+        yield f"float32 scales, zeros {zero}", sqnr(y, weight_only.reference(x.float(), w))
+        yield f"float32 scales, zeros {zero}: decoded", decoded_alike(w, decode, layout.dequantize(w))
     w = make_weight(gen, 4, 100, 192, 64, True, order=True)
     bias = torch.randn(100, generator=gen).half()
     for dtype, bound in ((torch.float16, "rounded"), (torch.float32, "float32")):

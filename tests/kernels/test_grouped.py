@@ -119,7 +119,7 @@ def test_configurations_are_those_of_an_expert_s_part_of_the_tokens():
 
 def test_what_cannot_be_one_weight_is_refused():
     for other in ([weight(bits=8)], [weight(48)], [weight(G=4)]):
-        with pytest.raises(KernelError, match="differ in shape, bits, groups or zeros"):
+        with pytest.raises(KernelError, match="differ in shape, bits, groups, zeros or scales"):
             grouped.stack([[weight()], other])
     ordered = weight(g_idx=torch.arange(K) % 2)
     with pytest.raises(KernelError, match=r"orders of their own \(g_idx\)"):

@@ -40,6 +40,27 @@ def test_the_padded_size_is_that_of_the_bits(bits):
     assert w.words.numel() * 16 == 128 * 1024 * bits
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_without_zeros_are_kept_as_they_are(dtype):
+    codes, scale, _ = make(4, 130, 256, 8, False, dtype=dtype)
+    w = layout.pack(codes, scale, None, 4)
+    assert torch.equal(w.params[:, :130], scale.t()) and w.params.is_contiguous()
+    assert w.params.stride(0) == w.words.stride(0)
+
+
+def test_groups_of_32_take_at_most_a_tenth_more_bytes_than_groups_of_128():
+    """What memory says to 'at most 15 % slower': half scales of groups of 32 take half a bit a weight."""
+    g32, g128 = (layout.pack(*make(4, 128, 1024, 1024 // g, False), 4) for g in (32, 128))
+    size = [w.words.nbytes + w.params.nbytes for w in (g32, g128)]
+    assert size == [4.5 / 8 * 128 * 1024, 4.125 / 8 * 128 * 1024]
+
+
+def test_weights_whose_scales_differ_in_dtype_are_not_joined():
+    codes, scale, _ = make(4, 40, 256, 4, False)
+    with pytest.raises(KernelError, match="scales' dtype"):
+        layout.join([layout.pack(codes, s, None, 4) for s in (scale, scale.float())])
+
+
 def test_float32_scales_give_their_low_bits_to_zeros_and_get_them_back():
     codes, scale, zeros = make(4, 40, 256, 4, True, dtype=torch.float32)
     w = layout.pack(codes, scale, zeros, 4)

@@ -47,11 +47,11 @@ def simulated(monkeypatch, module, *names, mutate=lambda ptx: ptx):
     return launches
 
 
-def weight(bits, group, N, K, dtype, *, zero, g_idx=None):
+def weight(bits, group, N, K, dtype, *, zero, g_idx=None, scales=None):
     draw = generator(bits)
     G = K // group if group else 1
     codes = torch.randint(0, 2**bits, (N, K), generator=draw, dtype=torch.uint8)
-    scale = (torch.rand(N, G, generator=draw) * 0.02 + 0.005).to(dtype)
+    scale = (torch.rand(N, G, generator=draw) * 0.02 + 0.005).to(scales or dtype)
     zeros = torch.randint(0, 2**bits, (N, G), generator=draw, dtype=torch.int32) if zero else None
     return pack(codes, scale, zeros, bits, g_idx=g_idx)
 
@@ -92,6 +92,7 @@ DECODE = {
     "W4A16 asym g128 bf16": (4, 128, True, BF16),
     "W4A16 sym g128 bf16": (4, 128, False, BF16),
     "W4A16 asym g32 fp16": (4, 32, True, FP16),
+    "W4A16 sym g32 fp16": (4, 32, False, FP16),
     "W4A16 sym channel fp16": (4, 0, False, FP16),
     "W8A16 sym channel fp16": (8, 0, False, FP16),
     "W8A16 sym channel bf16": (8, 0, False, BF16),
@@ -126,6 +127,16 @@ def test_shapes_that_do_not_fit(monkeypatch, group, N, K, M):
     y, launches = run_weight_only(monkeypatch, w, x, Config(8, 128, 1, 2, 4), bias)
     assert_close(y, x, dequantize(w), bias)
     assert_sound(launches)
+
+
+@pytest.mark.parametrize("scales", [FP16, BF16, torch.float32])
+def test_scales_of_another_dtype_than_the_activation(monkeypatch, scales):
+    w = weight(4, 32, 128, 256, BF16, zero=False, scales=scales)
+    x = torch.randn(3, 256, generator=generator()).bfloat16()
+    y, launches = run_weight_only(monkeypatch, w, x, Config(8, 128, 1, 2, 4))
+    assert_close(y, x, dequantize(w))
+    assert_sound(launches)
+    assert_weights_read_once(launches[0], w)
 
 
 def test_act_order(monkeypatch):

@@ -97,7 +97,7 @@ class TritonWeightOnly(TritonPrepacked):
 
     def kind(self) -> Hashable:
         """See `TritonPrepacked.kind`; weights in an order of their own stay alone."""
-        return None if self.order is not None else (self.name, self.packed.shape[1:])
+        return None if self.order is not None else (self.name, self.packed.shape[1:], self.params.dtype)
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
