@@ -225,6 +225,12 @@ def _weight_only(name: str, w: PackedWeight, dtype: str, ipw: tuple[float, ...],
     return Case(name, build, weights, limits, wide)
 
 
+def _tall(name: str, w: PackedWeight, config: tune.Config, ipw: float) -> Case:
+    """Return the case of a configuration for warp groups alone."""
+    weights = config.BN * tile(w.bits, w.group)
+    return Case(name, lambda asm: weight_only_build(w, config, asm=asm), weights, {"sm_90": ipw}, 4, targets=("sm_90",))
+
+
 def _grouped(name: str, w: Any, columns: int, dtype: str, ipw: tuple[float, ...], wide: int, T: int = 1) -> Case:
     """Return the case of the first configuration tried for T tokens of which each has 8 of 128 experts.
 
@@ -294,9 +300,15 @@ CASES = (
     _weight_only("W8A16 channel decode", _weight(8, 0, zero=False), "fp16", (2.1, 2.1, 2.05), 8),
     _weight_only("W8A16 channel decode bf16", _weight(8, 0, zero=False), "bf16", (3.65, 3.65, 3.6), 8),
     _weight_only("W3A16 asym g128 decode", _weight(3, 128, zero=True), "fp16", (2.0, 2.0, 2.0), 4),
+    _weight_only("W3A16 asym g128 prefill", _weight(3, 128, zero=True), "fp16", (4.15, 4.15, 3.55), 4, M=512),
     _weight_only("W3A16 sym g128 decode", _weight(3, 128, zero=False), "fp16", (1.9, 1.9, 1.9), 4),
     _weight_only("W3A16 asym g128 decode bf16", _weight(3, 128, zero=True), "bf16", (2.1, 2.1, 2.1), 4),
     _weight_only("W2A16 asym g128 decode", _weight(2, 128, zero=True), "fp16", (1.75, 1.75, 1.75), 4),
+    _tall("W4A16 asym g128 64 x 256", _weight(4, 128, zero=True), tune.Config(64, 256, 1, 8, 3), 3.1),
+    _tall("W4A16 sym channel 128 x 256", _weight(4, 0, zero=False), tune.Config(128, 256, 1, 8, 3), 2.65),
+    _tall("W8A16 channel 64 x 256", _weight(8, 0, zero=False), tune.Config(64, 256, 1, 8, 3), 2.55),
+    _tall("W3A16 asym g128 64 x 128", _weight(3, 128, zero=True), tune.Config(64, 128, 1, 8, 2), 3.65),
+    _tall("W2A16 asym g128 64 x 256", _weight(2, 128, zero=True), tune.Config(64, 256, 1, 8, 2), 2.8),
     _experts("W4A16 asym g128 experts", _weight(4, 128, zero=True), "fp16", (1.9, 1.9, 1.9), 4),
     _experts("W4A16 asym g128 experts bf16", _weight(4, 128, zero=True), "bf16", (2.1, 2.1, 2.1), 4),
     _experts("W8A16 channel experts", _weight(8, 0, zero=False), "fp16", (2.1, 2.1, 2.05), 8),

@@ -26,6 +26,11 @@ def uses_asm() -> bool:
     return torch.version.hip is None and not knobs.runtime.interpret
 
 
+def has_warp_groups(device: torch.device) -> bool:
+    """Say whether four warps of a device multiply together (sm_90's wgmma), the first operand in their registers."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def runs_on(x: Tensor) -> bool:
     """Say whether an op computes `x` by its kernel, and not by its reference.
 

@@ -249,7 +249,7 @@ def _codes(words: Tensor, bits: int, sub: int) -> Tensor:
     if bits != 3:
         return _split(words.reshape(-1, sub, N), bits, FIELDS[bits]).reshape(-1, N).t()
     planes = [_split(plane, 3, 6) for plane in words.reshape(-1, 3, sub, N).unbind(1)]
-    last = sum((plane[:, 5:] & 1) << word for word, plane in enumerate(planes))
+    last = torch.stack([(plane[:, 5:] & 1) << word for word, plane in enumerate(planes)]).sum(0, dtype=torch.uint8)
     return torch.cat([*(plane[:, :5] for plane in planes), last], dim=1).reshape(-1, N).t()
 
 

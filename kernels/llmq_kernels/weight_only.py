@@ -42,6 +42,7 @@ from llmq_kernels.launch import (
     cdiv,
     check_operands,
     direct,
+    has_warp_groups,
     no_gradient,
     on,
     operator,
@@ -322,13 +323,13 @@ def power_of_two(x: Tensor) -> Tensor:
     return unit.masked_fill(unit == 0, 1)
 
 
-def configs(M: int, w: PackedWeight, *, asm: bool | None = None) -> list[tune.Config]:
+def configs(M: int, w: PackedWeight, *, asm: bool | None = None, groups: bool | None = None) -> list[tune.Config]:
     """Return the configurations worth trying for M tokens, the safest guess first.
 
     From 33 tokens on the library is one of them, from 513 the first: every tile of tokens decodes the weight anew.
     asm: as for `constants`. AMD's matrix instructions take no fewer than 16 tokens, and its shared memory three stages.
     Two warps a program keep sm_90 from its warp-group products, whose second operand goes through shared memory and
-    fences: they pay from 32 tokens on.
+    fences: they pay from 32 tokens on. groups: whether the device has them; None is what that of the weight has.
     """
     asm = uses_asm() if asm is None else asm
     tiles = tiles_of(w)
@@ -346,15 +347,35 @@ def configs(M: int, w: PackedWeight, *, asm: bool | None = None) -> list[tune.Co
         found = [Config(BM, bn, s, 4, n) for s in (half, 1) for bn in (wide, 64)]
         found += [Config(BM, wide, s, 8, t) for s in (half, 1) for t in (stages, 3)]
         found += [Config(32, wide, half, 4, stages), Config(64, 64, half, 4, stages)]
+    elif w.bits == 3:  # whose tiles are 512 columns: two stages of 64 tokens are what shared memory holds
+        BM = 64 if asm else 32
+        found = [Config(BM, bn, s, warps, 2) for s in (1, 2) for bn, warps in ((64, 4), (128, 8))]
+        found += [Config(32, 64, 1, 4, stages - 1)]
     else:
         found = [Config(64, wide, 1, 4, stages), Config(128, wide, 1, 8, 3), Config(64, wide, 2, 4, 3)]
         found += [Config(64, 64, 1, 4, 3), Config(64, wide, 1, 8, 3), Config(64, wide, 2, 8, 3)]
         found += [Config(64, 256, 1, 8, 3), Config(128, 64, 1, 4, 3)] if w.bits == 4 else []
+    if M > FEW and (has_warp_groups(w.words.device) if groups is None else groups):
+        found += _tall(w, (max(1, split // 2), 1) if M <= 64 else (1, 2))
     Np = -(-w.N // N_MULTIPLE) * N_MULTIPLE
     fitting = [c for c in found if 1 <= c.split_k <= tiles and Np % c.BN == 0]
     if M > FEW:
         fitting.insert(0 if M > 512 else len(fitting), tune.LIBRARY)
     return list(dict.fromkeys(fitting))
+
+
+def _tall(w: PackedWeight, splits: tuple[int, int]) -> list[tune.Config]:
+    """Return tiles of more features, for two warp groups: a weight reads half of the activations from the L2 cache.
+
+    Groups of 32 and 64 scale too many sums for that (docs/kernels.md).
+    """
+    Config = tune.Config
+    if 0 < w.group < 128:
+        return []
+    if w.bits == 3:
+        return [Config(64, 128, s, 8, 2) for s in splits]
+    found = [Config(64, 256, s, 8, 2 if w.bits == 2 else 3) for s in splits]
+    return found + [Config(128, 256, s, 8, 3) for s in splits if w.bits == 4 and not w.group]
 
 
 def tiles_of(w: PackedWeight) -> int:

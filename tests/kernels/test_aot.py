@@ -1,5 +1,6 @@
 """Rung 2: every kernel compiled for GPUs that are not here, and the facts that its machine code must show."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -45,6 +46,19 @@ def compiled():
 def test_the_machine_code_keeps_what_the_case_promises(case, target):
     facts = measure(compile_for(case.build_for(target), target), case.weights)
     assert not violations(case, facts), facts
+
+
+TALL = [c for c in CASES if " x " in c.name]
+
+
+@pytest.mark.parametrize("case", TALL, ids=[c.name for c in TALL])
+def test_warp_groups_multiply_out_of_registers_and_issue_no_longer_than_they_multiply(case):
+    """64 x 256: by 64 tokens a weight is multiplied in the time of 4 instructions, at 4,096 multiply-adds a cycle."""
+    compiled = compile_for(case.build_for("sm_90"), "sm_90")
+    BM = case.build(True).constants["BM"]
+    assert measure(compiled, case.weights).ipw <= BM * 2 / 4096 * 128
+    operands = re.findall(r"wgmma\.mma_async[^{;]*\{[^}]*\},\s*(\{?)", compiled.ptx)
+    assert len(operands) >= 8 and all(first == "{" for first in operands)
 
 
 def test_a_broken_promise_is_seen():

@@ -158,6 +158,20 @@ def test_prefill_reads_weights_once_per_row_of_tiles(monkeypatch):
     assert_weights_read_once(launches[0], w, m_tiles=-(-70 // config.BM))
 
 
+@pytest.mark.parametrize(
+    ("bits", "group", "K", "config"),
+    [(4, 128, 256, Config(64, 256, 1, 8, 3)), (3, 128, 1024, Config(64, 128, 2, 8, 2))],
+    ids=["W4 64 x 256", "W3 64 x 128"],
+)
+def test_tall_tiles(monkeypatch, bits, group, K, config):
+    """Of two warp groups on sm_90; what is executed here are the products of single warps that sm_80 has."""
+    w = weight(bits, group, 256, K, FP16, zero=True)
+    x = torch.randn(33, K, generator=generator()).half()
+    y, launches = run_weight_only(monkeypatch, w, x, config)
+    assert_close(y, x, dequantize(w))
+    assert_sound(launches)
+
+
 def assert_decodes(decode, w, wanted, dtype, first=64):
     found = torch.full((w.N - first, w.K), torch.nan, dtype=dtype)
     decode(w, found, first)
