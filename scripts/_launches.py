@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llmq.runtime.backends.triton_e2m1 import TritonE2M1
 from llmq.runtime.backends.triton_w8a8 import TritonW8A8
 from llmq.runtime.backends.triton_weight_only import TritonWeightOnly
-from llmq_kernels import attention, e2m1, grouped, int8, kv, routing, tune, weight_only
+from llmq_kernels import attention, e2m1, grouped, int8, kv, product, routing, tune, weight_only
 
 BACKENDS = (TritonWeightOnly, TritonE2M1, TritonW8A8)
 KERNELS = {
-    weight_only: ("weight_only_kernel", "sum_splits_kernel"),
+    weight_only: ("weight_only_kernel",),
+    product: ("sum_splits_kernel",),
     importlib.import_module("llmq_kernels.decode"): ("decode_kernel",),
     grouped: ("grouped_kernel",),
     routing: ("plan_kernel",),
@@ -57,7 +58,7 @@ def counted() -> Iterator[Counter[str]]:
     """Let the back-ends for GPUs take CPU tensors and count launches, by kernel, in place of making them."""
     counts: Counter[str] = Counter()
     patches = [patch.object(m, name, _Kernel(name, counts)) for m, names in KERNELS.items() for name in names]
-    patches += [patch.object(m, "runs_on", lambda x: True) for m in (weight_only, int8, routing)]
+    patches += [patch.object(m, "runs_on", lambda x: True) for m in (product, int8, routing)]
     patches += [patch.object(b, "devices", frozenset({"cpu"})) for b in BACKENDS]
     tune.forget()
     for each in patches:

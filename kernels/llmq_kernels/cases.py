@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from llmq_kernels import attention, decode, e2m1, grouped, int8, kv, panel, routing, tune, weight_only
+from llmq_kernels import attention, decode, e2m1, grouped, int8, kv, panel, product, routing, tune, weight_only
 from llmq_kernels.aot import Build
 from llmq_kernels.dense import ROWS
 from llmq_kernels.facts import SHARED_LIMIT, Facts
@@ -149,7 +149,7 @@ def _quantize_build(dtype: str) -> Build:
 def _sum_build() -> Build:
     types = {"part_ptr": "*fp32", "bias_ptr": "*fp16", "y_ptr": "*fp16", "MN": "i32", "N": "i32"}
     constants = {"HAS_BIAS": True, "SPLIT_K": 8, "BLOCK": 1024}
-    return Build(weight_only.sum_splits_kernel, types, constants, (), _PLAIN)
+    return Build(product.sum_splits_kernel, types, constants, (), _PLAIN)
 
 
 def append_build(bits: int, dtype: str = "bf16", *, sym: bool, D: int = 128, BT: int = 4) -> Build:

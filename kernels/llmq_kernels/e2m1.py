@@ -35,7 +35,7 @@ from llmq_kernels.dense import ROWS
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import OPTIONS, cdiv, direct, operator, uses_asm
 from llmq_kernels.layout import N_MULTIPLE, spans_of
-from llmq_kernels.weight_only import FEW, Call, Kernel, Launches, check_activation, multiplied
+from llmq_kernels.product import FEW, Call, Kernel, Launches, check_activation, multiplied
 
 _PLACES = ((15, 9), (12, 6), (14, 3), (13, 0))  # of the sign, and of the lowest bit of the others, in a word
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -30,8 +30,9 @@ from llmq_kernels.e2m1 import E2M1Weight, e2m1_sums
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import cdiv, direct, operator
 from llmq_kernels.layout import REVISION, PackedWeight, spans_of
+from llmq_kernels.product import FEW, Call, Kernel, Launches, check_activation, multiplied
 from llmq_kernels.routing import Plan, slots, tile_of
-from llmq_kernels.weight_only import FEW, Call, Kernel, Launches, multiplied, sums
+from llmq_kernels.weight_only import sums
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def _kind(one: PackedWeight | E2M1Weight) -> _Kind:
 
 def check(x: Tensor, w: Routed, bias: Tensor | None) -> None:
     """Raise KernelError for an activation, a plan or a bias that experts cannot be multiplied with."""
-    weight_only.check_activation(x, w, None)
+    check_activation(x, w, None)
     plan, pairs, E = w.plan, len(w.plan.order), len(w.words)
     if plan.experts != E or plan.top * len(x) != pairs:
         said = f"{plan.experts} experts and {pairs} pairs, {plan.top} of a row"

@@ -9,22 +9,16 @@ One program makes a tile [BN, BM] of y^T over a contiguous run of K tiles (layou
 The weights are the first operand, which tensor cores take 16 features tall: the second needs 8 tokens only, so decode
 multiplies, and scales, half as many sums that nobody asked for as with the tokens first.
 Scaling the float32 accumulator instead of the weights costs one multiply per group and output, and is more exact.
-With SPLIT_K > 1 every split stores its float32 partial, and a second kernel adds them in a fixed order: no atomics,
-equal bits on every run. Padding of K and N keeps the divisibility hints without which Triton drops every async copy.
-A float32 x is multiplied in fp16 too, each row first divided by the power of two at its maximum, so that nothing
-overflows and 11 bits of it are kept; the sums are float32 and are not rounded.
+Padding of K and N keeps the divisibility hints without which Triton drops every async copy.
 
 Many tokens may be the library's, which the tuner says (dense.py).
 Beside it: `reference`, what the kernel must equal; it is also what the op does with CPU tensors, exact and slow.
-Not here: the layout (layout.py), W8A8 (int8.py), which configuration is fastest (tune.py).
+Not here: the layout (layout.py), W8A8 (int8.py), float32, splits of K and what is launched (product.py).
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,24 +29,9 @@ from torch import Tensor
 from llmq_kernels import dense, tune
 from llmq_kernels.decode import decode
 from llmq_kernels.dequant import code3_minus_zero, code_minus_zero, fields_of, group_run, scale_of, zero_of
-from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import (
-    FLOATS,
-    OPTIONS,
-    cdiv,
-    check_operands,
-    direct,
-    has_warp_groups,
-    no_gradient,
-    on,
-    operator,
-    runs_on,
-    uses_asm,
-)
+from llmq_kernels.launch import cdiv, direct, has_warp_groups, operator, uses_asm
 from llmq_kernels.layout import N_MULTIPLE, REVISION, PackedWeight, dequantize, sub_rows, tile
-
-FEW = 32
-"""The most tokens that meet packed codes only."""
+from llmq_kernels.product import FEW, Call, Kernel, Launches, check_activation, multiplied
 
 
 @triton.jit
@@ -164,29 +143,6 @@ def weight_only_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=x_mask & (offs_n[:, None] < N))
 
 
-@triton.jit
-def sum_splits_kernel(
-    part_ptr,  # [SPLIT_K, MN] float32
-    bias_ptr,  # [N]
-    y_ptr,  # [MN]
-    MN,
-    N,
-    HAS_BIAS: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Add the partials of all splits, in order, and the bias; round once."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < MN
-    acc = tl.load(part_ptr + at, mask=mask, other=0.0)
-    for _ in tl.static_range(1, SPLIT_K):
-        part_ptr += MN
-        acc += tl.load(part_ptr + at, mask=mask, other=0.0)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + at % N, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
 def reference(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """Return `x @ W^T + bias` `[..., N]` computed in float32 and rounded once to the dtype of x."""
     if not x.numel():  # an expert without tokens decodes nothing
@@ -229,98 +185,6 @@ def _op(
 @torch.library.register_fake("llmq::weight_only_linear")
 def _(x, words, params, order, bias, n, k, bits, group, has_zero):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], n)
-
-
-class Packed(Protocol):
-    """A packed weight `[N, K]` of either kernel."""
-
-    @property
-    def N(self) -> int:
-        """Output features."""
-
-    @property
-    def K(self) -> int:
-        """Input features."""
-
-    @property
-    def words(self) -> Tensor:
-        """Codes."""
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        """What of it is no tensor and bears on the choice of a configuration."""
-
-
-Call = Callable[[Tensor, Any, Tensor | None], Tensor]
-
-
-def signature(name: str, x: Tensor, w: Packed, bias: Tensor | None) -> tuple[Any, ...]:
-    """Return all that a call's checks, its configuration and its launches depend on."""
-    of_bias = None if bias is None else (bias.shape, bias.dtype)
-    return name, x.shape, x.dtype, x.device, w.shape, w.words.device, w.words.stride(0), of_bias
-
-
-class Kernel(NamedTuple):
-    """What a weight-only product is made of.
-
-    name: in the tuner's file. planned: makes what `launch` does of a configuration, for calls that are alike.
-    check: raises KernelError for what it cannot take.
-    """
-
-    name: str
-    reference: Callable[..., Tensor]
-    configs: Callable[..., list[tune.Config]]
-    launch: Callable[..., Tensor]
-    planned: Callable[..., Call]
-    check: Callable[..., None]
-
-
-def multiplied(x: Tensor, w: Packed, bias: Tensor | None, kernel: Kernel) -> Tensor:
-    """Return `x @ W^T + bias` `[..., N]` by the fastest configuration of a kernel; see `linear`."""
-    call = tune.settled.get(signature(kernel.name, x, w, bias))
-    if call is not None:
-        return call(x, w, bias)
-    kernel.check(x, w, bias)
-    if not runs_on(x) or not x.numel():
-        return kernel.reference(x, w, bias)
-    return _chosen(x, w, bias, kernel)
-
-
-def _chosen(x: Tensor, w: Packed, bias: Tensor | None, kernel: Kernel) -> Tensor:
-    """Return the product, and settle what later calls like this one do."""
-    M, device, name = x.numel() // w.K, x.device, kernel.name
-    key = (tune.bucket(M), w.shape, x.dtype)
-    run = kernel.launch if x.dtype != torch.float32 else functools.partial(_scaled, kernel.launch)
-    with on(device):
-        config = tune.choose(name, device, key, lambda: kernel.configs(M, w), lambda c: run(x, w, bias, c))
-        if x.dtype != torch.float32 and config != tune.LIBRARY:
-            call = kernel.planned(x, w, config, bias is not None)
-            tune.settle(signature(name, x, w, bias), name, device, key, call)
-            return call(x, w, bias)
-        return no_gradient(x, run(x, w, bias, config))
-
-
-def _scaled(launch: Callable[..., Tensor], x: Tensor, w: Packed, bias: Tensor | None, config: tune.Config) -> Tensor:
-    """Return the product of float32 `x`, each row divided by a power of two for the kernel to take it in fp16."""
-    if config == tune.LIBRARY:
-        return launch(x, w, bias, config)
-    unit = power_of_two(x)
-    y = launch((x / unit).half(), w, None, config, x.dtype) * unit
-    return y if bias is None else y + bias
-
-
-def check_activation(x: Tensor, w: Packed, bias: Tensor | None) -> None:
-    """Raise KernelError for an activation, or a bias, that a packed weight cannot be multiplied with."""
-    check_operands(x, w.words, w.N, w.K, bias)
-    if x.is_cuda and x.dtype not in FLOATS:
-        raise KernelError(f"the weight-only kernel takes fp16, bf16 or float32 activations, not {x.dtype}; convert x")
-
-
-def power_of_two(x: Tensor) -> Tensor:
-    """Return `[..., 1]`: the power of two below the maximum of every row of float32 `x`, 1 where there is none."""
-    top = x.abs().amax(-1, keepdim=True)
-    unit = (top.view(torch.int32) & 0x7F800000).view(torch.float32)
-    return unit.masked_fill(unit == 0, 1)
 
 
 def configs(M: int, w: PackedWeight, *, asm: bool | None = None, groups: bool | None = None) -> list[tune.Config]:
@@ -409,56 +273,6 @@ def _ordered(x: Tensor, w: PackedWeight) -> Tensor:
 
 
 _KERNEL = Kernel(f"weight_only {REVISION}", reference, configs, launch, planned, check_activation)
-
-
-class Launches:
-    """The launches of one configuration on activations of one shape, worked out once: a kernel, and a sum of splits.
-
-    shape: of y. padded: N and K as they are packed. fixed: the kernel's compile-time arguments and options. tiles: how
-    many tiles y's rows have, where it is not the fewest. late_bias: whether a sum of splits adds a bias.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        shape: tuple[int, ...],
-        padded: tuple[int, int],
-        config: tune.Config,
-        fixed: dict[str, Any],
-        dtype: torch.dtype,
-        *,
-        tiles: int | None = None,
-        late_bias: bool = False,
-    ) -> None:
-        Np, Kp = padded
-        M, N, splits = math.prod(shape[:-1]), shape[-1], config.split_k
-        self.device, self.dtype, self.fixed, self.splits = x.device, dtype, fixed, splits
-        self.sizes = M, N, Np, Kp
-        self.pad = (0, Kp - x.shape[-1]) if Kp != x.shape[-1] else None
-        self.shape, self.partials = shape, (splits, M, N)
-        self.grid = (cdiv(M, config.BM) if tiles is None else tiles) * cdiv(N, config.BN), splits
-        self.sum_grid = (cdiv(M * N, 1024),)
-        self.sum_fixed = {"HAS_BIAS": late_bias, "SPLIT_K": splits, "BLOCK": 1024, **OPTIONS}
-
-    def __call__(
-        self, kernel: Any, x: Tensor, words: Tensor, params: Tensor, bias: Tensor | None, *more: Any
-    ) -> Tensor:
-        """Return `[..., N]`. more: arguments of the kernel between `y` and the sizes."""
-        with on(self.device):
-            given = x
-            x = x.contiguous() if self.pad is None else F.pad(x, self.pad)
-            y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-            M, N, Np, Kp = self.sizes
-            if not M:
-                return y
-            b = y if bias is None else bias if bias.dtype == x.dtype else bias.to(x.dtype)
-            if self.splits == 1:
-                kernel[self.grid](x, words, params, b, y, *more, M, N, Np, Kp, **self.fixed)
-            else:
-                out = torch.empty(self.partials, dtype=torch.float32, device=self.device)
-                kernel[self.grid](x, words, params, b, out, *more, M, N, Np, Kp, **self.fixed)
-                sum_splits_kernel[self.sum_grid](out, b, y, M * N, N, **self.sum_fixed)
-        return no_gradient(given, y)
 
 
 def constants(w: PackedWeight, config: tune.Config, *, has_bias: bool = False, asm: bool | None = None) -> dict:

@@ -10,7 +10,7 @@ import math
 import panels
 import torch
 
-from llmq_kernels import attention, e2m1, grouped, int8, kv, layout, routing, tune, weight_only
+from llmq_kernels import attention, e2m1, grouped, int8, kv, layout, product, routing, tune, weight_only
 from llmq_kernels.decode import decode
 
 Config = tune.Config
@@ -196,7 +196,7 @@ def e2m1_cases():
         wanted = e2m1.reference(x.float(), w, bias)
         yield name, sqnr(e2m1.launch(x, w, bias, config, torch.float32), wanted)
         yield f"{name}: decoded", decoded_alike(w, e2m1.decode, e2m1.dequantize(w))
-        many = torch.randn(weight_only.FEW + 1, K, generator=gen).half()
+        many = torch.randn(product.FEW + 1, K, generator=gen).half()
         for rows in (many, many[:3], many[:3].float()):
             rounded = sqnr(e2m1.linear(rows, w), e2m1.reference(rows.float(), w))
             yield f"{name}: {len(rows)} tokens of {rows.dtype}, rounded", rounded

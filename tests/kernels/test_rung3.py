@@ -16,7 +16,7 @@ import torch
 from ptxsim import PtxError
 from ptxsim.launch import SimulatedKernel
 
-from llmq_kernels import attention, decode, e2m1, grouped, int8, kv, panel, routing, weight_only
+from llmq_kernels import attention, decode, e2m1, grouped, int8, kv, panel, product, routing, weight_only
 from llmq_kernels.layout import dequantize, join, pack
 from llmq_kernels.tune import Config
 
@@ -39,9 +39,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def simulated(monkeypatch, module, *names, mutate=lambda ptx: ptx):
-    """Put simulated kernels in place of the module's; return the list that their launches go to."""
-    launches: list = []
+def simulated(monkeypatch, module, *names, mutate=lambda ptx: ptx, to=None):
+    """Put simulated kernels in place of the module's; return the list that their launches go to, `to` if given."""
+    launches: list = [] if to is None else to
     for name in names:
         monkeypatch.setattr(module, name, SimulatedKernel(getattr(module, name), launches, mutate))
     return launches
@@ -81,7 +81,8 @@ def assert_weights_read_once(launched, w, m_tiles=1):
 
 
 def run_weight_only(monkeypatch, w, x, config, bias=None, **how):
-    launches = simulated(monkeypatch, weight_only, "weight_only_kernel", "sum_splits_kernel", **how)
+    launches = simulated(monkeypatch, weight_only, "weight_only_kernel", **how)
+    simulated(monkeypatch, product, "sum_splits_kernel", to=launches, **how)
     return weight_only.launch(x, w, bias, config), launches
 
 
@@ -227,7 +228,7 @@ def test_experts_of_a_layer_in_one_launch(monkeypatch, name):
     index = torch.tensor([[4, 0], [4, 2], [4, 3], [3, 5], [4, 5], [5, 4], [4, 3], [0, 4], [4, 5], [4, 0], [4, 6]])
     w, x, bias, rows = layer(bits, group, zero, dtype, index)
     launches = simulated(monkeypatch, grouped, "grouped_kernel")
-    simulated(monkeypatch, weight_only, "sum_splits_kernel")
+    simulated(monkeypatch, product, "sum_splits_kernel")
     y = grouped.launch(x[:, None], w, bias, config)
     assert not y[-1, 1].any()
     for e in (0, 2, 3, 4, 5):
@@ -302,7 +303,7 @@ def test_e2m1_decode(monkeypatch, group, dtype):
     w = e2m1_weight(group, 128, 4096)
     x = torch.randn(2, 4096, generator=generator()).to(dtype)
     launches = simulated(monkeypatch, e2m1, "e2m1_kernel")
-    simulated(monkeypatch, weight_only, "sum_splits_kernel")
+    simulated(monkeypatch, product, "sum_splits_kernel")
     y = e2m1.launch(x, w, None, e2m1.configs(2, w, asm=True)[0])
     assert_close(y, x, e2m1.dequantize(w))
     assert_sound(launches)
@@ -317,7 +318,7 @@ def test_shapes_of_e2m1_that_do_not_fit(monkeypatch, group, N, K, M):
     w = e2m1_weight(group, N, K)
     x, bias = torch.randn(M, K, generator=generator()).half(), torch.randn(N, generator=generator(1)).half()
     launches = simulated(monkeypatch, e2m1, "e2m1_kernel", "decode_kernel")
-    simulated(monkeypatch, weight_only, "sum_splits_kernel")
+    simulated(monkeypatch, product, "sum_splits_kernel")
     assert_close(e2m1.launch(x, w, bias, e2m1.configs(M, w, asm=True)[0]), x, e2m1.dequantize(w), bias)
     for dtype in (FP16, BF16, torch.float32):
         assert_decodes(e2m1.decode, w, e2m1.dequantize(w), dtype)

@@ -108,11 +108,11 @@ def test_a_static_scale_of_the_input(name, decibel):
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
 def test_on_simulated_machine_code(name, monkeypatch, decibel):
-    from llmq_kernels import e2m1, weight_only
+    from llmq_kernels import e2m1, product
 
     launches: list = []
-    monkeypatch.setattr(weight_only, "runs_on", lambda x: True)
-    for module, kernel in ((e2m1, "e2m1_kernel"), (weight_only, "sum_splits_kernel"), (e2m1, "decode_kernel")):
+    monkeypatch.setattr(product, "runs_on", lambda x: True)
+    for module, kernel in ((e2m1, "e2m1_kernel"), (product, "sum_splits_kernel"), (e2m1, "decode_kernel")):
         monkeypatch.setattr(module, kernel, SimulatedKernel(getattr(module, kernel), launches))
     backend, q, spec = solved(name)
     w = backend(q, spec)

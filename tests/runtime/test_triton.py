@@ -91,14 +91,16 @@ SIMULATED = {
 @pytest.mark.parametrize("name", SIMULATED)
 def test_on_simulated_machine_code(name, on_cpu, monkeypatch, decibel):
     """bfloat16, which the interpreter cannot do, and float32: compiled for sm_80 and executed."""
-    from llmq_kernels import int8, weight_only
+    from llmq_kernels import int8, product, weight_only
 
     launches: list = []
+    for module in (product, int8):
+        monkeypatch.setattr(module, "runs_on", lambda x: True)
     for module, kernels in (
-        (weight_only, ("weight_only_kernel", "sum_splits_kernel")),
+        (weight_only, ("weight_only_kernel",)),
+        (product, ("sum_splits_kernel",)),
         (int8, ("quantize_kernel", "int8_kernel", "sum_int32_kernel")),
     ):
-        monkeypatch.setattr(module, "runs_on", lambda x: True)
         for kernel in kernels:
             monkeypatch.setattr(module, kernel, SimulatedKernel(getattr(module, kernel), launches))
     linear, q = sources.layer(name)
@@ -246,9 +248,9 @@ def test_what_runs_the_reference_on_a_gpu_is_logged_once_with_its_reason(caplog,
 
 @pytest.mark.parametrize("name", ["gptq w4g64 asym", "ct w8a8 per token"])
 def test_what_a_kernel_cannot_take_is_an_error_for_the_linear(name, on_cpu, monkeypatch):
-    from llmq_kernels import int8, weight_only
+    from llmq_kernels import int8, product
 
-    for module in (int8, weight_only):
+    for module in (int8, product):
         monkeypatch.setattr(module, "runs_on", lambda x: True)
     linear, _ = sources.layer(name)
     linear.prepack()
