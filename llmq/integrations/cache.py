@@ -27,6 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmq.guard.reading import field
+from llmq.integrations.static_cache import StaticQuantizedLayer
 from llmq.model.config import head_dim
 from llmq.runtime import triton_kv
 from llmq.runtime.kv import RUN, TILE, KVGrid, Store, attend
@@ -52,6 +53,8 @@ class QuantizedCache(Cache):
     window: at most so many of the latest tokens are in float; a multiple of 64 with keys per channel.
     scales: static scales by layer, `(keys, values)`, each `[1]` or `[H, 1, 1]`; 8 bits only. See `static_scales`.
     fp8: whether those are for E4M3 entries, not for int8.
+    max_cache_len: take room for so many tokens at once and stay there, so that a compiled `generate` can record a step;
+        attention then decodes all of it (static_cache.py). None grows as tokens come.
     """
 
     def __init__(
@@ -63,15 +66,21 @@ class QuantizedCache(Cache):
         window: int = WINDOW,
         scales: Mapping[int, tuple[Tensor, Tensor]] | None = None,
         fp8: bool = False,
+        max_cache_len: int | None = None,
     ) -> None:
         text = config.get_text_config(decoder=True)
         axis = keys or ("token" if bits == 8 or scales else "channel")
         _check(text, bits, axis, window, scales)
+        if max_cache_len is not None and max_cache_len < 1:
+            raise LlmqError(f"max_cache_len is {max_cache_len}; it must be at least 1")
         layers: list[Any] = []
         for i in range(len(_kinds(text))):
             static = (None, None) if scales is None else scales[i]
             grids = KVGrid(bits, axis, static[0], fp8), KVGrid(bits, "token", static[1], fp8)
-            layers.append(QuantizedLayer(*grids, window, text))
+            if max_cache_len is None:
+                layers.append(QuantizedLayer(*grids, window, text))
+            else:
+                layers.append(StaticQuantizedLayer(*grids, window, max_cache_len))
         super().__init__(layers=layers)
         self.bits, self.window = bits, window
 
@@ -85,7 +94,8 @@ class QuantizedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes allocated, the float window and the room to grow included."""
-        return sum(layer.nbytes for layer in self.layers if isinstance(layer, QuantizedLayer))
+        layers: list[Any] = self.layers
+        return sum(layer.nbytes for layer in layers)
 
 
 class QuantizedLayer(DynamicLayer):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from _launches import BACKENDS
+from _graphs import REPLAY, Graphs, Steps
+from _launches import BACKENDS, counted
 from transformers import DynamicCache, StaticCache
 
 import llmq
@@ -49,6 +51,59 @@ def test_generate_is_compiled_and_gives_the_same_logits(folder, monkeypatch):
     assert torch.equal(model.get_input_embeddings().weight, plain.get_input_embeddings().weight)
     before, after = plain.state_dict(), model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(t, after[k]) for k, t in before.items())
+
+
+KERNELS = {"weight_only_kernel": 8}
+
+
+@pytest.mark.parametrize(("how", "wanted"), [("eager", KERNELS), ("compiled", KERNELS), ("graph", REPLAY)])
+def test_what_python_launches_for_a_token(how, wanted, folder):
+    """Two blocks. Of what lies in a graph it launches nothing, and the graph is recorded once an answer."""
+    with counted() as counts:
+        model, steps = llmq.load(folder, device="cpu"), Steps(counts)
+        if how != "eager":
+            compile_for_generation(model, backend=Graphs(counts) if how == "graph" else "eager")
+        with torch.no_grad():
+            model.generate(torch.arange(2, 12)[None], max_new_tokens=7, do_sample=False, streamer=steps)
+        first, *others = steps.tokens
+        assert others == [wanted] * 5
+        assert first == (wanted if how != "graph" else {"record": 1, **KERNELS})
+
+
+def test_graphs_are_replayed_for_the_same_tokens(folder):
+    counts = Counter()
+    plain, model = (llmq.load(folder, device="cpu") for _ in range(2))
+    compile_for_generation(model, backend=Graphs(counts))
+    cache, ids = StaticCache(model.config, max_cache_len=32), torch.arange(2, 12)[None]
+    want = generate(plain, ids).sequences
+    for answer in (1, 2):
+        steps = Steps(counts)
+        given = {"past_key_values": cache, "cache_implementation": None, "max_new_tokens": 6, "do_sample": False}
+        with torch.no_grad():
+            assert torch.equal(model.generate(ids, streamer=steps, **given), want)
+        assert steps.tokens[1:] == [REPLAY] * 4
+        assert steps.tokens[0] == (REPLAY if answer == 2 else {"record": 1})  # the cache is where it was
+        cache.reset()
+
+
+def test_a_graph_that_moves_or_changes_what_moves_is_found_out():
+    counts = Counter()
+
+    def add(x, to):
+        to.add_(x)
+        return to * 2
+
+    x, fixed = torch.ones(2), (torch.zeros(2), torch.zeros(2))
+    for _ in range(3):
+        torch.compile(add, backend=Graphs(counts))(x, torch.ones(2))
+    assert not counts  # it changes an input of no fixed address: there is no graph
+    for to in fixed:
+        torch._dynamo.mark_static_address(to)
+    torch._dynamo.reset()
+    compiled = torch.compile(add, backend=Graphs(counts))
+    seen = [compiled(x, to).clone() for to in (fixed[0], fixed[0], fixed[1], fixed[1], fixed[0])]
+    assert counts == {"record": 2, "replay": 3, "input copied": 3}
+    assert [int(y[0]) for y in seen] == [2, 4, 2, 4, 6]
 
 
 def test_a_chat_keeps_one_static_cache_and_says_the_same(folder, monkeypatch):
