@@ -33,7 +33,7 @@ from torch import Tensor
 
 from llmq_kernels import tune
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import FLOATS, OPTIONS, cdiv, check_operands, direct, no_gradient, on, operator, runs_on
+from llmq_kernels.launch import FLOATS, OPTIONS, blank, cdiv, check_operands, direct, no_gradient, on, operator, runs_on
 from llmq_kernels.layout import spans_of
 from llmq_kernels.rounding import round_even
 
@@ -313,15 +313,15 @@ class Quantizing:
     """The launch of the activation kernel on activations of one shape."""
 
     def __init__(self, x: Tensor, Kp: int, *, is_static: bool) -> None:
-        M, self.K, self.Kp, self.device = x.shape[:-1].numel(), x.size(-1), Kp, x.device
-        self.shape, self.scales, self.grid = (*x.shape[:-1], Kp), 1 if is_static else M, (M,)
+        M, self.K, self.Kp, self.grid = x.shape[:-1].numel(), x.size(-1), Kp, (x.shape[:-1].numel(),)
+        self.codes = blank((*x.shape[:-1], Kp), torch.int8, x.device)
+        self.scales = blank((1 if is_static else M,), torch.float32, x.device)
         block = min(4096, triton.next_power_of_2(Kp))
         self.fixed = {"EPS": torch.finfo(x.dtype).eps, "STATIC": is_static, "BLOCK": block, "num_warps": 4, **OPTIONS}
 
     def __call__(self, x: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return codes and scales; see `quantize`."""
-        q = torch.empty(self.shape, dtype=torch.int8, device=self.device)
-        scale = torch.empty(self.scales, dtype=torch.float32, device=self.device)
+        q, scale = self.codes(), self.scales()
         if self.grid[0]:
             given = scale if static is None else static
             quantize_kernel[self.grid](x.contiguous(), q, given, scale, self.K, self.Kp, **self.fixed)
@@ -351,9 +351,8 @@ class Launches:
     ) -> None:
         *batch, Kp = shape
         M, splits = math.prod(batch), config.split_k
-        self.device, self.dtype, self.sizes, self.splits = device, dtype, (M, N, Kp), splits
-        self.by_library = config == tune.LIBRARY
-        self.shape, self.partials = (*batch, N), (splits, M, N)
+        self.sizes, self.splits, self.by_library = (M, N, Kp), splits, config == tune.LIBRARY
+        self.outputs, self.partials = blank((*batch, N), dtype, device), blank((splits, M, N), torch.int32, device)
         self.grid = (0, 0) if self.by_library else (cdiv(M, config.BM) * cdiv(N, config.BN), splits)
         scaled = {"STATIC": one_scale, "HAS_BIAS": has_bias, "SPLIT_K": splits}
         tiles = {"BM": config.BM, "BN": config.BN, "STAGES": config.stages}
@@ -362,7 +361,7 @@ class Launches:
 
     def __call__(self, q: Tensor, x_scale: Tensor, w: PackedInt8, bias: Tensor | None) -> Tensor:
         """Return `[..., N]`."""
-        y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        y = self.outputs()
         M, N, Kp = self.sizes
         b = y if bias is None else bias
         if not M:
@@ -370,7 +369,7 @@ class Launches:
         if self.by_library:
             sums = _library_sums(q.view(M, Kp), w)
         elif self.splits > 1:
-            sums = torch.empty(self.partials, dtype=torch.int32, device=self.device)
+            sums = self.partials()
             int8_kernel[self.grid](q, w.q, x_scale, w.scale, b, sums, M, N, Kp, **self.fixed)
         else:
             int8_kernel[self.grid](q, w.q, x_scale, w.scale, b, y, M, N, Kp, **self.fixed)

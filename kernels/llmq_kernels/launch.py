@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -79,6 +79,12 @@ def direct(x: Tensor) -> bool:
 def cdiv(a: int, b: int) -> int:
     """Return a / b rounded up. Triton's own is a function of its language too, and 10 us slower."""
     return -(-a // b)
+
+
+def blank(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """Return what makes tensors of a shape, uninitialised. With strides given, torch takes two thirds of its time."""
+    strides = torch.empty(shape, device="meta").stride()
+    return functools.partial(torch.empty_strided, tuple(shape), strides, dtype=dtype, device=device)
 
 
 def operator(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

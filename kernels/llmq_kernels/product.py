@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llmq_kernels import tune
 from llmq_kernels.errors import KernelError
-from llmq_kernels.launch import FLOATS, OPTIONS, cdiv, check_operands, no_gradient, on, runs_on
+from llmq_kernels.launch import FLOATS, OPTIONS, blank, cdiv, check_operands, no_gradient, on, runs_on
 
 FEW = 32
 """The most tokens that meet packed codes only."""
@@ -168,10 +168,10 @@ class Launches:
     ) -> None:
         Np, Kp = padded
         M, N, splits = math.prod(shape[:-1]), shape[-1], config.split_k
-        self.device, self.dtype, self.fixed, self.splits = x.device, dtype, fixed, splits
+        self.device, self.fixed, self.splits = x.device, fixed, splits
         self.sizes = M, N, Np, Kp
         self.pad = (0, Kp - x.shape[-1]) if Kp != x.shape[-1] else None
-        self.shape, self.partials = shape, (splits, M, N)
+        self.outputs, self.partials = blank(shape, dtype, x.device), blank((splits, M, N), torch.float32, x.device)
         self.grid = (cdiv(M, config.BM) if tiles is None else tiles) * cdiv(N, config.BN), splits
         self.sum_grid = (cdiv(M * N, 1024),)
         self.sum_fixed = {"HAS_BIAS": late_bias, "SPLIT_K": splits, "BLOCK": 1024, **OPTIONS}
@@ -183,7 +183,7 @@ class Launches:
         with on(self.device):
             given = x
             x = x.contiguous() if self.pad is None else F.pad(x, self.pad)
-            y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            y = self.outputs()
             M, N, Np, Kp = self.sizes
             if not M:
                 return y
@@ -191,7 +191,7 @@ class Launches:
             if self.splits == 1:
                 kernel[self.grid](x, words, params, b, y, *more, M, N, Np, Kp, **self.fixed)
             else:
-                out = torch.empty(self.partials, dtype=torch.float32, device=self.device)
+                out = self.partials()
                 kernel[self.grid](x, words, params, b, out, *more, M, N, Np, Kp, **self.fixed)
                 sum_splits_kernel[self.sum_grid](out, b, y, M * N, N, **self.sum_fixed)
         return no_gradient(given, y)

@@ -62,7 +62,7 @@ class TritonW8A8(TritonPrepacked, PrepackedW8A8):
 
     def multiply(self, x: Tensor, w: Any, bias: Tensor | None) -> Tensor:
         """See `TritonPrepacked.multiply`."""
-        return self._multiply(x, w, self.in_scale, bias)
+        return self._multiply(x, w, self._buffers["in_scale"], bias)  # as `self.in_scale` it takes 0.7 us more
 
     def kind(self) -> Hashable:
         """See `TritonPrepacked.kind`: a static grid of the input must be the same too."""
