@@ -27,6 +27,7 @@ _KEY = "LLMQ_API_KEY"
 _Compile = Annotated[
     bool, typer.Option("--compile/--no-compile", help="On a GPU: compile for a minute, then decode by CUDA graphs.")
 ]
+_KvBits = Annotated[int | None, typer.Option(help="8 or 4: quantize the key-value cache (not of GGUF).")]
 _HELP = """\
 /system TEXT   tell the model this before all turns, and begin anew; alone it tells nothing
 /reset         forget what was said
@@ -41,6 +42,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     compile: _Compile = True,
+    kv_bits: _KvBits = None,
 ) -> None:
     """Continue a prompt, greedily: a quick look at whether a checkpoint speaks.
 
@@ -49,7 +51,7 @@ def generate(
     from llmq.talk.speaker import Sampling, opened
 
     how, prompt = Sampling(max_new_tokens, temperature=0), _text(prompt)
-    with opened(model, device, compiled=compile) as speaker:
+    with opened(model, device, compiled=compile, kv_bits=kv_bits) as speaker:
         console.print(lines(prompt + "".join(speaker.answer(speaker.encode(prompt), how))))
 
 
@@ -67,6 +69,7 @@ def chat(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...; GGUF is llama.cpp's to place.")] = "auto",
     compile: _Compile = True,
+    kv_bits: _KvBits = None,
 ) -> None:
     """Talk to a checkpoint: answers come as they are written, Ctrl-C stops one, /help lists commands.
 
@@ -76,7 +79,7 @@ def chat(
     from llmq.talk.speaker import Sampling, opened
 
     how, system = Sampling(max_new_tokens, temperature, top_p, seed), None if system is None else _text(system)
-    with opened(model, device, context, compiled=compile) as speaker, apart():
+    with opened(model, device, context, compiled=compile, kv_bits=kv_bits) as speaker, apart():
         talk = Conversation(speaker, how, system)
         console.print(plain(f"{model}: {'/help lists commands' if speaker.chats else BASE}", "dim"), soft_wrap=True)
         last: Answer | None = None
@@ -105,6 +108,7 @@ def serve(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...; GGUF is llama.cpp's to place.")] = "auto",
     compile: _Compile = True,
+    kv_bits: _KvBits = None,
 ) -> None:
     """Answer OpenAI's clients (chat and completions), one request after the other; to serve many there is vLLM.
 
@@ -119,7 +123,11 @@ def serve(
     from llmq.talk.speaker import opened
 
     limits = Limits(max_waiting, max_body, max_new_tokens)
-    with listening(host, port, api_key) as sock, opened(model, device, context, compiled=compile) as speaker, apart():
+    with (
+        listening(host, port, api_key) as sock,
+        opened(model, device, context, compiled=compile, kv_bits=kv_bits) as speaker,
+        apart(),
+    ):
         service = Service(speaker, name or called(model), limits)
         at = f"[{host}]" if ":" in host else host
         console.print(plain(f"{service.name} at http://{at}:{sock.getsockname()[1]}/v1; Ctrl-C ends"), soft_wrap=True)

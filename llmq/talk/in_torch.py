@@ -1,8 +1,8 @@
 """A checkpoint folder that speaks, by transformers: every format that llmq loads, and float ones.
 
-transformers' own `generate` runs, compiled on a GPU, with whatever cache the model has, in a coroutine (greenlet) that
-hands each token out and waits: whoever reads sets the pace, and an answer that is closed is computed no further. What
-the cache holds is kept: the next turn of a chat begins where the last one ended.
+transformers' own `generate` runs, compiled on a GPU, with whatever cache the model has or a quantized one, in a
+coroutine (greenlet) that hands each token out and waits: whoever reads sets the pace, and an answer that is closed is
+computed no further. What the cache holds is kept: the next turn of a chat begins where the last one ended.
 A chat template is a stranger's program, so that it runs in a child process with limits (guard/confined.py).
 Not here: loading (loading.py), text out of tokens (words.py).
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmq.checkpoint.hub import called
 from llmq.guard.confined import Confined
+from llmq.integrations.cache import QuantizedCache, check_bits
 from llmq.integrations.compiled import compile_for_generation, compiles, is_compiled
 from llmq.loading import load, load_tokenizer
 from llmq.model.pretrained import check_ids, foreign
@@ -34,9 +35,12 @@ class InTorch(Speaker):
     """A checkpoint folder or Hub id. Raises LlmqError as `load` and `load_tokenizer` do.
 
     compiled: on a GPU, compile it at its first tokens, where its architecture can be (integrations/compiled.py).
+    kv_bits: of its key-value cache, 8 or 4; None is one in floats.
     """
 
-    def __init__(self, model: str, device: str = "auto", *, compiled: bool = True) -> None:
+    def __init__(self, model: str, device: str = "auto", *, compiled: bool = True, kv_bits: int | None = None) -> None:
+        if kv_bits is not None:
+            check_bits(kv_bits)
         self.name = called(model)
         self._tokenizer: Any = load_tokenizer(model)
         self._model: Any = load(model, device=device)
@@ -48,6 +52,9 @@ class InTorch(Speaker):
         self.weights = sum(t.nbytes for t in [*self._model.parameters(), *self._model.buffers()])
         self._renders: Confined | None = None
         self._render: Any = None
+        self._kv_bits = kv_bits
+        if kv_bits is not None:
+            self._grown()  # says at once what it cannot hold
         self._cache: Any = None
         self._room = 0  # tokens that a static cache has room for
         self._held: list[int] = []  # the ids whose keys and values the cache has
@@ -102,7 +109,8 @@ class InTorch(Speaker):
         """See `Speaker.memory`."""
         layers = getattr(self._cache, "layers", [])
         kept = [t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)]
-        return super().memory() | {"key-value cache": sum(t.nbytes for t in kept)}
+        held = getattr(self._cache, "nbytes", sum(t.nbytes for t in kept))  # a quantized one counts for itself
+        return super().memory() | {"key-value cache": held}
 
     def _ends(self) -> list[int]:
         """Return the ids that end an answer: the checkpoint's, and what the tokenizer calls the end of a text."""
@@ -160,14 +168,18 @@ class InTorch(Speaker):
         It is nobody else's until this answer has ended. A compiled model's is static, and the same tensors for as long
         as answers fit, since other ones would be captured in other graphs.
         """
-        from transformers import DynamicCache
-
         cache, held, self._cache, self._held = self._cache, self._held, None, []
         goes_on = cache is not None and 0 < len(held) < len(ids) and ids[: len(held)] == held
         if is_compiled(self._model):
             return self._static(cache, len(ids) + new, goes_on)
-        if goes_on:
-            return cache
+        return cache if goes_on else self._grown()
+
+    def _grown(self) -> Any:
+        """Return an empty cache that grows, None where `generate` is to make one."""
+        from transformers import DynamicCache
+
+        if self._kv_bits is not None:
+            return QuantizedCache.for_model(self._model, self._kv_bits)
         return DynamicCache(config=self._model.config) if self._model._supports_default_dynamic_cache() else None
 
     def _static(self, cache: Any, length: int, goes_on: bool) -> Any:
@@ -176,6 +188,8 @@ class InTorch(Speaker):
 
         if cache is None or length > self._room:
             self._room = max(_ROOM, 1 << (length - 1).bit_length())
+            if self._kv_bits is not None:
+                return QuantizedCache.for_model(self._model, self._kv_bits, max_cache_len=self._room)
             return StaticCache(config=self._model.config, max_cache_len=self._room)
         if not goes_on:
             cache.reset()

@@ -168,17 +168,26 @@ class TooLongError(LlmqError):
     """A prompt that leaves the model no room."""
 
 
-def opened(model: str, device: str = "auto", context: int | None = None, *, compiled: bool = True) -> Speaker:
+def opened(
+    model: str,
+    device: str = "auto",
+    context: int | None = None,
+    *,
+    compiled: bool = True,
+    kv_bits: int | None = None,
+) -> Speaker:
     """Return the model at a path: a folder or a Hub id in torch, a GGUF file in llama.cpp.
 
     device: of torch. compiled: have torch compile it, on a GPU. context: of llama.cpp, which keeps room for it; None is
-        what the file says, at most 8192.
-    Raises LlmqError as `load` does, and where xllamacpp is missing for a GGUF file.
+        what the file says, at most 8192. kv_bits: of torch's key-value cache, 8 or 4; None is one in floats.
+    Raises LlmqError as `load` does, where xllamacpp is missing for a GGUF file, and for kv_bits of one.
     """
     if is_gguf(model):
+        if kv_bits is not None:
+            raise LlmqError("--kv-bits is for checkpoints that run in torch; a GGUF file's cache is llama.cpp's own")
         from llmq.talk.in_llama_cpp import InLlamaCpp
 
         return InLlamaCpp(model, context)
     from llmq.talk.in_torch import InTorch
 
-    return InTorch(model, device, compiled=compiled)
+    return InTorch(model, device, compiled=compiled, kv_bits=kv_bits)

@@ -106,16 +106,19 @@ def test_a_graph_that_moves_or_changes_what_moves_is_found_out():
     assert [int(y[0]) for y in seen] == [2, 4, 2, 4, 6]
 
 
-def test_a_chat_keeps_one_static_cache_and_says_the_same(folder, monkeypatch):
+@pytest.mark.parametrize("kv_bits", [None, 8, 4])
+def test_a_chat_keeps_one_static_cache_and_says_the_same(kv_bits, folder, monkeypatch):
     monkeypatch.setattr(in_torch, "_ROOM", 64)
-    how = Sampling(6, temperature=0)
-    with opened(str(folder), "cpu") as plain, opened(str(folder), "cpu") as speaker:
+    how, given = Sampling(6, temperature=0), {"kv_bits": kv_bits}
+    with opened(str(folder), "cpu", **given) as plain, opened(str(folder), "cpu", **given) as speaker:
         assert not is_compiled(speaker._model)  # a CPU is not
         compile_for_generation(speaker._model, backend="eager")
         first = speaker.encode("The first city")
         assert "".join(speaker.answer(first, how)) == "".join(plain.answer(first, how))
         kept = speaker._cache
-        assert isinstance(kept, StaticCache) and kept.layers[0].max_cache_len == 64
+        assert isinstance(kept, llmq.QuantizedCache if kv_bits else StaticCache)
+        assert isinstance(plain._cache, llmq.QuantizedCache if kv_bits else DynamicCache)
+        assert kept.layers[0].max_cache_len == 64
         longer = [*speaker._held, *speaker.encode("and the war")]
         for ids in (longer, first):  # one that goes on, one that does not
             assert "".join(speaker.answer(ids, how)) == "".join(plain.answer(ids, how))
@@ -124,6 +127,8 @@ def test_a_chat_keeps_one_static_cache_and_says_the_same(folder, monkeypatch):
         assert len(long) > 64
         assert "".join(speaker.answer(long, how)) == "".join(plain.answer(long, how))
         assert speaker._cache is not kept
+        if kv_bits:
+            assert speaker.memory()["key-value cache"] == speaker._cache.nbytes > 0
 
 
 def test_what_cannot_be_compiled_is_said(folder):

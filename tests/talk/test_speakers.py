@@ -144,6 +144,8 @@ def test_what_cannot_be_is_refused(speaker, tiny_checkpoint):
         assert not base.chats
         with pytest.raises(llmq.LlmqError, match="has no chat template"):
             base.prompt(HELLO)
+    with pytest.raises(llmq.LlmqError, match="bits of a cache are 8 or 4, not 3"):
+        opened(str(folder), "cpu", kv_bits=3)
 
 
 def test_the_checkpoints_own_settings_hold_where_nothing_is_said(tiny_checkpoint):
@@ -180,6 +182,11 @@ def test_a_gguf_file_speaks_in_llama_cpp(gguf, llama_cpp):
         drawn = ["".join(speaker.answer(ids, Sampling(8, 1.0, seed=s))) for s in (1, 1)]
         assert drawn[0] == drawn[1]
     assert text == llama_cpp(gguf)._ask("/completion", prompt=ids, n_predict=10, temperature=0)["content"]
+
+
+def test_the_cache_of_a_gguf_file_is_not_ours(gguf):
+    with pytest.raises(llmq.LlmqError, match="--kv-bits is for checkpoints that run in torch"):
+        opened(str(gguf), kv_bits=8)
 
 
 def test_a_gguf_file_that_is_left_at_once_is_left(gguf):
