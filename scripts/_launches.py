@@ -32,6 +32,7 @@ KERNELS = {
     attention: ("attend_kernel", "merge_kernel"),
 }
 INSIDE = {"weight_only_linear": weight_only._op, "e2m1_linear": e2m1._op, "int8_linear": int8._op,
+          "int8_product": int8._product_op,
           "grouped_weight_only": grouped._op, "grouped_e2m1": grouped._e2m1_op, "expert_plan": routing._op}  # fmt: skip
 """What our operators do."""
 FREE = {"empty", "new_empty", "empty_strided", "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "detach",

@@ -10,6 +10,11 @@ rounded once to x's dtype.
 Weights are [N, K], K contiguous: with [K, N] the tensor cores' operand takes three times the instructions.
 int32 sums are exact, so that split-K needs no order; K is at most 131,071: 128 * 128 * K stays below 2^31.
 
+torch.compile is shown the activation's quantization as torch's own operators, so that Inductor makes it part of the
+launch that makes the activation: a norm with the residual's sum before it, or the product of a gate. The codes enter
+`llmq::int8_product`. Rows beyond 8,192 columns, whose maximum Inductor takes in launches of its own, and those that
+have to be padded stay with `llmq::int8_linear`, one operator with both launches in it.
+
 From 17 tokens on the library's product of int8 (`torch._int_mm`) is a candidate too, where it is CUDA's; a kernel of
 ours scales its sums.
 
@@ -29,7 +34,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from llmq_kernels import tune
 from llmq_kernels.errors import KernelError
@@ -40,6 +45,8 @@ from llmq_kernels.rounding import round_even
 TILE_K = 128
 N_MULTIPLE = 128
 MAX_K = 131_071
+ROW_K = 8192
+"""The most columns whose maximum Inductor takes in one launch with what makes and what reads the row."""
 
 
 @dataclass(frozen=True)
@@ -203,25 +210,31 @@ def sum_int32_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def quantize_reference(x_MK: Tensor, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return int8 codes `[M, K]` and float32 scales `[M]` (or `[1]`), as `quantize_kernel` makes them."""
+def quantize_reference(x: Tensor, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return int8 codes of `x` `[..., K]` and float32 scales `[M]` (or `[1]`), as `quantize_kernel` makes them."""
     if static is None:
-        top = x_MK.abs().amax(-1, keepdim=True)
+        top = x.abs().amax(-1, keepdim=True)
         scale = top / torch.full_like(top, 127.5)  # by a number, torch multiplies with the reciprocal on a GPU
-        scale = scale.masked_fill(scale == 0, torch.finfo(x_MK.dtype).eps)
+        scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
     else:
-        scale = static.reshape(1, 1).to(x_MK.dtype)
-    q = (x_MK / scale).clamp(-128, 127).round().to(torch.int8)
+        scale = static.reshape(1).to(x.dtype)
+    q = (x / scale).clamp(-128, 127).round().to(torch.int8)
     return q, scale.reshape(-1).float()
 
 
 def reference(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Return the W8A8 linear of `x` `[..., K]`, int32 sums exact (float64), scaled in float32, rounded once."""
-    q, x_scale = quantize_reference(x.reshape(-1, w.K), static)
-    sums = (q.double() @ w.q[: w.N, : w.K].double().t()).float()
+    return product_reference(*quantize_reference(x, static), w, bias, x.dtype)
+
+
+def product_reference(
+    q: Tensor, x_scale: Tensor, w: PackedInt8, bias: Tensor | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the linear of int8 codes `[..., K]`, padded or not, and their scales: `[..., N]`."""
+    sums = (q[..., : w.K].reshape(-1, w.K).double() @ w.q[: w.N, : w.K].double().t()).float()
     y = sums * x_scale[:, None] * w.scale[None, : w.N]
     y = y if bias is None else y + bias.float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], w.N)
+    return y.to(dtype).reshape(*q.shape[:-1], w.N)
 
 
 def linear(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -232,7 +245,15 @@ def linear(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tensor 
     """
     if direct(x):
         return compute(x, w, static, bias)
+    if torch.compiler.is_compiling() and _fuses(w, static):
+        q, x_scale = quantize_reference(x, static)
+        return torch.ops.llmq.int8_product(q, x_scale, w.q, w.scale, bias, w.N, x.dtype)
     return torch.ops.llmq.int8_linear(x, w.q, w.scale, static, bias, w.N, w.K)
+
+
+def _fuses(w: PackedInt8, static: Tensor | None) -> bool:
+    """Say whether Inductor quantizes an activation of `w` in the launch that makes it."""
+    return w.q.size(1) == w.K and (static is not None or w.K <= ROW_K)
 
 
 def compute(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -245,16 +266,20 @@ def compute(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tensor
         return reference(x, w, static, bias)
     if x.dtype not in FLOATS:
         raise KernelError(f"the W8A8 kernel takes fp16, bf16 or float32 activations, not {x.dtype}; convert x")
-    M, device = x.numel() // w.K, x.device
-    key = (tune.bucket(M), w.N, w.K, x.dtype)
-    quantized = functools.cache(lambda: quantize(x, w.q.size(1), static))  # once, if anything is to be timed
-    with on(device):
-        config = tune.choose(
-            "int8", device, key, lambda: configs(M, w.K), lambda c: launch(*quantized(), w, bias, c, x.dtype)
-        )
+    asked, config = _chosen(x, w, bias, x.dtype, lambda: quantize(x, w.q.size(1), static))
     call = planned(x, w, config, static is not None, bias is not None)
-    tune.settle(_signature(x, w, static, bias), "int8", device, key, call)
+    tune.settle(_signature(x, w, static, bias), *asked, call)
     return call(x, w, static, bias)
+
+
+def _chosen(
+    x: Tensor, w: PackedInt8, bias: Tensor | None, dtype: torch.dtype, codes: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[tuple[str, torch.device, tuple[Any, ...]], tune.Config]:
+    """Return the fastest configuration for as many tokens as `x` has, behind what the tuner was asked for it."""
+    M, device, quantized = x.shape[:-1].numel(), x.device, functools.cache(codes)  # once, if anything is to be timed
+    asked = "int8", device, (tune.bucket(M), w.N, w.K, dtype)
+    with on(device):
+        return asked, tune.choose(*asked, lambda: configs(M, w.K), lambda c: launch(*quantized(), w, bias, c, dtype))
 
 
 def planned(x: Tensor, w: PackedInt8, config: tune.Config, is_static: bool, has_bias: bool) -> Callable[..., Tensor]:
@@ -270,6 +295,29 @@ def planned(x: Tensor, w: PackedInt8, config: tune.Config, is_static: bool, has_
     return call
 
 
+def product(
+    q: Tensor, x_scale: Tensor, w: PackedInt8, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Map int8 codes `[..., Kp]` of an activation, with their float32 scales `[M]` or `[1]`, to `[..., N]`."""
+    of_bias = None if bias is None else bias.shape
+    key = "int8 product", q.shape, x_scale.shape, dtype, q.device, w.N, w.K, w.q.device, of_bias
+    call = tune.settled.get(key)
+    if call is not None:
+        return call(q, x_scale, w, bias)
+    check_operands(q, w.q, w.N, w.q.size(1), bias)
+    if not runs_on(q) or not q.numel():
+        return product_reference(q, x_scale, w, bias, dtype)
+    asked, config = _chosen(q, w, bias, dtype, lambda: (q, x_scale))
+    launches = Launches(q.shape, w.N, config, x_scale.numel() == 1, bias is not None, q.device, dtype)
+
+    def multiplied(q: Tensor, x_scale: Tensor, w: PackedInt8, bias: Tensor | None) -> Tensor:
+        with on(q.device):
+            return no_gradient(x_scale, launches(q.contiguous(), x_scale, w, bias))
+
+    tune.settle(key, *asked, multiplied)
+    return multiplied(q, x_scale, w, bias)
+
+
 def _signature(x: Tensor, w: PackedInt8, static: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
     """Return all that a call's checks, its configuration and its launches depend on."""
     of_bias = None if bias is None else bias.shape
@@ -281,9 +329,21 @@ def _op(x: Tensor, q: Tensor, scale: Tensor, static: Tensor | None, bias: Tensor
     return compute(x, PackedInt8(q, scale, n, k), static, bias)
 
 
-@torch.library.register_fake("llmq::int8_linear")
+@library.register_fake("llmq::int8_linear")
 def _(x, q, scale, static, bias, n, k):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], n)
+
+
+@operator("llmq::int8_product")
+def _product_op(
+    q: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, n: int, dtype: torch.dtype
+) -> Tensor:
+    return product(q, x_scale, PackedInt8(w, w_scale, n, q.size(-1)), bias, dtype)
+
+
+@library.register_fake("llmq::int8_product")
+def _(q, x_scale, w, w_scale, bias, n, dtype):  # type: ignore[no-untyped-def]
+    return q.new_empty(*q.shape[:-1], n, dtype=dtype)
 
 
 def configs(M: int, K: int) -> list[tune.Config]:

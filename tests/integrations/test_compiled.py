@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from _graphs import REPLAY, Graphs, Steps
+from _inductor import launched
 from _launches import BACKENDS, counted
 from transformers import DynamicCache, StaticCache
 
@@ -16,6 +17,7 @@ from llmq.errors import LlmqError
 from llmq.integrations.compiled import compile_for_generation, is_compiled
 from llmq.talk import in_torch
 from llmq.talk.speaker import Sampling, opened
+from llmq_kernels import int8
 
 
 @pytest.fixture
@@ -173,3 +175,34 @@ def test_a_speaker_on_a_gpu_is_compiled_unless_it_is_not_to_be(folder, monkeypat
     monkeypatch.setattr(in_torch, "compile_for_generation", calls.append)
     with opened(str(folder), device, compiled=compiled):
         assert len(calls) == told
+
+
+inductor = pytest.mark.skipif(torch.__version__ < "2.13", reason="Inductor's insides, of torch 2.13")
+
+
+@inductor
+def test_inductor_quantizes_inputs_in_the_launches_that_make_them(tiny_checkpoint, tmp_path, monkeypatch):
+    """Of the four of a block: after two norms, with the residual's sum before them, and after the gate; q, k, v and
+    gate, up are one product each. What attention gives back is quantized in a launch of its own."""
+    source = tiny_checkpoint(hidden_size=128, intermediate_size=256, num_hidden_layers=1)
+    how = {"method": "rtn", "format": "compressed-tensors", "bits": 8, "act_bits": 8, "group_size": "channel"}
+    llmq.quantize(source, tmp_path / "out", **how)
+    with counted():
+        model = llmq.load(tmp_path / "out", device="cpu", dtype=torch.bfloat16)
+        model.set_attn_implementation("eager")  # a CPU's own attention is no GPU's
+        fused = launched(model.forward, torch.tensor([[5]]), use_cache=False)
+        monkeypatch.setattr(int8, "_fuses", lambda w, static: False)
+        alone = launched(model.forward, torch.tensor([[5]]), use_cache=False)
+    assert fused["int8_product"] == alone["int8_linear"] == 4
+    assert fused["torch"] == alone["torch"] + 1  # where an operator has two launches
+    assert fused.total() == alone.total() + alone["int8_linear"] - 3
+
+
+@inductor
+def test_inductor_takes_the_maximum_of_a_row_in_one_launch_up_to_8192_columns():
+    def gated(both):
+        gate, up = both.chunk(2, -1)
+        return int8.quantize_reference(torch.nn.functional.silu(gate) * up)
+
+    assert launched(gated, torch.zeros(1, 1, 2 * int8.ROW_K).bfloat16()) == {"torch": 1}
+    assert launched(gated, torch.zeros(1, 1, 2 * 14336).bfloat16()) == {"torch": 3}  # an operator of ours has one

@@ -27,6 +27,7 @@ W8 = int8.pack(torch.randint(-128, 128, (128, 256), generator=GEN).to(torch.int8
 STATIC, BIAS = torch.tensor([0.1]), torch.zeros(128).half()
 ONE, SPLIT = {"weight_only_kernel": 1}, {"weight_only_kernel": 1, "sum_splits_kernel": 1}
 INT8 = {"quantize_kernel": 1, "int8_kernel": 1}
+CODES, ONES = torch.ones(1, 2, 256, dtype=torch.int8), torch.ones(2)
 CALLS = {  # the call, K, rows, and what it launches
     "W4": (lambda x: weight_only.linear(x, W4), 512, 1, ONE),
     "W4, bias": (lambda x: weight_only.linear(x, W4, BIAS), 512, 3, ONE),
@@ -41,6 +42,7 @@ CALLS = {  # the call, K, rows, and what it launches
     ),
     "W8A8": (lambda x: int8.linear(x, W8), 256, 1, INT8),
     "W8A8 static, bias": (lambda x: int8.linear(x, W8, STATIC, BIAS), 256, 2, INT8),
+    "W8A8 of codes": (lambda x: int8.product(CODES, ONES, W8, BIAS, x.dtype), 256, 2, {"int8_kernel": 1}),
 }
 
 

@@ -185,6 +185,8 @@ def test_a_token_launches_four_products_a_block(name, how, tiny_checkpoint, tmp_
             model(ids, use_cache=False)
             counts.clear()
             model(ids, use_cache=False)
+        if how == "compiled":  # Inductor makes the codes where it makes the activation
+            wanted = {kernel: n for kernel, n in wanted.items() if kernel != "quantize_kernel"}
         assert counts == {kernel: 2 * n for kernel, n in wanted.items()}
 
 
