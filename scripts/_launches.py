@@ -14,12 +14,13 @@ from unittest.mock import patch
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmq.runtime.backends.scaled_mm import ScaledMM
 from llmq.runtime.backends.triton_e2m1 import TritonE2M1
 from llmq.runtime.backends.triton_w8a8 import TritonW8A8
 from llmq.runtime.backends.triton_weight_only import TritonWeightOnly
-from llmq_kernels import attention, e2m1, grouped, int8, kv, product, routing, tune, weight_only
+from llmq_kernels import attention, e2m1, fp8, grouped, int8, kv, product, routing, tune, weight_only
 
-BACKENDS = (TritonWeightOnly, TritonE2M1, TritonW8A8)
+BACKENDS = (TritonWeightOnly, TritonE2M1, TritonW8A8, ScaledMM)
 KERNELS = {
     weight_only: ("weight_only_kernel",),
     product: ("sum_splits_kernel",),
@@ -28,6 +29,7 @@ KERNELS = {
     routing: ("plan_kernel",),
     e2m1: ("e2m1_kernel", "decode_kernel"),
     int8: ("quantize_kernel", "int8_kernel", "sum_int32_kernel"),
+    fp8: ("sum_int32_kernel",),
     kv: ("append_kernel",),
     attention: ("attend_kernel", "merge_kernel"),
 }
@@ -59,7 +61,7 @@ def counted() -> Iterator[Counter[str]]:
     """Let the back-ends for GPUs take CPU tensors and count launches, by kernel, in place of making them."""
     counts: Counter[str] = Counter()
     patches = [patch.object(m, name, _Kernel(name, counts)) for m, names in KERNELS.items() for name in names]
-    patches += [patch.object(m, "runs_on", lambda x: True) for m in (product, int8, routing)]
+    patches += [patch.object(m, "runs_on", lambda x: True) for m in (product, int8, fp8, routing)]
     patches += [patch.object(b, "devices", frozenset({"cpu"})) for b in BACKENDS]
     tune.forget()
     for each in patches:

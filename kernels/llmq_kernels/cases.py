@@ -140,10 +140,17 @@ def int8_build(config: tune.Config, dtype: str = "fp16") -> Build:
     return Build(int8.int8_kernel, types, constants, ("M",), _options(config))
 
 
-def _quantize_build(dtype: str) -> Build:
-    types = {"x_ptr": f"*{dtype}", "q_ptr": "*i8", "static_ptr": "*fp32", "scale_ptr": "*fp32", "K": "i32", "KP": "i32"}
-    constants = {"EPS": 0.001, "STATIC": False, "BLOCK": 4096}
+def _quantize_build(dtype: str, *, e4m3: bool = False) -> Build:
+    types = {"x_ptr": f"*{dtype}", "q_ptr": "*u8" if e4m3 else "*i8", "static_ptr": "*fp32", "scale_ptr": "*fp32"}
+    types |= {"K": "i32", "KP": "i32"}
+    constants = {"EPS": 0.001, "STATIC": False, "E4M3": e4m3, "BLOCK": 4096}
     return Build(int8.quantize_kernel, types, constants, (), _PLAIN)
+
+
+def _scale_build() -> Build:
+    types = {"part_ptr": "*fp32", "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
+    constants = {"STATIC": False, "HAS_BIAS": False, "SPLIT_K": 1, "BLOCK": 1024}
+    return Build(int8.sum_int32_kernel, types | {"MN": "i32", "N": "i32"}, constants, (), _PLAIN)
 
 
 def _sum_build() -> Build:
@@ -333,6 +340,8 @@ CASES = (
     _int8("W8A8 decode", (1.95, 1.95, 0.85), 4, M=1),
     _int8("W8A8 prefill", (7.0, 7.0, 1.7), 4, M=512),
     Case("W8A8 activation", lambda asm: _quantize_build("bf16"), 0, mma=False),
+    Case("FP8 activation", lambda asm: _quantize_build("bf16", e4m3=True), 0, mma=False),
+    Case("FP8 scaled", lambda asm: _scale_build(), 0, mma=False),
     Case("KV append int8", lambda asm: append_build(8, sym=True), 0, mma=False),
     Case("KV append int4", lambda asm: append_build(4, sym=False), 0, mma=False),
     _attend("KV attention int8", 8, "fp16", (3.7, 3.55, 3.5), 8, sym=True),

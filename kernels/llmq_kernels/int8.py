@@ -40,7 +40,7 @@ from llmq_kernels import tune
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import FLOATS, OPTIONS, blank, cdiv, check_operands, direct, no_gradient, on, operator, runs_on
 from llmq_kernels.layout import spans_of
-from llmq_kernels.rounding import round_even
+from llmq_kernels.rounding import e4m3_code, round_even
 
 TILE_K = 128
 N_MULTIPLE = 128
@@ -101,16 +101,20 @@ def join(weights: Sequence[PackedInt8]) -> tuple[PackedInt8, list[PackedInt8]]:
 @triton.jit
 def quantize_kernel(
     x_ptr,  # [M, K] fp16, bf16 or float32
-    q_ptr,  # [M, KP] int8
+    q_ptr,  # [M, KP] int8, or with E4M3 uint8
     static_ptr,  # [1], read with STATIC
     scale_ptr,  # [M] float32, or with STATIC [1]; written
     K,
     KP,
     EPS: tl.constexpr,
     STATIC: tl.constexpr,
+    E4M3: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Quantize one token: its maximum, then its codes; columns from K to KP become 0."""
+    """Quantize one token: its maximum, then its codes; columns from K to KP become 0.
+
+    E4M3: whether codes are those of floats (fp8.py).
+    """
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -122,14 +126,14 @@ def quantize_kernel(
         for k in range(0, K, BLOCK):
             x = tl.load(x_ptr + row * K + k + offs, mask=k + offs < K, other=0.0)
             top = tl.maximum(top, tl.abs(x.to(tl.float32)))
-        scale = tl.div_rn(tl.max(top, 0), 127.5).to(dtype).to(tl.float32)
+        scale = tl.div_rn(tl.max(top, 0), 448.0 if E4M3 else 127.5).to(dtype).to(tl.float32)
         scale = tl.where(scale == 0.0, EPS, scale)
         tl.store(scale_ptr + row, scale)
     for k in range(0, KP, BLOCK):
         x = tl.load(x_ptr + row * K + k + offs, mask=k + offs < K, other=0.0).to(tl.float32)
         ratio = tl.div_rn(x, tl.zeros_like(x) + scale).to(dtype).to(tl.float32)
-        code = round_even(tl.minimum(tl.maximum(ratio, -128.0), 127.0))
-        tl.store(q_ptr + row * KP + k + offs, code.to(tl.int8), mask=k + offs < KP)
+        code = e4m3_code(ratio) if E4M3 else round_even(tl.minimum(tl.maximum(ratio, -128.0), 127.0))
+        tl.store(q_ptr + row * KP + k + offs, code.to(q_ptr.dtype.element_ty), mask=k + offs < KP)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -184,7 +188,7 @@ def int8_kernel(
 
 @triton.jit
 def sum_int32_kernel(
-    part_ptr,  # [SPLIT_K, MN] int32
+    part_ptr,  # [SPLIT_K, MN] int32, or of FP8 float32
     x_scale_ptr,  # [M] float32, or with STATIC [1]
     w_scale_ptr,  # [N] float32
     bias_ptr,  # [N]
@@ -196,7 +200,7 @@ def sum_int32_kernel(
     SPLIT_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add the int32 sums of all splits, scale, add the bias, round once."""
+    """Add the sums of all splits, scale, add the bias, round once."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < MN
     acc = tl.load(part_ptr + at, mask=mask, other=0)
@@ -370,14 +374,15 @@ def quantize(x: Tensor, Kp: int, static: Tensor | None = None) -> tuple[Tensor, 
 
 
 class Quantizing:
-    """The launch of the activation kernel on activations of one shape."""
+    """The launch of the activation kernel on activations of one shape; e4m3: to E4M3, whose bits are uint8."""
 
-    def __init__(self, x: Tensor, Kp: int, *, is_static: bool) -> None:
+    def __init__(self, x: Tensor, Kp: int, *, is_static: bool, e4m3: bool = False) -> None:
         M, self.K, self.Kp, self.grid = x.shape[:-1].numel(), x.size(-1), Kp, (x.shape[:-1].numel(),)
-        self.codes = blank((*x.shape[:-1], Kp), torch.int8, x.device)
+        self.codes = blank((*x.shape[:-1], Kp), torch.uint8 if e4m3 else torch.int8, x.device)
         self.scales = blank((1 if is_static else M,), torch.float32, x.device)
         block = min(4096, triton.next_power_of_2(Kp))
-        self.fixed = {"EPS": torch.finfo(x.dtype).eps, "STATIC": is_static, "BLOCK": block, "num_warps": 4, **OPTIONS}
+        kind = {"EPS": torch.finfo(x.dtype).eps, "STATIC": is_static, "E4M3": e4m3}
+        self.fixed = {**kind, "BLOCK": block, "num_warps": 4, **OPTIONS}
 
     def __call__(self, x: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return codes and scales; see `quantize`."""

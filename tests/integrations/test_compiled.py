@@ -15,6 +15,8 @@ from transformers import DynamicCache, StaticCache
 import llmq
 from llmq.errors import LlmqError
 from llmq.integrations.compiled import compile_for_generation, is_compiled
+from llmq.runtime.backends.floatloop import FloatLoop
+from llmq.runtime.backends.scaled_mm import ScaledMM
 from llmq.talk import in_torch
 from llmq.talk.speaker import Sampling, opened
 from llmq_kernels import int8
@@ -196,6 +198,20 @@ def test_inductor_quantizes_inputs_in_the_launches_that_make_them(tiny_checkpoin
     assert fused["int8_product"] == alone["int8_linear"] == 4
     assert fused["torch"] == alone["torch"] + 1  # where an operator has two launches
     assert fused.total() == alone.total() + alone["int8_linear"] - 3
+
+
+@inductor
+def test_a_compiled_block_of_fp8_has_four_products(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(FloatLoop, "refuses", lambda spec, device: "it is not asked")
+    monkeypatch.setattr(ScaledMM, "devices", frozenset({"cpu"}))
+    source = tiny_checkpoint(hidden_size=128, intermediate_size=256, num_hidden_layers=1)
+    how = {"method": "rtn", "format": "compressed-tensors", "weights": "fp8", "inputs": "fp8"}
+    llmq.quantize(source, tmp_path / "out", **how)
+    model = llmq.load(tmp_path / "out", device="cpu", dtype=torch.bfloat16)
+    model.set_attn_implementation("eager")
+    found = launched(model.forward, torch.tensor([[5]]), use_cache=False)
+    assert found["_scaled_mm"] == 4
+    assert found["torch"] < 10  # attention's, the mask's, the last norm's, and one before each product
 
 
 @inductor

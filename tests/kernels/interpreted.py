@@ -10,7 +10,7 @@ import math
 import panels
 import torch
 
-from llmq_kernels import attention, e2m1, grouped, int8, kv, layout, product, routing, tune, weight_only
+from llmq_kernels import attention, e2m1, fp8, grouped, int8, kv, layout, product, routing, tune, weight_only
 from llmq_kernels.decode import decode
 
 Config = tune.Config
@@ -234,6 +234,29 @@ def int8_cases():
     yield "w8a8, a row of zeros", not q.any() and scale.item() == torch.finfo(torch.float16).eps
 
 
+def fp8_cases():
+    """Of activations whose quotients meet every code, its neighbours' middles and what is beside them."""
+    gen = torch.Generator().manual_seed(8)
+    codes = torch.arange(0x7F, dtype=torch.uint8).view(fp8.E4M3).float()
+    middles = (codes[1:] + codes[:-1]) / 2
+    every = torch.cat([codes, middles, middles * (1 + 2**-20), middles * (1 - 2**-20), torch.tensor([1e4, 1e-9])])
+    every = torch.cat([every, -every, torch.zeros(1024 - 2 * len(every))])
+    rows = torch.stack([every, every.flip(0) * 0.37, torch.zeros(1024), torch.randn(1024, generator=gen)])
+    w = fp8.pack(torch.randint(0, 0x7F, (48, 1024), generator=gen, dtype=torch.uint8), torch.rand(48, 1) * 0.01)
+    bias = torch.randn(48, generator=gen)
+    for dtype, x in ((torch.float32, rows), (torch.float16, rows.half())):
+        for static in (None, torch.tensor([1.0])):
+            name = f"fp8 {dtype} {'token' if static is None else 'static'}"
+            q, scale = int8.Quantizing(x, 1024, is_static=static is not None, e4m3=True)(x, static)
+            wanted_q, wanted_scale = fp8.quantize_reference(x, static)
+            yield f"{name}: codes", torch.equal(q, wanted_q.view(torch.uint8))
+            yield f"{name}: scales", torch.equal(scale, wanted_scale)
+            found, wanted = fp8.compute(x, w, static, bias.to(dtype)), fp8.reference(x, w, static, bias.to(dtype))
+            yield f"{name}: rounded", torch.equal(found, wanted) or sqnr(found, wanted)
+    whole, parts = fp8.join([w, w])
+    yield "joined, fp8", torch.equal(fp8.compute(x, whole)[:, 48:], fp8.compute(x, parts[0]))
+
+
 def same(found, wanted):
     return all(
         torch.equal(getattr(found, n), getattr(wanted, n)) for n in ("k_words", "k_params", "v_words", "v_params")
@@ -298,6 +321,7 @@ if __name__ == "__main__":
                     *grouped_cases(),
                     *e2m1_cases(),
                     *int8_cases(),
+                    *fp8_cases(),
                     *kv_cases(),
                     *panels.cases(),
                 ]

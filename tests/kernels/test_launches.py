@@ -6,7 +6,7 @@ import pytest
 import torch
 from _launches import TorchLaunches, counted
 
-from llmq_kernels import e2m1, grouped, int8, routing, tune, weight_only
+from llmq_kernels import e2m1, fp8, grouped, int8, routing, tune, weight_only
 from llmq_kernels.layout import pack
 
 GEN = torch.Generator().manual_seed(0)
@@ -24,6 +24,8 @@ def floats():
 
 W4, W4_LONG, MXFP4 = integers(), integers(4096), floats()
 W8 = int8.pack(torch.randint(-128, 128, (128, 256), generator=GEN).to(torch.int8), torch.ones(128))
+F8 = fp8.pack(torch.randint(0, 0x7F, (128, 256), generator=GEN, dtype=torch.uint8), torch.ones(128))
+FP8 = {"quantize_kernel": 1, "torch _scaled_mm": 1, "sum_int32_kernel": 1}
 STATIC, BIAS = torch.tensor([0.1]), torch.zeros(128).half()
 ONE, SPLIT = {"weight_only_kernel": 1}, {"weight_only_kernel": 1, "sum_splits_kernel": 1}
 INT8 = {"quantize_kernel": 1, "int8_kernel": 1}
@@ -42,6 +44,8 @@ CALLS = {  # the call, K, rows, and what it launches
     ),
     "W8A8": (lambda x: int8.linear(x, W8), 256, 1, INT8),
     "W8A8 static, bias": (lambda x: int8.linear(x, W8, STATIC, BIAS), 256, 2, INT8),
+    "FP8": (lambda x: fp8.compute(x, F8), 256, 1, FP8),
+    "FP8 static, bias": (lambda x: fp8.compute(x, F8, STATIC, BIAS), 256, 2, FP8),
     "W8A8 of codes": (lambda x: int8.product(CODES, ONES, W8, BIAS, x.dtype), 256, 2, {"int8_kernel": 1}),
 }
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmq_kernels import attention, e2m1, int8, kv, layout, panel, weight_only
+from llmq_kernels import attention, e2m1, fp8, int8, kv, layout, panel, weight_only
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import no_gradient
 
@@ -110,6 +110,22 @@ def test_compiled_w8a8_quantizes_where_inductor_fuses_it_and_gives_the_same_bits
     check(torch.ops.llmq.int8_product, q, x_scale, w.q, w.scale, bias, 24, torch.bfloat16)
 
 
+@pytest.mark.parametrize("static", [None, torch.tensor([0.02])], ids=["token", "static"])
+def test_fp8_is_the_product_of_what_is_rounded_and_compiled_the_same(static):
+    codes = torch.randint(0, 0x7F, (32, 64), dtype=torch.uint8)
+    w, x, bias = fp8.pack(codes, torch.rand(32, 1) * 0.01), torch.randn(3, 2, 64), torch.randn(32)
+    x_fp8, x_scale = fp8.quantize_reference(x, static)
+    W = codes.view(fp8.E4M3).double() * w.scale[:, None].double()
+    exact = (x_fp8.double() * x_scale.double().view(*(x_scale.shape if static is not None else (3, 2, 1)))) @ W.t()
+    y = fp8.linear(x, w, static, bias)
+    torch.testing.assert_close(y, (exact + bias.double()).float(), rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(lambda x: fp8.linear(x, w, static, bias), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), y)
+    assert fp8.linear(x[:0], w, static, bias).shape == (0, 2, 32)
+    whole, parts = fp8.join([w, w])
+    assert whole.N == 64 and all(torch.equal(fp8.linear(x, p, static), fp8.linear(x, w, static)) for p in parts)
+
+
 @pytest.mark.parametrize(("bits", "bound"), [(8, 38), (4, 15)])
 @pytest.mark.parametrize("sym", [True, False])
 def test_attention_over_the_cache_is_near_attention_over_floats(bits, bound, sym):
@@ -159,6 +175,9 @@ def test_torch_compile_traces_through():
         (lambda w: weight_only.linear(torch.randn(2, 128), w, torch.randn(3)), r"bias is \[3\]"),
         (lambda w: int8.pack(torch.zeros(2, 2), torch.ones(2)), "int8 codes"),
         (lambda w: int8.pack(torch.zeros(1, 200_000, dtype=torch.int8), torch.ones(1)), "overflow"),
+        (lambda w: fp8.pack(torch.zeros(16, 16), torch.ones(16)), "FP8 takes uint8 codes"),
+        (lambda w: fp8.pack(torch.zeros(24, 16).byte(), torch.ones(1)), "16 does not divide N = 24"),
+        (lambda w: fp8.join([fp8.pack(torch.zeros(16, K).byte(), torch.ones(1)) for K in (16, 32)]), "differ in K"),
         (lambda w: kv.empty(1, 1, 8, 64, 2, sym=True, device="cpu"), "2 bits"),
         (lambda w: kv.empty(1, 1, 8, 512, 8, sym=True, device="cpu"), "512 channels"),
     ],

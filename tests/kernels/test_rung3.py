@@ -16,7 +16,7 @@ import torch
 from ptxsim import PtxError
 from ptxsim.launch import SimulatedKernel
 
-from llmq_kernels import attention, decode, e2m1, grouped, int8, kv, panel, product, routing, weight_only
+from llmq_kernels import attention, decode, e2m1, fp8, grouped, int8, kv, panel, product, routing, weight_only
 from llmq_kernels.layout import dequantize, join, pack
 from llmq_kernels.tune import Config
 
@@ -351,6 +351,25 @@ def test_w8a8(monkeypatch, dtype, N, K, bias, config):
 
 
 # Key-value cache
+
+
+@pytest.mark.parametrize("static", [None, torch.tensor([0.03])], ids=["token", "static"])
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+def test_fp8(monkeypatch, dtype, static):
+    """The library multiplies; codes, scales and what is made of the sums must equal the reference's bits."""
+    draw = generator()
+    w = fp8.pack(torch.randint(0, 0x7F, (48, 640), generator=draw, dtype=torch.uint8), torch.rand(48, 1) * 0.01)
+    x = (torch.randn(5, 640, generator=draw) * torch.logspace(-4, 2, 640)).to(dtype)
+    x[3] = 0
+    b = torch.randn(48, generator=draw).to(dtype)
+    launches = simulated(monkeypatch, int8, "quantize_kernel")
+    simulated(monkeypatch, fp8, "sum_int32_kernel", to=launches)
+    q, scale = int8.Quantizing(x, 640, is_static=static is not None, e4m3=True)(x, static)
+    want_q, want_scale = fp8.quantize_reference(x, static)
+    assert torch.equal(q, want_q.view(torch.uint8)) and torch.equal(scale, want_scale)
+    y, want = fp8.planned(x, w, static is not None, True)(x, w, static, b), fp8.reference(x, w, static, b)
+    assert ((y - want).abs() <= 2 * HALF[dtype] * want.abs() + 1e-6).all()
+    assert_sound(launches)
 
 
 @pytest.mark.parametrize(("bits", "sym"), [(8, True), (4, False)], ids=["int8", "int4"])

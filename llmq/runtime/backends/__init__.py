@@ -15,7 +15,7 @@ writes what was read.
 | int_mm   | W8A8, a CPU with VNNI | int8 x int8 -> int32 by `torch._int_mm` |
 | fbgemm   | W8A8, x86 without VNNI | fbgemm's uint8 x int8 product, kept exact by splitting the weight |
 | int8pack | 8 bits, weights only | torch's int8 product for few rows, panels decoded to float32 for many |
-| scaled_mm | FP8 weights and activations, a GPU | torch's FP8 x FP8 product |
+| scaled_mm | FP8 weights and activations, a GPU | torch's FP8 x FP8 product, Triton kernels |
 | triton_e2m1 | NVFP4, MXFP4, a GPU | our kernels: decoded in registers, many rows in panels |
 | e4m3 | FP8, MXFP8, a GPU | decoded at every forward by torch |
 | floatloop | FP8, NVFP4, MXFP4, MXFP8, a CPU | compiled products of packed codes for few rows, panels for many |
