@@ -164,10 +164,16 @@ def _unscale(x, zero, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
         return x * SCALE - (zero - (_base(dtype) - _base(dtype) * SCALE))
 
 
+@constexpr_function
+def zeros_beside(has_zero, params):
+    """Return whether zeros lie in a row of words of every tile: where there are any and `params` holds floats."""
+    return has_zero and params != tl.int32
+
+
 @triton.jit
 def scale_of(word, HAS_ZERO: tl.constexpr):
     """Return the float32 scale of a parameter: the upper 24 bits above an 8-bit zero point, all 32 bits, or a float."""
-    if HAS_ZERO:
+    if HAS_ZERO and word.dtype == tl.int32:
         return (word & ~0xFF).to(tl.float32, bitcast=True)
     elif word.dtype == tl.int32:
         return word.to(tl.float32, bitcast=True)
@@ -179,6 +185,12 @@ def scale_of(word, HAS_ZERO: tl.constexpr):
 def zero_of(word):
     """Return the int16 zero point of a parameter word that has one."""
     return (word & 0xFF).to(tl.int16)
+
+
+@triton.jit
+def zero_field(zeros, j: tl.constexpr, BITS: tl.constexpr):
+    """Return the int16 zero points that are field j of words of zeros."""
+    return (zeros >> (BITS * j)) & (2**BITS - 1)
 
 
 @triton.jit
@@ -194,6 +206,19 @@ def code_minus_zero(w, z, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constex
 
 
 @triton.jit
+def code_minus_beside(w, zeros, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+    """Return `code - zero` of field j of an int16 tile, whose zero is field j of the int16 words `zeros`, one a row.
+
+    A thread has an even number of rows, which the assembly takes two at a time, as the first operand of tensor cores.
+    """
+    if ASM and not (BITS == 8 and dtype == tl.bfloat16):
+        SCALE: tl.constexpr = _scale(j, BITS, dtype)
+        return _field(w, j, BITS, dtype) * SCALE - (_field(zeros, j, BITS, dtype) * SCALE)[:, None]
+    else:
+        return code_minus_zero(w, zero_field(zeros, j, BITS)[:, None], j, BITS, dtype, ASM)
+
+
+@triton.jit
 def code3_minus_zero(w, w1, w2, z, j: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
     """Return `code - zero` of field j of three words of 3-bit codes; see `_place`."""
     if j < 15:
@@ -203,6 +228,19 @@ def code3_minus_zero(w, w1, w2, z, j: tl.constexpr, dtype: tl.constexpr, ASM: tl
     else:
         code = ((w >> 15) & 1) | ((w1 >> 14) & 2) | ((w2 >> 13) & 4)
         return _magic(code, dtype) - _zero(z, 4, dtype)
+
+
+@triton.jit
+def field_minus_zero(
+    w, w1, w2, z, j: tl.constexpr, BITS: tl.constexpr, BESIDE: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr
+):
+    """Return `code - zero` of field j of a tile; w1, w2: its other words of 3 bits. z: as for the function called."""
+    if BITS == 3:
+        return code3_minus_zero(w, w1, w2, z, j, dtype, ASM)
+    elif BESIDE:
+        return code_minus_beside(w, z, j, BITS, dtype, ASM)
+    else:
+        return code_minus_zero(w, z, j, BITS, dtype, ASM)
 
 
 @triton.jit

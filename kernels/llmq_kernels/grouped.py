@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor, library
 
 from llmq_kernels import e2m1, layout, tune, weight_only
-from llmq_kernels.dequant import fields_of
+from llmq_kernels.dequant import fields_of, zeros_beside
 from llmq_kernels.e2m1 import E2M1Weight, e2m1_sums
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import cdiv, direct, operator
@@ -86,8 +86,8 @@ class Routed:
 @triton.jit(do_not_specialize=["E", "TOP", "M"])
 def grouped_kernel(
     x_ptr,  # [M / TOP, K] fp16 or bf16
-    w_ptr,  # [E, K * BITS / 16, NP] int16
-    param_ptr,  # [E, K / GROUP, NP] int32
+    w_ptr,  # [E, K * BITS / 16, NP] int16, as of one weight
+    param_ptr,  # [E, K / GROUP, NP] int32, or floats
     bias_ptr,  # [E + 1, N], in x's dtype, if HAS_BIAS
     y_ptr,  # [M, N] in x's dtype or float32, or partials [SPLIT_K, M, N] float32
     order_ptr,  # [M] int32
@@ -117,7 +117,7 @@ def grouped_kernel(
     """Compute one tile of an expert's rows of y, or of one split's partial. K and NP are padded; N is not."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     BK: tl.constexpr = SUB * fields_of(BITS)
-    ROWS: tl.constexpr = BK * BITS // 16
+    ROWS: tl.constexpr = BK * BITS // 16 + zeros_beside(HAS_ZERO, param_ptr.dtype.element_ty)
     # Slots run fastest: those of one expert are neighbours, and read the same words.
     count = M // BM + tl.minimum(E + 1, M)
     expert, first, last = tile_of(begin_ptr, tl.program_id(0) % count, E, EP, BM)
@@ -135,7 +135,8 @@ def grouped_kernel(
 
     mine = tl.minimum(expert, E - 1).to(tl.int64)
     x_ptrs = x_ptr + (pair // TOP).to(tl.int64)[None, :] * K + (begin * BK + offs_r)[:, None]
-    w_ptrs = w_ptr + mine * (tiles * ROWS * NP) + (begin * ROWS + offs_r)[None, :] * NP + offs_n[:, None]
+    w_ptr += mine * (tiles * ROWS * NP)
+    w_ptrs = w_ptr + (begin * ROWS + offs_r)[None, :] * NP + offs_n[:, None]
     params = param_ptr + mine * param_stride
     if E2M1:
         acc = e2m1_sums(
@@ -144,7 +145,7 @@ def grouped_kernel(
         acc *= tl.load(factor_ptr + mine * NP + offs_n)[:, None]
     else:
         acc = sums(
-            x_ptrs, x_mask, w_ptrs, params, offs_n, NP, begin, end, dtype,
+            x_ptrs, x_mask, w_ptrs, w_ptr + BK * BITS // 16 * NP, params, offs_n, NP, begin, end, dtype,
             BITS, SUB, GROUP, HAS_ZERO, ASM, BM, BN, STAGES,
         )  # fmt: skip
     if HAS_BIAS:
@@ -278,14 +279,29 @@ class _Kind(NamedTuple):
     """What integers and E2M1 differ in."""
 
     bits: Callable[[Any], int]
+    columns: Callable[[Any], int]
     tiles: Callable[[Any], int]
     configs: Callable[..., list[tune.Config]]
     constants: Callable[..., dict[str, Any]]
     dequantize: Callable[[Any], Tensor]
 
 
-_INTEGERS = _Kind(lambda w: w.bits, weight_only.tiles_of, weight_only.configs, weight_only.constants, layout.dequantize)
-_E2M1 = _Kind(lambda w: 4, lambda w: cdiv(w.K, 4 * w.group), e2m1.configs, e2m1.constants, e2m1.dequantize)
+_INTEGERS = _Kind(
+    lambda w: w.bits,
+    lambda w: w.Kp,
+    weight_only.tiles_of,
+    weight_only.configs,
+    weight_only.constants,
+    layout.dequantize,
+)
+_E2M1 = _Kind(
+    lambda w: 4,
+    lambda w: w.words.shape[0] * 4,
+    lambda w: cdiv(w.K, 4 * w.group),
+    e2m1.configs,
+    e2m1.constants,
+    e2m1.dequantize,
+)
 
 
 def _kind(one: PackedWeight | E2M1Weight) -> _Kind:
@@ -329,10 +345,10 @@ def launch(x: Tensor, w: Routed, bias: Tensor | None, config: tune.Config, dtype
 
 def planned(x: Tensor, w: Routed, config: tune.Config, has_bias: bool, dtype: torch.dtype | None = None) -> Call:
     """Return what launches a configuration on activations and weights like `x` and `w`."""
-    E, rows, Np = w.words.shape
+    E, _, Np = w.words.shape
     pairs, stride = len(w.plan.order), w.weight.params.stride(0)
     fixed = constants(w, config, has_bias=has_bias) | config.options()
-    shape, padded = (len(x), w.plan.top, w.N), (Np, rows * 16 // _kind(w.weight.one).bits(w.weight.one))
+    shape, padded = (len(x), w.plan.top, w.N), (Np, _kind(w.weight.one).columns(w.weight.one))
     launches = Launches(x, shape, padded, config, fixed, dtype or x.dtype, tiles=slots(pairs, E, config.BM))
 
     def call(x: Tensor, w: Routed, bias: Tensor | None) -> Tensor:

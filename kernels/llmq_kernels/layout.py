@@ -13,7 +13,10 @@ tensor-core fragments without any shuffle. As groups are multiples of SUB, a sub
 
     params [G, N]         the scales, in fp16, bf16 or float32 as they came. Where there are zeros, int32: the bits of a
                           float32 scale whose low 8 mantissa bits hold the zero, which costs nothing for fp16 and bf16
-                          scales (at least 13 low bits are clear)
+                          scales (at least 13 low bits are clear). Groups of less than 128 columns of 2, 4 and 8 bits
+                          keep such scales in their own 16 bits; behind the words of every tile stands one more row,
+                          whose field j is the zero of the codes in field j. 32 columns of 4 bits then take 20 bits of
+                          scale and zero where they would take 32
     rest   uint8 [N, G]   those low 8 bits, where float32 scales have any: the kernel multiplies with scales cut by up
                           to 2^-15 of themselves, and `unpack` still gives back every bit
 
@@ -38,7 +41,7 @@ from llmq_kernels.launch import HALF
 
 FIELDS = {2: 8, 3: 16, 4: 4, 8: 2}
 N_MULTIPLE = 128
-REVISION = 2
+REVISION = 3
 """Of this layout: what was fastest for another need not be for this one."""
 
 
@@ -46,10 +49,10 @@ REVISION = 2
 class PackedWeight:
     """A weight `[N, K]` for the weight-only kernel, with `w = scale * (code - zero)`.
 
-    words: int16 `[Kp * bits / 16, Np]`; params: `[Gp, Np]` (see the module); Kp, Np: K and N padded. Both may be
-    columns of wider tensors, alike in their strides (see `join`).
+    words: int16 `[Kp * bits / 16, Np]`, with rows of zeros `[Kp / tile more, Np]`; params: `[Gp, Np]` (see the module);
+    Kp, Np: K and N padded. Both may be columns of wider tensors, alike in their strides (see `join`).
     order: int64 `[K]`, the columns of the activation in the order of the packed ones, or None.
-    group: columns per scale, 0 for per channel. has_zero: whether `params` holds zeros; else zero is 2^(bits-1).
+    group: columns per scale, 0 for per channel. has_zero: whether there are zeros; else zero is 2^(bits-1).
     rest: what zeros displaced of float32 scales, uint8 `[N, G]`, or None; the kernel does without it.
     """
 
@@ -67,6 +70,16 @@ class PackedWeight:
     def shape(self) -> tuple[int, int, int, int, bool]:
         """What of the weight is no tensor."""
         return self.N, self.K, self.bits, self.group, self.has_zero
+
+    @property
+    def Kp(self) -> int:
+        """K padded."""
+        return -(-self.K // tile(self.bits, self.group)) * tile(self.bits, self.group)
+
+    @property
+    def zeros_beside(self) -> bool:
+        """Whether zeros lie in the words, not in `params`."""
+        return self.has_zero and self.params.dtype != torch.int32
 
     @property
     def Np(self) -> int:
@@ -108,20 +121,32 @@ def pack(
         codes_NK, order = _sort_columns(codes_NK, g_idx)
     size = tile(bits, group)
     Kp, Np = -(-K // size) * size, -(-N // N_MULTIPLE) * N_MULTIPLE
-    params_NG, rest = _params(scale_NG, zero_NG)
+    beside_NG = zero_NG if beside_words(bits, group, scale_NG.dtype) else None
+    params_NG, rest = _params(scale_NG, zero_NG if beside_NG is None else None)
     params = F.pad(params_NG.t(), (0, Np - N, 0, (-(-Kp // group) if group else 1) - G)).contiguous()
     # The padded columns meet activations of 0 and the padded rows are never stored: any code will do.
     padded = torch.zeros((Np, Kp), dtype=torch.uint8, device=codes_NK.device)
     padded[:N, :K] = codes_NK
     words = _words(padded, bits, sub_rows(bits, group))
+    if beside_NG is not None:
+        words = _with_zeros(words, F.pad(beside_NG, (0, 0, 0, Np - N)), bits, group)
     return PackedWeight(words, params, order, N, K, bits, group, zero_NG is not None, rest)
+
+
+def beside_words(bits: int, group: int, scales: torch.dtype) -> bool:
+    """Return whether zeros lie beside the words and not in the parameters: where that is smaller (see the module)."""
+    return bits != 3 and 0 < group < 128 and scales in HALF
 
 
 def unpack(w: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes uint8 `[N, K]` in packed column order, scales float32 `[N, G]` and zeros int32 `[N, G]`, exactly."""
-    codes = _codes(w.words, w.bits, sub_rows(w.bits, w.group))[: w.N, : w.K]
     G = w.K // w.group if w.group else 1
     params = w.params[:G, : w.N].t().contiguous()
+    if w.zeros_beside:
+        words, zero = _without_zeros(w.words, w.bits, w.group)
+        codes = _codes(words, w.bits, sub_rows(w.bits, w.group))[: w.N, : w.K]
+        return codes, params.float(), zero[: w.N, :G].to(torch.int32)
+    codes = _codes(w.words, w.bits, sub_rows(w.bits, w.group))[: w.N, : w.K]
     if w.has_zero:
         scale = params & ~0xFF if w.rest is None else params & ~0xFF | w.rest.to(torch.int32)
         return codes, scale.view(torch.float32), params & 0xFF
@@ -184,7 +209,8 @@ def check(
     if G > 1:
         _check_groups(K, G, g_idx)
     size = tile(bits, K // G if G > 1 else 0)
-    if -(-K // size) * size * bits // 16 * -(-N // N_MULTIPLE) * N_MULTIPLE >= 2**31:
+    rows = -(-K // size) * (size * bits // 16 + 1)  # one of them perhaps of zeros
+    if rows * -(-N // N_MULTIPLE) * N_MULTIPLE >= 2**31:
         raise KernelError(f"N x K = {N} x {K} in {bits} bits is beyond the kernel's 32-bit offsets; split N")
     if int(codes_NK.max()) >= 2**bits:
         raise KernelError(f"a code is {int(codes_NK.max())}, beyond {bits} bits; give unsigned codes")
@@ -241,6 +267,24 @@ def _join(fields_TFRN: Tensor, bits: int) -> Tensor:
     for f in range(fields_TFRN.shape[1]):
         word |= fields_TFRN[:, f].to(torch.int32) << (bits * f)
     return word.to(torch.int16).contiguous()
+
+
+def _with_zeros(words: Tensor, zero_NG: Tensor, bits: int, group: int) -> Tensor:
+    """Return words with a row of zeros behind those of every tile: in each field that of its columns."""
+    N, fields = words.shape[1], FIELDS[bits]
+    sub = sub_rows(bits, group)
+    each = zero_NG.repeat_interleave(group // sub, 1)
+    tiles = words.reshape(-1, sub, N)
+    each = F.pad(each, (0, len(tiles) * fields - each.shape[1])).t().reshape(-1, fields, 1, N)
+    return torch.cat([tiles, _join(each, bits)], 1).reshape(-1, N)
+
+
+def _without_zeros(words: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Undo `_with_zeros`: words, and zeros uint8 `[N, G]` and more."""
+    N, sub = words.shape[1], sub_rows(bits, group)
+    tiles = words.reshape(-1, sub + 1, N)
+    each = _split(tiles[:, sub:], bits, FIELDS[bits]).reshape(-1, N).t()
+    return tiles[:, :sub].reshape(-1, N), each[:, :: group // sub]
 
 
 def _codes(words: Tensor, bits: int, sub: int) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from llmq_kernels import dense, tune
 from llmq_kernels.decode import decode
-from llmq_kernels.dequant import code3_minus_zero, code_minus_zero, fields_of, group_run, scale_of, zero_of
+from llmq_kernels.dequant import field_minus_zero, fields_of, group_run, scale_of, zero_of, zeros_beside
 from llmq_kernels.launch import cdiv, direct, has_warp_groups, operator, uses_asm
 from llmq_kernels.layout import N_MULTIPLE, REVISION, PackedWeight, dequantize, sub_rows, tile
 from llmq_kernels.product import FEW, Call, Kernel, Launches, check_activation, multiplied
@@ -39,6 +39,7 @@ def sums(
     x_ptrs,  # [SUB, BM], of the activations at the first of these tiles; fp16 or bf16
     x_mask,  # [1, BM]
     w_ptrs,  # [BN, SUB], of the words there
+    zero_ptr,  # of the zeros of the first of all tiles, where params are floats
     param_ptr,
     offs_n,
     NP,
@@ -58,36 +59,38 @@ def sums(
     COUNT: tl.constexpr = fields_of(BITS)
     BK: tl.constexpr = SUB * COUNT
     RUN: tl.constexpr = group_run(GROUP, SUB, COUNT)
+    BESIDE: tl.constexpr = zeros_beside(HAS_ZERO, param_ptr.dtype.element_ty)
+    ROWS: tl.constexpr = BK * BITS // 16 + BESIDE
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     if GROUP == 0:
         word = tl.load(param_ptr + offs_n)
     for t in tl.range(begin, end, num_stages=STAGES):
         w = tl.load(w_ptrs)
+        w1, w2 = w, w
         if BITS == 3:
             w1 = tl.load(w_ptrs + SUB * NP)
             w2 = tl.load(w_ptrs + 2 * SUB * NP)
+        z = None
+        if BESIDE:
+            z = tl.load(zero_ptr + t * ROWS * NP + offs_n)
         for first in tl.static_range(0, COUNT, RUN):
             if GROUP == 0:
                 part = acc
             else:
                 part = tl.zeros((BN, BM), dtype=tl.float32)
                 word = tl.load(param_ptr + (t * BK + first * SUB) // GROUP * NP + offs_n)
-            z = None
-            if HAS_ZERO:
+            if HAS_ZERO and not BESIDE:
                 z = zero_of(word)[:, None]
             for j in tl.static_range(first, first + RUN):
                 x = tl.load(x_ptrs + j * SUB, mask=x_mask, other=0.0)
-                if BITS == 3:
-                    a = code3_minus_zero(w, w1, w2, z, j, dtype, ASM)
-                else:
-                    a = code_minus_zero(w, z, j, BITS, dtype, ASM)
+                a = field_minus_zero(w, w1, w2, z, j, BITS, BESIDE, dtype, ASM)
                 part = tl.dot(a, x, part)
             if GROUP == 0:
                 acc = part
             else:
                 acc += part * scale_of(word, HAS_ZERO)[:, None]
         x_ptrs += BK
-        w_ptrs += BK * BITS // 16 * NP
+        w_ptrs += ROWS * NP
     if GROUP == 0:
         acc *= scale_of(word, HAS_ZERO)[:, None]
     return acc
@@ -96,8 +99,8 @@ def sums(
 @triton.jit(do_not_specialize=["M"])
 def weight_only_kernel(
     x_ptr,  # [M, K] fp16 or bf16
-    w_ptr,  # [K * BITS / 16, NP] int16
-    param_ptr,  # [K / GROUP, NP] int32, or without zeros floats
+    w_ptr,  # [K * BITS / 16, NP] int16, and of every tile a row of zeros where params are floats beside zeros
+    param_ptr,  # [K / GROUP, NP] int32, or floats
     bias_ptr,  # [N], in x's dtype, if HAS_BIAS
     y_ptr,  # [M, N] in x's dtype or float32, or partials [SPLIT_K, M, N] float32
     M,
@@ -118,7 +121,7 @@ def weight_only_kernel(
     """Compute one tile of y, or of one split's partial. K and NP are padded; N is not."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     BK: tl.constexpr = SUB * fields_of(BITS)
-    ROWS: tl.constexpr = BK * BITS // 16
+    ROWS: tl.constexpr = BK * BITS // 16 + zeros_beside(HAS_ZERO, param_ptr.dtype.element_ty)
     # M tiles run fastest: neighbouring programs read the same words.
     m_tiles = tl.cdiv(M, BM)
     offs_m = tl.program_id(0) % m_tiles * BM + tl.arange(0, BM)
@@ -134,7 +137,7 @@ def weight_only_kernel(
     x_mask = offs_m[None, :] < M
     w_ptrs = w_ptr + (begin * ROWS + offs_r)[None, :] * NP + offs_n[:, None]
     acc = sums(
-        x_ptrs, x_mask, w_ptrs, param_ptr, offs_n, NP, begin, end, dtype,
+        x_ptrs, x_mask, w_ptrs, w_ptr + BK * BITS // 16 * NP, param_ptr, offs_n, NP, begin, end, dtype,
         BITS, SUB, GROUP, HAS_ZERO, ASM, BM, BN, STAGES,
     )  # fmt: skip
     if HAS_BIAS and SPLIT_K == 1:
@@ -201,8 +204,10 @@ def configs(M: int, w: PackedWeight, *, asm: bool | None = None, groups: bool | 
     Config, wide, stages = tune.Config, 64 if w.bits == 3 else 128, 4 if asm else 3
     if M <= 16:
         BM = 8 if M <= 8 and asm else 16
-        splits = split, split // 2, 1
-        found = [Config(BM, 128, s, 2, 4, 168 if BM == 8 else 200) for s in splits] if w.bits in (2, 4) else []
+        splits, registers = (split, split // 2, 1), 168 if BM == 8 else 200
+        if w.zeros_beside:  # a word of zeros lives through a tile
+            registers = 224 if BM > 8 else 176 if w.bits == 4 else 208
+        found = [Config(BM, 128, s, 2, 4, registers) for s in splits] if w.bits in (2, 4) else []
         found += [Config(BM, 64, s, 2, 3, 240) if w.bits == 3 else Config(BM, 64, s, 2, 4, 128) for s in splits]
         found += [Config(BM, wide, split, 4, 3), Config(BM, wide, 1, 4, 3)]
     elif M <= 64:
@@ -261,9 +266,9 @@ def launch(
 
 def planned(x: Tensor, w: PackedWeight, config: tune.Config, has_bias: bool, dtype: torch.dtype | None = None) -> Call:
     """Return what launches a configuration on activations and weights like `x` and `w`."""
-    rows, Np = w.words.shape[0], w.words.stride(0)
+    Np = w.words.stride(0)
     fixed = constants(w, config, has_bias=has_bias) | config.options()
-    shape, padded = (*x.shape[:-1], w.N), (Np, rows * 16 // w.bits)
+    shape, padded = (*x.shape[:-1], w.N), (Np, w.Kp)
     launches = Launches(x, shape, padded, config, fixed, dtype or x.dtype, late_bias=has_bias)
     return lambda x, w, bias: launches(weight_only_kernel, _ordered(x, w), w.words, w.params, bias)
 

@@ -48,11 +48,33 @@ def test_scales_without_zeros_are_kept_as_they_are(dtype):
     assert w.params.stride(0) == w.words.stride(0)
 
 
-def test_groups_of_32_take_at_most_a_tenth_more_bytes_than_groups_of_128():
-    """What memory says to 'at most 15 % slower': half scales of groups of 32 take half a bit a weight."""
-    g32, g128 = (layout.pack(*make(4, 128, 1024, 1024 // g, False), 4) for g in (32, 128))
-    size = [w.words.nbytes + w.params.nbytes for w in (g32, g128)]
-    assert size == [4.5 / 8 * 128 * 1024, 4.125 / 8 * 128 * 1024]
+@pytest.mark.parametrize(("zero", "bits"), [(False, [4.5, 4.125]), (True, [4.625, 4.25])])
+def test_groups_of_32_take_at_most_a_tenth_more_bytes_than_groups_of_128(zero, bits):
+    """What memory says to 'at most 15 % slower': half scales of groups of 32 take half a bit, zeros an eighth."""
+    packed = (layout.pack(*make(4, 128, 1024, 1024 // g, zero), 4) for g in (32, 128))
+    size = [(w.words.nbytes + w.params.nbytes) * 8 / 128 / 1024 for w in packed]
+    assert size == bits and bits[0] <= 1.1 * bits[1]
+
+
+@pytest.mark.parametrize(("bits", "group", "sub"), [(2, 32, 32), (4, 32, 32), (4, 96, 32), (8, 32, 32), (8, 64, 64)])
+def test_a_row_behind_every_tile_holds_the_zeros_of_its_fields(bits, group, sub):
+    codes, scale, zeros = make(bits, 40, 7 * group, 7, True)
+    w = layout.pack(codes, scale, zeros, bits)
+    each = zeros.repeat_interleave(group // sub, 1)  # of every field
+    rows = w.words.reshape(-1, sub + 1, 128)[:, sub, :40].int()
+    fields = torch.stack([rows >> bits * j & 2**bits - 1 for j in range(16 // bits)], 1).flatten(0, 1).t()
+    assert torch.equal(fields[:, : each.shape[1]], each) and not fields[:, each.shape[1] :].any()
+    assert w.Kp == len(rows) * sub * 16 // bits
+    assert torch.equal(w.params[:7, :40], scale.t()) and w.rest is None
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "dtype"), [(4, 128, torch.float16), (3, 32, torch.float16), (4, 32, torch.float32)]
+)
+def test_other_zeros_lie_in_the_low_bits_of_their_scales(bits, group, dtype):
+    w = layout.pack(*make(bits, 40, 4 * group, 4, True, dtype=dtype), bits)
+    assert w.params.dtype == torch.int32 and not w.zeros_beside
+    assert w.words.shape[0] == w.Kp * bits // 16
 
 
 def test_weights_whose_scales_differ_in_dtype_are_not_joined():

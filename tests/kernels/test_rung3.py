@@ -93,6 +93,8 @@ DECODE = {
     "W4A16 asym g128 bf16": (4, 128, True, BF16),
     "W4A16 sym g128 bf16": (4, 128, False, BF16),
     "W4A16 asym g32 fp16": (4, 32, True, FP16),
+    "W4A16 asym g32 bf16": (4, 32, True, BF16),
+    "W8A16 asym g64 fp16": (8, 64, True, FP16),
     "W4A16 sym g32 fp16": (4, 32, False, FP16),
     "W4A16 sym channel fp16": (4, 0, False, FP16),
     "W8A16 sym channel fp16": (8, 0, False, FP16),
