@@ -19,7 +19,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from triton.runtime.errors import OutOfResources
 
-from llmq_kernels import e2m1, grouped, layout, routing, weight_only
+from llmq_kernels import e2m1, grouped, grouped_int8, int8, layout, routing, weight_only
 
 TOKENS = (1, 16, 256, 4096)
 FEW = 16
@@ -126,6 +126,33 @@ def checks(dtype: torch.dtype, bound: float, sqnr: Callable[[Tensor, Tensor], fl
                 except OutOfResources:
                     continue
                 yield f"experts {grid} T={T} {dtype} {config}", sqnr(found, wanted), bound
+    yield from _int8_checks(shape, dtype, bound, sqnr)
+
+
+def _int8_checks(
+    shape: Shape, dtype: torch.dtype, bound: float, sqnr: Callable[[Tensor, Tensor], float]
+) -> Iterator[Any]:
+    """Yield the checks of W8A8 experts."""
+
+    def ints() -> int8.PackedInt8:
+        codes = torch.randint(-128, 128, (shape.I, shape.H), device="cuda").to(torch.int8)
+        return int8.pack(codes, torch.rand(shape.I, device="cuda") * 0.01)
+
+    w = grouped_int8.stack([[ints(), ints()] for _ in range(shape.E)])[0]
+    bias = torch.randn(shape.E + 1, w.one.N, device="cuda", dtype=dtype)
+    bias[-1] = 0
+    for T in (1, 5, 70, 600):
+        index, x = shape.index(T), torch.randn(T, shape.H, device="cuda", dtype=dtype)
+        index[-1, 1] = shape.E
+        plan, how = routing.plan(index, shape.E), grouped_int8.How(dtype, T == 1, has_bias=True)
+        q, scale = int8.quantize(x, shape.H)
+        wanted = grouped_int8.reference(q, scale, w, plan, bias, torch.float32)
+        for config in grouped_int8.configs(T, w, plan):
+            try:
+                found = grouped_int8.planned(T, w, plan, config, how)(q, scale, w, plan, bias)
+            except OutOfResources:
+                continue
+            yield f"experts W8A8 T={T} {dtype} {config}", sqnr(found, wanted), bound
 
 
 def rows(

@@ -18,7 +18,7 @@ from llmq.runtime.backends.scaled_mm import ScaledMM
 from llmq.runtime.backends.triton_e2m1 import TritonE2M1
 from llmq.runtime.backends.triton_w8a8 import TritonW8A8
 from llmq.runtime.backends.triton_weight_only import TritonWeightOnly
-from llmq_kernels import attention, e2m1, fp8, grouped, int8, kv, product, routing, tune, weight_only
+from llmq_kernels import attention, e2m1, fp8, grouped, grouped_int8, int8, kv, product, routing, tune, weight_only
 
 BACKENDS = (TritonWeightOnly, TritonE2M1, TritonW8A8, ScaledMM)
 KERNELS = {
@@ -26,6 +26,7 @@ KERNELS = {
     product: ("sum_splits_kernel",),
     importlib.import_module("llmq_kernels.decode"): ("decode_kernel",),
     grouped: ("grouped_kernel",),
+    grouped_int8: ("grouped_int8_kernel",),
     routing: ("plan_kernel",),
     e2m1: ("e2m1_kernel", "decode_kernel"),
     int8: ("quantize_kernel", "int8_kernel", "sum_int32_kernel"),
@@ -34,7 +35,7 @@ KERNELS = {
     attention: ("attend_kernel", "merge_kernel"),
 }
 INSIDE = {"weight_only_linear": weight_only._op, "e2m1_linear": e2m1._op, "int8_linear": int8._op,
-          "int8_product": int8._product_op,
+          "int8_product": int8._product_op, "grouped_int8": grouped_int8._op,
           "grouped_weight_only": grouped._op, "grouped_e2m1": grouped._e2m1_op, "expert_plan": routing._op}  # fmt: skip
 """What our operators do."""
 FREE = {"empty", "new_empty", "empty_strided", "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "detach",
@@ -61,7 +62,7 @@ def counted() -> Iterator[Counter[str]]:
     """Let the back-ends for GPUs take CPU tensors and count launches, by kernel, in place of making them."""
     counts: Counter[str] = Counter()
     patches = [patch.object(m, name, _Kernel(name, counts)) for m, names in KERNELS.items() for name in names]
-    patches += [patch.object(m, "runs_on", lambda x: True) for m in (product, int8, fp8, routing)]
+    patches += [patch.object(m, "runs_on", lambda x: True) for m in (product, int8, fp8, grouped_int8, routing)]
     patches += [patch.object(b, "devices", frozenset({"cpu"})) for b in BACKENDS]
     tune.forget()
     for each in patches:

@@ -35,7 +35,7 @@ from _kernel_peers import PEERS
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from llmq_kernels import attention, e2m1, int8, kv, layout, tune, weight_only
+from llmq_kernels import attention, e2m1, fp8, int8, kv, layout, tune, weight_only
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 SHAPES = {  # output and input features: q/k/v fused, o, gate/up fused, down
@@ -187,6 +187,10 @@ def checks() -> Iterator[tuple[str, float, float]]:
             q_ref, scale_ref = int8.quantize_reference(x)
             same = torch.equal(q[:, :1500], q_ref) and torch.equal(scale, scale_ref)
             yield f"W8A8 activation M={M} {dtype}", math.inf if same else 0.0, bound
+            q, scale = int8.Quantizing(x, 1500, is_static=False, e4m3=True)(x, None)
+            q_ref, scale_ref = fp8.quantize_reference(x)
+            same = torch.equal(q, q_ref.view(torch.uint8)) and torch.equal(scale, scale_ref)
+            yield f"FP8 activation M={M} {dtype}", math.inf if same else 0.0, bound
         yield from cache_checks(dtype, bound)
         yield from _grouped.checks(dtype, bound, sqnr)
 

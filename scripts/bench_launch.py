@@ -30,7 +30,7 @@ from llmq.grids.nvfp4 import Nvfp4
 from llmq.integrations.compiled import compile_for_generation
 from llmq.runtime.backends._triton import Site
 from llmq.types import LinearSpec, QTensor, RangedGrid, Scheme
-from llmq_kernels import grouped, routing
+from llmq_kernels import grouped, grouped_int8, routing
 
 SCHEMES: dict[str, tuple[RangedGrid, RangedGrid | None, int]] = {  # weights, activations, K
     "int4 g128": (Int(4, True, 128), None, 256),
@@ -78,15 +78,17 @@ def rows(rounds: int) -> Iterator[str]:
             launches = counts.total()
             called = microseconds(lambda: together(three, x), rounds)  # noqa: B023  called here
         yield f"| {name}, three of one input together | {called:.1f} | | {launches} |"
-    with counted() as counts:
-        weight, _ = grouped.stack([[layer(*SCHEMES["int4 g128"]).packed] for _ in range(128)])
-        x, index = torch.randn(1, 256).half(), torch.arange(8)[None]
-        plan = routing.plan(index, 128)
-        grouped.linear(x, weight, plan)
-        launches = counts.total() - 1
-        called = microseconds(lambda: grouped.linear(x, weight, plan), rounds)
+    x, index = torch.randn(1, 256).half(), torch.arange(8)[None]
+    for name, kernel in (("int4 g128", grouped), ("W8A8", grouped_int8)):
+        with counted() as counts:
+            weight, _ = kernel.stack([[layer(*SCHEMES[name]).packed] for _ in range(128)])
+            plan = routing.plan(index, 128)
+            kernel.linear(x, weight, plan)
+            launches = counts.total() - 1
+            called = microseconds(lambda: kernel.linear(x, weight, plan), rounds)  # noqa: B023  called here
+        yield f"| {name}, 8 of 128 experts | {called:.1f} | | {launches} |"
+    with counted():
         planned = microseconds(lambda: routing.plan(index, 128), rounds)
-    yield f"| int4 g128, 8 of 128 experts | {called:.1f} | | {launches} |"
     yield f"| the plan of 128 experts | {planned:.1f} | | 1 |"
 
 

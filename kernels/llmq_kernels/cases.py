@@ -17,7 +17,20 @@ from typing import Any
 
 import torch
 
-from llmq_kernels import attention, decode, e2m1, grouped, int8, kv, panel, product, routing, tune, weight_only
+from llmq_kernels import (
+    attention,
+    decode,
+    e2m1,
+    grouped,
+    grouped_int8,
+    int8,
+    kv,
+    panel,
+    product,
+    routing,
+    tune,
+    weight_only,
+)
 from llmq_kernels.aot import Build
 from llmq_kernels.dense import ROWS
 from llmq_kernels.facts import SHARED_LIMIT, Facts
@@ -138,6 +151,16 @@ def int8_build(config: tune.Config, dtype: str = "fp16") -> Build:
     constants = {"STATIC": False, "HAS_BIAS": False, "SPLIT_K": config.split_k}
     constants |= {"BM": config.BM, "BN": config.BN, "STAGES": config.stages}
     return Build(int8.int8_kernel, types, constants, ("M",), _options(config))
+
+
+def grouped_int8_build(config: tune.Config, dtype: str = "fp16") -> Build:
+    """Return the Build of the W8A8 product of 128 experts."""
+    types = {"x_ptr": "*i8", "w_ptr": "*i8", "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": f"*{dtype}"}
+    types |= {"y_ptr": f"*{dtype}", "order_ptr": "*i32", "begin_ptr": "*i32"}
+    types |= dict.fromkeys(("E", "TOP", "M", "N", "NP", "K"), "i32")
+    how = grouped_int8.How(torch.float16, one_scale=False, has_bias=False)
+    constants = grouped_int8.constants(128, config, how)
+    return Build(grouped_int8.grouped_int8_kernel, types, constants, ("E", "TOP", "M"), _options(config))
 
 
 def _quantize_build(dtype: str, *, e4m3: bool = False) -> Build:
@@ -287,6 +310,15 @@ def _int8(name: str, ipw: tuple[float, ...], wide: int, M: int) -> Case:
     return Case(name, lambda asm: int8_build(config), config.BN * int8.TILE_K, limits, wide)
 
 
+def _int8_experts(name: str, ipw: tuple[float, ...], T: int = 1) -> Case:
+    """Return the case of the first configuration tried for T tokens of which each has 8 of 128 experts."""
+    empty, begin = torch.empty(0, device="meta"), torch.empty(130, device="meta")
+    one = int8.PackedInt8(empty, empty, K_TYPICAL, K_TYPICAL)
+    config = grouped_int8.configs(T, grouped_int8.StackedInt8(empty, empty, one), Plan(empty, begin, 8))[0]
+    limits = dict(zip(NVIDIA, ipw, strict=True))
+    return Case(name, lambda asm: grouped_int8_build(config), config.BN * int8.TILE_K, limits, 4)
+
+
 def _attend(name: str, bits: int, dtype: str, ipw: tuple[float, ...], wide: int, *, sym: bool) -> Case:
     limits = dict(zip(NVIDIA, ipw, strict=True))
     weights = 2 * attention.tile_tokens(128) * 128
@@ -340,6 +372,8 @@ CASES = (
     Case("MXFP4 decoded", lambda asm: _e2m1_decode_build(32, asm), 0, mma=False),
     _int8("W8A8 decode", (1.95, 1.95, 0.85), 4, M=1),
     _int8("W8A8 prefill", (7.0, 7.0, 1.7), 4, M=512),
+    _int8_experts("W8A8 experts", (1.95, 1.95, 0.85)),
+    _int8_experts("W8A8 experts prefill", (4.95, 4.95, 2.05), T=8192),
     Case("W8A8 activation", lambda asm: _quantize_build("bf16"), 0, mma=False),
     Case("FP8 activation", lambda asm: _quantize_build("bf16", e4m3=True), 0, mma=False),
     Case("FP8 scaled", lambda asm: _scale_build(), 0, mma=False),

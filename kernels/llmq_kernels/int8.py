@@ -136,6 +136,18 @@ def quantize_kernel(
         tl.store(q_ptr + row * KP + k + offs, code.to(q_ptr.dtype.element_ty), mask=k + offs < KP)
 
 
+@triton.jit
+def int8_sums(x_ptrs, x_mask, w_ptrs, begin, end, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
+    """Return the int32 sums [BM, BN] over tiles of 128 columns, `begin` to `end`; the pointers are of the first."""
+    acc = tl.zeros((BM, BN), dtype=tl.int32)
+    for _ in tl.range(begin, end, num_stages=STAGES):
+        x = tl.load(x_ptrs, mask=x_mask, other=0)
+        acc = tl.dot(x, tl.load(w_ptrs), acc, out_dtype=tl.int32)
+        x_ptrs += 128
+        w_ptrs += 128
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def int8_kernel(
     x_ptr,  # [M, K] int8
@@ -168,12 +180,7 @@ def int8_kernel(
     mask_m = offs_m < M
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * K + (begin * BK + offs_k)[None, :]
     w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :] * K + (begin * BK + offs_k)[:, None]
-    acc = tl.zeros((BM, BN), dtype=tl.int32)
-    for _ in tl.range(begin, end, num_stages=STAGES):
-        x = tl.load(x_ptrs, mask=mask_m[:, None], other=0)
-        acc = tl.dot(x, tl.load(w_ptrs), acc, out_dtype=tl.int32)
-        x_ptrs += BK
-        w_ptrs += BK
+    acc = int8_sums(x_ptrs, mask_m[:, None], w_ptrs, begin, end, BM, BN, STAGES)
     y_ptrs = y_ptr + (split.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
     y_mask = mask_m[:, None] & (offs_n[None, :] < N)
     if SPLIT_K == 1:

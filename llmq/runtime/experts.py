@@ -13,7 +13,8 @@ that the tensors of the file come back as from any other linear. transformers' r
 door to this: its functions read fused parameters, of which a packed checkpoint has none.
 
 Grouped are layers whose experts are alike in back-end, bits, groups and what else a kernel fixes; other layers, and
-all on other devices, run one expert after the other (model/experts.py). Not here: the product (llmq_kernels.grouped).
+all on other devices, run one expert after the other (model/experts.py). Not here: the product (llmq_kernels.grouped
+and grouped_int8).
 """
 
 from __future__ import annotations
@@ -78,11 +79,9 @@ class Product:
 
     def __call__(self, x: Tensor, plan: Any) -> Tensor:
         """Map `x` `[T, K]` to `[T k, N]`, the features of a row's linears side by side."""
-        from llmq_kernels import grouped
-
         check_dtype(self.linear, x)
         try:
-            y = grouped.linear(self.members[0].entering(x), self.whole, plan, self.bias()).flatten(0, 1)
+            y = self.members[0].multiply_experts(x, self.whole, plan, self.bias()).flatten(0, 1)
         except ValueError as e:
             reworded(self.linear, e)
         if self._dense:
@@ -99,7 +98,8 @@ class Product:
         return self._joined[1]
 
     def _join_biases(self) -> Tensor:
-        found = self._biases[0].new_zeros(len(self.whole.words) + 1, self.whole.one.N)
+        experts = len(self.members) // len(self._spans)
+        found = self._biases[0].new_zeros(experts + 1, self.whole.one.N)
         for i, (begin, N) in enumerate(self._spans):
             found[:-1, begin : begin + N] = torch.stack(self._biases[i :: len(self._spans)])
         return found

@@ -10,7 +10,20 @@ import math
 import panels
 import torch
 
-from llmq_kernels import attention, e2m1, fp8, grouped, int8, kv, layout, product, routing, tune, weight_only
+from llmq_kernels import (
+    attention,
+    e2m1,
+    fp8,
+    grouped,
+    grouped_int8,
+    int8,
+    kv,
+    layout,
+    product,
+    routing,
+    tune,
+    weight_only,
+)
 from llmq_kernels.decode import decode
 
 Config = tune.Config
@@ -179,6 +192,37 @@ def alone_alike(x, index, rows, w, config):
     return True
 
 
+def grouped_int8_cases():
+    """As above; each expert has the bits that it has alone."""
+    gen = torch.Generator().manual_seed(9)
+    index = torch.tensor([[4, 0], [0, 2], [4, 3], [3, 5], [4, 5], [5, 4], [4, 3], [0, 4], [4, 5], [4, 0], [4, 6]])
+    rows = [
+        [int8.pack(torch.randint(-128, 128, (N, 200), generator=gen).to(torch.int8), torch.rand(N, generator=gen))
+         for N in (70, 33)]
+        for _ in range(6)
+    ]  # fmt: skip
+    w, plan = grouped_int8.stack(rows)[0], routing.plan(index, 6)
+    x, bias = torch.randn(11, 200, generator=gen).half(), torch.randn(7, w.one.N, generator=gen).half()
+    bias[6] = 0
+    config = Config(16, 64, 1, 4, 2)
+    for static in (None, torch.tensor([0.02])):
+        name = f"experts w8a8 {'token' if static is None else 'static'}"
+        q, scale = int8.quantize(x, 256, static)
+        how = grouped_int8.How(x.dtype, static is not None, has_bias=True)
+        found = grouped_int8.planned(11, w, plan, config, how)(q, scale, w, plan, bias)
+        wanted = grouped_int8.reference(q, scale, w, plan, bias, x.dtype)
+        yield f"{name}: rounded", sqnr(found, wanted)
+        yield f"{name}: nobody's row", not found[-1, 1].any()
+        yield f"{name}: chosen", torch.equal(grouped_int8.linear(x, w, plan, static, bias), found)
+        again = x.repeat_interleave(2, 0)
+        alike = grouped_int8.linear(again, w, plan.of_pairs, static, bias).view_as(found)
+        yield f"{name}: a row of x for each pair", torch.equal(alike, found)
+        for e in (0, 4):
+            t, j = (index == e).nonzero(as_tuple=True)
+            alone = int8.launch(*int8.quantize(x[t], 256, static), rows[e][0], bias[e, :70], config, x.dtype)
+            yield f"{name}: {e} alone", torch.equal(found[t, j, :70], alone)
+
+
 E2M1 = {
     # name: (M, N, K, group, config)
     "e2m1 nvfp4, N and K not of a tile, split": (5, 100, 208, 16, Config(8, 64, 2, 4, 2)),
@@ -319,6 +363,7 @@ if __name__ == "__main__":
                     *weight_only_cases(),
                     *join_cases(),
                     *grouped_cases(),
+                    *grouped_int8_cases(),
                     *e2m1_cases(),
                     *int8_cases(),
                     *fp8_cases(),

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import library
 
-from llmq_kernels import e2m1, grouped, layout, routing, tune, weight_only
+from llmq_kernels import e2m1, grouped, grouped_int8, int8, layout, routing, tune, weight_only
 from llmq_kernels.errors import KernelError
 
 GEN = torch.Generator().manual_seed(0)
@@ -72,6 +72,43 @@ def test_small_floats_of_an_expert_have_factors_of_their_own():
             assert all(torch.equal(a, b) for a, b in zip(e2m1.unpack(part), e2m1.unpack(each), strict=True))
     given = w.words, w.params, w.factors, plan.order, plan.begin, None, *w.one.shape, TOP
     check(torch.ops.llmq.grouped_e2m1, x, *given)
+
+
+@pytest.mark.parametrize("static", [None, torch.tensor([0.02])], ids=["token", "static"])
+@pytest.mark.parametrize("K", [128, 200])
+def test_w8a8_of_an_expert_is_what_it_is_alone(K, static):
+    def ints(N):
+        return int8.pack(torch.randint(-128, 128, (N, K), generator=GEN).to(torch.int8), torch.rand(N, generator=GEN))
+
+    rows = [[ints(40), ints(30)] for _ in range(E)]
+    w, parts = grouped_int8.stack(rows)
+    x, index = torch.randn(T, K, generator=GEN), tokens()[1]
+    bias = torch.randn(E + 1, w.one.N, generator=GEN)
+    bias[E] = 0
+    plan = routing.plan(index, E)
+    y = grouped_int8.linear(x, w, plan, static, bias)
+    assert y.shape == (T, TOP, 128 + 30) and not y[2, 1].any()
+    for e, (row, of_one) in enumerate(zip(rows, parts, strict=True)):
+        t, j = (index == e).nonzero(as_tuple=True)
+        for begin, each, part in zip((0, 128), row, of_one, strict=True):
+            own = bias[e, begin : begin + each.N]
+            assert torch.equal(y[t, j, begin : begin + each.N], int8.linear(x[t], each, static, own))
+            assert torch.equal(part.q, each.q) and torch.equal(part.scale, each.scale)
+            assert part.q.untyped_storage().data_ptr() == w.q.untyped_storage().data_ptr()
+    compiled = torch.compile(
+        lambda x, i: grouped_int8.linear(x, w, routing.plan(i, E), static, bias), backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(x, index), y)
+    pairs = grouped_int8.linear(x.repeat_interleave(TOP, 0), w, plan.of_pairs, static, bias)
+    assert torch.equal(pairs.view_as(y), y)
+    q, x_scale = int8.quantize_reference(F.pad(x, (0, w.q.size(2) - K)), static)
+    check(torch.ops.llmq.grouped_int8, q, x_scale, w.q, w.scale, plan.order, plan.begin, bias, w.one.N, TOP, x.dtype)
+    with pytest.raises(KernelError, match="the plan is of 6 experts and 14 pairs, 2 of a row; there are 5 experts"):
+        grouped_int8.linear(x, w, routing.plan(index, 6))
+    with pytest.raises(KernelError, match=r"bias is \[2, 158\], not \[6, 158\]"):
+        grouped_int8.linear(x, w, plan, static, bias[:2])
+    with pytest.raises(KernelError, match="differ in shape"):
+        grouped_int8.stack([[ints(40)], [ints(30)]])
 
 
 def test_torch_compile_traces_through():

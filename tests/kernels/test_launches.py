@@ -6,7 +6,7 @@ import pytest
 import torch
 from _launches import TorchLaunches, counted
 
-from llmq_kernels import e2m1, fp8, grouped, int8, routing, tune, weight_only
+from llmq_kernels import e2m1, fp8, grouped, grouped_int8, int8, routing, tune, weight_only
 from llmq_kernels.layout import pack
 
 GEN = torch.Generator().manual_seed(0)
@@ -83,6 +83,22 @@ def test_a_layer_of_experts_launches_one_product_each_for_its_gates_and_downs(to
                 inner = both.flatten(0, 1).repeat(1, 2)
                 assert grouped.linear(inner, leave, plan.of_pairs).shape == (2 * tokens, 1, 128)
                 assert counts == {"plan_kernel": turn, "grouped_kernel": 2 * turn, "torch repeat": turn}
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_w8a8_experts_quantize_a_token_once(tokens):
+    w = grouped_int8.stack([[W8, W8] for _ in range(16)])[0]
+    x, index = torch.randn(tokens, 256).half(), torch.randint(0, 16, (tokens, 2))
+    with counted() as counts, TorchLaunches(counts):
+        for turn in (1, 2):
+            plan = routing.plan(index, 16)
+            assert grouped_int8.compute(x, w, plan).shape == (tokens, 2, 256)
+            assert counts == {"plan_kernel": turn, "quantize_kernel": turn, "grouped_int8_kernel": turn}
+        q, scale = int8.quantize_reference(x)
+        counts.clear()
+        packed = w.q, w.scale, plan.order, plan.begin
+        torch.ops.llmq.grouped_int8(q, scale, *packed, None, w.one.N, 2, x.dtype)
+        assert counts == {"grouped_int8_kernel": 1}
 
 
 def test_a_settled_call_is_of_what_it_was_settled_for():

@@ -16,7 +16,20 @@ import torch
 from ptxsim import PtxError
 from ptxsim.launch import SimulatedKernel
 
-from llmq_kernels import attention, decode, e2m1, fp8, grouped, int8, kv, panel, product, routing, weight_only
+from llmq_kernels import (
+    attention,
+    decode,
+    e2m1,
+    fp8,
+    grouped,
+    grouped_int8,
+    int8,
+    kv,
+    panel,
+    product,
+    routing,
+    weight_only,
+)
 from llmq_kernels.layout import dequantize, join, pack
 from llmq_kernels.tune import Config
 
@@ -278,6 +291,36 @@ def test_experts_of_small_floats(monkeypatch, group, dtype):
         for begin, each in zip((0, 128), rows[e], strict=True):
             assert_close(y[t, j, begin : begin + each.N], x[t], e2m1.dequantize(each))
     assert_sound(launches)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+def test_experts_of_w8a8(monkeypatch, dtype):
+    """Every expert has the bits that it has alone; those that no token has are not read."""
+    draw = generator()
+    rows = [
+        [int8.pack(torch.randint(-128, 128, (N, 384), generator=draw).to(torch.int8), torch.rand(N, generator=draw))
+         for N in (100, 70)]
+        for _ in range(6)
+    ]  # fmt: skip
+    index = torch.tensor([[4, 0], [4, 2], [4, 3], [3, 5], [4, 5], [5, 4], [4, 3], [0, 4], [4, 5], [4, 0], [4, 6]])
+    w, plan = grouped_int8.stack(rows)[0], routing.plan(index, 6)
+    x, bias = torch.randn(11, 384, generator=draw).to(dtype), torch.randn(7, w.one.N, generator=draw).to(dtype)
+    bias[6] = 0
+    launches = simulated(monkeypatch, grouped_int8, "grouped_int8_kernel")
+    simulated(monkeypatch, int8, "int8_kernel")
+    config = replace(grouped_int8.configs(11, w, plan)[0], stages=3)
+    q, scale = int8.quantize_reference(x)
+    how = grouped_int8.How(dtype, one_scale=False, has_bias=True)
+    y = grouped_int8.planned(11, w, plan, config, how)(q, scale, w, plan, bias)
+    assert not y[-1, 1].any()
+    for e in (0, 2, 3, 4, 5):
+        t, j = (index == e).nonzero(as_tuple=True)
+        for begin, each in zip((0, 128), rows[e], strict=True):
+            own = bias[e, begin : begin + each.N].contiguous()
+            assert torch.equal(y[t, j, begin : begin + each.N], int8.launch(q[t], scale[t], each, own, config, dtype))
+    assert_sound(launches)
+    words, each = launches[0].run.traffic("w_ptr"), w.q[0].nbytes
+    assert words.sectors * 32 <= SECTORS * each * 5 and words.distinct * 32 == 5 * each
 
 
 @pytest.mark.parametrize(("tokens", "top", "experts"), [(1, 8, 128), (600, 2, 9)])

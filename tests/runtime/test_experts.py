@@ -56,7 +56,7 @@ class Config:
         return known[0]
 
 
-def packed(kind="gates", grid=W4, other=None):
+def packed(kind="gates", grid=W4, other=None, activation=None):
     """Return experts taken apart whose linears are packed and prepacked; `other` is the grid of one down projection."""
     module, name = CLASSES[kind]
     fused = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name)(Config())
@@ -66,7 +66,7 @@ def packed(kind="gates", grid=W4, other=None):
             N, K = linear.weight.shape
             of_this = other if other is not None and path == "3.down_proj" else grid
             q = QTensor.rounded(torch.randn(N, K, generator=draw), of_this)
-            spec, fmt = LinearSpec(path, N, K, Scheme(of_this, None)), CompressedTensors()
+            spec, fmt = LinearSpec(path, N, K, Scheme(of_this, activation)), CompressedTensors()
             new = QuantLinear(fmt, spec, linear.bias is not None)
             bias = {"bias": torch.randn(N, generator=draw)} if linear.bias is not None else {}
             new.load_state_dict(fmt.pack(q, spec) | bias, assign=True)
@@ -167,6 +167,17 @@ def test_small_floats_run_together_too(name, monkeypatch):
     assert all(torch.equal(t, before[k]) for k, t in experts.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["gates", "batched", "biases, interleaved"])
+@torch.no_grad()
+def test_w8a8_runs_together_too(kind):
+    W8 = Int(8, True, "channel")
+    experts, args = packed(kind, W8, activation=W8), given(kind)
+    want, before = experts(*args), {k: t.clone() for k, t in experts.state_dict().items()}
+    assert getattr(experts, "2").up_proj.backend == "triton_w8a8" and group_experts(experts) == 1
+    assert isinstance(experts.together, Layer) and snr(experts(*args), want) > 40
+    assert all(torch.equal(t, before[k]) for k, t in experts.state_dict().items())
+
+
 LAYER = {"plan_kernel": 1, "grouped_kernel": 2}
 AROUND = {"torch silu": 1, "torch mul": 2, "torch sum": 1}
 
@@ -186,6 +197,18 @@ def test_a_layer_launches_two_products_a_plan_and_what_torch_needs(inner, monkey
         with TorchLaunches(counts):
             experts(*args)
         assert counts == LAYER | AROUND | ({} if inner == 128 else {"torch cat": 1, "torch pad": 1})
+
+
+@torch.no_grad()
+def test_a_layer_of_w8a8_launches_two_products_what_quantizes_and_a_plan(monkeypatch):
+    W8 = Int(8, True, "channel")
+    with counted() as counts:
+        experts, args = packed(grid=W8, activation=W8), given()
+        assert group_experts(experts) == 1
+        experts(*args)
+        counts.clear()
+        experts(*args)
+        assert counts == {"plan_kernel": 1, "quantize_kernel": 2, "grouped_int8_kernel": 2}
 
 
 @pytest.fixture

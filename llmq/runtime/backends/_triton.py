@@ -55,6 +55,15 @@ class TritonPrepacked(Prepacked):
         """Return what the kernel multiplies of an activation."""
         return x
 
+    def multiply_experts(self, x: Tensor, w: Any, plan: Any, bias: Tensor | None) -> Tensor:
+        """Return `[T, k, N]`, the product of `x` `[T, K]` and the weights of a layer's experts, as `stack` makes them.
+
+        bias: `[E + 1, N]`. Raises KernelError where the kernel cannot take it.
+        """
+        from llmq_kernels import grouped
+
+        return grouped.linear(self.entering(x), w, plan, bias)
+
     @abstractmethod
     def hold(self, w: Any) -> None:
         """Hold a weight for the kernel."""

@@ -39,13 +39,14 @@ class TritonW8A8(TritonPrepacked, PrepackedW8A8):
 
     def __init__(self, q: QTensor, spec: LinearSpec) -> None:
         super().__init__(q, spec)
-        from llmq_kernels import KernelError, int8
+        from llmq_kernels import KernelError, grouped_int8, int8
 
         try:
             w = int8.pack(centred_int8(q), q.params.scale)
         except KernelError as e:
             raise LlmqError(f"{spec.name}: {e}") from e
         self.linear, self._multiply, self._join = spec.name, int8.linear, int8.join
+        self.stack = grouped_int8.stack
         self.hold(w)
 
     def hold(self, w: Any) -> None:
@@ -63,6 +64,12 @@ class TritonW8A8(TritonPrepacked, PrepackedW8A8):
     def multiply(self, x: Tensor, w: Any, bias: Tensor | None) -> Tensor:
         """See `TritonPrepacked.multiply`."""
         return self._multiply(x, w, self._buffers["in_scale"], bias)  # as `self.in_scale` it takes 0.7 us more
+
+    def multiply_experts(self, x: Tensor, w: Any, plan: Any, bias: Tensor | None) -> Tensor:
+        """See `TritonPrepacked.multiply_experts`; a token is quantized once for all of its experts."""
+        from llmq_kernels import grouped_int8
+
+        return grouped_int8.linear(x, w, plan, self.in_scale, bias)
 
     def kind(self) -> Hashable:
         """See `TritonPrepacked.kind`: a static grid of the input must be the same too."""
