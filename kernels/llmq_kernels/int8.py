@@ -12,8 +12,9 @@ int32 sums are exact, so that split-K needs no order; K is at most 131,071: 128 
 
 torch.compile is shown the activation's quantization as torch's own operators, so that Inductor makes it part of the
 launch that makes the activation: a norm with the residual's sum before it, or the product of a gate. The codes enter
-`llmq::int8_product`. Rows beyond 8,192 columns, whose maximum Inductor takes in launches of its own, and those that
-have to be padded stay with `llmq::int8_linear`, one operator with both launches in it.
+`llmq::int8_product`. (Rows beyond 8,192 columns want its option `split_reductions=False`, which llmq gives: it would
+take their maximum in launches of its own.) Those that have to be padded stay with `llmq::int8_linear`, one operator
+with both launches in it.
 
 From 17 tokens on the library's product of int8 (`torch._int_mm`) is a candidate too, where it is CUDA's; a kernel of
 ours scales its sums.
@@ -45,8 +46,6 @@ from llmq_kernels.rounding import e4m3_code, round_even
 TILE_K = 128
 N_MULTIPLE = 128
 MAX_K = 131_071
-ROW_K = 8192
-"""The most columns whose maximum Inductor takes in one launch with what makes and what reads the row."""
 
 
 @dataclass(frozen=True)
@@ -256,15 +255,10 @@ def linear(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tensor 
     """
     if direct(x):
         return compute(x, w, static, bias)
-    if torch.compiler.is_compiling() and _fuses(w, static):
+    if torch.compiler.is_compiling() and w.q.size(1) == w.K:
         q, x_scale = quantize_reference(x, static)
         return torch.ops.llmq.int8_product(q, x_scale, w.q, w.scale, bias, w.N, x.dtype)
     return torch.ops.llmq.int8_linear(x, w.q, w.scale, static, bias, w.N, w.K)
-
-
-def _fuses(w: PackedInt8, static: Tensor | None) -> bool:
-    """Say whether Inductor quantizes an activation of `w` in the launch that makes it."""
-    return w.q.size(1) == w.K and (static is not None or w.K <= ROW_K)
 
 
 def compute(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tensor | None = None) -> Tensor:

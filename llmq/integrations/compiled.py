@@ -4,10 +4,10 @@
     model.generate(**inputs)
 
 By transformers' and torch's own means. In decode, `generate` compiles the forward of one token with the cache in fixed
-memory (mode "reduce-overhead": what is launched is captured in CUDA graphs, our kernels, the head and the cache in the
-same). A prompt has any length, so that no graph of it would be used twice: there the regions of the blocks that know
-nothing of the cache, the MLPs, are compiled for any number of tokens. Those that are alike share one compilation; whole
-blocks would not, as each has its number in the cache, and torch gives up after eight.
+memory, as mode "reduce-overhead" does: what is launched is captured in CUDA graphs, our kernels, the head and the cache
+in the same. A prompt has any length, so that no graph of it would be used twice: there the regions of the blocks that
+know nothing of the cache, the MLPs, are compiled for any number of tokens. Those that are alike share one compilation;
+whole blocks would not, as each has its number in the cache, and torch gives up after eight.
 
 Not here: the cache that a chat keeps (talk/in_torch.py), llmq's own cache, which is not static (integrations/cache.py).
 """
@@ -23,6 +23,12 @@ from llmq.errors import LlmqError
 from llmq.model.experts import Experts
 from llmq.runtime.linear import QuantLinear
 
+_ROWS: dict[str, Any] = {"split_reductions": False}
+"""Inductor's options for a region: a program reduces a whole row, of any length. It would share those beyond 8,192
+values among several and launch again for what they found, a norm or what quantizes apart from what is around it."""
+_GRAPH = {"triton.cudagraphs": True, **_ROWS}
+"""For decode: those of mode "reduce-overhead" too."""
+
 
 def compile_for_generation(model: PreTrainedModel, *, backend: str = "inductor") -> None:
     """Have `generate` compile a model, from its first tokens on; a forward of its own is eager but for its regions.
@@ -36,12 +42,12 @@ def compile_for_generation(model: PreTrainedModel, *, backend: str = "inductor")
             f"a {model.config.model_type} model cannot be compiled with a static cache; load without compile"
         )
     inductor = backend == "inductor"
-    config = CompileConfig(backend=backend, mode="reduce-overhead" if inductor else None)  # type: ignore[arg-type]
+    config = CompileConfig(backend=backend, mode=None, options=_GRAPH if inductor else None)  # type: ignore[arg-type]
     config._compile_all_devices = not inductor  # type: ignore[assignment]  # transformers' own way to test on a CPU
     settings: Any = model.generation_config
     settings.cache_implementation, settings.compile_config = "static", config
     for region in _regions(model):
-        region.compile(backend=backend, dynamic=True)
+        region.compile(backend=backend, dynamic=True, options=_ROWS if inductor else None)
 
 
 def compiles(model: Any) -> bool:

@@ -14,9 +14,11 @@ from transformers import DynamicCache, StaticCache
 
 import llmq
 from llmq.errors import LlmqError
+from llmq.integrations import compiled
 from llmq.integrations.compiled import compile_for_generation, is_compiled
 from llmq.runtime.backends.floatloop import FloatLoop
 from llmq.runtime.backends.scaled_mm import ScaledMM
+from llmq.runtime.backends.triton_w8a8 import TritonW8A8
 from llmq.talk import in_torch
 from llmq.talk.speaker import Sampling, opened
 from llmq_kernels import int8
@@ -189,11 +191,14 @@ def test_inductor_quantizes_inputs_in_the_launches_that_make_them(tiny_checkpoin
     source = tiny_checkpoint(hidden_size=128, intermediate_size=256, num_hidden_layers=1)
     how = {"method": "rtn", "format": "compressed-tensors", "bits": 8, "act_bits": 8, "group_size": "channel"}
     llmq.quantize(source, tmp_path / "out", **how)
+    int8_linear = torch.ops.llmq.int8_linear
     with counted():
         model = llmq.load(tmp_path / "out", device="cpu", dtype=torch.bfloat16)
         model.set_attn_implementation("eager")  # a CPU's own attention is no GPU's
         fused = launched(model.forward, torch.tensor([[5]]), use_cache=False)
-        monkeypatch.setattr(int8, "_fuses", lambda w, static: False)
+        monkeypatch.setattr(
+            TritonW8A8, "multiply", lambda self, x, w, bias: int8_linear(x, w.q, w.scale, None, bias, w.N, w.K)
+        )
         alone = launched(model.forward, torch.tensor([[5]]), use_cache=False)
     assert fused["int8_product"] == alone["int8_linear"] == 4
     assert fused["torch"] == alone["torch"] + 1  # where an operator has two launches
@@ -215,10 +220,17 @@ def test_a_compiled_block_of_fp8_has_four_products(tiny_checkpoint, tmp_path, mo
 
 
 @inductor
-def test_inductor_takes_the_maximum_of_a_row_in_one_launch_up_to_8192_columns():
+def test_inductor_reduces_rows_of_any_length_in_one_launch_with_the_options_of_a_compiled_model():
+    assert torch._inductor.list_mode_options("reduce-overhead") | compiled._ROWS == compiled._GRAPH
+
     def gated(both):
         gate, up = both.chunk(2, -1)
         return int8.quantize_reference(torch.nn.functional.silu(gate) * up)
 
-    assert launched(gated, torch.zeros(1, 1, 2 * int8.ROW_K).bfloat16()) == {"torch": 1}
-    assert launched(gated, torch.zeros(1, 1, 2 * 14336).bfloat16()) == {"torch": 3}  # an operator of ours has one
+    def normed(x):
+        return int8.quantize_reference(x * torch.rsqrt(x.float().square().mean(-1, keepdim=True)).bfloat16())
+
+    for make, x, launches in ((gated, torch.zeros(1, 1, 28672), 3), (normed, torch.zeros(1, 1, 16384), 5)):
+        assert launched(make, x.bfloat16())["torch"] >= launches  # each of them more than an operator of ours adds
+        with torch._inductor.config.patch(compiled._ROWS):
+            assert launched(make, x.bfloat16()) == {"torch": 1}
