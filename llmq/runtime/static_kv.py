@@ -6,7 +6,7 @@ are is a number on the device, and nothing that Python does depends on it:
     packed   every token is quantized as it comes, also while it is still in the window; of a run that is not whole the
              codes are written anew with each of its tokens, and nobody reads them
     ring     the latest tokens in float, token t in row t mod the window
-    read     everything packed is decoded, and the ring laid over it from the first token that is still in the window
+    read     everything packed is decoded, and the ring taken from the first token on that is still in the window
 
 Tokens that have not come yet read as something finite: the mask of a static cache hides them.
 Not here: the arithmetic and the layout (kv.py), transformers' cache (integrations/static_cache.py).
@@ -79,10 +79,10 @@ class StaticStore:
         step: so many leave the window at once, the longer run of keys and values.
         """
         whole = dequantize(self.packed, self.grid, self.ring.dtype)
-        if self.window:
+        if self.window:  # chosen value by value, which torch.compile makes part of decoding
             left = ((length - self.window).clamp(min=0) + step - 1) // step * step
-            at = (left + torch.arange(self.window, device=length.device)).clamp(max=whole.shape[2] - 1)
-            whole = whole.index_copy(2, at, self.ring.index_select(2, at % self.window))
+            at = torch.arange(whole.shape[2], device=length.device)
+            whole = torch.where((at >= left)[:, None], self.ring.index_select(2, at % self.window), whole)
         return whole[:, :, : self.tokens]
 
     def tensors(self) -> Iterator[Tensor]:

@@ -7,8 +7,10 @@ from collections import Counter
 import pytest
 import torch
 from _graphs import REPLAY, Graphs, Steps
+from _inductor import launched
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import StaticCache
 
 import llmq
 from llmq.errors import LlmqError
@@ -88,6 +90,19 @@ def test_a_token_replays_one_graph_and_is_the_same(kind, tiny_llama):
         assert steps.tokens == [*([{"record": 1}] if answer == 1 else [REPLAY]), *[REPLAY] * 10]
         cache.reset()
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="Inductor's insides, of torch 2.13")
+def test_a_graph_of_a_gpu_has_four_more_launches_a_block(tiny_llama):
+    """Decoding, and the choice between what is packed and the ring, is one launch each for keys and values."""
+    model = tiny_llama(num_hidden_layers=1, dtype=torch.bfloat16)
+    model.set_attn_implementation("eager")  # a CPU's own attention is no GPU's
+    totals = []
+    for cache in (StaticCache(model.config, 64), llmq.QuantizedCache(model.config, max_cache_len=64)):
+        with torch.no_grad():
+            model(torch.arange(2, 12)[None], past_key_values=cache)
+        totals.append(launched(model.forward, torch.tensor([[5]]), past_key_values=cache).total())
+    assert totals[1] - totals[0] == 4
 
 
 def test_memory_is_taken_once_and_is_small(model):
