@@ -76,6 +76,20 @@ def test_what_python_launches_for_a_token(how, wanted, folder):
         assert first == (wanted if how != "graph" else {"record": 1, **KERNELS})
 
 
+def test_a_quantized_head_and_a_quantized_cache_are_in_the_same_graph(tiny_checkpoint, tmp_path):
+    how = {"method": "rtn", "bits": 4, "group_size": 32, "lm_head": True, "format": "compressed-tensors"}
+    llmq.quantize(tiny_checkpoint(tie_word_embeddings=False), tmp_path / "out", **how)
+    torch._dynamo.reset()
+    with counted() as counts:
+        model, steps = llmq.load(tmp_path / "out", device="cpu"), Steps(counts)
+        compile_for_generation(model, backend=Graphs(counts))
+        cache = llmq.QuantizedCache(model.config, bits=4, max_cache_len=32)
+        given = {"past_key_values": cache, "cache_implementation": None, "max_new_tokens": 6, "do_sample": False}
+        with torch.no_grad():
+            model.generate(torch.arange(2, 12)[None], streamer=steps, **given)
+    assert steps.tokens == [{"record": 1, "weight_only_kernel": 9}, *[REPLAY] * 4]
+
+
 def test_graphs_are_replayed_for_the_same_tokens(folder):
     counts = Counter()
     plain, model = (llmq.load(folder, device="cpu") for _ in range(2))
