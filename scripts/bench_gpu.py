@@ -9,8 +9,8 @@ kernels and by torch. 70B needs room for some matrices of 28672 x 28672 float32,
 A random Llama of TinyLlama-1.1B's shape, or with `--shape 8B` blocks of Llama-3-8B's, rounded to nearest; every model
 computes in bfloat16. Decode is timed eager, as `generate` runs it, and as one CUDA graph a step, as servers run it.
 Models take turns, and a ratio is of neighbours in time. Then each is compiled as `llmq.load(compile=True)` does, and
-`generate` and prefill are timed once more. What has not begun after `--minutes` is left out, and named. Ends with an
-error where there is no GPU.
+`generate`, with each cache, and prefill are timed once more. What has not begun after `--minutes` is left out, and
+named. Ends with an error where there is no GPU.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {  # the config, and how many bl
     ),
 }
 PREFILL = 2048
+CACHES = {"generate tok/s": None, "with an int8 cache": 8, "with an int4 cache": 4}
+COMPILED = (*CACHES, f"prefill {PREFILL} tok/s")
+"""What is timed of a compiled model."""
 
 
 def now() -> float:
@@ -127,25 +130,32 @@ def measured(name: str, model: Any, ids: Tensor, new: int, rounds: int) -> dict[
 
 @torch.inference_mode()
 def compiled(model: Any, ids: Tensor, new: int, rounds: int) -> dict[str, float]:
-    """Return tokens per second of a model that is compiled now: decode by `generate`, and prefill."""
+    """Return tokens per second of a model that is compiled now: decode by `generate` with each cache, and prefill."""
     compile_for_generation(model)
-    prompt = ids[:, : _speed.PROMPT]
+    prompt, room = ids[:, : _speed.PROMPT], _speed.PROMPT + new + 1
 
-    def seconds(tokens: int) -> float:
+    def seconds(tokens: int, cache: Any) -> float:
+        given = {"past_key_values": cache, "cache_implementation": None, "do_sample": False}
+        cache.reset()  # and not another one, whose place would be recorded anew
         began = now()
-        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, **given)
         return now() - began
 
-    for tokens in (new + 1, 1):  # compiles, tunes, captures
-        seconds(tokens)
-    decode = [new / (seconds(new + 1) - seconds(1)) for _ in range(rounds)]
+    found = {}
+    for what, bits in CACHES.items():
+        cache: Any = StaticCache(model.config, room)
+        if bits is not None:
+            cache = llmq.QuantizedCache(model.config, bits, max_cache_len=room)
+        for tokens in (new + 1, 1):  # compiles, tunes, records
+            seconds(tokens, cache)
+        found[what] = statistics.median(new / (seconds(new + 1, cache) - seconds(1, cache)) for _ in range(rounds))
     prefill = [_speed.prefill(model, ids, now) for _ in range(rounds + 1)][1:]
-    return {"decode": statistics.median(decode), "prefill": statistics.median(prefill)}
+    return found | {COMPILED[-1]: statistics.median(prefill)}
 
 
 def print_compiled(found: dict[str, Any], ids: Tensor, new: int, rounds: int, end: float) -> None:
     """Print what the models do compiled, and how that is to bfloat16's."""
-    print("\n| compiled | generate tok/s | prefill 2048 tok/s |\n|---|---|---|")
+    print(f"\n| compiled | {' | '.join(COMPILED)} |\n{'|---' * (1 + len(COMPILED))}|")
     base: dict[str, float] = {}
     for name, model in found.items():
         if time.monotonic() > end:
@@ -153,7 +163,7 @@ def print_compiled(found: dict[str, Any], ids: Tensor, new: int, rounds: int, en
             continue
         speed = compiled(model, ids, new, rounds)
         base = base or speed
-        cells = [f"{speed[what]:.1f} ({speed[what] / base[what]:.2f}x)" for what in ("decode", "prefill")]
+        cells = [f"{speed[what]:.1f} ({speed[what] / base[what]:.2f}x)" for what in COMPILED]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
         torch._dynamo.reset()
 
