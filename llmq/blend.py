@@ -20,6 +20,8 @@ from llmq.errors import LlmqError, printable
 
 SELF = "self"
 """The source that the model writes."""
+VARIED = "varied"
+"""The source of short texts of ours in many languages and kinds."""
 _WEIGHED = re.compile(r"(?P<source>.+):weight=(?P<weight>[^:/\\]*)", re.DOTALL)
 
 
@@ -89,6 +91,18 @@ def in_turns(counts: Iterable[int]) -> list[int]:
 def written(calib: str | Sequence[str] | None, samples: int | None) -> int:
     """Return how many of the samples the model writes itself."""
     return sum(p.samples for p in dealt(calib, samples or 0) if p.source == SELF)
+
+
+def sharing(calib: str | Sequence[str], share: float) -> tuple[str, ...]:
+    """Return sources with VARIED beside them, which gives that share of the samples; those that name it are as it is.
+
+    Example: of `text.txt` and 0.25, `text.txt` and `varied:weight=0.333333`.
+    """
+    words = (calib,) if isinstance(calib, str) else tuple(calib)
+    weights = parted(words)
+    if VARIED in weights:
+        return words
+    return (*words, f"{VARIED}:weight={sum(weights.values()) * share / (1 - share):.6g}")
 
 
 def named(calib: str | Sequence[str] | None) -> str:

@@ -11,58 +11,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from llmq import blend, options, registry
+from llmq.conditions import ACT, BITS, BUDGET, FLAGS, FOLDERS, GGUF, INPUTS, INTEGERS, KV, STATIC, option
 from llmq.errors import printable
 from llmq.granularity import granularity
 from llmq.guard.reading import yaml_object
 from llmq.options import Between
 from llmq.overrides import parse
-from llmq.qualities import FINISHERS, OF_GGUF, OF_W8A8, QUALITIES
+from llmq.qualities import FINISHERS, OF_GGUF, OF_W8A8, QUALITIES, VARIED
 from llmq.schemes import FLOAT, GGML, SCHEMES, bits_of, changes_of, type_of
 from llmq.types import AffineGrid, LlmqError
 
 DEFAULT_RANGE = "minmax"
+CALIB, SAMPLES = "wikitext2", 128
 UNCLIPPED = rf"\.(q|k)_proj$:range={DEFAULT_RANGE}"  # AWQ's paper clips neither; other models have both in one linear
 _STEPS = 50
-
-
-class When(NamedTuple):
-    """When an option means something: a test of the recipe that holds it, and what to say where the test fails."""
-
-    true: Callable[[Recipe], Any]
-    remedy: str
-
-
-_INTEGERS = When(lambda r: not r.gguf, "GGUF's types fix bits, groups, ranges and the head; choose by --type alone")
-_FLAGS = When(
-    lambda r: r.weights is None, "--weights says what a weight becomes; say it there, as in int:bits=4:group=128:asym"
-)
-_GGUF = When(lambda r: r.gguf, "it is for GGUF; say --format gguf")
-_FOLDERS = When(lambda r: not r.gguf, "in GGUF a matrix that a type does not fit falls back to another type by itself")
-_INPUTS = When(
-    lambda r: r.inputs is None,
-    "--inputs says what an input becomes; say it there, as in int:bits=8:group=channel or fp8:group=tensor:range=mse",
-)
-_ACT = When(lambda r: r.act_bits, "it is for quantized activations; say --act-bits 8")
-_STATIC = When(lambda r: r.act_bits and r.act == "tensor", "it is for static scales; say --act-bits 8 --act tensor")
-_KV = When(lambda r: r.kv_bits, "it is for the key-value cache; say --kv-bits 8")
-_BITS = When(
-    lambda r: r.target_bpw and not r.choices and not r.gguf,
-    "it is for a budget of bits of integers; say --target-bpw, not --choices",
-)
-_BUDGET = When(lambda r: r.target_bpw, "it is for a budget of bits; say --target-bpw")
-
-
-def option(default: Any = None, *when: When) -> Any:
-    """Declare an option of `Recipe`: None until it is given, then of its annotated type."""
-    return dataclasses.field(default=None, metadata={"default": default, "when": when})
 
 
 @dataclass(frozen=True)
@@ -103,45 +73,49 @@ class Recipe:
         `REGEX:type=Q6_K` on ggml's tensor names.
     imatrix: an importance matrix in llama.cpp's form to weigh errors by. imatrix_out: where to write the calibration's.
     split_max_size: `4G`: write a GGUF model in files of at most so many bytes of tensors.
-    calib: "self", a file, a folder or a dataset, or several (blend.py); samples x seq_len tokens chosen by `seed`.
+    calib: "self", "varied", a file, a folder or a dataset, or several (blend.py); samples x seq_len tokens chosen by
+        `seed`.
+    varied: the share of these samples that become "varied" instead, short texts of ours in many languages and kinds:
+        what is solved then travels to text that calib does not hold. By quality (qualities.py), 0 with a method.
     dtype: what activations are computed in.
     """
 
     quality: Literal["fast", "balanced", "best"] | None = option()
     scheme: str | None = option()
     method: str = option()
-    weights: str | None = option(None, _INTEGERS)
-    bits: Annotated[int, Between(2, 8)] = option(4, _INTEGERS, _FLAGS)
-    group_size: int | str = option(None, _INTEGERS, _FLAGS)
-    sym: bool = option(True, _INTEGERS, _FLAGS)
-    range: str | None = option(None, _INTEGERS, _FLAGS)
-    inputs: str | None = option(None, _INTEGERS)
-    act_bits: Literal[8] | None = option(None, _INTEGERS, _INPUTS)
-    act: Literal["token", "tensor"] = option("token", _ACT)
-    act_sym: bool = option(True, _ACT)
-    act_range: str = option("minmax", _STATIC)
-    kv_bits: Literal[8] | None = option(None, _INTEGERS)
-    kv: Literal["tensor", "head"] = option("tensor", _KV)
-    kv_dtype: Literal["fp8", "int8"] = option("fp8", _KV)
+    weights: str | None = option(None, INTEGERS)
+    bits: Annotated[int, Between(2, 8)] = option(4, INTEGERS, FLAGS)
+    group_size: int | str = option(None, INTEGERS, FLAGS)
+    sym: bool = option(True, INTEGERS, FLAGS)
+    range: str | None = option(None, INTEGERS, FLAGS)
+    inputs: str | None = option(None, INTEGERS)
+    act_bits: Literal[8] | None = option(None, INTEGERS, INPUTS)
+    act: Literal["token", "tensor"] = option("token", ACT)
+    act_sym: bool = option(True, ACT)
+    act_range: str = option("minmax", STATIC)
+    kv_bits: Literal[8] | None = option(None, INTEGERS)
+    kv: Literal["tensor", "head"] = option("tensor", KV)
+    kv_dtype: Literal["fp8", "int8"] = option("fp8", KV)
     format: str = option()
     override: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
-    on_misfit: Literal["refuse", "skip"] | None = option(None, _FOLDERS)
+    on_misfit: Literal["refuse", "skip"] | None = option(None, FOLDERS)
     target_bpw: Annotated[float, Between(1, 16)] | None = option()
-    bit_choices: str | None = option("3,4,5,6,8", _BITS)
-    choices: str | None = option(None, _BUDGET)
-    lm_head: bool = option(False, _INTEGERS)
+    bit_choices: str | None = option("3,4,5,6,8", BITS)
+    choices: str | None = option(None, BUDGET)
+    lm_head: bool = option(False, INTEGERS)
     embeddings: int | str = option()
     experts: Literal["routed", "all"] | None = option()
-    calib: str | tuple[str, ...] = option("wikitext2")
-    samples: Annotated[int, Between(1, 2**20)] = option(128)
+    calib: str | tuple[str, ...] = option(CALIB)
+    varied: Annotated[float, Between(0, 0.9)] | None = option()
+    samples: Annotated[int, Between(1, 2**20)] = option(SAMPLES)
     seq_len: Annotated[int, Between(2, 2**20)] = option(2048)
     seed: Annotated[int, Between(0, 2**63 - 1)] = option(0)
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto")
-    type: str = option("Q4_K_M", _GGUF)
-    imatrix: str | None = option(None, _GGUF)
-    imatrix_out: str | None = option(None, _GGUF)
-    split_max_size: str | None = option(None, _GGUF)
+    type: str = option("Q4_K_M", GGUF)
+    imatrix: str | None = option(None, GGUF)
+    imatrix_out: str | None = option(None, GGUF)
+    split_max_size: str | None = option(None, GGUF)
 
     def __post_init__(self) -> None:
         for name, value in self._given():
@@ -175,7 +149,7 @@ class Recipe:
         if scheme not in SCHEMES:
             raise LlmqError(f"--scheme {printable(repr(scheme), 80)} is none of: {', '.join(SCHEMES)}")
         if self.gguf:
-            raise LlmqError(f"--scheme means nothing here: {_INTEGERS.remedy}")
+            raise LlmqError(f"--scheme means nothing here: {INTEGERS.remedy}")
         for name in ("weights", "inputs", "bits", "act_bits"):
             if getattr(self, name) is not None:
                 raise LlmqError(f"--scheme {scheme} says what weights and inputs become; leave {_dashed(name)} out")
@@ -271,6 +245,8 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """Return the recipe with a default for every option that means something and was not given."""
+        if self.varied is not None and self.method is not None:
+            return self._varied(self.varied).resolved()
         if self.gguf and self.target_bpw and not self.choices:
             return dataclasses.replace(self, choices=GGML).resolved()
         if self.choices and not (self.gguf or self.weights or self.bits or self.quantizes_inputs):
@@ -326,7 +302,18 @@ class Recipe:
         if quality == "best" and not self.gguf:
             bits = registry.load("grids", self.weights, code=True).bits if self.weights else self.bits
             method += FINISHERS.get(bits, "")
-        return dataclasses.replace(recipe, quality=None, method=method)
+        share = self._share(quality) if self.varied is None else self.varied
+        return dataclasses.replace(recipe, quality=None, method=method)._varied(share)
+
+    def _share(self, quality: str) -> float:
+        """Return how much of the calibration a quality varies: nothing where that would be less than a sample."""
+        share = 0.0 if self.quantizes_inputs else VARIED[quality]
+        return share if share * (self.samples or SAMPLES) >= 1 else 0.0
+
+    def _varied(self, share: float) -> Recipe:
+        """Return the recipe with so much of its calibration varied, in the words that repeat it."""
+        calib = blend.sharing(self.calib or CALIB, share) if share else self.calib
+        return dataclasses.replace(self, calib=calib, varied=None)
 
     def _lacks_range(self) -> bool:
         """Say whether the weights take a range that was not given."""
@@ -369,7 +356,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Return every option, null where it means nothing; a few stand there only where they were given."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        seldom = {"scheme", "choices", "weights", "inputs", "on_misfit", "experts", "embeddings"}
+        seldom = {"scheme", "choices", "weights", "inputs", "on_misfit", "experts", "embeddings", "varied"}
         return {k: v for k, v in values.items() if k not in seldom or v is not None}
 
     def to_yaml(self) -> str:

@@ -61,6 +61,7 @@ OTHERS: dict[str, tuple[object, ...]] = {
     "gptq asym": ("--method", "gptq", "--asym"),
     "gptq asym mse": ("--method", "gptq", "--asym", *MSE),
     "quality balanced asym": ("--quality", "balanced", "--asym"),
+    "quality balanced varied 0": ("--quality", "balanced", "--varied", 0),
     "quality balanced embeddings 8": ("--quality", "balanced", "--format", "compressed-tensors", "--embeddings", 8),
     "awq": ("--method", "awq,rtn", "--format", "awq"),
     "awq+gptq": ("--method", "awq,gptq", "--format", "awq"),

@@ -19,7 +19,7 @@ CLOSING = {  # a format closes OUT: it knows how OUT is written, and GGUF's own 
 }
 FLOORS = (  # a room, or a file of the top level, imports only from floors below its own
     "errors", "guard show launched meeting extras",
-    "options signals progress aside heap team jit gpu granularity overrides readers schemes qualities blend",
+    "options conditions signals progress aside heap team jit gpu granularity overrides readers schemes qualities blend",
     "params", "minifloat", "types", "format stored",
     "registry stats", "steps histogram", "ranges grids families algorithms", "checkpoint", "model",
     "gguf onnx calibration runtime", "formats", "integrations", "loading verify",

@@ -35,6 +35,18 @@ def test_shares_are_within_a_sample_of_the_weights():
         assert all(abs(n - samples * w / 8.5) < 1 for n, w in zip(got, (5, 1, 2.5), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("calib", "share", "found"),
+    [
+        ("a.txt", 0.25, {"a.txt": 24, "varied": 8}),
+        (("a.txt:weight=3", "b.txt"), 0.5, {"a.txt": 12, "b.txt": 4, "varied": 16}),
+        (("a.txt", "varied:weight=3"), 0.25, {"a.txt": 8, "varied": 24}),  # it is as the user has it
+    ],
+)
+def test_varied_text_gets_its_share_beside_the_others(calib, share, found):
+    assert {p.source: p.samples for p in blend.dealt(blend.sharing(calib, share), 32)} == found
+
+
 def test_a_path_may_hold_any_character(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a,b*2.txt", "x:weight=3", "y:z@1"):

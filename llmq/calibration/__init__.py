@@ -6,6 +6,7 @@ Every source ends as one int64 tensor `[samples, seq_len]` of full sequences, so
     t_1  t_2 ... t_L         else
 
 text.py: files, folders and Hub data sets. rows.py: their rows and chats. writing.py: text that the model writes.
+varied.py: texts of ours.
 Several sources are read one after the other and take turns (llmq/blend.py).
 Not here: what is accumulated over the tokens (stats), running blocks on them (model), scoring text (evaluation).
 """
@@ -13,6 +14,7 @@ Not here: what is accumulated over the tokens (stats), running blocks on them (m
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from llmq.calibration.text import bos_id as bos_id
 from llmq.calibration.text import encode as encode
 from llmq.calibration.text import hub_rows as hub_rows
 from llmq.calibration.text import read
+from llmq.calibration.varied import varied
 from llmq.calibration.writing import Writer as Writer
 from llmq.calibration.writing import check_memory as check_memory
 from llmq.calibration.writing import free_memory as free_memory
@@ -42,8 +45,8 @@ def tokens(
 ) -> Tensor:
     """Return `samples` calibration sequences, int64 `[samples, seq_len]` on the CPU; same arguments, same tokens.
 
-    source: `self`; a short name of `HUB`; a .txt, .jsonl, .parquet or .arrow file, or a folder of them (read in the
-        order of their paths); or a Hub data set as `org/name[:config[:split]]`. Rows hold `text` or a chat, in
+    source: `self`; `varied`; a short name of `HUB`; a .txt, .jsonl, .parquet or .arrow file, or a folder of them (read
+        in the order of their paths); or a Hub data set as `org/name[:config[:split]]`. Rows hold `text` or a chat, in
         `messages` or `conversations`. Or several of them, each with its share of the samples (blend.py).
     writer: who writes what `self` asks for. warn: is told, in one line, what of the source was left out.
 
@@ -56,11 +59,16 @@ def tokens(
     for part in parts:
         how = (tokenizer, part.samples, seq_len, seed)
         with _naming(part, samples):
-            rows.append(_known(writer)(*how) if part.source == blend.SELF else read(part.source, *how, warn))
+            rows.append(_of(part.source, writer, warn)(*how))
     return torch.cat(rows)[blend.in_turns(p.samples for p in parts)]
 
 
-def _known(writer: Writer | None) -> Writer:
+def _of(source: str, writer: Writer | None, warn: Callable[[str], Any]) -> Callable[[Any, int, int, int], Tensor]:
+    """Return what makes the sequences of a source, of a tokenizer, how many, how long, and a seed."""
+    if source == blend.VARIED:
+        return varied
+    if source != blend.SELF:
+        return partial(read, source, warn=warn)
     if writer is None:
         raise LlmqError("calibration text `self` needs a model that writes it: give a text file instead")
     return writer

@@ -60,6 +60,9 @@ def quantize(
         list[str] | None,
         typer.Option(help="A text file or folder, a dataset, or 'self'; again for more: SOURCE:weight=2. [wikitext2]"),
     ] = None,
+    varied: Annotated[
+        float | None, typer.Option(help="Share of the samples that are texts of many kinds. [by --quality]")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. [128]")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of each. [2048]")] = None,
     seed: Annotated[int | None, typer.Option(help="Chooses calibration windows. [0]")] = None,
