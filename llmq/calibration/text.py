@@ -112,7 +112,7 @@ def _stream(documents: Iterable[str], tokenizer: Any, bos: int | None, limit: in
 
 def _documents(source: str, tokenizer: Any, tally: Tally) -> Iterator[str]:
     """Return the text of `source` in pieces that read on from one another; what is left out goes into `tally`."""
-    remedy = "give a text file, as --calib FILE, or --calib self"
+    remedy = "give a text file, as --calib FILE, or --calib varied"
     path = Path(source).expanduser()
     if source in HUB:
         return _of_rows(source, hub_rows(HUB[source], remedy), tokenizer, tally)
@@ -122,7 +122,8 @@ def _documents(source: str, tokenizer: Any, tally: Tally) -> Iterator[str]:
         repo, config, split = [*source.split(":"), "", ""][:3]
         place = HubText(repo, config or None, split or "train")
         return _of_rows(source, hub_rows(place, f"{remedy} (no local file has this name)"), tokenizer, tally)
-    raise LlmqError(f"no calibration text at {source}: give `self`, a file, a folder, {', '.join(HUB)} or org/name")
+    known = ", ".join((*HUB, "varied", "self"))
+    raise LlmqError(f"no calibration text at {source}: give a file, a folder, {known} or org/name")
 
 
 def of_files(path: Path, tokenizer: Any, tally: Tally) -> Iterator[str]:

@@ -58,7 +58,7 @@ def quantize(
     experts: Annotated[str | None, typer.Option(help="'all': every token calibrates every expert.")] = None,
     calib: Annotated[
         list[str] | None,
-        typer.Option(help="A text file or folder, a dataset, or 'self'; again for more: SOURCE:weight=2. [wikitext2]"),
+        typer.Option(help="A text, folder, dataset, 'varied' or 'self'; again for more: SOURCE:weight=2. [wikitext2]"),
     ] = None,
     varied: Annotated[
         float | None, typer.Option(help="Share of the samples that are texts of many kinds. [by --quality]")
