@@ -80,7 +80,11 @@ ROWS: dict[str, tuple[str, int | str, tuple[object, ...]]] = {
         for kind in ("NVFP4", "MXFP4")
         for name, options in (("rtn", ("--iters", 0)), ("light", AUTOROUND_LIGHT), ("x200", ("--iters", 200)))
     },
-    **{f"llmq {b} {q}": ("llmq", b, ("--quality", q)) for b in (4, 3, 2) for q in ("fast", "balanced", "best")},
+    **{
+        f"llmq {b} {q}": ("llmq", b, ("--quality", q, "--varied", 0))
+        for b in (4, 3, 2)
+        for q in ("fast", "balanced", "best")
+    },
 }
 
 
