@@ -32,7 +32,7 @@ _NO_RECIPE = (
 
 @borrowing(
     {
-        quantize: ("calib", "samples", "seq_len", "seed"),
+        quantize: ("calib", "varied", "samples", "seq_len", "seed"),
         evaluate: ("text", "convention", "window", "windows"),
     }
 )

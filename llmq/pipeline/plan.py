@@ -238,7 +238,7 @@ class Plan:
         """Return the plan; one that does not calibrate keeps no options of calibration, and warns of those `given`."""
         if self.calibrates():
             return self
-        names = ("calib", "samples", "seq_len", "seed", "experts")
+        names = ("calib", "varied", "samples", "seq_len", "seed", "experts")
         idle = ["--" + n.replace("_", "-") for n in names if getattr(given, n) is not None]
         who = f"method {self.method.recipe.method}" if self.linears else "a run that rounds no linear"
         say = f"{', '.join(idle)}: {who} reads no calibration text, they change nothing"

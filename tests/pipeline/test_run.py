@@ -186,10 +186,10 @@ def test_options_of_calibration_that_a_method_ignores_are_told_and_not_recorded(
     folder = tiny_checkpoint()
     plain = prepare(str(folder), Recipe(method="rtn", group_size=32), "cpu")
     assert not [w for w in plain.warnings if "calibration" in w]
-    told = prepare(str(folder), Recipe(method="rtn", group_size=32, calib=text, seq_len=16), "cpu")
+    told = prepare(str(folder), Recipe(method="rtn", group_size=32, calib=text, varied=0.5, seq_len=16), "cpu")
     assert told.warnings == [
         *plain.warnings,
-        "--calib, --seq-len: method rtn reads no calibration text, they change nothing",
+        "--calib, --varied, --seq-len: method rtn reads no calibration text, they change nothing",
     ]
     assert told.method.recipe == plain.method.recipe and told.method.recipe.calib is None
     assert prepare(str(folder), Recipe(method="gptq", group_size=32, calib=text), "cpu").method.recipe.samples == 128
