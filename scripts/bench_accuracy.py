@@ -95,7 +95,7 @@ FLOATS: dict[str, tuple[object, ...]] = {
 GGUF: dict[str, tuple[object, ...]] = {
     "gguf Q4_K_M": ("--type", "Q4_K_M"),
     "gguf target-bpw 5.53": ("--type", "Q4_K_M", "--target-bpw", 5.534),  # the bits of SmolLM2's blocks as Q4_K_M
-    "gguf target-bpw 7.35": ("--type", "Q4_K_M", "--target-bpw", 7.353),  # those of Gemma 3 270M's
+    "gguf target-bpw 5.43": ("--type", "Q4_K_M", "--target-bpw", 5.434),  # those of Gemma 3 270M's
     "gguf target-bpw 5.53 with IQ4_NL": (
         "--type", "Q4_K_M", "--target-bpw", 5.534, "--choices", "Q3_K,IQ4_XS,Q4_K,Q5_K,Q6_K,Q8_0"
     ),
