@@ -19,7 +19,8 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from triton.runtime.errors import OutOfResources
 
-from llmq_kernels import e2m1, grouped, grouped_int8, int8, layout, routing, weight_only
+from llmq.gpu import refuses_fp8
+from llmq_kernels import e2m1, fp8, grouped, grouped_int8, int8, layout, routing, weight_only
 
 TOKENS = (1, 16, 256, 4096)
 FEW = 16
@@ -132,27 +133,47 @@ def checks(dtype: torch.dtype, bound: float, sqnr: Callable[[Tensor, Tensor], fl
 def _int8_checks(
     shape: Shape, dtype: torch.dtype, bound: float, sqnr: Callable[[Tensor, Tensor], float]
 ) -> Iterator[Any]:
-    """Yield the checks of W8A8 experts."""
+    """Yield the checks of W8A8 experts, and of FP8's where the GPU multiplies E4M3."""
 
     def ints() -> int8.PackedInt8:
         codes = torch.randint(-128, 128, (shape.I, shape.H), device="cuda").to(torch.int8)
         return int8.pack(codes, torch.rand(shape.I, device="cuda") * 0.01)
 
-    w = grouped_int8.stack([[ints(), ints()] for _ in range(shape.E)])[0]
+    def floats() -> fp8.PackedFp8:
+        codes = torch.randn(shape.I, shape.H, device="cuda").to(fp8.E4M3).view(torch.uint8)
+        return fp8.pack(codes, torch.rand(shape.I, device="cuda") * 0.01)
+
+    makers: dict[str, Callable[[], Any]] = {"W8A8": ints}
+    if refuses_fp8(torch.device("cuda")) is None:
+        makers["FP8"] = floats
+    for name, one in makers.items():
+        w = grouped_int8.stack([[one(), one()] for _ in range(shape.E)])[0]
+        yield from _codes_checks(name, shape, w, dtype, bound, sqnr)
+
+
+def _codes_checks(
+    name: str,
+    shape: Shape,
+    w: grouped_int8.StackedInt8,
+    dtype: torch.dtype,
+    bound: float,
+    sqnr: Callable[[Tensor, Tensor], float],
+) -> Iterator[Any]:
+    """Yield the checks of experts whose tokens are quantized, in every configuration."""
     bias = torch.randn(shape.E + 1, w.one.N, device="cuda", dtype=dtype)
     bias[-1] = 0
     for T in (1, 5, 70, 600):
         index, x = shape.index(T), torch.randn(T, shape.H, device="cuda", dtype=dtype)
         index[-1, 1] = shape.E
-        plan, how = routing.plan(index, shape.E), grouped_int8.How(dtype, T == 1, has_bias=True)
-        q, scale = int8.quantize(x, shape.H)
+        plan, how = routing.plan(index, shape.E), grouped_int8.How(dtype, T == 1, has_bias=True, e4m3=w.e4m3)
+        q, scale = int8.Quantizing(x, w.q.size(2), is_static=False, e4m3=w.e4m3)(x, None)
         wanted = grouped_int8.reference(q, scale, w, plan, bias, torch.float32)
         for config in grouped_int8.configs(T, w, plan):
             try:
                 found = grouped_int8.planned(T, w, plan, config, how)(q, scale, w, plan, bias)
             except OutOfResources:
                 continue
-            yield f"experts W8A8 T={T} {dtype} {config}", sqnr(found, wanted), bound
+            yield f"experts {name} T={T} {dtype} {config}", sqnr(found, wanted), bound
 
 
 def rows(

@@ -2,7 +2,7 @@
 
     weight_only.linear(x, layout.pack(codes, scale, zero, bits), bias)     W2, W3, W4, W8 with fp16 or bf16 activations
     grouped.linear(x, grouped.stack(weights)[0], routing.plan(index, E))   all experts of a layer
-    grouped_int8.linear(x, grouped_int8.stack(weights)[0], plan, static)   those of W8A8
+    grouped_int8.linear(x, grouped_int8.stack(weights)[0], plan, static)   those of W8A8, FP8
     e2m1.linear(x, e2m1.pack(codes, scales, e8m0=False), bias)             NVFP4, MXFP4 with fp16 or bf16 activations
     int8.linear(x, int8.pack(codes, scale), static, bias)                  W8A8
     fp8.linear(x, fp8.pack(codes, scale), static, bias)                    FP8 weights and activations

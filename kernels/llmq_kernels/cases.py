@@ -153,12 +153,13 @@ def int8_build(config: tune.Config, dtype: str = "fp16") -> Build:
     return Build(int8.int8_kernel, types, constants, ("M",), _options(config))
 
 
-def grouped_int8_build(config: tune.Config, dtype: str = "fp16") -> Build:
-    """Return the Build of the W8A8 product of 128 experts."""
-    types = {"x_ptr": "*i8", "w_ptr": "*i8", "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": f"*{dtype}"}
+def grouped_int8_build(config: tune.Config, dtype: str = "fp16", *, e4m3: bool = False) -> Build:
+    """Return the Build of the W8A8 product of 128 experts, or of FP8."""
+    types = dict.fromkeys(("x_ptr", "w_ptr"), "*u8" if e4m3 else "*i8")
+    types |= {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": f"*{dtype}"}
     types |= {"y_ptr": f"*{dtype}", "order_ptr": "*i32", "begin_ptr": "*i32"}
     types |= dict.fromkeys(("E", "TOP", "M", "N", "NP", "K"), "i32")
-    how = grouped_int8.How(torch.float16, one_scale=False, has_bias=False)
+    how = grouped_int8.How(torch.float16, one_scale=False, has_bias=False, e4m3=e4m3)
     constants = grouped_int8.constants(128, config, how)
     return Build(grouped_int8.grouped_int8_kernel, types, constants, ("E", "TOP", "M"), _options(config))
 
@@ -310,13 +311,17 @@ def _int8(name: str, ipw: tuple[float, ...], wide: int, M: int) -> Case:
     return Case(name, lambda asm: int8_build(config), config.BN * int8.TILE_K, limits, wide)
 
 
-def _int8_experts(name: str, ipw: tuple[float, ...], T: int = 1) -> Case:
-    """Return the case of the first configuration tried for T tokens of which each has 8 of 128 experts."""
+def _int8_experts(name: str, ipw: dict[str, float], T: int = 1, *, e4m3: bool = False) -> Case:
+    """Return the case of the first configuration tried for T tokens of which each has 8 of 128 experts.
+
+    e4m3: of FP8, on targets that multiply it.
+    """
     empty, begin = torch.empty(0, device="meta"), torch.empty(130, device="meta")
     one = int8.PackedInt8(empty, empty, K_TYPICAL, K_TYPICAL)
     config = grouped_int8.configs(T, grouped_int8.StackedInt8(empty, empty, one), Plan(empty, begin, 8))[0]
-    limits = dict(zip(NVIDIA, ipw, strict=True))
-    return Case(name, lambda asm: grouped_int8_build(config), config.BN * int8.TILE_K, limits, 4)
+    weights = config.BN * int8.TILE_K
+    targets = tuple(ipw) if e4m3 else (*NVIDIA, "gfx942")
+    return Case(name, lambda asm: grouped_int8_build(config, e4m3=e4m3), weights, ipw, 4, targets=targets)
 
 
 def _attend(name: str, bits: int, dtype: str, ipw: tuple[float, ...], wide: int, *, sym: bool) -> Case:
@@ -372,8 +377,10 @@ CASES = (
     Case("MXFP4 decoded", lambda asm: _e2m1_decode_build(32, asm), 0, mma=False),
     _int8("W8A8 decode", (1.95, 1.95, 0.85), 4, M=1),
     _int8("W8A8 prefill", (7.0, 7.0, 1.7), 4, M=512),
-    _int8_experts("W8A8 experts", (1.95, 1.95, 0.85)),
-    _int8_experts("W8A8 experts prefill", (4.95, 4.95, 2.05), T=8192),
+    _int8_experts("W8A8 experts", {"sm_80": 1.95, "sm_89": 1.95, "sm_90": 0.85}),
+    _int8_experts("W8A8 experts prefill", {"sm_80": 4.95, "sm_89": 4.95, "sm_90": 2.05}, T=8192),
+    _int8_experts("FP8 experts", {"sm_89": 2.0, "sm_90": 1.8}, e4m3=True),
+    _int8_experts("FP8 experts prefill", {"sm_89": 5.15, "sm_90": 2.2}, T=8192, e4m3=True),
     Case("W8A8 activation", lambda asm: _quantize_build("bf16"), 0, mma=False),
     Case("FP8 activation", lambda asm: _quantize_build("bf16", e4m3=True), 0, mma=False),
     Case("FP8 scaled", lambda asm: _scale_build(), 0, mma=False),

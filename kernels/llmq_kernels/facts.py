@@ -30,7 +30,7 @@ from llmq_kernels.aot import Compiled
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory that one program may take: CUDA C++ Programming Guide, technical specifications; LDS of CDNA3.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
-_MMA = ("HMMA", "HGMMA", "IMMA", "IGMMA")
+_MMA = ("HMMA", "HGMMA", "IMMA", "IGMMA", "QMMA", "QGMMA")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ adds the bias and rounds once: int8.py's kernels. The library would scale by row
 and not on all devices that multiply E4M3. Where torch.compile, a trace or fake tensors look on, all of it but the
 library's product is torch's own operators, which Inductor makes part of the launches before and after.
 
-Beside it: `reference`, which is those operators. Not here: E4M3 weights of float activations (llmq's e4m3.py).
+Beside it: `reference`, which is those operators.
+Not here: the experts of a layer at once (grouped_int8.py), E4M3 weights of float activations (llmq's e4m3.py).
 """
 
 from __future__ import annotations
@@ -35,24 +36,24 @@ MULTIPLE = 16
 
 @dataclass(frozen=True)
 class PackedFp8:
-    """A weight `[N, K]`: codes uint8 `[N, K]`, of E4M3; scale float32 `[N]`.
+    """A weight `[N, K]`: q uint8 `[N, K]`, codes of E4M3; scale float32 `[N]`.
 
     one: float32 `[]`, what the library scales by.
     """
 
-    codes: Tensor
+    q: Tensor
     scale: Tensor
     one: Tensor
 
     @property
     def N(self) -> int:
         """Output features."""
-        return self.codes.size(0)
+        return self.q.size(0)
 
     @property
     def K(self) -> int:
         """Input features."""
-        return self.codes.size(1)
+        return self.q.size(1)
 
     @property
     def Np(self) -> int:
@@ -62,7 +63,7 @@ class PackedFp8:
     @property
     def operand(self) -> Tensor:
         """The codes as the library's second operand, `[K, N]`."""
-        return self.codes.view(E4M3).t()
+        return self.q.view(E4M3).t()
 
 
 def pack(codes_NK: Tensor, scale: Tensor) -> PackedFp8:
@@ -87,9 +88,9 @@ def join(weights: Sequence[PackedFp8]) -> tuple[PackedFp8, list[PackedFp8]]:
     """
     if len({w.K for w in weights}) > 1:
         raise KernelError("weights that differ in K are not one weight")
-    codes, scale = (torch.cat([getattr(w, n) for w in weights]) for n in ("codes", "scale"))
+    q, scale = (torch.cat([getattr(w, n) for w in weights]) for n in ("q", "scale"))
     spans = spans_of([w.N for w in weights])
-    return PackedFp8(codes, scale, weights[0].one), [PackedFp8(codes[at], scale[at], weights[0].one) for at in spans]
+    return PackedFp8(q, scale, weights[0].one), [PackedFp8(q[at], scale[at], weights[0].one) for at in spans]
 
 
 def quantize_reference(x: Tensor, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -124,11 +125,11 @@ def linear(x: Tensor, w: PackedFp8, static: Tensor | None = None, bias: Tensor |
 def compute(x: Tensor, w: PackedFp8, static: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """See `linear`: by the kernels, where they run."""
     of_bias = None if bias is None else bias.shape
-    key = "fp8", x.shape, x.dtype, x.device, w.codes.shape, w.codes.device, static is None, of_bias
+    key = "fp8", x.shape, x.dtype, x.device, w.q.shape, w.q.device, static is None, of_bias
     call = tune.settled.get(key)
     if call is not None:
         return call(x, w, static, bias)
-    check_operands(x, w.codes, w.N, w.K, bias)
+    check_operands(x, w.q, w.N, w.K, bias)
     if not x.numel():
         return x.new_empty(*x.shape[:-1], w.N)
     if not runs_on(x):

@@ -240,11 +240,18 @@ def reference(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tens
 def product_reference(
     q: Tensor, x_scale: Tensor, w: PackedInt8, bias: Tensor | None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return the linear of int8 codes `[..., K]`, padded or not, and their scales: `[..., N]`."""
-    sums = (q[..., : w.K].reshape(-1, w.K).double() @ w.q[: w.N, : w.K].double().t()).float()
+    """Return the linear of int8 codes `[..., K]`, padded or not, and their scales: `[..., N]`.
+
+    Codes of uint8 are those of E4M3.
+    """
+    sums = (_values(q[..., : w.K].reshape(-1, w.K)) @ _values(w.q[: w.N, : w.K]).t()).float()
     y = sums * x_scale[:, None] * w.scale[None, : w.N]
     y = y if bias is None else y + bias.float()
     return y.to(dtype).reshape(*q.shape[:-1], w.N)
+
+
+def _values(codes: Tensor) -> Tensor:
+    return (codes.view(torch.float8_e4m3fn) if codes.dtype == torch.uint8 else codes).double()
 
 
 def linear(x: Tensor, w: PackedInt8, static: Tensor | None = None, bias: Tensor | None = None) -> Tensor:

@@ -193,22 +193,42 @@ def alone_alike(x, index, rows, w, config):
 
 
 def grouped_int8_cases():
-    """As above; each expert has the bits that it has alone."""
+    """As above; each expert has the bits that it has alone. All sums of these floats are float32's, in any order."""
     gen = torch.Generator().manual_seed(9)
-    index = torch.tensor([[4, 0], [0, 2], [4, 3], [3, 5], [4, 5], [5, 4], [4, 3], [0, 4], [4, 5], [4, 0], [4, 6]])
-    rows = [
+    config = Config(16, 64, 1, 4, 2)
+    ints = [
         [int8.pack(torch.randint(-128, 128, (N, 200), generator=gen).to(torch.int8), torch.rand(N, generator=gen))
          for N in (70, 33)]
         for _ in range(6)
     ]  # fmt: skip
+    x = torch.randn(11, 200, generator=gen).half()
+
+    def of_ints(x, w, static, bias):
+        return int8.launch(*int8.quantize(x, 256, static), w, bias, config, x.dtype)
+
+    yield from grouped_codes_cases("w8a8", ints, x, torch.tensor([0.02]), config, of_ints)
+
+    def eighths(N):
+        codes = (torch.randint(-15, 16, (N, 208), generator=gen) / 8).to(fp8.E4M3).view(torch.uint8)
+        return fp8.pack(codes, torch.rand(N, generator=gen))
+
+    x = torch.randint(-14, 15, (11, 208), generator=gen).half() * 32
+    x[:, 7] = 448
+    floats = [[eighths(64), eighths(48)] for _ in range(6)]
+    yield from grouped_codes_cases("fp8", floats, x, torch.ones(1), config, fp8.reference)
+
+
+def grouped_codes_cases(kind, rows, x, scale_of_all, config, alone):
+    """Of six experts of which one is nobody's. alone: what multiplies with one weight."""
+    gen = torch.Generator().manual_seed(10)
+    index = torch.tensor([[4, 0], [0, 2], [4, 3], [3, 5], [4, 5], [5, 4], [4, 3], [0, 4], [4, 5], [4, 0], [4, 6]])
     w, plan = grouped_int8.stack(rows)[0], routing.plan(index, 6)
-    x, bias = torch.randn(11, 200, generator=gen).half(), torch.randn(7, w.one.N, generator=gen).half()
+    bias, N = torch.randn(7, w.one.N, generator=gen).half(), rows[0][0].N
     bias[6] = 0
-    config = Config(16, 64, 1, 4, 2)
-    for static in (None, torch.tensor([0.02])):
-        name = f"experts w8a8 {'token' if static is None else 'static'}"
-        q, scale = int8.quantize(x, 256, static)
-        how = grouped_int8.How(x.dtype, static is not None, has_bias=True)
+    for static in (None, scale_of_all):
+        name = f"experts {kind} {'token' if static is None else 'static'}"
+        q, scale = int8.Quantizing(x, 256, is_static=static is not None, e4m3=w.e4m3)(x, static)
+        how = grouped_int8.How(x.dtype, static is not None, has_bias=True, e4m3=w.e4m3)
         found = grouped_int8.planned(11, w, plan, config, how)(q, scale, w, plan, bias)
         wanted = grouped_int8.reference(q, scale, w, plan, bias, x.dtype)
         yield f"{name}: rounded", sqnr(found, wanted)
@@ -219,8 +239,7 @@ def grouped_int8_cases():
         yield f"{name}: a row of x for each pair", torch.equal(alike, found)
         for e in (0, 4):
             t, j = (index == e).nonzero(as_tuple=True)
-            alone = int8.launch(*int8.quantize(x[t], 256, static), rows[e][0], bias[e, :70], config, x.dtype)
-            yield f"{name}: {e} alone", torch.equal(found[t, j, :70], alone)
+            yield f"{name}: {e} alone", torch.equal(found[t, j, :N], alone(x[t], rows[e][0], static, bias[e, :N]))
 
 
 E2M1 = {

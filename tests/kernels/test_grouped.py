@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import library
 
-from llmq_kernels import e2m1, grouped, grouped_int8, int8, layout, routing, tune, weight_only
+from llmq_kernels import e2m1, fp8, grouped, grouped_int8, int8, layout, routing, tune, weight_only
 from llmq_kernels.errors import KernelError
 
 GEN = torch.Generator().manual_seed(0)
@@ -109,6 +109,37 @@ def test_w8a8_of_an_expert_is_what_it_is_alone(K, static):
         grouped_int8.linear(x, w, plan, static, bias[:2])
     with pytest.raises(KernelError, match="differ in shape"):
         grouped_int8.stack([[ints(40)], [ints(30)]])
+
+
+@pytest.mark.parametrize("static", [None, torch.tensor([0.02])], ids=["token", "static"])
+@pytest.mark.parametrize("K", [128, 208])
+def test_fp8_of_an_expert_is_what_it_is_alone(K, static):
+    """But for the order of float32 sums, which the library has for itself."""
+
+    def floats(N):
+        codes = torch.randint(0, 0x7F, (N, K), generator=GEN, dtype=torch.uint8)
+        return fp8.pack(codes + 128 * torch.randint(0, 2, (N, K), generator=GEN).byte(), torch.rand(N, generator=GEN))
+
+    rows = [[floats(48), floats(32)] for _ in range(E)]
+    w, parts = grouped_int8.stack(rows)
+    x, index = torch.randn(T, K, generator=GEN), tokens()[1]
+    bias = torch.randn(E + 1, w.one.N, generator=GEN)
+    bias[E] = 0
+    plan = routing.plan(index, E)
+    y = grouped_int8.linear(x, w, plan, static, bias)
+    assert y.shape == (T, TOP, 80) and not y[2, 1].any() and w.q.shape == (E, 128, -(-K // 128) * 128)
+    for e, (row, of_one) in enumerate(zip(rows, parts, strict=True)):
+        t, j = (index == e).nonzero(as_tuple=True)
+        for begin, each, part in zip((0, 48), row, of_one, strict=True):
+            alone = fp8.linear(x[t], each, static, bias[e, begin : begin + each.N])
+            assert torch.allclose(y[t, j, begin : begin + each.N], alone, rtol=1e-5, atol=1e-5 * y.abs().max())
+            assert torch.equal(part.q, each.q) and torch.equal(part.scale, each.scale)
+            assert torch.equal(fp8.linear(x, part, static), fp8.linear(x, each, static))
+            assert part.q.untyped_storage().data_ptr() == w.q.untyped_storage().data_ptr()
+    compiled = torch.compile(
+        lambda x, i: grouped_int8.linear(x, w, routing.plan(i, E), static, bias), backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(x, index), y)
 
 
 def test_torch_compile_traces_through():

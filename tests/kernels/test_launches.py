@@ -86,15 +86,16 @@ def test_a_layer_of_experts_launches_one_product_each_for_its_gates_and_downs(to
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_w8a8_experts_quantize_a_token_once(tokens):
-    w = grouped_int8.stack([[W8, W8] for _ in range(16)])[0]
+@pytest.mark.parametrize("one", [W8, F8], ids=["W8A8", "FP8"])
+def test_experts_of_quantized_tokens_quantize_each_once(one, tokens):
+    w = grouped_int8.stack([[one, one] for _ in range(16)])[0]
     x, index = torch.randn(tokens, 256).half(), torch.randint(0, 16, (tokens, 2))
     with counted() as counts, TorchLaunches(counts):
         for turn in (1, 2):
             plan = routing.plan(index, 16)
             assert grouped_int8.compute(x, w, plan).shape == (tokens, 2, 256)
             assert counts == {"plan_kernel": turn, "quantize_kernel": turn, "grouped_int8_kernel": turn}
-        q, scale = int8.quantize_reference(x)
+        q, scale = grouped_int8.quantize_reference(x, w, None)
         counts.clear()
         packed = w.q, w.scale, plan.order, plan.begin
         torch.ops.llmq.grouped_int8(q, scale, *packed, None, w.one.N, 2, x.dtype)

@@ -13,6 +13,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import llmq
 from llmq.formats.compressed_tensors import CompressedTensors
+from llmq.grids.fp8 import Fp8
 from llmq.grids.int import Int
 from llmq.grids.mxfp4 import Mxfp4
 from llmq.grids.nvfp4 import Nvfp4
@@ -26,6 +27,7 @@ from llmq.types import LinearSpec, QTensor, Scheme
 
 E, TOP, T, H, INNER = 5, 2, 9, 96, 64
 W4 = Int(4, False, 32)
+W8 = Int(8, True, "channel")
 FLOATS = {"nvfp4": Nvfp4(), "mxfp4": Mxfp4()}
 CLASSES = {
     "gates": ("qwen3_moe", "Qwen3MoeExperts"),
@@ -149,7 +151,6 @@ def test_what_is_moved_loaded_or_written_to_is_seen(kind):
 
 
 def test_layers_whose_experts_are_not_alike_run_one_by_one():
-    W8 = Int(8, True, "channel")
     for experts in (packed(other=Int(8, False, 32)), packed(other=Int(4, False, "channel"))):
         assert group_experts(experts) == 0 and experts.together is None
         assert all(m.prepacked.site is None for m in experts.modules() if isinstance(m, QuantLinear))
@@ -167,13 +168,19 @@ def test_small_floats_run_together_too(name, monkeypatch):
     assert all(torch.equal(t, before[k]) for k, t in experts.state_dict().items())
 
 
+ENTERING = {"triton_w8a8": (W8, W8), "scaled_mm": (Fp8("channel"), Fp8("channel"))}
+"""By back-end, weights and activations that are quantized as they enter."""
+
+
 @pytest.mark.parametrize("kind", ["gates", "batched", "biases, interleaved"])
+@pytest.mark.parametrize("backend", ENTERING)
 @torch.no_grad()
-def test_w8a8_runs_together_too(kind):
-    W8 = Int(8, True, "channel")
-    experts, args = packed(kind, W8, activation=W8), given(kind)
+def test_what_quantizes_its_activations_runs_together_too(kind, backend, monkeypatch):
+    monkeypatch.setattr(FloatLoop, "refuses", lambda spec, device: "it is not asked")
+    grid, activation = ENTERING[backend]
+    experts, args = packed(kind, grid, activation=activation), given(kind)
     want, before = experts(*args), {k: t.clone() for k, t in experts.state_dict().items()}
-    assert getattr(experts, "2").up_proj.backend == "triton_w8a8" and group_experts(experts) == 1
+    assert getattr(experts, "2").up_proj.backend == backend and group_experts(experts) == 1
     assert isinstance(experts.together, Layer) and snr(experts(*args), want) > 40
     assert all(torch.equal(t, before[k]) for k, t in experts.state_dict().items())
 
@@ -199,11 +206,13 @@ def test_a_layer_launches_two_products_a_plan_and_what_torch_needs(inner, monkey
         assert counts == LAYER | AROUND | ({} if inner == 128 else {"torch cat": 1, "torch pad": 1})
 
 
+@pytest.mark.parametrize("backend", ENTERING)
 @torch.no_grad()
-def test_a_layer_of_w8a8_launches_two_products_what_quantizes_and_a_plan(monkeypatch):
-    W8 = Int(8, True, "channel")
+def test_a_layer_that_quantizes_launches_two_products_what_quantizes_and_a_plan(backend, monkeypatch):
+    monkeypatch.setattr(FloatLoop, "refuses", lambda spec, device: "it is not asked")
+    grid, activation = ENTERING[backend]
     with counted() as counts:
-        experts, args = packed(grid=W8, activation=W8), given()
+        experts, args = packed(grid=grid, activation=activation), given()
         assert group_experts(experts) == 1
         experts(*args)
         counts.clear()
