@@ -4,7 +4,7 @@ As grouped.py: a program makes a tile of one expert's rows of y, whose rows of x
 pairs. Every token is quantized once, for all of its experts, as int8.py and fp8.py do it. The int32 sums of W8A8 are
 `int8_sums`, of the same codes, so that an expert has the bits that it has alone. The sums of FP8, whose codes are
 uint8, are float32: an expert alone has the library's, added in another order. NVIDIA multiplies E4M3 from compute
-capability 8.9 on, AMD what files have from CDNA 4 on; for other devices there is no such kernel.
+capability 8.9 on, AMD what files have from CDNA 4 on; other devices are not given such weights.
 A pair that is sent to no expert has a row of zeros. K is not split, and there is no library.
 
 Beside it: `reference`, one expert after the other; it is what the op does with CPU tensors.
