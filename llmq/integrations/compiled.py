@@ -33,7 +33,7 @@ _GRAPH = {"triton.cudagraphs": True, **_ROWS}
 def compile_for_generation(model: PreTrainedModel, *, backend: str = "inductor") -> None:
     """Have `generate` compile a model, from its first tokens on; a forward of its own is eager but for its regions.
 
-    The choice is the model's `generation_config`, and is written with it by `save_pretrained`.
+    The choice is the model's `generation_config`; of it `save_pretrained` writes that the cache is static, no more.
     backend: torch.compile's; another than "inductor" compiles on a CPU too, to test what is computed.
     Raises LlmqError for a model whose cache cannot be static.
     """
