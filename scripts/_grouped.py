@@ -20,7 +20,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from triton.runtime.errors import OutOfResources
 
 from llmq.gpu import refuses_fp8
-from llmq_kernels import e2m1, fp8, grouped, grouped_int8, int8, layout, routing, weight_only
+from llmq_kernels import activation, e2m1, fp8, grouped, grouped_int8, int8, layout, routing, weight_only
 
 TOKENS = (1, 16, 256, 4096)
 FEW = 16
@@ -166,7 +166,7 @@ def _codes_checks(
         index, x = shape.index(T), torch.randn(T, shape.H, device="cuda", dtype=dtype)
         index[-1, 1] = shape.E
         plan, how = routing.plan(index, shape.E), grouped_int8.How(dtype, T == 1, has_bias=True, e4m3=w.e4m3)
-        q, scale = int8.Quantizing(x, w.q.size(2), is_static=False, e4m3=w.e4m3)(x, None)
+        q, scale = activation.Quantizing(x, w.q.size(2), is_static=False, e4m3=w.e4m3)(x, None)
         wanted = grouped_int8.reference(q, scale, w, plan, bias, torch.float32)
         for config in grouped_int8.configs(T, w, plan):
             try:

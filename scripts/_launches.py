@@ -18,7 +18,20 @@ from llmq.runtime.backends.scaled_mm import ScaledMM
 from llmq.runtime.backends.triton_e2m1 import TritonE2M1
 from llmq.runtime.backends.triton_w8a8 import TritonW8A8
 from llmq.runtime.backends.triton_weight_only import TritonWeightOnly
-from llmq_kernels import attention, e2m1, fp8, grouped, grouped_int8, int8, kv, product, routing, tune, weight_only
+from llmq_kernels import (
+    activation,
+    attention,
+    e2m1,
+    fp8,
+    grouped,
+    grouped_int8,
+    int8,
+    kv,
+    product,
+    routing,
+    tune,
+    weight_only,
+)
 
 BACKENDS = (TritonWeightOnly, TritonE2M1, TritonW8A8, ScaledMM)
 KERNELS = {
@@ -29,7 +42,8 @@ KERNELS = {
     grouped_int8: ("grouped_int8_kernel",),
     routing: ("plan_kernel",),
     e2m1: ("e2m1_kernel", "decode_kernel"),
-    int8: ("quantize_kernel", "int8_kernel", "sum_int32_kernel"),
+    activation: ("quantize_kernel",),
+    int8: ("int8_kernel", "sum_int32_kernel"),
     fp8: ("sum_int32_kernel",),
     kv: ("append_kernel",),
     attention: ("attend_kernel", "merge_kernel"),

@@ -35,7 +35,7 @@ from _kernel_peers import PEERS
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from llmq_kernels import attention, e2m1, fp8, int8, kv, layout, tune, weight_only
+from llmq_kernels import activation, attention, e2m1, fp8, int8, kv, layout, tune, weight_only
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 SHAPES = {  # output and input features: q/k/v fused, o, gate/up fused, down
@@ -71,7 +71,7 @@ def make(name: str, N: int, K: int) -> Linear:
         w8 = int8.pack(codes, torch.rand(N, device="cuda") / 99)
 
         def launch(x: Tensor, bias: Tensor | None, config: tune.Config) -> Tensor:
-            return int8.launch(*int8.quantize(x, w8.q.shape[1]), w8, bias, config, x.dtype)
+            return int8.launch(*activation.quantize(x, w8.q.shape[1]), w8, bias, config, x.dtype)
 
         return Linear(
             lambda x, bias: int8.linear(x, w8, bias=bias),
@@ -183,11 +183,11 @@ def checks() -> Iterator[tuple[str, float, float]]:
                     yield f"{title} {config}", sqnr(found, wanted), bound
         for M in CHECK_M:
             x = torch.randn(M, 1500, device="cuda", dtype=dtype)
-            q, scale = int8.quantize(x, 1536)
-            q_ref, scale_ref = int8.quantize_reference(x)
+            q, scale = activation.quantize(x, 1536)
+            q_ref, scale_ref = activation.quantize_reference(x)
             same = torch.equal(q[:, :1500], q_ref) and torch.equal(scale, scale_ref)
             yield f"W8A8 activation M={M} {dtype}", math.inf if same else 0.0, bound
-            q, scale = int8.Quantizing(x, 1500, is_static=False, e4m3=True)(x, None)
+            q, scale = activation.Quantizing(x, 1500, is_static=False, e4m3=True)(x, None)
             q_ref, scale_ref = fp8.quantize_reference(x)
             same = torch.equal(q, q_ref.view(torch.uint8)) and torch.equal(scale, scale_ref)
             yield f"FP8 activation M={M} {dtype}", math.inf if same else 0.0, bound

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from llmq_kernels import (
+    activation,
     attention,
     decode,
     e2m1,
@@ -168,7 +169,7 @@ def _quantize_build(dtype: str, *, e4m3: bool = False) -> Build:
     types = {"x_ptr": f"*{dtype}", "q_ptr": "*u8" if e4m3 else "*i8", "static_ptr": "*fp32", "scale_ptr": "*fp32"}
     types |= {"K": "i32", "KP": "i32"}
     constants = {"EPS": 0.001, "STATIC": False, "E4M3": e4m3, "BLOCK": 4096}
-    return Build(int8.quantize_kernel, types, constants, (), _PLAIN)
+    return Build(activation.quantize_kernel, types, constants, (), _PLAIN)
 
 
 def _scale_build() -> Build:

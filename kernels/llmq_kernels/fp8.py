@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from llmq_kernels import tune
+from llmq_kernels.activation import Quantizing
 from llmq_kernels.errors import KernelError
-from llmq_kernels.int8 import Quantizing, sum_int32_kernel
+from llmq_kernels.int8 import sum_int32_kernel
 from llmq_kernels.launch import FLOATS, OPTIONS, blank, cdiv, check_operands, direct, no_gradient, on, runs_on
 from llmq_kernels.layout import spans_of
 

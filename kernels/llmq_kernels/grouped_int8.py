@@ -1,7 +1,7 @@
 """Grouped W8A8 and FP8: y = (x_q @ w_e^T) * x_scale[m] * w_scale[e, n] (+ bias_e), for a layer's experts at once.
 
 As grouped.py: a program makes a tile of one expert's rows of y, whose rows of x are fetched by the numbers of its
-pairs. Every token is quantized once, for all of its experts, as int8.py and fp8.py do it. The int32 sums of W8A8 are
+pairs. Every token is quantized once, for all of its experts (activation.py). The int32 sums of W8A8 are
 `int8_sums`, of the same codes, so that an expert has the bits that it has alone. The sums of FP8, whose codes are
 uint8, are float32: an expert alone has the library's, added in another order. NVIDIA multiplies E4M3 from compute
 capability 8.9 on, AMD what files have from CDNA 4 on; other devices are not given such weights.
@@ -24,10 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from llmq_kernels import fp8, int8, tune
+from llmq_kernels import activation, fp8, int8, tune
+from llmq_kernels.activation import Quantizing
 from llmq_kernels.errors import KernelError
 from llmq_kernels.fp8 import PackedFp8
-from llmq_kernels.int8 import N_MULTIPLE, TILE_K, PackedInt8, Quantizing, int8_sums
+from llmq_kernels.int8 import N_MULTIPLE, TILE_K, PackedInt8, int8_sums
 from llmq_kernels.launch import FLOATS, blank, cdiv, check_operands, direct, no_gradient, on, operator, runs_on
 from llmq_kernels.layout import spans_of
 from llmq_kernels.routing import Plan, slots, tile_of
@@ -175,7 +176,7 @@ def reference(
 def quantize_reference(x: Tensor, w: StackedInt8, static: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return codes of `x` `[T, K]` for weights like `w`, and float32 scales, by torch's operators."""
     if not w.e4m3:
-        return int8.quantize_reference(x, static)
+        return activation.quantize_reference(x, static)
     q, x_scale = fp8.quantize_reference(x, static)
     return q.view(torch.uint8), x_scale
 

@@ -21,7 +21,7 @@ from llmq.runtime.backends.scaled_mm import ScaledMM
 from llmq.runtime.backends.triton_w8a8 import TritonW8A8
 from llmq.talk import in_torch
 from llmq.talk.speaker import Sampling, opened
-from llmq_kernels import int8
+from llmq_kernels import activation
 
 
 @pytest.fixture
@@ -239,10 +239,10 @@ def test_inductor_reduces_rows_of_any_length_in_one_launch_with_the_options_of_a
 
     def gated(both):
         gate, up = both.chunk(2, -1)
-        return int8.quantize_reference(torch.nn.functional.silu(gate) * up)
+        return activation.quantize_reference(torch.nn.functional.silu(gate) * up)
 
     def normed(x):
-        return int8.quantize_reference(x * torch.rsqrt(x.float().square().mean(-1, keepdim=True)).bfloat16())
+        return activation.quantize_reference(x * torch.rsqrt(x.float().square().mean(-1, keepdim=True)).bfloat16())
 
     for make, x, launches in ((gated, torch.zeros(1, 1, 28672), 3), (normed, torch.zeros(1, 1, 16384), 5)):
         assert launched(make, x.bfloat16())["torch"] >= launches  # each of them more than an operator of ours adds

@@ -11,6 +11,7 @@ import panels
 import torch
 
 from llmq_kernels import (
+    activation,
     attention,
     e2m1,
     fp8,
@@ -126,7 +127,7 @@ def join_cases():
         int8.pack(torch.randint(-128, 128, (N, 320), generator=gen).to(torch.int8), torch.rand(N, generator=gen))
         for N in (70, 64)
     ]
-    yield "joined, int8", joined_alike(int8, ints, *int8.quantize(x, 384))
+    yield "joined, int8", joined_alike(int8, ints, *activation.quantize(x, 384))
     _, parts = layout.join([make_weight(gen, 4, N, 320, 64, True) for N in (70, 64)])
     yield "joined: decoded", all(decoded_alike(p, decode, layout.dequantize(p)) for p in parts)
 
@@ -204,7 +205,7 @@ def grouped_int8_cases():
     x = torch.randn(11, 200, generator=gen).half()
 
     def of_ints(x, w, static, bias):
-        return int8.launch(*int8.quantize(x, 256, static), w, bias, config, x.dtype)
+        return int8.launch(*activation.quantize(x, 256, static), w, bias, config, x.dtype)
 
     yield from grouped_codes_cases("w8a8", ints, x, torch.tensor([0.02]), config, of_ints)
 
@@ -228,7 +229,7 @@ def grouped_codes_cases(kind, rows, x, scale_of_all, config, alone):
     bias[6] = 0
     for static in (None, scale_of_all):
         name = f"experts {kind} {'token' if static is None else 'static'}"
-        q, scale = int8.Quantizing(x, 256, is_static=static is not None, e4m3=w.e4m3)(x, static)
+        q, scale = activation.Quantizing(x, 256, is_static=static is not None, e4m3=w.e4m3)(x, static)
         how = grouped_int8.How(x.dtype, static is not None, has_bias=True, e4m3=w.e4m3)
         found = grouped_int8.planned(11, w, plan, config, how)(q, scale, w, plan, bias)
         wanted = grouped_int8.reference(q, scale, w, plan, bias, x.dtype)
@@ -279,8 +280,8 @@ def int8_cases():
         x, bias = torch.randn(M, K, generator=gen).half(), torch.randn(N, generator=gen).half()
         x[0] *= 30
         scale = torch.tensor([0.02]) if static else None
-        q, x_scale = int8.quantize(x, w.q.shape[1], scale)
-        wanted_q, wanted_scale = int8.quantize_reference(x, scale)
+        q, x_scale = activation.quantize(x, w.q.shape[1], scale)
+        wanted_q, wanted_scale = activation.quantize_reference(x, scale)
         yield f"{name}: codes", torch.equal(q[:, :K], wanted_q) and not q[:, K:].any()
         yield f"{name}: scales", torch.equal(x_scale, wanted_scale)
         found = int8.launch(q, x_scale, w, bias, config, torch.float32)
@@ -294,7 +295,7 @@ def int8_cases():
             torch.equal(by_library, int8.launch(q, x_scale, w, bias, config, torch.float32)),
         )
     zero_row = torch.zeros(1, 40).half()
-    q, scale = int8.quantize(zero_row, 128)
+    q, scale = activation.quantize(zero_row, 128)
     yield "w8a8, a row of zeros", not q.any() and scale.item() == torch.finfo(torch.float16).eps
 
 
@@ -311,7 +312,7 @@ def fp8_cases():
     for dtype, x in ((torch.float32, rows), (torch.float16, rows.half())):
         for static in (None, torch.tensor([1.0])):
             name = f"fp8 {dtype} {'token' if static is None else 'static'}"
-            q, scale = int8.Quantizing(x, 1024, is_static=static is not None, e4m3=True)(x, static)
+            q, scale = activation.Quantizing(x, 1024, is_static=static is not None, e4m3=True)(x, static)
             wanted_q, wanted_scale = fp8.quantize_reference(x, static)
             yield f"{name}: codes", torch.equal(q, wanted_q.view(torch.uint8))
             yield f"{name}: scales", torch.equal(scale, wanted_scale)

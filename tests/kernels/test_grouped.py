@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import library
 
-from llmq_kernels import e2m1, fp8, grouped, grouped_int8, int8, layout, routing, tune, weight_only
+from llmq_kernels import activation, e2m1, fp8, grouped, grouped_int8, int8, layout, routing, tune, weight_only
 from llmq_kernels.errors import KernelError
 
 GEN = torch.Generator().manual_seed(0)
@@ -101,7 +101,7 @@ def test_w8a8_of_an_expert_is_what_it_is_alone(K, static):
     assert torch.equal(compiled(x, index), y)
     pairs = grouped_int8.linear(x.repeat_interleave(TOP, 0), w, plan.of_pairs, static, bias)
     assert torch.equal(pairs.view_as(y), y)
-    q, x_scale = int8.quantize_reference(F.pad(x, (0, w.q.size(2) - K)), static)
+    q, x_scale = activation.quantize_reference(F.pad(x, (0, w.q.size(2) - K)), static)
     check(torch.ops.llmq.grouped_int8, q, x_scale, w.q, w.scale, plan.order, plan.begin, bias, w.one.N, TOP, x.dtype)
     with pytest.raises(KernelError, match="the plan is of 6 experts and 14 pairs, 2 of a row; there are 5 experts"):
         grouped_int8.linear(x, w, routing.plan(index, 6))

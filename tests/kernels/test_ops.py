@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmq_kernels import attention, e2m1, fp8, int8, kv, layout, panel, weight_only
+from llmq_kernels import activation, attention, e2m1, fp8, int8, kv, layout, panel, weight_only
 from llmq_kernels.errors import KernelError
 from llmq_kernels.launch import no_gradient
 
@@ -82,7 +82,7 @@ def test_int8_is_near_the_float_linear_and_exact_in_its_sums():
     W = q.float() * w.scale[:24, None]
     y, exact = int8.linear(x, w), F.linear(x, W)
     assert 10 * torch.log10(exact.square().mean() / (exact - y).square().mean()) > 35
-    x_q, x_scale = int8.quantize_reference(x)
+    x_q, x_scale = activation.quantize_reference(x)
     torch.testing.assert_close(y, (x_q.double() * x_scale[:, None]).float() @ W.t(), rtol=1e-5, atol=1e-4)
     check(torch.ops.llmq.int8_linear, x, w.q, w.scale, None, torch.randn(24), 24, 200)
 
@@ -102,7 +102,7 @@ def test_compiled_w8a8_quantizes_where_inductor_fuses_it_and_gives_the_same_bits
     assert torch.equal(compiled(x), int8.linear(x, w, static, bias))
     ours = [n.target for n in graphs[0].graph.nodes if "llmq" in str(n.target)]
     assert ours == [torch.ops.llmq.int8_product if fuses else torch.ops.llmq.int8_linear]
-    q, x_scale = int8.quantize_reference(F.pad(x, (0, w.q.size(1) - K)), static)
+    q, x_scale = activation.quantize_reference(F.pad(x, (0, w.q.size(1) - K)), static)
     check(torch.ops.llmq.int8_product, q, x_scale, w.q, w.scale, bias, 24, torch.bfloat16)
 
 

@@ -17,6 +17,7 @@ from ptxsim import PtxError
 from ptxsim.launch import SimulatedKernel
 
 from llmq_kernels import (
+    activation,
     attention,
     decode,
     e2m1,
@@ -309,7 +310,7 @@ def test_experts_of_w8a8(monkeypatch, dtype):
     launches = simulated(monkeypatch, grouped_int8, "grouped_int8_kernel")
     simulated(monkeypatch, int8, "int8_kernel")
     config = replace(grouped_int8.configs(11, w, plan)[0], stages=3)
-    q, scale = int8.quantize_reference(x)
+    q, scale = activation.quantize_reference(x)
     how = grouped_int8.How(dtype, one_scale=False, has_bias=True)
     y = grouped_int8.planned(11, w, plan, config, how)(q, scale, w, plan, bias)
     assert not y[-1, 1].any()
@@ -382,9 +383,10 @@ def test_w8a8(monkeypatch, dtype, N, K, bias, config):
     w = int8.pack(codes, torch.rand(N, generator=draw) * 0.01 + 0.001)
     x = torch.randn(5, K, generator=draw).to(dtype)
     b = torch.randn(N, generator=draw).to(dtype) if bias else None
-    launches = simulated(monkeypatch, int8, "quantize_kernel", "int8_kernel", "sum_int32_kernel")
-    q, scale = int8.quantize(x, w.q.shape[1])
-    want_q, want_scale = int8.quantize_reference(x)
+    launches = simulated(monkeypatch, activation, "quantize_kernel")
+    simulated(monkeypatch, int8, "int8_kernel", "sum_int32_kernel", to=launches)
+    q, scale = activation.quantize(x, w.q.shape[1])
+    want_q, want_scale = activation.quantize_reference(x)
     assert torch.equal(q[:, :K], want_q) and torch.equal(scale, want_scale) and not q[:, K:].any()
     y = int8.launch(q, scale, w, b, config, dtype)
     want = int8.reference(x, w, bias=b)
@@ -407,9 +409,9 @@ def test_fp8(monkeypatch, dtype, static):
     x = (torch.randn(5, 640, generator=draw) * torch.logspace(-4, 2, 640)).to(dtype)
     x[3] = 0
     b = torch.randn(48, generator=draw).to(dtype)
-    launches = simulated(monkeypatch, int8, "quantize_kernel")
+    launches = simulated(monkeypatch, activation, "quantize_kernel")
     simulated(monkeypatch, fp8, "sum_int32_kernel", to=launches)
-    q, scale = int8.Quantizing(x, 640, is_static=static is not None, e4m3=True)(x, static)
+    q, scale = activation.Quantizing(x, 640, is_static=static is not None, e4m3=True)(x, static)
     want_q, want_scale = fp8.quantize_reference(x, static)
     assert torch.equal(q, want_q.view(torch.uint8)) and torch.equal(scale, want_scale)
     y, want = fp8.planned(x, w, static is not None, True)(x, w, static, b), fp8.reference(x, w, static, b)

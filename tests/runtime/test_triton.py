@@ -91,7 +91,7 @@ SIMULATED = {
 @pytest.mark.parametrize("name", SIMULATED)
 def test_on_simulated_machine_code(name, on_cpu, monkeypatch, decibel):
     """bfloat16, which the interpreter cannot do, and float32: compiled for sm_80 and executed."""
-    from llmq_kernels import int8, product, weight_only
+    from llmq_kernels import activation, int8, product, weight_only
 
     launches: list = []
     for module in (product, int8):
@@ -99,7 +99,8 @@ def test_on_simulated_machine_code(name, on_cpu, monkeypatch, decibel):
     for module, kernels in (
         (weight_only, ("weight_only_kernel",)),
         (product, ("sum_splits_kernel",)),
-        (int8, ("quantize_kernel", "int8_kernel", "sum_int32_kernel")),
+        (activation, ("quantize_kernel",)),
+        (int8, ("int8_kernel", "sum_int32_kernel")),
     ):
         for kernel in kernels:
             monkeypatch.setattr(module, kernel, SimulatedKernel(getattr(module, kernel), launches))
