@@ -13,7 +13,7 @@ FINISHERS = {
     3: ",distill:epochs=1:lr=0.0005:norm_lr=0.0005",
 }
 """What "best" ends with, by bits of a weight; at 4 a prototype gained 1 %."""
-VARIED = {"fast": 0.25, "balanced": 0.25, "best": 0.25}
+VARIED_SHARE = 0.25
 """How much of the calibration is varied (calibration/varied.py); nothing where inputs are quantized: not measured."""
 OF_GGUF = QUALITIES | {"fast": "rtn", "best": QUALITIES["balanced"]}
 """Of GGUF: weighing tokens gains nothing there (docs/gguf.md)."""

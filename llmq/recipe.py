@@ -25,7 +25,7 @@ from llmq.granularity import granularity
 from llmq.guard.reading import yaml_object
 from llmq.options import Between
 from llmq.overrides import parse
-from llmq.qualities import FINISHERS, OF_GGUF, OF_W8A8, QUALITIES, VARIED
+from llmq.qualities import FINISHERS, OF_GGUF, OF_W8A8, QUALITIES, VARIED_SHARE
 from llmq.schemes import FLOAT, GGML, SCHEMES, bits_of, changes_of, type_of
 from llmq.types import AffineGrid, LlmqError
 
@@ -302,13 +302,13 @@ class Recipe:
         if quality == "best" and not self.gguf:
             bits = registry.load("grids", self.weights, code=True).bits if self.weights else self.bits
             method += FINISHERS.get(bits, "")
-        share = self._share(quality) if self.varied is None else self.varied
+        share = self._share() if self.varied is None else self.varied
         return dataclasses.replace(recipe, quality=None, method=method)._varied(share)
 
-    def _share(self, quality: str) -> float:
+    def _share(self) -> float:
         """Return how much of the calibration a quality varies: nothing where that would be less than a sample."""
-        share = 0.0 if self.quantizes_inputs else VARIED[quality]
-        return share if share * (self.samples or SAMPLES) >= 1 else 0.0
+        enough = VARIED_SHARE * (self.samples or SAMPLES) >= 1
+        return VARIED_SHARE if enough and not self.quantizes_inputs else 0.0
 
     def _varied(self, share: float) -> Recipe:
         """Return the recipe with so much of its calibration varied, in the words that repeat it."""

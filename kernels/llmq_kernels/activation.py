@@ -60,14 +60,18 @@ def quantize_kernel(
 
 def quantize_reference(x: Tensor, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return int8 codes of `x` `[..., K]` and float32 scales `[M]` (or `[1]`), as `quantize_kernel` makes them."""
-    if static is None:
-        top = x.abs().amax(-1, keepdim=True)
-        scale = top / torch.full_like(top, 127.5)  # by a number, torch multiplies with the reciprocal on a GPU
-        scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
-    else:
-        scale = static.reshape(1).to(x.dtype)
+    scale = scale_reference(x, static, 127.5)
     q = (x / scale).clamp(-128, 127).round().to(torch.int8)
     return q, scale.reshape(-1).float()
+
+
+def scale_reference(x: Tensor, static: Tensor | None, most: float) -> Tensor:
+    """Return scales of `x` `[..., K]` in its dtype: `[..., 1]`, which take maxima to `most`, or the static `[1]`."""
+    if static is not None:
+        return static.reshape(1).to(x.dtype)
+    top = x.abs().amax(-1, keepdim=True)
+    scale = top / torch.full_like(top, most)  # by a number, torch multiplies with the reciprocal on a GPU
+    return scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
 
 
 def quantize(x: Tensor, Kp: int, static: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,6 @@ from llmq_kernels.aot import Build
 from llmq_kernels.dense import ROWS
 from llmq_kernels.facts import SHARED_LIMIT, Facts
 from llmq_kernels.layout import PackedWeight, beside_words, tile
-from llmq_kernels.routing import Plan
 
 NVIDIA = ("sm_80", "sm_89", "sm_90")
 K_TYPICAL = 4096
@@ -273,7 +272,7 @@ def _grouped(name: str, w: Any, columns: int, dtype: str, ipw: tuple[float, ...]
     pairs, begin = torch.empty(T * top, device="meta"), torch.empty(E + 2, device="meta")
     empty = torch.empty(E, 0, 0, device="meta")
     stacked = grouped.StackedWeight(empty, empty, w, None if isinstance(w, PackedWeight) else empty)
-    routed = grouped.Routed(stacked, Plan(pairs, begin, top))
+    routed = grouped.Routed(stacked, routing.Plan(pairs, begin, top))
     limits = dict(zip(NVIDIA, ipw, strict=True))
 
     def build(asm: bool) -> Build:
@@ -319,7 +318,7 @@ def _int8_experts(name: str, ipw: dict[str, float], T: int = 1, *, e4m3: bool = 
     """
     empty, begin = torch.empty(0, device="meta"), torch.empty(130, device="meta")
     one = int8.PackedInt8(empty, empty, K_TYPICAL, K_TYPICAL)
-    config = grouped_int8.configs(T, grouped_int8.StackedInt8(empty, empty, one), Plan(empty, begin, 8))[0]
+    config = grouped_int8.configs(T, grouped_int8.StackedInt8(empty, empty, one), routing.Plan(empty, begin, 8))[0]
     weights = config.BN * int8.TILE_K
     targets = tuple(ipw) if e4m3 else (*NVIDIA, "gfx942")
     return Case(name, lambda asm: grouped_int8_build(config, e4m3=e4m3), weights, ipw, 4, targets=targets)

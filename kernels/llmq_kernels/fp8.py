@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels import tune
-from llmq_kernels.activation import Quantizing
+from llmq_kernels.activation import Quantizing, scale_reference
 from llmq_kernels.errors import KernelError
 from llmq_kernels.int8 import sum_int32_kernel
 from llmq_kernels.launch import FLOATS, OPTIONS, blank, cdiv, check_operands, direct, no_gradient, on, runs_on
@@ -96,12 +96,7 @@ def join(weights: Sequence[PackedFp8]) -> tuple[PackedFp8, list[PackedFp8]]:
 
 def quantize_reference(x: Tensor, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return E4M3 values of `x` `[..., K]` and float32 scales `[M]` (or `[1]`), as the kernel makes them."""
-    if static is None:
-        top = x.abs().amax(-1, keepdim=True)
-        scale = top / torch.full_like(top, 448)  # by a number, torch multiplies with the reciprocal on a GPU
-        scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
-    else:
-        scale = static.reshape(1).to(x.dtype)
+    scale = scale_reference(x, static, 448)
     return (x / scale).clamp(-448, 448).to(E4M3), scale.reshape(-1).float()
 
 

@@ -74,6 +74,14 @@ def test_small_floats_of_an_expert_have_factors_of_their_own():
     check(torch.ops.llmq.grouped_e2m1, x, *given)
 
 
+def routed(K, N):
+    """Return tokens, their experts, a bias of each expert and of none, and the plan."""
+    x, index = torch.randn(T, K, generator=GEN), tokens()[1]
+    bias = torch.randn(E + 1, N, generator=GEN)
+    bias[E] = 0
+    return x, index, bias, routing.plan(index, E)
+
+
 @pytest.mark.parametrize("static", [None, torch.tensor([0.02])], ids=["token", "static"])
 @pytest.mark.parametrize("K", [128, 200])
 def test_w8a8_of_an_expert_is_what_it_is_alone(K, static):
@@ -82,10 +90,7 @@ def test_w8a8_of_an_expert_is_what_it_is_alone(K, static):
 
     rows = [[ints(40), ints(30)] for _ in range(E)]
     w, parts = grouped_int8.stack(rows)
-    x, index = torch.randn(T, K, generator=GEN), tokens()[1]
-    bias = torch.randn(E + 1, w.one.N, generator=GEN)
-    bias[E] = 0
-    plan = routing.plan(index, E)
+    x, index, bias, plan = routed(K, w.one.N)
     y = grouped_int8.linear(x, w, plan, static, bias)
     assert y.shape == (T, TOP, 128 + 30) and not y[2, 1].any()
     for e, (row, of_one) in enumerate(zip(rows, parts, strict=True)):
@@ -122,10 +127,7 @@ def test_fp8_of_an_expert_is_what_it_is_alone(K, static):
 
     rows = [[floats(48), floats(32)] for _ in range(E)]
     w, parts = grouped_int8.stack(rows)
-    x, index = torch.randn(T, K, generator=GEN), tokens()[1]
-    bias = torch.randn(E + 1, w.one.N, generator=GEN)
-    bias[E] = 0
-    plan = routing.plan(index, E)
+    x, index, bias, plan = routed(K, w.one.N)
     y = grouped_int8.linear(x, w, plan, static, bias)
     assert y.shape == (T, TOP, 80) and not y[2, 1].any() and w.q.shape == (E, 128, -(-K // 128) * 128)
     for e, (row, of_one) in enumerate(zip(rows, parts, strict=True)):

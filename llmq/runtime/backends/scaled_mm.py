@@ -10,7 +10,6 @@ one expert, after the other.
 (e4m3.py).
 """
 
-from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +20,11 @@ from llmq.gpu import refuses_device, refuses_fp8
 from llmq.granularity import PerRow, PerTensor
 from llmq.grids.fp8 import Fp8
 from llmq.runtime.backends._floats import FloatPrepacked, refuses_floats
-from llmq.runtime.backends._triton import TritonPrepacked
+from llmq.runtime.backends._quantized_inputs import QuantizedInputs
 from llmq.types import LinearSpec, QTensor
 
 
-class ScaledMM(TritonPrepacked, FloatPrepacked):
+class ScaledMM(QuantizedInputs, FloatPrepacked):
     """An FP8 weight for `llmq_kernels.fp8`."""
 
     name = "scaled_mm"
@@ -75,20 +74,6 @@ class ScaledMM(TritonPrepacked, FloatPrepacked):
         if self._packed.q is not own["codes"]:
             self._packed = replace(self._packed, q=own["codes"], scale=own["row_scale"], one=own["one"])
         return self._packed
-
-    def multiply(self, x: Tensor, w: Any, bias: Tensor | None) -> Tensor:
-        """See `TritonPrepacked.multiply`."""
-        return self._multiply(x, w, self._buffers["in_scale"], bias)  # as `self.in_scale` it takes 0.7 us more
-
-    def multiply_experts(self, x: Tensor, w: Any, plan: Any, bias: Tensor | None) -> Tensor:
-        """See `TritonPrepacked.multiply_experts`; a token is quantized once for all of its experts."""
-        from llmq_kernels import grouped_int8
-
-        return grouped_int8.linear(x, w, plan, self.in_scale, bias)
-
-    def kind(self) -> Hashable:
-        """See `TritonPrepacked.kind`: a static grid of the input must be the same too."""
-        return self.name, self.K, None if self.in_scale is None else tuple(self.in_scale.flatten().tolist())
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""

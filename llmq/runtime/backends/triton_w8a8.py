@@ -8,7 +8,6 @@ sums are exact and are scaled in float32. float16, bfloat16 and float32 activati
 Not here: weights alone (triton_weight_only.py), what a GPU must have (llmq/gpu.py).
 """
 
-from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor
 
 from llmq.gpu import refuses_device
-from llmq.runtime.backends._triton import TritonPrepacked
+from llmq.runtime.backends._quantized_inputs import QuantizedInputs
 from llmq.runtime.backends._w8a8 import PrepackedW8A8, centred_int8, refuses_scheme
 from llmq.types import LinearSpec, LlmqError, QTensor
 
 
-class TritonW8A8(TritonPrepacked, PrepackedW8A8):
+class TritonW8A8(QuantizedInputs, PrepackedW8A8):
     """An int8 weight for `llmq_kernels.int8`."""
 
     name = "triton_w8a8"
@@ -60,20 +59,6 @@ class TritonW8A8(TritonPrepacked, PrepackedW8A8):
         if self._packed.q is not self._buffers["w"]:
             self._packed = replace(self._packed, q=self.w, scale=self.scale)
         return self._packed
-
-    def multiply(self, x: Tensor, w: Any, bias: Tensor | None) -> Tensor:
-        """See `TritonPrepacked.multiply`."""
-        return self._multiply(x, w, self._buffers["in_scale"], bias)  # as `self.in_scale` it takes 0.7 us more
-
-    def multiply_experts(self, x: Tensor, w: Any, plan: Any, bias: Tensor | None) -> Tensor:
-        """See `TritonPrepacked.multiply_experts`; a token is quantized once for all of its experts."""
-        from llmq_kernels import grouped_int8
-
-        return grouped_int8.linear(x, w, plan, self.in_scale, bias)
-
-    def kind(self) -> Hashable:
-        """See `TritonPrepacked.kind`: a static grid of the input must be the same too."""
-        return self.name, self.K, None if self.in_scale is None else tuple(self.in_scale.flatten().tolist())
 
     def restore(self) -> QTensor:
         """See `Prepacked.restore`."""
