@@ -18,13 +18,16 @@ import os
 import shutil
 import sys
 import tempfile
+from math import prod
 from pathlib import Path
 
 import _measure as measure
 import torch
+from _llama_tools import CONTEXT, LlamaTools
 from _rows import Row
 from _scored import Scores, add_options
 
+from llmq.checkpoint import Source
 from llmq.gguf.reader import GgufFile
 
 W8A8 = ("--bits", 8, "--act-bits", 8, "--group-size", "channel", "--format", "compressed-tensors")
@@ -94,13 +97,16 @@ FLOATS: dict[str, tuple[object, ...]] = {
 }
 GGUF: dict[str, tuple[object, ...]] = {
     "gguf Q4_K_M": ("--type", "Q4_K_M"),
+    "gguf Q3_K_M": ("--type", "Q3_K_M"),
     "gguf target-bpw 5.53": ("--type", "Q4_K_M", "--target-bpw", 5.534),  # the bits of SmolLM2's blocks as Q4_K_M
     "gguf target-bpw 5.43": ("--type", "Q4_K_M", "--target-bpw", 5.434),  # those of Gemma 3 270M's
     "gguf target-bpw 5.53 with IQ4_NL": (
         "--type", "Q4_K_M", "--target-bpw", 5.534, "--choices", "Q3_K,IQ4_XS,Q4_K,Q5_K,Q6_K,Q8_0"
     ),
 }  # fmt: skip
+LLAMA = {f"llama.cpp {kind} imatrix": ("--type", kind) for kind in ("Q4_K_M", "Q3_K_M", "Q2_K")}
 ROWS = {
+    **LLAMA,
     **{f"{bits}-bit {n}": (*o, "--bits", bits, "--group-size", 64) for bits in (4, 3, 2) for n, o in LADDER.items()},
     **{f"{bits}-bit {n}": (*o, "--bits", bits, "--group-size", 64) for bits in (4, 3, 2) for n, o in PRESETS.items()},
     **{f"4-bit {n}": (*o, "--bits", 4, "--group-size", 64) for n, o in OTHERS.items()},
@@ -116,6 +122,8 @@ ROWS = {
 def measure_row(name: str, args: argparse.Namespace, scores: Scores) -> Row:
     """Quantize, score, and drop the checkpoint."""
     row, _, seed = name.partition(", seed ")
+    if row in LLAMA:
+        return llama_row(name, args, scores)
     gguf = "gguf" in ROWS[row]
     out = args.out / f"checkpoint-{os.getpid()}{'.gguf' if gguf else ''}"  # several may run at a time
     common = ("--samples", args.samples, "--seq-len", args.seq_len, "--seed", seed or 0, "--dtype", args.dtype)
@@ -142,6 +150,26 @@ def measure_row(name: str, args: argparse.Namespace, scores: Scores) -> Row:
     }
 
 
+def llama_row(name: str, args: argparse.Namespace, scores: Scores) -> Row:
+    """Quantize with llama.cpp's tools, the matrix from the first --calib; score what llmq decodes, drop the file."""
+    kind, out = LLAMA[name][1], args.out / f"llama-{os.getpid()}.gguf"
+    tools = LlamaTools(args.llama, args.model, Path(args.calib[0]), args.out)
+    taken = tools.quantize(kind, out, "--imatrix", tools.imatrix())
+    decoded, size = measure.decoded(out), out.stat().st_size
+    figures = scores.of(name, decoded)
+    shutil.rmtree(decoded)
+    out.unlink()
+    return {
+        "command": f"llama-quantize --imatrix ({tools.chunks} x {CONTEXT} tokens) {kind}",
+        "bits_per_weight": 8 * size / sum(map(prod, (shape for _, shape in Source(args.model).headers().values()))),
+        "bytes": size,
+        "seconds": taken.seconds,
+        "cpu_seconds": taken.cpu_seconds,
+        "peak_bytes": taken.peak_bytes,
+        **figures,
+    }
+
+
 def main() -> None:
     """Measure the rows that are not there yet, and print them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,8 +180,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--dtype", default="auto", help="of activations")
+    parser.add_argument("--llama", type=Path, help="folder of llama-quantize and llama-imatrix, for rows of llama.cpp")
     add_options(parser)
     args = parser.parse_args()
+    if args.llama is None and (theirs := LLAMA.keys() & args.only):
+        args.only = [name for name in args.only if name not in theirs]
+        print(f"left out without --llama: {', '.join(sorted(theirs))}", file=sys.stderr)
     wanted = [name if seed == 0 else f"{name}, seed {seed}" for seed in args.seeds for name in args.only]
     with tempfile.TemporaryDirectory() as room:
         scores = Scores(args, "accuracy", Path(room))

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import _measure as measure
+from _llama_tools import CONTEXT, LlamaTools
 from rich.console import Console
 from rich.table import Table
 
-CONTEXT = 512
 FIGURES = {
     "perplexity": r"Mean PPL\(Q\)\s*:\s*([\d.]+)",
     "mean KL": r"Mean\s+KLD:\s*(-?[\d.]+)",
@@ -33,27 +33,13 @@ FIGURES = {
 }
 
 
-class Llama:
-    """llama.cpp's tools and the F16 file that everything is compared with."""
+class Scorer:
+    """llama-perplexity on one text, against the logits of the F16 file."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.bin, self.args = args.llama, args
-        self.f16, self.base, self.imatrix = (args.out / n for n in ("f16.gguf", "base.kld", "imatrix.gguf"))
-
-    def prepare(self) -> None:
-        """Write the F16 file with llmq, its logits and llama.cpp's importance matrix; each only once."""
-        args = self.args
-        if not self.f16.exists():
-            measure.llmq("quantize", args.model, self.f16, "--type", "F16", "--method", "rtn")
+    def __init__(self, tools: LlamaTools, args: argparse.Namespace) -> None:
+        self.tools, self.args, self.base = tools, args, args.out / "base.kld"
         if not self.base.exists():
-            self._run("llama-perplexity", "-m", self.f16, *self._text(), "--kl-divergence-base", self.base)
-        if not self.imatrix.exists():
-            options = ("-f", args.calib, "-c", CONTEXT, "--chunks", args.chunks, "-t", args.threads)
-            self._run("llama-imatrix", "-m", self.f16, "-o", self.imatrix, *options)
-
-    def quantize(self, kind: str, out: Path, *options: object) -> float:
-        """Quantize the F16 file with llama.cpp; return CPU seconds."""
-        return measure.run(self.bin / "llama-quantize", *options, self.f16, out, kind, self.args.threads).cpu_seconds
+            self._run("llama-perplexity", "-m", tools.f16(), *self._text(), "--kl-divergence-base", self.base)
 
     def score(self, file: Path) -> dict[str, float]:
         """Return the figures of a file."""
@@ -65,7 +51,7 @@ class Llama:
         return ("-f", self.args.text, "-c", CONTEXT, "--chunks", self.args.windows, "-t", self.args.threads)
 
     def _run(self, tool: str, *options: object) -> str:
-        words = [str(w) for w in (self.bin / tool, *options)]
+        words = [str(w) for w in (self.tools.bin / tool, *options)]
         print("$", " ".join(words), file=sys.stderr, flush=True)
         done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603, the user's own tools
         if done.returncode:
@@ -73,28 +59,29 @@ class Llama:
         return done.stdout + done.stderr
 
 
-def rows(kind: str, llama: Llama) -> dict[str, tuple[str, tuple[object, ...]]]:
+def rows(kind: str, args: argparse.Namespace, tools: LlamaTools) -> dict[str, tuple[str, tuple[object, ...]]]:
     """Return what is measured of a type: name -> who writes it, and with which options."""
-    args = llama.args
+    imatrix = ("--imatrix", tools.imatrix())
     calibrated = ("--calib", args.calib, "--samples", args.samples, "--seq-len", CONTEXT)
     return {
         f"{kind} llama.cpp": ("llama", ()),
         f"{kind} llmq rtn": ("llmq", ("--method", "rtn")),
-        f"{kind} llama.cpp imatrix": ("llama", ("--imatrix", llama.imatrix)),
-        f"{kind} llmq rtn, the same imatrix": ("llmq", ("--method", "rtn", "--imatrix", llama.imatrix)),
+        f"{kind} llama.cpp imatrix": ("llama", imatrix),
+        f"{kind} llmq rtn, the same imatrix": ("llmq", ("--method", "rtn", *imatrix)),
         f"{kind} llmq {args.method}": ("llmq", ("--method", args.method, *calibrated)),
     }
 
 
-def measure_row(kind: str, who: str, options: tuple[object, ...], llama: Llama) -> dict[str, Any]:
+def measure_row(kind: str, who: str, options: tuple[object, ...], scorer: Scorer) -> dict[str, Any]:
     """Write one file, score it and drop it."""
-    with tempfile.TemporaryDirectory(dir=llama.args.out) as folder:
+    tools = scorer.tools
+    with tempfile.TemporaryDirectory(dir=tools.room) as folder:
         file = Path(folder) / "model.gguf"
         if who == "llama":
-            seconds = llama.quantize(kind, file, *options)
+            taken = tools.quantize(kind, file, *options)
         else:
-            seconds = measure.llmq("quantize", llama.args.model, file, "--type", kind, *options).cpu_seconds
-        return {"bytes": file.stat().st_size, **llama.score(file), "cpu seconds": round(seconds, 1)}
+            taken = measure.llmq("quantize", tools.model, file, "--type", kind, *options)
+        return {"bytes": file.stat().st_size, **scorer.score(file), "cpu seconds": round(taken.cpu_seconds, 1)}
 
 
 def main() -> None:
@@ -114,13 +101,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-gguf"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    llama, file = Llama(args), args.out / "gguf.json"
-    llama.prepare()
+    tools = LlamaTools(args.llama, args.model, args.calib, args.out, args.chunks, args.threads)
+    scorer, file = Scorer(tools, args), args.out / "gguf.json"
     found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     for kind in args.types:
-        for name, (who, options) in rows(kind, llama).items():
+        for name, (who, options) in rows(kind, args, tools).items():
             if name not in found and (not args.only or any(o in name for o in args.only)):
-                found[name] = measure_row(kind, who, options, llama)
+                found[name] = measure_row(kind, who, options, scorer)
                 file.write_text(json.dumps(found, indent=1) + "\n")
     table = Table("file", "MB", *FIGURES, "CPU s", title=measure.machine())
     for name, row in found.items():

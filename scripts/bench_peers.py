@@ -55,6 +55,7 @@ ROWS: dict[str, tuple[str, int | str, tuple[object, ...]]] = {
     "gptqmodel 3": ("gptqmodel", 3, ()),
     "gptqmodel 3 mse": ("gptqmodel", 3, ("--mse", 2.4)),
     "gptqmodel 3 mse gptaq": ("gptqmodel", 3, ("--mse", 2.4, "--gptaq", 0.25)),
+    "autoround 3 light": ("autoround", 3, AUTOROUND_LIGHT),
     "autoround 3 x50": ("autoround", 3, ("--iters", 50, "--batch-size", 4)),
     "autoround 2 x50": ("autoround", 2, ("--iters", 50, "--batch-size", 4)),
     "llmcompressor 4 gptq": ("llmcompressor", 4, ("--method", "gptq")),
