@@ -164,6 +164,8 @@ class Recipe:
         """Refuse options that do not go with one another."""
         if self.quality is not None and self.method is not None:
             raise LlmqError("quality names a method by what it costs; give --quality or --method, not both")
+        if self.varied is not None and blend.VARIED in blend.parted(self.calib):
+            raise LlmqError("--calib names varied, with its weight or without; leave --varied out")
         if self.act_sym is False and self.act == "tensor":
             raise LlmqError("asymmetric activations (--act-asym) are for --act-bits 8 per token")
         if self.target_bpw is not None and self.quantizes_inputs and not self.choices:

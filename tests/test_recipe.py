@@ -41,6 +41,13 @@ def test_a_quality_stands_for_a_method_and_a_range():
         Recipe(quality="good").resolved()
 
 
+def test_a_share_of_varied_text_is_said_once():
+    assert Recipe(calib="a.txt", varied=0.5).resolved().calib == ("a.txt", "varied:weight=1")
+    for calib in ("varied", ("a.txt", "varied:weight=2")):
+        with pytest.raises(LlmqError, match="leave --varied out"):
+            Recipe(calib=calib, varied=0.5)
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
