@@ -28,7 +28,7 @@ from llmq.gguf import seal
 from llmq.gguf.architecture import Architecture
 from llmq.gguf.kinds import KINDS
 from llmq.gguf.mixture import FLOATS
-from llmq.gguf.reader import GgufFile
+from llmq.gguf.reader import LAYOUT, GgufFile
 from llmq.gguf.tokenizer import Vocabulary
 from llmq.guard.reading import Entry
 
@@ -141,6 +141,8 @@ def write(stage: Path, out: Path, header: Header, parts: Sequence[Part], split: 
             writer = _declared(stage / out.name, header, named, split, True)
         if len(writer.tensors) > 1 and len(writer.tensors) in _counts(out):
             raise LlmqError(f"{out} has shards of two numbers already; remove the older ones, or give another name")
+        size = sum(tensor.nbytes for tensor in writer.tensors[0].values())
+        writer.add_string(LAYOUT, f"{header.file_type} {size}")
         writer.add_string(seal.KEY, seal.blank(len(writer.tensors)))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -43,6 +43,10 @@ _PLAIN = {kind: np.dtype(f"<{code}") for kind, code in {
 }.items()}  # fmt: skip
 
 
+LAYOUT = "llmq.layout"
+"""The key of what llmq wrote: the file type, and the bytes of the first file's tensors."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor of the file. shape: as ggml has it, the length of a row first.
@@ -98,11 +102,22 @@ class GgufFile:
         except UnicodeDecodeError as e:
             raise LlmqError(f"{self.path}: the value of {printable(key, 100)} is not UTF-8 text") from e
 
+    @property
+    def remade(self) -> bool:
+        """Whether another tool made the file from one of llmq's, whose keys it copied, as llama-quantize does.
+
+        Both the file type and the bytes are others than llmq wrote; where one alone is, the file is damaged.
+        """
+        said = str(self.value(LAYOUT) or "").split()
+        return len(said) == 2 and said[0] != str(self.value("general.file_type")) and said[1] != str(self.data_bytes())
+
     def report(self) -> dict[str, Any]:
         """Return the record of the run that wrote the file, empty where there is none. Raises LlmqError for junk.
 
         Older files hold the lines of the linears alone.
         """
+        if self.remade:
+            return {}
         text, where = self.value("llmq.report"), f"{self.path}, llmq.report"
         found = {} if text is None else parse_json(str(text), where)
         report = field({"llmq.report": found}, "llmq.report", dict, str(self.path))
