@@ -31,7 +31,7 @@ def require() -> None:
 def refuse(html: Path, *, overwrite: bool) -> None:
     """Raise LlmqError where the report cannot be made, or lies there already, before any work."""
     require()
-    check_file(html, "--html", START, overwrite=overwrite)
+    check_file(html, "the report", START, overwrite=overwrite)
 
 
 def write(
