@@ -14,7 +14,7 @@ FINISHERS = {
 }
 """What "best" ends with, by bits of a weight; at 4 a prototype gained 1 %."""
 VARIED_SHARE = 0.25
-"""How much of the calibration is varied (calibration/varied.py); nothing where inputs are quantized: not measured."""
+"""How much of the calibration of a quality is varied (calibration/varied.py), by measurement (docs/calibration.md)."""
 OF_GGUF = QUALITIES | {"fast": "rtn", "best": QUALITIES["balanced"]}
 """Of GGUF: weighing tokens gains nothing there (docs/gguf.md)."""
 OF_W8A8 = {

@@ -310,7 +310,7 @@ class Recipe:
     def _share(self) -> float:
         """Return how much of the calibration a quality varies: nothing where that would be less than a sample."""
         enough = VARIED_SHARE * (self.samples or SAMPLES) >= 1
-        return VARIED_SHARE if enough and not self.quantizes_inputs else 0.0
+        return VARIED_SHARE if enough else 0.0
 
     def _varied(self, share: float) -> Recipe:
         """Return the recipe with so much of its calibration varied, in the words that repeat it."""

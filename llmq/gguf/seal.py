@@ -37,9 +37,12 @@ def seal(files: Sequence[Path]) -> None:
 
 
 def broken(files: Sequence[Path]) -> list[Path] | None:
-    """Return the shards that are not as they were sealed, None where the first holds no checksums."""
+    """Return the shards that are not as they were sealed, None where the first holds no checksums of them.
+
+    It holds those of other files where another tool has split or joined them since, keys copied (llama-gguf-split).
+    """
     place = _place(files[0])
-    if place is None:
+    if place is None or place[1] != _DIGITS * len(files):
         return None
     with files[0].open("rb") as f:
         f.seek(place[0])

@@ -51,7 +51,7 @@ def open_gguf(path: Path, report: Report) -> tuple[Gguf, dict[str, Any]]:
     for file in damaged or ():
         report.fail(f"{file.name} is not as written: its checksum differs")
     report.count("files", len(files))
-    recorded = _record(first, damaged is None, report)
+    recorded = _record(first, damaged is not None, report)
     found = Gguf([first, *(GgufFile(f) for f in files[1:])], recorded.get("linears", {}), report)
     if "tensors" in recorded:
         found.check_tensors(recorded["tensors"], report)
@@ -75,7 +75,7 @@ def shards(first: GgufFile) -> list[Path]:
     return files
 
 
-def _record(first: GgufFile, unsealed: bool, report: Report) -> dict[str, Any]:
+def _record(first: GgufFile, sealed: bool, report: Report) -> dict[str, Any]:
     found = first.report()
     if first.remade:
         report.note(f"{first.path.name} was made from a file of llmq's by another tool: it is held against no record")
@@ -83,7 +83,9 @@ def _record(first: GgufFile, unsealed: bool, report: Report) -> dict[str, Any]:
     if not found:
         report.note(f"{first.path.name} has no {REPORT}: nothing was recorded when it was written")
         return {}
-    if unsealed and "sha256" in found:
+    if not sealed and first.value(seal.KEY) is not None:
+        report.note(f"{first.path.name} was split or joined by another tool: its tensors are held against the record")
+    elif not sealed and "sha256" in found:
         report.fail(f"{first.path.name} has lost its checksum ({seal.KEY})")
     return record.checked(found, REPORT, report)
 

@@ -10,16 +10,13 @@ from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3Config
 
-import llmq
 from llmq import registry
 from llmq.checkpoint import Source
 from llmq.gguf import imatrix
-from llmq.gguf.reader import GgufFile
 from llmq.pipeline.plan import prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
 from llmq.types import LlmqError
-from llmq.verify import verify
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BASE = {"format": "gguf", "method": "rtn", "samples": 8, "seq_len": 32, "dtype": "float32"}
@@ -358,39 +355,3 @@ def test_a_full_disk_leaves_no_file_and_says_where_the_blocks_are(tiny_checkpoin
     with pytest.raises(LlmqError, match=f"No space left.*make room.*stays in {out}.llmq-partial"):
         job(folder, out, type="F16")
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf.llmq-partial"]
-
-
-def remade(file, out, kind, file_type):
-    """Write a file anew as llama-quantize does: all keys copied but for the type, matrices in another one."""
-    reader, writer = gguf.GGUFReader(file), gguf.GGUFWriter(out, "llama")
-    for key, f in reader.fields.items():
-        if key == "general.file_type":
-            writer.add_file_type(file_type)
-        elif not key.startswith("GGUF.") and key != "general.architecture":
-            sub = f.types[-1] if len(f.types) > 1 else None
-            writer.add_key_value(key, f.contents(), f.types[0], sub_type=sub)
-    for t in reader.tensors:
-        wide = values(t).numpy()
-        data = gguf.quants.quantize(wide, kind) if wide.ndim == 2 else wide
-        writer.add_tensor(t.name, data, raw_dtype=kind if wide.ndim == 2 else None)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
-
-
-def test_what_another_tool_makes_of_a_file_is_held_against_no_record(tiny_checkpoint, tmp_path):
-    f16, other, damaged = (tmp_path / name for name in ("f16.gguf", "q8.gguf", "damaged.gguf"))
-    folder = tiny_checkpoint()
-    job(folder, f16, type="F16")
-    remade(f16, other, gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0)
-    assert GgufFile(f16).report() and GgufFile(other).report() == {}
-    report = verify(other)
-    assert report.passed and any("by another tool" in note for note in report.notes)
-    llmq.dequantize(other, tmp_path / "floats", dtype="float32")
-    found, wanted = (Source(path).get("model.layers.0.mlp.up_proj.weight") for path in (tmp_path / "floats", folder))
-    assert 0 < (found - wanted).norm() < 0.01 * wanted.norm()
-    remade(f16, damaged, gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_Q8_0)  # the type alone is another
-    with pytest.raises(LlmqError, match="is not as written: its checksum differs"):
-        llmq.dequantize(damaged, tmp_path / "not")
