@@ -18,7 +18,6 @@ import os
 import shutil
 import sys
 import tempfile
-from math import prod
 from pathlib import Path
 
 import _measure as measure
@@ -27,7 +26,7 @@ from _llama_tools import CONTEXT, LlamaTools
 from _rows import Row
 from _scored import Scores, add_options
 
-from llmq.checkpoint import Source
+from llmq.gguf.mixture import FLOATS as FLOATS_OF_GGML
 from llmq.gguf.reader import GgufFile
 
 W8A8 = ("--bits", 8, "--act-bits", 8, "--group-size", "channel", "--format", "compressed-tensors")
@@ -155,14 +154,15 @@ def llama_row(name: str, args: argparse.Namespace, scores: Scores) -> Row:
     kind, out = LLAMA[name][1], args.out / f"llama-{os.getpid()}.gguf"
     tools = LlamaTools(args.llama, args.model, Path(args.calib[0]), args.out)
     taken = tools.quantize(kind, out, "--imatrix", tools.imatrix())
-    decoded, size = measure.decoded(out), out.stat().st_size
+    decoded, file = measure.decoded(out), GgufFile(out)
+    quantized = [t for t in file.tensors.values() if t.tensor_type.name not in FLOATS_OF_GGML]
     figures = scores.of(name, decoded)
     shutil.rmtree(decoded)
     out.unlink()
     return {
         "command": f"llama-quantize --imatrix ({tools.chunks} x {CONTEXT} tokens) {kind}",
-        "bits_per_weight": 8 * size / sum(map(prod, (shape for _, shape in Source(args.model).headers().values()))),
-        "bytes": size,
+        "bits_per_weight": 8 * sum(t.n_bytes for t in quantized) / sum(t.n_elements for t in quantized),
+        "bytes": file.data_bytes(),
         "seconds": taken.seconds,
         "cpu_seconds": taken.cpu_seconds,
         "peak_bytes": taken.peak_bytes,
