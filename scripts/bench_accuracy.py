@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calib", required=True, action="append", help="again for more: SOURCE:weight=2")
-    parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), metavar="NAME")
+    parser.add_argument("--only", nargs="*", choices=ROWS, default=[n for n in ROWS if n not in LLAMA], metavar="NAME")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -183,9 +183,8 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="folder of llama-quantize and llama-imatrix, for rows of llama.cpp")
     add_options(parser)
     args = parser.parse_args()
-    if args.llama is None and (theirs := LLAMA.keys() & args.only):
-        args.only = [name for name in args.only if name not in theirs]
-        print(f"left out without --llama: {', '.join(sorted(theirs))}", file=sys.stderr)
+    if args.llama is None and not LLAMA.keys().isdisjoint(args.only):
+        parser.error("rows of llama.cpp want --llama, or name others with --only")
     wanted = [name if seed == 0 else f"{name}, seed {seed}" for seed in args.seeds for name in args.only]
     with tempfile.TemporaryDirectory() as room:
         scores = Scores(args, "accuracy", Path(room))

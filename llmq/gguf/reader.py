@@ -41,8 +41,6 @@ _NUMBERS = {
 _PLAIN = {kind: np.dtype(f"<{code}") for kind, code in {
     "F32": "f4", "F16": "f2", "F64": "f8", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8",
 }.items()}  # fmt: skip
-
-
 LAYOUT = "llmq.layout"
 """The key of what llmq wrote: the file type, and the bytes of the first file's tensors."""
 
