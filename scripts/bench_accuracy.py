@@ -91,6 +91,7 @@ FLOATS: dict[str, tuple[object, ...]] = {
     "nvfp4a16": ("--weights", "nvfp4"),
     "mxfp4a16": ("--weights", "mxfp4"),
     "nvfp4": ("--weights", "nvfp4", "--inputs", "nvfp4"),
+    "mixed": ("--scheme", "mixed"),
     "fp8 static": ("--weights", "fp8", "--inputs", "fp8:group=tensor"),
     "fp8 dynamic": ("--weights", "fp8", "--inputs", "fp8"),
 }
