@@ -16,6 +16,7 @@ from pathlib import Path
 
 import _mutate as mutate
 import _narrow
+from _rewriting import rewrite_gguf
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 RTN = ("--method", "rtn", "--group-size", "32", "--overwrite")
@@ -100,27 +101,8 @@ def by_a_peer(folder: Path) -> None:
     """Write a GGUF file without llmq's records, whose checksums would refuse every change of it."""
     written("x.gguf", *GGUF)(folder)
     (folder / "x.gguf").rename(folder / "llmq.gguf")
-    rewrite_gguf(folder / "llmq.gguf", folder / "x.gguf", {})
+    rewrite_gguf([folder / "llmq.gguf"], folder / "x.gguf", {})
     (folder / "llmq.gguf").unlink()
-
-
-def rewrite_gguf(file: Path, out: Path, changes: dict[str, object]) -> None:
-    """Write a GGUF file again, without llmq's keys and with other values of some."""
-    from gguf import GGUFReader, GGUFWriter
-
-    reader = GGUFReader(file)
-    values = {f.name: (f.contents(), f.types) for f in reader.fields.values()}
-    values |= {name: (value, values[name][1]) for name, value in changes.items()}
-    writer = GGUFWriter(out, str(values.pop("general.architecture")[0]))
-    for name, (value, types) in values.items():
-        if not name.startswith(("GGUF.", "llmq.")):
-            writer.add_key_value(name, value, types[0], types[-1] if len(types) > 1 else None)
-    for t in reader.tensors:
-        writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def texts(folder: Path) -> None:

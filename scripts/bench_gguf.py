@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -39,24 +37,19 @@ class Scorer:
     def __init__(self, tools: LlamaTools, args: argparse.Namespace) -> None:
         self.tools, self.args, self.base = tools, args, args.out / "base.kld"
         if not self.base.exists():
-            self._run("llama-perplexity", "-m", tools.f16(), *self._text(), "--kl-divergence-base", self.base)
+            self._run("-m", tools.f16(), *self._text(), "--kl-divergence-base", self.base)
 
     def score(self, file: Path) -> dict[str, float]:
         """Return the figures of a file."""
         options = (*self._text(), "--kl-divergence-base", self.base, "--kl-divergence")
-        log = self._run("llama-perplexity", "-m", file, *options)
+        log = self._run("-m", file, *options)
         return {name: float(re.findall(pattern, log)[-1]) for name, pattern in FIGURES.items()}
 
     def _text(self) -> tuple[object, ...]:
         return ("-f", self.args.text, "-c", CONTEXT, "--chunks", self.args.windows, "-t", self.args.threads)
 
-    def _run(self, tool: str, *options: object) -> str:
-        words = [str(w) for w in (self.tools.bin / tool, *options)]
-        print("$", " ".join(words), file=sys.stderr, flush=True)
-        done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603, the user's own tools
-        if done.returncode:
-            sys.exit(f"failed: {' '.join(words)}\n{done.stderr[-2000:]}")
-        return done.stdout + done.stderr
+    def _run(self, *options: object) -> str:
+        return measure.run(self.tools.bin / "llama-perplexity", *options).output
 
 
 def rows(kind: str, args: argparse.Namespace, tools: LlamaTools) -> dict[str, tuple[str, tuple[object, ...]]]:

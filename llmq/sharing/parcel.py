@@ -19,11 +19,10 @@ from llmq.checkpoint.place import beside, one_file, user_path
 from llmq.checkpoint.source import refuse_links
 from llmq.errors import LlmqError, printable
 from llmq.evaluation import kept
-from llmq.gguf import seal
 from llmq.gguf.reader import GgufFile
 from llmq.guard.reading import json_object, yaml_object
 from llmq.readable import readers_of
-from llmq.verify.ggml import shards
+from llmq.verify.ggml import broken, shards
 from llmq.verify.record import RECORDS, check_files, checked
 from llmq.verify.report import Report
 
@@ -91,11 +90,11 @@ def _of_folder(folder: Path) -> Parcel:
 def _of_gguf(path: Path) -> Parcel:
     first = GgufFile(path)
     files = shards(first)
-    broken = None if first.remade else seal.broken(files)
-    if broken is None:
+    damaged = broken(first, files)
+    if damaged is None:
         raise LlmqError(f"{path} holds no checksums of llmq: another tool made it; hf upload ORG/NAME FILE sends it")
-    if broken:
-        raise LlmqError(f"{broken[0]} is not as it was written: its checksum differs; write it again")
+    if damaged:
+        raise LlmqError(f"{damaged[0]} is not as it was written: its checksum differs; write it again")
     card, base = of_gguf(first.value)
     types = ", ".join(f"{n} {kind}" for kind, n in first.kinds().most_common())
     text = gguf_card(first.report(), path.name, types, base, card, readers_of(str(path)))

@@ -47,7 +47,7 @@ def open_gguf(path: Path, report: Report) -> tuple[Gguf, dict[str, Any]]:
     """Open the shards of a GGUF file, checked against each other and against what was recorded; return that too."""
     first = GgufFile(path)
     files = shards(first)
-    damaged = None if first.remade else seal.broken(files)
+    damaged = broken(first, files)
     for file in damaged or ():
         report.fail(f"{file.name} is not as written: its checksum differs")
     report.count("files", len(files))
@@ -73,6 +73,11 @@ def shards(first: GgufFile) -> list[Path]:
         if not file.is_file():
             raise LlmqError(f"shard {file} is missing")
     return files
+
+
+def broken(first: GgufFile, files: list[Path]) -> list[Path] | None:
+    """Return the shards that are not as llmq sealed them, None where another tool made the files, be it from llmq's."""
+    return None if first.remade else seal.broken(files)
 
 
 def _record(first: GgufFile, sealed: bool, report: Report) -> dict[str, Any]:

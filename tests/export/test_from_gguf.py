@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from _readers import rewrite_gguf
+from _rewriting import rewrite_gguf
 from _tiny import make_tokenizer
 from gguf import GGUFReader, quants
 from safetensors.torch import load_file
@@ -153,7 +153,7 @@ def test_a_split_file_and_its_own_output_are_read(tiny_checkpoint, tmp_path):
 def test_a_tokenizer_that_cannot_be_made_is_told_and_recorded(tiny_checkpoint, tmp_path):
     file = quantized(tiny_checkpoint(), tmp_path / "x.gguf", "Q8_0")
     other = tmp_path / "y.gguf"
-    rewrite_gguf(file, other, {"tokenizer.ggml.pre": "of the future"})
+    rewrite_gguf([file], other, {"tokenizer.ggml.pre": "of the future"})
     warned = []
     record = llmq.dequantize(other, tmp_path / "out", warn=warned.append)
     assert "OUT has no tokenizer" in warned[-1] and "of the future" in warned[-1] and warned == record["warnings"]
@@ -163,7 +163,7 @@ def test_a_tokenizer_that_cannot_be_made_is_told_and_recorded(tiny_checkpoint, t
 def test_what_is_not_known_is_refused_in_one_line(tiny_checkpoint, tmp_path):
     file = quantized(tiny_checkpoint(), tmp_path / "x.gguf", "Q8_0")
     other = tmp_path / "y.gguf"
-    rewrite_gguf(file, other, {"general.architecture": "of the future"})
+    rewrite_gguf([file], other, {"general.architecture": "of the future"})
     (tmp_path / "z.gguf").write_bytes(file.read_bytes()[:-40])
     for path, said in (
         (other, "'of the future'"),
