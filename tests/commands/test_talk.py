@@ -9,6 +9,7 @@ from contextlib import suppress
 import pytest
 from _forked import Terminal
 from _parrot import Parrot
+from transformers import AutoTokenizer, GenerationConfig
 
 import llmq
 from llmq import cli, signals
@@ -80,8 +81,16 @@ def interrupt(terminal, pattern):
     return terminal.until(pattern)
 
 
+def endless(folder):
+    """Keep the model of a checkpoint from ending an answer, which a random one does after some tokens."""
+    settings, tokenizer = GenerationConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    settings.suppress_tokens = sorted({settings.eos_token_id, tokenizer.eos_token_id} - {None})
+    settings.save_pretrained(folder)
+    return folder
+
+
 def test_ctrl_c_stops_an_answer_and_not_the_chat(tiny_checkpoint):
-    folder = tiny_checkpoint(max_position_embeddings=100_000)
+    folder = endless(tiny_checkpoint(max_position_embeddings=100_000))
     terminal = Terminal("chat", folder, "--device", "cpu", "--max-new-tokens", 90_000, "--temperature", 2)
     terminal.until("> $")
     terminal.type("The first city\n")
