@@ -37,7 +37,7 @@ def scored(tmp_path, texts, tiny_checkpoint):
     base = tiny_checkpoint(seed=0)
     (tmp_path / "states").mkdir()
     of = _kinds.groups(texts, tmp_path / "home.txt")
-    scorer = _kinds.Scorer(base, of, 0.2, "llama.cpp", tmp_path / "states")
+    scorer = _kinds.Scorer(base, of, 0.5, "llama.cpp", tmp_path / "states")
 
     def row(seed, name):
         kinds = scorer.score(tiny_checkpoint(seed=seed), tmp_path / name)
@@ -50,9 +50,10 @@ def test_kinds_are_scored_in_their_windows_and_compared_as_eval_compares(tmp_pat
     a, b = scored(1, "a"), scored(2, "b")
     assert list(a["kinds"]) == ["home", "code", "prose", "long", "prose 96"]
     assert [f["window"] for f in a["kinds"].values()] == [512, 48, 48, 96, 96]
+    assert a["kinds"]["home"]["tokens"] == 2 * 255  # two windows of 512 hold 0.5 x 2048, half of it scored
     how = {"baseline": tiny_checkpoint(seed=0), "convention": "llama.cpp", "dtype": "float32"}
     models = [tiny_checkpoint(seed=1), tiny_checkpoint(seed=2)]
-    found = llmq.evaluate_all(models, text=texts / "window-96/long.txt", window=96, windows=4, **how)
+    found = llmq.evaluate_all(models, text=texts / "window-96/long.txt", window=96, windows=11, **how)
     alone = found.evaluations[str(models[0])]
     for key in _kinds.KEPT:
         assert a["kinds"]["long"][key] == pytest.approx(getattr(alone, key))
