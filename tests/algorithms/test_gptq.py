@@ -95,6 +95,20 @@ def test_dead_columns_are_rounded_to_nearest_and_counted():
     assert torch.equal(solved.q.codes[:, [3, 40]], plain.codes[:, [3, 40]])
 
 
+@pytest.mark.parametrize("name", ["int4", "q4_k"])
+def test_dead_columns_hardly_cost_the_others_whatever_the_size_of_inputs(name):
+    X, W_NK = correlated(256), torch.randn(16, 256, generator=torch.Generator().manual_seed(4))
+    X[:, ::4] = 0
+    grid = Int(4, True, 64, Mse()) if name == "int4" else registry.load("grids", name)
+    small, large, alone = (
+        Gptq().solve(W, grid, Stats({Hessian: hessian(X * size)})).q
+        for size, W in ((2**-9, W_NK), (1, W_NK), (1, W_NK * (X[0] != 0)))
+    )
+    assert torch.equal(small.dequantize(), large.dequantize())
+    H_KK = hessian(X).mean()
+    assert loss(W_NK, large, H_KK) < 1.15 * loss(W_NK, alone, H_KK)
+
+
 def test_damping_is_raised_until_the_hessian_factors_and_the_value_is_reported():
     H = torch.eye(8)
     H[0, 1] = H[1, 0] = 1.05  # an eigenvalue of -0.05
