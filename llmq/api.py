@@ -91,13 +91,13 @@ def quantize(
     """
     if len(forms := outputs.parted(options.get("format"))) > 1:
         given = {k: v for k, v in locals().items() if k not in ("src", "out", "options", "forms")} | options
-        return _several(src, Path(out), forms, given)
+        return _several(src, user_path(out), forms, given)
     team = join(device_of(placed(device)))
     planned = outlined(
         src, out, recipe, options, max_memory, device_memory,
         adapter=adapter, runtime=runtime, device=device, allow_code=allow_code, overwrite=overwrite, team=team,
     )  # fmt: skip
-    team.first(lambda: left(planned, Path(out), overwrite=overwrite))  # refuses what another command left
+    team.first(lambda: left(planned, user_path(out), overwrite=overwrite))  # refuses what another command left
     if report:
         team.first(lambda: ending.refuse(out, overwrite=overwrite))
     warn, work = (warn, Work.of(progress)) if team.leads else (_nothing, Work())
@@ -110,9 +110,9 @@ def quantize(
     if work.heard:
         ahead = estimate(planned, rates.NOMINAL, devices=team.size)
         if (seconds := 0.01 * ahead.total) > 0.3:
-            ahead = ahead.at(rates.probe(planned, place.standing(Path(out)), min(3.0, seconds)))
+            ahead = ahead.at(rates.probe(planned, place.standing(user_path(out)), min(3.0, seconds)))
         work.say("plan", ahead.line())
-    record = run.quantize(planned, Path(out), overwrite=overwrite, check=verify, work=work)
+    record = run.quantize(planned, user_path(out), overwrite=overwrite, check=verify, work=work)
     for warning in record["warnings"]:
         if warning not in said:  # what calibration left out
             _tell(warning, warn, work)
@@ -197,9 +197,9 @@ def plan(
         whole_model.check_memory(planned)
     if out is None:
         return estimate(planned, rates.probe(planned, Path.cwd(), seconds), devices=devices)
-    goes_on = left(planned, Path(out), overwrite=overwrite)
-    place.require(Path(out), sum(planned.disk().values()))
-    ahead = estimate(planned, rates.probe(planned, place.standing(Path(out)), seconds), devices=devices)
+    goes_on = left(planned, user_path(out), overwrite=overwrite)
+    place.require(user_path(out), sum(planned.disk().values()))
+    ahead = estimate(planned, rates.probe(planned, place.standing(user_path(out)), seconds), devices=devices)
     return replace(ahead, goes_on=goes_on)
 
 
@@ -222,12 +222,12 @@ def outlined(
     for name in options.keys() - KINDS.keys():
         raise LlmqError(f"quantize takes no option {name!r} (options: {', '.join((*OF_THE_RUN, *KINDS))})")
     given = {k: spelled(v) for k, v in options.items() if v is not None}
-    if out is not None and place.one_file(Path(out)):
+    if out is not None and place.one_file(user_path(out)):
         given = {"format": "gguf"} | given
     given, said = given if runtime is None else asked(given, runtime), given
     what = Recipe.load(None if recipe is None else user_path(recipe), given, allow_code=allow_code)
     if out is not None:
-        added, there = None if adapter is None else str(adapter), Path(out)
+        added, there = None if adapter is None else str(adapter), user_path(out)
         team.first(lambda: refuse(what, str(src), added, there, overwrite=overwrite))
     planned = outline(str(src), what, device, adapter)
     if runtime is not None:
@@ -283,7 +283,7 @@ def convert(
     """
     work = Work.of(progress)
     given = {"requantize": requantize, "overwrite": overwrite, "check": verify, "progress": work}
-    done = exporting.export(str(src), Path(out), to, **given, **options)  # type: ignore[arg-type]
+    done = exporting.export(str(src), user_path(out), to, **given, **options)  # type: ignore[arg-type]
     for warning in done["warnings"]:
         warn(warning)
     return done

@@ -8,13 +8,14 @@ Not here: the write itself (sink.py), earlier runs on the same OUT (stage.py), G
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from llmq.errors import LlmqError, one_line
-from llmq.guard.reading import json_object
+from llmq.guard.reading import field, json_object
 
 _SPARE = "model-00001-of-00001.safetensors.llmq-partial-2"  # the longest that llmq puts behind OUT in a path
 _ADDED = 24  # ... and behind its last name: a stage's suffix, a shard's number
@@ -26,6 +27,8 @@ _CHECKPOINT = (
     "model.onnx.data",
 )  # fmt: skip
 """What a quantized checkpoint's folder holds, by this tool or another."""
+_ADAPTER = "adapter_*"
+"""What peft writes, which fits the patterns above and is someone's training."""
 AFTERWARDS = ("report.html", "timings.json", "evaluation.json")
 """What llmq puts into OUT once it is written: no record lists it, no reader of checkpoints takes it (`beside`)."""
 _QUANTIZED = ("quantization_config", "quantization", "compression_config")  # keys of config.json
@@ -105,8 +108,11 @@ def beside(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}.{name}") if out.suffix == ".gguf" else out / name
 
 
-def check_folder(out: Path, source: Path | None, *, overwrite: bool) -> None:
-    """Raise LlmqError unless OUT can become a folder: it is not there, or is a checkpoint that may be replaced."""
+def check_folder(out: Path, copied: Container[str], *, overwrite: bool) -> None:
+    """Raise LlmqError unless OUT can become a folder: it is not there, or is a checkpoint that may be replaced.
+
+    copied: names of files that are handed on from what OUT is made of.
+    """
     if not out.exists():
         return
     if not out.is_dir():
@@ -121,10 +127,10 @@ def check_folder(out: Path, source: Path | None, *, overwrite: bool) -> None:
         raise LlmqError(
             f"{out} is not a quantized checkpoint folder; it is not overwritten. Remove it, or name another"
         )
+    listed = _listed(out, names)
     for name in names:
         inner = out / name
-        known = any(fnmatch(name, p) for p in (*_CHECKPOINT, *AFTERWARDS))
-        known |= source is not None and (source / name).is_file()
+        known = _belongs(name, listed) or (name in copied and not fnmatch(name, _ADAPTER))
         if inner.is_dir() and not inner.is_symlink():
             known = name == "additional_chat_templates" and all(f.suffix == ".jinja" for f in inner.iterdir())
         if not known:
@@ -133,11 +139,30 @@ def check_folder(out: Path, source: Path | None, *, overwrite: bool) -> None:
             )
 
 
+def _belongs(name: str, listed: Container[str]) -> bool:
+    """Say whether a file is part of a checkpoint: one that its record lists, or of a name that no other file has."""
+    if name in listed or name in AFTERWARDS:
+        return True
+    known = any(fnmatch(name, p) for p in _CHECKPOINT) and not fnmatch(name, _ADAPTER)
+    return known and not (listed and name.endswith(_WEIGHTS))  # weights beside those that the record lists
+
+
+def _listed(out: Path, names: list[str]) -> set[str]:
+    """Return the files that the records in a folder list, none where nothing does."""
+    found: set[str] = set()
+    for name in (RECORD, DEQUANTIZED, EXPORTED):
+        with suppress(LlmqError):  # a broken record lists nothing
+            found |= set(field(json_object(out / name), "files", dict, name, {})) if name in names else set()
+    return found
+
+
 def check_file(path: Path, option: str, start: bytes, *, overwrite: bool) -> None:
     """Raise LlmqError unless the file that an option names can be written, or replaced where that is asked for.
 
     start: how a file that may be replaced begins.
     """
+    if any(fnmatch(path.name, p) for p in _CHECKPOINT):
+        raise LlmqError(f"{option} {path} is called like a file of a checkpoint; give another name")
     try:
         if path.is_dir() or not path.name:
             raise LlmqError(f"{option} {path} is a folder; name a file in it")

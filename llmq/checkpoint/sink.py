@@ -137,7 +137,9 @@ class Sink:
 
     def check(self) -> None:
         """Raise LlmqError unless OUT can be written, or replaced where that is asked for."""
-        place.check_folder(self.out, self.reads.get("SRC"), overwrite=self.overwrite)
+        source = self.reads.get("SRC")
+        copied = {f.name for f in side_files(source)} if source is not None else set[str]()
+        place.check_folder(self.out, copied, overwrite=self.overwrite)
 
     def target(self, name: str) -> Path:
         """Return where a staged file will lie."""

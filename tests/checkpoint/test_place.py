@@ -118,6 +118,8 @@ def project(folder):
         (lambda f: (f / "results.json").write_text("{}"), "holds results.json"),
         (lambda f: (f / "optimizer.pt").write_text(""), "holds optimizer.pt"),
         (lambda f: (f / "runs").mkdir(), "holds runs"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "holds adapter_config.json"),
+        (lambda f: (f / "adapter_model.safetensors").write_text(""), "holds adapter_model.safetensors"),
         (lambda f: shutil.copytree(f, f / "original"), "holds original"),
     ],
 )  # fmt: skip
@@ -141,9 +143,23 @@ def test_a_quantized_checkpoint_of_a_peer_and_an_empty_folder_are_overwritten(tm
     (out / "own_names.json").write_text("{}")
     refused(out, "holds own_names.json", overwrite=True)
     Sink(out, overwrite=True, reads={"SRC": source})
+    for name in ("notes.md", "adapter_model.safetensors"):  # SRC has them, but nothing hands them on
+        (source / name).write_text("")
+        (out / name).write_text("mine")
+        refused(out, f"holds {name}", overwrite=True, reads={"SRC": source})
+        (out / name).unlink()
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "exists")
     Sink(tmp_path / "empty", overwrite=True)
+
+
+def test_weights_beside_those_that_its_record_lists_are_not_overwritten(tmp_path, quantized):
+    out = quantized(tmp_path / "out")
+    (out / "quantization.json").write_text(json.dumps({"files": {"model.safetensors": "0", "results.json": "1"}}))
+    (out / "results.json").write_text("{}")
+    Sink(out, overwrite=True)
+    (out / "trained.safetensors").write_text("")
+    refused(out, "holds trained.safetensors", overwrite=True)
 
 
 def test_what_llmq_adds_to_it_later_goes_with_it(tmp_path, quantized):
@@ -165,6 +181,8 @@ def test_files_that_options_name(tmp_path):
         (tmp_path / "link", "symbolic link"),
         (tmp_path / "figures.json/x", "no folder that exists"),
         (tmp_path / ("x" * 300), "too long"),
+        (tmp_path / "config.json", "like a file of a checkpoint"),
+        (tmp_path / "tokenizer.json", "like a file of a checkpoint"),
     ):
         with pytest.raises(LlmqError, match=match):
             check_file(path, "--json", b"{", overwrite=False)

@@ -48,6 +48,14 @@ def test_one_solve_is_written_in_each_with_the_same_codes(tiny_checkpoint, tmp_p
     assert "Q4_0" in {t.tensor_type.name for t in GgufFile(out / "out.gguf").tensors.values()}
 
 
+def test_a_home_folder_is_where_the_user_has_it(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    record = llmq.quantize(tiny_checkpoint(), "~/two", format="gptq,mlx", **QUICK)
+    assert record["also"] == [str(tmp_path / "home/two/mlx")]
+    assert not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
