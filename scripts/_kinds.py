@@ -59,8 +59,8 @@ def groups(text: Path, home: Path | None = None) -> list[Group]:
 class Scorer:
     """Scores checkpoints against one baseline, which is run once for all of them; its states wait on the disk.
 
-    windows: of 2048 tokens of each kind; of longer ones fewer, of shorter ones more, so that each kind has about as many
-    tokens. room: an empty folder for the states.
+    windows: of 2048 tokens of each kind; of longer ones fewer, of shorter ones more, so that each kind has about as
+    many tokens. room: an empty folder for the states.
     """
 
     def __init__(self, baseline: Path, of: Sequence[Group], windows: float, convention: str, room: Path) -> None:

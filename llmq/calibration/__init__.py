@@ -27,6 +27,7 @@ from llmq.calibration.text import bos_id as bos_id
 from llmq.calibration.text import encode as encode
 from llmq.calibration.text import hub_rows as hub_rows
 from llmq.calibration.text import read
+from llmq.calibration.text import require as require_text
 from llmq.calibration.varied import varied
 from llmq.calibration.writing import Writer as Writer
 from llmq.calibration.writing import check_memory as check_memory
@@ -61,6 +62,14 @@ def tokens(
         with _naming(part, samples):
             rows.append(_of(part.source, writer, warn)(*how))
     return torch.cat(rows)[blend.in_turns(p.samples for p in parts)]
+
+
+def require(source: str | Sequence[str], samples: int) -> None:
+    """Raise LlmqError for a source that `tokens` could not read, as far as its name and files' names tell."""
+    for part in blend.dealt(source, samples):
+        if part.source not in (blend.SELF, blend.VARIED):
+            with _naming(part, samples):
+                require_text(part.source)
 
 
 def _of(source: str, writer: Writer | None, warn: Callable[[str], Any]) -> Callable[[Any, int, int, int], Tensor]:

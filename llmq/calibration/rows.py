@@ -65,16 +65,21 @@ class Tally:
             yield f"calibration text {source}: not read of its {self.rows:,} rows: {', '.join(keys[:8])}{more}"
 
 
-def documents(path: Path, tokenizer: Any, tally: Tally) -> Iterator[str]:
-    """Yield the text of a file, or of a folder's files in the order of their paths, in pieces that read on."""
+def texts(path: Path) -> list[Path]:
+    """Return a file, or a folder's files in the order of their paths. Raises LlmqError where they are no text."""
     files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()) if path.is_dir() else [path]
     if not files:
         raise LlmqError(f"{path} holds no {', '.join(SUFFIXES)} file")
-    for i, file in enumerate(files):
+    if path in files and path.suffix not in SUFFIXES:
+        raise LlmqError(f"{path}: calibration text must be one of {', '.join(SUFFIXES)}")
+    return files
+
+
+def documents(path: Path, tokenizer: Any, tally: Tally) -> Iterator[str]:
+    """Yield the text of a file, or of a folder's files in the order of their paths, in pieces that read on."""
+    for i, file in enumerate(texts(path)):
         if i:
             yield "\n\n"
-        if file.suffix not in SUFFIXES:
-            raise LlmqError(f"{file}: calibration text must be one of {', '.join(SUFFIXES)}")
         note(f"reading {file}")
         regular(file)
         try:
@@ -182,7 +187,7 @@ def _lines(file: Path) -> Iterator[str]:
     """Yield the lines of a text file, many at a time; one that is longer than a piece is cut."""
     some: list[str] = []
     size, rest = 0, ""
-    with file.open(encoding="utf-8") as f:
+    with file.open(encoding="utf-8-sig") as f:
         while line := f.readline(PIECE):
             line, rest = _parted(rest + line) if len(line) == PIECE else (rest + line, "")
             some.append(line)
@@ -194,7 +199,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8") as f:
+    with file.open(encoding="utf-8-sig") as f:
         number = 0
         while line := f.readline(_LINE):
             number += 1

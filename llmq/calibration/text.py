@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.calibration.rows import PIECE, SUFFIXES, Tally, documents, gathered, row_text
+from llmq.calibration.rows import PIECE, SUFFIXES, Tally, documents, gathered, row_text, texts
 from llmq.errors import LlmqError, one_line
 from llmq.guard.confined import Confined
 from llmq.model.pretrained import foreign
@@ -67,6 +67,18 @@ def read(source: str, tokenizer: Any, samples: int, seq_len: int, seed: int, war
     return windows if bos is None else torch.cat([torch.full((samples, 1), bos), windows], dim=1)
 
 
+def require(source: str) -> None:
+    """Raise LlmqError for a source that is no text here, and cannot be one on the Hub by its name."""
+    path = Path(source).expanduser()
+    if source in HUB:
+        return
+    if path.exists():
+        texts(path)
+    elif not _HUB_NAME.fullmatch(source) or path.suffix in SUFFIXES:
+        known = ", ".join((*HUB, "varied", "self"))
+        raise LlmqError(f"no calibration text at {source}: give a file, a folder, {known} or org/name")
+
+
 def bos_id(tokenizer: Any) -> int | None:
     """Return the BOS id if `tokenizer` puts it before a text of its own accord, else None."""
     bos = tokenizer.bos_token_id
@@ -112,18 +124,15 @@ def _stream(documents: Iterable[str], tokenizer: Any, bos: int | None, limit: in
 
 def _documents(source: str, tokenizer: Any, tally: Tally) -> Iterator[str]:
     """Return the text of `source` in pieces that read on from one another; what is left out goes into `tally`."""
-    remedy = "give a text file, as --calib FILE, or --calib varied"
-    path = Path(source).expanduser()
+    remedy, path = "give a text file, as --calib FILE, or --calib varied", Path(source).expanduser()
+    require(source)
     if source in HUB:
         return _of_rows(source, hub_rows(HUB[source], remedy), tokenizer, tally)
     if path.exists():
         return of_files(path, tokenizer, tally)
-    if _HUB_NAME.fullmatch(source) and path.suffix not in SUFFIXES:
-        repo, config, split = [*source.split(":"), "", ""][:3]
-        place = HubText(repo, config or None, split or "train")
-        return _of_rows(source, hub_rows(place, f"{remedy} (no local file has this name)"), tokenizer, tally)
-    known = ", ".join((*HUB, "varied", "self"))
-    raise LlmqError(f"no calibration text at {source}: give a file, a folder, {known} or org/name")
+    repo, config, split = [*source.split(":"), "", ""][:3]
+    place = HubText(repo, config or None, split or "train")
+    return _of_rows(source, hub_rows(place, f"{remedy} (no local file has this name)"), tokenizer, tally)
 
 
 def of_files(path: Path, tokenizer: Any, tally: Tally) -> Iterator[str]:

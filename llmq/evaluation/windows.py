@@ -115,7 +115,7 @@ def _file_text(file: Path, tokenizer: Any) -> str:
     try:
         if file.stat().st_size > TEXT_BYTES:
             raise LlmqError(f"{file} is larger than {TEXT_BYTES / 2**20:.0f} MiB; score a part of it")
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise LlmqError(f"cannot read {file} as UTF-8 text: {one_line(e)}") from e
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import blend, registry
+from llmq import blend, calibration, registry
 from llmq.calibration.writing import side_by_side
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import as_floats, rounded_twice
@@ -325,7 +325,27 @@ def outline(src: str, recipe: Recipe, device: str | torch.device = "auto", adapt
     warnings = [*source.warnings, *method.format.check(plan.possible(), plan.skipped), *plan.assigned.warnings]
     warnings += told(plan.limits)
     refusals.budget(plan)
-    return dataclasses.replace(plan, warnings=warnings).told(recipe)
+    return _calibrated(dataclasses.replace(plan, warnings=warnings).told(recipe), recipe)
+
+
+def _calibrated(plan: Plan, given: Recipe) -> Plan:
+    """Return the plan, where no length of sequences is `given` with none that is longer than the model reads.
+
+    Raises LlmqError for a text that is not there, and for longer ones where the model has no position for them.
+    """
+    recipe, longest = plan.method.recipe, getattr(plan.skeleton.text, "max_position_embeddings", None)
+    if not plan.calibrates():
+        return plan
+    calibration.require(recipe.calib, recipe.samples or 0)
+    if not longest or (recipe.seq_len or 0) <= longest:
+        return plan
+    if given.seq_len is None:
+        method = dataclasses.replace(plan.method, recipe=dataclasses.replace(recipe, seq_len=longest))
+        return dataclasses.replace(plan, method=method)
+    say = f"--seq-len {recipe.seq_len} is longer than the {longest} tokens that the model reads at once"
+    if refusals.counts_positions(plan.skeleton, longest):
+        raise LlmqError(f"{say}; give --seq-len {longest} or less")
+    return dataclasses.replace(plan, warnings=[*plan.warnings, say])
 
 
 def _model(skeleton: Skeleton) -> FloatModel:

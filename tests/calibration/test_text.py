@@ -212,3 +212,13 @@ def test_a_hub_failure_is_one_line_with_the_remedy(monkeypatch, tokenizer_bos):
         tokens("org/name", tokenizer_bos, 4, 16, seed=0)
     with pytest.raises(LlmqError, match=r"try this$"):
         list(hub_rows(HubText("org/name", None, "train"), "try this"))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, prose, tokenizer_bos):
+    row = json.dumps({"text": prose(30)}) + "\n"
+    for name, content in (("a.txt", prose(400)), ("a.jsonl", 20 * row)):
+        plain, marked = tmp_path / name, tmp_path / f"marked-{name}"
+        plain.write_text(content, encoding="utf-8")
+        marked.write_text(content, encoding="utf-8-sig")
+        found, wanted = (tokens(str(file), tokenizer_bos, 4, 32, seed=0) for file in (marked, plain))
+        assert marked.read_bytes() != plain.read_bytes() and torch.equal(found, wanted)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from _families import FAMILIES
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
+from transformers import OPTConfig, OPTForCausalLM
 
 from llmq.checkpoint import Source
-from llmq.pipeline.plan import prepare
+from llmq.pipeline.plan import outline, prepare
 from llmq.pipeline.run import quantize
 from llmq.recipe import Recipe
 from llmq.registry import find
@@ -134,6 +136,40 @@ def test_what_cannot_be_tuned_or_run_is_refused_before_any_work(tiny_checkpoint,
     form = {"format": "compressed-tensors", "method": "rtn"}
     with pytest.raises(LlmqError, match=message):
         prepare(str(tiny_checkpoint()), Recipe(**(form | options)), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("calib", "message"),
+    [
+        ("nope.txt", r"^no calibration text at nope\.txt: give a file"),
+        ("nope.txt,varied", r"^--calib nope\.txt \(4 of 8 samples\): no calibration text at nope\.txt"),
+        ("model.pdf", r"model\.pdf: calibration text must be one of \.txt"),
+        (".", "holds no .txt, .jsonl"),
+    ],
+)
+def test_calibration_text_that_is_not_there_is_refused_before_any_work(
+    tiny_checkpoint, tmp_path, monkeypatch, calib, message
+):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    Path("model.pdf").write_text("")
+    recipe = Recipe(method="gptq", group_size=32, calib=tuple(calib.split(",")), samples=8)
+    with pytest.raises(LlmqError, match=message):
+        outline(str(tiny_checkpoint()), recipe, "cpu")
+    assert outline(str(tiny_checkpoint()), dataclasses.replace(recipe, method="rtn", calib=None), "cpu")
+
+
+def test_sequences_are_no_longer_than_the_model_reads(tiny_checkpoint, tmp_path):
+    src, said = str(tiny_checkpoint()), "--seq-len 600 is longer than the 512 tokens that the model reads at once"
+    of = {"method": "gptq", "calib": "varied", "group_size": 32}
+    assert outline(src, Recipe(**of), "cpu").method.recipe.seq_len == 512
+    assert outline(src, Recipe(**of, seq_len=300), "cpu").method.recipe.seq_len == 300
+    assert outline(src, Recipe(**of, seq_len=600), "cpu").warnings[-1] == said  # rotary positions have no end
+    small = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_attention_heads": 4}
+    counted = OPTConfig(vocab_size=99, num_hidden_layers=2, max_position_embeddings=512, **small)
+    OPTForCausalLM(counted).save_pretrained(tmp_path)
+    with pytest.raises(LlmqError, match=f"^{said}; give --seq-len 512 or less"):
+        outline(str(tmp_path), Recipe(**of, seq_len=600), "cpu")
 
 
 @pytest.mark.parametrize("form", ["gptq", "awq"])
