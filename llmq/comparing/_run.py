@@ -31,7 +31,7 @@ from llmq.checkpoint.stage import fingerprint, look
 from llmq.comparing import results
 from llmq.comparing.candidates import candidates
 from llmq.comparing.hardware import gpu, runs
-from llmq.comparing.results import Comparison, Row
+from llmq.comparing.results import Comparison, Row, as_json
 from llmq.comparing.speed import measured, tokens_per_second
 from llmq.errors import LlmqError
 from llmq.evaluation.scores import refuse
@@ -89,8 +89,12 @@ def compare(  # noqa: PLR0913, options, one for one
     with ExitStack() as stack:
         folder = _folder(keep, stack)
         run = {"src": fingerprint(resolve(str(src)))}
-        done, save = results.finished(folder, run), partial(results.save, folder, run, found.rows)
-        for name, row in _made(src, chosen, plans, folder, done, {"device": device, "warn": warn, "progress": work}):
+        known = results.kept(folder, run)
+        save = partial(results.save, folder, run, known, found.rows)
+        outs = {name: folder / (f"{name}.gguf" if plans[name].method.recipe.gguf else name) for name in chosen}
+        _refuse_taken(chosen, outs, known)
+        how = {"device": device, "warn": warn, "progress": work}
+        for name, row in _made(src, chosen, plans, outs, known, save, how):
             row.readers = [r.runtime for r in plans[name].readers() if r.accepts]
             if where is not None:
                 row.runs, row.note = runs(plans[name].method.recipe, row.bytes, where)
@@ -129,22 +133,34 @@ def _folder(keep: str | Path | None, stack: ExitStack) -> Path:
     return folder
 
 
+def _refuse_taken(chosen: Mapping[str, dict[str, Any]], outs: Mapping[str, Path], known: Mapping[str, Row]) -> None:
+    """Refuse to replace what lies where a candidate goes and is not known to be of the same options."""
+    for name, out in outs.items():
+        if out.exists() and not (name in known and known[name].of(chosen[name])):
+            raise LlmqError(
+                f"{out} is there and is not known to be of the options of {name}; give another name or another --keep, "
+                f"or remove {out}"
+            )
+
+
 def _made(
     src: str | Path,
     chosen: Mapping[str, dict[str, Any]],
     plans: Mapping[str, Plan],
-    folder: Path,
-    done: Mapping[str, Row],
+    outs: Mapping[str, Path],
+    known: dict[str, Row],
+    save: Callable[[], None],
     how: dict[str, Any],
 ) -> Iterator[tuple[str, Row]]:
-    """Yield each candidate quantized, or as an earlier comparison left it."""
+    """Yield each candidate quantized, or as an earlier comparison left it; what is begun is known before, and saved."""
     rows = dict[str, Row]()
     for name, options in chosen.items():
-        out = folder / (f"{name}.gguf" if plans[name].method.recipe.gguf else name)
-        old = done.get(name)
-        if old is not None and old.options == json.loads(json.dumps(options)) and out.exists():
+        out, old = outs[name], known.get(name)
+        if old is not None and old.bytes and old.of(options) and out.exists():
             rows[name] = replace(old, out=str(out))
         else:
+            known[name] = Row(name, as_json(options), str(out))
+            save()
             giver = next((r for n, r in rows.items() if not r.shares and _shares(plans[n], plans[name])), None)
             rows[name] = _quantized(src, name, options, out, giver, how)
         yield name, rows[name]
@@ -174,7 +190,7 @@ def _quantized(
         record = api.quantize(src, out, overwrite=out.exists(), **how, **options)
         size, bits = int(record["size"]["bytes"]), record["size"].get("bits_per_weight")
     seconds, shares = time.perf_counter() - began, None if giver is None else giver.name
-    return Row(name, json.loads(json.dumps(options)), str(out), size, bits, seconds, shares)
+    return Row(name, as_json(options), str(out), size, bits, seconds, shares)
 
 
 def _score(

@@ -23,11 +23,11 @@ FILE, TOKENS = "compare.json", "tokens"
 class Row:
     """A candidate.
 
-    options: of quantize. out: where it lies. bytes, bits_per_weight: of its tensors. seconds: of quantizing, since it
-    last began; shares: the candidate whose solve it was exported from. readers: runtimes that take it. runs: whether
-    the GPU of --on does, and why not (`note`); None where none was named. evaluation: `Evaluation.to_json()`. speed:
-    tokens a second here, None where what runs it is not installed. front, beyond: on the Pareto front, beyond the
-    budget.
+    options: of quantize. out: where it lies. bytes, bits_per_weight: of its tensors, 0 bytes until it is whole.
+    seconds: of quantizing, since it last began; shares: the candidate whose solve it was exported from. readers:
+    runtimes that take it. runs: whether the GPU of --on does, and why not (`note`); None where none was named.
+    evaluation: `Evaluation.to_json()`. speed: tokens a second here, None where what runs it is not installed. front,
+    beyond: on the Pareto front, beyond the budget.
     """
 
     name: str
@@ -44,6 +44,10 @@ class Row:
     speed: float | None = None
     front: bool = False
     beyond: bool = False
+
+    def of(self, options: Mapping[str, Any]) -> bool:
+        """Say whether these are its options."""
+        return bool(self.options == as_json(options))
 
     @property
     def kl(self) -> float:
@@ -113,13 +117,22 @@ def _differ(pairs: Sequence[Mapping[str, Any]], a: str, b: str) -> bool:
     return bool(low > 0 or high < 0)
 
 
-def save(folder: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Keep what is finished, so that the same command goes on there. run: what the comparison is of."""
-    write_text(folder / FILE, json.dumps({"run": run, "rows": [asdict(r) for r in rows]}, indent=2) + "\n")
+def as_json(said: Mapping[str, Any]) -> Any:
+    """Return what a file gives back of this."""
+    return json.loads(json.dumps(said))
 
 
-def finished(folder: Path, run: Mapping[str, Any]) -> dict[str, Row]:
-    """Return the rows that are finished in a folder, by name.
+def save(folder: Path, run: Mapping[str, Any], known: Mapping[str, Row], rows: Sequence[Row]) -> None:
+    """Keep what is finished, so that the same command goes on there.
+
+    run: what the comparison is of. known: the rows that were kept before, which stay. rows: those of now.
+    """
+    every = {**known, **{row.name: row for row in rows}}
+    write_text(folder / FILE, json.dumps({"run": run, "rows": [asdict(r) for r in every.values()]}, indent=2) + "\n")
+
+
+def kept(folder: Path, run: Mapping[str, Any]) -> dict[str, Row]:
+    """Return the rows that a folder keeps, of what is finished or begun, by name.
 
     Raises LlmqError where the folder holds another comparison, one of another llmq, or other things.
     """
@@ -129,7 +142,7 @@ def finished(folder: Path, run: Mapping[str, Any]) -> dict[str, Row]:
             raise LlmqError(f"--keep {folder} holds other things and no {FILE}; name an empty folder")
         return {}
     said = json_object(file)
-    if said.get("run") != json.loads(json.dumps(run)):
+    if said.get("run") != as_json(run):
         raise LlmqError(f"--keep {folder} holds a comparison of another model or text; name another folder")
     try:
         return {r["name"]: Row(**r) for r in said["rows"]}

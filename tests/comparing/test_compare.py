@@ -83,7 +83,7 @@ def test_what_quantize_refuses_is_refused_before_any_work(tiny_checkpoint, tmp_p
 def test_a_folder_of_another_llmq_is_one_line(tmp_path, rows):
     (tmp_path / "compare.json").write_text(json.dumps({"run": {}} if rows is None else {"run": {}, "rows": rows}))
     with pytest.raises(LlmqError, match="is not as this llmq writes it"):
-        results.finished(tmp_path, {})
+        results.kept(tmp_path, {})
 
 
 def test_a_link_to_nothing_among_the_texts_is_passed_over(tmp_path):
@@ -130,3 +130,26 @@ def test_the_command(tiny_checkpoint, tmp_path, text):
     assert [r["name"] for r in rows] == ["rtn", "three"] and kl[1] > kl[0] > 0
     assert rows[1]["options"] == {"method": "rtn", "bits": 3, "group_size": "32"}
     assert all(r["speed"] is None or r["speed"] > 0 for r in rows)  # None: a random model may end at once
+
+
+def test_candidates_are_added_to_those_that_are_there(tiny_checkpoint, tmp_path, text, monkeypatch):
+    src, keep = tiny_checkpoint(), tmp_path / "keep"
+    made, quantize, options = [], api.quantize, {"text": text, "keep": keep, "warn": str, **EVAL}
+    a, b = ({"method": "rtn", "group_size": 32, "bits": n} for n in (4, 8))
+    monkeypatch.setattr("llmq.comparing._run.tokens_per_second", lambda out, device: 7.0)
+    monkeypatch.setattr(api, "quantize", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        llmq.compare(src, {"a": a}, **options)
+    monkeypatch.setattr(api, "quantize", lambda src, out, **o: made.append(out.name) or quantize(src, out, **o))
+    (keep / "a.llmq-partial").mkdir()  # what an interrupted run leaves, of the first candidate too
+    llmq.compare(src, {"a": a}, **options)
+    assert [r.name for r in llmq.compare(src, {"b": b}, **options).rows] == ["b"]
+    rows = json.loads((keep / "compare.json").read_text())["rows"]
+    assert [(r["name"], r["bytes"] > 0, r["speed"]) for r in rows] == [("a", True, 7.0), ("b", True, 7.0)]
+    assert [r.name for r in llmq.compare(src, {"b": b, "a": a}, **options).rows] == ["b", "a"] and made == ["a", "b"]
+    before = (keep / "a" / "quantization.json").stat()
+    (keep / "c").mkdir()
+    for name in ("a", "c"):  # of other options, and of no comparison
+        with pytest.raises(LlmqError, match=f"keep/{name} is there .* give another name or another --keep, or remove "):
+            llmq.compare(src, {"new": a, name: b}, **options)
+    assert (keep / "a" / "quantization.json").stat() == before and made == ["a", "b"]
