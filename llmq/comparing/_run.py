@@ -75,7 +75,8 @@ def compare(  # noqa: PLR0913, options, one for one
     budget: "6GiB", beyond which a candidate is marked. on: a GPU that is to run it, "RTX 4090".
     html: where to write the report (report/), which `overwrite` replaces. keep: a folder for the checkpoints and what
         is finished of the comparison, which goes on there when it was interrupted; without one, nothing is kept.
-    Raises LlmqError for what `quantize` or `evaluate` would refuse, before any work.
+    Raises LlmqError, before any work, for what `quantize` or `evaluate` would refuse, and where a candidate in
+        `keep` has other options.
     """
     given = {} if isinstance(schemes, str) or not isinstance(schemes, Mapping) else schemes
     words = schemes.split(",") if isinstance(schemes, str) else () if given else schemes
