@@ -94,8 +94,8 @@ def _parted(texts: Iterable[str]) -> tuple[list[str], dict[str, dict[str, Any]]]
 
 def _options(text: str, whole: str) -> dict[str, Any]:
     """Return options of `quantize` as the command line would read them. Raises LlmqError for what it would refuse."""
-    app = typer.Typer()
-    app.command()(quantize)
+    app = typer.Typer(add_completion=False)
+    app.command(context_settings={"help_option_names": []})(quantize)  # no option that prints and ends
     command = typer.main.get_command(app)
     try:
         context = command.make_context("quantize", ["SRC", "OUT", *shlex.split(text)], resilient_parsing=False)

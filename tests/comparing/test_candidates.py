@@ -49,6 +49,8 @@ def test_names_with_options_are_read_as_the_command_line_reads_them():
         ("m=--no-such 3", "[Nn]o such option"),
         ("m=--bits x", "Invalid value for .--bits"),
         ("m=--bits '3", "quotation"),
+        ("m=--help", "[Nn]o such option"),
+        ("m=--show-completion", "[Nn]o such option"),
         ("m=--device cpu", "--device is not of a recipe"),
     ):
         with pytest.raises(LlmqError, match=said):
