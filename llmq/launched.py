@@ -3,10 +3,13 @@
     RANK, WORLD_SIZE               its number, from 0, and how many there are on all machines
     LOCAL_RANK, LOCAL_WORLD_SIZE   the same on this machine
 
-Without them it is alone. Not here: what they do together (team.py), which imports torch.
+Without them it is alone; for one that is no number LlmqError is raised.
+Not here: what they do together (team.py), which imports torch.
 """
 
 import os
+
+from llmq.errors import LlmqError
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -44,12 +47,16 @@ def leave() -> None:
 
 def ends_first() -> bool:
     """Say whether this process is the first that an error ends: it tells of it, the others follow."""
-    if size() == 1:
+    try:
+        alone, first = size() == 1, leads()
+    except LlmqError:  # which is what ends it
+        return True
+    if alone:
         return True
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        return leads()  # before anything was dealt, all meet the same error
+        return first  # before anything was dealt, all meet the same error
     try:
         return bool(dist.distributed_c10d._get_default_store().add("llmq ends", 1) == 1)
     except RuntimeError:  # the process that kept the count is gone
@@ -57,4 +64,11 @@ def ends_first() -> bool:
 
 
 def _told(name: str, alone: int) -> int:
-    return int(os.environ.get(name, alone))
+    """Return the number in a variable. Raises LlmqError where that is none."""
+    said = os.environ.get(name, alone)
+    try:
+        return int(said)
+    except ValueError as e:
+        raise LlmqError(
+            f"{name}={said!r} in the environment is no number; start llmq with torchrun, or unset it"
+        ) from e

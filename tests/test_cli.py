@@ -157,6 +157,17 @@ def test_of_several_processes_the_first_says_what_is_wrong_with_the_command_line
     assert ended.value.code == (2, 1)[rank] and ("no-such-option" in capsys.readouterr().err) == (rank == 0)
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_number_of_a_process_that_is_none_is_one_line(monkeypatch, capsys, name):
+    monkeypatch.setenv(name, "abc")
+    monkeypatch.setattr(sys, "argv", ["llmq", "list", "schemes"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert said == f"error: {name}='abc' in the environment is no number; start llmq with torchrun, or unset it\n"
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_commands_that_several_processes_do_not_share_run_on_the_first(monkeypatch, capsys, rank):
     for name, number in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
