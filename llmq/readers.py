@@ -96,6 +96,8 @@ RUNTIMES = {
     ),
 }
 """The runtimes that are looked at. In their texts OUT stands for the user's own path, NEW for a folder beside it."""
+NAMES = ", ".join(map(str.lower, RUNTIMES))
+"""All of them, in words."""
 ALIASES = {
     "hf": "transformers", "huggingface": "transformers", "llamacpp": "llama.cpp", "llama-cpp": "llama.cpp",
     "trt-llm": "TensorRT-LLM", "trtllm": "TensorRT-LLM", "tensorrtllm": "TensorRT-LLM", "mlx-lm": "MLX",
@@ -192,9 +194,7 @@ def runtime(name: str, option: str = "--for") -> str:
     said = name.strip().lower().replace("_", "-")
     found = ALIASES.get(said) or next((known for known in RUNTIMES if known.lower() == said), None)
     if found is None:
-        raise LlmqError(
-            f"{option} {name!r}: no such runtime is known (there are: {', '.join(map(str.lower, RUNTIMES))})"
-        )
+        raise LlmqError(f"{option} {name!r}: no such runtime is known (there are: {NAMES})")
     return found
 
 

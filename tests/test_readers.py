@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import runtimes
+import typer
 from _docs import written
 from _forked import llmq
 
 from llmq.api import convert
+from llmq.cli import app
 from llmq.formats.awq import AWQ
 from llmq.formats.compressed_tensors import CompressedTensors
 from llmq.formats.gguf import Gguf
@@ -143,6 +145,9 @@ def test_a_runtime_that_would_not_load_it_is_refused_with_what_it_takes():
     with pytest.raises(LlmqError, match="nothing is known of this format there"):
         require([], "SGLang")
     assert runtime(" VLLM") == "vLLM" and runtime("tensorrt-llm") == "TensorRT-LLM"
+    options = typer.main.get_command(app).commands["quantize"].params
+    (said,) = (o.help for o in options if o.name == "runtime")
+    assert all(name.lower() in said for name in RUNTIMES)
     with pytest.raises(LlmqError, match="--for 'ollama': no such .*transformers, vllm, sglang, llama.cpp, tensor"):
         runtime("ollama")
 

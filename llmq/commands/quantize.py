@@ -11,6 +11,7 @@ import typer
 
 from llmq import launched
 from llmq.commands.terminal import console, progress, warn
+from llmq.readers import NAMES
 from llmq.show import Rows
 
 
@@ -71,7 +72,7 @@ def quantize(
     imatrix_out: Annotated[str | None, typer.Option(help="GGUF: write the calibration's importance here.")] = None,
     split_max_size: Annotated[str | None, typer.Option(help="GGUF: files of at most so much, e.g. 4G.")] = None,
     runtime: Annotated[
-        str | None, typer.Option("--for", help="Refuse what it would not load: transformers, vllm, sglang, llama.cpp.")
+        str | None, typer.Option("--for", help=f"Fit the grid to it, refuse what it would not load: {NAMES}.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     max_memory: Annotated[str | None, typer.Option(help="Most memory to take, e.g. 6GiB; same bytes, slower.")] = None,
