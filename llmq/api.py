@@ -181,10 +181,14 @@ def plan(
     src, out and options are those of `quantize`; without `out`, which alone says that a GGUF file is wanted if `format`
         does not, what is against OUT is not known, and the disk that is probed is that of the working folder.
     devices: how many processes share the work, each with a device. device_like: a machine that is not there, "h100":
-        arithmetic by its data sheet. seconds: how long this machine is probed.
+        arithmetic by its data sheet, in place of `device`. seconds: how long this machine is probed.
     Raises LlmqError for what `quantize` would refuse before any work, with the same line, but for what only the weights
         can say, such as NaN.
     """
+    if device_like is not None and device != "auto":
+        raise LlmqError(
+            f"--device-like {device_like} stands for a machine that is not here; leave out --device {device}"
+        )
     like = None if device_like is None else (device_like, machines.machine(device_like))
     where = device if like is None else torch.device("cuda")
     planned = outlined(

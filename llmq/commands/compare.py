@@ -13,6 +13,7 @@ import typer
 
 from llmq.checkpoint.place import is_gguf
 from llmq.commands.borrowed import borrowing
+from llmq.commands.given import place_of_json, scored
 from llmq.commands.measure import evaluate
 from llmq.commands.quantize import quantize
 from llmq.commands.terminal import console, progress, warn
@@ -33,7 +34,7 @@ _NO_RECIPE = (
 @borrowing(
     {
         quantize: ("calib", "varied", "samples", "seq_len", "seed"),
-        evaluate: ("text", "convention", "window", "windows"),
+        evaluate: ("text", "dataset", "convention", "window", "windows"),
     }
 )
 def compare(
@@ -43,7 +44,6 @@ def compare(
     ],
     quality: Annotated[str | None, typer.Option(help="Of those that name no method. [balanced]")] = None,
     group_size: Annotated[str | None, typer.Option(help="Of integer weights with float inputs. [128]")] = None,
-    dataset: Annotated[str, typer.Option(help="Hub dataset to score where there is no --text.")] = "wikitext2",
     budget: Annotated[str | None, typer.Option(help="Mark what is larger, e.g. 6GiB.")] = None,
     on: Annotated[str | None, typer.Option(help="A GPU that is to run it: 'RTX 4090', h100, l4 ...")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report of all of them to this file.")] = None,
@@ -62,12 +62,10 @@ def compare(
     """
     given = {n: value for n, value in locals().copy().items() if n not in _OF_THE_COMMAND} | options
     from llmq.checkpoint.disk import write_text
-    from llmq.checkpoint.place import check_file, user_path
     from llmq.comparing import compare as run
 
-    file = None if json_file is None else user_path(json_file)
-    if file:
-        check_file(file, "--json", b"{", overwrite=overwrite)
+    file = place_of_json(json_file, overwrite=overwrite, replaces=html is not None)
+    given |= scored(given["text"], given["dataset"], given["convention"])
     words, named = _parted(schemes)
     with progress(log_json) as work:
         found = run(schemes=words, named=named, warn=warn, progress=work, **given)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmq.commands.given import place_of_json
 from llmq.commands.terminal import console, progress
 from llmq.errors import LlmqError
 from llmq.show import Rows, plain
@@ -25,8 +26,8 @@ def inspect(
         str | None, typer.Option(help="Another checkpoint of any format: how far each matrix is from it.")
     ] = None,
     by: Annotated[
-        str, typer.Option(help="With --baseline --linears: in the order of the 'error' or 'name'.")
-    ] = "error",
+        str | None, typer.Option(help="With --baseline --linears: in the order of the 'error' or 'name'. [error]")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="With --baseline: write all to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --json.")] = False,
 ) -> None:
@@ -34,27 +35,26 @@ def inspect(
 
     Example: `llmq inspect ./my-llama-int4 --linears`
     """
-    if baseline is not None:
-        _distances(model, baseline, json_file, by, linears=linears, overwrite=overwrite)
-        return
-    if json_file is not None:
+    if by is not None and (baseline is None or not linears):
+        raise LlmqError("--by orders the lines of --baseline and --linears; give both, or leave it out")
+    if json_file is not None and baseline is None:
         raise LlmqError("--json holds the distance from another checkpoint; give --baseline, or leave it out")
+    file = place_of_json(json_file, overwrite=overwrite)
+    if baseline is not None:
+        _distances(model, baseline, file, by or "error", linears=linears)
+        return
     from llmq.inspection import inspect as look
 
     for table in look(model, linears=linears):
         console.print(table)
 
 
-def _distances(model: str, baseline: str, json_file: Path | None, by: str, *, linears: bool, overwrite: bool) -> None:
+def _distances(model: str, baseline: str, file: Path | None, by: str, *, linears: bool) -> None:
     from llmq import distances
     from llmq.checkpoint.disk import write_text
-    from llmq.checkpoint.place import check_file, user_path
 
     if by not in ("error", "name"):
         raise LlmqError(f"--by {by}: order by 'error', the worst first, or by 'name'")
-    file = None if json_file is None else user_path(json_file)
-    if file:
-        check_file(file, "--json", b"{", overwrite=overwrite)
     with progress() as work:
         found = distances.distances(model, baseline, work)
     for table in _linears(found, by) if linears else _summary(found):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmq.commands.given import place_of_json, scored
 from llmq.commands.terminal import console, progress
 from llmq.errors import LlmqError
 from llmq.show import labelled, plain
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from llmq.evaluation.tasks import Task
 
 _SHOWN = 50  # lines of what is wrong
+_OF_TEXT = ("convention", "window", "windows", "kv_bits", "stream")
 _OF_THE_COMMAND = ("json_file", "log_json", "overwrite", "tasks", "limit", "task_path")
 
 
@@ -28,7 +30,7 @@ def evaluate(
         Path | None, typer.Option(help="Text file to score, or a folder: each file or sub-folder is a category.")
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub dataset to score without --text. [wikitext2]")] = None,
-    convention: Annotated[str, typer.Option(help="gptq, llama.cpp or lm-eval.")] = "gptq",
+    convention: Annotated[str | None, typer.Option(help="gptq, llama.cpp or lm-eval. [gptq]")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of a window, in place of the convention's.")] = None,
     windows: Annotated[int | None, typer.Option(help="Score only the first N windows, of each category.")] = None,
     kv_bits: Annotated[
@@ -56,26 +58,28 @@ def evaluate(
     given = {n: value for n, value in locals().copy().items() if n not in _OF_THE_COMMAND}
     from llmq.api import evaluate_all, evaluate_tasks
     from llmq.checkpoint.disk import write_text
-    from llmq.checkpoint.place import check_file, user_path
 
-    figures = None if json_file is None else user_path(json_file)
-    if figures:
-        check_file(figures, "--json", b"{", overwrite=overwrite)
+    figures = place_of_json(json_file, overwrite=overwrite)
     if tasks is None and (limit is not None or task_path is not None):
         raise LlmqError("--limit and --task-path are for tasks; say --tasks hellaswag,arc_easy, or leave them out")
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     shared = {n: given[n] for n in ("baseline", "dtype", "device", "keep")}
     scores_text = not names or text is not None or dataset is not None
+    idle = [] if scores_text else [n for n in _OF_TEXT if given[n] is not None and given[n] is not False]
+    if idle:
+        option = f"--{idle[0].replace('_', '-')}"
+        raise LlmqError(f"{option} is for text, not for tasks; give --text or --dataset too, or leave {option} out")
+    given |= scored(text, dataset, convention)
     with progress(log_json) as work:
         run = evaluate_tasks(models, names, limit=limit, task_path=task_path, progress=work, **shared) if names else {}
-        scored = evaluate_all(**given | {"dataset": dataset or "wikitext2"}, progress=work) if scores_text else None
-    found = scored.to_json() if scored else {}
+        of_text = evaluate_all(**given, progress=work) if scores_text else None
+    found = of_text.to_json() if of_text else {}
     for name, of in run.items():
         found[name] = found.get(name, {}) | {"tasks": {t: task.to_json() for t, task in of.items()}}
     if run:
         _show_tasks(run)
-    if scored:
-        _show(scored)
+    if of_text:
+        _show(of_text)
     if figures:
         write_text(figures, json.dumps(found, indent=2) + "\n")
 
@@ -113,14 +117,11 @@ def verify(
     Example: `llmq verify ./my-llama-int4 --against ./my-llama`
     """
     from llmq.checkpoint.disk import write_text
-    from llmq.checkpoint.place import check_file, user_path
     from llmq.readable import readers_of
     from llmq.readers import row
     from llmq.verify import verify as run
 
-    found = None if json_file is None else user_path(json_file)
-    if found:
-        check_file(found, "--json", b"{", overwrite=overwrite)
+    found = place_of_json(json_file, overwrite=overwrite)
     reader = row(readers_of(out), runtime, "--runtime") if runtime is not None else None
     with progress() as work:
         report = run(out, against, adapter, work)

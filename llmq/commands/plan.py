@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmq.commands.borrowed import borrowing
+from llmq.commands.given import place_of_json
 from llmq.commands.quantize import quantize
 from llmq.commands.terminal import console, warn
 from llmq.show import Rows, span
@@ -39,11 +40,8 @@ def plan(
     """
     from llmq.api import plan as run
     from llmq.checkpoint.disk import write_text
-    from llmq.checkpoint.place import check_file, user_path
 
-    file = None if json_file is None else user_path(json_file)
-    if file:
-        check_file(file, "--json", b"{", overwrite=bool(options["overwrite"]))
+    file = place_of_json(json_file, overwrite=bool(options["overwrite"]), replaces=True)
     asked = {name.rstrip("_"): value for name, value in options.items()}
     found = run(out=out, devices=devices, device_like=device_like, **asked)
     for warning in found.warnings:

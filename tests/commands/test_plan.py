@@ -92,6 +92,11 @@ def test_machines_that_are_not_there_are_predicted_on_paper(tiny_checkpoint):
     assert "arithmetic: h100, 8 processes" in done.output and "device memory at most" in done.output
 
 
+def test_a_device_beside_a_machine_that_is_not_there_is_refused(tiny_checkpoint):
+    done = plan(tiny_checkpoint(), *SMALL, "--device-like", "h100", "--device", "cuda:7")
+    assert done.exit_code == 1 and "leave out --device cuda:7" in str(done.exception)
+
+
 def test_quantize_says_it_in_one_line_before_it_starts(tiny_checkpoint, tmp_path):
     folder, out = tiny_checkpoint(), tmp_path / "out"
     done = CliRunner().invoke(
