@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.errors import printable
+from llmq.guard.reading import number
 from llmq.model.folding import floats_of
 from llmq.model.skeleton import Skeleton
 from llmq.verify.report import Report
@@ -97,8 +99,12 @@ class Truth:
         report.count("errors measured again")
         self._errors[name] = error = error_of(Q_NK, W_NK)
         line = self._lines.get(name)
-        said = line.get("weight_error") if isinstance(line, dict) else None
-        if said is None or not self._judged:
+        recorded = line.get("weight_error") if isinstance(line, dict) else None
+        if recorded is None or not self._judged:
+            return
+        said = number(recorded)
+        if said is None:
+            report.fail(f"{name}: the recorded weight_error is {printable(repr(recorded), 40)}, which is no number")
             return
         same = abs(error - said) <= max(_AGREE * abs(said), _NOTHING)
         report.expect(same, f"{name}: weight_error is {error:.6e}, recorded is {said:.6e}: not made from this source")

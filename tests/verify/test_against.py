@@ -105,6 +105,17 @@ def test_a_fold_that_is_not_recorded_is_found(made):
     assert [f for f in verify(out, FLOAT).failures if f.startswith(f"{name} is neither")]
 
 
+@pytest.mark.parametrize("error", ["y", [1], True, float("nan")])
+def test_a_recorded_error_that_is_no_number_is_told(made, error):
+    out, name = made(INT4 | {"method": "rtn", "format": "gptq"}), "model.layers.0.mlp.up_proj"
+    record = json.loads((out / "quantization.json").read_text())
+    record["linears"][name]["weight_error"] = error
+    del record["sha256"]
+    (out / "quantization.json").write_text(json.dumps(sealed(record), indent=2) + "\n")
+    (said,) = verify(out, FLOAT).failures
+    assert said.startswith(f"{name}: the recorded weight_error is {error!r}, which is no number")
+
+
 def test_an_adapter_is_added_again(made, tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft (pip install -e '.[test]')")
     transformers = pytest.importorskip("transformers")
