@@ -20,6 +20,7 @@ from llmq.model.pretrained import foreign
 
 _KEY = "tokenizer.ggml."
 _SPACE = "\u2581"
+_LONGEST = 512  # characters of a piece of sentencepiece, whose own limit is 16 by default: every prefix is looked up
 _BEGIN = ("llama-bpe", "tekken")  # rules with which llama.cpp puts BOS before a text where no key says it
 _ALIASES = {
     "starcoder": "smollm", "refact": "smollm", "command-r": "smollm", "codeshell": "smollm", "phi-2": "gpt-2",
@@ -117,6 +118,12 @@ def _byte_level(said: Vocabulary) -> Tokenizer:
 
 
 def _sentencepiece(said: Vocabulary) -> Tokenizer:
+    longest = max((len(text) for text in _pieces(said)), default=0)
+    if longest > _LONGEST:
+        raise LlmqError(
+            f"a token of {longest:,} characters is not read, at most {_LONGEST} are; copy the tokenizer of the model "
+            "that it was made from"
+        )
     unknown = said.special.get("unk")
     model = models.BPE(
         vocab=_vocab(said),
@@ -134,12 +141,17 @@ def _sentencepiece(said: Vocabulary) -> Tokenizer:
 
 def _merges(said: Vocabulary) -> Iterator[tuple[str, str]]:
     """Yield the pairs that sentencepiece merges, the best score first: every way to part a piece in two others."""
-    scored = zip(said.tokens, said.scores or (), said.types, strict=True)
-    pieces = {text: score for text, score, kind in scored if kind == TokenType.NORMAL}
+    pieces = _pieces(said)
     for text in sorted(pieces, key=lambda t: -pieces[t]):
         for i in range(1, len(text)):
             if text[:i] in pieces and text[i:] in pieces:
                 yield text[:i], text[i:]
+
+
+def _pieces(said: Vocabulary) -> dict[str, float]:
+    """Return the scores of the tokens that merges make."""
+    scored = zip(said.tokens, said.scores or (), said.types, strict=True)
+    return {text: score for text, score, kind in scored if kind == TokenType.NORMAL}
 
 
 def _add(backend: Tokenizer, said: Vocabulary) -> None:

@@ -89,6 +89,16 @@ def test_keys_that_no_tokenizer_has_are_refused_in_one_line(change, said, tmp_pa
     assert said in str(e.value) and "\n" not in str(e.value)
 
 
+def test_a_piece_as_long_as_no_vocabulary_has_is_refused(tmp_path):
+    """Every prefix of a piece is looked up: of 4 million characters for 20 minutes."""
+    tokenizer = sentencepiece(True)
+    rows = len(tokenizer.get_vocab())
+    said = vocabulary(tokenizer, rows, LlamaConfig(vocab_size=rows))
+    tokens = [*said.tokens[:-1], "a" * 4_000_000]
+    with pytest.raises(LlmqError, match=r"a token of 4,000,000 characters is not read, at most 512"):
+        tokenizer_from(written(tmp_path / "x.gguf", tokenizer, {"tokens": tokens}))
+
+
 @pytest.mark.parametrize("name", ["llama-bpe", "llama-spm", "starcoder"])
 def test_a_real_vocabulary_cuts_as_llama_cpps_authors_expect(name, vocabularies, expected):
     made = tokenizer_from(GgufFile(vocabularies / f"ggml-vocab-{name}.gguf"))
