@@ -106,7 +106,8 @@ class GgufFile:
 
         Both the file type and the bytes are others than llmq wrote; where one alone is, the file is damaged.
         """
-        said = str(self.value(LAYOUT) or "").split()
+        layout = self.value(LAYOUT)
+        said = layout.split() if isinstance(layout, str) else []
         return len(said) == 2 and said[0] != str(self.value("general.file_type")) and said[1] != str(self.data_bytes())
 
     def report(self) -> dict[str, Any]:

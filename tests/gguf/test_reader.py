@@ -149,6 +149,10 @@ def test_inspect_refuses_records_that_are_none(written, report):
         list(inspect(str(written([ARCH, key(b"llmq.report", STRING, text(report))])), linears=True))
 
 
+def test_a_layout_that_is_no_text_says_nothing(written):
+    assert not GgufFile(written([ARCH, key(b"llmq.layout", ARRAY, array(U32, 2, b"\0" * 8))])).remade
+
+
 SUMS = [key(b"general.type", STRING, text(b"imatrix"))]
 ONES = np.ones(8, np.float32).tobytes()
 
