@@ -16,6 +16,7 @@ from llmq.errors import LlmqError
 from llmq.model.ends import logits, outside_loaded
 from llmq.model.experts import in_experts
 from llmq.model.forward import Forward
+from llmq.model.pretrained import foreign
 from llmq.model.skeleton import Skeleton
 from llmq.progress import Progress, Work
 from llmq.verify.against import Truth
@@ -66,7 +67,7 @@ def walk(
     """
     work = Work.of(progress)
     prefix, experts = f"{skeleton.prefix}.", in_experts(skeleton.model)
-    with _reading(skeleton, [n for n in names if not n.startswith(prefix)], truth, report):
+    with _reading(skeleton, [n for n in names if not n.startswith(prefix)], truth, report), foreign(_odd(skeleton)):
         forward = Forward(skeleton, [_tokens(skeleton)], _CPU, experts=False) if report.passed else None
     beside = Forward(truth.skeleton, [_tokens(truth.skeleton)], _CPU, experts=False) if truth and forward else None
     for i in range(len(skeleton)):
@@ -88,11 +89,16 @@ def walk(
 def _moved(forward: Forward, i: int, report: Report) -> bool:
     """Move past block `i`; say whether nothing wrong was met on the way, where weights of experts are read."""
     try:
-        forward.step(i)
+        with foreign(_odd(forward.skeleton)):
+            forward.step(i)
     except LlmqError:
         if report.passed:
             raise
     return report.passed
+
+
+def _odd(skeleton: Skeleton) -> str:
+    return f"{skeleton.source.path}: transformers does not run the model that its config or keys say"
 
 
 def _tokens(skeleton: Skeleton) -> Tensor:

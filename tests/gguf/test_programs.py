@@ -5,6 +5,7 @@ from dataclasses import replace
 import gguf
 import pytest
 import torch
+from _rewriting import rewrite_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from llmq.checkpoint import Source
@@ -259,6 +260,13 @@ def test_the_comparison_sees_each_of_them(kind, change, written, llama_cpp):
     )
     other.load_state_dict(model.state_dict())
     assert difference(other.eval(), llama_cpp(out)) > 0.2
+
+
+def test_keys_with_which_transformers_does_not_run_are_a_failure(written, tmp_path):
+    _, _, out = written("deepseek_v3")
+    odd = rewrite_gguf([out], tmp_path / "odd.gguf", {"deepseek2.expert_group_count": 3})  # of 8 experts
+    (said,) = verify(odd).failures
+    assert f"{odd}: transformers does not run the model that its config or keys say: " in said
 
 
 def test_the_frequencies_of_phi_are_those_of_the_context_that_llama_cpp_is_started_with(written, llama_cpp):
