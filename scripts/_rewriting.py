@@ -14,16 +14,18 @@ def rewrite_gguf(
     without: tuple[str, ...] = ("llmq.",),
     kind: Any = None,
 ) -> Path:
-    """Write the shards of a model as one file, with other values of some keys. Returns it.
+    """Write the shards of a model as one file, with other values of some keys, or new keys. Returns it.
 
     without: how the names of keys begin that are left out. kind: a `GGMLQuantizationType` for all matrices.
     """
-    from gguf import GGUFReader, GGUFWriter
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
     from gguf.quants import dequantize, quantize
 
     readers = [GGUFReader(file) for file in files]
     values = {f.name: (f.contents(), f.types) for f in readers[0].fields.values()}
-    values |= {name: (value, values[name][1]) for name, value in changes.items()}
+    for name, value in changes.items():
+        old, types = values.get(name, (None, []))
+        values[name] = value, types if type(old) is type(value) else [GGUFValueType.get_type(value)]
     writer = GGUFWriter(out, str(values.pop("general.architecture")[0]))
     for name, (value, types) in values.items():
         if not name.startswith(("GGUF.", "split.", *without)):

@@ -177,8 +177,8 @@ def _ropes(found: Gguf, file: GgufFile) -> Iterator[dict[str, Any]]:
     """Yield what `rope_parameters` may be, the plainest first; by the kind of block where those have their own."""
     keys, given = Keys(file), dict(found.skeleton.config.rope_parameters)
     nested = {"full_attention", "sliding_attention"} <= given.keys()
-    base = {"rope_theta": float(keys("rope.freq_base", 10000.0))}
-    local = {"rope_type": "default", "rope_theta": float(keys("rope.freq_base_swa", 10000.0))}
+    base = {"rope_theta": keys.real("rope.freq_base", 10000.0)}
+    local = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base_swa", 10000.0)}
     part = given.get("partial_rotary_factor")
     base |= {} if part is None else {"partial_rotary_factor": part}
     for scaling in _scalings(keys):
@@ -188,9 +188,9 @@ def _ropes(found: Gguf, file: GgufFile) -> Iterator[dict[str, Any]]:
 
 def _scalings(keys: Keys) -> Iterator[dict[str, Any]]:
     yield {"rope_type": "default"}
-    factor = float(keys("rope.scaling.factor", 0.0))
-    original = keys("rope.scaling.original_context_length", None)
-    context = {} if original is None else {"original_max_position_embeddings": original}
+    factor = keys.real("rope.scaling.factor", 0.0, zero=True)
+    original = keys.number("rope.scaling.original_context_length", 0, zero=True)
+    context = {"original_max_position_embeddings": original} if original else {}
     if factor > 0:
         yield {"rope_type": "linear", "factor": factor}
         yield {"rope_type": "yarn", "factor": factor} | context

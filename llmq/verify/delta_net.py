@@ -33,21 +33,19 @@ def config(keys: Keys) -> dict[str, Any]:
     Raises LlmqError for keys that say nothing that can be.
     """
     heads, period = keys.number("ssm.time_step_rank"), keys.number("full_attention_interval", 4)
-    turned = keys.number("rope.dimension_count") / keys.number("attention.key_length")
-    said = keys("rope.dimension_sections")
-    if not isinstance(said, np.ndarray) or heads % keys.number("ssm.group_count"):
-        raise LlmqError(f"{keys.file.path}: rope.dimension_sections or the heads of linear attention do not read")
-    sections = [int(n) for n in said[:3]]
-    blocks = range(keys.number("block_count"))
+    turned = keys.channels("rope.dimension_count") / keys.channels("attention.key_length")
+    if heads % keys.number("ssm.group_count"):
+        raise LlmqError(f"{keys.file.path}: the heads of linear attention do not read: ssm.time_step_rank is {heads}")
     return {
         "linear_conv_kernel_dim": keys.number("ssm.conv_kernel"),
         "linear_key_head_dim": keys.number("ssm.state_size"),
         "linear_value_head_dim": keys.number("ssm.inner_size") // heads,
         "linear_num_key_heads": keys.number("ssm.group_count"),
         "linear_num_value_heads": heads,
-        "layer_types": ["linear_attention" if (i + 1) % period else "full_attention" for i in blocks],
+        "layer_types": ["linear_attention" if (i + 1) % period else "full_attention" for i in range(keys.blocks())],
         "rope_parameters": {
-            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": turned, "mrope_section": sections,
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": turned,
+            "mrope_section": keys.first("rope.dimension_sections", 3),
         },
     }  # fmt: skip
 

@@ -8,10 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from llmq.errors import LlmqError
-
 if TYPE_CHECKING:
     from llmq.verify.keys import Keys
 
@@ -34,36 +30,28 @@ OUTSIDE = {
 
 def config(keys: Keys) -> dict[str, Any]:
     """Return what of a config the keys say."""
-    windowed, heads = _each(keys, "attention.sliding_window_pattern"), _each(keys, "attention.head_count_kv")
-    widths, plain = _each(keys, "feed_forward_length"), {"rope_type": "default", "rope_theta": 10000.0}
+    windowed, heads = keys.each("attention.sliding_window_pattern", zero=True), keys.each("attention.head_count_kv")
+    widths, plain = keys.each("feed_forward_length"), {"rope_type": "default", "rope_theta": 10000.0}
     full = [i for i, w in enumerate(windowed) if not w]
-    experts = keys.number("expert_count") if keys("expert_count", 0) else None
+    experts = keys.number("expert_count", 0, zero=True) or None
     return {
         "layer_types": ["sliding_attention" if w else "full_attention" for w in windowed],
-        "sliding_window": keys("attention.sliding_window"),
-        "head_dim": keys.number("attention.key_length_swa"),
-        "global_head_dim": keys.number("attention.key_length"),
+        "sliding_window": keys.number("attention.sliding_window"),
+        "head_dim": keys.channels("attention.key_length_swa"),
+        "global_head_dim": keys.channels("attention.key_length"),
         "num_key_value_heads": next((h for h, w in zip(heads, windowed, strict=True) if w), heads[0]),
         "num_global_key_value_heads": heads[full[0]] if full else None,
         "attention_k_eq_v": any(f"blk.{i}.attn_k.weight" in keys.file.tensors for i in full)
         and not any(f"blk.{i}.attn_v.weight" in keys.file.tensors for i in full),
-        "num_kv_shared_layers": keys("attention.shared_kv_layers", 0),
+        "num_kv_shared_layers": keys.number("attention.shared_kv_layers", 0, zero=True),
         "intermediate_size": widths[0],
         "use_double_wide_mlp": widths[-1] != widths[0],
-        "hidden_size_per_layer_input": keys("embedding_length_per_layer_input"),
+        "hidden_size_per_layer_input": keys.number("embedding_length_per_layer_input", zero=True),
         "vocab_size_per_layer_input": keys.file.tensors["token_embd.weight"].shape[1],
-        "final_logit_softcapping": keys("final_logit_softcapping", None),
+        "final_logit_softcapping": keys.real("final_logit_softcapping", 0.0, zero=True) or None,
         "rope_parameters": {"full_attention": plain, "sliding_attention": plain},
         "enable_moe_block": experts is not None,
         "num_experts": experts,
-        "top_k_experts": keys("expert_used_count", None),
-        "moe_intermediate_size": keys("expert_feed_forward_length", None),
+        "top_k_experts": keys.number("expert_used_count", None),
+        "moe_intermediate_size": keys.number("expert_feed_forward_length", None),
     }
-
-
-def _each(keys: Keys, key: str) -> list[int]:
-    """Return what a key says of each block. Raises LlmqError where that is no whole number for each."""
-    said, blocks = np.array(keys(key)), keys.number("block_count")
-    if said.dtype.kind not in "iub" or said.shape not in ((), (blocks,)):
-        raise LlmqError(f"{keys.file.path}: key {keys.arch}.{key} is no whole number for each of {blocks} blocks")
-    return [int(n) for n in said] if said.ndim else [int(said)] * blocks

@@ -60,8 +60,8 @@ def open_gguf(path: Path, report: Report) -> tuple[Gguf, dict[str, Any]]:
 
 def shards(first: GgufFile) -> list[Path]:
     """Return all files of a GGUF model by its first. Raises LlmqError for another one, and where one is missing."""
-    path, count = first.path, first.value("split.count") or 1
-    if count == 1:
+    path, count = first.path, Keys(first, "split").number("count", 1, zero=True)
+    if count < 2:
         return [path]
     named = _SHARD.fullmatch(path.name)
     if named is None or int(named[2]) != 1 or int(named[3]) != count:
@@ -196,20 +196,21 @@ class Gguf:
     def _config(self) -> dict[str, Any]:
         """Return the config of a transformers model that says what the keys say."""
         embedding = self.tensors.get("model.embed_tokens.weight")
-        if embedding is None:
-            raise LlmqError(f"{self._key.file.path} has no token_embd.weight")
-        heads = self._key("attention.head_count")
+        if embedding is None or len(embedding.shape) != 2:
+            raise LlmqError(f"{self._key.file.path} has no token_embd.weight that is a matrix")
+        width = self._key.number("embedding_length", most=embedding.shape[0])
+        heads = self._key.number("attention.head_count", most=width)
         return {
             "model_type": self._reading.model_type,
             "vocab_size": embedding.shape[1],
-            "hidden_size": self._key("embedding_length"),
-            "intermediate_size": self._key("feed_forward_length", 0),
-            "num_hidden_layers": self._key("block_count"),
+            "hidden_size": width,
+            "intermediate_size": self._key.each("feed_forward_length", 0, zero=True)[0],
+            "num_hidden_layers": self._key.blocks(),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._key("attention.head_count_kv", heads),
-            "head_dim": self._key("attention.key_length", self._key("embedding_length") // max(1, heads)),
-            "max_position_embeddings": self._key("context_length"),
-            "rms_norm_eps": self._key("attention.layer_norm_rms_epsilon"),
+            "num_key_value_heads": self._key.each("attention.head_count_kv", heads)[0],
+            "head_dim": self._key.channels("attention.key_length", width // heads),
+            "max_position_embeddings": self._key.number("context_length"),
+            "rms_norm_eps": self._key.real("attention.layer_norm_rms_epsilon"),
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},  # but see _set_rotary
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.tensors,
             "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self.tensors,
@@ -221,24 +222,34 @@ class Gguf:
     def _set_rotary(self) -> None:
         """Put llama.cpp's rotary embedding, as the keys say it, in the place of transformers'."""
         table = self._stored.get(_DIVISORS, self._stored.get(_SHORT))  # the forward is short
+        key = self._key
         full = Rotary(
-            float(self._key("rope.freq_base", 10000.0)),
-            int(self._key("rope.dimension_count", head_dim(self.skeleton.config))),
-            self._key("rope.scaling.type", "none"),
-            float(self._key("rope.scaling.factor", 1.0)),
-            int(self._key("rope.scaling.original_context_length", self._key("context_length"))),
-            float(self._key("rope.scaling.attn_factor", 1.0)),
+            key.real("rope.freq_base", 10000.0),
+            key.channels("rope.dimension_count", head_dim(self.skeleton.config)),
+            key.text("rope.scaling.type", "none"),
+            key.scaling(),
+            key.number("rope.scaling.original_context_length", 0, zero=True) or key.number("context_length"),
+            key.real("rope.scaling.attn_factor", 1.0),
             None if table is None else torch.from_numpy(np.array(table.data, np.float32)),
-            log_multiplier=self._key("rope.scaling.yarn_log_multiplier", None),
+            log_multiplier=key.real("rope.scaling.yarn_log_multiplier", None, zero=True),
         )
-        local = Rotary(
-            float(self._key("rope.freq_base_swa", 10000.0)), int(self._key("rope.dimension_count_swa", full.d))
-        )
+        local = Rotary(key.real("rope.freq_base_swa", 10000.0), key.channels("rope.dimension_count_swa", full.d))
         for module in self.skeleton.model.modules():
             for kind, found in (("", full), ("full_attention_", full), ("sliding_attention_", local)):
-                if isinstance(getattr(module, f"{kind}inv_freq", None), Tensor):
+                own = getattr(module, f"{kind}inv_freq", None)
+                if isinstance(own, Tensor):
+                    self._require_fit(found, len(own))
                     setattr(module, f"{kind}inv_freq", found.frequencies().float())
                     setattr(module, f"{kind}attention_scaling", found.magnitude())
+
+    def _require_fit(self, found: Rotary, pairs: int) -> None:
+        """Raise LlmqError for a rotary embedding of another number of channels than a head turns."""
+        shape = (found.d // 2,) if found.divisors is None else tuple(found.divisors.shape)
+        if (found.d // 2, *shape) != (pairs, pairs):
+            raise LlmqError(
+                f"{self._key.file.path}: rope.dimension_count is {found.d}, with divisors {list(shape)}; "
+                f"a head turns {2 * pairs} channels; download or write the file again"
+            )
 
 
 def _decode(stored: Stored) -> Array:

@@ -28,29 +28,91 @@ _IN_BLOCK = {
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 _BEHIND = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
-_MISSING = object()
+_MOST, _BLOCKS, _CHANNELS = 2**31 - 1, 512, 2**16  # llama.cpp reads no more blocks; a head has hundreds of channels
+_LEAST, _GREATEST = 1e-38, 1e38  # float32
 _SOFTMAX = 1  # of expert_gating_func
 
 
 class Keys:
-    """The keys of a file's architecture: `keys("block_count")`, without its prefix."""
+    """The keys of a file's architecture: `keys.number("block_count")`, without its prefix. of: another prefix.
 
-    def __init__(self, file: GgufFile) -> None:
-        self.file, self.arch = file, str(file.value("general.architecture"))
+    A file may hold any type under any name, so a value is asked for by what it must be. Every method returns its
+    default where there is no such key, and raises LlmqError for one that is missing without a default, and for a value
+    of another type or range.
+    """
 
-    def __call__(self, key: str, default: Any = _MISSING) -> Any:
-        """Return a value, `default` where there is none. Raises LlmqError for one that must be there."""
-        value = self.file.value(f"{self.arch}.{key}")
-        if value is None and default is _MISSING:
-            raise LlmqError(f"{self.file.path}: key {self.arch}.{key} is missing")
-        return default if value is None else value
+    def __init__(self, file: GgufFile, of: str | None = None) -> None:
+        self.file, self.arch = file, str(file.value("general.architecture")) if of is None else of
 
-    def number(self, key: str, *default: int) -> int:
-        """Return a whole number of at least 1. Raises LlmqError for anything else."""
-        value = self(key, *default)
-        if not isinstance(value, int) or value < 1:
-            raise LlmqError(f"{self.file.path}: key {self.arch}.{key} is no number above 0")
+    def number(self, key: str, *default: int | None, zero: bool = False, most: int = _MOST) -> Any:
+        """Return a whole number above 0. zero: whether it may be 0."""
+        least = 0 if zero else 1
+        kind = f"whole number from {least} to {most}"
+        return self._value(key, default, lambda v: type(v) is int and least <= v <= most, kind)
+
+    def real(self, key: str, *default: float | None, zero: bool = False) -> Any:
+        """Return a number above 0. zero: whether it may be 0."""
+        kind = f"finite number {'of at least' if zero else 'above'} 0"
+        return self._value(key, default, lambda v: _is_real(v) and (v >= _LEAST or (zero and v == 0)), kind)
+
+    def flag(self, key: str, *default: bool) -> Any:
+        """Return true or false."""
+        return self._value(key, default, lambda v: isinstance(v, bool), "bool")
+
+    def text(self, key: str, *default: str) -> Any:
+        """Return a string."""
+        return self._value(key, default, lambda v: isinstance(v, str), "text")
+
+    def scaling(self) -> float:
+        """Return the factor of the rotary embedding's scaling, 1 where there is none; llama.cpp takes 0 for none."""
+        return self.real("rope.scaling.factor", 0.0, zero=True) or 1.0
+
+    def first(self, key: str, count: int) -> list[int]:
+        """Return the first numbers of an array of whole numbers."""
+        kind = f"array of {count} whole numbers or more"
+        return self._value(key, (), lambda v: _is_whole(v) and len(v) >= count, kind)[:count].tolist()
+
+    def channels(self, key: str, *default: int) -> int:
+        """Return a number of channels of a head, above 0."""
+        return self.number(key, *default, most=_CHANNELS)
+
+    def blocks(self) -> int:
+        """Return how many blocks there are."""
+        return self.number("block_count", most=_BLOCKS)
+
+    def each(self, key: str, *default: int, zero: bool = False) -> list[int]:
+        """Return a whole number above 0 for each block: an array, or one for all. zero: whether also 0 and false."""
+        blocks, least = self.blocks(), 0 if zero else 1
+        kind = f"whole number from {least} to {_MOST} for each of {blocks} blocks"
+        said = self._value(key, default, lambda v: _is_each(v, blocks, "iub" if zero else "iu", least), kind)
+        return [int(n) for n in np.broadcast_to(said, blocks)]
+
+    def _value(self, key: str, default: tuple[Any, ...], good: Callable[[Any], bool], kind: str) -> Any:
+        name = f"{self.arch}.{key}"
+        value = self.file.value(name)
+        if value is None and not default:
+            raise LlmqError(f"{self.file.path}: key {name} is missing")
+        if value is None:
+            return default[0]
+        if not good(value):
+            raise LlmqError(f"{self.file.path}: key {name} is no {kind}; download or write the file again")
         return value
+
+
+def _is_real(value: Any) -> bool:
+    return type(value) in (int, float) and value <= _GREATEST  # a bool is none; nor is NaN
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "iu"
+
+
+def _is_each(value: Any, blocks: int, kinds: str, least: int) -> bool:
+    if not isinstance(value, int | np.ndarray):
+        return False
+    said = np.array(value)
+    whole = said.dtype.kind in kinds and said.shape in ((), (blocks,))
+    return whole and bool(least <= said.min() <= said.max() <= _MOST)
 
 
 def _nothing(_keys: Keys) -> dict[str, Any]:
@@ -59,18 +121,18 @@ def _nothing(_keys: Keys) -> dict[str, Any]:
 
 def _windows(keys: Keys, period: int) -> dict[str, Any]:
     """Return the windows of blocks: of every `period` the last sees all the way."""
-    period, blocks = keys.number("attention.sliding_window_pattern", period), range(keys.number("block_count"))
+    period, blocks = keys.number("attention.sliding_window_pattern", period), range(keys.blocks())
     kinds = ["sliding_attention" if i % period < period - 1 else "full_attention" for i in blocks]
-    return {"sliding_window": keys("attention.sliding_window"), "layer_types": kinds}
+    return {"sliding_window": keys.number("attention.sliding_window"), "layer_types": kinds}
 
 
 def _gemma(large: int, period: int) -> Callable[[Keys], dict[str, Any]]:
     def config(keys: Keys) -> dict[str, Any]:
         wide = keys.number("embedding_length") // keys.number("attention.head_count")
         return _windows(keys, period) | {
-            "query_pre_attn_scalar": wide if keys("block_count") == large else keys("attention.key_length"),
-            "attn_logit_softcapping": keys("attn_logit_softcapping", None),
-            "final_logit_softcapping": keys("final_logit_softcapping", None),
+            "query_pre_attn_scalar": wide if keys.blocks() == large else keys.channels("attention.key_length"),
+            "attn_logit_softcapping": keys.real("attn_logit_softcapping", 0.0, zero=True) or None,
+            "final_logit_softcapping": keys.real("final_logit_softcapping", 0.0, zero=True) or None,
         }
 
     return config
@@ -79,11 +141,11 @@ def _gemma(large: int, period: int) -> Callable[[Keys], dict[str, Any]]:
 def _granite(keys: Keys) -> dict[str, Any]:
     said = {"attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale"}
     said |= {"residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}
-    return {name: keys(key) for name, key in said.items()}
+    return {name: keys.real(key) for name, key in said.items()}
 
 
 def _partial(keys: Keys) -> dict[str, Any]:
-    turned = keys.number("rope.dimension_count") / keys.number("attention.key_length")
+    turned = keys.channels("rope.dimension_count") / keys.channels("attention.key_length")
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": turned}}
 
 
@@ -106,9 +168,9 @@ def _dense_first(keys: Keys) -> dict[str, Any]:
         "moe_intermediate_size": keys.number("expert_feed_forward_length"),
         "n_routed_experts": keys.number("expert_count"),
         "n_shared_experts": keys.number("expert_shared_count"),
-        "first_k_dense_replace": keys("leading_dense_block_count"),
-        "norm_topk_prob": keys("expert_weights_norm", False),
-        "routed_scaling_factor": keys("expert_weights_scale"),
+        "first_k_dense_replace": keys.number("leading_dense_block_count", zero=True),
+        "norm_topk_prob": keys.flag("expert_weights_norm", False),
+        "routed_scaling_factor": keys.real("expert_weights_scale"),
     }
 
 
@@ -119,17 +181,19 @@ def _glm4moe(keys: Keys) -> dict[str, Any]:
 
 def _deepseek2(keys: Keys) -> dict[str, Any]:
     """Return the widths of latent attention, the groups of experts, and by how much yarn multiplies attention."""
-    turned, times = keys.number("rope.dimension_count"), 10 * keys("rope.scaling.yarn_log_multiplier", 0.0)
-    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": keys("rope.scaling.factor", 1.0), "mscale": times,
+    turned = keys.channels("rope.dimension_count")
+    times = 10 * keys.real("rope.scaling.yarn_log_multiplier", 0.0, zero=True)
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": keys.scaling(), "mscale": times,
             "mscale_all_dim": times, "original_max_position_embeddings": 4096}  # fmt: skip
     return (
         _dense_first(keys)
         | {
-            "q_lora_rank": keys("attention.q_lora_rank", None),
+            "q_lora_rank": keys.number("attention.q_lora_rank", None),
             "kv_lora_rank": keys.number("attention.kv_lora_rank"),
             "qk_rope_head_dim": turned,
-            "qk_nope_head_dim": keys.number("attention.key_length") - turned,
-            "v_head_dim": keys.number("attention.value_length"),
+            "head_dim": turned,  # of what turns
+            "qk_nope_head_dim": keys.channels("attention.key_length") - turned,
+            "v_head_dim": keys.channels("attention.value_length"),
             "n_group": keys.number("expert_group_count", 1),
             "topk_group": keys.number("expert_group_used_count", 1),
         }
@@ -308,6 +372,6 @@ def reading(keys: Keys) -> Reading:
     """Return how the architecture of a file is read. Raises LlmqError for one that is not known."""
     if keys.arch not in READINGS:
         raise LlmqError(f"{keys.file.path}: verify knows the keys of {', '.join(READINGS)}, not of {keys.arch!r}")
-    if keys.arch == "deepseek2" and keys("expert_gating_func", _SOFTMAX) == _SOFTMAX:
+    if keys.arch == "deepseek2" and keys.number("expert_gating_func", _SOFTMAX, zero=True) == _SOFTMAX:
         return DEEPSEEK_V2
-    return MIXTRAL if keys.arch == "llama" and keys("expert_count", 0) else READINGS[keys.arch]
+    return MIXTRAL if keys.arch == "llama" and keys.number("expert_count", 0, zero=True) else READINGS[keys.arch]
