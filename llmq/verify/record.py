@@ -64,6 +64,10 @@ def checked(record: dict[str, Any], where: str, report: Report) -> dict[str, Any
         if not isinstance(record.get(key, {}), dict):
             report.fail(f"{where}: {key} is no object")
             record[key] = {}
+    tuned = record.get("tuned", [])
+    if not isinstance(tuned, list) or not all(isinstance(n, str) for n in tuned):
+        report.fail(f"{where}: tuned is no list of names")
+        record["tuned"] = []
     return record
 
 

@@ -138,3 +138,12 @@ def test_an_export_is_held_against_what_was_exported(made, tmp_path):
     report = verify(tmp_path / "out.gguf", packed)
     assert report.passed, report.failures
     assert report.figures["worst_weight_error"] == 0 and report.figures["kl"] < 1e-6
+
+
+@pytest.mark.parametrize(("key", "value"), [("tuned", 5), ("tuned", [[1]]), ("tensors", [1])])
+def test_a_record_of_another_form_is_told(made, key, value):
+    out = made(INT4 | {"method": "rtn", "format": "gptq"})
+    record = json.loads((out / "quantization.json").read_text()) | {key: value}
+    del record["sha256"]
+    (out / "quantization.json").write_text(json.dumps(sealed(record), indent=2) + "\n")
+    assert any(f"quantization.json: {key} is no" in said for said in verify(out, FLOAT).failures)
