@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmq import calibration
 from llmq.checkpoint import place
 from llmq.checkpoint.place import user_path
 from llmq.evaluation import kept, scores, several
@@ -234,6 +235,8 @@ def outlined(
         added, there = None if adapter is None else str(adapter), user_path(out)
         team.first(lambda: refuse(what, str(src), added, there, overwrite=overwrite))
     planned = outline(str(src), what, device, adapter)
+    if planned.calibrates():
+        calibration.require(planned.method.recipe.calib, planned.method.recipe.samples or 0)
     if runtime is not None:
         warnings_ = required(planned, runtime, "OUT" if out is None else str(out), said, given)
         planned = replace(planned, warnings=[*planned.warnings, *warnings_])

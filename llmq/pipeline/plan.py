@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import blend, calibration, registry
+from llmq import blend, registry
 from llmq.calibration.writing import side_by_side
 from llmq.checkpoint import Source, resolve
 from llmq.checkpoint.decoding import as_floats, rounded_twice
@@ -331,13 +331,10 @@ def outline(src: str, recipe: Recipe, device: str | torch.device = "auto", adapt
 def _calibrated(plan: Plan, given: Recipe) -> Plan:
     """Return the plan, where no length of sequences is `given` with none that is longer than the model reads.
 
-    Raises LlmqError for a text that is not there, and for longer ones where the model has no position for them.
+    Raises LlmqError for longer ones where the model has no position for them.
     """
     recipe, longest = plan.method.recipe, getattr(plan.skeleton.text, "max_position_embeddings", None)
-    if not plan.calibrates():
-        return plan
-    calibration.require(recipe.calib, recipe.samples or 0)
-    if not longest or (recipe.seq_len or 0) <= longest:
+    if not plan.calibrates() or not longest or (recipe.seq_len or 0) <= longest:
         return plan
     if given.seq_len is None:
         method = dataclasses.replace(plan.method, recipe=dataclasses.replace(recipe, seq_len=longest))

@@ -12,6 +12,7 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
+import llmq
 from llmq.checkpoint import Source
 from llmq.pipeline.plan import outline, prepare
 from llmq.pipeline.run import quantize
@@ -153,10 +154,11 @@ def test_calibration_text_that_is_not_there_is_refused_before_any_work(
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     Path("model.pdf").write_text("")
-    recipe = Recipe(method="gptq", group_size=32, calib=tuple(calib.split(",")), samples=8)
+    given = {"method": "gptq", "group_size": 32, "calib": tuple(calib.split(",")), "samples": 8, "device": "cpu"}
     with pytest.raises(LlmqError, match=message):
-        outline(str(tiny_checkpoint()), recipe, "cpu")
-    assert outline(str(tiny_checkpoint()), dataclasses.replace(recipe, method="rtn", calib=None), "cpu")
+        llmq.plan(tiny_checkpoint(), **given)
+    with pytest.raises(LlmqError, match=message):
+        llmq.quantize(tiny_checkpoint(), tmp_path / "out", **given)
 
 
 def test_sequences_are_no_longer_than_the_model_reads(tiny_checkpoint, tmp_path):
