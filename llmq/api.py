@@ -93,12 +93,13 @@ def quantize(
     if len(forms := outputs.parted(options.get("format"))) > 1:
         given = {k: v for k, v in locals().items() if k not in ("src", "out", "options", "forms")} | options
         return _several(src, user_path(out), forms, given)
+    there = user_path(out)
     team = join(device_of(placed(device)))
     planned = outlined(
         src, out, recipe, options, max_memory, device_memory,
         adapter=adapter, runtime=runtime, device=device, allow_code=allow_code, overwrite=overwrite, team=team,
     )  # fmt: skip
-    team.first(lambda: left(planned, user_path(out), overwrite=overwrite))  # refuses what another command left
+    team.first(lambda: left(planned, there, overwrite=overwrite))  # refuses what another command left
     if report:
         team.first(lambda: ending.refuse(out, overwrite=overwrite))
     warn, work = (warn, Work.of(progress)) if team.leads else (_nothing, Work())
@@ -111,9 +112,9 @@ def quantize(
     if work.heard:
         ahead = estimate(planned, rates.NOMINAL, devices=team.size)
         if (seconds := 0.01 * ahead.total) > 0.3:
-            ahead = ahead.at(rates.probe(planned, place.standing(user_path(out)), min(3.0, seconds)))
+            ahead = ahead.at(rates.probe(planned, place.standing(there), min(3.0, seconds)))
         work.say("plan", ahead.line())
-    record = run.quantize(planned, user_path(out), overwrite=overwrite, check=verify, work=work)
+    record = run.quantize(planned, there, overwrite=overwrite, check=verify, work=work)
     for warning in record["warnings"]:
         if warning not in said:  # what calibration left out
             _tell(warning, warn, work)
@@ -202,9 +203,10 @@ def plan(
         whole_model.check_memory(planned)
     if out is None:
         return estimate(planned, rates.probe(planned, Path.cwd(), seconds), devices=devices)
-    goes_on = left(planned, user_path(out), overwrite=overwrite)
-    place.require(user_path(out), sum(planned.disk().values()))
-    ahead = estimate(planned, rates.probe(planned, place.standing(user_path(out)), seconds), devices=devices)
+    there = user_path(out)
+    goes_on = left(planned, there, overwrite=overwrite)
+    place.require(there, sum(planned.disk().values()))
+    ahead = estimate(planned, rates.probe(planned, place.standing(there), seconds), devices=devices)
     return replace(ahead, goes_on=goes_on)
 
 

@@ -71,8 +71,9 @@ def revived(H_KK: Tensor) -> tuple[Tensor, int]:
     dead = H_KK.diagonal() == 0
     count = int(dead.sum())
     if count:
+        little = 0.01 * float(H_KK.diagonal().mean())
         H_KK = H_KK.clone()
-        H_KK.diagonal().add_(dead * (0.01 * float(H_KK.diagonal().mean()) or 1.0))
+        H_KK.diagonal().add_(dead * (little or 1.0))
     return H_KK, count
 
 

@@ -124,8 +124,9 @@ def _stream(documents: Iterable[str], tokenizer: Any, bos: int | None, limit: in
 
 def _documents(source: str, tokenizer: Any, tally: Tally) -> Iterator[str]:
     """Return the text of `source` in pieces that read on from one another; what is left out goes into `tally`."""
-    remedy, path = "give a text file, as --calib FILE, or --calib varied", Path(source).expanduser()
     require(source)
+    remedy = "give a text file, as --calib FILE, or --calib varied"
+    path = Path(source).expanduser()
     if source in HUB:
         return _of_rows(source, hub_rows(HUB[source], remedy), tokenizer, tally)
     if path.exists():

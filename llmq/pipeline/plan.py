@@ -340,7 +340,7 @@ def _calibrated(plan: Plan, given: Recipe) -> Plan:
         method = dataclasses.replace(plan.method, recipe=dataclasses.replace(recipe, seq_len=longest))
         return dataclasses.replace(plan, method=method)
     say = f"--seq-len {recipe.seq_len} is longer than the {longest} tokens that the model reads at once"
-    if refusals.counts_positions(plan.skeleton, longest):
+    if refusals.learns_positions(plan.skeleton, longest):
         raise LlmqError(f"{say}; give --seq-len {longest} or less")
     return dataclasses.replace(plan, warnings=[*plan.warnings, say])
 

@@ -45,8 +45,8 @@ def experts(recipe: Recipe, skeleton: Skeleton) -> None:
         raise LlmqError("--experts all means nothing here: the router makes zeros of an expert's other tokens")
 
 
-def counts_positions(skeleton: Skeleton, longest: int) -> bool:
-    """Say whether the model has a table of so many positions, or of a few more, as OPT has, and ends with it."""
+def learns_positions(skeleton: Skeleton, longest: int) -> bool:
+    """Say whether the model has a learned embedding of each of so many positions, or of a few more, as OPT has."""
     tokens = skeleton.model.get_input_embeddings()
     tables = [m for m in skeleton.model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
     return any(longest <= m.num_embeddings < longest + 8 for m in tables)
