@@ -188,9 +188,7 @@ def plan(
         can say, such as NaN.
     """
     if device_like is not None and device != "auto":
-        raise LlmqError(
-            f"--device-like {device_like} stands for a machine that is not here; leave out --device {device}"
-        )
+        raise LlmqError(f"--device-like {device_like} is a machine that is not here; leave out --device {device}")
     like = None if device_like is None else (device_like, machines.machine(device_like))
     where = device if like is None else torch.device("cuda")
     planned = outlined(
